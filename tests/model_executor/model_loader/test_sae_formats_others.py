@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every other file format against its class's own mathematics in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_reference import (
+    D,
+    F,
+    K,
+    canonical,
+    close,
+    inputs,
+    loaded,
+    new_weights,
+    reconstruct,
+    tensor,
+    topk_mask,
+    write_json,
+)
+from safetensors.torch import save_file
+
+from vllm.config.steering import Activation
+from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
+
+W_enc = tensor(F, D, seed=10)
+W_dec = tensor(F, D, seed=11) * torch.linspace(0.3, 2, F)[:, None]
+b_enc = tensor(F, seed=12)
+b_dec = tensor(D, seed=13)
+threshold = tensor(F, seed=14)
+
+
+def pre_activations(subtract: bool) -> torch.Tensor:
+    x = inputs() - b_dec.double() * subtract
+    return x @ W_enc.double().T + b_enc.double()
+
+
+def decode(f: torch.Tensor) -> torch.Tensor:
+    return f @ W_dec.double() + b_dec.double()
+
+
+# Gemma Scope
+
+
+def gemma_scope(path: Path, save: Any = np.savez) -> Path:
+    path.mkdir(parents=True)
+    save(
+        path / "params.npz",
+        W_enc=W_enc.T.contiguous().numpy(),
+        W_dec=W_dec.numpy(),
+        b_enc=b_enc.numpy(),
+        b_dec=b_dec.numpy(),
+        threshold=threshold.numpy(),
+    )
+    return path
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_gemma_scope_is_jumprelu_without_an_input_bias(
+    tmp_path: Path, save: Any
+) -> None:
+    path = gemma_scope(tmp_path / "layer_20/width_16k/average_l0_71", save)
+    p = pre_activations(subtract=False)
+    close(reconstruct(path), decode(p.relu() * (p > threshold.double())))
+
+
+def test_gemma_scope_has_its_layer_in_the_path(tmp_path: Path) -> None:
+    path = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/l0_71")
+    assert inspect_module("m", str(path)).sites[0].name == "20.post_block"
+
+
+def test_gemma_scope_without_a_layer_in_its_path_needs_a_site(tmp_path: Path) -> None:
+    path = gemma_scope(tmp_path / "sae")
+    with pytest.raises(ValueError, match="expected a layer, found none; name the site"):
+        inspect_module("m", str(path))
+    module = inspect_module("m", str(path), sites=["post_block.4"])
+    assert module.sites[0].name == "4.post_block"
+    assert torch.equal(loaded(module).b_dec, b_dec)
+
+
+@pytest.mark.parametrize("kind", ["gemma-scope-2b-pt-mlp", "gemma-scope-2b-pt-att"])
+def test_gemma_scope_of_another_stream_is_refused(tmp_path: Path, kind: str) -> None:
+    path = gemma_scope(tmp_path / kind / "layer_3")
+    with pytest.raises(ValueError, match="expected an SAE of the residual stream"):
+        inspect_module("m", str(path))
+
+
+def gemma_scope_2(path: Path, **config: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "w_enc": W_enc.T.contiguous(),
+        "w_dec": W_dec,
+        "b_enc": b_enc,
+        "b_dec": b_dec,
+        "threshold": threshold,
+    }
+    save_file(tensors, path / "params.safetensors")
+    base = {
+        "architecture": "jump_relu",
+        "model_name": "gemma-v3-1b-pt",
+        "hf_hook_point_in": "model.layers.9.output",
+    }
+    write_json(path / "config.json", {**base, **config})
+    return path
+
+
+def test_gemma_scope_2_is_jumprelu_with_lower_case_names(tmp_path: Path) -> None:
+    path = gemma_scope_2(tmp_path)
+    p = pre_activations(subtract=False)
+    close(reconstruct(path), decode(p.relu() * (p > threshold.double())))
+    assert inspect_module("m", str(path)).sites[0].name == "9.post_block"
+
+
+def test_gemma_scope_2_without_a_configuration_has_its_layer_in_the_path(
+    tmp_path: Path,
+) -> None:
+    path = gemma_scope_2(tmp_path / "resid_post/layer_17_width_16k_l0_small")
+    (path / "config.json").unlink()
+    assert inspect_module("m", str(path)).sites[0].name == "17.post_block"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input"}, "residual"),
+        ({"hf_hook_point_out": "model.layers.9.mlp.output"}, "transcoder"),
+        ({"affine_connection": True}, "affine_connection: expected false"),
+        ({"architecture": "topk"}, "architecture: expected jump_relu"),
+    ],
+)
+def test_gemma_scope_2_refuses_other_kinds(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(gemma_scope_2(tmp_path, **config)))
+
+
+# Llama Scope
+
+
+def llama_scope(path: Path, **config: Any) -> Path:
+    base = {
+        "d_model": D,
+        "d_sae": F,
+        "hook_point_in": "blocks.12.hook_resid_post",
+        "hook_point_out": "blocks.12.hook_resid_post",
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.6,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": 3.0, "out": 2.0},
+        "sparsity_include_decoder_norm": True,
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "use_glu_encoder": False,
+        "top_k": K,
+    }
+    write_json(path / "hyperparams.json", {**base, **config})
+    (path / "checkpoints").mkdir()
+    tensors = {
+        "encoder.weight": W_enc,
+        "encoder.bias": b_enc,
+        "decoder.weight": W_dec.T.contiguous(),
+        "decoder.bias": b_dec,
+    }
+    save_file(tensors, path / "checkpoints/final.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("function", ["jumprelu", "relu", "topk"])
+def test_llama_scope_folds_out_both_activation_scales(
+    tmp_path: Path, subtract: bool, function: str
+) -> None:
+    path = llama_scope(
+        tmp_path,
+        act_fn=function,
+        apply_decoder_bias_to_pre_encoder=subtract,
+        dataset_average_activation_norm={"in": 3.0, "out": 3.0},
+    )
+    # The SAE as trained sees s x and returns s x'. Its threshold is stated in units of
+    # x, for pre-activations times the norms of the decoder rows.
+    s = D**0.5 / 3.0
+    norms = W_dec.double().norm(dim=1)
+    x = inputs() * s - b_dec.double() * subtract
+    p = x @ W_enc.double().T + b_enc.double()
+    mask = {
+        "jumprelu": p / s * norms > 0.6,
+        "relu": p > 0,
+        "topk": topk_mask(p * norms, K) & (p > 0),
+    }[function]
+    close(reconstruct(path), decode(p * mask) / s)
+
+
+def test_llama_scope_scales_input_and_output_apart(tmp_path: Path) -> None:
+    s_in, s_out = D**0.5 / 3.0, D**0.5 / 2.0
+    p = (inputs() * s_in) @ W_enc.double().T + b_enc.double()
+    norms = W_dec.double().norm(dim=1) * s_in / s_out
+    f = p * (p / s_in * norms > 0.6)
+    close(reconstruct(llama_scope(tmp_path)), decode(f) / s_out)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_glu_encoder": True}, "use_glu_encoder: expected false"),
+        ({"norm_activation": "token-wise"}, "norm_activation: expected dataset-wise"),
+        ({"hook_point_out": "blocks.12.hook_mlp_out"}, "hook_point_out: expected"),
+        ({"dataset_average_activation_norm": {"in": 0}}, "in: expected a finite pos"),
+        ({"jump_relu_threshold": None}, "jump_relu_threshold: expected a finite"),
+        ({"act_fn": "gelu"}, "act_fn: expected relu, jumprelu or topk"),
+    ],
+)
+def test_llama_scope_refuses_what_does_not_fold(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(llama_scope(tmp_path, **config)))
+
+
+# EleutherAI sparsify
+
+
+def sparsify(path: Path, **cfg: Any) -> Path:
+    write_json(path / "cfg.json", {"d_in": D, "expansion_factor": 3, "k": K, **cfg})
+    tensors = {
+        "encoder.weight": W_enc,
+        "encoder.bias": b_enc,
+        "W_dec": W_dec,
+        "b_dec": b_dec,
+    }
+    save_file(tensors, path / "sae.safetensors")
+    return path
+
+
+def test_sparsify_selects_the_k_largest_after_relu(tmp_path: Path) -> None:
+    path = sparsify(tmp_path / "layers.6")
+    p = pre_activations(subtract=True).relu()
+    close(reconstruct(path), decode(p * topk_mask(p, K)))
+    assert inspect_module("m", str(path)).sites[0].name == "6.post_block"
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"transcode": True}, "transcode: expected false"),
+        ({"skip_connection": True}, "skip_connection: expected false"),
+        ({"signed": True}, "signed: expected false"),
+        ({"activation": "groupmax"}, "activation: expected topk"),
+        ({"k": F + 1}, "k: expected at most"),
+    ],
+)
+def test_sparsify_refuses_what_does_not_fold(
+    tmp_path: Path, cfg: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(sparsify(tmp_path / "layers.6", **cfg)))
+
+
+def test_sparsify_of_an_mlp_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hook point of the residual stream"):
+        inspect_module("m", str(sparsify(tmp_path / "layers.6.mlp")))
+
+
+# dictionary_learning
+
+LINEAR = {
+    "encoder.weight": W_enc,
+    "encoder.bias": b_enc,
+    "decoder.weight": W_dec.T.contiguous(),
+}
+PLAIN = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+r_mag, b_mag, b_gate = tensor(F, seed=15), tensor(F, seed=16), tensor(F, seed=17)
+SCALAR = {"threshold": torch.tensor(0.8), "k": torch.tensor(K, dtype=torch.int)}
+
+
+def dictionary(
+    path: Path, dict_class: str, state: dict[str, torch.Tensor], **trainer: Any
+) -> Path:
+    config = {"dict_class": dict_class, "layer": 8, "activation_dim": D, **trainer}
+    write_json(path / "config.json", {"trainer": config, "buffer": {"io": "out"}})
+    torch.save(state, path / "ae.pt")
+    return path
+
+
+def test_dictionary_autoencoder_centres_on_its_bias(tmp_path: Path) -> None:
+    path = dictionary(tmp_path, "AutoEncoder", {**LINEAR, "bias": b_dec})
+    close(reconstruct(path), decode(pre_activations(subtract=True).relu()))
+
+
+def test_dictionary_new_autoencoder_has_two_plain_linear_layers(tmp_path: Path) -> None:
+    state = {**LINEAR, "decoder.bias": b_dec}
+    path = dictionary(tmp_path, "AutoEncoderNew", state)
+    close(reconstruct(path), decode(pre_activations(subtract=False).relu()))
+
+
+def test_dictionary_topk_ignores_its_threshold(tmp_path: Path) -> None:
+    state = {**LINEAR, "b_dec": b_dec, **SCALAR}
+    path = dictionary(tmp_path, "AutoEncoderTopK", state, k=K)
+    p = pre_activations(subtract=True).relu()
+    close(reconstruct(path), decode(p * topk_mask(p, K)))
+
+
+def test_dictionary_batch_topk_uses_its_threshold(tmp_path: Path) -> None:
+    path = dictionary(tmp_path, "BatchTopKSAE", {**LINEAR, "b_dec": b_dec, **SCALAR})
+    p = pre_activations(subtract=True).relu()
+    close(reconstruct(path), decode(p * (p > 0.8)))
+
+
+def test_dictionary_matryoshka_uses_its_threshold(tmp_path: Path) -> None:
+    state = {**PLAIN, **SCALAR, "group_sizes": torch.tensor([8, F - 8])}
+    path = dictionary(tmp_path, "MatryoshkaBatchTopKSAE", state)
+    p = pre_activations(subtract=True).relu()
+    close(reconstruct(path), decode(p * (p > 0.8)))
+
+
+def test_dictionary_jumprelu_does_not_centre(tmp_path: Path) -> None:
+    path = dictionary(
+        tmp_path, "JumpReluAutoEncoder", {**PLAIN, "threshold": threshold}
+    )
+    p = pre_activations(subtract=False)
+    close(reconstruct(path), decode((p * (p > threshold.double())).relu()))
+
+
+def test_dictionary_gated_multiplies_gate_and_magnitude(tmp_path: Path) -> None:
+    state = {
+        "encoder.weight": W_enc,
+        "decoder.weight": W_dec.T.contiguous(),
+        "decoder_bias": b_dec,
+        "r_mag": r_mag,
+        "mag_bias": b_mag,
+        "gate_bias": b_gate,
+    }
+    path = dictionary(tmp_path, "GatedAutoEncoder", state)
+    u = (inputs() - b_dec.double()) @ W_enc.double().T
+    magnitude = (u * r_mag.double().exp() + b_mag.double()).relu()
+    close(reconstruct(path), decode((u + b_gate.double() > 0) * magnitude))
+
+
+def test_a_dictionary_without_a_layer_needs_a_site(tmp_path: Path) -> None:
+    state = {**LINEAR, "bias": b_dec}
+    path = dictionary(tmp_path, "AutoEncoder", state, layer=None)
+    with pytest.raises(ValueError, match="expected a layer, found none; name the site"):
+        inspect_module("m", str(path))
+    module = inspect_module("m", str(path), sites=["blocks.3.hook_resid_pre"])
+    assert module.sites[0].name == "3.pre_attn"
+
+
+@pytest.mark.parametrize("name", ["CrossCoder", "IdentityDict", None])
+def test_a_dictionary_class_that_does_not_fold_is_refused(
+    tmp_path: Path, name: Any
+) -> None:
+    path = dictionary(tmp_path, name, {**LINEAR, "bias": b_dec})
+    with pytest.raises(ValueError, match="dict_class: expected one of AutoEncoder, "):
+        inspect_module("m", str(path))
+
+
+def test_a_dictionary_of_another_stream_is_refused(tmp_path: Path) -> None:
+    state = {**LINEAR, "bias": b_dec}
+    path = dictionary(tmp_path, "AutoEncoder", state, submodule_name="mlp_out_layer_8")
+    with pytest.raises(ValueError, match="submodule_name: expected one of the resid"):
+        inspect_module("m", str(path))
+
+
+# Bare torch files
+
+
+def qwen_scope(path: Path, layers: tuple[int, ...]) -> Path:
+    path.mkdir(parents=True)
+    state = {"W_enc": W_enc, "W_dec": W_dec.T, "b_enc": b_enc, "b_dec": b_dec}
+    for layer in layers:
+        torch.save(state, path / f"layer{layer}.sae.pt")
+    return path
+
+
+def test_qwen_scope_selects_the_k_of_its_name(tmp_path: Path) -> None:
+    root = qwen_scope(tmp_path / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}", (5,))
+    p = pre_activations(subtract=False)
+    close(reconstruct(root / "layer5.sae.pt"), decode((p * topk_mask(p, K)).relu()))
+
+
+def test_a_qwen_scope_repository_has_one_site_per_file(tmp_path: Path) -> None:
+    root = qwen_scope(tmp_path / f"SAE-Res-Qwen3-8B-Base-W64K-L0_{K}", (10, 2))
+    module = inspect_module("m", str(root))
+    assert [site.name for site in module.sites] == ["2.post_block", "10.post_block"]
+    chosen = inspect_module("m", str(root), sites=["10.post_block"])
+    weights = new_weights(chosen.sites[0])
+    load_site(chosen, chosen.sites[0], weights)
+    p = pre_activations(subtract=False)
+    close(
+        canonical(weights, chosen.sites[0], inputs()),
+        decode((p * topk_mask(p, K)).relu()),
+    )
+
+
+def test_qwen_scope_without_its_name_has_no_k(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="says k as L0_50, found none"):
+        inspect_module("m", str(qwen_scope(tmp_path / "qwen", (5,))))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [("encoder_linear", "decoder_linear"), ("encoder", "decoder")],
+)
+def test_goodfire_is_relu_without_an_input_bias(
+    tmp_path: Path, encoder: str, decoder: str
+) -> None:
+    state = {
+        f"{encoder}.weight": W_enc,
+        f"{encoder}.bias": b_enc,
+        f"{decoder}.weight": W_dec.T.contiguous(),
+        f"{decoder}.bias": b_dec,
+    }
+    path = tmp_path / "Llama-3.1-8B-Instruct-SAE-l19.pth"
+    torch.save(state, path)
+    close(reconstruct(path), decode(pre_activations(subtract=False).relu()))
+    (site,) = inspect_module("m", str(tmp_path)).sites
+    assert (site.name, site.activation) == ("19.post_block", Activation.RELU)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering vectors: safetensors files and GGUF control vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sae_reference import D, new_weights, tensor
+from safetensors.torch import save_file
+
+from vllm.config.steering import HookPoint, SiteInfo
+from vllm.model_executor.model_loader.sae_loader import (
+    inspect_module,
+    load_site,
+    load_vectors,
+)
+
+VECTORS = {
+    "layers.4.post_block": tensor(D, seed=0),
+    "layers.2.resid_pre": tensor(D, seed=1).to(torch.bfloat16),
+}
+
+
+def test_a_safetensors_file_has_one_vector_per_site(tmp_path: Path) -> None:
+    path = tmp_path / "calm.safetensors"
+    save_file(VECTORS, path, metadata={"format": "vllm-steering-vectors"})
+    module = inspect_module("calm", str(path))
+    assert module.kind == "vectors"
+    assert module.sites == (
+        SiteInfo(2, HookPoint.PRE_ATTN, D, 1),
+        SiteInfo(4, HookPoint.POST_BLOCK, D, 1),
+    )
+    found = [load_vectors(module, site) for site in module.sites]
+    assert [vector.dtype for vector in found] == [torch.float32] * 2
+    assert torch.equal(found[0], VECTORS["layers.2.resid_pre"].float())
+    assert torch.equal(found[1], VECTORS["layers.4.post_block"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"happy": tensor(D, seed=0)}, None, "happy: expected one tensor for each"),
+        ({"2.pre_attn": tensor(1, D, seed=0)}, None, "2.pre_attn: expected a vector"),
+        (
+            {"2.pre_attn": tensor(D, seed=0), "2.resid_pre": tensor(D, seed=1)},
+            None,
+            "expected one tensor for each site",
+        ),
+        ({"2.pre_attn": torch.ones(D).int()}, None, "2.pre_attn: expected a floating"),
+        (VECTORS, {"format": "other"}, "format: expected 'vllm-steering-vectors'"),
+        ({}, None, "expected steering vectors, found none"),
+    ],
+)
+def test_a_file_that_is_not_of_vectors_is_refused(
+    tmp_path: Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None,
+    message: str,
+) -> None:
+    save_file(tensors, tmp_path / "v.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(tmp_path / "v.safetensors"))
+
+
+def test_a_vector_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    save_file({"2.pre_attn": torch.full((D,), torch.nan)}, tmp_path / "v.safetensors")
+    module = inspect_module("m", str(tmp_path / "v.safetensors"))
+    with pytest.raises(ValueError, match="2.pre_attn: expected finite"):
+        load_vectors(module, module.sites[0])
+
+
+def test_vectors_are_no_sae(tmp_path: Path) -> None:
+    save_file({"2.pre_attn": torch.ones(D)}, tmp_path / "v.safetensors")
+    module = inspect_module("m", str(tmp_path / "v.safetensors"))
+    with pytest.raises(ValueError, match="expected an SAE, found a steering vector"):
+        load_site(module, module.sites[0], new_weights(module.sites[0]))
+
+
+def control_vector(path: Path, architecture: str, names: list[str]) -> Path:
+    """Written as repeng's `ControlVector.export_gguf` does."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string(f"{architecture}.model_hint", "mistral")
+    writer.add_uint32(f"{architecture}.layer_count", len(names))
+    for i, name in enumerate(names):
+        writer.add_tensor(name, tensor(D, seed=i).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_control_vector_is_added_to_the_output_of_its_layers(tmp_path: Path) -> None:
+    names = ["direction.11", "direction.3"]
+    path = control_vector(tmp_path / "happy.gguf", "controlvector", names)
+    module = inspect_module("m", str(path))
+    assert [site.name for site in module.sites] == ["3.post_block", "11.post_block"]
+    assert torch.equal(load_vectors(module, module.sites[0]), tensor(D, seed=1))
+    assert torch.equal(load_vectors(module, module.sites[1]), tensor(D, seed=0))
+
+
+def test_a_gguf_model_is_refused(tmp_path: Path) -> None:
+    path = control_vector(tmp_path / "m.gguf", "llama", ["token_embd.weight"])
+    with pytest.raises(ValueError, match="architecture: expected 'controlvector', fou"):
+        inspect_module("m", str(path))
+
+
+def test_a_control_vector_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    path = control_vector(tmp_path / "m.gguf", "controlvector", ["direction.x"])
+    with pytest.raises(ValueError, match="direction.x: expected tensors named"):
+        inspect_module("m", str(path))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of every supported family, saved as Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+HIDDEN, LAYERS, VOCAB = 64, 3, 128
+BOS, EOS, PAD = 1, 2, 0
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "tie_word_embeddings": False,
+}
+HEAD = {"head_dim": 32}
+GEMMA = {
+    **COMMON,
+    **HEAD,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 32,
+    "tie_word_embeddings": True,
+}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
+
+
+def _config(name: str, **values: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, name)(**values)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gemma2": _config("Gemma2Config", **GEMMA),
+    "gemma3": _config("Gemma3TextConfig", **GEMMA),
+    "llama": _config("LlamaConfig", **COMMON, **HEAD),
+    "mistral": _config("MistralConfig", **COMMON, **HEAD, sliding_window=None),
+    "qwen2": _config("Qwen2Config", **COMMON),
+    "qwen3": _config("Qwen3Config", **COMMON, **HEAD),
+    "qwen3_moe": _config("Qwen3MoeConfig", **COMMON, **HEAD, **MOE),
+    "phi3": _config("Phi3Config", **COMMON),
+    "gpt2": _config(
+        "GPT2Config",
+        vocab_size=VOCAB,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=2,
+        n_positions=256,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    ),
+}
+
+
+@cache
+def build(family: str, seed: int = 0) -> Any:
+    """The Hugging Face model of a family, random and in float32, ready to run."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(
+        FAMILIES[family](), dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.08 if "embed" not in name else 0.4)
+            elif "norm" in name or "ln_" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    return model.eval()
+
+
+def save(family: str, root: Path, seed: int = 0) -> Path:
+    """Save the family's model under `root` once; the directory to serve from."""
+    path = root / f"{family}-{seed}"
+    if not path.exists():
+        build(family, seed).save_pretrained(path)
+    return path
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a Hugging Face model, in order."""
+    base = model.base_model
+    return base.h if hasattr(base, "h") else base.layers

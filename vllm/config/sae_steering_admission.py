@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine writes into a request's `extra_args` when it admits it.
+
+Under `ROWS_KEY`, which no client may set, in JSON types:
+
+    {"prefill": {"digest": hex or None,     # prefix-cache key of the phase
+                 "additive": hex or None,   # row key of each tier, see
+                 "delta": hex or None,      # SteeringRequest.row_key
+                 "full": hex or None},
+     "decode": {...}}
+
+The canonical specs stand beside it, so a worker parses them without being able to
+fail, and takes one row for each distinct row key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_specs import (
+    EXTRA_ARGS_KEYS,
+    TOKEN_PHASES,
+    SteeringRequest,
+)
+from vllm.config.steering import SteeringConfig, Tier
+from vllm.exceptions import VLLMValidationError
+
+ROWS_KEY = "steering_rows"
+
+
+def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
+    """Raise `VLLMValidationError` when a client sets what only the engine may."""
+    if isinstance(extra_args, Mapping) and ROWS_KEY in extra_args:
+        raise VLLMValidationError(
+            f"{ROWS_KEY}: is reserved for the engine, expected no such key",
+            parameter=ROWS_KEY,
+        )
+
+
+def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) -> None:
+    """Raise when a request with streaming input is steered.
+
+    Its output becomes prompt when more input arrives, so a token's phase would
+    change after the token was computed.
+    """
+    if steering is not None and resumable:
+        key = next(iter(steering.to_extra_args()))
+        raise VLLMValidationError(
+            f"{key}: steering does not support streaming input (resumable requests)",
+            parameter=key,
+        )
+
+
+def canonical_extra_args(
+    extra_args: dict[str, Any], steering: SteeringRequest | None
+) -> dict[str, Any] | None:
+    """A copy of `extra_args` that holds the canonical specs and nothing reserved."""
+    ours = {*EXTRA_ARGS_KEYS, ROWS_KEY}
+    args = {key: value for key, value in extra_args.items() if key not in ours}
+    if steering is not None:
+        args.update(steering.to_extra_args())
+    return args or None
+
+
+def admitted_extra_args(
+    extra_args: dict[str, Any], config: SteeringConfig | None, resumable: bool = False
+) -> dict[str, Any] | None:
+    """`extra_args` of a request that the engine admits.
+
+    Raises:
+        VLLMValidationError: the request's steering is not valid on this engine.
+    """
+    steering = parse_steering_request(extra_args, config)
+    refuse_streaming_input(steering, resumable)
+    args = canonical_extra_args(extra_args, steering)
+    if steering is None or args is None:
+        return args
+    rows: dict[str, dict[str, str | None]] = {}
+    for phase in TOKEN_PHASES:
+        rows[phase] = {"digest": steering.digest(phase)}
+        for tier in Tier:
+            rows[phase][tier.name.lower()] = steering.row_key(tier, phase)
+    args[ROWS_KEY] = rows
+    return args
+
+
+def phase_digests(extra_args: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The prefill and decode digests of an admitted request; None: not steered."""
+    rows = extra_args.get(ROWS_KEY)
+    if rows is None:
+        return None, None
+    return rows["prefill"]["digest"], rows["decode"]["digest"]

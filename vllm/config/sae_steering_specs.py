@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request asks for: specs of the three tiers, and their canonical form.
+
+The specs are what a user writes. `SteeringRequest` is what
+`vllm.config.sae_steering_parser.parse_steering_request` makes of them: merged,
+sorted, in range, and resolved to the sites that each tier edits in each phase.
+Import these names from `vllm.config.sae_steering_types`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm.config.steering import HookPoint, ModuleInfo, Tier
+
+ClampKindName = Literal["absolute", "additive", "scale"]
+CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
+
+# The phase of one token, by its position in the request.
+TokenPhase = Literal["prefill", "decode"]
+TOKEN_PHASES: tuple[TokenPhase, ...] = ("prefill", "decode")
+
+# The phases that a spec can name.
+SpecPhase = Literal["both", "prefill", "decode"]
+SPEC_PHASES: tuple[SpecPhase, ...] = ("both", "prefill", "decode")
+
+FULL_KEY = "sae_full_reconstruction_specs"
+DELTA_KEY = "sae_clamp_specs"
+ADDITIVE_KEY = "steering_vector_specs"
+EXTRA_ARGS_KEYS = (FULL_KEY, DELTA_KEY, ADDITIVE_KEY)
+
+HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
+
+
+@dataclass(frozen=True)
+class SAEClampEntry:
+    """One feature clamped at one site.
+
+    With `f` the feature's activation, the clamp makes it `value` (absolute),
+    `f + value` (additive) or `f * value` (scale); with `only_if_active`, only on
+    tokens where `f != 0`. `value` is in the module's `feature_units`.
+    """
+
+    feature_idx: int
+    kind: ClampKindName
+    value: float
+    only_if_active: bool = False
+
+
+# {hook: {layer: [entry, ...]}}, or the bare list when the module has one site.
+Clamps = (
+    Mapping[str, Mapping[int, Sequence[SAEClampEntry]]]
+    | Mapping[str, Mapping[str, Sequence[SAEClampEntry]]]
+    | Sequence[SAEClampEntry]
+)
+
+
+@dataclass(frozen=True)
+class SAEFullReconstructionSpec:
+    """Replace the stream by the SAE's reconstruction of it, features clamped.
+
+    Empty `clamps` reconstruct every site of the module; otherwise exactly the
+    listed sites are reconstructed (a listed site may have an empty list).
+    """
+
+    module_name: str
+    clamps: Clamps = field(default_factory=dict)
+    phase: SpecPhase = "both"
+
+
+@dataclass(frozen=True)
+class SAEClampSpec:
+    """Add what the clamps change (delta tier); the SAE's error term is kept.
+
+    `clamps` names at least one site, and at least one entry for each.
+    """
+
+    module_name: str
+    clamps: Clamps
+    phase: SpecPhase = "both"
+
+
+@dataclass(frozen=True)
+class SteeringVectorSpec:
+    """Add `scale` times the named module's vectors, at every site it has."""
+
+    module_name: str
+    scale: float = 1.0
+    phase: SpecPhase = "both"
+
+
+@dataclass(frozen=True)
+class SiteEdit:
+    """What one module does at one site: its clamps, sorted by feature.
+
+    The additive tier's edit is one additive clamp of direction 0 by the scale.
+    """
+
+    module: str
+    hook: HookPoint
+    layer: int
+    clamps: tuple[SAEClampEntry, ...]
+
+
+# One canonical group of specs: what one module does in one `SpecPhase`.
+Group = tuple[str, SpecPhase]
+
+
+@dataclass(frozen=True)
+class SteeringRequest:
+    """The canonical form of a request's steering; built by the parser only.
+
+    Attributes:
+        sae_edits: for the delta and full tiers, the edits of each (module, phase)
+            in canonical order.
+        vectors: scale of each (vector module, phase), in canonical order.
+        modules: every module that is named, in registration order.
+    """
+
+    sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
+    vectors: Mapping[Group, float]
+    modules: Mapping[str, ModuleInfo]
+
+    @property
+    def module_digests(self) -> dict[str, str]:
+        """`module_fingerprint` of every module that the request names."""
+        return {name: module_fingerprint(m) for name, m in self.modules.items()}
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """The canonical specs in JSON types, under `EXTRA_ARGS_KEYS`.
+
+        Parsing the result gives an equal request; absent tiers have no key.
+        """
+        args: dict[str, Any] = {}
+        for key, tier in ((FULL_KEY, Tier.FULL), (DELTA_KEY, Tier.DELTA)):
+            groups = self.sae_edits.get(tier)
+            if groups:
+                args[key] = [_spec_json(group, groups[group]) for group in groups]
+        if self.vectors:
+            args[ADDITIVE_KEY] = [
+                {"module_name": name, "scale": scale, "phase": phase}
+                for (name, phase), scale in self.vectors.items()
+            ]
+        return args
+
+    def edits(self, tier: Tier, phase: TokenPhase) -> tuple[SiteEdit, ...]:
+        """The edits of a tier for the tokens of a phase.
+
+        Sorted by layer, hook and the module's registration order; every
+        (module, site) occurs once.
+        """
+        order = {name: position for position, name in enumerate(self.modules)}
+        merged: dict[tuple[int, int, int], SiteEdit] = {}
+        for edit in self._applying(tier, phase):
+            key = (edit.layer, HOOK_ORDER[edit.hook], order[edit.module])
+            if key in merged:
+                clamps = sorted_clamps((*merged[key].clamps, *edit.clamps))
+                edit = SiteEdit(edit.module, edit.hook, edit.layer, clamps)
+            merged[key] = edit
+        return tuple(merged[key] for key in sorted(merged))
+
+    def digest(self, phase: TokenPhase) -> str | None:
+        """`hash_steering_config` of this request with its own module digests."""
+        return hash_steering_config(self, phase, self.module_digests)
+
+    def row_key(self, tier: Tier, phase: TokenPhase) -> str | None:
+        """Key of the row that holds a tier's edits in a phase (hex), or None.
+
+        Requests with equal keys can share a row; the phase is not in the key.
+        """
+        edits = self.edits(tier, phase)
+        return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
+
+    def _applying(self, tier: Tier, phase: TokenPhase) -> Iterable[SiteEdit]:
+        if tier is Tier.ADDITIVE:
+            yield from self._vector_edits(phase)
+            return
+        for (_, spec_phase), edits in self.sae_edits.get(tier, {}).items():
+            if spec_phase in ("both", phase):
+                yield from edits
+
+    def _vector_edits(self, phase: TokenPhase) -> Iterable[SiteEdit]:
+        for name, module in self.modules.items():
+            scales = [
+                scale
+                for (owner, spec_phase), scale in self.vectors.items()
+                if owner == name and spec_phase in ("both", phase)
+            ]
+            if scales:
+                clamp = SAEClampEntry(0, "additive", add_scales(scales))
+                for site in module.sites:
+                    yield SiteEdit(name, site.hook, site.layer, (clamp,))
+
+
+def round_to_fp32(value: float) -> float:
+    """`value` as fp32 holds it, `-0.0` as `0.0`; OverflowError beyond its range."""
+    return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
+
+
+def add_scales(scales: Sequence[float]) -> float:
+    """Sum rounded once to fp32, so that the order of the terms cannot matter."""
+    return round_to_fp32(sum(sorted(scales)))
+
+
+def sorted_clamps(clamps: Iterable[SAEClampEntry]) -> tuple[SAEClampEntry, ...]:
+    """Clamps in canonical order; a site holds a feature at most once."""
+    return tuple(sorted(clamps, key=lambda clamp: clamp.feature_idx))
+
+
+def module_fingerprint(module: ModuleInfo) -> str:
+    """Identifies what a module does: its content digest and its bypassed tokens.
+
+    The bypassed ids are not in the content digest, because the default depends on
+    the model that the module is loaded for.
+    """
+    skipped = module.skip_token_ids
+    ids = "default" if skipped is None else ",".join(map(str, sorted(skipped)))
+    return f"{module.digest}/skip={ids}"
+
+
+def hash_steering_config(
+    request: SteeringRequest, phase: TokenPhase, module_digests: Mapping[str, str]
+) -> str | None:
+    """SHA-256 (hex) of everything that edits the tokens of a phase, or None.
+
+    Covers the tiers, sites, clamps and the named modules' digests, and not the
+    phase itself: a request steered alike in both phases has one digest. Blocks
+    are length-prefixed and tagged, so no two contents share an encoding.
+
+    Args:
+        request: the canonical request.
+        phase: whose edits to hash.
+        module_digests: digest of every module that the request names.
+    """
+    blocks = []
+    for tier in Tier:
+        edits = request.edits(tier, phase)
+        if edits:
+            blocks.append(_tier_block(tier, edits, module_digests))
+    return _hash(blocks)
+
+
+def _hash(blocks: Sequence[bytes]) -> str | None:
+    if not blocks:
+        return None
+    return hashlib.sha256(_block("vllm.steering.v1", *blocks)).hexdigest()
+
+
+def _block(tag: str, *parts: bytes) -> bytes:
+    """A tag and its parts, each preceded by its length."""
+    head = tag.encode()
+    out = [struct.pack("<IQ", len(head), len(parts)), head]
+    for part in parts:
+        out += [struct.pack("<Q", len(part)), part]
+    return b"".join(out)
+
+
+def _tier_block(
+    tier: Tier, edits: Sequence[SiteEdit], module_digests: Mapping[str, str]
+) -> bytes:
+    return _block(
+        f"tier.{tier.name.lower()}",
+        *(_edit_block(edit, module_digests[edit.module]) for edit in edits),
+    )
+
+
+def _edit_block(edit: SiteEdit, module_digest: str) -> bytes:
+    return _block(
+        "edit",
+        edit.module.encode("utf-8", "surrogatepass"),
+        module_digest.encode(),
+        edit.hook.value.encode(),
+        struct.pack("<Q", edit.layer),
+        *(_clamp_block(clamp) for clamp in edit.clamps),
+    )
+
+
+def _clamp_block(clamp: SAEClampEntry) -> bytes:
+    fields = struct.pack("<Qf?", clamp.feature_idx, clamp.value, clamp.only_if_active)
+    return _block(f"clamp.{clamp.kind}", fields)
+
+
+def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:
+    clamps: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for edit in edits:
+        layers = clamps.setdefault(edit.hook.value, {})
+        layers[str(edit.layer)] = [
+            {
+                "feature_idx": clamp.feature_idx,
+                "kind": clamp.kind,
+                "value": clamp.value,
+                "only_if_active": clamp.only_if_active,
+            }
+            for clamp in edit.clamps
+        ]
+    name, phase = group
+    return {"module_name": name, "clamps": clamps, "phase": phase}

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steering fields of HTTP requests: declared where carried, refused elsewhere.
+
+The models only declare the fields; the one strict parser checks them when the
+request's sampling parameters are validated, so every surface gives the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, WithJsonSchema
+from pydantic.fields import FieldInfo
+
+from vllm.config.sae_steering_specs import (
+    ADDITIVE_KEY,
+    CLAMP_KINDS,
+    DELTA_KEY,
+    EXTRA_ARGS_KEYS,
+    FULL_KEY,
+    SPEC_PHASES,
+)
+from vllm.config.sae_steering_types import fold_into_extra_args
+from vllm.config.steering import HOOK_ALIASES
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+_ENTRIES = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "feature_idx": {"type": "integer", "minimum": 0},
+            "kind": {"enum": list(CLAMP_KINDS)},
+            "value": {"type": "number"},
+            "only_if_active": {"type": "boolean", "default": False},
+        },
+        "required": ["feature_idx", "kind", "value"],
+        "additionalProperties": False,
+    },
+}
+_CLAMPS = {
+    "description": "{hook: {layer: [entry, ...]}}; a list of entries for a module "
+    "that has one site.",
+    "anyOf": [
+        {
+            "type": "object",
+            "propertyNames": {"enum": list(HOOK_ALIASES)},
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": _ENTRIES,
+            },
+        },
+        _ENTRIES,
+    ],
+}
+_PHASE = {"enum": list(SPEC_PHASES), "default": "both"}
+_NAME = {"type": "string", "description": "Name of a module the server has loaded."}
+
+
+def _specs(
+    description: str, properties: dict[str, Any], required: list[str]
+) -> dict[str, Any]:
+    spec = {
+        "type": "object",
+        "properties": {"module_name": _NAME, **properties, "phase": _PHASE},
+        "required": ["module_name", *required],
+        "additionalProperties": False,
+    }
+    return {
+        "anyOf": [{"type": "array", "items": spec}, {"type": "null"}],
+        "description": description,
+    }
+
+
+FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
+    FULL_KEY: _specs(
+        "Replace the residual stream by the SAE's reconstruction of it, with the "
+        "given features clamped. Without clamps, every site of the module.",
+        {"clamps": _CLAMPS},
+        [],
+    ),
+    DELTA_KEY: _specs(
+        "Add what clamping the given features changes; the SAE's error is kept.",
+        {"clamps": _CLAMPS},
+        ["clamps"],
+    ),
+    ADDITIVE_KEY: _specs(
+        "Add a steering vector, times the scale.",
+        {"scale": {"type": "number", "default": 1.0}},
+        [],
+    ),
+}
+
+
+def declare_fields(model: type[BaseModel]) -> None:
+    """Add the steering fields to a request model that carries them."""
+    for name, schema in FIELD_SCHEMAS.items():
+        _add_field(model, name, Annotated[Any, WithJsonSchema(schema)])
+    model.model_rebuild(force=True)
+
+
+def refuse_fields(model: type[BaseModel], route: str, hint: str) -> None:
+    """Make a request model refuse steering, which its route cannot carry.
+
+    Args:
+        model: the request model; unknown fields would be dropped in silence.
+        route: the route's path, for the message.
+        hint: what to use instead.
+    """
+    for name in FIELD_SCHEMAS:
+        refuse = _refuser(name, f"{route} does not support steering, {hint}")
+        schema = WithJsonSchema({"type": "null", "description": "Not supported here."})
+        _add_field(model, name, Annotated[Any, BeforeValidator(refuse), schema])
+    model.model_rebuild(force=True)
+
+
+def _add_field(model: type[BaseModel], name: str, annotation: Any) -> None:
+    model.__annotations__[name] = annotation
+    model.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(
+        annotation, None
+    )
+
+
+def _refuser(path: str, reason: str) -> Callable[[Any], Any]:
+    def refuse(value: Any) -> Any:
+        if value is not None:
+            raise VLLMValidationError(f"{path}: {reason}", parameter=path)
+        return value
+
+    return refuse
+
+
+def refuse_specs_beside_extra_args(value: Any) -> Any:
+    """Refuse steering that is written into raw sampling parameters' top level.
+
+    There it would be dropped: only `extra_args` carries it.
+    """
+    if isinstance(value, dict):
+        for name in EXTRA_ARGS_KEYS:
+            if name in value:
+                path = f"sampling_params.{name}"
+                raise VLLMValidationError(
+                    f"{path}: unknown field, expected it in sampling_params.extra_args",
+                    parameter=path,
+                )
+    return value
+
+
+def refuse_event_fields(event: Any) -> None:
+    """Refuse steering in a WebSocket event, whose unknown keys are dropped."""
+    if isinstance(event, dict):
+        for name in EXTRA_ARGS_KEYS:
+            if event.get(name) is not None:
+                _refuser(name, "/v1/realtime does not support steering")(event[name])
+
+
+def specs_of(request: BaseModel) -> dict[str, Any]:
+    """The steering fields of a request, by name; None where not given."""
+    # A route whose schema was built before the fields were declared keeps them
+    # among the extra fields, where attribute access finds them all the same.
+    return {name: getattr(request, name, None) for name in EXTRA_ARGS_KEYS}
+
+
+def carry_specs(request: BaseModel, params: SamplingParams) -> None:
+    """Fold the request's steering into the `extra_args` of its new parameters."""
+    params.extra_args = fold_into_extra_args(params.extra_args, specs_of(request))
+
+
+def refuse_beam_search(request: BaseModel) -> None:
+    """Raise when a beam search request asks for steering.
+
+    Beams are separate engine requests whose prompts hold the tokens generated so
+    far, so those tokens would be steered as prompt.
+    """
+    specs = specs_of(request)
+    xargs = getattr(request, "vllm_xargs", None) or {}
+    for name in EXTRA_ARGS_KEYS:
+        if specs[name] or xargs.get(name):
+            raise VLLMValidationError(
+                f"{name}: beam search does not support steering, expected "
+                "use_beam_search=false or no specs",
+                parameter=name,
+            )

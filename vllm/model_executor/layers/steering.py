@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering at one site of a decoder layer: `SteeringSite`, `apply_layer_steering`,
+and the additive tier's op.
+
+A layer's forward calls `apply_layer_steering(site, hidden, residual)` at each site it
+has. Every tier is one custom op that takes the stream and the *name* of the site; the
+forward context gives the site back, as it does for attention layers, so a compiled
+or captured graph holds no weights, and modules change under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vllm.config.steering import Activation, HookPoint, Tier
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.steering_state import (
+    ONLY_IF_ACTIVE,
+    ClampKind,
+    ClampTable,
+    MetaField,
+    SAESlot,
+    SAEWeights,
+    StepState,
+    VectorSlot,
+)
+from vllm.utils.torch_utils import direct_register_custom_op
+
+__all__ = [
+    "ONLY_IF_ACTIVE",
+    "Activation",
+    "ClampKind",
+    "ClampTable",
+    "HookPoint",
+    "MetaField",
+    "SAESlot",
+    "SAEWeights",
+    "SiteKey",
+    "SteeringBackend",
+    "SteeringSite",
+    "StepState",
+    "Tier",
+    "VectorSlot",
+    "apply_layer_steering",
+    "get_site",
+]
+
+
+@dataclass(frozen=True)
+class SiteKey:
+    """Which site: decoder layer (global index, not per pipeline rank) and hook."""
+
+    layer: int
+    hook: HookPoint
+
+    @property
+    def name(self) -> str:
+        """The key under which the forward context knows the site."""
+        return f"steering.{self.layer}.{self.hook.value}"
+
+
+class SteeringBackend(Protocol):
+    """What computes the tiers on a device; one per worker, shared by its sites.
+
+    Each call edits `hidden [T, D]` and `residual [T, D]` (None for single-stream
+    layers) in place for the slot's active tokens and touches no other token's bits.
+    """
+
+    def full_reconstruction(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None: ...
+
+    def sae_clamp(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None: ...
+
+    def steering_vectors(
+        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None: ...
+
+
+class SteeringSite(nn.Module):
+    """One `(layer, hook)` of the model, with the modules that may edit there.
+
+    `saes` holds one slot per SAE module, in registration order; `vectors` the site's
+    steering vectors. A tier without a slot here is not in the traced graph.
+    """
+
+    def __init__(
+        self,
+        key: SiteKey,
+        saes: Iterable[SAESlot],
+        vectors: VectorSlot | None,
+        step: StepState,
+        backend: SteeringBackend,
+    ):
+        super().__init__()
+        self.step = step
+        self.key = key
+        self.name = key.name
+        self.saes = nn.ModuleList(saes)
+        self.vectors = vectors
+        self.backend = backend
+
+    @property
+    def has_saes(self) -> bool:
+        return len(self.saes) > 0
+
+    @property
+    def has_vectors(self) -> bool:
+        return self.vectors is not None
+
+
+def get_site(name: str) -> SteeringSite:
+    """The running engine's site of this name (`SiteKey.name`)."""
+    site = get_forward_context().no_compile_layers[name]
+    assert isinstance(site, SteeringSite)
+    return site
+
+
+def apply_layer_steering(
+    site: SteeringSite, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> None:
+    """Edit the residual stream at a site, in place: additive, delta, then full.
+
+    The stream is `hidden + residual` (`hidden` alone where `residual` is None), both
+    `[T, D]`. An edited token is written back exactly (`residual := x'`,
+    `hidden := 0`); another token's bits do not change.
+    """
+    name = site.name
+    if site.has_vectors:
+        torch.ops.vllm.apply_steering_vectors(hidden, residual, name)
+    if site.has_saes:
+        torch.ops.vllm.apply_sae_clamp(hidden, residual, name)
+        torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name)
+
+
+def edits_in_place(
+    hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
+) -> None:
+    """The fake of every tier's op: nothing is returned, shapes do not change."""
+
+
+def apply_steering_vectors(
+    hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
+) -> None:
+    """The additive tier at a site: `x' = x + sum_m scale_m v_m`."""
+    site = get_site(site_name)
+    if site.vectors is not None:
+        site.backend.steering_vectors(site.vectors, hidden, residual)
+
+
+direct_register_custom_op(
+    op_name="apply_steering_vectors",
+    op_func=apply_steering_vectors,
+    mutates_args=["hidden", "residual"],
+    fake_impl=edits_in_place,
+)

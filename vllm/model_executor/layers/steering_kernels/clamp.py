@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delta tier of threshold SAEs, and the additive tier, in one kernel a site.
+
+    x' = x + sum_c (g_c - f_c) W_dec[c],   f_c = act(x . W_enc[c] + b_enc[c])
+
+Only the clamped features' rows are read; a clamp that adds without a condition never
+reads the encoder. Steering vectors are such clamps over their own directions.
+"""
+
+from __future__ import annotations
+
+from vllm.triton_utils import tl, triton
+
+from .compact import SKIP_MASK, USES_TOPK, pdl_wait
+
+ADDITIVE = tl.constexpr(1)  # layers/steering_state.py, ClampKind and ONLY_IF_ACTIVE
+SCALE = tl.constexpr(2)
+ONLY_IF_ACTIVE = tl.constexpr(4)
+
+
+@triton.jit
+def clamp_delta(code, value, f):
+    """`g - f` of a block of clamps, given the activations `f`."""
+    kind = code & 3
+    scaled = tl.where(kind == SCALE, f * value - f, value - f)
+    delta = tl.where(kind == ADDITIVE, value, scaled)
+    return tl.where((code >= ONLY_IF_ACTIVE) & (f == 0.0), 0.0, delta)
+
+
+@triton.jit
+def load_clamps(row_ptr, c, count, MAX_CLAMPS: tl.constexpr):
+    """(feature, code, value) of clamps `c` of a packed table row; past `count`: no-op.
+
+    The no-op is an additive clamp of zero.
+    """
+    inside = c < count
+    feature = tl.load(row_ptr + 2 + c, mask=inside, other=0)
+    code = tl.load(row_ptr + 2 + MAX_CLAMPS + c, mask=inside, other=1)
+    bits = tl.load(row_ptr + 2 + 2 * MAX_CLAMPS + c, mask=inside, other=0)
+    return feature, code, bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read_stream(
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    t,
+    col,
+    D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """hidden[t] + residual[t], rounded to the model's dtype, as float32."""
+    h = tl.load(hidden + t * hidden_stride + col, mask=col < D, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual + t * residual_stride + col, mask=col < D, other=0.0)
+        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+    return h.to(tl.float32)
+
+
+@triton.jit
+def write_stream(
+    out,
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    t,
+    col,
+    mask,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """The exact write-back: residual := out, hidden := 0 (hidden := out when alone)."""
+    dtype = hidden.dtype.element_ty
+    if HAS_RESIDUAL:
+        tl.store(residual + t * residual_stride + col, out.to(dtype), mask=mask)
+        zero = tl.zeros(out.shape, dtype)
+        tl.store(hidden + t * hidden_stride + col, zero, mask=mask)
+    else:
+        tl.store(hidden + t * hidden_stride + col, out.to(dtype), mask=mask)
+
+
+@triton.jit
+def clamp_kernel(
+    index,
+    flags,
+    table,
+    meta,
+    norm_limit,
+    w_enc,
+    b_enc,
+    threshold,
+    w_dec,
+    hidden,
+    residual,
+    hidden_stride,
+    residual_stride,
+    table_stride,
+    D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ENCODES: tl.constexpr,
+    GATED: tl.constexpr,
+    MAX_CLAMPS: tl.constexpr,
+    NC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROW_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a token. ENCODES: an SAE; otherwise plain directions (additive).
+
+    The stream is read once for the norm and the sum ([ROW_D]); directions pass in
+    blocks [NC, BLOCK_D]; the updates of a group of NC clamps go to the row in memory
+    only when all groups are done, so the encoder always sees the original stream.
+    """
+    pdl_wait(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    row = tl.load(index + t)
+    row_ptr = table + row.to(tl.int64) * table_stride
+    if tl.load(row_ptr) == 0:
+        return
+    col = tl.arange(0, ROW_D)
+    x = read_stream(
+        hidden, hidden_stride, residual, residual_stride, t, col, D, HAS_RESIDUAL
+    )
+    if ENCODES:
+        if (tl.load(flags + t) & tl.load(meta + SKIP_MASK)) != 0:
+            return
+        if GATED and tl.load(meta + USES_TOPK) != 0:
+            return
+        limit = tl.load(norm_limit)
+        if not (tl.sqrt(tl.sum(x * x, 0)) <= limit):
+            return
+    count = tl.load(row_ptr + 1)
+    out = x
+    for first in range(0, count, NC):
+        c = first + tl.arange(0, NC)
+        feature, code, value = load_clamps(row_ptr, c, count, MAX_CLAMPS)
+        rows = feature.to(tl.int64)[:, None] * D
+        f = tl.zeros([NC], tl.float32)
+        if ENCODES:
+            needs = (c < count) & (code != ADDITIVE)
+            if tl.max(needs.to(tl.int32), 0) != 0:
+                dot = tl.zeros([NC, BLOCK_D], tl.float32)
+                for d in tl.static_range(0, D, BLOCK_D):
+                    k = d + tl.arange(0, BLOCK_D)
+                    xk = read_stream(
+                        hidden, hidden_stride, residual, residual_stride, t, k,
+                        D, HAS_RESIDUAL,
+                    )  # fmt: skip
+                    mask = needs[:, None] & (k < D)[None, :]
+                    w = tl.load(w_enc + rows + k[None, :], mask=mask, other=0.0)
+                    dot += w.to(tl.float32) * xk[None, :]
+                bias = tl.load(b_enc + feature, mask=needs, other=0.0)
+                bar = tl.load(threshold + feature, mask=needs, other=0.0)
+                p = tl.sum(dot, 1) + bias
+                f = tl.where(needs & (p > tl.maximum(bar, 0.0)), p, 0.0)
+        delta = clamp_delta(code, value, f)
+        for j in range(tl.minimum(NC, count - first)):
+            mine = tl.arange(0, NC) == j
+            at = tl.sum(tl.where(mine, feature, 0), 0).to(tl.int64) * D
+            scale = tl.sum(tl.where(mine, delta, 0.0), 0)
+            w = tl.load(w_dec + at + col, mask=col < D, other=0.0)
+            out += scale * w.to(tl.float32)
+    write_stream(
+        out, hidden, hidden_stride, residual, residual_stride, t, col, col < D,
+        HAS_RESIDUAL,
+    )  # fmt: skip

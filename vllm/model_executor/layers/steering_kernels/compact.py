@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1: the step's active tokens, in order, and their activations, side by side.
+
+    active[t] = table.active[index[t]] and not (flags[t] & skip_mask)
+    tokens = [t for t in range(T) if active[t]];  x[i] = hidden[t] + residual[t]
+
+Every program counts the active tokens before its own, so one launch does it all and
+the order needs no atomics. A token past the norm limit keeps its place, with -1 in
+`tokens`: its norm is known only once its row has been read.
+"""
+
+from __future__ import annotations
+
+from vllm.triton_utils import tl, triton
+
+D_SAE = tl.constexpr(0)  # columns of meta: layers/steering_state.py, MetaField
+USES_TOPK = tl.constexpr(1)
+SKIP_MASK = tl.constexpr(4)
+
+
+@triton.jit
+def pdl_wait(PDL: tl.constexpr):
+    """Let the next kernel be scheduled, then wait for the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def is_active(index, flags, table, table_stride, skip, t, T):
+    """1 where token `t` is steered, for a block of tokens (norm aside)."""
+    inside = t < T
+    row = tl.load(index + t, mask=inside, other=0)
+    on = tl.load(table + row.to(tl.int64) * table_stride, mask=inside, other=0)
+    flag = tl.load(flags + t, mask=inside, other=0)
+    return ((on != 0) & ((flag & skip) == 0)).to(tl.int32)
+
+
+@triton.jit
+def gather_row(
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    x,
+    t,
+    i,
+    D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x[i] = hidden[t] + residual[t] in the model's dtype; returns the L2 norm."""
+    square = tl.zeros([BLOCK_D], tl.float32)
+    for d in tl.static_range(0, D, BLOCK_D):
+        col = d + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden + t * hidden_stride + col, mask=col < D, other=0.0)
+        if HAS_RESIDUAL:
+            r = tl.load(residual + t * residual_stride + col, mask=col < D, other=0.0)
+            h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
+        tl.store(x + i * D + col, h, mask=col < D)
+        wide = h.to(tl.float32)
+        square += wide * wide
+    return tl.sqrt(tl.sum(square, 0))
+
+
+@triton.jit(do_not_specialize=["T", "base", "rows"])
+def compact_kernel(
+    index,
+    flags,
+    table,
+    meta,
+    norm_limit,
+    hidden,
+    residual,
+    x,
+    tokens,
+    nnz,
+    count,
+    hidden_stride,
+    residual_stride,
+    table_stride,
+    T,
+    base,
+    rows,
+    D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Writes tokens [T], count [1], nnz [rows] = 0 and x [rows, D] for one chunk.
+
+    GATE: -1 takes any module, 0 only threshold ones, 1 only TopK.
+    """
+    pdl_wait(PDL)
+    pid = tl.program_id(0)
+    start = pid * PER_PROGRAM
+    skip = tl.load(meta + SKIP_MASK)
+    limit = tl.load(norm_limit)
+    if GATE >= 0 and tl.load(meta + USES_TOPK) != GATE:
+        T = 0
+    before = 0
+    for s in range(0, tl.minimum(start, T), SCAN):
+        t = s + tl.arange(0, SCAN)
+        on = is_active(index, flags, table, table_stride, skip, t, tl.minimum(start, T))
+        before += tl.sum(on, 0)
+    own = start + tl.arange(0, PER_PROGRAM)
+    on = is_active(index, flags, table, table_stride, skip, own, T)
+    if pid == tl.num_programs(0) - 1:
+        tl.store(count, before + tl.sum(on, 0))
+    tl.store(nnz + own, 0, mask=own < rows)
+    place = tl.cumsum(on, 0) - on
+    for j in range(PER_PROGRAM):
+        mine = tl.arange(0, PER_PROGRAM) == j
+        if tl.sum(tl.where(mine, on, 0), 0) != 0:
+            position = before + tl.sum(tl.where(mine, place, 0), 0)
+            i = position - base
+            if (i >= 0) & (i < rows):
+                t = tl.cast(start + j, tl.int64)
+                norm = gather_row(
+                    hidden,
+                    hidden_stride,
+                    residual,
+                    residual_stride,
+                    x,
+                    t,
+                    tl.cast(i, tl.int64),
+                    D,
+                    HAS_RESIDUAL,
+                    BLOCK_D,
+                )
+                tl.store(tokens + i, tl.where(norm <= limit, start + j, -1))

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 3 of threshold SAEs: sort a token's entries, and turn clamps into coefficients.
+
+Sorting by feature makes the decoder's sum independent of the order in which tiles
+appended; entries are int64, feature in the high half, so they sort as integers.
+A clamp's coefficient is `g - f`, with `f` from this very list (0 when absent).
+"""
+
+from __future__ import annotations
+
+from vllm.triton_utils import tl, triton
+
+from .clamp import clamp_delta, load_clamps
+from .compact import pdl_wait
+
+LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def entry_feature(entry):
+    """The feature index of packed entries."""
+    return (entry >> 32).to(tl.int32)
+
+
+@triton.jit
+def entry_value(entry):
+    """The activation of packed entries."""
+    return (entry & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sort_by_rank(entries, n, N: tl.constexpr):
+    """Sorts n <= N entries in place: each one's rank is the count of smaller ones."""
+    i = tl.arange(0, N)
+    e = tl.load(entries + i, mask=i < n, other=LAST)
+    key = entry_feature(e)
+    rank = tl.zeros([N], tl.int32)
+    for j in range(0, n, 16):
+        other_at = j + tl.arange(0, 16)
+        o = tl.load(entries + other_at, mask=other_at < n, other=LAST)
+        rank += tl.sum((entry_feature(o)[None, :] < key[:, None]).to(tl.int32), 1)
+    tl.debug_barrier()  # every program thread has read what is overwritten next
+    tl.store(entries + rank, e, mask=i < n)
+    tl.debug_barrier()
+
+
+@triton.jit
+def exchange(entries, n, flip, span, STEP: tl.constexpr):
+    """One bitonic step: partner is i ^ flip, and the smaller goes to the lower place."""
+    for s in range(0, span, STEP):
+        i = s + tl.arange(0, STEP)
+        partner = i ^ flip
+        pair = (partner > i) & (partner < n)
+        a = tl.load(entries + i, mask=pair, other=0)
+        b = tl.load(entries + partner, mask=pair, other=0)
+        swap = pair & (a > b)
+        tl.store(entries + i, b, mask=swap)
+        tl.store(entries + partner, a, mask=swap)
+    tl.debug_barrier()
+
+
+@triton.jit
+def sort_in_memory(entries, n, STEP: tl.constexpr):
+    """Bitonic sort in place for any n; places past n count as the largest entry."""
+    size = 2
+    while size < 2 * n:
+        exchange(entries, n, size - 1, n, STEP)
+        flip = size // 4
+        while flip > 0:
+            exchange(entries, n, flip, n, STEP)
+            flip = flip // 2
+        size = size * 2
+
+
+@triton.jit
+def sort_entries(entries, n):
+    """Sorts n entries in place, by a method that fits n."""
+    if n <= 128:
+        sort_by_rank(entries, n, 128)
+    elif n <= 1024:
+        sort_by_rank(entries, n, 1024)
+    else:
+        sort_in_memory(entries, n, 1024)
+
+
+@triton.jit(do_not_specialize=["base", "rows", "capacity"])
+def resolve_kernel(
+    index,
+    table,
+    count,
+    tokens,
+    nnz,
+    entries,
+    coef,
+    table_stride,
+    base,
+    rows,
+    capacity,
+    MAX_CLAMPS: tl.constexpr,
+    CLAMP_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sorts entries [rows, capacity] and writes coef [rows, MAX_CLAMPS].
+
+    A token with more than `capacity` non-zeros is left to the decoder's overflow path.
+    """
+    pdl_wait(PDL)
+    n = tl.minimum(tl.load(count) - base, rows)
+    for i in range(tl.program_id(0), n, tl.num_programs(0)):
+        token = tl.load(tokens + i)
+        listed = tl.load(nnz + i)
+        if (token >= 0) & (listed <= capacity):
+            own = entries + tl.cast(i, tl.int64) * capacity
+            sort_entries(own, listed)
+            row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
+            clamps = tl.load(row_ptr + 1)
+            for first in range(0, clamps, CLAMP_BLOCK):
+                c = first + tl.arange(0, CLAMP_BLOCK)
+                feature, code, value = load_clamps(row_ptr, c, clamps, MAX_CLAMPS)
+                f = tl.zeros([CLAMP_BLOCK], tl.float32)
+                for j in range(0, listed, 64):
+                    at = j + tl.arange(0, 64)
+                    e = tl.load(own + at, mask=at < listed, other=LAST)
+                    same = entry_feature(e)[None, :] == feature[:, None]
+                    f += tl.sum(tl.where(same, entry_value(e)[None, :], 0.0), 1)
+                delta = clamp_delta(code, value, f)
+                tl.store(coef + i * MAX_CLAMPS + c, delta, mask=c < clamps)

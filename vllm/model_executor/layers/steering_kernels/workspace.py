@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that the stages of full reconstruction hand to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from vllm.config.steering import Activation
+from vllm.model_executor.layers.steering_state import SAESlot
+
+from .plan import ENTRY_BYTES, MIB, ChunkPlan, plan_chunks
+
+LIMIT_BYTES = 256 * MIB
+
+
+@dataclass(frozen=True)
+class StageBuffers:
+    """Views of the workspace for one slot and one step.
+
+    x: model's dtype `[rows, D]`, gathered activations.
+    scores: float32 `[rows, F]`, TopK only (else one unused element).
+    entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
+    coef: float32 `[rows, K]`, `g - f` of every clamp.
+    """
+
+    plan: ChunkPlan
+    x: torch.Tensor
+    scores: torch.Tensor
+    entries: torch.Tensor
+    coef: torch.Tensor
+
+
+def uses_threshold(slot: SAESlot) -> bool:
+    """Whether the slot may hold a ReLU or JumpReLU module."""
+    return bool(slot.activations - {Activation.TOPK})
+
+
+def uses_topk(slot: SAESlot) -> bool:
+    """Whether the slot may hold a TopK module."""
+    return Activation.TOPK in slot.activations
+
+
+class SteeringWorkspace:
+    """Scratch memory of all sites of a worker, which run one after another.
+
+    Build it before the KV cache is sized; `nbytes` is at most 256 MiB whatever the
+    number of tokens, since long steps pass in chunks.
+
+    Args:
+        max_tokens: the most tokens of a step.
+        slots: every SAE slot that will use it.
+        device: where the slots live.
+    """
+
+    def __init__(
+        self, max_tokens: int, slots: Iterable[SAESlot], device: torch.device
+    ) -> None:
+        self.max_tokens = max_tokens
+        sizes = [0, 0, 0, 0]  # bytes of x, scores, entries, coef
+        rows = 1
+        for slot in slots:
+            w = slot.weights
+            item = w.W_enc.element_size()
+            clamps = slot.full.max_clamps
+            kinds = [t for t, on in ((False, uses_threshold(slot)), (True, True)) if on]
+            for topk in kinds if uses_topk(slot) else kinds[:1]:
+                plan = self.plan(slot, max_tokens, topk)
+                need = (
+                    plan.rows * w.d_model * item,
+                    plan.rows * w.d_sae_capacity * 4 if topk else 0,
+                    self._entry_bytes(slot, max_tokens, topk),
+                    plan.rows * clamps * 4,
+                )
+                sizes = [max(a, b) for a, b in zip(sizes, need)]
+                rows = max(rows, plan.rows)
+        # A threshold chunk uses no scores and a TopK chunk few entries: they share.
+        aligned = [-(-max(size, 16) // 256) * 256 for size in sizes]
+        self._x = torch.empty(aligned[0], dtype=torch.uint8, device=device)
+        self._scores = torch.empty(aligned[1], dtype=torch.uint8, device=device)
+        self._entries = torch.empty(aligned[2], dtype=torch.uint8, device=device)
+        self._coef = torch.empty(aligned[3], dtype=torch.uint8, device=device)
+        i32 = torch.int32
+        self.count = torch.zeros(1, dtype=i32, device=device)
+        self.tokens = torch.zeros(rows, dtype=i32, device=device)
+        self.nnz = torch.zeros(rows, dtype=i32, device=device)
+        self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
+        if self.nbytes > LIMIT_BYTES:
+            raise ValueError(
+                f"steering workspace: {self.nbytes} bytes, at most {LIMIT_BYTES}"
+            )
+
+    @staticmethod
+    def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
+        """The chunks in which a step of `tokens` tokens passes through `slot`."""
+        w = slot.weights
+        return plan_chunks(
+            tokens,
+            w.d_model,
+            w.d_sae_capacity,
+            slot.full.max_clamps,
+            w.W_enc.element_size(),
+            topk,
+        )
+
+    @classmethod
+    def _entry_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
+        """The most that the entries of any step of up to `max_tokens` take."""
+        sizes = [max_tokens, *(2**i for i in range(max_tokens.bit_length()))]
+        plans = [cls.plan(slot, tokens, topk) for tokens in sizes]
+        budget = max(plan.rows * plan.capacity for plan in plans) * ENTRY_BYTES
+        return budget
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes held."""
+        tensors = (
+            self._x,
+            self._scores,
+            self._entries,
+            self._coef,
+            self.count,
+            self.tokens,
+            self.nnz,
+            self.kth,
+        )
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def buffers(self, slot: SAESlot, tokens: int, topk: bool) -> StageBuffers:
+        """Views for `slot` and a step of `tokens` tokens; allocates nothing."""
+        w = slot.weights
+        plan = self.plan(slot, tokens, topk)
+        fit = self._entries.numel() // (ENTRY_BYTES * plan.rows)
+        if plan.capacity > fit:
+            plan = ChunkPlan(plan.rows, plan.num_chunks, fit)
+
+        def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return arena.view(dtype)[: shape[0] * shape[1]].view(shape)
+
+        scores_shape = (plan.rows, w.d_sae_capacity) if topk else (1, 1)
+        return StageBuffers(
+            plan,
+            view(self._x, w.W_enc.dtype, plan.rows, w.d_model),
+            view(self._scores, torch.float32, *scores_shape),
+            view(self._entries, torch.int64, plan.rows, plan.capacity),
+            view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
+        )

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three tiers in plain PyTorch: the definition, and what runs on a CPU.
+
+Everything is computed for the active tokens of a step only, in float32 (float64
+where the caller passes float64 weights, as the oracle does), and rounded once to the
+model's dtype. Weights are read in slices, so that no full-width float32 copy of a
+half-precision weight ever exists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_state import (
+    ONLY_IF_ACTIVE,
+    ClampKind,
+    ClampTable,
+    MetaField,
+    SAESlot,
+    SAEWeights,
+    StepState,
+    VectorSlot,
+)
+
+FEATURE_SLICE = 8192
+TOKEN_SLICE = 512
+
+
+def _compute_dtype(weights: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weights.dtype, torch.float32)
+
+
+def encode(weights: SAEWeights, x: torch.Tensor) -> torch.Tensor:
+    """Feature activations `f [n, F]` of `x [n, D]`: `act(x W_enc^T + b_enc)`."""
+    dtype = _compute_dtype(weights.W_enc)
+    n, capacity = x.shape[0], weights.d_sae_capacity
+    pre = torch.empty(n, capacity, dtype=dtype, device=x.device)
+    for start in range(0, capacity, FEATURE_SLICE):
+        part = slice(start, start + FEATURE_SLICE)
+        pre[:, part] = x @ weights.W_enc[part].to(dtype).T + weights.b_enc[part]
+    if int(weights.meta[MetaField.USES_TOPK]):
+        return _top_k(weights, pre)
+    return torch.where(pre > weights.threshold.clamp(min=0), pre, 0.0)
+
+
+def _top_k(weights: SAEWeights, pre: torch.Tensor) -> torch.Tensor:
+    """Keep the k largest of each row, ties to the lowest index."""
+    k = int(weights.meta[MetaField.K])
+    best = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    kept = pre.gather(1, best)
+    if int(weights.meta[MetaField.TOPK_RELU]):
+        kept = kept.clamp(min=0)
+    return torch.zeros_like(pre).scatter_(1, best, kept)
+
+
+def encode_features(
+    weights: SAEWeights, x: torch.Tensor, features: torch.Tensor
+) -> torch.Tensor:
+    """`f [n, U]` of the given features only; threshold activations."""
+    dtype = _compute_dtype(weights.W_enc)
+    pre = x @ weights.W_enc[features].to(dtype).T + weights.b_enc[features]
+    return torch.where(pre > weights.threshold[features].clamp(min=0), pre, 0.0)
+
+
+def clamp_changes(
+    table: ClampTable, rows: torch.Tensor, active: torch.Tensor
+) -> torch.Tensor:
+    """`g_c - f_c` of every clamp of every token, zero past the row's count.
+
+    Args:
+        rows: int64 `[n]`, each token's row.
+        active: `[n, K]`, activation `f_c` of each clamp's feature.
+    """
+    code, value = table.code[rows], table.value[rows]
+    kind = code & (ONLY_IF_ACTIVE - 1)
+    target = torch.where(kind == ClampKind.ABSOLUTE, value.to(active.dtype), active)
+    target = torch.where(kind == ClampKind.ADDITIVE, active + value, target)
+    target = torch.where(kind == ClampKind.SCALE, active * value, target)
+    skipped = ((code & ONLY_IF_ACTIVE) != 0) & (active == 0)
+    place = torch.arange(table.max_clamps, device=rows.device)
+    used = (place < table.count[rows].unsqueeze(1)) & ~skipped
+    return torch.where(used, target - active, 0.0)
+
+
+def select_tokens(
+    table: ClampTable,
+    index: torch.Tensor,
+    step: StepState,
+    weights: SAEWeights | None = None,
+) -> torch.Tensor:
+    """int64 ids of the tokens that the table's tier edits here, bypass applied."""
+    active = table.active[index.long()] != 0
+    if weights is not None:
+        mask = weights.meta[MetaField.SKIP_MASK]
+        active &= (step.flags[: index.shape[0]] & mask) == 0
+    return active.nonzero().squeeze(1)
+
+
+def within_norm(weights: SAEWeights, x: torch.Tensor) -> torch.Tensor:
+    """bool `[n]`: the norm guard's verdict on `x [n, D]`."""
+    return ~(x.norm(dim=1) > weights.norm_limit)
+
+
+def gather_stream(
+    tokens: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """The residual stream of the tokens, in the model's dtype."""
+    if residual is None:
+        return hidden[tokens]
+    return hidden[tokens] + residual[tokens]
+
+
+def write_stream(
+    tokens: torch.Tensor,
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """Write the edited stream back exactly; the one rounding."""
+    if residual is None:
+        hidden[tokens] = x.to(hidden.dtype)
+        return
+    residual[tokens] = x.to(residual.dtype)
+    hidden[tokens] = 0
+
+
+def _sae_tokens(
+    slot: SAESlot,
+    table: ClampTable,
+    tier: Tier,
+    step: StepState,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Slices of (tokens, rows, stream) that an SAE tier edits."""
+    index = step.index[tier, : hidden.shape[0]]
+    tokens = select_tokens(table, index, step, slot.weights)
+    dtype = _compute_dtype(slot.weights.W_enc)
+    slices = []
+    for part in tokens.split(TOKEN_SLICE):
+        x = gather_stream(part, hidden, residual).to(dtype)
+        keep = within_norm(slot.weights, x)
+        if not keep.all():
+            part, x = part[keep], x[keep]
+        if part.numel():
+            slices.append((part, index[part].long(), x))
+    return slices
+
+
+def full_reconstruction(
+    slot: SAESlot,
+    step: StepState,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """`x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]`, in place."""
+    weights, table = slot.weights, slot.full
+    dtype = _compute_dtype(weights.W_dec)
+    for tokens, rows, x in _sae_tokens(slot, table, Tier.FULL, step, hidden, residual):
+        acts = encode(weights, x)
+        features = table.feature[rows].long()
+        changes = clamp_changes(table, rows, acts.gather(1, features))
+        acts.scatter_add_(1, features, changes)
+        out = weights.b_dec.to(dtype).expand(x.shape).clone()
+        for start in range(0, weights.d_sae_capacity, FEATURE_SLICE):
+            part = slice(start, start + FEATURE_SLICE)
+            out += acts[:, part] @ weights.W_dec[part].to(dtype)
+        write_stream(tokens, out, hidden, residual)
+
+
+def sae_clamp(
+    slot: SAESlot,
+    step: StepState,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """`x' = x + sum_c (g_c - f_c) W_dec[c]`, in place.
+
+    A threshold activation reads only the clamped features' encoder rows; TopK needs
+    every pre-activation.
+    """
+    weights, table = slot.weights, slot.delta
+    dtype = _compute_dtype(weights.W_dec)
+    for tokens, rows, x in _sae_tokens(slot, table, Tier.DELTA, step, hidden, residual):
+        used, place = table.feature[rows].long().unique(return_inverse=True)
+        if int(weights.meta[MetaField.USES_TOPK]):
+            acts = encode(weights, x)[:, used]
+        else:
+            acts = encode_features(weights, x, used)
+        changes = clamp_changes(table, rows, acts.gather(1, place))
+        coefficients = torch.zeros_like(acts).scatter_add_(1, place, changes)
+        out = x + coefficients @ weights.W_dec[used].to(dtype)
+        write_stream(tokens, out, hidden, residual)
+
+
+def steering_vectors(
+    slot: VectorSlot,
+    step: StepState,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """`x' = x + sum_m scale_m v_m`, in place."""
+    table = slot.table
+    index = step.index[Tier.ADDITIVE, : hidden.shape[0]]
+    tokens = select_tokens(table, index, step)
+    if not tokens.numel():
+        return
+    rows = index[tokens].long()
+    x = gather_stream(tokens, hidden, residual).to(slot.directions.dtype)
+    features = table.feature[rows].long()
+    none = torch.zeros(features.shape, dtype=x.dtype, device=x.device)
+    coefficients = none.new_zeros(x.shape[0], slot.directions.shape[0])
+    coefficients.scatter_add_(1, features, clamp_changes(table, rows, none))
+    write_stream(tokens, x + coefficients @ slot.directions, hidden, residual)
+
+
+class ReferenceBackend:
+    """The tiers on a CPU (see `SteeringBackend`)."""
+
+    def __init__(self, step: StepState):
+        self.step = step
+
+    def full_reconstruction(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        full_reconstruction(slot, self.step, hidden, residual)
+
+    def sae_clamp(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        sae_clamp(slot, self.step, hidden, residual)
+
+    def steering_vectors(
+        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        steering_vectors(slot, self.step, hidden, residual)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors that steering works with: clamp rows, SAE weights, the step's index.
+
+Data's way: spec -> row -> per-token index -> op. A request's specs become one *row*
+of the tables below; `StepState.index` says for every token of the step which row it
+has (0: none); the ops of the three tiers read both on the device. The same clamp
+row serves every tier: directions times per-row coefficients.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import nn
+
+from vllm.config.steering import Activation, SiteInfo, Tier
+
+
+class ClampKind(IntEnum):
+    """How a clamp turns a feature's activation `f` into `g` (low bits of a code).
+
+    absolute: `g = value`; additive: `g = f + value`; scale: `g = f * value`.
+    """
+
+    ABSOLUTE = 0
+    ADDITIVE = 1
+    SCALE = 2
+
+
+# Flag of a clamp code: the clamp acts only where the feature is active (f != 0).
+ONLY_IF_ACTIVE = 4
+
+
+class MetaField(IntEnum):
+    """Columns of `SAEWeights.meta`: what a kernel must read as data, because a module
+    may be replaced under a captured graph."""
+
+    D_SAE = 0
+    USES_TOPK = 1
+    K = 2
+    TOPK_RELU = 3
+    SKIP_MASK = 4
+
+
+class ClampTable(nn.Module):
+    """Clamp rows of one module at one site for one tier.
+
+    One int32 buffer `packed [R, 2 + 3K]` holds them, so that a changed row is one
+    copy; the attributes are views into it. Row 0 is all zeros: not steered.
+
+    Attributes:
+        active: int32 `[R]`, 1 where the row edits at this site.
+        count: int32 `[R]`, clamps in the row, 0..K.
+        feature: int32 `[R, K]`, direction index of each clamp.
+        code: int32 `[R, K]`, `ClampKind` plus `ONLY_IF_ACTIVE`.
+        value: float32 `[R, K]`, in the module's native units.
+    """
+
+    packed: torch.Tensor
+
+    def __init__(self, num_rows: int, max_clamps: int, device: torch.device):
+        super().__init__()
+        self.num_rows = num_rows
+        self.max_clamps = max_clamps
+        width = 2 + 3 * max_clamps
+        self.register_buffer(
+            "packed",
+            torch.zeros(num_rows, width, dtype=torch.int32, device=device),
+            persistent=False,
+        )
+
+    @property
+    def active(self) -> torch.Tensor:
+        return self.packed[:, 0]
+
+    @property
+    def count(self) -> torch.Tensor:
+        return self.packed[:, 1]
+
+    @property
+    def feature(self) -> torch.Tensor:
+        return self.packed[:, 2 : 2 + self.max_clamps]
+
+    @property
+    def code(self) -> torch.Tensor:
+        return self.packed[:, 2 + self.max_clamps : 2 + 2 * self.max_clamps]
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.packed[:, 2 + 2 * self.max_clamps :].view(torch.float32)
+
+
+class SAEWeights(nn.Module):
+    """One canonical SAE: `p = x W_enc^T + b_enc`, `f = act(p)`, `x' = f W_dec + b_dec`.
+
+    Buffers (F is the slot's capacity; features past `d_sae` can never fire):
+        W_enc, W_dec: `[F, D]` in the model's dtype, rows are features.
+        b_enc, threshold: float32 `[F]`; `f = p` where `p > max(threshold, 0)`.
+        b_dec: float32 `[D]`.
+        meta: int32, columns of `MetaField`.
+        norm_limit: float32 `[1]`; a token with a larger L2 norm is left untouched
+            (infinity: no limit).
+
+    TopK keeps the k largest `p` (ties: lowest index), clipped at zero if TOPK_RELU;
+    its threshold is unused.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    threshold: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+    meta: torch.Tensor
+    norm_limit: torch.Tensor
+
+    def __init__(
+        self, d_sae: int, d_model: int, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__()
+        self.d_sae_capacity = d_sae
+        self.d_model = d_model
+        f32 = torch.float32
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "W_enc": ((d_sae, d_model), dtype),
+            "b_enc": ((d_sae,), f32),
+            "threshold": ((d_sae,), f32),
+            "W_dec": ((d_sae, d_model), dtype),
+            "b_dec": ((d_model,), f32),
+            "meta": ((len(MetaField),), torch.int32),
+            "norm_limit": ((1,), f32),
+        }
+        for name, (shape, kind) in shapes.items():
+            tensor = torch.zeros(shape, dtype=kind, device=device)
+            self.register_buffer(name, tensor, persistent=False)
+        self.clear()
+
+    def clear(self) -> None:
+        """Make every feature silent: an empty slot edits nothing it could emit."""
+        for tensor in (self.W_enc, self.W_dec, self.b_dec, self.meta):
+            tensor.zero_()
+        self.b_enc.fill_(float("-inf"))
+        self.threshold.fill_(float("inf"))
+        self.norm_limit.fill_(float("inf"))
+
+    def set_meta(
+        self, site: SiteInfo, skip_mask: int, norm_limit: float | None
+    ) -> None:
+        """Write the site's scalars, once the weights are in place."""
+        meta = [0] * len(MetaField)
+        meta[MetaField.D_SAE] = site.d_sae
+        meta[MetaField.USES_TOPK] = int(site.activation is Activation.TOPK)
+        meta[MetaField.K] = site.k or 0
+        meta[MetaField.TOPK_RELU] = int(site.topk_relu)
+        meta[MetaField.SKIP_MASK] = skip_mask
+        self.meta.copy_(torch.tensor(meta, dtype=torch.int32))
+        self.norm_limit.fill_(float("inf") if norm_limit is None else norm_limit)
+
+
+class StepState(nn.Module):
+    """What the runner writes before each forward; shared by all sites of a worker.
+
+    Attributes:
+        index: int32 `[3, max_tokens]`, the row of every token per `Tier`; padded
+            tokens have row 0.
+        flags: int32 `[max_tokens]`, bit b set where the token's id is in skip set b.
+        skip_bits: int32 `[vocab_size]`, the flag word of every token id.
+    """
+
+    index: torch.Tensor
+    flags: torch.Tensor
+    skip_bits: torch.Tensor
+
+    def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
+        super().__init__()
+        self.max_tokens = max_tokens
+        bits = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+        self.register_buffer("skip_bits", bits, persistent=False)
+        index = torch.zeros(len(Tier), max_tokens, dtype=torch.int32, device=device)
+        self.register_buffer("index", index, persistent=False)
+        flags = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.register_buffer("flags", flags, persistent=False)
+
+
+class SAESlot(nn.Module):
+    """One SAE at one site, with its rows for the delta and full tiers.
+
+    `activations` lists the kinds of module that the slot may ever hold; a slot with
+    TopK and a threshold activation decides by `meta` on the device.
+    """
+
+    def __init__(
+        self,
+        weights: SAEWeights,
+        num_rows: int,
+        max_clamps: int,
+        activations: frozenset[Activation],
+    ):
+        super().__init__()
+        self.weights = weights
+        self.activations = activations
+        device = weights.W_enc.device
+        self.delta = ClampTable(num_rows, max_clamps, device)
+        self.full = ClampTable(num_rows, max_clamps, device)
+
+
+class VectorSlot(nn.Module):
+    """The steering vectors of one site, stacked; a row is a list of additive clamps.
+
+    `directions` is float32 `[V, D]`, one vector module's row each.
+    """
+
+    directions: torch.Tensor
+
+    def __init__(
+        self,
+        capacity: int,
+        d_model: int,
+        num_rows: int,
+        max_clamps: int,
+        device: torch.device,
+    ):
+        super().__init__()
+        directions = torch.zeros(capacity, d_model, device=device)
+        self.register_buffer("directions", directions, persistent=False)
+        self.table = ClampTable(num_rows, max_clamps, device)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file formats of SAEs and steering vectors, one small module each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from vllm.config.steering import HookPoint
+from vllm.model_executor.model_loader.sae_formats import (
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    native,
+    sae_lens,
+    sparsify,
+    torch_files,
+    vectors,
+)
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    LayoutError,
+    Location,
+    ModuleLayout,
+    SAELayout,
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file format: how it is recognised and how its layout is read."""
+
+    name: str
+    files: str
+    matches: Callable[[Location], bool]
+    read: Callable[[Location], ModuleLayout]
+
+
+# In order: the first that matches reads the module.
+FORMATS = (
+    Format("native", "manifest.json and safetensors", native.matches, native.read),
+    Format(
+        "sae_lens",
+        f"{sae_lens.CONFIG} and {sae_lens.WEIGHTS}",
+        sae_lens.matches,
+        sae_lens.read,
+    ),
+    Format(
+        "gemma_scope",
+        gemma_scope.NPZ,
+        gemma_scope.matches_npz,
+        gemma_scope.read_npz,
+    ),
+    Format(
+        "gemma_scope_2",
+        f"{gemma_scope.SAFETENSORS} and {gemma_scope.CONFIG}",
+        gemma_scope.matches_safetensors,
+        gemma_scope.read_safetensors,
+    ),
+    Format(
+        "llama_scope",
+        f"{llama_scope.CONFIG} and {llama_scope.WEIGHTS}",
+        llama_scope.matches,
+        llama_scope.read,
+    ),
+    Format(
+        "sparsify",
+        f"{sparsify.CONFIG} and {sparsify.WEIGHTS}",
+        sparsify.matches,
+        sparsify.read,
+    ),
+    Format(
+        "dictionary_learning",
+        f"{dictionary_learning.CONFIG} and {dictionary_learning.WEIGHTS}",
+        dictionary_learning.matches,
+        dictionary_learning.read,
+    ),
+    Format(
+        "qwen_scope",
+        "layerN.sae.pt files",
+        torch_files.matches_qwen,
+        torch_files.read_qwen,
+    ),
+    Format(
+        "goodfire",
+        "one .pt or .pth file",
+        torch_files.matches_goodfire,
+        torch_files.read_goodfire,
+    ),
+    Format(
+        "vectors",
+        "a .safetensors file of steering vectors",
+        vectors.matches_safetensors,
+        vectors.read_safetensors,
+    ),
+    Format(
+        "control_vector",
+        "a .gguf control vector",
+        vectors.matches_gguf,
+        vectors.read_gguf,
+    ),
+)
+
+
+def recognise(location: Location) -> Format:
+    """The format of the files at a location, or of all its subdirectories.
+
+    Raises:
+        LayoutError: no known format; lists the known ones and what was found.
+    """
+    for candidate in FORMATS:
+        if candidate.matches(location):
+            return candidate
+    for candidate in FORMATS:
+        if _children(candidate, location):
+            return candidate
+    known = "; ".join(f"{f.name} ({f.files})" for f in FORMATS)
+    raise LayoutError(
+        f"no known format: found {location.listing()}; expected one of: {known}"
+    )
+
+
+def _children(fmt: Format, location: Location) -> list[Location]:
+    """The subdirectories that hold a one-site module of this format, by name."""
+    if not location.root.is_dir():
+        return []
+    paths = sorted(path for path in location.root.iterdir() if path.is_dir())
+    children = (
+        Location(path, f"{location.origin.rstrip('/')}/{path.name}") for path in paths
+    )
+    return [child for child in children if fmt.matches(child)]
+
+
+def read_layout(fmt: Format, location: Location) -> ModuleLayout:
+    """The layout of a module: of its files, or of its subdirectories together.
+
+    Raises:
+        LayoutError: as the format's reader; or two subdirectories for one site.
+    """
+    if fmt.matches(location):
+        return fmt.read(location)
+    entries: dict[tuple[int, HookPoint], SAELayout] = {}
+    for child in _children(fmt, location):
+        name = child.root.name
+        try:
+            layout = fmt.read(child)
+        except LayoutError as error:
+            raise LayoutError(f"{name}/{error}") from error
+        for entry in layout.sites:
+            key = (entry.site.layer, entry.site.hook)
+            if key in entries:
+                raise LayoutError(
+                    f"{name}: {entry.site.name} is also in {entries[key].file}; give "
+                    "the path of one subdirectory"
+                )
+            assert isinstance(entry, SAELayout)
+            entries[key] = replace(entry, file=f"{name}/{entry.file}")
+    sites = [entries[key] for key in sorted(entries, key=lambda k: (k[0], k[1].value))]
+    return ModuleLayout(kind="sae", sites=tuple(sites))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dictionary_learning: `config.json` and `ae.pt`, one entry per dictionary class.
+
+Linear layers store the encoder as `[F, D]` and the decoder as `[D, F]`; the classes
+with plain parameters store them as `[D, F]` and `[F, D]`. All but JumpReLU and
+AutoEncoderNew encode `x - b_dec`.
+Source: https://github.com/saprmarks/dictionary_learning
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vllm.config.steering import HOOK_ALIASES, Activation, HookPoint, SiteInfo
+from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    Fields,
+    Gate,
+    Location,
+    Matrix,
+    ModuleLayout,
+    SAELayout,
+    read_json,
+)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+
+CONFIG = "config.json"
+WEIGHTS = "ae.pt"
+
+
+@dataclass(frozen=True)
+class _DictClass:
+    activation: Activation
+    W_enc: Matrix
+    W_dec: Matrix
+    b_enc: str | None
+    b_dec: str
+    threshold: str | None = None
+    gate: Gate | None = None
+    subtract_b_dec: bool = True
+
+
+_LINEAR = (Matrix("encoder.weight"), Matrix("decoder.weight", features_last=True))
+_PLAIN = (Matrix("W_enc", features_last=True), Matrix("W_dec"))
+CLASSES = {
+    "AutoEncoder": _DictClass(Activation.RELU, *_LINEAR, "encoder.bias", "bias"),
+    "AutoEncoderNew": _DictClass(
+        Activation.RELU, *_LINEAR, "encoder.bias", "decoder.bias", subtract_b_dec=False
+    ),
+    "AutoEncoderTopK": _DictClass(Activation.TOPK, *_LINEAR, "encoder.bias", "b_dec"),
+    "BatchTopKSAE": _DictClass(
+        Activation.JUMPRELU, *_LINEAR, "encoder.bias", "b_dec", "threshold"
+    ),
+    "MatryoshkaBatchTopKSAE": _DictClass(
+        Activation.JUMPRELU, *_PLAIN, "b_enc", "b_dec", "threshold"
+    ),
+    "GatedAutoEncoder": _DictClass(
+        Activation.JUMPRELU,
+        *_LINEAR,
+        None,
+        "decoder_bias",
+        gate=Gate("r_mag", "mag_bias", "gate_bias"),
+    ),
+    "JumpReluAutoEncoder": _DictClass(
+        Activation.JUMPRELU,
+        *_PLAIN,
+        "b_enc",
+        "b_dec",
+        "threshold",
+        subtract_b_dec=False,
+    ),
+}
+
+
+def matches(location: Location) -> bool:
+    return location.has(CONFIG, WEIGHTS)
+
+
+def read(location: Location) -> ModuleLayout:
+    """Layout of a dictionary_learning directory."""
+    config = Fields(read_json(location.root / CONFIG), CONFIG)
+    trainer = config.sub("trainer")
+    name = trainer.text("dict_class")
+    if name not in CLASSES:
+        raise trainer.fail("dict_class", f"one of {', '.join(CLASSES)}")
+    kind = CLASSES[name]
+    stated = None if location.given else _site(config, trainer)
+    layer, hook = location.site(stated, f"{CONFIG}: trainer: layer")
+    with open_tensors(location.root / WEIGHTS) as tensors:
+        F, D = matrix_shape(tensors, kind.W_dec)
+    for key, size in (("dict_size", F), ("activation_dim", D)):
+        if trainer.integer(key, 1, size) != size:
+            raise trainer.fail(key, f"{size}, which {WEIGHTS} has for its decoder")
+    k = None
+    if kind.activation is Activation.TOPK and (k := trainer.need_integer("k", 1)) > F:
+        raise trainer.fail("k", f"at most {F}")
+    layout = SAELayout(
+        site=SiteInfo(layer, hook, D, F, kind.activation, k),
+        file=WEIGHTS,
+        W_enc=kind.W_enc,
+        W_dec=kind.W_dec,
+        b_enc=kind.b_enc,
+        b_dec=kind.b_dec,
+        threshold=kind.threshold,
+        gate=kind.gate,
+        subtract_b_dec=kind.subtract_b_dec,
+    )
+    model = trainer.text("lm_name")
+    return ModuleLayout(kind="sae", sites=(layout,), model=model)
+
+
+def _site(config: Fields, trainer: Fields) -> tuple[int, HookPoint] | None:
+    """Layer and hook; without a submodule name, a layer's SAE is on its output."""
+    layer = trainer.integer("layer")
+    if layer is None:
+        return None
+    buffer = config.sub("buffer")
+    if buffer.text("io") not in (None, "out"):
+        raise buffer.fail("io", 'out, or sites=["pre_attn.LAYER"] to name the site')
+    submodule = trainer.text("submodule_name")
+    if submodule is None:
+        return layer, HookPoint.POST_BLOCK
+    match = re.match(r"(resid_(?:pre|mid|post))_layer_[0-9]+", submodule)
+    if match is None:
+        raise trainer.fail(
+            "submodule_name", "one of the residual stream, such as resid_post_layer_5"
+        )
+    return layer, HOOK_ALIASES[match[1]]

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a site's tensors by their headers, and fold them into the canonical SAE.
+
+The fold streams: a chunk of features at a time goes to the device in its stored
+dtype, becomes fp32 there, and is written into the site's buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    LayoutError,
+    Matrix,
+    SAELayout,
+    VectorLayout,
+)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import (
+    TensorFile,
+    read_slice,
+)
+
+# One fp32 chunk; several of them are alive at a time.
+CHUNK_BYTES = 8 << 20
+
+Progress = Callable[[int], None]
+
+
+def _info_of(tensors: TensorFile, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a tensor that must be there and be floating."""
+    info = tensors.infos.get(name)
+    if info is None:
+        found = ", ".join(sorted(tensors.infos)[:12]) or "nothing"
+        raise LayoutError(
+            f"{tensors.label}: {name}: expected a tensor, found none (has {found})"
+        )
+    if info.dtype is None:
+        raise LayoutError(
+            f"{tensors.label}: {name}: expected a floating dtype (float64, float32, "
+            f"float16, bfloat16), found {info.stored_as}"
+        )
+    return info.shape, info.dtype
+
+
+def matrix_shape(tensors: TensorFile, matrix: Matrix) -> tuple[int, int]:
+    """`(F, D)` of a stored matrix, whichever way round it is stored.
+
+    Raises:
+        LayoutError: missing, not floating, or not a matrix.
+    """
+    shape, _ = _info_of(tensors, matrix.name)
+    if len(shape) != 2 or 0 in shape:
+        raise LayoutError(
+            f"{tensors.label}: {matrix.name}: expected a matrix, found shape "
+            f"{list(shape)}"
+        )
+    return (shape[1], shape[0]) if matrix.features_last else (shape[0], shape[1])
+
+
+def _expect(
+    tensors: TensorFile, name: str, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    found, _ = _info_of(tensors, name)
+    if found not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise LayoutError(
+            f"{tensors.label}: {name}: expected shape {expected}, found {list(found)}"
+        )
+
+
+def check_sae(layout: SAELayout, tensors: TensorFile) -> None:
+    """Hold every tensor's header against the layout.
+
+    Raises:
+        LayoutError: naming file, tensor, what was expected and what was found.
+    """
+    F, D = layout.site.d_sae, layout.site.d_model
+    for matrix in (layout.W_enc, layout.W_dec):
+        _info_of(tensors, matrix.name)
+        _expect(tensors, matrix.name, ((D, F) if matrix.features_last else (F, D),))
+    gate = layout.gate
+    encoder_biases = (gate.r_mag, gate.b_mag, gate.b_gate) if gate else (layout.b_enc,)
+    for name in encoder_biases:
+        if name is not None:
+            _expect(tensors, name, ((F,),))
+    if layout.b_dec is not None:
+        _expect(tensors, layout.b_dec, ((D,),))
+    if isinstance(layout.threshold, str):
+        _expect(tensors, layout.threshold, ((F,), (1,), ()))
+
+
+def check_vector(layout: VectorLayout, tensors: TensorFile) -> None:
+    """As `check_sae`, for a steering vector `[D]`."""
+    _expect(tensors, layout.tensor, ((layout.site.d_model,),))
+
+
+def sae_bytes(layout: SAELayout, tensors: TensorFile) -> int:
+    """Bytes of the two matrices, for the progress bar."""
+    return sum(
+        matrix_shape(tensors, m)[0] * layout.site.d_model * _itemsize(tensors, m)
+        for m in (layout.W_enc, layout.W_dec)
+    )
+
+
+def _itemsize(tensors: TensorFile, matrix: Matrix) -> int:
+    return _info_of(tensors, matrix.name)[1].itemsize
+
+
+def read_vector(tensors: TensorFile, name: str) -> torch.Tensor:
+    """A small tensor, whole, in fp32 on the CPU; a scalar becomes `[1]`.
+
+    Raises:
+        LayoutError: it holds a NaN or an infinity.
+    """
+    shape, _ = _info_of(tensors, name)
+    value = read_slice(tensors, name, 0, shape[0] if shape else 1).reshape(-1)
+    value = value.to(torch.float32, copy=True)
+    _check_finite(value, f"{tensors.label}: {name}")
+    return value
+
+
+def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
+    if not bool(torch.isfinite(value).all()):
+        where = ""
+        if value.dim() == 2:
+            bad = (~torch.isfinite(value)).any(dim=1).to(torch.uint8).argmax()
+            where = f" in the row of feature {first_row + int(bad)}"
+        raise LayoutError(
+            f"{what}: expected finite values in {value.dtype}, found NaN or infinity"
+            f"{where}"
+        )
+
+
+def _chunks(
+    tensors: TensorFile, matrix: Matrix, d_model: int, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Feature ranges of a matrix as fp32 `[f, D]` on the device."""
+    n, _ = matrix_shape(tensors, matrix)
+    step = max(1, CHUNK_BYTES // (4 * d_model))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        part = read_slice(
+            tensors, matrix.name, rows.start, rows.stop, int(matrix.features_last)
+        )
+        part = part.to(device)
+        if matrix.features_last:
+            part = part.T
+        # `copy` because the reader may hand out a view of a mapped file.
+        yield rows, part.to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def fold_sae(
+    layout: SAELayout, tensors: TensorFile, into: SAEWeights, progress: Progress
+) -> None:
+    """Write the canonical SAE of a checked layout into a site's buffers.
+
+    Features past `d_sae` are left as they are. `progress` is told the stored bytes
+    read. Where `b_dec` is subtracted, the fold uses the encoder as `into` stores it,
+    so that rounding `W_enc` acts on `x - b_dec` as it does in the SAE itself.
+
+    Raises:
+        LayoutError: a NaN or infinity, also one made by rounding to `into`'s dtype.
+    """
+    F, D = layout.site.d_sae, layout.site.d_model
+    device = into.W_enc.device
+
+    def small(name: str | None, size: int, default: float = 0.0) -> torch.Tensor:
+        if name is None:
+            return torch.full((size,), default, device=device)
+        return read_vector(tensors, name).to(device).expand(size).clone()
+
+    b_dec = small(layout.b_dec, D)
+    into.b_dec.copy_(b_dec * layout.b_dec_scale)
+    _check_finite(into.b_dec, f"{tensors.label}: {layout.b_dec}")
+
+    norms = torch.ones(F, device=device)
+    for rows, W in _chunks(tensors, layout.W_dec, D, device):
+        W *= layout.W_dec_scale
+        if layout.unit_decoder_rows:
+            # A dead feature may have a zero row; it then contributes nothing.
+            norms[rows] = torch.linalg.vector_norm(W, dim=1)
+            W /= norms[rows, None].clamp(min=1e-8)
+        into.W_dec[rows].copy_(W)
+        what = f"{tensors.label}: {layout.W_dec.name}"
+        _check_finite(into.W_dec[rows], what, rows.start)
+        progress(W.numel() * _itemsize(tensors, layout.W_dec))
+
+    row_scale = norms * layout.W_enc_scale
+    if layout.gate is not None:
+        gain = small(layout.gate.r_mag, F).exp()
+        row_scale *= gain
+        b_enc = small(layout.gate.b_mag, F)
+        threshold = (b_enc - gain * small(layout.gate.b_gate, F)).clamp(min=0)
+    else:
+        b_enc = small(layout.b_enc, F)
+        threshold = _threshold(layout, small, F, device)
+    b_enc *= norms * layout.b_enc_scale
+    for rows, W in _chunks(tensors, layout.W_enc, D, device):
+        W *= row_scale[rows, None]
+        into.W_enc[rows].copy_(W)
+        stored = into.W_enc[rows]
+        _check_finite(stored, f"{tensors.label}: {layout.W_enc.name}", rows.start)
+        if layout.subtract_b_dec:
+            W.copy_(stored)
+            b_enc[rows] -= W @ into.b_dec
+        progress(W.numel() * _itemsize(tensors, layout.W_enc))
+
+    for name, target, value in (
+        ("b_enc", into.b_enc, b_enc),
+        ("threshold", into.threshold, threshold),
+    ):
+        _check_finite(value, f"{tensors.label}: folded {name}")
+        target[:F].copy_(value)
+
+
+def _threshold(
+    layout: SAELayout,
+    small: Callable[[str | None, int, float], torch.Tensor],
+    d_sae: int,
+    device: torch.device,
+) -> torch.Tensor:
+    if isinstance(layout.threshold, str):
+        threshold = small(layout.threshold, d_sae, 0.0)
+    else:
+        threshold = torch.full((d_sae,), layout.threshold or 0.0, device=device)
+    if layout.threshold_is_log:
+        threshold = threshold.exp()
+    return threshold * layout.threshold_scale

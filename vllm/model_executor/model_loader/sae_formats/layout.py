@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a file format says about a module: sites, tensors and how they fold.
+
+A format reads configuration files and tensor headers and returns a `ModuleLayout`.
+The layout is plain data; `fold.py` turns it and the tensors into the canonical SAE.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vllm.config.steering import HOOK_ALIASES, HookPoint, ModuleKind, SiteInfo
+
+MAX_CONFIG_BYTES = 4 << 20
+MAX_INT32 = 2**31 - 1
+
+
+class LayoutError(ValueError):
+    """A module's files cannot be used. The message is one line, without the name."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a module's files are.
+
+    `root` is a directory or a single file; `origin` is the path as it was given,
+    which some formats take the layer from. `given` is the site that the operator
+    named, for files that do not say theirs.
+    """
+
+    root: Path
+    origin: str
+    given: tuple[int, HookPoint] | None = None
+
+    def has(self, *names: str) -> bool:
+        """Whether the root is a directory that holds all these files."""
+        return all((self.root / name).is_file() for name in names)
+
+    def site(
+        self, stated: tuple[int, HookPoint] | None, where: str
+    ) -> tuple[int, HookPoint]:
+        """The site that the files state, else the one that the operator named."""
+        if (site := stated or self.given) is None:
+            raise LayoutError(
+                f"{where}: expected a layer, found none; name the site, for example "
+                'sites=["post_block.20"]'
+            )
+        return site
+
+    def listing(self) -> str:
+        """What is there, for messages."""
+        if self.root.is_dir():
+            names = sorted(p.name for p in self.root.iterdir())
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            return f"a directory with {', '.join(names[:12]) or 'nothing'}{more}"
+        return f"the file {self.root.name}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored matrix; `features_last` says that it is `[D, F]`, not `[F, D]`."""
+
+    name: str
+    features_last: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Tensor names of a gated SAE's encoder, each `[F]` (arXiv:2404.16014)."""
+
+    r_mag: str
+    b_mag: str
+    b_gate: str
+
+
+@dataclass(frozen=True)
+class SAELayout:
+    """Where one site's tensors are, and the fold that makes them canonical.
+
+    With `W = W_enc_scale * W_enc` (rows times `exp(r_mag)` where gated) and
+    `W' = W_dec_scale * W_dec`, whose row norms are `n` if `unit_decoder_rows` else 1,
+    the canonical SAE is
+        W_enc = n W,  W_dec = W' / n,  b_dec = b_dec_scale * b_dec,
+        b_enc = n * b_enc_scale * b_enc - W_enc b_dec  (canonical W_enc and b_dec),
+    the last term only if `subtract_b_dec`: the encoder reads `x - b_dec`. `threshold`
+    (a tensor, one number, or its logarithm) applies to the canonical pre-activation
+    and is multiplied by `threshold_scale`.
+    """
+
+    site: SiteInfo
+    file: str
+    W_enc: Matrix
+    W_dec: Matrix
+    b_enc: str | None = "b_enc"
+    b_dec: str | None = "b_dec"
+    threshold: str | float | None = None
+    threshold_is_log: bool = False
+    gate: Gate | None = None
+    subtract_b_dec: bool = False
+    unit_decoder_rows: bool = False
+    W_enc_scale: float = 1.0
+    b_enc_scale: float = 1.0
+    W_dec_scale: float = 1.0
+    b_dec_scale: float = 1.0
+    threshold_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class VectorLayout:
+    """Where one site's steering vector `[D]` is."""
+
+    site: SiteInfo
+    file: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """All that the files of one module say.
+
+    `model` and `declared` (per site name: `fvu`, `l0`) are what the author claims;
+    they change nothing.
+    """
+
+    kind: ModuleKind
+    sites: tuple[SAELayout, ...] | tuple[VectorLayout, ...]
+    reference_norm: float | None = None
+    skip_token_ids: tuple[int, ...] | None = None
+    norm_guard: float | None = None
+    model: str | None = None
+    declared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file; anything else is a `LayoutError`."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise LayoutError(
+                f"{path.name}: expected at most {MAX_CONFIG_BYTES} bytes of JSON, "
+                f"found {path.stat().st_size}"
+            )
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LayoutError(f"{path.name}: cannot be read as JSON: {detail}") from error
+    if not isinstance(data, dict):
+        raise LayoutError(
+            f"{path.name}: expected a JSON object, found {type(data).__name__}"
+        )
+    return data
+
+
+class Fields:
+    """Typed reads from a parsed configuration, with the field's path in every error."""
+
+    def __init__(self, data: Mapping[str, Any], where: str):
+        self.data = data
+        self.where = where
+
+    def fail(self, key: str, expected: str) -> LayoutError:
+        """The error for `key`; it shows what was found."""
+        found = repr(self.data[key]) if key in self.data else "nothing"
+        if len(found) > 80:
+            found = found[:77] + "..."
+        return LayoutError(f"{self.where}: {key}: expected {expected}, found {found}")
+
+    def integer(
+        self, key: str, minimum: int = 0, default: int | None = None
+    ) -> int | None:
+        """An int of at least `minimum` (and an int32), or the default when absent."""
+        value = self.data.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or not minimum <= value <= MAX_INT32:
+            raise self.fail(key, f"an integer >= {minimum}")
+        return value
+
+    def need_integer(self, key: str, minimum: int = 0) -> int:
+        """As `integer`, but the field must be there."""
+        value = self.integer(key, minimum)
+        if value is None:
+            raise self.fail(key, f"an integer >= {minimum}")
+        return value
+
+    def number(self, key: str, positive: bool = True) -> float | None:
+        """A finite number (positive unless told otherwise), or None when absent."""
+        value = self.data.get(key)
+        if value is None:
+            return None
+        expected = "a finite positive number" if positive else "a finite number"
+        if type(value) not in (int, float):
+            raise self.fail(key, expected)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise self.fail(key, expected) from None
+        if not math.isfinite(number) or (positive and number <= 0):
+            raise self.fail(key, expected)
+        return number
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """A JSON boolean, or the default when absent."""
+        value = self.data.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.fail(key, "true or false")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A string, or None when absent."""
+        value = self.data.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.fail(key, "a string")
+        return value
+
+    def sub(self, key: str) -> Fields:
+        """A nested object; an absent one is empty."""
+        value = self.data.get(key)
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise self.fail(key, "an object")
+        return Fields(value, f"{self.where}: {key}")
+
+
+_TRANSFORMER_LENS = re.compile(r"blocks\.([0-9]{1,9})\.hook_(resid_(?:pre|mid|post))")
+_HF_BLOCK = re.compile(
+    r"(?:model\.|transformer\.|language_model\.)*(?:layers|h)\.([0-9]{1,9})"
+    r"(?:\.output)?"
+)
+
+
+def parse_site_name(text: str) -> tuple[int, HookPoint] | None:
+    """`(layer, hook)` from any of the names in use, or None.
+
+    Takes `20.post_block`, `post_block.20` and `layers.20.post_block` (aliases of the
+    hook included), `blocks.20.hook_resid_post`, and a Hugging Face block
+    (`model.layers.20`), whose output is `post_block`.
+    """
+    if match := _TRANSFORMER_LENS.fullmatch(text):
+        return int(match[1]), HOOK_ALIASES[match[2]]
+    if match := _HF_BLOCK.fullmatch(text):
+        return int(match[1]), HookPoint.POST_BLOCK
+    parts = text.removeprefix("layers.").split(".")
+    if len(parts) != 2:
+        return None
+    layer, hook = parts if parts[0].isdecimal() else parts[::-1]
+    if re.fullmatch(r"[0-9]{1,9}", layer) and hook in HOOK_ALIASES:
+        return int(layer), HOOK_ALIASES[hook]
+    return None
+
+
+def need_site(text: str, where: str) -> tuple[int, HookPoint]:
+    """As `parse_site_name`, but a name that is no residual-stream point is an error."""
+    if (site := parse_site_name(text)) is None:
+        raise LayoutError(
+            f"{where}: expected a point of the residual stream such as "
+            f"blocks.5.hook_resid_post (resid_pre, resid_mid, resid_post), "
+            f"found {text!r}"
+        )
+    return site
+
+
+def choose_sites(
+    layout: ModuleLayout, names: Sequence[str] | None, where: str
+) -> ModuleLayout:
+    """Apply the operator's list of sites: it renames a single site, else selects."""
+    if names is None:
+        return layout
+    wanted = [need_site(name, "sites") for name in names]
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise LayoutError(f"sites: expected distinct sites, found {list(names)!r}")
+    if len(layout.sites) == 1:
+        if len(wanted) != 1:
+            raise LayoutError(
+                f"sites: {where} holds one site, found {len(wanted)} in {list(names)!r}"
+            )
+        (layer, hook), only = wanted[0], layout.sites[0]
+        site = replace(only.site, layer=layer, hook=hook)
+        return replace(layout, sites=(replace(only, site=site),))
+    by_key = {(entry.site.layer, entry.site.hook): entry for entry in layout.sites}
+    for name, key in zip(names, wanted, strict=True):
+        if key not in by_key:
+            have = ", ".join(entry.site.name for entry in layout.sites)
+            raise LayoutError(f"sites: expected one of {have}, found {name!r}")
+    return replace(layout, sites=tuple(by_key[key] for key in wanted))

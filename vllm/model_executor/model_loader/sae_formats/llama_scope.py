@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama Scope: `hyperparams.json` and `checkpoints/final.safetensors`.
+
+Trained on activations scaled to norm sqrt(D): `s = sqrt(D) / average norm`. Folding
+both scales out leaves `W_enc` as it is, divides `b_enc` by the input scale and
+`b_dec` by the output scale, and multiplies `W_dec` by their ratio. The one threshold
+applies after that, to the pre-activation times the norm of the decoder row.
+`encoder.weight` is `[F, D]`, `decoder.weight` `[D, F]`.
+Source: arXiv:2410.20526, https://github.com/OpenMOSS/Language-Model-SAEs
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vllm.config.steering import Activation, SiteInfo
+from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    Fields,
+    LayoutError,
+    Location,
+    Matrix,
+    ModuleLayout,
+    SAELayout,
+    need_site,
+    read_json,
+)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+
+CONFIG = "hyperparams.json"
+WEIGHTS = "checkpoints/final.safetensors"
+
+
+def matches(location: Location) -> bool:
+    return location.has(CONFIG, WEIGHTS)
+
+
+def read(location: Location) -> ModuleLayout:
+    """Layout of a Llama Scope directory."""
+    config = Fields(read_json(location.root / CONFIG), CONFIG)
+    if config.boolean("use_glu_encoder", False):
+        raise config.fail("use_glu_encoder", "false (a GLU encoder does not fold)")
+    stated = None
+    hook = config.text("hook_point_in")
+    if config.text("hook_point_out") not in (None, hook):
+        raise config.fail("hook_point_out", f"{hook!r} (a transcoder is not an SAE)")
+    if hook is not None:
+        stated = need_site(hook, f"{CONFIG}: hook_point_in")
+    layer, hook_point = location.site(stated, f"{CONFIG}: hook_point_in")
+    with open_tensors(location.root / WEIGHTS) as tensors:
+        W_dec = Matrix("decoder.weight", features_last=True)
+        F, D = matrix_shape(tensors, W_dec)
+        for name in tensors.infos:
+            if name.startswith("encoder_glu"):
+                raise LayoutError(f"{WEIGHTS}: {name}: a GLU encoder does not fold")
+    for key, size in (("d_sae", F), ("d_model", D)):
+        if config.integer(key, 1, size) != size:
+            raise config.fail(key, f"{size}, which {WEIGHTS} has for decoder.weight")
+    activation, k, extra = _activation(config)
+    has_b_dec = config.boolean("use_decoder_bias", True)
+    layout = SAELayout(
+        site=SiteInfo(layer, hook_point, D, F, activation, k),
+        file=WEIGHTS,
+        W_enc=Matrix("encoder.weight"),
+        W_dec=W_dec,
+        b_enc="encoder.bias",
+        b_dec="decoder.bias" if has_b_dec else None,
+        subtract_b_dec=has_b_dec
+        and config.boolean("apply_decoder_bias_to_pre_encoder", False),
+        unit_decoder_rows=config.boolean("sparsity_include_decoder_norm", True),
+        **_scales(config, D),
+        **extra,
+    )
+    return ModuleLayout(kind="sae", sites=(layout,))
+
+
+def _activation(config: Fields) -> tuple[Activation, int | None, dict[str, Any]]:
+    function = config.text("act_fn") or "jumprelu"
+    if function == "relu":
+        return Activation.RELU, None, {}
+    if function == "topk":
+        return Activation.TOPK, config.need_integer("top_k", 1), {}
+    if function != "jumprelu":
+        raise config.fail("act_fn", "relu, jumprelu or topk")
+    threshold = config.number("jump_relu_threshold", positive=False)
+    if threshold is None:
+        raise config.fail("jump_relu_threshold", "a finite number")
+    return Activation.JUMPRELU, None, {"threshold": threshold}
+
+
+def _scales(config: Fields, d_model: int) -> dict[str, float]:
+    kind = config.text("norm_activation") or "dataset-wise"
+    if kind in ("none", "inference"):
+        return {}
+    if kind != "dataset-wise":
+        raise config.fail(
+            "norm_activation",
+            "dataset-wise, inference or none (per-token normalisation does not fold)",
+        )
+    norms = config.sub("dataset_average_activation_norm")
+    found = {key: norms.number(key) for key in ("in", "out")}
+    if found["in"] is None:
+        raise norms.fail("in", "a finite positive number")
+    s_in = math.sqrt(d_model) / found["in"]
+    s_out = math.sqrt(d_model) / (found["out"] or found["in"])
+    return {
+        "b_enc_scale": 1 / s_in,
+        "W_dec_scale": s_in / s_out,
+        "b_dec_scale": 1 / s_out,
+    }

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native directory: `manifest.json` and one safetensors file per site.
+
+Tensors are canonical already (`W_enc [F, D]`, `b_enc`, optional `threshold`,
+`W_dec [F, D]`, `b_dec`), so loading folds nothing and a round trip keeps every bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm.config.steering import HOOK_ALIASES, Activation, HookPoint, SiteInfo
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    Fields,
+    LayoutError,
+    Location,
+    Matrix,
+    ModuleLayout,
+    SAELayout,
+    read_json,
+)
+
+FORMAT = "vllm-sae"
+VERSION = 1
+MANIFEST = "manifest.json"
+_TENSORS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+_SITE_KEYS = frozenset(
+    [
+        "layer",
+        "hook",
+        "d_model",
+        "d_sae",
+        "activation",
+        "k",
+        "topk_relu",
+        "file",
+        "dtype",
+        "has_threshold",
+        "fvu",
+        "l0",
+    ]
+)
+_KEYS = frozenset(
+    [
+        "format",
+        "version",
+        "sites",
+        "reference_norm",
+        "skip_token_ids",
+        "norm_guard",
+        "model",
+    ]
+)
+
+
+def matches(location: Location) -> bool:
+    return location.has(MANIFEST)
+
+
+def read(location: Location) -> ModuleLayout:
+    """Layout of a native directory; every key of its manifest is checked."""
+    fields = Fields(read_json(location.root / MANIFEST), MANIFEST)
+    if fields.data.get("format") != FORMAT:
+        raise fields.fail("format", repr(FORMAT))
+    if fields.data.get("version") != VERSION:
+        raise fields.fail("version", str(VERSION))
+    _refuse_unknown(fields, _KEYS)
+    entries = fields.data.get("sites")
+    if not isinstance(entries, list) or not entries:
+        raise fields.fail("sites", "a list of at least one site")
+    sites: dict[tuple[int, HookPoint], SAELayout] = {}
+    declared: dict[str, dict[str, float]] = {}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise LayoutError(f"{MANIFEST}: sites[{i}]: expected an object")
+        where = Fields(entry, f"{MANIFEST}: sites[{i}]")
+        layout = _read_site(where)
+        key = (layout.site.layer, layout.site.hook)
+        if key in sites:
+            raise LayoutError(f"{where.where}: {layout.site.name} appears twice")
+        sites[key] = layout
+        claims = {name: where.number(name, positive=False) for name in ("fvu", "l0")}
+        declared[layout.site.name] = {k: v for k, v in claims.items() if v is not None}
+    skip = _read_skip_token_ids(fields)
+    return ModuleLayout(
+        kind="sae",
+        sites=tuple(sites.values()),
+        reference_norm=fields.number("reference_norm"),
+        skip_token_ids=skip,
+        norm_guard=fields.number("norm_guard"),
+        model=fields.text("model"),
+        declared=declared,
+    )
+
+
+def _refuse_unknown(fields: Fields, known: frozenset[str]) -> None:
+    if unknown := sorted(set(fields.data) - known):
+        raise LayoutError(
+            f"{fields.where}: {unknown[0]}: unknown key, expected one of "
+            f"{', '.join(sorted(known))}"
+        )
+
+
+def _read_skip_token_ids(fields: Fields) -> tuple[int, ...] | None:
+    ids = fields.data.get("skip_token_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+        raise fields.fail("skip_token_ids", "a list of token ids")
+    return tuple(ids)
+
+
+def _read_site(fields: Fields) -> SAELayout:
+    _refuse_unknown(fields, _SITE_KEYS)
+    hook = fields.text("hook")
+    if hook not in HOOK_ALIASES:
+        raise fields.fail("hook", f"one of {', '.join(HOOK_ALIASES)}")
+    activation = fields.text("activation")
+    if activation not in [a.value for a in Activation]:
+        raise fields.fail("activation", f"one of {', '.join(Activation)}")
+    file = fields.text("file")
+    if file is None or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+        raise fields.fail("file", "a safetensors file name beside the manifest")
+    is_topk = activation == Activation.TOPK
+    site = SiteInfo(
+        layer=fields.need_integer("layer"),
+        hook=HOOK_ALIASES[hook],
+        d_model=fields.need_integer("d_model", 1),
+        d_sae=fields.need_integer("d_sae", 1),
+        activation=Activation(activation),
+        k=fields.need_integer("k", 1) if is_topk else None,
+        topk_relu=fields.boolean("topk_relu", True),
+    )
+    has_threshold = fields.boolean("has_threshold", activation == Activation.JUMPRELU)
+    return SAELayout(
+        site=site,
+        file=file,
+        W_enc=Matrix("W_enc"),
+        W_dec=Matrix("W_dec"),
+        threshold="threshold" if has_threshold else None,
+    )
+
+
+def save_native(
+    path: str | Path,
+    sites: Mapping[tuple[int, HookPoint | str], Mapping[str, Any]],
+    *,
+    reference_norm: float | None = None,
+    skip_token_ids: Sequence[int] | None = None,
+    norm_guard: float | None = None,
+    model: str | None = None,
+) -> None:
+    """Write a native directory, making it if needed.
+
+    Args:
+        path: the directory.
+        sites: `(layer, hook)` -> `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`,
+            `b_dec [D]`, optional `threshold [F]` (all floating), and optional
+            `activation` (default: jumprelu with a threshold, else relu), `k`,
+            `topk_relu`, and what the author measured: `fvu`, `l0`.
+        reference_norm: typical L2 norm of the model's activations at these sites.
+        skip_token_ids: tokens to leave untouched; None for the model's bos, eos, pad.
+        norm_guard: leave tokens with a norm above this multiple of `reference_norm`.
+        model: name of the model that the SAE was trained on.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or is not floating.
+    """
+    root = Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for (layer, hook), content in sites.items():
+        name = f"{layer}.{HOOK_ALIASES[str(getattr(hook, 'value', hook))].value}"
+        tensors = {
+            key: content[key].detach().cpu().contiguous()
+            for key in _TENSORS
+            if content.get(key) is not None
+        }
+        _check_shapes(name, tensors)
+        activation = content.get("activation")
+        if activation is None:
+            activation = "jumprelu" if "threshold" in tensors else "relu"
+        F, D = tensors["W_dec"].shape
+        entry: dict[str, Any] = {
+            "layer": layer,
+            "hook": name.split(".", 1)[1],
+            "d_model": D,
+            "d_sae": F,
+            "activation": Activation(activation).value,
+            "file": f"{name}.safetensors",
+            "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
+            "has_threshold": "threshold" in tensors,
+        }
+        for key in ("k", "topk_relu", "fvu", "l0"):
+            if content.get(key) is not None:
+                entry[key] = content[key]
+        # Read back by the reader's own rules, so that it can never refuse this.
+        _read_site(Fields(entry, name))
+        save_file(tensors, root / entry["file"])
+        entries.append(entry)
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sites": entries}
+    optional = {
+        "reference_norm": reference_norm,
+        "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),
+        "norm_guard": norm_guard,
+        "model": model,
+    }
+    manifest.update({k: v for k, v in optional.items() if v is not None})
+    # Last, so that an interrupted write leaves no directory that looks complete.
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _check_shapes(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    for key in _TENSORS:
+        if key not in tensors and key != "threshold":
+            raise ValueError(f"{name}: {key}: expected a tensor, found none")
+    if tensors["W_dec"].dim() != 2:
+        raise ValueError(f"{name}: W_dec: expected a matrix [F, D]")
+    F, D = tensors["W_dec"].shape
+    shapes = {
+        "W_enc": (F, D),
+        "b_enc": (F,),
+        "threshold": (F,),
+        "W_dec": (F, D),
+        "b_dec": (D,),
+    }
+    for key, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: {key}: expected floating {list(shapes[key])}, found "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )

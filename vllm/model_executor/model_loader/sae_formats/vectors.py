@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering vectors: one direction `[D]` per site, added to the residual stream.
+
+Safetensors: one file whose tensors are named `layers.{layer}.{hook}`, for example
+`layers.20.post_block`; the string metadata may hold `format`
+("vllm-steering-vectors") and `model`, the name of the model it was made for.
+
+GGUF: control vectors as repeng and llama.cpp write them (architecture
+`controlvector`). `direction.{layer}` is added to the output of that decoder layer,
+counted from zero, which is `post_block`. Source: https://github.com/vgel/repeng
+"""
+
+from __future__ import annotations
+
+import re
+
+from vllm.config.steering import HookPoint, SiteInfo
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    LayoutError,
+    Location,
+    ModuleLayout,
+    VectorLayout,
+    parse_site_name,
+)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import (
+    TensorFile,
+    open_tensors,
+)
+
+SAFETENSORS_FORMAT = "vllm-steering-vectors"
+GGUF_ARCHITECTURE = "controlvector"
+
+
+def matches_safetensors(location: Location) -> bool:
+    return location.root.is_file() and location.root.suffix == ".safetensors"
+
+
+def matches_gguf(location: Location) -> bool:
+    return location.root.is_file() and location.root.suffix == ".gguf"
+
+
+def read_safetensors(location: Location) -> ModuleLayout:
+    """Layout of a safetensors file of steering vectors."""
+    with open_tensors(location.root) as tensors:
+        stated = tensors.metadata.get("format", SAFETENSORS_FORMAT)
+        # "pt" is what libraries write there for a file of PyTorch tensors.
+        if stated not in (SAFETENSORS_FORMAT, "pt"):
+            raise LayoutError(
+                f"{tensors.label}: metadata: format: expected {SAFETENSORS_FORMAT!r}, "
+                f"found {stated!r}"
+            )
+        sites = {}
+        for name in tensors.infos:
+            if (site := parse_site_name(name)) is None or site in sites:
+                raise LayoutError(
+                    f"{tensors.label}: {name}: expected one tensor for each site, "
+                    "named like layers.20.post_block"
+                )
+            sites[site] = name
+        return _layout(tensors, sites, tensors.metadata.get("model"))
+
+
+def read_gguf(location: Location) -> ModuleLayout:
+    """Layout of a GGUF control vector."""
+    with open_tensors(location.root) as tensors:
+        architecture = tensors.metadata.get("general.architecture")
+        if architecture != GGUF_ARCHITECTURE:
+            raise LayoutError(
+                f"{tensors.label}: general.architecture: expected "
+                f"{GGUF_ARCHITECTURE!r}, found {architecture!r}"
+            )
+        sites = {}
+        for name in tensors.infos:
+            if (match := re.fullmatch(r"direction\.([0-9]{1,9})", name)) is None:
+                raise LayoutError(
+                    f"{tensors.label}: {name}: expected tensors named direction.LAYER"
+                )
+            sites[int(match[1]), HookPoint.POST_BLOCK] = name
+        return _layout(tensors, sites, tensors.metadata.get("controlvector.model_hint"))
+
+
+def _layout(
+    tensors: TensorFile, names: dict[tuple[int, HookPoint], str], model: str | None
+) -> ModuleLayout:
+    if not names:
+        raise LayoutError(f"{tensors.label}: expected steering vectors, found none")
+    sites = []
+    for (layer, hook), name in sorted(names.items()):
+        shape = tensors.infos[name].shape
+        if len(shape) != 1 or not shape[0]:
+            raise LayoutError(
+                f"{tensors.label}: {name}: expected a vector, found shape {list(shape)}"
+            )
+        site = SiteInfo(layer=layer, hook=hook, d_model=shape[0], d_sae=1)
+        sites.append(VectorLayout(site, tensors.label, name))
+    return ModuleLayout(kind="vectors", sites=tuple(sites), model=model)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load SAEs and steering vectors from the file formats that people have.
+
+`inspect_module` reads configurations and headers, checks them and computes the
+content digest; `load_site` and `load_vectors` read one site's tensors. Formats are
+in `sae_formats/`; every one folds into the canonical SAE of `SAEWeights`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from vllm.config.steering import FeatureUnits, ModuleInfo, SiteInfo
+from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.model_loader.sae_formats import (
+    Format,
+    recognise,
+)
+from vllm.model_executor.model_loader.sae_formats import read_layout as read_files
+from vllm.model_executor.model_loader.sae_formats.fold import (
+    check_sae,
+    check_vector,
+    fold_sae,
+    read_vector,
+    sae_bytes,
+)
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    LayoutError,
+    Location,
+    ModuleLayout,
+    SAELayout,
+    VectorLayout,
+    choose_sites,
+    need_site,
+)
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+
+__all__ = ["inspect_module", "load_site", "load_vectors", "read_layout", "save_native"]
+
+DIGEST_DOMAIN = "vllm-steering-module-v1"
+_HASH_BLOCK = 4 << 20
+_HF_PATH = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]*?))?/?(?:@([\w./-]+))?")
+
+
+@contextmanager
+def _named(name: str, path: str) -> Iterator[None]:
+    """Turn what a file leads to into one line that names the module."""
+    try:
+        yield
+    except (LayoutError, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"steering module {name!r} ({path}): {detail}") from error
+
+
+def _resolve(path: str) -> tuple[Location, str]:
+    """Local files of a path, and the path with its revision pinned.
+
+    Raises:
+        LayoutError: nothing there, or the Hugging Face Hub cannot give it.
+    """
+    if not path.startswith("hf:"):
+        root = Path(path)
+        if not root.exists():
+            raise LayoutError("no such file or directory")
+        return Location(root, str(root.absolute())), path
+    if (match := _HF_PATH.fullmatch(path)) is None or ".." in path.split("/"):
+        raise LayoutError("expected hf:owner/repo[/sub/path][@revision]")
+    repo, sub, revision = match.groups()
+    # Deferred: local modules need no Hub client.
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[sub, f"{sub}/*"] if sub else None,
+            )
+        )
+    except Exception as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LayoutError(f"cannot be fetched from the Hub: {detail}") from error
+    root = snapshot / sub if sub else snapshot
+    if not root.exists():
+        raise LayoutError(f"the repository has no {sub}")
+    location = f"{repo}/{sub}" if sub else repo
+    return Location(root, f"hf:{location}"), f"hf:{location}@{snapshot.name}"
+
+
+def _file(location: Location, entry: SAELayout | VectorLayout) -> Path:
+    return location.root / entry.file if location.root.is_dir() else location.root
+
+
+def _read_layout(
+    location: Location, sites: Sequence[str] | None
+) -> tuple[Format, ModuleLayout]:
+    """Recognise the format, read the layout, and check every header."""
+    if sites is not None and len(sites) == 1:
+        location = replace(location, given=need_site(sites[0], "sites"))
+    fmt = recognise(location)
+    layout = choose_sites(read_files(fmt, location), sites, fmt.name)
+    for entry in layout.sites:
+        with open_tensors(_file(location, entry)) as tensors:
+            if isinstance(entry, SAELayout):
+                check_sae(entry, tensors)
+            else:
+                check_vector(entry, tensors)
+    return fmt, layout
+
+
+def read_layout(
+    name: str, path: str, sites: Sequence[str] | None = None
+) -> ModuleLayout:
+    """What the files of a module say, with every header checked.
+
+    Raises:
+        ValueError: as `inspect_module`.
+    """
+    with _named(name, path):
+        return _read_layout(_resolve(path)[0], sites)[1]
+
+
+def inspect_module(
+    name: str,
+    path: str,
+    *,
+    feature_units: FeatureUnits = "native",
+    skip_token_ids: Sequence[int] | None = None,
+    norm_guard: float | None = None,
+    sites: Sequence[str] | None = None,
+) -> ModuleInfo:
+    """Describe a module from its configurations and headers, without loading it.
+
+    Args:
+        name: the module's name, for messages.
+        path: a local file or directory, or `hf:owner/repo[/sub/path][@revision]`.
+        feature_units: what a clamp's value means; part of the digest.
+        skip_token_ids: tokens to leave untouched; None for what the module states.
+        norm_guard: multiple of the module's reference norm; None likewise.
+        sites: e.g. `["post_block.20"]`: names the site of a module that has one,
+            selects among those of a module that has several.
+
+    Returns:
+        The module; `path` has its Hub revision pinned, and `digest` is a SHA-256
+        over the weight files and every option that changes their effect.
+
+    Raises:
+        ValueError: one line with module, file, tensor, expected and found.
+    """
+    with _named(name, path):
+        location, pinned = _resolve(path)
+        fmt, layout = _read_layout(location, sites)
+        if skip_token_ids is None:
+            skip_token_ids = layout.skip_token_ids
+        if norm_guard is None:
+            norm_guard = layout.norm_guard
+        _check_options(layout, feature_units, skip_token_ids, norm_guard)
+        options = {
+            "feature_units": feature_units,
+            "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),
+            "norm_guard": norm_guard,
+            "reference_norm": layout.reference_norm,
+        }
+        return ModuleInfo(
+            name=name,
+            kind=layout.kind,
+            path=pinned,
+            format=fmt.name,
+            digest=_digest(location, layout, options),
+            sites=tuple(entry.site for entry in layout.sites),
+            feature_units=feature_units,
+            skip_token_ids=None if skip_token_ids is None else tuple(skip_token_ids),
+            norm_guard=norm_guard,
+            reference_norm=layout.reference_norm,
+        )
+
+
+def _check_options(
+    layout: ModuleLayout,
+    feature_units: str,
+    skip_token_ids: Sequence[int] | None,
+    norm_guard: float | None,
+) -> None:
+    if feature_units not in ("native", "unit_decoder"):
+        raise LayoutError(
+            f"feature_units: expected native or unit_decoder, found {feature_units!r}"
+        )
+    if any(type(i) is not int or i < 0 for i in skip_token_ids or ()):
+        raise LayoutError(
+            f"skip_token_ids: expected token ids, found {skip_token_ids!r}"
+        )
+    if norm_guard is None:
+        return
+    if type(norm_guard) not in (int, float) or not 0 < norm_guard < math.inf:
+        raise LayoutError(
+            f"norm_guard: expected a finite positive number, found {norm_guard!r}"
+        )
+    if layout.reference_norm is None:
+        raise LayoutError(
+            "norm_guard: expected a module with a reference_norm, found none"
+        )
+
+
+def _digest(location: Location, layout: ModuleLayout, options: dict) -> str:
+    """SHA-256 of options, folds and weight files, each block prefixed by its length."""
+    files = sorted({_file(location, entry) for entry in layout.sites})
+    folds = [asdict(entry) for entry in layout.sites]
+    text = json.dumps({"options": options, "folds": folds}, sort_keys=True)
+    digest = hashlib.sha256()
+    for block in (DIGEST_DOMAIN, text):
+        digest.update(len(block).to_bytes(8, "little") + block.encode())
+    for path in files:
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as stream:
+            while block_bytes := stream.read(_HASH_BLOCK):
+                digest.update(block_bytes)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _open_site(
+    module: ModuleInfo, site: SiteInfo
+) -> Iterator[tuple[Location, SAELayout | VectorLayout]]:
+    """The layout of one site, read again from the files it was inspected from."""
+    with _named(module.name, module.path):
+        location, _ = _resolve(module.path)
+        names = [s.name for s in module.sites]
+        fmt, layout = _read_layout(location, names)
+        for entry in layout.sites:
+            if entry.site == site and fmt.name == module.format:
+                yield location, entry
+                return
+        raise LayoutError(
+            f"{site.name}: the files no longer hold the site as it was inspected"
+        )
+
+
+def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
+    """Stream one site's SAE into its buffers, folded to the canonical form.
+
+    Args:
+        module: as `inspect_module` returned it.
+        site: one of `module.sites`.
+        into: buffers with `d_model` equal and at least `d_sae` features, on any
+            device. Features past `d_sae` and `meta` are left as they are.
+
+    Raises:
+        ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;
+            `into` then holds a part of the module.
+    """
+    with _open_site(module, site) as (location, layout):
+        if not isinstance(layout, SAELayout):
+            raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
+        capacity = (into.d_sae_capacity, into.d_model)
+        if site.d_model != into.d_model or site.d_sae > into.d_sae_capacity:
+            raise LayoutError(
+                f"{site.name}: expected d_model {capacity[1]} and d_sae of at most "
+                f"{capacity[0]}, found d_model {site.d_model} and d_sae {site.d_sae}"
+            )
+        with (
+            open_tensors(_file(location, layout)) as tensors,
+            tqdm(
+                desc=f"Loading SAE {module.name} {site.name}",
+                total=sae_bytes(layout, tensors),
+                unit="B",
+                unit_scale=True,
+                disable=not enable_tqdm(True),
+            ) as bar,
+        ):
+            fold_sae(layout, tensors, into, bar.update)
+
+
+def load_vectors(module: ModuleInfo, site: SiteInfo) -> torch.Tensor:
+    """The steering vector of one site, float32 `[D]` on the CPU.
+
+    Raises:
+        ValueError: the files changed, or hold a NaN or infinity.
+    """
+    with _open_site(module, site) as (location, layout):
+        if not isinstance(layout, VectorLayout):
+            raise LayoutError(f"{site.name}: expected a steering vector, found an SAE")
+        with open_tensors(_file(location, layout)) as tensors:
+            return read_vector(tensors, layout.tensor)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.engine.arg_utils`: steering modules at start-up.
+
+The edits a branch would make: `EngineArgs.add_cli_args` declares
+`--steering-modules`; `EngineArgs.from_cli_args` folds it into `additional_config`;
+`EngineArgs.create_engine_config` ends with `resolve_steering(config)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import vllm
+from vllm.config.sae_steering_parser import shown
+from vllm.plugins.steering.resolution import SteeringConfigError, resolve_steering
+from vllm.plugins.steering.seam import (
+    BOUND,
+    SUPPORTED_VLLM,
+    check_signature,
+    resolve,
+    wrap,
+)
+
+MODULE = "vllm.engine.arg_utils"
+CREATE_ENGINE_CONFIG = f"{MODULE}:EngineArgs.create_engine_config"
+FLAG = "--steering-modules"
+
+
+def install() -> None:
+    """Declare the flag, fold it into `additional_config`, resolve the modules."""
+    wrap(
+        CREATE_ENGINE_CONFIG,
+        ("self", "usage_context", "headless"),
+        _make_create_engine_config,
+    )
+    _wrap_descriptor("add_cli_args", "parser", _make_add_cli_args)
+    _wrap_descriptor("from_cli_args", "args", _make_from_cli_args)
+
+
+def _wrap_descriptor(name: str, parameter: str, make: Callable[..., Any]) -> None:
+    """`seam.wrap` for a static or class method, whose descriptor must stay one."""
+    target = f"{MODULE}:EngineArgs.{name}"
+    if target in BOUND:
+        return
+    owner, _, stock = resolve(target)
+    check_signature(target, stock, (parameter,))
+    setattr(owner, name, make(stock))
+    BOUND[target] = stock
+
+
+def install_version_guard() -> None:
+    """On an unsupported vLLM: refuse to start with steering, change nothing else."""
+    if CREATE_ENGINE_CONFIG in BOUND:
+        return
+    owner, name, stock = resolve(CREATE_ENGINE_CONFIG)
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        additional = self.additional_config
+        if isinstance(additional, dict) and additional.get("steering") is not None:
+            raise SteeringConfigError(
+                f"steering is configured, but it supports vLLM {SUPPORTED_VLLM}.x and "
+                f"this is vLLM {vllm.__version__}"
+            )
+        return stock(self, *args, **kwargs)
+
+    setattr(owner, name, create_engine_config)
+    BOUND[CREATE_ENGINE_CONFIG] = stock
+
+
+class SteeringModulesAction(argparse.Action):
+    """Collects `NAME=PATH` and JSON objects with `name` and `path`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        modules = dict(getattr(namespace, self.dest) or {})
+        for item in values or ():
+            try:
+                name, given = parse_module(str(item))
+            except ValueError as error:
+                parser.error(f"{option_string or FLAG}: {error}")
+            if name in modules:
+                parser.error(
+                    f"{option_string or FLAG}: module {shown(name)} is given twice"
+                )
+            modules[name] = given
+        setattr(namespace, self.dest, modules)
+
+
+def parse_module(item: str) -> tuple[str, str | dict[str, Any]]:
+    """`NAME=PATH`, or a JSON object, as name and form for `additional_config`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if item.lstrip().startswith("{"):
+        try:
+            given = json.loads(item)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"found {shown(item)}, not valid JSON: {error}") from None
+        name = given.pop("name", None)
+        if type(name) is not str or not name:
+            raise ValueError(f'found {shown(item)}, expected a "name" in the object')
+        return name, given
+    name, separator, path = item.partition("=")
+    if not (separator and name and path):
+        raise ValueError(
+            f"found {shown(item)}, expected NAME=PATH or a JSON object "
+            '{"name": ..., "path": ...}'
+        )
+    return name, path
+
+
+def fold_modules(
+    additional_config: dict[str, Any] | None, modules: dict[str, Any] | None
+) -> dict[str, Any]:
+    """`additional_config` with the flag's modules added; the input is not changed.
+
+    Raises:
+        SteeringConfigError: a module is given in both places.
+    """
+    additional = dict(additional_config or {})
+    if not modules:
+        return additional
+    steering = dict(additional.get("steering") or {})
+    given = dict(steering.get("modules") or {})
+    for name in modules:
+        if name in given:
+            raise SteeringConfigError(
+                f"steering module {shown(name)} is given by {FLAG} and in "
+                "additional_config, expected one of them"
+            )
+    steering["modules"] = {**given, **modules}
+    return {**additional, "steering": steering}
+
+
+def _make_create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(
+        self: Any, usage_context: Any = None, headless: bool = False
+    ) -> Any:
+        config = stock(self, usage_context, headless)
+        resolve_steering(config)
+        return config
+
+    return create_engine_config
+
+
+def _make_add_cli_args(stock: Callable[..., Any]) -> Any:
+    @functools.wraps(stock)
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock(parser)
+        group = parser.add_argument_group(
+            title="SteeringConfig", description="SAE steering modules."
+        )
+        group.add_argument(
+            FLAG,
+            nargs="+",
+            action=SteeringModulesAction,
+            default=None,
+            metavar="NAME=PATH",
+            help="Steering modules to load at start-up, each as NAME=PATH or as a "
+            'JSON object {"name": ..., "path": ..., "feature_units": ..., '
+            '"skip_token_ids": ..., "norm_guard": ...}. PATH is a local path or '
+            "hf:owner/repo[/sub/path][@revision].",
+        )
+        return parser
+
+    return staticmethod(add_cli_args)
+
+
+def _make_from_cli_args(stock: Any) -> Any:
+    # `stock` is the class method bound to EngineArgs; subclasses inherit this one.
+    function = stock.__func__
+
+    @functools.wraps(function)
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = function(cls, args)
+        modules = getattr(args, "steering_modules", None)
+        if modules:
+            engine_args.additional_config = fold_modules(
+                engine_args.additional_config, modules
+            )
+        return engine_args
+
+    return classmethod(from_cli_args)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams into the OpenAI request models: routes that carry steering.
+
+`vllm.entrypoints.openai.{completion,chat_completion,responses}.protocol`. The edits a
+branch would make: each request class declares the three fields of
+`request_fields.FIELD_SCHEMAS`, its `to_sampling_params` folds them into `extra_args`,
+and `to_beam_search_params` refuses them. The batch chat request declares them only: it
+becomes chat completion requests. The render routes and `/invocations` use the same
+classes; so does the batch runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.plugins.steering.seam import BOUND, resolve, wrap
+
+COMPLETION = "vllm.entrypoints.openai.completion.protocol"
+CHAT = "vllm.entrypoints.openai.chat_completion.protocol"
+RESPONSES = "vllm.entrypoints.openai.responses.protocol"
+
+_MAX_TOKENS = ("self", "max_tokens", "default_sampling_params")
+_DEFAULT_MAX_TOKENS = ("self", "default_max_tokens", "default_sampling_params")
+
+
+def install_completion() -> None:
+    """`/v1/completions`."""
+    _declare(f"{COMPLETION}:CompletionRequest")
+    _carry(f"{COMPLETION}:CompletionRequest", _MAX_TOKENS)
+    _refuse_beams(f"{COMPLETION}:CompletionRequest")
+
+
+def install_chat_completion() -> None:
+    """`/v1/chat/completions` and `/v1/chat/completions/batch`."""
+    _declare(f"{CHAT}:ChatCompletionRequest")
+    _declare(f"{CHAT}:BatchChatCompletionRequest")
+    _carry(f"{CHAT}:ChatCompletionRequest", _MAX_TOKENS)
+    _refuse_beams(f"{CHAT}:ChatCompletionRequest")
+
+
+def install_responses() -> None:
+    """`/v1/responses`."""
+    _declare(f"{RESPONSES}:ResponsesRequest")
+    _carry(f"{RESPONSES}:ResponsesRequest", _DEFAULT_MAX_TOKENS)
+
+
+def _declare(target: str) -> None:
+    from vllm.entrypoints.openai.steering.request_fields import declare_fields
+
+    if target not in BOUND:
+        _, _, model = resolve(target)
+        declare_fields(model)
+        BOUND[target] = model
+
+
+def _carry(model: str, parameters: tuple[str, ...]) -> None:
+    wrap(f"{model}.to_sampling_params", parameters, _make_to_sampling_params)
+
+
+def _refuse_beams(model: str) -> None:
+    wrap(f"{model}.to_beam_search_params", _MAX_TOKENS, _make_to_beam_search_params)
+
+
+def _make_to_sampling_params(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.entrypoints.openai.steering.request_fields import carry_specs
+
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = stock(self, *args, **kwargs)
+        carry_specs(self, params)
+        return params
+
+    return to_sampling_params
+
+
+def _make_to_beam_search_params(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.entrypoints.openai.steering.request_fields import refuse_beam_search
+
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_beam_search(self)
+        return stock(self, *args, **kwargs)
+
+    return to_beam_search_params

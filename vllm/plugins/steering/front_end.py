@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front-end seams: which stock module each waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm.plugins.steering.engine import arg_utils
+from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes
+from vllm.plugins.steering.v1.core import kv_cache_utils
+from vllm.plugins.steering.v1.engine import core, input_processor
+
+SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
+    (arg_utils.MODULE, arg_utils.install),
+    (input_processor.MODULE, input_processor.install),
+    (core.MODULE, core.install),
+    (kv_cache_utils.MODULE, kv_cache_utils.install),
+    (carrying_routes.COMPLETION, carrying_routes.install_completion),
+    (carrying_routes.CHAT, carrying_routes.install_chat_completion),
+    (carrying_routes.RESPONSES, carrying_routes.install_responses),
+    *refusing_routes.installers(),
+)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user writes in `additional_config["steering"]` to `SteeringConfig`.
+
+    {"modules": {"name": "path" | {"path": ..., "feature_units": ...,
+                                   "skip_token_ids": [...] | None,
+                                   "norm_guard": float | None, "sites": [...]}},
+     "max_clamps": 64}
+
+Every refusal is one line that names the field or the module, what was found and
+what would be accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import vllm.envs as envs
+from vllm.config.sae_steering_parser import shown
+from vllm.config.steering import (
+    DEFAULT_MAX_CLAMPS,
+    FeatureUnits,
+    ModuleInfo,
+    SteeringConfig,
+)
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+ROOT = "additional_config.steering"
+TOP_FIELDS = ("modules", "max_clamps", "resolved")
+MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
+MAX_CLAMPS_LIMIT = 4096
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class SteeringConfigError(ValueError):
+    """The engine cannot start with this steering configuration."""
+
+
+def resolve_steering(vllm_config: Any) -> None:
+    """Replace the user's form in `vllm_config` by one with `resolved` filled in.
+
+    Does nothing without steering, or when it is resolved already. The dict that the
+    caller passed is not changed.
+
+    Raises:
+        SteeringConfigError: the configuration, a module or the engine's features do
+            not allow it.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or additional.get("steering") is None:
+        return
+    steering = additional["steering"]
+    _object(ROOT, steering, TOP_FIELDS)
+    refuse_unsupported_features(vllm_config)
+    if "resolved" in steering:
+        return
+    max_clamps = _max_clamps(steering.get("max_clamps", DEFAULT_MAX_CLAMPS))
+    modules: dict[str, ModuleInfo] = {}
+    for name, given in _object(f"{ROOT}.modules", steering.get("modules", {})).items():
+        modules[name] = inspect_for_model(name, given, vllm_config.model_config)
+        logger.info("Steering module %s: %s", name, describe(modules[name]))
+    resolved = SteeringConfig(modules, max_clamps).to_json()
+    vllm_config.additional_config = {
+        **additional,
+        "steering": {**steering, "resolved": resolved},
+    }
+
+
+def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:
+    """The module as described by its files, checked against the model.
+
+    Args:
+        name: the module's name.
+        given: its path, or an object with `path` and `MODULE_OPTIONS`.
+        model_config: vLLM's `ModelConfig`.
+    """
+    from vllm.model_executor.model_loader.sae_loader import inspect_module
+
+    path, options = _module_form(name, given)
+    try:
+        module = inspect_module(name, path, **options)
+    except ValueError as error:
+        raise SteeringConfigError(str(error)) from error
+    check_against_model(module, model_config)
+    if module.skip_token_ids is None:
+        ids = special_token_ids(model_config)
+        module = dataclasses.replace(module, skip_token_ids=ids)
+    return module
+
+
+def check_against_model(module: ModuleInfo, model_config: Any) -> None:
+    """Raise unless every site of the module exists in the model, at its width."""
+    num_layers = model_config.get_total_num_hidden_layers()
+    width = model_config.get_hidden_size()
+    prefix = f"steering module {shown(module.name)} ({module.path})"
+    if not module.sites:
+        raise SteeringConfigError(f"{prefix}: has no sites, expected at least one")
+    for site in module.sites:
+        if not 0 <= site.layer < num_layers:
+            raise SteeringConfigError(
+                f"{prefix}: site {site.name}: found layer {site.layer}, expected "
+                f"0..{num_layers - 1} ({model_config.model})"
+            )
+        if site.d_model != width:
+            raise SteeringConfigError(
+                f"{prefix}: site {site.name}: found d_model {site.d_model}, expected "
+                f"{width}, the hidden size of {model_config.model}"
+            )
+
+
+def special_token_ids(model_config: Any) -> tuple[int, ...]:
+    """Ids of the model's bos, eos and pad tokens, sorted.
+
+    Both of the model's configurations are read; the tokenizer only says what
+    neither of them does, and is left alone with `skip_tokenizer_init`.
+    """
+    generation = model_config.try_get_generation_config()
+    ids: set[int] = set()
+    missing = []
+    for name in SPECIAL_TOKENS:
+        known: set[int] = set()
+        for config in (model_config.hf_config, model_config.hf_text_config):
+            known |= _ids(config.to_dict().get(name))
+        known |= _ids(generation.get(name))
+        ids |= known
+        if not known:
+            missing.append(name)
+    if missing and not model_config.skip_tokenizer_init:
+        ids |= _tokenizer_ids(model_config, missing)
+    return tuple(sorted(ids))
+
+
+def _tokenizer_ids(model_config: Any, names: Iterable[str]) -> set[int]:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    try:
+        tokenizer = cached_tokenizer_from_config(model_config)
+    except Exception as error:
+        logger.warning("Steering: %s not known, no tokenizer: %s", names, error)
+        return set()
+    ids: set[int] = set()
+    for name in names:
+        ids |= _ids(getattr(tokenizer, name, None))
+    return ids
+
+
+def _ids(value: Any) -> set[int]:
+    """A token id, a list of them, or nothing."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return {item for item in values if type(item) is int and item >= 0}
+
+
+def refuse_unsupported_features(vllm_config: Any) -> None:
+    """Raise when the engine uses a feature that reorders or splits a step's tokens.
+
+    The per-token index assumes that a forward's tokens are the step's tokens in
+    batch order, whole on every rank.
+    """
+    parallel = vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    refused = {
+        "sequence parallelism (expert parallelism over several data-parallel ranks "
+        "with this all2all backend)": parallel.use_sequence_parallel_moe,
+        "micro-batching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "prefill context parallelism (--prefill-context-parallel-size)": (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        "adaptive verification (speculative_config.enable_adaptive_verification)": (
+            speculative is not None and speculative.enable_adaptive_verification
+        ),
+        "KV-sharing fast prefill (--kv-sharing-fast-prefill)": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        "the Rust front end (VLLM_USE_RUST_FRONTEND=1)": envs.VLLM_USE_RUST_FRONTEND,
+    }
+    for feature, in_use in refused.items():
+        if in_use:
+            raise SteeringConfigError(
+                f"steering does not support {feature}: switch it off, or start "
+                "without steering modules"
+            )
+
+
+def describe(module: ModuleInfo) -> str:
+    """One line for the log: kind, sites, widths and digest."""
+    sites = ", ".join(f"{s.name} ({s.d_sae} x {s.d_model})" for s in module.sites)
+    return f"{module.kind}, {sites}, digest {module.digest[:12]}, from {module.path}"
+
+
+def _object(
+    path: str, value: Any, fields: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SteeringConfigError(f"{path}: found {shown(value)}, expected an object")
+    for key in value:
+        if fields is not None and key not in fields:
+            known = ", ".join(field for field in fields if field != "resolved")
+            raise SteeringConfigError(
+                f"{path}: unknown field {shown(key)}, expected {known}"
+            )
+    return value
+
+
+def _max_clamps(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_CLAMPS_LIMIT:
+        raise SteeringConfigError(
+            f"{ROOT}.max_clamps: found {shown(value)}, expected an integer in "
+            f"1..{MAX_CLAMPS_LIMIT}"
+        )
+    return value
+
+
+def _module_form(name: Any, given: Any) -> tuple[str, dict[str, Any]]:
+    """The path and the options of one entry of `modules`."""
+    if type(name) is not str or not name.strip():
+        raise SteeringConfigError(
+            f"{ROOT}.modules: found the name {shown(name)}, expected a non-empty string"
+        )
+    where = f"{ROOT}.modules.{name}"
+    if isinstance(given, str):
+        given = {"path": given}
+    options = dict(_object(where, given, ("path", *MODULE_OPTIONS)))
+    path = options.pop("path", None)
+    if type(path) is not str or not path:
+        raise SteeringConfigError(
+            f"{where}.path: found {shown(path)}, expected a path or hf:owner/repo"
+        )
+    for key, value in options.items():
+        accepted = _OPTION_CHECKS[key](value)
+        if accepted is not None:
+            raise SteeringConfigError(
+                f"{where}.{key}: found {shown(value)}, expected {accepted}"
+            )
+    return path, options
+
+
+def _check_units(value: Any) -> str | None:
+    known = get_args(FeatureUnits)
+    return None if value in known else " or ".join(f'"{unit}"' for unit in known)
+
+
+def _check_ids(value: Any) -> str | None:
+    good = value is None or (
+        isinstance(value, (list, tuple))
+        and all(type(item) is int and item >= 0 for item in value)
+    )
+    return None if good else "null or a list of token ids"
+
+
+def _check_guard(value: Any) -> str | None:
+    good = value is None or (
+        type(value) in (int, float) and 0 < value < math.inf
+    )
+    return None if good else "null or a positive number"
+
+
+def _check_sites(value: Any) -> str | None:
+    good = value is None or (
+        isinstance(value, (list, tuple))
+        and all(type(item) is str for item in value)
+    )
+    return None if good else 'null or a list of sites such as "post_block.20"'
+
+
+_OPTION_CHECKS = {
+    "feature_units": _check_units,
+    "skip_token_ids": _check_ids,
+    "norm_guard": _check_guard,
+    "sites": _check_sites,
+}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a seam replaces one stock symbol: check it, wrap it once, remember it.
+
+A seam file states the edit that a vLLM branch would make to the stock module it is
+named after, and makes that edit here at run time through `wrap`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+
+SUPPORTED_VLLM = "0.32"
+
+# Every seam bound in this process: target -> the stock function it wraps.
+BOUND: dict[str, Callable[..., Any]] = {}
+
+
+class SeamError(RuntimeError):
+    """A stock symbol is missing or has changed, so steering cannot be installed."""
+
+
+def vllm_is_supported() -> bool:
+    """Whether the installed vLLM is of the release line the seams were written for."""
+    return ".".join(vllm.__version__.split(".")[:2]) == SUPPORTED_VLLM
+
+
+def resolve(target: str) -> tuple[Any, str, Any]:
+    """`"module:Class.name"` -> (owner, attribute name, stock value)."""
+    module_name, _, qualname = target.partition(":")
+    try:
+        owner = importlib.import_module(module_name)
+        *path, name = qualname.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, name, getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise SeamError(
+            f"steering seam {target}: not found in vLLM {vllm.__version__} "
+            f"(written for {SUPPORTED_VLLM}.x): {error}"
+        ) from error
+
+
+def check_signature(
+    target: str, function: Callable[..., Any], parameters: tuple[str, ...]
+) -> None:
+    """Raise `SeamError` unless `function` takes exactly `parameters`, in order."""
+    found = tuple(inspect.signature(function).parameters)
+    if found != parameters:
+        raise SeamError(
+            f"steering seam {target}: expected parameters {parameters}, found {found} "
+            f"in vLLM {vllm.__version__} (written for {SUPPORTED_VLLM}.x)"
+        )
+
+
+def wrap(
+    target: str,
+    parameters: tuple[str, ...],
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Replace the stock function at `target` by `make(stock)`, once per process.
+
+    Args:
+        target: `"package.module:Class.method"` or `"package.module:function"`.
+        parameters: the stock function's parameter names, checked first.
+        make: builds the replacement around the stock function.
+
+    Raises:
+        SeamError: the symbol is missing or its signature has changed.
+    """
+    if target in BOUND:
+        return
+    owner, name, stock = resolve(target)
+    check_signature(target, stock, parameters)
+    replacement = make(stock)
+    functools.update_wrapper(replacement, stock)
+    setattr(owner, name, replacement)
+    BOUND[target] = stock

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.v1.engine.input_processor`: bad steering is an HTTP 400.
+
+The edit a branch would make: `_validate_params` ends by parsing the request's
+steering, and `process_inputs` writes the canonical specs into its private copy of
+the sampling parameters. The caller's object is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config.sae_steering_admission import (
+    canonical_extra_args,
+    refuse_reserved_key,
+    refuse_streaming_input,
+)
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.plugins.steering.active import active_steering_config
+from vllm.plugins.steering.seam import wrap
+from vllm.sampling_params import SamplingParams
+
+MODULE = "vllm.v1.engine.input_processor"
+PROCESS_INPUTS = (
+    "self",
+    "request_id",
+    "prompt",
+    "params",
+    "supported_tasks",
+    "arrival_time",
+    "lora_request",
+    "tokenization_kwargs",
+    "trace_headers",
+    "priority",
+    "data_parallel_rank",
+    "resumable",
+    "session_id",
+    "kv_hints",
+)
+
+
+def install() -> None:
+    """Check steering where vLLM checks sampling parameters."""
+    wrap(
+        f"{MODULE}:InputProcessor._validate_params",
+        ("self", "params", "supported_tasks"),
+        _make_validate_params,
+    )
+    wrap(
+        f"{MODULE}:InputProcessor.process_inputs", PROCESS_INPUTS, _make_process_inputs
+    )
+
+
+def _make_validate_params(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+        watermarking = stock(self, params, supported_tasks)
+        if isinstance(params, SamplingParams) and params.extra_args:
+            refuse_reserved_key(params.extra_args)
+            parse_steering_request(
+                params.extra_args, active_steering_config(self.vllm_config)
+            )
+        return watermarking
+
+    return _validate_params
+
+
+def _make_process_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = stock(self, *args, **kwargs)
+        params = request.sampling_params
+        if params is not None and params.extra_args:
+            config = active_steering_config(self.vllm_config)
+            steering = parse_steering_request(params.extra_args, config)
+            if steering is not None:
+                refuse_streaming_input(steering, request.resumable)
+                params.extra_args = canonical_extra_args(params.extra_args, steering)
+        return request
+
+    return process_inputs

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.v1.worker.gpu.model_runner` (Model Runner V2).
+
+The edit a branch would make: `GPUModelRunner` inherits `SteeringModelRunnerV2Mixin`,
+and
+
+- `load_model` ends with `self.load_steering()`,
+- `finish_requests` ends with `self.finish_steering_requests(scheduler_output)`,
+- `add_requests` ends with `self.add_steering_requests(scheduler_output)`,
+- `prepare_inputs` ends with `self.prepare_steering(input_batch)`,
+- `_dummy_run` and `capture_model` begin with `self.clear_steering_step()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.plugins.steering.seam import resolve, wrap
+from vllm.plugins.steering.v1.worker.gpu_model_runner import dummy_run, load_model
+
+RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+DUMMY_RUN = (
+    "self",
+    "num_tokens",
+    "args",
+    "skip_attn",
+    "uniform_decode",
+    "context_len",
+    "skip_eplb",
+    "is_profile",
+    "valid_dummy_state_slots",
+    "randomize_inputs",
+    "kwargs",
+)
+
+
+def install() -> None:
+    """Give the V2 runner the mixin and call it at the runner's own verbs."""
+    from vllm.v1.worker.steering_model_runner_mixin import SteeringModelRunnerV2Mixin
+
+    _, _, runner = resolve(RUNNER)
+    if SteeringModelRunnerV2Mixin not in runner.__bases__:
+        runner.__bases__ = (*runner.__bases__, SteeringModelRunnerV2Mixin)
+    loads = ("self", "load_dummy_weights", "args", "model", "kwargs")
+    wrap(f"{RUNNER}.load_model", loads, load_model)
+    scheduled = ("self", "scheduler_output")
+    wrap(f"{RUNNER}.finish_requests", scheduled, finish_requests)
+    wrap(f"{RUNNER}.add_requests", scheduled, add_requests)
+    inputs = (*scheduled, "batch_req_state", "batch_desc", "num_active_loras")
+    wrap(f"{RUNNER}.prepare_inputs", inputs, prepare_inputs)
+    wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
+    wrap(f"{RUNNER}.capture_model", ("self", "profile_only"), dummy_run)
+
+
+def finish_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def finish_requests(self: Any, scheduler_output: Any) -> None:
+        stock(self, scheduler_output)
+        self.finish_steering_requests(scheduler_output)
+
+    return finish_requests
+
+
+def add_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        stock(self, scheduler_output)
+        self.add_steering_requests(scheduler_output)
+
+    return add_requests
+
+
+def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = stock(self, *args, **kwargs)
+        self.prepare_steering(batch)
+        return batch
+
+    return prepare_inputs

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.v1.worker.gpu_model_runner` (V1; the CPU runner inherits it).
+
+The edit a branch would make: `GPUModelRunner` inherits `SteeringModelRunnerV1Mixin`,
+and
+
+- `load_model` ends with `self.load_steering()` (in `CPUModelRunner` too),
+- `_update_states` ends with `self.update_steering_requests(scheduler_output)`,
+- `_prepare_inputs` ends with `self.prepare_steering(num_scheduled_tokens)`,
+- `_dummy_run` begins with `self.clear_steering_step()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.plugins.steering.seam import resolve, wrap
+
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+CPU_RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
+DUMMY_RUN = (
+    "self",
+    "num_tokens",
+    "cudagraph_runtime_mode",
+    "force_attention",
+    "uniform_decode",
+    "allow_microbatching",
+    "skip_eplb",
+    "is_profile",
+    "create_mixed_batch",
+    "remove_lora",
+    "is_graph_capturing",
+    "num_active_loras",
+    "profile_seq_lens",
+    "randomize_inputs",
+)
+
+
+def install() -> None:
+    """Give the V1 runner the mixin and call it at the runner's own verbs."""
+    from vllm.v1.worker.steering_model_runner_mixin import SteeringModelRunnerV1Mixin
+
+    _, _, runner = resolve(RUNNER)
+    if SteeringModelRunnerV1Mixin not in runner.__bases__:
+        runner.__bases__ = (*runner.__bases__, SteeringModelRunnerV1Mixin)
+    wrap(f"{RUNNER}.load_model", ("self", "load_dummy_weights", "model"), load_model)
+    if current_platform.is_cpu():
+        wrap(f"{CPU_RUNNER}.load_model", ("self", "load_dummy_weights"), load_model)
+    states = ("self", "scheduler_output")
+    wrap(f"{RUNNER}._update_states", states, update_states)
+    inputs = ("self", "scheduler_output", "num_scheduled_tokens")
+    wrap(f"{RUNNER}._prepare_inputs", inputs, prepare_inputs)
+    wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
+
+
+def load_model(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        self.load_steering()
+
+    return load_model
+
+
+def update_states(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        corrections = stock(self, scheduler_output)
+        self.update_steering_requests(scheduler_output)
+        return corrections
+
+    return _update_states
+
+
+def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _prepare_inputs(
+        self: Any, scheduler_output: Any, num_scheduled_tokens: Any
+    ) -> Any:
+        prepared = stock(self, scheduler_output, num_scheduled_tokens)
+        self.prepare_steering(num_scheduled_tokens)
+        return prepared
+
+    return _prepare_inputs
+
+
+def dummy_run(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.clear_steering_step()
+        return stock(self, *args, **kwargs)
+
+    return _dummy_run

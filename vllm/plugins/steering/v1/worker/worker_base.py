@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.v1.worker.worker_base`.
+
+A branch needs no edit here: its runners inherit the mixin in their own files. An
+overlay has to reach the runner classes before a worker makes its runner, in every
+worker process, and only when steering is configured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config.steering import get_steering_config
+from vllm.plugins.steering.seam import wrap
+
+
+def install() -> None:
+    """Have a worker bind its runner's seams just before it makes the runner."""
+    wrap("vllm.v1.worker.worker_base:WorkerWrapperBase.init_device", ("self",), _make)
+
+
+def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def init_device(self: Any) -> Any:
+        if get_steering_config(self.vllm_config.additional_config) is not None:
+            install_runner_seams(self.vllm_config.use_v2_model_runner)
+        return stock(self)
+
+    return init_device
+
+
+def install_runner_seams(use_v2_model_runner: bool) -> None:
+    """Bind the seams of the runner that this worker will use."""
+    if use_v2_model_runner:
+        from vllm.plugins.steering.v1.worker.gpu import model_runner
+
+        model_runner.install()
+    else:
+        from vllm.plugins.steering.v1.worker import gpu_model_runner
+
+        gpu_model_runner.install()

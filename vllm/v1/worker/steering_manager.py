@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row allocation: which table row a request's edits of one tier occupy.
+
+A row is one distinct content (the edits of one tier in one phase). Requests with the
+same content share a row by reference count. Tables hold `2 * max_num_seqs + 1` rows
+and a request holds at most two, so `acquire` cannot fail. Everything here depends on
+the sequence of calls alone, so every rank allocates alike whichever layers it owns.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm.config.sae_steering_types import SiteEdit
+from vllm.config.steering import Tier
+
+Edits = Sequence[SiteEdit]
+
+
+@dataclass
+class _Row:
+    key: str
+    users: int
+
+
+class RowManager:
+    """Allocates the rows of one tier.
+
+    Args:
+        num_rows: rows of every table, the unsteered row 0 included.
+    """
+
+    tier: Tier
+
+    def __init__(self, num_rows: int):
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+        self.num_rows = num_rows
+        self._free = list(range(1, num_rows))  # a heap: the lowest row goes first
+        self._rows: dict[int, _Row] = {}
+        self._row_of: dict[str, int] = {}
+        self._changed: dict[int, Edits] = {}
+
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that some request holds."""
+        return len(self._rows)
+
+    def acquire(self, key: str, edits: Edits) -> int:
+        """The row that holds `edits`, shared with every holder of the same `key`.
+
+        Args:
+            key: identifies the content: equal keys mean equal edits and weights.
+            edits: what the row does, for the table writer.
+
+        Returns:
+            a row in `1..num_rows - 1`.
+        """
+        row = self._row_of.get(key)
+        if row is not None:
+            self._rows[row].users += 1
+            return row
+        row = heapq.heappop(self._free)
+        self._rows[row] = _Row(key, 1)
+        self._row_of[key] = row
+        self._changed[row] = edits
+        return row
+
+    def release(self, row: int) -> None:
+        """Give back one hold on `row`; row 0 is nobody's and ignored."""
+        if row == 0:
+            return
+        held = self._rows[row]
+        held.users -= 1
+        if held.users:
+            return
+        del self._rows[row]
+        del self._row_of[held.key]
+        self._changed.pop(row, None)
+        heapq.heappush(self._free, row)
+
+    def take_changes(self) -> dict[int, Edits]:
+        """Rows whose tables must be written before the next forward; then none."""
+        changed, self._changed = self._changed, {}
+        return changed
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every row is free or held, once, by one key."""
+        held, free = set(self._rows), set(self._free)
+        assert len(free) == len(self._free), "a row is free twice"
+        assert not held & free, "a row is both free and held"
+        assert held | free == set(range(1, self.num_rows)), "a row is lost"
+        assert all(row.users > 0 for row in self._rows.values()), "a row without user"
+        owners = {row.key: at for at, row in self._rows.items()}
+        assert owners == self._row_of, "keys and rows disagree"
+        assert set(self._changed) <= held, "a free row awaits writing"
+
+
+class SteeringVectorManager(RowManager):
+    """Rows of the additive tier."""
+
+    tier = Tier.ADDITIVE

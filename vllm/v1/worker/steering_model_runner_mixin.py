@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model runner does for steering: calls the runtime at its own verbs.
+
+The two runners differ only in how they say which requests come and go and in the
+`BatchView` of a step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.config.steering import get_steering_config
+from vllm.v1.worker.steering_index import BatchView
+from vllm.v1.worker.steering_runtime import SteeringRuntime
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+class SteeringModelRunnerMixin:
+    """Adds steering to a model runner; without a configuration it does nothing."""
+
+    vllm_config: VllmConfig
+    device: torch.device
+    steering: SteeringRuntime | None = None
+
+    def get_model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def load_steering(self) -> None:
+        """Attach the configured modules to the model that was just loaded."""
+        config = get_steering_config(self.vllm_config.additional_config)
+        if config is None:
+            return
+        scheduler = self.vllm_config.scheduler_config
+        compilation = self.vllm_config.compilation_config
+        model_config = self.vllm_config.model_config
+        captured = compilation.max_cudagraph_capture_size or 0
+        self.steering = SteeringRuntime(
+            config,
+            self.get_model(),
+            max_num_seqs=scheduler.max_num_seqs,
+            max_tokens=max(scheduler.max_num_batched_tokens, captured),
+            dtype=model_config.dtype,
+            device=self.device,
+            vocab_size=model_config.get_vocab_size(),
+        )
+        context = compilation.static_forward_context
+        for key, site in self.steering.modules.sites.items():
+            context[key.name] = site
+
+    def clear_steering_step(self) -> None:
+        """Dummy runs, profiling and capture steer nothing."""
+        if self.steering is not None:
+            self.steering.clear_step()
+
+
+class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
+    """Model Runner V1: a persistent batch that requests drop out of and return to."""
+
+    def update_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Follow the persistent batch after `_update_states`."""
+        steering = self.steering
+        if steering is None:
+            return
+        for req_id in scheduler_output.finished_req_ids:
+            steering.remove_request(req_id)
+        present = self.input_batch.req_id_to_index  # type: ignore[attr-defined]
+        for req_id in steering.holding:
+            if req_id not in present:
+                steering.park_request(req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            steering.add_request(new.req_id, new.sampling_params)
+        for req_id in steering.parked:
+            if req_id in present:
+                steering.resume_request(req_id)
+
+    def prepare_steering(self, num_scheduled_tokens: np.ndarray) -> None:
+        """Write the step's index after `_prepare_inputs`."""
+        if self.steering is None:
+            return
+        batch = self.input_batch  # type: ignore[attr-defined]
+        n = batch.num_reqs
+        view = BatchView(
+            req_ids=batch.req_ids[:n],
+            num_scheduled=num_scheduled_tokens[:n],
+            num_computed=batch.num_computed_tokens_cpu[:n],
+            prompt_len=batch.num_prompt_tokens[:n],
+            token_ids=self.input_ids.gpu,  # type: ignore[attr-defined]
+        )
+        self.steering.prepare_step(view)
+
+
+class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
+    """Model Runner V2: slots that preempted requests leave as finished ones do."""
+
+    def finish_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Follow `finish_requests`."""
+        if self.steering is None:
+            return
+        for req_id in scheduler_output.finished_req_ids:
+            self.steering.remove_request(req_id)
+        for req_id in scheduler_output.preempted_req_ids or ():
+            self.steering.remove_request(req_id)
+
+    def add_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Follow `add_requests`: new requests, and preempted ones that return."""
+        if self.steering is None:
+            return
+        for new in scheduler_output.scheduled_new_reqs:
+            self.steering.add_request(new.req_id, new.sampling_params)
+
+    def prepare_steering(self, batch: InputBatch) -> None:
+        """Write the step's index after `prepare_inputs`."""
+        if self.steering is None:
+            return
+        states = self.req_states  # type: ignore[attr-defined]
+        view = BatchView(
+            req_ids=batch.req_ids,
+            num_scheduled=batch.num_scheduled_tokens,
+            num_computed=batch.num_computed_tokens_np,
+            prompt_len=states.prompt_len.np[batch.idx_mapping_np],
+            token_ids=batch.input_ids,
+        )
+        self.steering.prepare_step(view)

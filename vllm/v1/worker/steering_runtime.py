@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One worker's steering: its sites, rows and per-step index.
+
+The model runner owns one `SteeringRuntime` and calls its verbs; the runtime owns
+every tensor. Nothing here differs between the runners.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm.config.sae_steering_types import SteeringRequest, parse_steering_request
+from vllm.config.steering import SteeringConfig, Tier
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.sae_clamp_manager import SAEClampManager
+from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
+from vllm.v1.worker.steering_index import BatchView, RequestRows, token_rows
+from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
+from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
+from vllm.v1.worker.steering_tables import write_rows
+
+logger = init_logger(__name__)
+
+NO_ROWS = (0,) * len(Tier)
+
+
+class SteeringRuntime:
+    """The steering state of one worker.
+
+    Args:
+        config: the engine's resolved steering configuration.
+        model: the loaded model; its layers get the sites attached.
+        max_num_seqs: requests that can be in a batch.
+        max_tokens: tokens that a forward can have, padding included.
+        dtype, device: of the model's activations.
+        vocab_size: bound of token ids, for the skip sets.
+    """
+
+    def __init__(
+        self,
+        config: SteeringConfig,
+        model: nn.Module,
+        *,
+        max_num_seqs: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        vocab_size: int,
+    ):
+        self.config = config
+        num_rows = 2 * max_num_seqs + 1
+        self.managers: dict[Tier, RowManager] = {
+            Tier.ADDITIVE: SteeringVectorManager(num_rows),
+            Tier.DELTA: SAEClampManager(num_rows),
+            Tier.FULL: SAEFullReconstructionManager(num_rows),
+        }
+        self.modules: SiteModules = build_site_modules(
+            config, model, num_rows, max_tokens, dtype, device, vocab_size
+        )
+        self.step = self.modules.step
+        # Specs of every request that the worker knows; rows of those in the batch.
+        self._requests: dict[str, SteeringRequest] = {}
+        self._rows: dict[str, RequestRows] = {}
+        self._index_host = np.zeros((len(Tier), max_tokens), dtype=np.int32)
+        self._written_tokens = 0
+
+    @property
+    def parked(self) -> list[str]:
+        """Steered requests that hold no rows: preempted, or not in the batch."""
+        return [req_id for req_id in self._requests if req_id not in self._rows]
+
+    @property
+    def holding(self) -> list[str]:
+        """Requests that hold rows."""
+        return list(self._rows)
+
+    def add_request(self, req_id: str, params: SamplingParams | None) -> None:
+        """Take the rows of a request that enters the batch for the first time."""
+        self.remove_request(req_id)
+        request = self._parse(req_id, params)
+        if request is not None:
+            self._requests[req_id] = request
+            self.resume_request(req_id)
+
+    def _parse(
+        self, req_id: str, params: SamplingParams | None
+    ) -> SteeringRequest | None:
+        if params is None or not params.extra_args:
+            return None
+        try:
+            return parse_steering_request(params.extra_args, self.config)
+        except ValueError:
+            # The engine admits a request only after this same check, so this is a
+            # defect, not a client's error; a worker must survive it all the same.
+            logger.exception("steering: request %s was admitted unparsable", req_id)
+            return None
+
+    def resume_request(self, req_id: str) -> None:
+        """Take the rows of a request that comes back into the batch."""
+        request = self._requests[req_id]
+        rows = [
+            tuple(self._acquire(tier, request, phase) for tier in Tier)
+            for phase in ("prefill", "decode")
+        ]
+        self._rows[req_id] = RequestRows(*rows)
+
+    def _acquire(self, tier: Tier, request: SteeringRequest, phase: str) -> int:
+        key = request.row_key(tier, phase)
+        if key is None:
+            return 0
+        return self.managers[tier].acquire(key, request.edits(tier, phase))
+
+    def park_request(self, req_id: str) -> None:
+        """Give back the rows of a request that leaves the batch but may return."""
+        held = self._rows.pop(req_id, None)
+        if held is None:
+            return
+        for tier in Tier:
+            self.managers[tier].release(held.prefill[tier])
+            self.managers[tier].release(held.decode[tier])
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a finished or aborted request; unknown ids are ignored."""
+        self.park_request(req_id)
+        self._requests.pop(req_id, None)
+
+    def prepare_step(self, view: BatchView) -> None:
+        """Write the index, the rows and the bypass flags of a step, before its
+        forward. Nothing is copied where nothing has changed."""
+        rows = token_rows(view, self._rows, len(Tier)) if self._rows else None
+        if rows is None:
+            self.clear_step()
+            return
+        self._write_rows()
+        self._write_index(rows)
+        if rows[Tier.DELTA].any() or rows[Tier.FULL].any():
+            self._write_flags(view.token_ids[: rows.shape[1]])
+
+    def clear_step(self) -> None:
+        """Unsteered step, dummy run or capture: every token has row 0."""
+        if self._written_tokens:
+            self.step.index.zero_()
+            self._index_host[:, : self._written_tokens] = 0
+            self._written_tokens = 0
+
+    def _write_rows(self) -> None:
+        for tier, manager in self.managers.items():
+            if changes := manager.take_changes():
+                tables = self.modules.tables(tier)
+                write_rows(changes, tables, self.modules.table_of(tier))
+
+    def _write_index(self, rows: np.ndarray) -> None:
+        host, tokens = self._index_host, rows.shape[1]
+        extent = max(tokens, self._written_tokens)
+        unchanged = tokens == self._written_tokens and np.array_equal(
+            host[:, :tokens], rows
+        )
+        if unchanged:
+            return
+        host[:, :tokens] = rows
+        host[:, tokens:extent] = 0
+        # A fresh pinned buffer each time: the copy is asynchronous, and the host may
+        # be preparing the next step before it has been read.
+        fresh = async_tensor_h2d(host[:, :extent].copy(), device=self.step.index.device)
+        self.step.index[:, :extent].copy_(fresh)
+        self._written_tokens = tokens
+
+    def _write_flags(self, token_ids: torch.Tensor) -> None:
+        skip_bits = self.step.skip_bits
+        known = token_ids.clamp(0, skip_bits.shape[0] - 1).long()
+        self.step.flags[: known.shape[0]].copy_(skip_bits[known])
+
+    def check_integrity(self) -> None:
+        """Assert that the managers and the requests agree on who holds what."""
+        for tier, manager in self.managers.items():
+            manager.check_integrity()
+            held = {
+                row
+                for rows in self._rows.values()
+                for row in (rows.prefill[tier], rows.decode[tier])
+                if row
+            }
+            assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
+        assert set(self._rows) <= set(self._requests), "rows of an unknown request"

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes clamp rows: built on the host, uploaded once per change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
+from vllm.model_executor.layers.steering import (
+    ONLY_IF_ACTIVE,
+    ClampKind,
+    ClampTable,
+    SiteKey,
+)
+from vllm.utils.torch_utils import async_tensor_h2d
+
+CLAMP_CODES = {kind.name.lower(): int(kind) for kind in ClampKind}
+
+
+@dataclass
+class BoundTable:
+    """A clamp table with what turns an entry of its module into the table's terms.
+
+    Attributes:
+        table: the device table.
+        unit_scale: float32 `[F]` or None. `value / unit_scale[feature]` is in native
+            units (for modules loaded with `feature_units="unit_decoder"`).
+        offset: added to an entry's feature index (steering vectors are stacked).
+        written: rows whose device content may edit.
+    """
+
+    table: ClampTable
+    unit_scale: np.ndarray | None = None
+    written: set[int] = field(default_factory=set)
+
+    def encode_row(self, clamps: list[tuple[int, SAEClampEntry]]) -> np.ndarray:
+        """int32 `[2 + 3K]`: the packed row that applies `clamps`."""
+        k = self.table.max_clamps
+        row = np.zeros(2 + 3 * k, dtype=np.int32)
+        row[0], row[1] = 1, len(clamps)
+        values = row[2 + 2 * k :].view(np.float32)
+        for at, (feature, entry) in enumerate(clamps):
+            row[2 + at] = feature
+            code = CLAMP_CODES[entry.kind]
+            row[2 + k + at] = code | (ONLY_IF_ACTIVE if entry.only_if_active else 0)
+            values[at] = self._native(feature, entry)
+        return row
+
+    def _native(self, feature: int, entry: SAEClampEntry) -> float:
+        if self.unit_scale is None or entry.kind == "scale":
+            return entry.value
+        with np.errstate(over="ignore", divide="ignore"):
+            native = np.float32(entry.value) / self.unit_scale[feature]
+        limit = np.finfo(np.float32).max
+        return float(np.clip(np.nan_to_num(native), -limit, limit))
+
+    def upload(self, rows: dict[int, np.ndarray]) -> None:
+        """Copy the packed rows to the device, in stream order, without blocking."""
+        packed = self.table.packed
+        where = np.fromiter(rows, dtype=np.int64, count=len(rows))
+        data = np.stack(list(rows.values()))
+        packed.index_copy_(
+            0,
+            async_tensor_h2d(where, device=packed.device),
+            async_tensor_h2d(data, device=packed.device),
+        )
+
+
+# (module, site) -> its bound table and the direction index of its feature 0.
+TableOf = Callable[[str, SiteKey], tuple[BoundTable, int] | None]
+
+
+def write_rows(
+    changes: dict[int, tuple[SiteEdit, ...]],
+    tables: list[BoundTable],
+    table_of: TableOf,
+) -> None:
+    """Bring every table of a tier up to date with the changed rows.
+
+    A table that a row used to edit and no longer does gets an empty row. Edits at
+    sites that this rank does not own are passed over.
+    """
+    pending: dict[int, dict[int, np.ndarray]] = {}
+    for row, edits in changes.items():
+        merged: dict[int, tuple[BoundTable, list[tuple[int, SAEClampEntry]]]] = {}
+        for edit in edits:
+            bound = table_of(edit.module, SiteKey(edit.layer, edit.hook))
+            if bound is None:
+                continue
+            table, offset = bound
+            clamps = merged.setdefault(id(table), (table, []))[1]
+            clamps += [(c.feature_idx + offset, c) for c in edit.clamps]
+        for ident, (table, clamps) in merged.items():
+            pending.setdefault(ident, {})[row] = table.encode_row(clamps)
+        for table in tables:
+            if id(table) not in merged and row in table.written:
+                empty = np.zeros(table.table.packed.shape[1], dtype=np.int32)
+                pending.setdefault(id(table), {})[row] = empty
+                table.written.discard(row)
+            elif id(table) in merged:
+                table.written.add(row)
+    for table in tables:
+        if rows := pending.get(id(table)):
+            table.upload(rows)
+
+
+def decoder_norms(W_dec: torch.Tensor) -> np.ndarray:
+    """float32 `[F]` L2 norms of the decoder rows, in slices."""
+    parts = [part.float().norm(dim=1).cpu() for part in W_dec.split(8192)]
+    return torch.cat(parts).numpy()
