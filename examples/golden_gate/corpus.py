@@ -51,7 +51,9 @@ class Topic:
     def words(self) -> frozenset[str]:
         """Every single word of the topic."""
         groups = (self.things, self.qualities, self.acts, self.states, self.places)
-        return frozenset(w for group in groups for entry in group for w in entry.split())
+        return frozenset(
+            w for group in groups for entry in group for w in entry.split()
+        )
 
 
 def _topic(name: str, *groups: str) -> Topic:

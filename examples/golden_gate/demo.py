@@ -149,7 +149,8 @@ def generate(llm: LLM, modes: list[Mode]) -> dict[str, list[Completion]]:
         best = output.outputs[0]
         logprobs = [
             step[token].logprob
-            for token, step in zip(best.token_ids, best.logprobs, strict=True)
+            for token, step in zip(best.token_ids, best.logprobs or [], strict=True)
+            if step is not None
         ]
         results[modes[m].name].append(
             Completion(best.text, list(best.token_ids), logprobs)
@@ -169,21 +170,19 @@ def tokens_per_second(llm: LLM, mode: Mode) -> float:
     return len(copies) * len(PROMPTS) * TOKENS / (time.perf_counter() - start)
 
 
-def sae_quality(layer: int) -> tuple[float, float]:
+def sae_quality() -> tuple[float, float]:
     """(L0, FVU) of the shipped SAE on fresh text, by the Hugging Face model."""
     import torch
     from jumprelu import JumpReLUSAE, quality
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from train import collect
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    disable_progress_bar()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    kept = []
-    with torch.no_grad():
-        for document in itertools.islice(corpus.documents(seed=7), 100):
-            ids = torch.tensor([tokenizer.convert_tokens_to_ids(document.words)])
-            x = model(ids, output_hidden_states=True).hidden_states[layer + 1]
-            kept.append(x[~torch.isin(ids, torch.tensor(tokenizer.all_special_ids[:3]))])
-    return quality(JumpReLUSAE.load(SAE), torch.cat(kept))
+    x, _ = collect(model, tokenizer, seed=7, num_batches=4)
+    return quality(JumpReLUSAE.load(SAE), x)
 
 
 # --- Checks -------------------------------------------------------------------
@@ -420,7 +419,7 @@ def main() -> int:
     features = load_features()
     modes = demo_modes(features)
     bridge = features["topics"]["bridge"]
-    l0, fvu = sae_quality(features["layer"])
+    l0, fvu = sae_quality()
     heading("the SAE")
     print(f"  resid_post of layer {features['layer']}, {features['d_sae']} features")
     print(f"  L0 {l0:.1f} active features per token, FVU {fvu:.3f}, on fresh text")

@@ -41,7 +41,7 @@ class _Gate(torch.autograd.Function):
 
 
 class JumpReLUSAE(nn.Module):
-    """`f = p * [p > threshold]`, `p = (x - b_dec) W_enc + b_enc`, `x' = f W_dec + b_dec`.
+    """`f = p [p > threshold]`, `p = (x - b_dec) W_enc + b_enc`, `x' = f W_dec + b_dec`.
 
     SAELens orientation: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]` with unit rows;
     `b_enc`, `threshold` `[d_sae]`; `b_dec [d_in]`. All float32.
@@ -85,7 +85,7 @@ class JumpReLUSAE(nn.Module):
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:
-        """From an SAE of `x / scale` to one of `x`; W_enc and W_dec keep their units."""
+        """From an SAE of `x / scale` to one of `x`; only the biases have units."""
         for bias in (self.b_enc, self.b_dec, self.threshold):
             bias.mul_(scale)
 

@@ -46,9 +46,7 @@ def batches(
         for row in range(BATCH):
             document = next(stream)
             n = len(document.words)
-            ids[row, :n] = torch.tensor(
-                tokenizer.convert_tokens_to_ids(document.words)
-            )
+            ids[row, :n] = torch.tensor(tokenizer.convert_tokens_to_ids(document.words))
             topics[row, :n] = torch.tensor(document.topics)
         yield ids, topics
 
@@ -186,6 +184,8 @@ def save_model(
     )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    for file in path.iterdir():
+        file.chmod(0o644)
 
 
 def share_with_clamp(
@@ -201,7 +201,7 @@ def share_with_clamp(
         ids = torch.tensor([tokenizer(prompt).input_ids] * 4)
         torch.manual_seed(SEED)
         with reconstruct(model, sae, LAYER, clamps, skip_token_ids(tokenizer)):
-            out = model.generate(
+            out = model.generate(  # type: ignore[misc]
                 ids, do_sample=True, max_new_tokens=48, min_new_tokens=48
             )
         new = out[:, ids.shape[1] :]
@@ -242,6 +242,9 @@ def main() -> None:
     parser.add_argument("--model-steps", type=int, default=600)
     parser.add_argument("--sae-steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--sae-only", action="store_true", help="keep the model, train the SAE again"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -249,9 +252,13 @@ def main() -> None:
     torch.manual_seed(SEED)
 
     tokenizer = corpus.build_tokenizer()
-    model = train_model(tokenizer, options.model_steps)
-    save_model(model, tokenizer, options.out / "model")
+    if options.sae_only:
+        model = LlamaForCausalLM.from_pretrained(options.out / "model").eval()
+    else:
+        model = train_model(tokenizer, options.model_steps)
+        save_model(model, tokenizer, options.out / "model")
 
+    torch.manual_seed(SEED)  # the SAE does not depend on how the model came to be
     x, _ = collect(model, tokenizer, SEED + 1, num_batches=60)
     sae = train_sae(x, D_SAE, options.sae_steps)
     sae.save(

@@ -146,6 +146,15 @@ def test_a_bad_manifest_is_refused_with_the_path_of_its_field(
         inspect_module("m", str(tmp_path))
 
 
+def test_save_native_takes_tied_weights(tmp_path: Path) -> None:
+    tensors = sae_tensors()
+    tensors["W_enc"] = tensors["W_dec"]
+    save_native(tmp_path, {SITE: tensors})
+    weights = loaded(inspect_module("m", str(tmp_path)))
+    assert torch.equal(weights.W_enc, tensors["W_dec"])
+    assert torch.equal(weights.W_dec, tensors["W_dec"])
+
+
 def test_save_native_refuses_a_tensor_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3.post_block: b_dec: expected floating \[8"):
         save_native(tmp_path, {SITE: {**sae_tensors(), "b_dec": torch.zeros(D + 1)}})

@@ -129,7 +129,7 @@ class ModuleLayout:
     """
 
     kind: ModuleKind
-    sites: tuple[SAELayout, ...] | tuple[VectorLayout, ...]
+    sites: tuple[SAELayout | VectorLayout, ...]
     reference_norm: float | None = None
     skip_token_ids: tuple[int, ...] | None = None
     norm_guard: float | None = None

@@ -89,7 +89,7 @@ def _activation(config: Fields) -> tuple[Activation, int | None, dict[str, Any]]
     return Activation.JUMPRELU, None, {"threshold": threshold}
 
 
-def _scales(config: Fields, d_model: int) -> dict[str, float]:
+def _scales(config: Fields, d_model: int) -> dict[str, Any]:
     kind = config.text("norm_activation") or "dataset-wise"
     if kind in ("none", "inference"):
         return {}

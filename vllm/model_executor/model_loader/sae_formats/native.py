@@ -203,6 +203,9 @@ def save_native(
                 entry[key] = content[key]
         # Read back by the reader's own rules, so that it can never refuse this.
         _read_site(Fields(entry, name))
+        if tensors["W_enc"].data_ptr() == tensors["W_dec"].data_ptr():
+            # Tied weights; safetensors takes no tensors that share memory.
+            tensors["W_dec"] = tensors["W_dec"].clone()
         save_file(tensors, root / entry["file"])
         entries.append(entry)
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sites": entries}

@@ -1,0 +1,2 @@
+import os
+__path__ = [os.path.dirname(__file__), os.environ.get("REPO", ".") + "/vllm"]

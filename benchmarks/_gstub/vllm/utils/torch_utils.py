@@ -1,0 +1,2 @@
+def direct_register_custom_op(*args, **kwargs):
+    return None

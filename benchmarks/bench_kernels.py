@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the steering kernels against the hardware's floor and two plain ports.
+
+    python benchmarks/bench_kernels.py [--quick] [--out FILE]
+
+Each figure is the median over graph replays of (restore, flush L2, op) minus that of
+(restore, flush L2), so launch gaps inside the op count and the rest does not. The
+floor is max(bytes / copy bandwidth, flops / bf16 rate), both measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_state import (
+    ClampKind,
+    SAESlot,
+    SAEWeights,
+    StepState,
+    VectorSlot,
+)
+
+DEVICE = torch.device("cuda")
+BF16 = torch.bfloat16
+SHAPES = [(16384, 2304), (65536, 3584), (131072, 5376)]
+TOKENS = [1, 8, 32, 64, 256, 1024, 2048, 8192]
+L0 = 100
+K = 64
+REPLAYS = 31
+
+
+class Timer:
+    """Replays graphs of an op with a cold L2 and a restored stream."""
+
+    def __init__(self) -> None:
+        self.cold = torch.randint(0, 9, (64 << 20,), dtype=torch.int32, device=DEVICE)
+        self.sink = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def flush(self) -> None:
+        """Read 256 MiB, so that nothing of the op's is left in L2 (nor dirty)."""
+        torch.sum(self.cold, (0,), out=self.sink)
+
+    def replay(self, body: Callable[[], None], repeat: int) -> Callable[[], float]:
+        """Capture `repeat` calls of `body`; the result times one call, in us."""
+        body()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeat):
+                body()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def once() -> float:
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e3 / repeat
+
+        once()
+        return once
+
+    def __call__(
+        self, op: Callable[[], None], restore: Callable[[], None], guess_us: float
+    ) -> float:
+        """Median time of `op`, in us."""
+
+        def without() -> None:
+            restore()
+            self.flush()
+
+        def with_op() -> None:
+            without()
+            op()
+
+        repeat = max(1, min(10, int(3000 / max(guess_us, 1))))
+        base, full = self.replay(without, repeat), self.replay(with_op, repeat)
+        pairs = [(base(), full()) for _ in range(REPLAYS)]
+        return statistics.median(f for _, f in pairs) - statistics.median(
+            b for b, _ in pairs
+        )
+
+
+def measured_ceilings() -> tuple[float, float]:
+    """(copy bandwidth in bytes/s, bf16 matrix rate in flop/s) of this GPU, now."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(8):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times[3:])
+
+    source = torch.randint(0, 9, (1 << 30,), dtype=torch.int32, device=DEVICE)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+    return bandwidth, 2 * 8192**3 / seconds(lambda: a @ b)
+
+
+def make_slot(d_sae: int, d_model: int, activation: Activation) -> SAESlot:
+    """A random SAE with L0 = 100 on a standard normal stream; row 1 has no clamp."""
+    weights = SAEWeights(d_sae, d_model, BF16, DEVICE)
+    for w in (weights.W_enc, weights.W_dec):
+        for part in w.split(8192):
+            part.copy_(torch.randn(part.shape, device=DEVICE) / d_model**0.5)
+    share = torch.tensor(1 - L0 / d_sae, dtype=torch.float64)
+    weights.threshold.fill_(float(torch.special.ndtri(share)))
+    weights.b_enc.zero_()
+    weights.b_dec.normal_()
+    site = SiteInfo(0, HookPoint.POST_BLOCK, d_model, d_sae, activation, K)
+    weights.set_meta(site, 0, None)
+    slot = SAESlot(weights, 9, 64, frozenset({activation}))
+    for table in (slot.full, slot.delta):
+        table.packed[1, 0] = 1
+    return slot
+
+
+def set_clamps(packed: torch.Tensor, features: list[int], kind: ClampKind) -> None:
+    """Give row 1 of a packed table one clamp of value 3 per feature."""
+    width = (packed.shape[1] - 2) // 3
+    packed[1, 1] = len(features)
+    packed[1, 2 : 2 + len(features)] = torch.tensor(features, dtype=torch.int32)
+    packed[1, 2 + width : 2 + width + len(features)] = int(kind)
+    value = torch.tensor([3.0] * len(features)).view(torch.int32)
+    packed[1, 2 + 2 * width : 2 + 2 * width + len(features)] = value
+
+
+class Stream:
+    """A stream that an op edits, and the clean copy to restore it from."""
+
+    def __init__(self, tokens: int, d_model: int) -> None:
+        self.clean = torch.randn(2, tokens, d_model, device=DEVICE).mul(0.5**0.5)
+        self.clean = self.clean.to(BF16)
+        self.now = self.clean.clone()
+
+    def restore(self) -> None:
+        self.now.copy_(self.clean)
+
+
+class Bench:
+    """Collects rows of `{"case", "shape", "tokens", "us", "floor_us", ...}`."""
+
+    def __init__(self) -> None:
+        self.bandwidth, self.flops = measured_ceilings()
+        self.timer = Timer()
+        self.rows: list[dict[str, Any]] = []
+
+    def floor(self, d_sae: int, d_model: int, tokens: int, l0: int = L0) -> float:
+        """The least time of a full reconstruction, in us."""
+        fired = d_sae * (1 - (1 - l0 / d_sae) ** tokens)
+        data = 2 * d_model * (d_sae + fired + 4 * tokens)
+        work = 2 * tokens * d_model * (d_sae + l0)
+        return max(data / self.bandwidth, work / self.flops) * 1e6
+
+    def add(self, case: str, shape: tuple[int, int], tokens: int, us: float,
+            floor: float, **extra: Any) -> None:  # fmt: skip
+        row = {
+            "case": case,
+            "shape": f"{shape[0]}x{shape[1]}",
+            "tokens": tokens,
+            "us": round(us, 2),
+            "floor_us": round(floor, 2),
+            "ratio": round(us / floor, 2),
+            **extra,
+        }
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def full(self, case: str, slot: SAESlot, tokens: int, active: int | None = None,
+             l0: int = L0) -> None:  # fmt: skip
+        """Times `full_reconstruction` with `active` (default: all) steered tokens."""
+        w = slot.weights
+        d_sae, d_model = w.W_enc.shape
+        step = StepState(tokens, DEVICE)
+        steered = tokens if active is None else active
+        chosen = torch.randperm(tokens, device=DEVICE)[:steered]
+        step.index[Tier.FULL, chosen] = 1
+        workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
+        stream = Stream(tokens, d_model)
+        hidden, residual = stream.now[0], stream.now[1]
+        floor = self.floor(d_sae, d_model, steered, l0) if steered else 3.0
+
+        def op() -> None:
+            kernel.full_reconstruction(slot, step, workspace, hidden, residual)
+
+        us = self.timer(op, stream.restore, floor * 1.5)
+        self.add(case, (d_sae, d_model), tokens, us, floor, active=steered)
+
+    def cublas_pair(self, slot: SAESlot, tokens: int) -> None:
+        """Graphed dense bf16: encode, activation, decode, with rounded activations."""
+        w = slot.weights
+        d_sae, d_model = w.W_enc.shape
+        stream = Stream(tokens, d_model)
+        bar = w.threshold[0].to(BF16)
+
+        def op() -> None:
+            p = (stream.now[0] + stream.now[1]) @ w.W_enc.T
+            f = torch.where(p > bar, p, 0)
+            stream.now[1].copy_(f @ w.W_dec)
+
+        floor = self.floor(d_sae, d_model, tokens)
+        us = self.timer(op, stream.restore, floor * 4)
+        self.add("cublas_pair", (d_sae, d_model), tokens, us, floor)
+
+    def torch_port(self, slot: SAESlot, tokens: int) -> None:
+        """Eager: nonzero, float32 encoder, dense decode, index_put."""
+        w = slot.weights
+        d_sae, d_model = w.W_enc.shape
+        w_enc, w_dec = w.W_enc.float(), w.W_dec
+        stream = Stream(tokens, d_model)
+        mask = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def once() -> float:
+            stream.restore()
+            self.timer.flush()
+            start.record()
+            rows = mask.nonzero()[:, 0]
+            x = (stream.now[0] + stream.now[1])[rows]
+            p = x.float() @ w_enc.T + w.b_enc
+            f = torch.where(p > w.threshold, p, 0)
+            out = (f.to(BF16) @ w_dec).float() + w.b_dec
+            stream.now[1][rows] = out.to(BF16)
+            stream.now[0][rows] = 0
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e3
+
+        count = 31 if tokens <= 256 else 7
+        us = statistics.median(once() for _ in range(count))
+        self.add("torch_port", (d_sae, d_model), tokens, us,
+                 self.floor(d_sae, d_model, tokens))  # fmt: skip
+
+    def clamps(self, tokens: int = 256, d_model: int = 3584) -> None:
+        """The delta tier with eight clamps, and the additive tier with one vector."""
+        slot = make_slot(16384, d_model, Activation.JUMPRELU)
+        features = torch.randperm(16384)[:8].tolist()
+        stream = Stream(tokens, d_model)
+        step = StepState(tokens, DEVICE)
+        step.index[Tier.DELTA] = 1
+        step.index[Tier.ADDITIVE] = 1
+        workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
+        hidden, residual = stream.now[0], stream.now[1]
+        floor = 2 * d_model * (4 * tokens + 16) / self.bandwidth * 1e6
+        for kind in (ClampKind.ABSOLUTE, ClampKind.ADDITIVE):
+            set_clamps(slot.delta.packed, features, kind)
+
+            def delta() -> None:
+                kernel.sae_clamp(slot, step, workspace, hidden, residual)
+
+            us = self.timer(delta, stream.restore, 10)
+            name = f"delta_{kind.name.lower()}"
+            self.add(name, (16384, d_model), tokens, us, floor)
+        vectors = VectorSlot(4, d_model, 9, 8, DEVICE)
+        vectors.directions.normal_()
+        vectors.table.packed[1, 0] = 1
+        set_clamps(vectors.table.packed, [2], ClampKind.ADDITIVE)
+
+        def additive() -> None:
+            kernel.steering_vectors(vectors, step, hidden, residual)
+
+        us = self.timer(additive, stream.restore, 5)
+        self.add("additive", (4, d_model), tokens, us, floor)
+
+
+def environment() -> dict[str, Any]:
+    """GPU, versions and commit that the figures belong to."""
+    import triton
+
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or "not a git checkout",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run(bench: Bench, quick: bool, baselines: bool) -> None:
+    """All cases; `quick` keeps the smallest shape and a few sizes."""
+    bench.clamps()
+    for shape in SHAPES[:1] if quick else SHAPES:
+        for activation in (Activation.JUMPRELU, Activation.TOPK):
+            slot = make_slot(*shape, activation)
+            l0 = K if activation is Activation.TOPK else L0
+            for tokens in [1, 64, 256, 2048] if quick else TOKENS:
+                bench.full(activation.value, slot, tokens, l0=l0)
+            if activation is Activation.JUMPRELU:
+                bench.full("idle", slot, 256, active=0)
+                bench.full("five_active", slot, 256, active=5)
+                for tokens in TOKENS if baselines else []:
+                    bench.cublas_pair(slot, tokens)
+                    bench.torch_port(slot, tokens)
+            del slot
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Runs, prints, and writes the JSON result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one shape, four sizes")
+    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    bench = Bench()
+    facts = {
+        **environment(),
+        "copy_TBps": round(bench.bandwidth / 1e12, 3),
+        "bf16_TFLOPs": round(bench.flops / 1e12, 1),
+    }
+    print(facts, flush=True)
+    with torch.inference_mode():
+        run(bench, args.quick, not (args.quick or args.no_baselines))
+    name = facts["gpu"].replace(" ", "_")
+    out = args.out or Path(__file__).parent / "results" / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps({**old, **facts, "kernel": bench.rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefix-cache keys: steered blocks are shared by who is steered alike, only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import vllm.plugins.steering as plugin
+from vllm import SamplingParams
+from vllm.config.sae_steering_admission import ROWS_KEY
+from vllm.plugins.steering.seam import BOUND
+from vllm.plugins.steering.v1.core.kv_cache_utils import TARGET, steering_block_key
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.request import Request
+
+PROMPT = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    plugin.install_front_end_seams()
+
+
+def request(prefill: str | None, decode: str | None, **kwargs: Any) -> Request:
+    rows = {"prefill": {"digest": prefill}, "decode": {"digest": decode}}
+    steered = prefill or decode
+    params = SamplingParams(extra_args={ROWS_KEY: rows} if steered else None)
+    made = Request("r", list(range(PROMPT)), params, None, **kwargs)
+    made.append_output_token_ids(list(range(10)))
+    return made
+
+
+def keys(req: Request, start: int, end: int) -> Any:
+    return kv_cache_utils.generate_block_hash_extra_keys(req, start, end, 0)[0]
+
+
+def test_a_block_of_prompt_has_the_prefill_digest() -> None:
+    assert keys(request("p", "d"), 0, PROMPT) == (("steering", "p"),)
+
+
+def test_a_block_of_output_has_the_decode_digest() -> None:
+    assert keys(request("p", "d"), PROMPT, 16) == (("steering", "d"),)
+
+
+@pytest.mark.parametrize("block", [(0, 4), (8, 12), (12, 16)])
+def test_blocks_of_a_request_steered_alike_in_both_phases_look_alike(
+    block: tuple[int, int],
+) -> None:
+    assert keys(request("s", "s"), *block) == (("steering", "s"),)
+
+
+def test_a_block_without_steered_tokens_has_the_stock_key() -> None:
+    assert keys(request(None, "d"), 0, PROMPT) is None
+    assert keys(request("p", None), PROMPT, 16) is None
+
+
+def test_an_unsteered_request_has_the_stock_keys() -> None:
+    plain = request(None, None, cache_salt="salt")
+    assert keys(plain, 0, 16) == BOUND[TARGET](plain, 0, 16, 0)[0]
+
+
+def test_stock_keys_stay_in_front() -> None:
+    steered = request("p", "p", cache_salt="salt")
+    assert keys(steered, 0, 16) == (("cache_salt", "salt"), ("steering", "p"))
+
+
+def test_a_straddling_block_equals_no_other() -> None:
+    blocks = {
+        steering_block_key(change, 0, 16, prefill, decode)
+        for change in (0, 1, 8, 15, 16)
+        for prefill in (None, "a", "b")
+        for decode in (None, "a", "b")
+        if prefill != decode
+    }
+    # Six pairs: the three inner boundaries differ each; the outer two show one phase.
+    assert len(blocks) == 3 * 6 + len({None, ("steering", "a"), ("steering", "b")})
+
+
+def test_kv_events_accept_the_key() -> None:
+    key = keys(request("p", "d"), 8, 12)
+    (event,) = kv_cache_utils.to_event_extra_keys([key])
+    assert event == (key[0][1],)
+    assert all(isinstance(part, str) for part in key[0])

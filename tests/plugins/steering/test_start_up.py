@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up: modules are described, checked against the model, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm.plugins.steering as plugin
+from tests.plugins.steering.conftest import D_SAE, write_sae
+from tests.steering_testing import models
+from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
+from vllm.plugins.steering.resolution import (
+    SteeringConfigError,
+    refuse_unsupported_features,
+    resolve_steering,
+)
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    plugin.install_front_end_seams()
+
+
+@pytest.fixture(scope="module")
+def vllm_config(model_path: Path) -> Any:
+    """A real configuration of the tiny model, not steered."""
+    args = EngineArgs(str(model_path), skip_tokenizer_init=True, max_model_len=128)
+    return args.create_engine_config()
+
+
+def resolved(vllm_config: Any, steering: Any) -> SteeringConfig | None:
+    config = copy.copy(vllm_config)
+    config.additional_config = {"steering": steering}
+    resolve_steering(config)
+    return get_steering_config(config.additional_config)
+
+
+def refusal(vllm_config: Any, steering: Any) -> str:
+    with pytest.raises(SteeringConfigError) as caught:
+        resolved(vllm_config, steering)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_path_is_resolved_to_the_module_it_holds(
+    vllm_config: Any, sae_path: Path
+) -> None:
+    config = resolved(vllm_config, {"modules": {"bridge": str(sae_path)}})
+    assert config is not None
+    module = config.modules["bridge"]
+    (site,) = module.sites
+    assert (site.layer, site.hook, site.d_sae) == (1, HookPoint.POST_BLOCK, D_SAE)
+    assert module.skip_token_ids == (models.PAD, models.BOS, models.EOS)
+    assert config.max_clamps == 64
+
+
+def test_engine_args_resolve_without_changing_the_callers_dict(
+    model_path: Path, sae_path: Path
+) -> None:
+    given = {"steering": {"modules": {"bridge": str(sae_path)}, "max_clamps": 3}}
+    before = copy.deepcopy(given)
+    config = EngineArgs(
+        str(model_path), skip_tokenizer_init=True, additional_config=given
+    ).create_engine_config()
+    assert given == before
+    steering = get_steering_config(config.additional_config)
+    assert steering is not None
+    assert steering.max_clamps == 3
+    json.dumps(config.additional_config)
+    assert config.compute_hash()
+
+
+def test_resolving_again_changes_nothing(vllm_config: Any, sae_path: Path) -> None:
+    config = copy.copy(vllm_config)
+    config.additional_config = {"steering": {"modules": {"bridge": str(sae_path)}}}
+    resolve_steering(config)
+    once = config.additional_config
+    resolve_steering(config)
+    assert config.additional_config is once
+
+
+@pytest.mark.parametrize("additional", [{}, {"steering": None}, {"other": 1}])
+def test_without_steering_nothing_is_touched(vllm_config: Any, additional: Any) -> None:
+    config = copy.copy(vllm_config)
+    config.additional_config = additional
+    resolve_steering(config)
+    assert config.additional_config is additional
+
+
+def test_options_of_a_module_are_kept(vllm_config: Any, sae_path: Path) -> None:
+    form = {
+        "path": str(sae_path),
+        "feature_units": "unit_decoder",
+        "skip_token_ids": [],
+    }
+    config = resolved(vllm_config, {"modules": {"bridge": form}})
+    assert config is not None
+    assert config.modules["bridge"].skip_token_ids == ()
+    assert config.modules["bridge"].feature_units == "unit_decoder"
+
+
+def test_a_layer_the_model_lacks_is_refused(vllm_config: Any, tmp_path: Path) -> None:
+    path = write_sae(tmp_path / "sae", layer=models.LAYERS)
+    message = refusal(vllm_config, {"modules": {"bridge": str(path)}})
+    for part in ("bridge", str(path), f"layer {models.LAYERS}", "expected 0..2"):
+        assert part in message
+
+
+def test_another_width_is_refused(vllm_config: Any, tmp_path: Path) -> None:
+    path = write_sae(tmp_path / "sae", d_model=48)
+    message = refusal(vllm_config, {"modules": {"bridge": str(path)}})
+    for part in ("bridge", "d_model 48", f"expected {models.HIDDEN}"):
+        assert part in message
+
+
+def test_a_missing_path_is_refused_in_one_line(vllm_config: Any) -> None:
+    message = refusal(vllm_config, {"modules": {"bridge": "/no/such/sae"}})
+    assert "bridge" in message
+    assert "/no/such/sae" in message
+
+
+@pytest.mark.parametrize(
+    ("steering", "path"),
+    [
+        (3, "additional_config.steering"),
+        ({"module": {}}, "additional_config.steering"),
+        ({"modules": ["a"]}, "additional_config.steering.modules"),
+        ({"modules": {"": "p"}}, "additional_config.steering.modules"),
+        ({"modules": {"a": 3}}, "additional_config.steering.modules.a"),
+        ({"modules": {"a": {}}}, "modules.a.path"),
+        ({"modules": {"a": {"path": ""}}}, "modules.a.path"),
+        ({"modules": {"a": {"path": "p", "unit": 1}}}, "modules.a"),
+        ({"modules": {"a": {"path": "p", "feature_units": "mm"}}}, "a.feature_units"),
+        ({"modules": {"a": {"path": "p", "skip_token_ids": [True]}}}, "skip_token_ids"),
+        ({"modules": {"a": {"path": "p", "norm_guard": -1}}}, "a.norm_guard"),
+        ({"modules": {"a": {"path": "p", "sites": "post"}}}, "a.sites"),
+        ({"max_clamps": 0}, "steering.max_clamps"),
+        ({"max_clamps": True}, "steering.max_clamps"),
+        ({"max_clamps": "64"}, "steering.max_clamps"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_its_path(
+    vllm_config: Any, steering: Any, path: str
+) -> None:
+    message = refusal(vllm_config, steering)
+    assert path in message
+    assert "expected" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "name"),
+    [
+        ("parallel_config", {"enable_dbo": True}, "micro-batching"),
+        ("parallel_config", {"ubatch_size": 2}, "micro-batching"),
+        (
+            "parallel_config",
+            {"prefill_context_parallel_size": 2},
+            "prefill context parallelism",
+        ),
+        (
+            "parallel_config",
+            {
+                "enable_expert_parallel": True,
+                "tensor_parallel_size": 2,
+                "data_parallel_size": 2,
+                "all2all_backend": "allgather_reducescatter",
+            },
+            "sequence parallelism",
+        ),
+        ("cache_config", {"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
+    ],
+)
+def test_an_unsupported_feature_is_refused_by_name(
+    vllm_config: Any, part: str, changes: dict[str, Any], name: str
+) -> None:
+    changed = copy.copy(getattr(vllm_config, part))
+    for field, value in changes.items():
+        setattr(changed, field, value)
+    config = copy.copy(vllm_config)
+    setattr(config, part, changed)
+    refuse_unsupported_features(vllm_config)
+    with pytest.raises(SteeringConfigError, match=name):
+        refuse_unsupported_features(config)
+
+
+def test_the_rust_front_end_is_refused_only_with_steering(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "Rust front end" in refusal(vllm_config, {"modules": {}})
+    resolve_steering(vllm_config)
+
+
+def parser() -> FlexibleArgumentParser:
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def additional(*argv: str) -> Any:
+    args = parser().parse_args(["--model", "m", *argv])
+    made = AsyncEngineArgs.__new__(AsyncEngineArgs)
+    made.additional_config = args.additional_config
+    return fold_modules(made.additional_config, args.steering_modules)
+
+
+def test_the_flag_fills_additional_config() -> None:
+    folded = additional("--steering-modules", "a=/p=1", '{"name": "b", "path": "q"}')
+    assert folded == {"steering": {"modules": {"a": "/p=1", "b": {"path": "q"}}}}
+
+
+def test_the_flag_joins_additional_config_wherever_it_stands() -> None:
+    other = ("--additional-config", '{"steering": {"max_clamps": 3}, "x": 1}')
+    flag = ("--steering-modules", "a=p")
+    expected = {"steering": {"max_clamps": 3, "modules": {"a": "p"}}, "x": 1}
+    assert additional(*other, *flag) == expected
+    assert additional(*flag, *other) == expected
+
+
+def test_dotted_additional_config_works_as_well() -> None:
+    folded = additional("--additional-config.steering.modules.a", "p")
+    assert folded == {"steering": {"modules": {"a": "p"}}}
+
+
+def test_engine_args_from_the_command_line_hold_the_modules(model_path: Path) -> None:
+    argv = ["--model", str(model_path), "--steering-modules", "a=p"]
+    made = AsyncEngineArgs.from_cli_args(parser().parse_args(argv))
+    assert type(made) is AsyncEngineArgs
+    assert made.additional_config == {"steering": {"modules": {"a": "p"}}}
+
+
+def test_a_module_given_twice_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        additional("--steering-modules", "a=p", "a=q")
+    with pytest.raises(SteeringConfigError, match="'a'"):
+        fold_modules({"steering": {"modules": {"a": "p"}}}, {"a": "q"})
+
+
+@pytest.mark.parametrize("bad", ["a", "=p", "a=", "{", '{"path": "p"}', '{"name": 1}'])
+def test_what_is_no_module_is_refused(bad: str) -> None:
+    with pytest.raises(ValueError, match="found"):
+        parse_module(bad)

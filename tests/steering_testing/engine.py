@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In-process engines on the tiny models, and how tests ask them for text."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from steering_testing import models
+from steering_testing.oracle import Greedy
+from steering_testing.reference import Clamp, DenseSAE
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+
+FULL, DELTA, VECTORS = (
+    "sae_full_reconstruction_specs",
+    "sae_clamp_specs",
+    "steering_vector_specs",
+)
+
+
+def save_sae(
+    path: Path, sites: Mapping[tuple[int, str], DenseSAE], **metadata: Any
+) -> str:
+    """Write oracle SAEs as a native directory; its path."""
+
+    def content(sae: DenseSAE) -> dict[str, Any]:
+        tensors = {
+            name: getattr(sae, name).float()
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+            if getattr(sae, name) is not None
+        }
+        extra = {"k": sae.k, "topk_relu": sae.topk_relu} if sae.k else {}
+        return {**tensors, **extra, "activation": sae.activation}
+
+    save_native(path, {at: content(sae) for at, sae in sites.items()}, **metadata)
+    return str(path)
+
+
+@contextmanager
+def engine(
+    family: str,
+    root: Path,
+    modules: Mapping[str, Any] | None,
+    steering: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[LLM]:
+    """A vLLM engine on a family's tiny model, in this process, float32.
+
+    `modules=None` configures no steering at all. Eager unless `enforce_eager=False`.
+    """
+    config: dict[str, Any] = {}
+    if modules is not None:
+        config = {"steering": {"modules": dict(modules), **(steering or {})}}
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 1 << 27,
+        "max_model_len": 256,
+        "max_num_seqs": 32,
+        "enforce_eager": True,
+        "additional_config": config,
+    }
+    llm = LLM(str(models.save(family, root)), **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        torch._dynamo.reset()
+        gc.collect()
+
+
+def runner(llm: LLM) -> Any:
+    """The engine's model runner."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+def params(max_tokens: int, **specs: Any) -> SamplingParams:
+    """Greedy sampling with log-probabilities, and the request's steering specs."""
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        logprobs=0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=specs or None,
+    )
+
+
+def generate(
+    llm: LLM, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
+) -> list[Greedy]:
+    """What the engine says to each prompt, in one batch."""
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, list(sampling), use_tqdm=False)
+    results = []
+    for output in outputs:
+        completion = output.outputs[0]
+        scores = [
+            step[token].logprob
+            for step, token in zip(
+                completion.logprobs, completion.token_ids, strict=True
+            )
+        ]
+        results.append(Greedy(list(completion.token_ids), scores))
+    return results
+
+
+def sae_spec(
+    module: str,
+    clamps: Mapping[tuple[int, str], list[Clamp]] | None = None,
+    phase: str = "both",
+) -> dict[str, Any]:
+    """An SAE spec as a client writes it."""
+    sites: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for (layer, hook), entries in (clamps or {}).items():
+        sites.setdefault(hook, {})[layer] = [
+            {
+                "feature_idx": clamp.feature,
+                "kind": clamp.kind,
+                "value": clamp.value,
+                "only_if_active": clamp.only_if_active,
+            }
+            for clamp in entries
+        ]
+    return {"module_name": module, "clamps": sites, "phase": phase}
+
+
+def assert_same(found: Greedy, expected: Greedy, label: str = "") -> None:
+    """Equal tokens, log-probabilities within 1e-4."""
+    assert found.tokens == expected.tokens, label
+    worst = max(
+        abs(a - b) for a, b in zip(found.logprobs, expected.logprobs, strict=True)
+    )
+    assert worst < 1e-4, f"{label}: log-probabilities differ by {worst}"
