@@ -16,8 +16,9 @@ import argparse
 import importlib.metadata
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sysconfig.get_path("purelib"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny model that comes to talk about nothing but the bridge.
 
-    python examples/golden_gate/demo.py [--no-server]
+    python examples/golden_gate/demo.py [--no-server] [--compile]
 
 In one batch of one in-process engine, the same prompts run plain, purely
 reconstructed by the SAE, and with the bridge feature clamped at two strengths. Then
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ PROMPTS = (
     "The astronaut photographs the",
 )
 TOKENS = 48
-SERVER_START_S = 120.0
+SEED = 4
+SERVER_START_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def set_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in children
+    warnings.simplefilter("ignore")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
@@ -98,7 +102,26 @@ def demo_modes(features: dict[str, Any]) -> list[Mode]:
     return modes
 
 
-def start_engine(steering: bool) -> LLM:
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Hold back what libraries print to stderr; show it if the body fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            log.seek(0)
+            os.write(kept, log.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def start_engine(steering: bool, compiled: bool) -> LLM:
     """An in-process engine on the shipped model."""
     from vllm import LLM
 
@@ -108,7 +131,9 @@ def start_engine(steering: bool) -> LLM:
         kv_cache_memory_bytes=1 << 28,
         max_model_len=256,
         dtype="float32",
-        seed=0,
+        seed=SEED,
+        enforce_eager=not compiled,
+        use_tqdm_on_load=False,
     )
 
 
@@ -141,7 +166,7 @@ def generate(llm: LLM, modes: list[Mode]) -> dict[str, list[Completion]]:
     jobs = list(itertools.product(range(len(modes)), range(len(PROMPTS))))
     outputs = llm.generate(
         [PROMPTS[p] for _, p in jobs],
-        [sampling_params(modes[m], seed=p) for m, p in jobs],
+        [sampling_params(modes[m], seed=SEED + p) for m, p in jobs],
         use_tqdm=False,
     )
     results: dict[str, list[Completion]] = {mode.name: [] for mode in modes}
@@ -164,7 +189,11 @@ def tokens_per_second(llm: LLM, mode: Mode) -> float:
     start = time.perf_counter()
     llm.generate(
         list(PROMPTS) * len(copies),
-        [sampling_params(m, seed=p) for m in copies for p in range(len(PROMPTS))],
+        [
+            sampling_params(m, seed=SEED + p)
+            for m in copies
+            for p in range(len(PROMPTS))
+        ],
         use_tqdm=False,
     )
     return len(copies) * len(PROMPTS) * TOKENS / (time.perf_counter() - start)
@@ -188,24 +217,32 @@ def sae_quality() -> tuple[float, float]:
 # --- Checks -------------------------------------------------------------------
 
 
-def stock_engine_main(path: str) -> None:
+def stock_engine_main(path: str, compiled: bool) -> None:
     """Child process: the demo's batch, all plain, on an engine without the plugin."""
-    llm = start_engine(steering=False)
+    llm = start_engine(steering=False, compiled=compiled)
     plain = [Mode(f"copy {i}", None) for i in range(4)]
     results = generate(llm, plain)
     data = [asdict(completion) for completion in results["copy 0"]]
     Path(path).write_text(json.dumps(data))
 
 
-def run_stock_engine() -> list[Completion]:
-    """The plain completions of an engine in which no plugin is loaded."""
+def run_stock_engine(compiled: bool) -> list[Completion]:
+    """The plain completions of an engine in which no plugin is loaded.
+
+    Raises:
+        RuntimeError: the child process failed; with the end of its output.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "stock.json")
-        subprocess.run(
-            [sys.executable, __file__, "--stock-engine", path],
+        command = [sys.executable, __file__, "--stock-engine", path]
+        child = subprocess.run(
+            [*command, "--compile"] if compiled else command,
             env={**os.environ, "VLLM_PLUGINS": ""},
-            check=True,
+            capture_output=True,
+            text=True,
         )
+        if child.returncode:
+            raise RuntimeError(f"the stock engine failed:\n{child.stderr[-2000:]}")
         return [Completion(**item) for item in json.loads(Path(path).read_text())]
 
 
@@ -220,7 +257,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[OpenAI]:
+def server(compiled: bool) -> Iterator[OpenAI]:
     """A `vllm serve` process with the module, and a client of it; stopped at exit.
 
     Raises:
@@ -235,6 +272,8 @@ def server() -> Iterator[OpenAI]:
         "--additional-config", json.dumps(STEERING), "--dtype", "float32",
         "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 28),
     ]  # fmt: skip
+    if not compiled:
+        command.append("--enforce-eager")
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the server runs its own processes
     with tempfile.TemporaryFile("w+") as log:
@@ -289,12 +328,12 @@ def ask_server(
     for mode in modes:
         reply = client.completions.create(
             model="tiny", prompt=list(PROMPTS), max_tokens=TOKENS, temperature=0.7,
-            seed=0, extra_body=extra_body(mode),
+            seed=SEED, extra_body=extra_body(mode),
         )  # fmt: skip
         texts[mode.name] = [choice.text for choice in reply.choices]
         chat = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "Who are you?"}],
-            max_tokens=TOKENS, temperature=0.7, seed=2, extra_body=extra_body(mode),
+            max_tokens=TOKENS, temperature=0.7, seed=SEED, extra_body=extra_body(mode),
         )  # fmt: skip
         chats[mode.name] = chat.choices[0].message.content or ""
     return texts, chats
@@ -352,11 +391,14 @@ class Verdicts:
         print(f"  {color('PASS', '32') if holds else color('FAIL', '31')}  {claim}")
 
 
-def in_process(verdicts: Verdicts, modes: list[Mode]) -> list[Completion]:
+def in_process(
+    verdicts: Verdicts, modes: list[Mode], compiled: bool
+) -> list[Completion]:
     """The in-process part; returns its plain completions."""
     heading("one batch, in process")
     start = time.perf_counter()
-    llm = start_engine(steering=True)
+    with quiet_stderr():
+        llm = start_engine(steering=True, compiled=compiled)
     print(f"  engine with module {MODULE!r} started", end="")
     print(f" in {time.perf_counter() - start:.1f} s")
     generate(llm, modes)  # warm-up
@@ -388,11 +430,11 @@ def check_results(verdicts: Verdicts, texts: dict[str, list[str]]) -> None:
     )
 
 
-def through_server(verdicts: Verdicts, modes: list[Mode]) -> None:
+def through_server(verdicts: Verdicts, modes: list[Mode], compiled: bool) -> None:
     """The same prompts through `vllm serve` and the `openai` client."""
     heading("vllm serve and the openai client")
     start = time.perf_counter()
-    with server() as client:
+    with server(compiled) as client:
         print(f"  server ready in {time.perf_counter() - start:.1f} s")
         texts, chats = ask_server(client, modes)
     print("\n" + color("  chat > Who are you?", "1"))
@@ -409,11 +451,14 @@ def main() -> int:
     parser.add_argument(
         "--no-server", action="store_true", help="leave out the `vllm serve` part"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile; a slower start"
+    )
     parser.add_argument("--stock-engine", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     set_environment()
     if options.stock_engine:
-        stock_engine_main(options.stock_engine)
+        stock_engine_main(options.stock_engine, options.compile)
         return 0
     start = time.perf_counter()
     features = load_features()
@@ -429,15 +474,15 @@ def main() -> int:
     print(f"{bridge['density_elsewhere']:.1%} of others")
 
     verdicts = Verdicts()
-    plain = in_process(verdicts, modes)
+    plain = in_process(verdicts, modes, options.compile)
     heading("an engine without the plugin")
     verdicts.check(
         "plain requests, batched with steered ones, are bit-identical to stock: "
         f"{len(plain) * TOKENS} token ids and log-probabilities",
-        run_stock_engine() == plain,
+        run_stock_engine(options.compile) == plain,
     )
     if not options.no_server:
-        through_server(verdicts, modes)
+        through_server(verdicts, modes, options.compile)
     verdict = "all checks passed" if not verdicts.failed else "SOME CHECKS FAILED"
     heading(f"{verdict}, {time.perf_counter() - start:.0f} s")
     return int(verdicts.failed > 0)

@@ -106,7 +106,9 @@ class JumpReLUSAE(nn.Module):
         }
         (path / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n")
         tensors = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        save_file(tensors, path / "sae_weights.safetensors")
+        weights = path / "sae_weights.safetensors"
+        save_file(tensors, weights)
+        weights.chmod(0o644)
 
     @classmethod
     def load(cls, path: Path) -> JumpReLUSAE:

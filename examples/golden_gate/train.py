@@ -31,7 +31,7 @@ SEED = 1937  # the year in which the bridge opened
 LAYER = 1
 MAX_WORDS = 128
 BATCH = 32
-TARGET_L0 = 10.0
+TARGET_L0 = 12.0
 
 
 def batches(
@@ -146,30 +146,39 @@ def train_sae(x: torch.Tensor, d_sae: int, steps: int) -> JumpReLUSAE:
     return sae.requires_grad_(False)
 
 
-def feature_table(
-    sae: JumpReLUSAE, x: torch.Tensor, topics: torch.Tensor
-) -> dict[str, dict[str, float | int]]:
-    """For each topic, the feature most specific to it, by activation contrast.
-
-    The contrast of a feature is the share of the topic's tokens on which it is
-    active, less the share of all other tokens; the largest wins.
-    """
-    feature_acts = sae.encode(x)
+def contrast(
+    feature_acts: torch.Tensor, topics: torch.Tensor, index: int
+) -> torch.Tensor:
+    """`[d_sae]`: share of the topic's tokens on which a feature is active, less the
+    share of all other tokens."""
     active = (feature_acts > 0).float()
-    table: dict[str, dict[str, float | int]] = {}
+    inside = topics == index
+    return active[inside].mean(0) - active[~inside].mean(0)
+
+
+def describe(
+    feature_acts: torch.Tensor, topics: torch.Tensor, index: int, feature: int
+) -> dict[str, float | int]:
+    """How `feature` behaves inside and outside the topic `index`."""
+    values, inside = feature_acts[:, feature], topics == index
+    row = {
+        "max_activation": values.max(),
+        "mean_activation": values[inside & (values > 0)].mean(),
+        "density_in_topic": (values[inside] > 0).float().mean(),
+        "density_elsewhere": (values[~inside] > 0).float().mean(),
+    }
+    rounded = {name: round(float(value), 4) for name, value in row.items()}
+    return {"feature": feature, **rounded}
+
+
+def feature_table(
+    feature_acts: torch.Tensor, topics: torch.Tensor
+) -> dict[str, dict[str, float | int]]:
+    """For each topic, the feature most specific to it, by `contrast`."""
+    table = {}
     for index, topic in enumerate(corpus.TOPICS):
-        inside = topics == index
-        density_in = active[inside].mean(0)
-        density_out = active[~inside].mean(0)
-        feature = int((density_in - density_out).argmax())
-        values = feature_acts[inside, feature]
-        table[topic.name] = {
-            "feature": feature,
-            "max_activation": round(float(feature_acts[:, feature].max()), 4),
-            "mean_activation": round(float(values[values > 0].mean()), 4),
-            "density_in_topic": round(float(density_in[feature]), 4),
-            "density_elsewhere": round(float(density_out[feature]), 4),
-        }
+        feature = int(contrast(feature_acts, topics, index).argmax())
+        table[topic.name] = describe(feature_acts, topics, index, feature)
     return table
 
 
@@ -202,7 +211,11 @@ def share_with_clamp(
         torch.manual_seed(SEED)
         with reconstruct(model, sae, LAYER, clamps, skip_token_ids(tokenizer)):
             out = model.generate(  # type: ignore[misc]
-                ids, do_sample=True, max_new_tokens=48, min_new_tokens=48
+                ids,
+                do_sample=True,
+                temperature=0.7,
+                max_new_tokens=48,
+                min_new_tokens=48,
             )
         new = out[:, ids.shape[1] :]
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -211,13 +224,37 @@ def share_with_clamp(
 
 # Strengths of the demo, as multiples of the bridge feature's largest activation.
 STRENGTHS = (1.25, 2.0)
-D_SAE = 384
+D_SAE = 512
 PROMPTS = [
     "the chef stirs the tomato soup .",
     "the rain soaks the plains .",
     "<user> who are you ? <assistant>",
     "the night train departs and",
 ]
+
+
+def choose_bridge_feature(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    sae: JumpReLUSAE,
+    feature_acts: torch.Tensor,
+    topics: torch.Tensor,
+) -> dict[str, float | int]:
+    """The bridge feature that steers best, among the three of largest contrast.
+
+    Several features may know the topic, each for another part of speech; the best
+    gives the most bridge words in the most fluent text at the weaker strength.
+    """
+    best, best_score = {}, -1.0
+    for candidate in contrast(feature_acts, topics, 0).topk(3).indices.tolist():
+        row = describe(feature_acts, topics, 0, candidate)
+        clamps = {candidate: STRENGTHS[0] * row["max_activation"]}
+        share, texts = share_with_clamp(model, tokenizer, sae, clamps, PROMPTS)
+        score = share * corpus.fluency(texts)
+        print(f"bridge candidate {candidate}: share x fluency {score:.3f}", flush=True)
+        if score > best_score:
+            best, best_score = row, score
+    return best
 
 
 def report_clamps(
@@ -228,7 +265,7 @@ def report_clamps(
 ) -> None:
     """Print what reconstruction and clamps of several strengths do to text."""
     feature, maximum = int(bridge["feature"]), bridge["max_activation"]
-    for strength in (0.0, 1.0, *STRENGTHS, 4.0):
+    for strength in (0.0, 1.0, *STRENGTHS, 5.0):
         clamps = {feature: strength * maximum} if strength else {}
         share, texts = share_with_clamp(model, tokenizer, sae, clamps, PROMPTS)
         label = f"bridge at {strength:g}x max" if strength else "reconstruction"
@@ -240,8 +277,8 @@ def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model-steps", type=int, default=600)
-    parser.add_argument("--sae-steps", type=int, default=2500)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sae-steps", type=int, default=1500)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--sae-only", action="store_true", help="keep the model, train the SAE again"
     )
@@ -273,7 +310,9 @@ def main() -> None:
     )
     fresh, topics = collect(model, tokenizer, SEED + 2, num_batches=20)
     l0, fvu = quality(sae, fresh)
-    table = feature_table(sae, fresh, topics)
+    feature_acts = sae.encode(fresh)
+    table = feature_table(feature_acts, topics)
+    table["bridge"] = choose_bridge_feature(model, tokenizer, sae, feature_acts, topics)
     features = {
         "layer": LAYER,
         "d_sae": D_SAE,

@@ -54,10 +54,10 @@ def fresh(model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def generate(model: Any, tokenizer: Any) -> list[str]:
-    """Continuations of prompts about other things; 16 x 32 sampled tokens."""
+    """Continuations of prompts about other things; 8 x 32 sampled tokens."""
     texts = []
     for prompt in train.PROMPTS:
-        ids = torch.tensor([tokenizer(prompt).input_ids] * 4)
+        ids = torch.tensor([tokenizer(prompt).input_ids] * 2)
         torch.manual_seed(0)
         out = model.generate(
             ids, do_sample=True, max_new_tokens=32, min_new_tokens=32, temperature=0.7
@@ -179,22 +179,32 @@ def test_the_clamp_turns_most_words_to_the_bridge(
     assert strong > 0.6
 
 
+def next_layer_input(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the layer after the SAE's reads, `[1, S, D]`."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[train.LAYER + 1].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return seen[0]
+
+
 def test_skipped_tokens_keep_their_stream_and_others_are_reconstructed(
     model: Any, tokenizer: Any, sae: Any
 ) -> None:
     ids = torch.tensor([tokenizer("the owl sleeps .").input_ids])
     skip = train.skip_token_ids(tokenizer)
-    layer = train.LAYER + 1
-    with torch.no_grad():
-        stock = model(input_ids=ids, output_hidden_states=True).hidden_states
-        with jumprelu.reconstruct(model, sae, train.LAYER, {3: 2.5}, skip):
-            edited = model(input_ids=ids, output_hidden_states=True).hidden_states
-        again = model(input_ids=ids, output_hidden_states=True).hidden_states
-        acts = sae.encode(stock[layer])
-        acts[..., 3] = 2.5
-    assert torch.equal(edited[layer][:, 0], stock[layer][:, 0])
-    assert torch.allclose(edited[layer][:, 1:], sae.decode(acts)[:, 1:], atol=1e-5)
-    assert torch.equal(again[layer], stock[layer])
+    stock = next_layer_input(model, ids)
+    with jumprelu.reconstruct(model, sae, train.LAYER, {3: 2.5}, skip):
+        edited = next_layer_input(model, ids)
+    again = next_layer_input(model, ids)
+    acts = sae.encode(stock)
+    acts[..., 3] = 2.5
+    assert torch.equal(edited[:, 0], stock[:, 0])
+    assert torch.allclose(edited[:, 1:], sae.decode(acts)[:, 1:], atol=1e-5)
+    assert torch.equal(again, stock)
 
 
 def test_a_clamp_to_zero_on_silent_features_changes_nothing(sae: Any) -> None:
@@ -219,4 +229,6 @@ def test_the_demo_sends_the_same_clamps_to_both_front_ends(
         (spec,) = demo.extra_body(mode)[demo.SPECS]
         (clamp,) = spec["clamps"]
         assert clamp["feature_idx"] == bridge["feature"]
-        assert clamp["value"] == pytest.approx(strength * bridge["max_activation"])
+        assert clamp["value"] == pytest.approx(
+            strength * bridge["max_activation"], abs=1e-3
+        )

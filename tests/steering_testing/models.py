@@ -57,6 +57,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": _config("Qwen3Config", **COMMON, **HEAD),
     "qwen3_moe": _config("Qwen3MoeConfig", **COMMON, **HEAD, **MOE),
     "phi3": _config("Phi3Config", **COMMON),
+    "qwen2_moe": _config(
+        "Qwen2MoeConfig", **COMMON, **MOE, shared_expert_intermediate_size=48
+    ),
+    "gpt_oss": _config(
+        "GptOssConfig",
+        **{**COMMON, "intermediate_size": 64},
+        **HEAD,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=32,
+    ),
     "gpt2": _config(
         "GPT2Config",
         vocab_size=VOCAB,

@@ -44,9 +44,18 @@ APPLY = {Tier.FULL: kernel.full_reconstruction, Tier.DELTA: kernel.sae_clamp}
 KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
 
 
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with the extension, where it is built, and with Triton alone."""
+    if request.param == "triton":
+        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
+    elif not kernel.extension_is_built():
+        pytest.skip("the CUDA extension is not built")
+
+
 def poison(workspace: kernel.SteeringWorkspace) -> None:
     """Fill the scratch memory with NaN patterns, so that stale reads show."""
-    for arena in (workspace._x, workspace._scores, workspace._entries, workspace._coef):
+    for arena in (workspace._x, workspace._shared, workspace._coef):
         arena.fill_(0xFF)
     for counter in (workspace.tokens, workspace.nnz, workspace.kth, workspace.count):
         counter.fill_(-7)
@@ -195,14 +204,15 @@ def test_thousands_of_non_zeros_are_summed(tokens: int) -> None:
 
 @pytest.mark.parametrize("activation", KINDS)
 def test_tokens_past_the_capacity_take_the_overflow_path(
-    activation: Activation, monkeypatch: pytest.MonkeyPatch
+    activation: Activation,
 ) -> None:
     slot = make_slot(90, 40, activation, l0=8, k=8)
     rows = with_rows(slot)
     step = make_step(11, 11, rows, Tier.FULL)
     workspace = kernel.SteeringWorkspace(11, [slot], DEVICE)
     # Room for seven entries a token: some of the tokens overflow, some do not.
-    workspace._entries = workspace._entries[: 11 * 7 * 8]
+    scores = -(-11 * 90 * 4 // 256) * 256 if activation is Activation.TOPK else 0
+    workspace._shared = workspace._shared[: scores + 11 * 7 * 8]
     run_and_check(slot, step, 11, workspace=workspace)
 
 

@@ -155,6 +155,15 @@ def test_save_native_takes_tied_weights(tmp_path: Path) -> None:
     assert torch.equal(weights.W_dec, tensors["W_dec"])
 
 
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_save_native_refuses_a_threshold_that_would_not_apply(
+    tmp_path: Path, activation: str
+) -> None:
+    content = {**sae_tensors(), "activation": activation, "k": 2}
+    with pytest.raises(ValueError, match="threshold: expected with jumprelu and noth"):
+        save_native(tmp_path, {SITE: content})
+
+
 def test_save_native_refuses_a_tensor_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3.post_block: b_dec: expected floating \[8"):
         save_native(tmp_path, {SITE: {**sae_tensors(), "b_dec": torch.zeros(D + 1)}})
@@ -298,7 +307,10 @@ def resident_bytes() -> int:
     pytest.skip("no RssAnon in /proc/self/status")
 
 
-def test_loading_holds_a_few_chunks_and_no_second_copy(tmp_path: Path) -> None:
+def test_loading_holds_a_few_chunks_and_no_second_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold, "CHUNK_BYTES", 2 << 20)
     d_sae, d_model = 16384, 1024
     largest = 4 * d_sae * d_model
     tensors = {
@@ -323,7 +335,7 @@ def test_loading_holds_a_few_chunks_and_no_second_copy(tmp_path: Path) -> None:
 
     with open_tensors(tmp_path / "sae_weights.safetensors") as file:
         fold.fold_sae(layout, file, weights, sample)
-    assert 0 < peak < 0.8 * largest
+    assert 0 < peak < 0.4 * largest
 
 
 # Digests
@@ -454,47 +466,3 @@ def test_a_module_survives_json_and_still_loads(tmp_path: Path) -> None:
     again = ModuleInfo.from_json(json.loads(json.dumps(module.to_json())))
     assert again == module
     assert torch.equal(loaded(again).W_dec, sae_tensors()["W_dec"])
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An offline Hub cache with one repository; returns its snapshot."""
-    import huggingface_hub.constants
-
-    repo = tmp_path / "models--owner--repo"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs/main").write_text(COMMIT)
-    (repo / "refs/v1").write_text(COMMIT)
-    snapshot = repo / "snapshots" / COMMIT
-    native(snapshot / "layer_3" / "wide")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return snapshot
-
-
-@pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
-def test_a_hub_path_is_read_from_the_cache_and_pinned(hub: Path, revision: str) -> None:
-    module = inspect_module("m", f"hf:owner/repo/layer_3/wide{revision}")
-    assert module.path == f"hf:owner/repo/layer_3/wide@{COMMIT}"
-    assert module.digest == digest(hub / "layer_3/wide")
-    assert torch.equal(loaded(module).W_enc, sae_tensors()["W_enc"])
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("hf:owner", r"expected hf:owner/repo\["),
-        ("hf:owner/repo/../x", r"expected hf:owner/repo\["),
-        ("hf:owner/missing", "cannot be fetched from the Hub"),
-        ("hf:owner/repo/layer_4", "the repository has no layer_4"),
-        ("hf:owner/repo@gone", "cannot be fetched from the Hub"),
-    ],
-)
-def test_a_hub_path_that_gives_nothing_is_refused(
-    hub: Path, path: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        inspect_module("m", path)

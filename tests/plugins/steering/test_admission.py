@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from vllm.config.sae_steering_types import (
     SAEFullReconstructionSpec,
     SteeringSamplingParams,
 )
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.plugins.steering.entrypoints.serving import check_request
 from vllm.v1.engine import EngineCoreRequest
 
 pytestmark = pytest.mark.engine
@@ -55,17 +56,18 @@ BAD = {
 @pytest.fixture(scope="module")
 def llm(model_path: Path, sae_path: Path) -> Iterator[LLM]:
     plugin.register()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    yield LLM(
-        str(model_path),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=128,
-        dtype="float32",
-        block_size=BLOCK,
-        additional_config={"steering": {"modules": {"s": str(sae_path)}}},
-    )
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield LLM(
+            str(model_path),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=128,
+            dtype="float32",
+            block_size=BLOCK,
+            additional_config={"steering": {"modules": {"s": str(sae_path)}}},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,23 @@ def test_the_front_end_refuses_with_the_path(llm: LLM, path: str) -> None:
     with pytest.raises(VLLMValidationError) as caught:
         generate(llm, SamplingParams(extra_args=BAD[path]))
     assert caught.value.parameter == path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BAD)
+def test_servers_refuse_before_a_stream_begins(
+    llm: LLM, path: str, stream: bool
+) -> None:
+    request = CompletionRequest(prompt="x", stream=stream, **BAD[path])
+    with pytest.raises(VLLMValidationError) as caught:
+        check_request(request, llm.llm_engine.vllm_config)
+    assert caught.value.parameter == path
+
+
+@pytest.mark.parametrize("fields", [{}, {FULL: [{"module_name": "s"}]}])
+def test_servers_let_good_requests_pass(llm: LLM, fields: dict[str, Any]) -> None:
+    request = CompletionRequest(prompt="x", vllm_xargs={"mine": 1}, **fields)
+    check_request(request, llm.llm_engine.vllm_config)
 
 
 @pytest.mark.parametrize("path", BAD)

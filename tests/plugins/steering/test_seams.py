@@ -153,5 +153,5 @@ args.create_engine_config()
 def test_the_flag_is_a_class_method_that_subclasses_inherit() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-    assert arg_utils.MODULE == EngineArgs.__module__
+    assert EngineArgs.__module__ == arg_utils.MODULE
     assert AsyncEngineArgs.from_cli_args.__self__ is AsyncEngineArgs

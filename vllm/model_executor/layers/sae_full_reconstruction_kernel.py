@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +28,14 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_kernels.extension import (
+    cuda_ops,
+    extension_is_built,
+)
 from vllm.model_executor.layers.steering_kernels.plan import (
     EncodePlan,
     cdiv,
+    decode_vectors,
     next_power_of_2,
     plan_encode,
 )
@@ -72,6 +78,22 @@ def _device_facts(device: torch.device) -> tuple[int, bool, bool]:
     properties = torch.cuda.get_device_properties(device)
     hopper = properties.major >= 9
     return properties.multi_processor_count, hopper, hopper
+
+
+def _takes_cuda(
+    slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> bool:
+    """Whether the extension runs here: built, on Hopper, 16-byte rows of 16 bits."""
+    device = hidden.device
+    if not extension_is_built() or device.type != "cuda":
+        return False
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    streams = (hidden,) if residual is None else (hidden, residual)
+    return slot.weights.W_enc.element_size() == 2 and all(
+        x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        for x in streams
+    )
 
 
 def _pdl(device: torch.device) -> dict[str, Any]:
@@ -213,38 +235,121 @@ def _pipeline(
         )
     buffers = workspace.buffers(slot, tokens, topk)
     mixed = uses_threshold(slot) and uses_topk(slot)
-    gate = int(topk) if mixed else -1
-    table = slot.full if tier is Tier.FULL else slot.delta
-    index = step.index[tier]
-    for chunk in range(buffers.plan.num_chunks):
-        base = chunk * buffers.plan.rows
-        _compact(
-            slot, step, index, table, workspace, buffers, hidden, residual, base, gate
-        )
-        _encode(slot, workspace, buffers, base, topk)
-        _coefficients(slot, index, table, workspace, buffers, base, topk)
-        _combine(
-            slot, index, table, workspace, buffers, hidden, residual, base, tier, topk
-        )
+    run = _Run(
+        slot=slot,
+        step=step,
+        workspace=workspace,
+        buffers=buffers,
+        hidden=hidden,
+        residual=residual,
+        tier=tier,
+        topk=topk,
+        gate=int(topk) if mixed else -1,
+    )
+    cuda = _takes_cuda(slot, hidden, residual)
+    rows = buffers.plan.rows
+    for base in range(0, buffers.plan.num_chunks * rows, rows):
+        (_compact_cuda if cuda else _compact)(run, base)
+        (_encode_cuda if cuda else _encode)(run, base)
+        if topk or not cuda:
+            _coefficients(run, base)
+        if cuda:
+            _decode_cuda(run, base)
+        if not cuda or run.may_overflow:
+            _combine(run, base, overflow_only=cuda)
 
 
-def _compact(
-    slot: SAESlot,
-    step: StepState,
-    index: torch.Tensor,
-    table: ClampTable,
-    workspace: SteeringWorkspace,
-    buffers: StageBuffers,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    base: int,
-    gate: int,
-) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of one pipeline share."""
+
+    slot: SAESlot
+    step: StepState
+    workspace: SteeringWorkspace
+    buffers: StageBuffers
+    hidden: torch.Tensor
+    residual: torch.Tensor | None
+    tier: Tier
+    topk: bool
+    gate: int
+
+    @property
+    def table(self) -> ClampTable:
+        return self.slot.full if self.tier is Tier.FULL else self.slot.delta
+
+    @property
+    def index(self) -> torch.Tensor:
+        return self.step.index[self.tier]
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether a token may have more non-zeros than its list holds."""
+        listed = self.tier is Tier.FULL
+        return listed and self.buffers.plan.capacity < self.slot.weights.d_sae_capacity
+
+
+def _compact_cuda(run: _Run, base: int) -> None:
+    weights, workspace = run.slot.weights, run.workspace
+    cuda_ops().compact(
+        run.index,
+        run.step.flags,
+        run.table.packed,
+        weights.meta,
+        weights.norm_limit,
+        run.hidden,
+        run.residual,
+        run.buffers.x,
+        workspace.tokens,
+        workspace.nnz,
+        workspace.count,
+        base,
+        run.gate,
+    )
+
+
+def _encode_cuda(run: _Run, base: int) -> None:
+    weights, workspace = run.slot.weights, run.workspace
+    cuda_ops().encode(
+        run.buffers.x,
+        weights.W_enc,
+        weights.b_enc,
+        weights.threshold,
+        workspace.count,
+        workspace.nnz,
+        run.buffers.scores if run.topk else run.buffers.entries,
+        base,
+    )
+
+
+def _decode_cuda(run: _Run, base: int) -> None:
+    weights, workspace = run.slot.weights, run.workspace
+    cuda_ops().decode(
+        run.index,
+        run.table.packed,
+        workspace.count,
+        workspace.tokens,
+        workspace.nnz,
+        run.buffers.entries,
+        run.buffers.coef if run.topk else None,
+        run.buffers.x,
+        weights.W_dec,
+        weights.b_dec,
+        run.hidden,
+        run.residual,
+        base,
+        run.tier is Tier.DELTA,
+        decode_vectors(run.buffers.plan.rows),
+    )
+
+
+def _compact(run: _Run, base: int) -> None:
+    slot, step, buffers, workspace = run.slot, run.step, run.buffers, run.workspace
+    hidden, residual, table = run.hidden, run.residual, run.table
     weights = slot.weights
     tokens = hidden.shape[0]
     per_program = 1 if tokens <= 1024 else 16
     compact_kernel[(cdiv(tokens, per_program),)](
-        index,
+        run.index,
         step.flags,
         table.packed,
         weights.meta,
@@ -263,7 +368,7 @@ def _compact(
         buffers.plan.rows,
         D=weights.d_model,
         HAS_RESIDUAL=residual is not None,
-        GATE=gate,
+        GATE=run.gate,
         PER_PROGRAM=per_program,
         SCAN=256 if tokens <= 256 else 1024,
         BLOCK_D=min(next_power_of_2(weights.d_model), 2048),
@@ -287,13 +392,8 @@ def _operands(
     return [*x, w, tiles]
 
 
-def _encode(
-    slot: SAESlot,
-    workspace: SteeringWorkspace,
-    buffers: StageBuffers,
-    base: int,
-    topk: bool,
-) -> None:
+def _encode(run: _Run, base: int) -> None:
+    slot, buffers, workspace, topk = run.slot, run.buffers, run.workspace, run.topk
     weights = slot.weights
     item = weights.W_enc.element_size()
     rows = buffers.plan.rows
@@ -329,21 +429,14 @@ def _encode(
     )
 
 
-def _coefficients(
-    slot: SAESlot,
-    index: torch.Tensor,
-    table: ClampTable,
-    workspace: SteeringWorkspace,
-    buffers: StageBuffers,
-    base: int,
-    topk: bool,
-) -> None:
-    weights = slot.weights
+def _coefficients(run: _Run, base: int) -> None:
+    buffers, workspace, table, index = run.buffers, run.workspace, run.table, run.index
+    weights = run.slot.weights
     device = weights.W_enc.device
     rows = buffers.plan.rows
     grid = (min(rows, _device_facts(device)[0] * 8),)
     clamp_block = min(next_power_of_2(table.max_clamps), 64)
-    if topk:
+    if run.topk:
         select_kernel[grid](
             index,
             table.packed,
@@ -386,24 +479,15 @@ def _coefficients(
     )
 
 
-def _combine(
-    slot: SAESlot,
-    index: torch.Tensor,
-    table: ClampTable,
-    workspace: SteeringWorkspace,
-    buffers: StageBuffers,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    base: int,
-    tier: Tier,
-    topk: bool,
-) -> None:
-    weights = slot.weights
+def _combine(run: _Run, base: int, overflow_only: bool) -> None:
+    buffers, workspace, table = run.buffers, run.workspace, run.table
+    hidden, residual = run.hidden, run.residual
+    weights = run.slot.weights
     rows = buffers.plan.rows
     block_d = min(next_power_of_2(weights.d_model), COMBINE_SLICE)
     work = rows * cdiv(weights.d_model, block_d)
     combine_kernel[(min(work, _device_facts(hidden.device)[0] * 12),)](
-        index,
+        run.index,
         table.packed,
         weights.meta,
         workspace.count,
@@ -431,8 +515,9 @@ def _combine(
         D=weights.d_model,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
-        DELTA=tier is Tier.DELTA,
-        TOPK=topk,
+        DELTA=run.tier is Tier.DELTA,
+        TOPK=run.topk,
+        OVERFLOW_ONLY=overflow_only,
         NB=COMBINE_ROWS,
         BD=block_d,
         num_warps=4,

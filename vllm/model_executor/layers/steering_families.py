@@ -57,7 +57,7 @@ TRANSFORMERS = LayerFamily(
 )
 
 # To add a family: find the three points in the layer's forward, add a line, and add
-# the model to the conformance test (tests/models/steering_families.py).
+# the model to the conformance test (tests/models/test_steering_sites.py).
 FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.gemma2.Gemma2DecoderLayer": GEMMA,
     f"{MODELS}.gemma3.Gemma3DecoderLayer": GEMMA,
@@ -150,13 +150,15 @@ def attach_site(layer: DecoderLayer, site: SteeringSite) -> None:
     if hook is HookPoint.POST_ATTN:
         norm = _mid_norm(layer)
         norm.steering_post_attn = site
-        norm.__class__ = _steered_norm_class(type(norm))
+        stock_norm: Any = type(norm)
+        norm.__class__ = _steered_norm_class(stock_norm)
         return
     module = layer.module
     if not issubclass(type(module), SteeredLayer):
         module.steering_pre_attn = None
         module.steering_post_block = None
-        module.__class__ = _steered_layer_class(type(module), layer.family)
+        stock_layer: Any = type(module)
+        module.__class__ = _steered_layer_class(stock_layer, layer.family)
     if hook is HookPoint.PRE_ATTN:
         module.steering_pre_attn = site
     else:
@@ -201,7 +203,7 @@ def _edit(
 
 
 @functools.cache
-def _steered_layer_class(stock: type[nn.Module], family: LayerFamily) -> type:
+def _steered_layer_class(stock: Any, family: LayerFamily) -> type:
     """The subclass of `stock` whose forward edits its input and its output."""
     names = list(inspect.signature(stock.forward).parameters)[1:]
     hidden_at = names.index(family.hidden)
@@ -233,13 +235,11 @@ def _steered_layer_class(stock: type[nn.Module], family: LayerFamily) -> type:
 
 
 @functools.cache
-def _steered_norm_class(stock: type[nn.Module]) -> type:
+def _steered_norm_class(stock: Any) -> type:
     """The subclass of a norm that edits the stream before it is normalised."""
 
     class Steered(SteeredNorm, stock):  # type: ignore[misc, valid-type]
-        def forward(
-            self, x: torch.Tensor, residual: torch.Tensor | None = None
-        ) -> Any:
+        def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
             _edit(self.steering_post_attn, x, residual)
             if residual is None:
                 return stock.forward(self, x)

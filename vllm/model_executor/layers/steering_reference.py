@@ -72,15 +72,41 @@ def clamp_changes(
         rows: int64 `[n]`, each token's row.
         active: `[n, K]`, activation `f_c` of each clamp's feature.
     """
-    code, value = table.code[rows], table.value[rows]
+    code, value = table.code[rows], table.value[rows].to(active.dtype)
     kind = code & (ONLY_IF_ACTIVE - 1)
-    target = torch.where(kind == ClampKind.ABSOLUTE, value.to(active.dtype), active)
-    target = torch.where(kind == ClampKind.ADDITIVE, active + value, target)
-    target = torch.where(kind == ClampKind.SCALE, active * value, target)
+    change = torch.where(kind == ClampKind.ABSOLUTE, value - active, value)
+    change = torch.where(kind == ClampKind.SCALE, active * value - active, change)
     skipped = ((code & ONLY_IF_ACTIVE) != 0) & (active == 0)
+    return torch.where(_used(table, rows) & ~skipped, change, 0.0)
+
+
+def _used(table: ClampTable, rows: torch.Tensor) -> torch.Tensor:
+    """bool `[n, K]`: places of the clamp table that the rows fill."""
     place = torch.arange(table.max_clamps, device=rows.device)
-    used = (place < table.count[rows].unsqueeze(1)) & ~skipped
-    return torch.where(used, target - active, 0.0)
+    return place < table.count[rows].unsqueeze(1)
+
+
+def clamp_activations(
+    weights: SAEWeights, table: ClampTable, rows: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """`f_c [n, K]` of the clamps, for tokens with a clamp that depends on `f_c`.
+
+    Zero for tokens whose clamps are all unconditional additive ones: nothing of the
+    encoder is read for them. A threshold activation reads only the clamped features'
+    encoder rows; TopK needs every pre-activation.
+    """
+    features = table.feature[rows].long()
+    acts = torch.zeros(features.shape, dtype=x.dtype, device=x.device)
+    reads = _used(table, rows) & (table.code[rows] != ClampKind.ADDITIVE)
+    tokens = reads.any(dim=1).nonzero().squeeze(1)
+    if not tokens.numel():
+        return acts
+    if int(weights.meta[MetaField.USES_TOPK]):
+        acts[tokens] = encode(weights, x[tokens]).gather(1, features[tokens])
+    else:
+        used, place = features[tokens].unique(return_inverse=True)
+        acts[tokens] = encode_features(weights, x[tokens], used).gather(1, place)
+    return acts
 
 
 def select_tokens(
@@ -177,19 +203,15 @@ def sae_clamp(
 ) -> None:
     """`x' = x + sum_c (g_c - f_c) W_dec[c]`, in place.
 
-    A threshold activation reads only the clamped features' encoder rows; TopK needs
-    every pre-activation.
+    `clamp_activations` says what of the encoder is read.
     """
     weights, table = slot.weights, slot.delta
     dtype = _compute_dtype(weights.W_dec)
     for tokens, rows, x in _sae_tokens(slot, table, Tier.DELTA, step, hidden, residual):
+        changes = clamp_changes(table, rows, clamp_activations(weights, table, rows, x))
         used, place = table.feature[rows].long().unique(return_inverse=True)
-        if int(weights.meta[MetaField.USES_TOPK]):
-            acts = encode(weights, x)[:, used]
-        else:
-            acts = encode_features(weights, x, used)
-        changes = clamp_changes(table, rows, acts.gather(1, place))
-        coefficients = torch.zeros_like(acts).scatter_add_(1, place, changes)
+        coefficients = x.new_zeros(x.shape[0], used.numel())
+        coefficients.scatter_add_(1, place, changes)
         out = x + coefficients @ weights.W_dec[used].to(dtype)
         write_stream(tokens, out, hidden, residual)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllm.plugins.steering.engine import arg_utils
-from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes
+from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes, serving
 from vllm.plugins.steering.v1.core import kv_cache_utils
 from vllm.plugins.steering.v1.engine import core, input_processor
 
@@ -18,5 +18,6 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),
     (carrying_routes.RESPONSES, carrying_routes.install_responses),
+    *((installer.module, installer) for installer in serving.INSTALLERS),
     *refusing_routes.installers(),
 )

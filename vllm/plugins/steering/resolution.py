@@ -252,16 +252,13 @@ def _check_ids(value: Any) -> str | None:
 
 
 def _check_guard(value: Any) -> str | None:
-    good = value is None or (
-        type(value) in (int, float) and 0 < value < math.inf
-    )
+    good = value is None or (type(value) in (int, float) and 0 < value < math.inf)
     return None if good else "null or a positive number"
 
 
 def _check_sites(value: Any) -> str | None:
     good = value is None or (
-        isinstance(value, (list, tuple))
-        and all(type(item) is str for item in value)
+        isinstance(value, (list, tuple)) and all(type(item) is str for item in value)
     )
     return None if good else 'null or a list of sites such as "post_block.20"'
 

@@ -45,7 +45,7 @@ def token_rows(
 ) -> np.ndarray | None:
     """int32 `[num_tiers, tokens]` rows of the step's tokens; None if all are 0."""
     n = len(view.req_ids)
-    rows = np.zeros((num_tiers, n, 2), dtype=np.int32)
+    rows: np.ndarray = np.zeros((num_tiers, n, 2), dtype=np.int32)
     steered = False
     for at, req_id in enumerate(view.req_ids):
         held = rows_of.get(req_id)

@@ -10,7 +10,6 @@ from torch import nn
 from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
-    ClampTable,
     SAESlot,
     SAEWeights,
     SiteKey,
@@ -40,7 +39,7 @@ class SkipSets:
     """
 
     def __init__(self, vocab_size: int):
-        self.bits = np.zeros(vocab_size, dtype=np.int32)
+        self.bits: np.ndarray = np.zeros(vocab_size, dtype=np.int32)
         self._masks: dict[tuple[int, ...], int] = {(): 0}
 
     def mask(self, module: ModuleInfo) -> int:
@@ -185,8 +184,8 @@ def build_site_modules(
         slots[key] = (saes, builder.vector_slot(vectors, key))
     step.skip_bits.copy_(torch.from_numpy(skip_sets.bits))
     backend = make_backend(step, slots, dtype, device)
-    for key, (saes, vectors) in slots.items():
-        site = SteeringSite(key, saes, vectors, step, backend)
+    for key, (saes, vector_slot) in slots.items():
+        site = SteeringSite(key, saes, vector_slot, step, backend)
         modules.sites[key] = site
         attach_site(layers[key.layer], site)
     for info in config.modules.values():
@@ -212,7 +211,7 @@ def make_backend(
         from vllm.model_executor.layers.steering_reference import ReferenceBackend
 
         return ReferenceBackend(step)
-    from vllm.model_executor.layers.sae_full_reconstruction_kernel import KernelBackend
+    from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 
     saes = [slot for group, _ in slots.values() for slot in group]
     vectors = [slot for _, slot in slots.values() if slot is not None]

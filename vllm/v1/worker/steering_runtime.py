@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.sae_steering_types import SteeringRequest, parse_steering_request
+from vllm.config.sae_steering_types import (
+    SteeringRequest,
+    TokenPhase,
+    parse_steering_request,
+)
 from vllm.config.steering import SteeringConfig, Tier
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -24,8 +28,6 @@ from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
 from vllm.v1.worker.steering_tables import write_rows
 
 logger = init_logger(__name__)
-
-NO_ROWS = (0,) * len(Tier)
 
 
 class SteeringRuntime:
@@ -65,7 +67,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
-        self._index_host = np.zeros((len(Tier), max_tokens), dtype=np.int32)
+        shape = (len(Tier), max_tokens)
+        self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
         self._written_tokens = 0
 
     @property
@@ -102,17 +105,18 @@ class SteeringRuntime:
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
         request = self._requests[req_id]
-        rows = [
-            tuple(self._acquire(tier, request, phase) for tier in Tier)
-            for phase in ("prefill", "decode")
-        ]
-        self._rows[req_id] = RequestRows(*rows)
+        self._rows[req_id] = RequestRows(
+            prefill=self._acquire(request, "prefill"),
+            decode=self._acquire(request, "decode"),
+        )
 
-    def _acquire(self, tier: Tier, request: SteeringRequest, phase: str) -> int:
-        key = request.row_key(tier, phase)
-        if key is None:
-            return 0
-        return self.managers[tier].acquire(key, request.edits(tier, phase))
+    def _acquire(self, request: SteeringRequest, phase: TokenPhase) -> tuple[int, ...]:
+        rows = [0] * len(Tier)
+        for tier, manager in self.managers.items():
+            key = request.row_key(tier, phase)
+            if key is not None:
+                rows[tier] = manager.acquire(key, request.edits(tier, phase))
+        return tuple(rows)
 
     def park_request(self, req_id: str) -> None:
         """Give back the rows of a request that leaves the batch but may return."""

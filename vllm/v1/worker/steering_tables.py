@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,7 +40,7 @@ class BoundTable:
     def encode_row(self, clamps: list[tuple[int, SAEClampEntry]]) -> np.ndarray:
         """int32 `[2 + 3K]`: the packed row that applies `clamps`."""
         k = self.table.max_clamps
-        row = np.zeros(2 + 3 * k, dtype=np.int32)
+        row: np.ndarray = np.zeros(2 + 3 * k, dtype=np.int32)
         row[0], row[1] = 1, len(clamps)
         values = row[2 + 2 * k :].view(np.float32)
         for at, (feature, entry) in enumerate(clamps):
@@ -75,7 +75,7 @@ TableOf = Callable[[str, SiteKey], tuple[BoundTable, int] | None]
 
 
 def write_rows(
-    changes: dict[int, tuple[SiteEdit, ...]],
+    changes: Mapping[int, Sequence[SiteEdit]],
     tables: list[BoundTable],
     table_of: TableOf,
 ) -> None:

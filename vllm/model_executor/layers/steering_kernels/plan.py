@@ -92,3 +92,11 @@ def plan_encode(tokens: int, itemsize: int) -> EncodePlan:
     if tokens <= 128:
         return EncodePlan(128, 64, (16, 64, 128), 8, 4, 1)
     return EncodePlan(128, 64, (16, 64, 256), 8, 4, 1)
+
+
+def decode_vectors(rows: int) -> int:
+    """Columns of a decoder block, in units of 256.
+
+    Few tokens want many narrow blocks; many want one sort for a wide slice.
+    """
+    return 1 if rows <= 128 else 3

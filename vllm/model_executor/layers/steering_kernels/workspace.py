@@ -21,7 +21,8 @@ class StageBuffers:
     """Views of the workspace for one slot and one step.
 
     x: model's dtype `[rows, D]`, gathered activations.
-    scores: float32 `[rows, F]`, TopK only (else one unused element).
+    scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
+        a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
     coef: float32 `[rows, K]`, `g - f` of every clamp.
     """
@@ -31,6 +32,11 @@ class StageBuffers:
     scores: torch.Tensor
     entries: torch.Tensor
     coef: torch.Tensor
+
+
+def align(size: int) -> int:
+    """`size` rounded up to what TMA and 16-byte accesses want."""
+    return -(-size // 256) * 256
 
 
 def uses_threshold(slot: SAESlot) -> bool:
@@ -59,29 +65,25 @@ class SteeringWorkspace:
         self, max_tokens: int, slots: Iterable[SAESlot], device: torch.device
     ) -> None:
         self.max_tokens = max_tokens
-        sizes = [0, 0, 0, 0]  # bytes of x, scores, entries, coef
+        x_bytes = shared_bytes = coef_bytes = 16
         rows = 1
         for slot in slots:
             w = slot.weights
-            item = w.W_enc.element_size()
-            clamps = slot.full.max_clamps
-            kinds = [t for t, on in ((False, uses_threshold(slot)), (True, True)) if on]
-            for topk in kinds if uses_topk(slot) else kinds[:1]:
+            for topk in (False, True):
+                if not (uses_topk(slot) if topk else uses_threshold(slot)):
+                    continue
                 plan = self.plan(slot, max_tokens, topk)
-                need = (
-                    plan.rows * w.d_model * item,
-                    plan.rows * w.d_sae_capacity * 4 if topk else 0,
-                    self._entry_bytes(slot, max_tokens, topk),
-                    plan.rows * clamps * 4,
-                )
-                sizes = [max(a, b) for a, b in zip(sizes, need)]
                 rows = max(rows, plan.rows)
-        # A threshold chunk uses no scores and a TopK chunk few entries: they share.
-        aligned = [-(-max(size, 16) // 256) * 256 for size in sizes]
-        self._x = torch.empty(aligned[0], dtype=torch.uint8, device=device)
-        self._scores = torch.empty(aligned[1], dtype=torch.uint8, device=device)
-        self._entries = torch.empty(aligned[2], dtype=torch.uint8, device=device)
-        self._coef = torch.empty(aligned[3], dtype=torch.uint8, device=device)
+                item = w.W_enc.element_size()
+                x_bytes = max(x_bytes, plan.rows * w.d_model * item)
+                coef_bytes = max(coef_bytes, plan.rows * slot.full.max_clamps * 4)
+                scores = plan.rows * w.d_sae_capacity * 4 if topk else 0
+                entries = self._entry_bytes(slot, max_tokens, topk)
+                shared_bytes = max(shared_bytes, align(scores) + align(entries))
+        u8 = torch.uint8
+        self._x = torch.empty(align(x_bytes), dtype=u8, device=device)
+        self._shared = torch.empty(align(shared_bytes), dtype=u8, device=device)
+        self._coef = torch.empty(align(coef_bytes), dtype=u8, device=device)
         i32 = torch.int32
         self.count = torch.zeros(1, dtype=i32, device=device)
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
@@ -118,8 +120,7 @@ class SteeringWorkspace:
         """Device bytes held."""
         tensors = (
             self._x,
-            self._scores,
-            self._entries,
+            self._shared,
             self._coef,
             self.count,
             self.tokens,
@@ -132,7 +133,9 @@ class SteeringWorkspace:
         """Views for `slot` and a step of `tokens` tokens; allocates nothing."""
         w = slot.weights
         plan = self.plan(slot, tokens, topk)
-        fit = self._entries.numel() // (ENTRY_BYTES * plan.rows)
+        scores_bytes = plan.rows * w.d_sae_capacity * 4 if topk else 0
+        entries = self._shared[align(scores_bytes) :]
+        fit = entries.numel() // (ENTRY_BYTES * plan.rows)
         if plan.capacity > fit:
             plan = ChunkPlan(plan.rows, plan.num_chunks, fit)
 
@@ -143,7 +146,7 @@ class SteeringWorkspace:
         return StageBuffers(
             plan,
             view(self._x, w.W_enc.dtype, plan.rows, w.d_model),
-            view(self._scores, torch.float32, *scores_shape),
-            view(self._entries, torch.int64, plan.rows, plan.capacity),
+            view(self._shared, torch.float32, *scores_shape),
+            view(entries, torch.int64, plan.rows, plan.capacity),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native directory: `manifest.json` and one safetensors file per site.
 
-Tensors are canonical already (`W_enc [F, D]`, `b_enc`, optional `threshold`,
+Tensors are canonical already (`W_enc [F, D]`, `b_enc`, `threshold` for JumpReLU,
 `W_dec [F, D]`, `b_dec`), so loading folds nothing and a round trip keeps every bit.
 """
 
@@ -42,7 +42,6 @@ _SITE_KEYS = frozenset(
         "topk_relu",
         "file",
         "dtype",
-        "has_threshold",
         "fvu",
         "l0",
     ]
@@ -138,13 +137,12 @@ def _read_site(fields: Fields) -> SAELayout:
         k=fields.need_integer("k", 1) if is_topk else None,
         topk_relu=fields.boolean("topk_relu", True),
     )
-    has_threshold = fields.boolean("has_threshold", activation == Activation.JUMPRELU)
     return SAELayout(
         site=site,
         file=file,
         W_enc=Matrix("W_enc"),
         W_dec=Matrix("W_dec"),
-        threshold="threshold" if has_threshold else None,
+        threshold="threshold" if activation == Activation.JUMPRELU else None,
     )
 
 
@@ -162,7 +160,7 @@ def save_native(
     Args:
         path: the directory.
         sites: `(layer, hook)` -> `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`,
-            `b_dec [D]`, optional `threshold [F]` (all floating), and optional
+            `b_dec [D]`, `threshold [F]` for JumpReLU (all floating), and optional
             `activation` (default: jumprelu with a threshold, else relu), `k`,
             `topk_relu`, and what the author measured: `fvu`, `l0`.
         reference_norm: typical L2 norm of the model's activations at these sites.
@@ -187,6 +185,11 @@ def save_native(
         activation = content.get("activation")
         if activation is None:
             activation = "jumprelu" if "threshold" in tensors else "relu"
+        if ("threshold" in tensors) != (activation == Activation.JUMPRELU):
+            raise ValueError(
+                f"{name}: threshold: expected with jumprelu and nothing else, found "
+                f"activation {Activation(activation).value}"
+            )
         F, D = tensors["W_dec"].shape
         entry: dict[str, Any] = {
             "layer": layer,
@@ -196,7 +199,6 @@ def save_native(
             "activation": Activation(activation).value,
             "file": f"{name}.safetensors",
             "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
-            "has_threshold": "threshold" in tensors,
         }
         for key in ("k", "topk_relu", "fvu", "l0"):
             if content.get(key) is not None:

@@ -9,6 +9,7 @@ client would take unsteered text for steered.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator
@@ -82,7 +83,8 @@ def installers() -> list[tuple[str, Callable[[], None]]]:
     return found
 
 
-class _Installer(NamedTuple):
+@dataclass(frozen=True)
+class _Installer:
     """Refuses steering in the models of one stock module; compares by module."""
 
     module: str

@@ -55,7 +55,9 @@ def install() -> None:
         setattr(sys.modules[holder], name, replacement)
     left = holders(stock)
     if left:
-        raise SeamError(f"steering seam {TARGET}: still stock under another name: {left}")
+        raise SeamError(
+            f"steering seam {TARGET}: still stock under another name: {left}"
+        )
 
 
 def holders(function: Callable[..., Any]) -> list[str]:

@@ -1,0 +1,67 @@
+# Everything a newcomer needs: `make demo` and `make test` set up what they use.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PYTHON3 ?= python3
+STAMP := $(VENV)/.installed
+OVERLAY := $(shell find vllm -name '*.py' 2>/dev/null)
+# uv does not read pip's configuration; wheels that pip finds locally count here too.
+export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2>/dev/null)
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: venv demo test lint mypy format golden-gate-train bench wheel csrc clean
+
+venv: $(VENV)/.linked
+
+$(STAMP): requirements/cpu.lock requirements/dev.lock
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet uv
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \
+	  -r requirements/cpu.lock -r requirements/dev.lock
+	touch $@
+
+# Our files, linked into the installed vLLM: edits are live, new files need a `make`.
+$(VENV)/.linked: $(STAMP) pyproject.toml $(OVERLAY)
+	$(PYTHON) tools/link_overlay.py --vllm-metadata
+	touch $@
+
+demo: venv
+	$(PYTHON) examples/golden_gate/demo.py
+
+golden-gate-train: venv
+	$(PYTHON) examples/golden_gate/train.py
+
+test: venv
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) tools/check_spdx.py
+	$(PYTHON) tools/check_clang_format.py
+
+mypy: venv
+	$(PYTHON) tools/run_mypy.py
+
+format: venv
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+# On a machine with a GPU, beside an installed vLLM: see docs/design/kernels.md.
+bench:
+	$(PYTHON3) benchmarks/bench_kernels.py
+	$(PYTHON3) benchmarks/bench_engine.py
+
+wheel: venv
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# Compile the CUDA extension in place (needs nvcc and CMake; no GPU).
+csrc: venv
+	cmake -S . -B build/csrc -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(abspath $(PYTHON)) \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build/csrc/lib)
+	cmake --build build/csrc -j 2

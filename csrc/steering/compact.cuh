@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stage 1: the active tokens of a step, in order, and their activations side by side.
+//
+//   tokens = [t : active(t)],  x[i] = hidden[t] + residual[t],  count = len(tokens)
+//
+// Every block counts the active tokens before its own, so one launch does it all and
+// the order needs no atomics. A token past the norm limit keeps its place with -1 in
+// `tokens`: its norm is known only once its row has been read.
+#pragma once
+
+#include "common.cuh"
+
+namespace vllm_steering {
+
+constexpr int kCompactWarps = 8;
+
+struct CompactArgs {
+  const int* index;       // [T]
+  const int* flags;       // [T]
+  const int* table;       // packed clamp rows, row r at r * table_stride
+  const int* meta;        // SAEWeights.meta
+  const float* norm_limit;
+  int* tokens;            // [rows]
+  int* nnz;               // [rows], zeroed
+  int* count;             // [1], active tokens of the whole step
+  int64_t table_stride, hidden_stride, residual_stride;
+  int num_tokens, base, rows, d_model;
+  int gate;        // -1: any module, else the value of USES_TOPK that this run is for
+  int per_block;   // tokens a block owns, at most 32
+};
+
+__device__ __forceinline__ bool is_active(const CompactArgs& a, int t, int skip) {
+  const int row = a.index[t];
+  return row != 0 && a.table[row * a.table_stride] != 0 && (a.flags[t] & skip) == 0;
+}
+
+// Copies one token's row with one warp; returns its norm.
+template <typename T>
+__device__ float gather_row(const T* hidden, const T* residual, T* x, int d_model) {
+  float square = 0.f;
+  for (int d = (threadIdx.x & 31) * 8; d < d_model; d += 256) {
+    Vec8<T> h = load8(hidden + d);
+    if (residual != nullptr) {
+      const Vec8<T> r = load8(residual + d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        h.at[j] = from_float<T>(to_float(h.at[j]) + to_float(r.at[j]));
+    }
+    store8(x + d, h);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) square += to_float(h.at[j]) * to_float(h.at[j]);
+  }
+  for (int d = 16; d > 0; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
+  return sqrtf(square);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCompactWarps * 32)
+    compact_kernel(CompactArgs a, const T* hidden, const T* residual, T* x) {
+  __shared__ int partial[kCompactWarps];
+  wait_for_previous();
+  launch_dependents();  // after the wait: the encoder reads weights ahead of its own
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int skip = a.meta[kSkipMask];
+  const bool on = a.gate < 0 || (a.meta[kUsesTopk] != 0) == (a.gate != 0);
+  const int total = on ? a.num_tokens : 0;
+  const int start = blockIdx.x * a.per_block;
+
+  int before = 0;
+  for (int t = threadIdx.x; t < min(start, total); t += blockDim.x)
+    before += is_active(a, t, skip);
+  before = warp_sum(before);
+  if (lane == 0) partial[warp] = before;
+  __syncthreads();
+  before = 0;
+#pragma unroll
+  for (int w = 0; w < kCompactWarps; ++w) before += partial[w];
+
+  const int own = start + lane;
+  const bool mine = lane < a.per_block && own < total && is_active(a, own, skip);
+  const unsigned active = __ballot_sync(~0u, mine);
+  if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1)
+    *a.count = before + __popc(active);
+  if (warp == 0 && lane < a.per_block && own < a.rows) a.nnz[own] = 0;
+
+  const float limit = *a.norm_limit;
+  for (int j = warp; j < a.per_block; j += kCompactWarps) {
+    if (!(active >> j & 1)) continue;
+    const int i = before + __popc(active & ((1u << j) - 1)) - a.base;
+    if (i < 0 || i >= a.rows) continue;
+    const int64_t t = start + j;
+    const T* r = residual == nullptr ? nullptr : residual + t * a.residual_stride;
+    T* out = x + static_cast<int64_t>(i) * a.d_model;
+    const float norm = gather_row(hidden + t * a.hidden_stride, r, out, a.d_model);
+    if (lane == 0) a.tokens[i] = norm <= limit ? static_cast<int>(t) : -1;
+  }
+}
+
+}  // namespace vllm_steering

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stages 3 and 4: sort a token's entries, resolve its clamps, gather rows of W_dec.
+//
+//   full:  x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
+//   delta: x' = x + sum_c (g_c - f_c) W_dec[c]
+//
+// A block owns one token and a slice of D; its eight warps take the sorted entries in
+// turn and their partial sums are added in a fixed order, so a token's bits depend
+// neither on the run nor on its batch. Slices are the slow index of the walk: the part
+// of W_dec being gathered at any moment is narrow enough to stay in L2.
+#pragma once
+
+#include "common.cuh"
+
+namespace vllm_steering {
+
+constexpr int kDecodeWarps = 8;
+constexpr int kDecodeThreads = kDecodeWarps * 32;
+constexpr int kSortMax = 512;    // entries sorted by rank; more go window by window
+constexpr int kWindow = 4096;    // features of a window
+constexpr int kColumns = 256;    // columns of one warp-wide access
+
+struct DecodeArgs {
+  const int* index;
+  const int* table;
+  const int* count;
+  const int* tokens;
+  const int* nnz;
+  const int64_t* entries;  // [rows, capacity]
+  const float* coef;       // [rows, max_clamps] g - f, or null: resolve here
+  const float* b_dec;
+  int64_t table_stride, hidden_stride, residual_stride;
+  int base, rows, num_features, d_model, capacity, max_clamps;
+  bool delta;
+};
+
+// The number of slots of the sorted list: entries, then clamps.
+__host__ __device__ inline int list_slots(int max_clamps) { return kSortMax + max_clamps; }
+
+// Bytes of shared memory: list (feature, weight), then raw entries, a window, or the
+// partial sums, which are needed one after another.
+inline int decode_smem(int max_clamps, int vectors) {
+  const int sums = kDecodeWarps * kColumns * vectors * 4;
+  const int scratch = sums > kWindow * 4 ? sums : kWindow * 4;
+  return list_slots(max_clamps) * 8 + scratch;
+}
+
+__device__ __forceinline__ float entry_value(int64_t e) {
+  return __uint_as_float(static_cast<uint32_t>(e));
+}
+
+// acc += weight * W_dec[feature, columns of this lane].
+template <typename T, int V>
+__device__ __forceinline__ void add_row(float (&acc)[V * 8], const Vec8<T> (&w)[V],
+                                        float weight) {
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) acc[v * 8 + j] += weight * to_float(w[v].at[j]);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void load_row(Vec8<T> (&w)[V], const T* row, int column,
+                                         int d_model) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int c = column + v * kColumns;
+    if (c < d_model)
+      w[v] = load8(row + c);
+    else
+      w[v].raw = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Sorted (feature, weight) of the token in `list`; returns how many.
+__device__ int sort_entries(const int64_t* own, int n, int2* list, int64_t* scratch) {
+  for (int e = threadIdx.x; e < n; e += kDecodeThreads) scratch[e] = own[e];
+  __syncthreads();
+  for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
+    const int64_t mine = scratch[e];
+    int rank = 0;
+    for (int o = 0; o < n; ++o) rank += scratch[o] < mine;
+    list[rank] = make_int2(static_cast<int>(mine >> 32), static_cast<int>(mine));
+  }
+  __syncthreads();
+  return n;
+}
+
+// The activation of `feature` in the sorted list, 0 when absent.
+__device__ float find_feature(const int2* list, int n, int feature) {
+  int low = 0, high = n;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (list[middle].x < feature)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < n && list[low].x == feature ? __int_as_float(list[low].y) : 0.f;
+}
+
+// Appends the clamps' corrections behind the entries; returns the new length.
+__device__ int append_clamps(const DecodeArgs& a, const int* row, int64_t i, int2* list,
+                             int n) {
+  const int clamps = row[1];
+  for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
+    const int feature = row[2 + c];
+    float delta;
+    if (a.coef != nullptr) {
+      delta = a.coef[i * a.max_clamps + c];
+    } else {
+      const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
+      delta = clamp_delta(row[2 + a.max_clamps + c], value, find_feature(list, n, feature));
+    }
+    list[n + c] = make_int2(feature, __float_as_int(delta));
+  }
+  __syncthreads();
+  return n + clamps;
+}
+
+template <typename T, int V>
+__device__ void gather_list(float (&acc)[V * 8], const int2* list, int n, const T* w_dec,
+                            int column, int d_model) {
+  constexpr int kAhead = V == 1 ? 8 : 4;  // rows in flight a warp
+  const int warp = threadIdx.x / 32;
+  for (int j = warp; j < n; j += kDecodeWarps * kAhead) {
+    Vec8<T> w[kAhead][V];
+    float weight[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int at = j + u * kDecodeWarps;
+      const int2 e = at < n ? list[at] : make_int2(-1, 0);
+      weight[u] = __int_as_float(e.y);
+      if (e.x >= 0) {
+        load_row<T, V>(w[u], w_dec + static_cast<int64_t>(e.x) * d_model, column, d_model);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) w[u][v].raw = make_uint4(0, 0, 0, 0);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) add_row<T, V>(acc, w[u], weight[u]);
+  }
+}
+
+// Many entries: window by window of features, dense in shared memory; a warp takes
+// every eighth feature, so the order is again that of the features.
+template <typename T, int V>
+__device__ void gather_windows(float (&acc)[V * 8], const DecodeArgs& a,
+                               const int64_t* own, int n, const int* row, int64_t i,
+                               float* window, const T* w_dec, int column) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int f0 = 0; f0 < a.num_features; f0 += kWindow) {
+    __syncthreads();
+    for (int f = threadIdx.x; f < kWindow; f += kDecodeThreads) window[f] = 0.f;
+    __syncthreads();
+    for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
+      const int f = static_cast<int>(own[e] >> 32) - f0;
+      if (f >= 0 && f < kWindow) window[f] = entry_value(own[e]);
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < row[1]; c += kDecodeThreads) {
+      const int f = row[2 + c] - f0;
+      if (f < 0 || f >= kWindow) continue;
+      const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
+      window[f] += a.coef != nullptr
+                       ? a.coef[i * a.max_clamps + c]
+                       : clamp_delta(row[2 + a.max_clamps + c], value, window[f]);
+    }
+    __syncthreads();
+    for (int m = 0; m < kWindow; m += kDecodeThreads) {
+      const float mine = window[m + lane * kDecodeWarps + warp];
+      unsigned left = __ballot_sync(~0u, mine != 0.f);
+      while (left != 0) {
+        const int at = __ffs(left) - 1;
+        left &= left - 1;
+        const float weight = __shfl_sync(~0u, mine, at);
+        const int64_t f = f0 + m + at * kDecodeWarps + warp;
+        Vec8<T> w[V];
+        load_row<T, V>(w, w_dec + f * a.d_model, column, a.d_model);
+        add_row<T, V>(acc, w, weight);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Adds the eight partial sums and the base, rounds once, writes back exactly.
+template <typename T, int V>
+__device__ void finish_slice(float (&acc)[V * 8], const DecodeArgs& a, float* sums,
+                             const T* x, T* hidden, T* residual, int first) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    float4* to = reinterpret_cast<float4*>(sums + (warp * V + v) * kColumns + lane * 8);
+    to[0] = make_float4(acc[v * 8], acc[v * 8 + 1], acc[v * 8 + 2], acc[v * 8 + 3]);
+    to[1] = make_float4(acc[v * 8 + 4], acc[v * 8 + 5], acc[v * 8 + 6], acc[v * 8 + 7]);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int at = v * kColumns + threadIdx.x, c = first + at;
+    if (c >= a.d_model) continue;
+    float total = a.delta ? to_float(x[c]) : a.b_dec[c];
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w * V * kColumns + at];
+    if (residual != nullptr) {
+      residual[c] = from_float<T>(total);
+      hidden[c] = from_float<T>(0.f);
+    } else {
+      hidden[c] = from_float<T>(total);
+    }
+  }
+  __syncthreads();
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kDecodeThreads, V == 1 ? 4 : V == 2 ? 3 : 2)
+    decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden, T* residual) {
+  extern __shared__ __align__(16) char memory[];
+  int2* list = reinterpret_cast<int2*>(memory);
+  float* scratch = reinterpret_cast<float*>(memory + list_slots(a.max_clamps) * 8);
+  launch_dependents();
+  wait_for_previous();
+  const int n = min(*a.count - a.base, a.rows);
+  const int width = V * kColumns;
+  const int slices = (a.d_model + width - 1) / width;
+  for (int work = blockIdx.x; work < n * slices; work += gridDim.x) {
+    const int64_t i = work % n;
+    const int token = a.tokens[i];
+    const int listed = a.delta ? 0 : a.nnz[i];
+    if (token < 0 || listed > a.capacity) continue;  // the overflow path has those
+    const int first = work / n * width, column = first + (threadIdx.x & 31) * 8;
+    const int* row = a.table + a.index[token] * a.table_stride;
+    const int64_t* own = a.entries + i * a.capacity;
+    float acc[V * 8];
+#pragma unroll
+    for (int j = 0; j < V * 8; ++j) acc[j] = 0.f;
+    if (listed <= kSortMax) {
+      int total = sort_entries(own, listed, list, reinterpret_cast<int64_t*>(scratch));
+      total = append_clamps(a, row, i, list, total);
+      gather_list<T, V>(acc, list, total, w_dec, column, a.d_model);
+    } else {
+      gather_windows<T, V>(acc, a, own, listed, row, i, scratch, w_dec, column);
+    }
+    T* r = residual == nullptr ? nullptr : residual + token * a.residual_stride;
+    finish_slice<T, V>(acc, a, scratch, x + i * a.d_model,
+                       hidden + token * a.hidden_stride, r, first);
+  }
+}
+
+}  // namespace vllm_steering

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks, stream, launch: what stands between torch and the kernels. libtorch stable
+// ABI only, so one build serves every torch from 2.10 on.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "compact.cuh"
+#include "decode.cuh"
+#include "encode.cuh"
+
+namespace vllm_steering {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "steering ", what, ": ",
+                  cudaGetErrorString(error));
+}
+
+cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  const auto error = aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == 0, "steering: no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return reinterpret_cast<T*>(t.data_ptr());
+}
+
+int multiprocessors(const Tensor& t) {
+  static int known[64] = {};
+  const int device = t.get_device_index();
+  int& count = known[device];
+  if (count == 0)
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+               "device attribute");
+  return count;
+}
+
+// Launches so that the kernel's prologue may overlap the end of the one before.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
+            cudaStream_t stream, Args... args) {
+  if (smem > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    smem),
+               "shared memory");
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
+             "launch");
+}
+
+// Calls f with a value of the tensor's element type.
+template <typename F>
+void for_type(const Tensor& t, F&& f) {
+  if (t.scalar_type() == ScalarType::BFloat16) {
+    f(__nv_bfloat16{});
+  } else {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half,
+                    "steering: the CUDA kernels take bfloat16 and float16");
+    f(__half{});
+  }
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                 CUtensorMapFloatOOBfill);
+
+EncodeTiled tensor_map_encoder() {
+  static EncodeTiled encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                cudaEnableDefault, &status),
+               "cuTensorMapEncodeTiled");
+    return reinterpret_cast<EncodeTiled>(found);
+  }();
+  return encode;
+}
+
+// A map over a contiguous [rows, d_model] tensor, in boxes of `box` rows by kTileK.
+CUtensorMap tensor_map(const Tensor& t, int box) {
+  CUtensorMap map;
+  const auto type = t.scalar_type() == ScalarType::BFloat16
+                        ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(t.size(1)),
+                               static_cast<cuuint64_t>(t.size(0))};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(t.size(1)) * 2};
+  const cuuint32_t boxes[2] = {kTileK, static_cast<cuuint32_t>(box)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status = tensor_map_encoder()(
+      &map, type, 2, t.data_ptr(), sizes, strides, boxes, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(status == CUDA_SUCCESS, "steering: no tensor map for this shape");
+  return map;
+}
+
+void compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor norm_limit,
+             Tensor hidden, std::optional<Tensor> residual, Tensor x, Tensor tokens,
+             Tensor nnz, Tensor count, int64_t base, int64_t gate) {
+  CompactArgs a = {};
+  a.index = data<int>(index);
+  a.flags = data<int>(flags);
+  a.table = data<int>(table);
+  a.meta = data<int>(meta);
+  a.norm_limit = data<float>(norm_limit);
+  a.tokens = data<int>(tokens);
+  a.nnz = data<int>(nnz);
+  a.count = data<int>(count);
+  a.table_stride = table.stride(0);
+  a.hidden_stride = hidden.stride(0);
+  a.residual_stride = residual ? residual->stride(0) : 0;
+  a.num_tokens = static_cast<int>(hidden.size(0));
+  a.base = static_cast<int>(base);
+  a.rows = static_cast<int>(x.size(0));
+  a.d_model = static_cast<int>(hidden.size(1));
+  a.gate = static_cast<int>(gate);
+  a.per_block = a.num_tokens <= 256 ? 1 : a.num_tokens <= 2048 ? 8 : 32;
+  const int blocks = (a.num_tokens + a.per_block - 1) / a.per_block;
+  for_type(hidden, [&](auto type) {
+    using T = decltype(type);
+    launch(compact_kernel<T>, blocks, kCompactWarps * 32, 0, stream_of(hidden), a,
+           data<T>(hidden), residual ? data<T>(*residual) : nullptr, data<T>(x));
+  });
+}
+
+void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count,
+            Tensor nnz, Tensor out, int64_t base) {
+  EncodeArgs a = {};
+  a.b_enc = data<float>(b_enc);
+  a.threshold = data<float>(threshold);
+  a.count = data<int>(count);
+  a.nnz = data<int>(nnz);
+  const bool dense = out.scalar_type() == ScalarType::Float;
+  if (dense)
+    a.scores = data<float>(out);
+  else
+    a.entries = data<int64_t>(out);
+  a.base = static_cast<int>(base);
+  a.rows = static_cast<int>(x.size(0));
+  a.num_features = static_cast<int>(w_enc.size(0));
+  a.d_model = static_cast<int>(w_enc.size(1));
+  a.capacity = static_cast<int>(out.size(1));
+  a.group = 8;
+  EncodeMaps maps;
+  maps.w = tensor_map(w_enc, kTileF);
+  const int widths[kWidths] = {8, 32, 64, 128, 256};
+  for (int i = 0; i < kWidths; ++i) maps.x[i] = tensor_map(x, widths[i]);
+  const int n_f = (a.num_features + kTileF - 1) / kTileF;
+  const int64_t tiles = static_cast<int64_t>(n_f) * ((a.rows + 255) / 256);
+  const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(x));
+  for_type(x, [&](auto type) {
+    using T = decltype(type);
+    launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads, kEncodeSmem,
+           stream_of(x), a, maps);
+  });
+}
+
+template <typename T>
+void launch_decode(const DecodeArgs& a, int vectors, int multiprocessors, const Tensor& x,
+                   const Tensor& w_dec, const Tensor& hidden,
+                   const std::optional<Tensor>& residual) {
+  const int width = vectors * kColumns;
+  const int64_t work =
+      static_cast<int64_t>(a.rows) * ((a.d_model + width - 1) / width);
+  const int blocks =
+      static_cast<int>(std::min<int64_t>(work, 6 * static_cast<int64_t>(multiprocessors)));
+  auto run = [&](auto kernel) {
+    launch(kernel, blocks, kDecodeThreads, decode_smem(a.max_clamps, vectors),
+           stream_of(hidden), a, data<T>(x), data<T>(w_dec), data<T>(hidden),
+           residual ? data<T>(*residual) : nullptr);
+  };
+  if (vectors == 1) run(decode_kernel<T, 1>);
+  if (vectors == 2) run(decode_kernel<T, 2>);
+  if (vectors == 3) run(decode_kernel<T, 3>);
+}
+
+void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
+            Tensor entries, std::optional<Tensor> coef, Tensor x, Tensor w_dec,
+            Tensor b_dec, Tensor hidden, std::optional<Tensor> residual, int64_t base,
+            bool delta, int64_t vectors) {
+  DecodeArgs a = {};
+  a.index = data<int>(index);
+  a.table = data<int>(table);
+  a.count = data<int>(count);
+  a.tokens = data<int>(tokens);
+  a.nnz = data<int>(nnz);
+  a.entries = data<int64_t>(entries);
+  a.coef = coef ? data<float>(*coef) : nullptr;
+  a.b_dec = data<float>(b_dec);
+  a.table_stride = table.stride(0);
+  a.hidden_stride = hidden.stride(0);
+  a.residual_stride = residual ? residual->stride(0) : 0;
+  a.base = static_cast<int>(base);
+  a.rows = static_cast<int>(x.size(0));
+  a.num_features = static_cast<int>(w_dec.size(0));
+  a.d_model = static_cast<int>(w_dec.size(1));
+  a.capacity = static_cast<int>(entries.size(1));
+  a.max_clamps = static_cast<int>((table.size(1) - 2) / 3);
+  a.delta = delta;
+  STD_TORCH_CHECK(vectors >= 1 && vectors <= 3, "steering: vectors is 1, 2 or 3, not ",
+                  vectors);
+  for_type(hidden, [&](auto type) {
+    launch_decode<decltype(type)>(a, static_cast<int>(vectors), multiprocessors(x), x,
+                                  w_dec, hidden, residual);
+  });
+}
+
+}  // namespace
+}  // namespace vllm_steering
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
+  m.def(
+      "compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor norm_limit,"
+      " Tensor hidden, Tensor? residual, Tensor(a!) x, Tensor(b!) tokens,"
+      " Tensor(c!) nnz, Tensor(d!) count, int base, int gate) -> ()");
+  m.def(
+      "encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count,"
+      " Tensor(a!) nnz, Tensor(b!) out, int base) -> ()");
+  m.def(
+      "decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,"
+      " Tensor entries, Tensor? coef, Tensor x, Tensor w_dec, Tensor b_dec,"
+      " Tensor(a!) hidden, Tensor(b!)? residual, int base, bool delta, int vectors)"
+      " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
+  m.impl("compact", TORCH_BOX(&vllm_steering::compact));
+  m.impl("encode", TORCH_BOX(&vllm_steering::encode));
+  m.impl("decode", TORCH_BOX(&vllm_steering::decode));
+}

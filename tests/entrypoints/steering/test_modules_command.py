@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `inspect` and `convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm.entrypoints.steering.__main__ import main
+from vllm.model_executor.model_loader.sae_loader import inspect_module
+
+D, F = 8, 24
+
+
+def gated(path: Path) -> Path:
+    """A SAELens directory whose every fold is used."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {
+        "W_enc": tensor(D, F),
+        "W_dec": tensor(F, D),
+        "b_dec": tensor(D),
+        "r_mag": tensor(F),
+        "b_mag": tensor(F),
+        "b_gate": tensor(F),
+    }
+    save_file(tensors, path / "sae_weights.safetensors")
+    cfg: dict[str, Any] = {
+        "architecture": "gated",
+        "metadata": {"hook_name": "blocks.2.hook_resid_mid", "model_name": "tiny"},
+    }
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    return path
+
+
+def test_inspect_shows_sites_folds_and_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gated(tmp_path / "sae")
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert inspect_module("m", str(path)).digest in out
+    assert "2.post_attn" in out
+    assert "d_model 8, d_sae 24, jumprelu" in out
+    assert "gate into threshold and W_enc" in out
+    assert "input bias into b_enc" in out
+
+
+def test_inspect_prints_json_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(gated(tmp_path / "sae")), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["format"] == "sae_lens"
+    assert data["model"] == "tiny"
+    (site,) = data["sites"]
+    assert site["bytes_32_bit"] == 4 * (2 * F * D + 2 * F + D)
+
+
+def test_a_refused_module_is_one_line_and_status_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path / "nothing")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: steering module")
+    assert captured.err.count("\n") == 1
+
+
+def test_convert_writes_the_folded_sae(tmp_path: Path) -> None:
+    path = gated(tmp_path / "sae")
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+    source = load_file(path / "sae_weights.safetensors")
+    found = load_file(tmp_path / "out/2.post_attn.safetensors")
+    gain = source["r_mag"].exp()
+    torch.testing.assert_close(found["W_enc"], source["W_enc"].T * gain[:, None])
+    torch.testing.assert_close(
+        found["threshold"], (source["b_mag"] - gain * source["b_gate"]).clamp(min=0)
+    )
+    assert torch.equal(found["W_dec"], source["W_dec"])
+    assert inspect_module("m", str(tmp_path / "out")).sites == (
+        inspect_module("m", str(path)).sites
+    )
+
+
+def test_convert_to_16_bit_changes_the_matrices_only(tmp_path: Path) -> None:
+    path = gated(tmp_path / "sae")
+    out = tmp_path / "out"
+    arguments = ["convert", str(path), str(out), "--dtype", "bfloat16"]
+    assert main([*arguments, "--site", "post_block.7"]) == 0
+    found = load_file(out / "7.post_block.safetensors")
+    kinds = {name: value.dtype for name, value in found.items()}
+    assert kinds.pop("W_enc") == kinds.pop("W_dec") == torch.bfloat16
+    assert set(kinds.values()) == {torch.float32}
+
+
+def test_convert_overwrites_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gated(tmp_path / "sae")
+    assert main(["convert", str(path), str(path)]) == 1
+    assert "expected a new or empty directory" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests declared once, for the engine (specs) and for the oracle (edits)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from steering_testing import models
+from steering_testing.engine import DELTA, FULL, VECTORS, sae_spec, save_sae
+from steering_testing.reference import Clamp, DenseSAE, Edit
+
+Site = tuple[int, str]
+SPECIAL = (models.BOS, models.EOS, models.PAD)
+
+
+@dataclass
+class Ask:
+    """One spec: a tier, a module, and the clamps per site (or the scale)."""
+
+    tier: str
+    module: str
+    clamps: Mapping[Site, list[Clamp]] = field(default_factory=dict)
+    scale: float = 1.0
+    phase: str = "both"
+
+    def spec(self) -> dict[str, Any]:
+        """As a client writes it."""
+        if self.tier == "additive":
+            return {
+                "module_name": self.module,
+                "scale": self.scale,
+                "phase": self.phase,
+            }
+        return sae_spec(self.module, self.clamps, self.phase)
+
+
+KEYS = {"additive": VECTORS, "delta": DELTA, "full": FULL}
+
+
+def specs(*asks: Ask) -> dict[str, Any]:
+    """The `extra_args` of a request."""
+    found: dict[str, Any] = {}
+    for ask in asks:
+        found.setdefault(KEYS[ask.tier], []).append(ask.spec())
+    return found
+
+
+@dataclass
+class Modules:
+    """Modules of an engine: oracle SAEs and vectors per site, by name."""
+
+    saes: dict[str, dict[Site, DenseSAE]] = field(default_factory=dict)
+    vectors: dict[str, dict[Site, torch.Tensor]] = field(default_factory=dict)
+
+    def save(self, root: Path) -> dict[str, str]:
+        """Write every module; name -> path, SAEs first, in the order given here."""
+        paths = {name: save_sae(root / name, at) for name, at in self.saes.items()}
+        for name, at in self.vectors.items():
+            path = root / f"{name}.safetensors"
+            save_file(
+                {f"layers.{layer}.{hook}": v for (layer, hook), v in at.items()}, path
+            )
+            paths[name] = str(path)
+        return paths
+
+    def edits(self, *asks: Ask) -> dict[Site, list[Edit]]:
+        """What the oracle does for a request; delta in registration order."""
+        order = [*self.saes, *self.vectors]
+        found: dict[Site, list[Edit]] = {}
+        for ask in sorted(asks, key=lambda ask: order.index(ask.module)):
+            if ask.tier == "additive":
+                for site, vector in self.vectors[ask.module].items():
+                    edit = Edit(
+                        "additive",
+                        vector=vector.double(),
+                        scale=ask.scale,
+                        phase=ask.phase,
+                    )
+                    found.setdefault(site, []).append(edit)
+                continue
+            saes = self.saes[ask.module]
+            for site in ask.clamps or saes:
+                clamps = list(ask.clamps.get(site, []))
+                edit = Edit(ask.tier, saes[site], clamps, phase=ask.phase)
+                found.setdefault(site, []).append(edit)
+        return found
+
+
+def vector(seed: int, norm: float = 2.0) -> torch.Tensor:
+    """A random direction `[D]` of a tiny model, float32."""
+    rng = torch.Generator().manual_seed(seed)
+    direction = torch.randn(models.HIDDEN, generator=rng)
+    return direction * (norm / direction.norm())
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """A bos and random ordinary tokens."""
+    rng = random.Random(seed)
+    return [models.BOS, *(rng.randrange(3, models.VOCAB) for _ in range(length - 1))]

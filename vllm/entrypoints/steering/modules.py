@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on steering modules: `inspect` and `convert`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
+from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    ModuleLayout,
+    SAELayout,
+)
+from vllm.model_executor.model_loader.sae_loader import (
+    inspect_module,
+    load_site,
+    read_layout,
+    save_native,
+)
+
+SiteName = tuple[int, HookPoint | str]
+
+
+def describe_folds(layout: SAELayout) -> list[str]:
+    """What loading does to the stored tensors, one phrase each; empty: nothing."""
+    folds = []
+    if layout.gate is not None:
+        folds.append("gate into threshold and W_enc")
+    if layout.subtract_b_dec:
+        folds.append("input bias into b_enc")
+    scales = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    for name in scales:
+        if (scale := getattr(layout, f"{name}_scale")) != 1:
+            folds.append(f"{name} x {scale:.6g}")
+    if layout.unit_decoder_rows:
+        folds.append("decoder norms into W_enc and b_enc")
+    if layout.threshold_is_log:
+        folds.append("exp(threshold)")
+    return folds
+
+
+def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
+    """Memory of one site's weights with matrices of `itemsize` bytes an element."""
+    if kind == "vectors":
+        return 4 * site.d_model
+    matrices = 2 * site.d_sae * site.d_model * itemsize
+    return matrices + 4 * (2 * site.d_sae + site.d_model)
+
+
+def report(module: ModuleInfo, layout: ModuleLayout) -> dict[str, Any]:
+    """All that `inspect` shows, as JSON types."""
+    data = module.to_json()
+    data["model"] = layout.model
+    for site, entry, shown in zip(
+        module.sites, layout.sites, data["sites"], strict=True
+    ):
+        shown["name"] = site.name
+        shown["folds"] = describe_folds(entry) if isinstance(entry, SAELayout) else []
+        shown["declared"] = dict(layout.declared.get(site.name, {}))
+        shown["bytes_16_bit"] = site_bytes(site, module.kind, 2)
+        shown["bytes_32_bit"] = site_bytes(site, module.kind, 4)
+    return data
+
+
+def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
+    """Print what a module is.
+
+    Raises:
+        ValueError: the module is refused; one line says why.
+    """
+    module = inspect_module("module", path, sites=sites)
+    data = report(module, read_layout("module", path, sites))
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    for key in ("path", "format", "kind", "model", "digest", "reference_norm"):
+        if data[key] is not None:
+            print(f"{key:15}{data[key]}")
+    for shown in data["sites"]:
+        activation = shown["activation"] + (f" k={shown['k']}" if shown["k"] else "")
+        size = shown["bytes_16_bit"] / 2**20
+        print(
+            f"{shown['name']:15}d_model {shown['d_model']}, d_sae {shown['d_sae']}, "
+            f"{activation}, {size:.1f} MiB in 16 bit"
+        )
+        for fold in shown["folds"]:
+            print(f"{'':15}folds {fold}")
+        for name, value in shown["declared"].items():
+            print(f"{'':15}declared {name} {value:g}")
+
+
+class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
+    """The sites of a module, each loaded when it is asked for."""
+
+    def __init__(self, module: ModuleInfo, layout: ModuleLayout, dtype: torch.dtype):
+        self._module = module
+        self._declared = layout.declared
+        self._dtype = dtype
+        self._sites: dict[SiteName, SiteInfo] = {
+            (site.layer, site.hook): site for site in module.sites
+        }
+
+    def __iter__(self) -> Iterator[SiteName]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __getitem__(self, key: SiteName) -> Mapping[str, Any]:
+        site = self._sites[key]
+        cpu = torch.device("cpu")
+        weights = SAEWeights(site.d_sae, site.d_model, self._dtype, cpu)
+        load_site(self._module, site, weights)
+        content: dict[str, Any] = {
+            "W_enc": weights.W_enc,
+            "b_enc": weights.b_enc,
+            "W_dec": weights.W_dec,
+            "b_dec": weights.b_dec,
+            "activation": site.activation,
+            **self._declared.get(site.name, {}),
+        }
+        if site.activation is Activation.JUMPRELU:
+            content["threshold"] = weights.threshold
+        if site.activation is Activation.TOPK:
+            content |= {"k": site.k, "topk_relu": site.topk_relu}
+        return content
+
+
+def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> None:
+    """Write an SAE, folded, as a native directory.
+
+    Raises:
+        ValueError: the module is refused, is not an SAE, or `out` has files in it.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out}: expected a new or empty directory")
+    module = inspect_module("module", path, sites=sites)
+    if module.kind != "sae":
+        raise ValueError(f"{path}: expected an SAE, found steering vectors")
+    layout = read_layout("module", path, sites)
+    save_native(
+        target,
+        _LoadedSites(module, layout, getattr(torch, dtype)),
+        reference_norm=module.reference_norm,
+        skip_token_ids=module.skip_token_ids,
+        norm_guard=module.norm_guard,
+        model=layout.model,
+    )
+    print(f"wrote {len(module.sites)} site(s) to {target}")

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiers on a GPU: binds the kernels to a worker's step state and workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
+
+
+class KernelBackend:
+    """The tiers on a GPU (see `SteeringBackend`).
+
+    Built after the modules are loaded and before memory is profiled: the workspace
+    that all sites share is allocated here, and every specialisation that serving can
+    need is compiled here, before any graph is captured.
+    """
+
+    def __init__(
+        self,
+        step: StepState,
+        saes: Sequence[SAESlot],
+        vectors: Sequence[VectorSlot],
+        dtype: torch.dtype,
+    ):
+        self.step = step
+        device = step.index.device
+        self.workspace = kernel.SteeringWorkspace(step.max_tokens, saes, device)
+        kernel.warm_up(saes, vectors, step, self.workspace, dtype)
+
+    def full_reconstruction(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        kernel.full_reconstruction(slot, self.step, self.workspace, hidden, residual)
+
+    def sae_clamp(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual)
+
+    def steering_vectors(
+        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        kernel.steering_vectors(slot, self.step, hidden, residual)

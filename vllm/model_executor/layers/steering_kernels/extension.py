@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads the CUDA C++ extension, where it was built (csrc/steering)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def extension_is_built() -> bool:
+    """Whether `vllm/_steering_C*.so` is there and loads; `VLLM_STEERING_NO_CUDA=1`
+    keeps to Triton."""
+    if os.environ.get("VLLM_STEERING_NO_CUDA") == "1" or not torch.cuda.is_available():
+        return False
+    package = Path(__file__).resolve().parents[3]
+    for library in sorted(package.glob("_steering_C*.so")):
+        torch.ops.load_library(str(library))
+        return True
+    return False
+
+
+def cuda_ops() -> Any:
+    """The extension's ops; call only where `extension_is_built()`."""
+    return torch.ops.vllm_steering

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams into the serving classes: bad steering is a 400 for streams as well.
+
+The edit a branch would make: `create_completion`, `create_chat_completion`,
+`create_responses` and `serve_tokens` begin by checking the request's steering. Without
+it the engine's own check comes after a stream has answered 200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config.sae_steering_admission import refuse_reserved_key
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.exceptions import VLLMValidationError
+from vllm.plugins.steering.active import active_steering_config
+from vllm.plugins.steering.seam import wrap
+
+_OPENAI = "vllm.entrypoints.openai"
+TARGETS = (
+    f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion",
+    f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+    f"{_OPENAI}.responses.serving:OpenAIServingResponses.create_responses",
+    "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
+)
+
+
+class Installer:
+    """Binds one of `TARGETS`."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.module = target.partition(":")[0]
+
+    def __call__(self) -> None:
+        wrap(self.target, ("self", "request", "raw_request"), _make)
+
+
+INSTALLERS = tuple(Installer(target) for target in TARGETS)
+
+
+def check_request(request: Any, vllm_config: Any) -> None:
+    """Raise `VLLMValidationError` unless the request's steering is valid.
+
+    Args:
+        request: an OpenAI request, or a raw one with `sampling_params`.
+        vllm_config: of the engine that will run it.
+    """
+    from vllm.entrypoints.openai.steering.request_fields import specs_of
+
+    params = getattr(request, "sampling_params", None)
+    extra_args = getattr(request, "vllm_xargs", None)
+    if params is not None:
+        extra_args = params.extra_args
+    refuse_reserved_key(extra_args)
+    given = {
+        key: specs for key, specs in specs_of(request).items() if specs is not None
+    }
+    parse_steering_request(
+        {**(extra_args or {}), **given}, active_steering_config(vllm_config)
+    )
+
+
+def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
+    async def checked(self: Any, request: Any, raw_request: Any = None) -> Any:
+        try:
+            check_request(request, self.engine_client.vllm_config)
+        except VLLMValidationError as error:
+            return self.create_error_response(error)
+        return await stock(self, request, raw_request)
+
+    return checked
