@@ -1,6 +1,7 @@
 import sys, torch
 sys.path.insert(0, "benchmarks")
 from bench_kernels import *
+assert kernel.extension_is_built()
 b = Bench(); print(b.bandwidth, b.flops)
 def stages(slot, tokens, cuda):
     w = slot.weights; D = w.d_model

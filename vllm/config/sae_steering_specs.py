@@ -33,6 +33,9 @@ DELTA_KEY = "sae_clamp_specs"
 ADDITIVE_KEY = "steering_vector_specs"
 EXTRA_ARGS_KEYS = (FULL_KEY, DELTA_KEY, ADDITIVE_KEY)
 
+# Feature, kind, value, only_if_active.
+_CLAMP_RECORD = struct.Struct("<QBf?")
+
 HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
 
 
@@ -275,13 +278,16 @@ def _edit_block(edit: SiteEdit, module_digest: str) -> bytes:
         module_digest.encode(),
         edit.hook.value.encode(),
         struct.pack("<Q", edit.layer),
-        *(_clamp_block(clamp) for clamp in edit.clamps),
+        b"".join(_clamp_record(clamp) for clamp in edit.clamps),
     )
 
 
-def _clamp_block(clamp: SAEClampEntry) -> bytes:
-    fields = struct.pack("<Qf?", clamp.feature_idx, clamp.value, clamp.only_if_active)
-    return _block(f"clamp.{clamp.kind}", fields)
+def _clamp_record(clamp: SAEClampEntry) -> bytes:
+    """Fixed width, so that a list of records needs no lengths."""
+    kind = CLAMP_KINDS.index(clamp.kind)
+    return _CLAMP_RECORD.pack(
+        clamp.feature_idx, kind, clamp.value, clamp.only_if_active
+    )
 
 
 def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:

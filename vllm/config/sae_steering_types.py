@@ -75,7 +75,8 @@ class SteeringSamplingParams(SamplingParams):
 
     def __post_init__(self) -> None:
         specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
-        self.extra_args = fold_into_extra_args(self.extra_args, specs)
+        extra_args: dict[str, Any] | None = self.extra_args  # type: ignore[has-type]
+        self.extra_args = fold_into_extra_args(extra_args, specs)
         self.sae_full_reconstruction_specs = None
         self.sae_clamp_specs = None
         self.steering_vector_specs = None

@@ -166,13 +166,24 @@ def attach_site(layer: DecoderLayer, site: SteeringSite) -> None:
 
 
 def _mid_norm(layer: DecoderLayer) -> nn.Module:
-    for name in layer.family.mid_norms:
-        norm = getattr(layer.module, name, None)
-        if norm is not None:
-            return norm
+    """The norm that reads the stream after attention.
+
+    Layers that norm what a sublayer writes (OLMo-2), or that run attention and MLP
+    side by side (GPT-NeoX), have a norm of that name and no such point.
+    """
+    module, names = layer.module, layer.family.mid_norms
+    norms_outputs = hasattr(module, "post_feedforward_layernorm") and not hasattr(
+        module, "pre_feedforward_layernorm"
+    )
+    if not norms_outputs and not getattr(module, "use_parallel_residual", False):
+        for name in names:
+            norm = getattr(module, name, None)
+            if norm is not None:
+                return norm
     raise ValueError(
-        f"steering: {class_name(layer.module)} has none of {layer.family.mid_norms}, "
-        "so it has no post_attn site"
+        f"steering: {class_name(module)} has none of {names} between its attention "
+        f"and its MLP, so it has no post_attn site at layer {layer.index}; use "
+        "pre_attn or post_block"
     )
 
 

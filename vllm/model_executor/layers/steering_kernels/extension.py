@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -19,7 +22,11 @@ def extension_is_built() -> bool:
         return False
     package = Path(__file__).resolve().parents[3]
     for library in sorted(package.glob("_steering_C*.so")):
-        torch.ops.load_library(str(library))
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            logger.warning("steering: Triton only, %s: %s", library, error.__cause__)
+            return False
         return True
     return False
 
