@@ -174,3 +174,11 @@ def test_plain_requests_equal_a_stock_engines_in_bfloat16(
     for at in range(0, 8, 2):
         assert mixed[at].tokens == stock[at].tokens
     assert any(mixed[at].tokens != stock[at].tokens for at in range(1, 8, 2))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_ranks_agree(split: str, model_root: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "enforce_eager": False, split: 2}
+    with engine(FAMILY, model_root, save_modules(tmp_path), **options) as llm:
+        check(llm)
