@@ -19,7 +19,7 @@ def stages(slot, tokens, cuda):
     ws.nnz.zero_(); E(run, 0)
     if cuda:
         for v in (1, 2, 3):
-            kernel.decode_vectors = lambda rows: v
+            kernel.decode_vectors = lambda rows, v=v: v
             t[f"decode{v}"] = b.timer(lambda: kernel._decode_cuda(run, 0), s.restore, 20)
     else:
         t["resolve"] = b.timer(lambda: kernel._coefficients(run, 0), lambda: None, 10)
@@ -30,6 +30,8 @@ for shape, toks in (((16384, 2304), (1, 8, 32, 64, 256, 1024, 2048, 8192)), ((65
     for tokens in toks:
         stages(slot, tokens, True)
     del slot; torch.cuda.empty_cache()
+from vllm.model_executor.layers.steering_kernels.plan import decode_vectors
+kernel.decode_vectors = decode_vectors
 b.clamps()
 slot = make_slot(16384, 2304, Activation.JUMPRELU)
 for t in (1, 64, 256, 2048): b.full("jumprelu", slot, t)
@@ -37,4 +39,4 @@ b.full("idle", slot, 256, active=0)
 b.full("five", slot, 256, active=5)
 b.full("five", slot, 5)
 slot = make_slot(16384, 2304, Activation.TOPK)
-for t in (1, 256, 2048): b.full("topk", slot, t, l0=K)
+for t in (1, 64, 256, 2048): b.full("topk", slot, t, l0=K)

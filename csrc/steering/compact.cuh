@@ -34,24 +34,36 @@ __device__ __forceinline__ bool is_active(const CompactArgs& a, int t, int skip)
   return row != 0 && a.table[row * a.table_stride] != 0 && (a.flags[t] & skip) == 0;
 }
 
-// Copies one token's row with one warp; returns its norm.
+// Copies one token's row with `threads` threads; returns this thread's share of the
+// squared norm. Loads of two accesses are in flight at a time.
 template <typename T>
-__device__ float gather_row(const T* hidden, const T* residual, T* x, int d_model) {
+__device__ float gather_row(const T* hidden, const T* residual, T* x, int d_model,
+                            int thread, int threads) {
   float square = 0.f;
-  for (int d = (threadIdx.x & 31) * 8; d < d_model; d += 256) {
-    Vec8<T> h = load8(hidden + d);
-    if (residual != nullptr) {
-      const Vec8<T> r = load8(residual + d);
+  for (int first = thread * 8; first < d_model; first += threads * 16) {
+    Vec8<T> h[2], r[2];
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        h.at[j] = from_float<T>(to_float(h.at[j]) + to_float(r.at[j]));
+    for (int u = 0; u < 2; ++u) {
+      const int d = first + u * threads * 8;
+      if (d >= d_model) continue;
+      h[u] = load8(hidden + d);
+      if (residual != nullptr) r[u] = load8(residual + d);
     }
-    store8(x + d, h);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) square += to_float(h.at[j]) * to_float(h.at[j]);
+    for (int u = 0; u < 2; ++u) {
+      const int d = first + u * threads * 8;
+      if (d >= d_model) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (residual != nullptr)
+          h[u].at[j] = from_float<T>(to_float(h[u].at[j]) + to_float(r[u].at[j]));
+        square += to_float(h[u].at[j]) * to_float(h[u].at[j]);
+      }
+      store8(x + d, h[u]);
+    }
   }
   for (int d = 16; d > 0; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-  return sqrtf(square);
+  return square;
 }
 
 template <typename T>
@@ -84,6 +96,23 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
   if (warp == 0 && lane < a.per_block && own < a.rows) a.nnz[own] = 0;
 
   const float limit = *a.norm_limit;
+  if (a.per_block == 1) {  // few tokens: the whole block copies one row
+    const int i = before - a.base;
+    if (active == 0 || i < 0 || i >= a.rows) return;
+    const T* r = residual == nullptr ? nullptr : residual + start * a.residual_stride;
+    T* out = x + static_cast<int64_t>(i) * a.d_model;
+    __shared__ float squares[kCompactWarps];
+    const float square = gather_row(hidden + start * a.hidden_stride, r, out, a.d_model,
+                                    threadIdx.x, blockDim.x);
+    if (lane == 0) squares[warp] = square;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float total = 0.f;
+      for (int w = 0; w < kCompactWarps; ++w) total += squares[w];
+      a.tokens[i] = sqrtf(total) <= limit ? start : -1;
+    }
+    return;
+  }
   for (int j = warp; j < a.per_block; j += kCompactWarps) {
     if (!(active >> j & 1)) continue;
     const int i = before + __popc(active & ((1u << j) - 1)) - a.base;
@@ -91,8 +120,9 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
     const int64_t t = start + j;
     const T* r = residual == nullptr ? nullptr : residual + t * a.residual_stride;
     T* out = x + static_cast<int64_t>(i) * a.d_model;
-    const float norm = gather_row(hidden + t * a.hidden_stride, r, out, a.d_model);
-    if (lane == 0) a.tokens[i] = norm <= limit ? static_cast<int>(t) : -1;
+    const float square =
+        gather_row(hidden + t * a.hidden_stride, r, out, a.d_model, lane, 32);
+    if (lane == 0) a.tokens[i] = sqrtf(square) <= limit ? static_cast<int>(t) : -1;
   }
 }
 

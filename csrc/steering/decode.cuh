@@ -72,15 +72,32 @@ __device__ __forceinline__ void load_row(Vec8<T> (&w)[V], const T* row, int colu
   }
 }
 
-// Sorted (feature, weight) of the token in `list`; returns how many.
-__device__ int sort_entries(const int64_t* own, int n, int2* list, int64_t* scratch) {
-  for (int e = threadIdx.x; e < n; e += kDecodeThreads) scratch[e] = own[e];
+// Sorted (feature, weight) of the token in `list`; returns how many. An entry's place
+// is the number of features below its own.
+__device__ int sort_entries(const int64_t* own, int n, int2* list, int* features) {
+  int2 mine[kSortMax / kDecodeThreads];
+#pragma unroll
+  for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
+    const int e = threadIdx.x + u * kDecodeThreads;
+    mine[u] = make_int2(0x7FFFFFFF, 0);  // sorts last; rounds n up to a multiple of 4
+    if (e < n) {
+      const int64_t entry = own[e];
+      mine[u] = make_int2(static_cast<int>(entry >> 32), static_cast<int>(entry));
+    }
+    features[e] = mine[u].x;
+  }
   __syncthreads();
-  for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
-    const int64_t mine = scratch[e];
+#pragma unroll
+  for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
+    if (threadIdx.x + u * kDecodeThreads >= n) continue;
     int rank = 0;
-    for (int o = 0; o < n; ++o) rank += scratch[o] < mine;
-    list[rank] = make_int2(static_cast<int>(mine >> 32), static_cast<int>(mine));
+#pragma unroll 4
+    for (int o = 0; o < n; o += 4) {
+      const int4 other = *reinterpret_cast<const int4*>(features + o);
+      rank += (other.x < mine[u].x) + (other.y < mine[u].x) + (other.z < mine[u].x) +
+              (other.w < mine[u].x);
+    }
+    list[rank] = mine[u];
   }
   __syncthreads();
   return n;
@@ -103,6 +120,7 @@ __device__ float find_feature(const int2* list, int n, int feature) {
 __device__ int append_clamps(const DecodeArgs& a, const int* row, int64_t i, int2* list,
                              int n) {
   const int clamps = row[1];
+  if (clamps == 0) return n;
   for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
     const int feature = row[2 + c];
     float delta;
@@ -121,7 +139,7 @@ __device__ int append_clamps(const DecodeArgs& a, const int* row, int64_t i, int
 template <typename T, int V>
 __device__ void gather_list(float (&acc)[V * 8], const int2* list, int n, const T* w_dec,
                             int column, int d_model) {
-  constexpr int kAhead = V == 1 ? 8 : 4;  // rows in flight a warp
+  constexpr int kAhead = V == 1 ? 8 : V == 2 ? 4 : 2;  // rows in flight a warp
   const int warp = threadIdx.x / 32;
   for (int j = warp; j < n; j += kDecodeWarps * kAhead) {
     Vec8<T> w[kAhead][V];
@@ -215,7 +233,7 @@ __device__ void finish_slice(float (&acc)[V * 8], const DecodeArgs& a, float* su
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kDecodeThreads, V == 1 ? 4 : V == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kDecodeThreads, V == 2 ? 3 : 4)
     decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden, T* residual) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
@@ -237,7 +255,7 @@ __global__ void __launch_bounds__(kDecodeThreads, V == 1 ? 4 : V == 2 ? 3 : 2)
 #pragma unroll
     for (int j = 0; j < V * 8; ++j) acc[j] = 0.f;
     if (listed <= kSortMax) {
-      int total = sort_entries(own, listed, list, reinterpret_cast<int64_t*>(scratch));
+      int total = sort_entries(own, listed, list, reinterpret_cast<int*>(scratch));
       total = append_clamps(a, row, i, list, total);
       gather_list<T, V>(acc, list, total, w_dec, column, a.d_model);
     } else {

@@ -24,7 +24,8 @@ constexpr int kStageW = kTileF * kTileK * 2;
 constexpr int kPrefetch = 4;  // stages of W_enc requested before x is ready
 constexpr int kMaxStages = 8;
 constexpr int kOperandBytes = 4 * (kStageW + 256 * kTileK * 2);
-constexpr int kHitsPerWarp = 256;
+constexpr int kHitsPerLane = 16;
+constexpr int kHitsPerWarp = 32 * kHitsPerLane;
 constexpr int kEncodeSmem =
     kOperandBytes + kConsumerWarps * kHitsPerWarp * 8 + 2 * kMaxStages * 8 + 1024;
 
@@ -35,6 +36,7 @@ struct EncodeArgs {
   int* nnz;           // [rows]
   int64_t* entries;   // [rows, capacity], or null
   float* scores;      // [rows, F], or null: dense output for TopK
+  const char* w_dec;  // rows to prefetch into L2, or null
   int base, rows, num_features, d_model, capacity, group;
 };
 
@@ -108,6 +110,11 @@ struct TileWalk {
   }
 };
 
+// Where tile `f` of the features begins its reduction. Blocks that work side by side
+// begin at different columns, or all would read the same lines of x at the same time;
+// the order of a feature's sum depends on the feature alone.
+__device__ __forceinline__ int first_k(int f, int k_tiles) { return f * 7 % k_tiles; }
+
 template <int N>
 struct Shape {
   static constexpr int kStageX = N * kTileK * 2;
@@ -126,7 +133,8 @@ __device__ void produce(const EncodeArgs& a, const CUtensorMap* w, const CUtenso
   for (int tile = blockIdx.x; tile < walk.n_f * walk.n_t; tile += gridDim.x) {
     int f, t;
     walk.at(tile, f, t);
-    for (int k = 0; k < k_tiles; ++k, ++it) {
+    int k = first_k(f, k_tiles);
+    for (int step = 0; step < k_tiles; ++step, ++it) {
       const int s = it % S::kStages, round = it / S::kStages;
       if (round > 0) barrier_wait(empty + 8 * s, (round - 1) & 1);
       if (it < early) {  // this stage of W_enc was requested before x was ready
@@ -136,68 +144,87 @@ __device__ void produce(const EncodeArgs& a, const CUtensorMap* w, const CUtenso
         copy_tile(w, operands + s * kStageW, full + 8 * s, k * kTileK, f * kTileF);
       }
       copy_tile(x, operands + S::kX0 + s * S::kStageX, full + 8 * s, k * kTileK, t * N);
+      k = k + 1 == k_tiles ? 0 : k + 1;
     }
   }
 }
 
-// Appends this warp's hits: their tokens' counters are bumped 32 at a time, so that
-// the latency of the atomics is paid once for many hits.
-__device__ void append_hits(const EncodeArgs& a, const uint2* hits, int total, int f0,
-                            int t0) {
-  for (int e = threadIdx.x & 31; e < total; e += 32) {
-    const uint2 hit = hits[e];
-    const int t = t0 + (hit.x >> 8);
-    const int slot = atomicAdd(a.nnz + t, 1);
-    if (slot < a.capacity) {
-      const int64_t f = f0 + (hit.x & 0xFF);
-      a.entries[static_cast<int64_t>(t) * a.capacity + slot] =
-          f << 32 | static_cast<int64_t>(hit.y);
+// Appends this lane's hits to their tokens' lists, four atomics in flight at a time.
+__device__ __forceinline__ void append_hits(const EncodeArgs& a, const uint2* hits,
+                                            int own, int f0, int t0) {
+  const int most = __reduce_max_sync(~0u, own);
+  for (int first = 0; first < most; first += 4) {
+    uint2 hit[4];
+    int slot[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      if (first + u >= own) continue;
+      hit[u] = hits[(first + u) * 32];
+      slot[u] = atomicAdd(a.nnz + t0 + (hit[u].x >> 8), 1);
     }
-  }
-}
-
-template <int N>
-__device__ void emit_hits(const EncodeArgs& a, float (&p)[N / 2], float2 bias, float2 bar,
-                          uint2* hits, int row, int f0, int t0, int n) {
-  const int lane = threadIdx.x & 31;
-  const int last = n - t0 - (lane & 3) * 2;  // columns of this thread below it count
-  int own = 0;
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    p[i] += i & 2 ? bias.y : bias.x;
-    const bool fires = p[i] > (i & 2 ? bar.y : bar.x) && (i / 4) * 8 + (i & 1) < last;
-    own += fires;
-    if (!fires) p[i] = 0.f;
-  }
-  int before = own;
-  for (int d = 1; d < 32; d <<= 1) {
-    const int other = __shfl_up_sync(~0u, before, d);
-    if (lane >= d) before += other;
-  }
-  const int total = __shfl_sync(~0u, before, 31);
-  if (total == 0) return;
-  uint2* out = hits + (before - own);
-  const bool fits = total <= kHitsPerWarp;
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    if (p[i] > 0.f) {
-      const uint32_t t = (i / 4) * 8 + (i & 1) + (lane & 3) * 2;
-      const uint32_t f = row + (i & 2 ? 8 : 0);
-      const uint2 hit = make_uint2(t << 8 | f, __float_as_uint(p[i]));
-      if (fits) {
-        *out++ = hit;
-      } else {  // many non-zeros: correct, at the pace of single atomics
-        const int slot = atomicAdd(a.nnz + t0 + t, 1);
-        if (slot < a.capacity)
-          a.entries[static_cast<int64_t>(t0 + t) * a.capacity + slot] =
-              static_cast<int64_t>(f0 + f) << 32 | static_cast<int64_t>(hit.y);
+    for (int u = 0; u < 4; ++u) {
+      if (first + u >= own || slot[u] >= a.capacity) continue;
+      const int64_t f = f0 + (hit[u].x & 0xFF), t = t0 + (hit[u].x >> 8);
+      a.entries[t * a.capacity + slot[u]] = f << 32 | static_cast<int64_t>(hit[u].y);
+      if (a.w_dec != nullptr) {  // the decoder will want this row soon
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                         a.w_dec + f * a.d_model * 2),
+                     "r"(a.d_model * 2));
       }
     }
   }
-  if (!fits) return;
-  __syncwarp();
-  append_hits(a, hits, total, f0, t0);
-  __syncwarp();
+}
+
+// Notes the hits among accumulators [From, To) in this lane's column of `hits`; returns
+// how many there are, which may be more than fit.
+template <int From, int To, int R>
+__device__ __forceinline__ int note_hits(const float (&p)[R], float2 bias, float2 cut,
+                                         uint2* hits, uint32_t where) {
+  int own = 0;
+#pragma unroll
+  for (int i = From; i < To; ++i) {
+    if (p[i] > (i & 2 ? cut.y : cut.x)) {
+      // Token in the high bits, feature of the tile in the low eight.
+      const uint32_t at = where + (((i / 4) * 8 + (i & 1)) << 8) + (i & 2 ? 8 : 0);
+      const float value = p[i] + (i & 2 ? bias.y : bias.x);
+      if (own < kHitsPerLane) hits[own * 32] = make_uint2(at, __float_as_uint(value));
+      ++own;
+    }
+  }
+  return own;
+}
+
+template <int From, int R>
+__device__ __forceinline__ void emit_parts(const EncodeArgs& a, const float (&p)[R],
+                                           float2 bias, float2 cut, uint2* hits,
+                                           uint32_t where, int f0, int t0) {
+  if constexpr (From < R) {
+    constexpr int kTo = From + kHitsPerLane < R ? From + kHitsPerLane : R;
+    append_hits(a, hits, note_hits<From, kTo>(p, bias, cut, hits, where), f0, t0);
+    emit_parts<kTo>(a, p, bias, cut, hits, where, f0, t0);
+  }
+}
+
+// Emits one tile's non-zeros: p > bar, tested as x W > bar - b.
+template <int N>
+__device__ __forceinline__ void emit_hits(const EncodeArgs& a, float (&p)[N / 2],
+                                          float2 bias, float2 cut, uint2* hits, int row,
+                                          int f0, int t0, int n) {
+  const int lane = threadIdx.x & 31;
+  if (t0 + N > n) {  // columns past the last token hold junk
+    const int last = n - t0 - (lane & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      if ((i / 4) * 8 + (i & 1) >= last) p[i] = __int_as_float(0xFF800000);
+  }
+  uint2* own_hits = hits + lane;
+  const uint32_t where = ((lane & 3) * 2) << 8 | row;
+  const int own = note_hits<0, N / 2>(p, bias, cut, own_hits, where);
+  if (__any_sync(~0u, own > kHitsPerLane))  // many non-zeros: part by part
+    emit_parts<0>(a, p, bias, cut, own_hits, where, f0, t0);
+  else
+    append_hits(a, own_hits, own, f0, t0);
 }
 
 template <int N>
@@ -228,10 +255,15 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
     walk.at(tile, f_tile, t_tile);
     const int f0 = f_tile * kTileF, f = f0 + row;
     const float inf = __int_as_float(0x7F800000);
-    float2 bias = make_float2(-inf, -inf), bar = make_float2(inf, inf);
-    if (f < a.num_features) bias.x = a.b_enc[f], bar.x = fmaxf(a.threshold[f], 0.f);
-    if (f + 8 < a.num_features)
-      bias.y = a.b_enc[f + 8], bar.y = fmaxf(a.threshold[f + 8], 0.f);
+    float2 bias = make_float2(-inf, -inf), cut = make_float2(inf, inf);
+    if (f < a.num_features) {
+      bias.x = a.b_enc[f];
+      cut.x = fmaxf(a.threshold[f], 0.f) - bias.x;
+    }
+    if (f + 8 < a.num_features) {
+      bias.y = a.b_enc[f + 8];
+      cut.y = fmaxf(a.threshold[f + 8], 0.f) - bias.y;
+    }
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
@@ -257,7 +289,7 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
     if (a.scores != nullptr)
       store_scores<N>(a, acc, bias, f, t_tile * N, n);
     else
-      emit_hits<N>(a, acc, bias, bar, own_hits, row, f0, t_tile * N, n);
+      emit_hits<N>(a, acc, bias, cut, own_hits, row, f0, t_tile * N, n);
   }
 }
 
@@ -292,7 +324,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (producer) {
     for (int s = 0; s < early; ++s) {
       barrier_announce(full + 8 * s, kStageW);
-      copy_tile(&maps.w, operands + s * kStageW, full + 8 * s, s * kTileK,
+      const int k = (first_k(blockIdx.x, k_tiles) + s) % k_tiles;
+      copy_tile(&maps.w, operands + s * kStageW, full + 8 * s, k * kTileK,
                 blockIdx.x * kTileF);
     }
   }

@@ -12,6 +12,7 @@
 #include "compact.cuh"
 #include "decode.cuh"
 #include "encode.cuh"
+#include "select.cuh"
 
 namespace vllm_steering {
 namespace {
@@ -150,8 +151,9 @@ void compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor norm_
 }
 
 void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count,
-            Tensor nnz, Tensor out, int64_t base) {
+            Tensor nnz, Tensor out, std::optional<Tensor> w_dec, int64_t base) {
   EncodeArgs a = {};
+  a.w_dec = w_dec ? data<char>(*w_dec) : nullptr;
   a.b_enc = data<float>(b_enc);
   a.threshold = data<float>(threshold);
   a.count = data<int>(count);
@@ -179,6 +181,30 @@ void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count
     launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads, kEncodeSmem,
            stream_of(x), a, maps);
   });
+}
+
+void select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor tokens,
+            Tensor scores, Tensor nnz, Tensor entries, Tensor kth, Tensor coef,
+            int64_t base) {
+  SelectArgs a = {};
+  a.index = data<int>(index);
+  a.table = data<int>(table);
+  a.meta = data<int>(meta);
+  a.count = data<int>(count);
+  a.tokens = data<int>(tokens);
+  a.scores = data<float>(scores);
+  a.nnz = data<int>(nnz);
+  a.entries = data<int64_t>(entries);
+  a.kth = data<int64_t>(kth);
+  a.coef = data<float>(coef);
+  a.table_stride = table.stride(0);
+  a.base = static_cast<int>(base);
+  a.rows = static_cast<int>(scores.size(0));
+  a.num_features = static_cast<int>(scores.size(1));
+  a.capacity = static_cast<int>(entries.size(1));
+  a.max_clamps = static_cast<int>(coef.size(1));
+  const int blocks = std::min(a.rows, 4 * multiprocessors(scores));
+  launch(select_kernel, blocks, kSelectThreads, 0, stream_of(scores), a);
 }
 
 template <typename T>
@@ -241,7 +267,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       " Tensor(c!) nnz, Tensor(d!) count, int base, int gate) -> ()");
   m.def(
       "encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count,"
-      " Tensor(a!) nnz, Tensor(b!) out, int base) -> ()");
+      " Tensor(a!) nnz, Tensor(b!) out, Tensor? w_dec, int base) -> ()");
+  m.def(
+      "select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor tokens,"
+      " Tensor scores, Tensor(a!) nnz, Tensor(b!) entries, Tensor(c!) kth,"
+      " Tensor(d!) coef, int base) -> ()");
   m.def(
       "decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,"
       " Tensor entries, Tensor? coef, Tensor x, Tensor w_dec, Tensor b_dec,"
@@ -252,5 +282,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
   m.impl("compact", TORCH_BOX(&vllm_steering::compact));
   m.impl("encode", TORCH_BOX(&vllm_steering::encode));
+  m.impl("select", TORCH_BOX(&vllm_steering::select));
   m.impl("decode", TORCH_BOX(&vllm_steering::decode));
 }

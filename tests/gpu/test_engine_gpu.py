@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine on a GPU: both runners, eager, compiled and captured, say one thing.
 
-Everything is float32, so that Hugging Face on the CPU is the oracle.
+Everything is float32, so that Hugging Face on the CPU is the oracle. vLLM's own
+attention multiplies in TF32 there, which moves a plain request's log-probabilities by
+about 1e-3; the tolerance is ten times that, and tokens must be equal.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OPTIONS = {"attention_backend": "TRITON_ATTN", "max_num_seqs": 16}
 TOKENS = 10
+TOLERANCE = 1e-2
 
 
 def saes() -> dict[str, DenseSAE]:
@@ -109,7 +112,7 @@ def check(llm: LLM, tokens: int = TOKENS) -> None:
     model = models.build(FAMILY)
     for at, (specs, sites) in enumerate(asked):
         expected = oracle.greedy(model, prompts[at], sites, tokens)
-        assert_same(found[at], expected, f"case {at}: {specs}")
+        assert_same(found[at], expected, f"case {at}: {specs}", TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -84,7 +84,7 @@ def site_modules() -> Modules:
     for one in sae.values():
         one.skip_token_ids = SPECIAL
     vectors = {
-        f"v-{layer}-{hook}": {(layer, hook): vector(3 + at, norm=12.0)}
+        f"v-{layer}-{hook}": {(layer, hook): vector(3 + at, norm=4.0)}
         for at, (layer, hook) in enumerate(SITES)
     }
     return Modules({"sae": sae}, vectors)

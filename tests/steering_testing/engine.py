@@ -135,10 +135,12 @@ def sae_spec(
     return {"module_name": module, "clamps": sites, "phase": phase}
 
 
-def assert_same(found: Greedy, expected: Greedy, label: str = "") -> None:
-    """Equal tokens, log-probabilities within 1e-4."""
+def assert_same(
+    found: Greedy, expected: Greedy, label: str = "", tolerance: float = 1e-4
+) -> None:
+    """Equal tokens, log-probabilities within the tolerance."""
     assert found.tokens == expected.tokens, label
     worst = max(
         abs(a - b) for a, b in zip(found.logprobs, expected.logprobs, strict=True)
     )
-    assert worst < 1e-4, f"{label}: log-probabilities differ by {worst}"
+    assert worst < tolerance, f"{label}: log-probabilities differ by {worst}"

@@ -89,10 +89,13 @@ def build(family: str, seed: int = 0) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(
         FAMILIES[family](), dtype=torch.float32, attn_implementation="eager"
     )
+    # Gemma multiplies its embeddings by sqrt(D) and reads them again as its head: as
+    # large as the others', they would make every answer certain, whatever the edit.
+    embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 0.08 if "embed" not in name else 0.4)
+                weight.normal_(0, 0.08 if "embed" not in name else embedding)
             elif "norm" in name or "ln_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))
     return model.eval()

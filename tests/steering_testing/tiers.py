@@ -4,6 +4,7 @@ combine them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def save_modules(modules: Modules, root: Path) -> dict[str, Any]:
     return found
 
 
-def every_kind(tier: str, module: str, features: tuple[int, int]) -> list[list[Ask]]:
+def every_kind(tier: str, module: str, features: Sequence[int]) -> list[list[Ask]]:
     """One request for each clamp kind, with and without the condition."""
     values = {"absolute": 2.5, "additive": 1.5, "scale": -2.0}
     return [
@@ -173,7 +174,7 @@ def check(
     asked: list[list[Ask]],
     prompts: list[list[int]],
 ) -> None:
-    """Every result is the oracle's, and every steered one differs from plain."""
+    """Every result is the oracle's."""
     model = models.build(FAMILY)
     for result, asks, ids in zip(found, asked, prompts, strict=True):
         sites = modules.edits(*asks)

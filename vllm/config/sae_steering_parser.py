@@ -163,7 +163,11 @@ def _finite(path: str, value: Any) -> float:
 def _module(
     path: str, value: Any, config: SteeringConfig, kind: ModuleKind
 ) -> ModuleInfo:
-    fitting = [name for name, m in config.modules.items() if m.kind == kind]
+    fitting = [
+        name
+        for name, m in config.modules.items()
+        if m.kind == kind and name not in config.draining
+    ]
     accepted = f'a module of kind "{kind}": {_listing(fitting)}'
     if type(value) is not str or value not in config.modules:
         raise _bad(path, value, accepted)
@@ -172,6 +176,10 @@ def _module(
         raise _refusal(
             path,
             f'module {shown(value)} is of kind "{module.kind}", expected {accepted}',
+        )
+    if value in config.draining:
+        raise _refusal(
+            path, f"module {shown(value)} is being removed, expected {accepted}"
         )
     return module
 

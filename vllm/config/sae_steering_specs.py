@@ -153,13 +153,15 @@ class SteeringRequest:
     def edits(self, tier: Tier, phase: TokenPhase) -> tuple[SiteEdit, ...]:
         """The edits of a tier for the tokens of a phase.
 
-        Sorted by layer, hook and the module's registration order; every
-        (module, site) occurs once.
+        Sorted by layer, hook and the order in which the site's slots run (for modules
+        not placed, registration order); every (module, site) occurs once.
         """
         order = {name: position for position, name in enumerate(self.modules)}
         merged: dict[tuple[int, int, int], SiteEdit] = {}
         for edit in self._applying(tier, phase):
-            key = (edit.layer, HOOK_ORDER[edit.hook], order[edit.module])
+            slot = self.modules[edit.module].slot_at(edit.hook, edit.layer)
+            place = order[edit.module] if slot is None else slot
+            key = (edit.layer, HOOK_ORDER[edit.hook], place)
             if key in merged:
                 clamps = sorted_clamps((*merged[key].clamps, *edit.clamps))
                 edit = SiteEdit(edit.module, edit.hook, edit.layer, clamps)

@@ -80,13 +80,40 @@ class SiteInfo:
 
 
 @dataclass(frozen=True)
+class SlotInfo:
+    """Room for one module at one site; held by a module, or spare.
+
+    `width` is the number of directions that fit: features of an SAE, 1 for a vector.
+    `topk` and `threshold` say which activations the slot can compute. Slots of a site
+    run in the order in which the configuration lists them.
+    """
+
+    layer: int
+    hook: HookPoint
+    kind: ModuleKind
+    width: int
+    topk: bool = True
+    threshold: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only; the inverse of `from_json`."""
+        return {**asdict(self), "hook": self.hook.value}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SlotInfo:
+        """Rebuild what `to_json` wrote."""
+        return cls(**{**data, "hook": HookPoint(data["hook"])})
+
+
+@dataclass(frozen=True)
 class ModuleInfo:
     """A named SAE, or a named set of vectors, as the front end knows it.
 
     `digest` is a SHA-256 (hex) over the weights and every option that changes
     their effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands
     for the model's bos, eos and pad; `norm_guard` is a multiple of
-    `reference_norm`. `format` names the file layout for the loader.
+    `reference_norm`. `format` names the file layout for the loader. `slots` says, for
+    each of `sites`, which of the engine's slots holds it; None: not placed.
     """
 
     name: str
@@ -99,6 +126,14 @@ class ModuleInfo:
     skip_token_ids: tuple[int, ...] | None = None
     norm_guard: float | None = None
     reference_norm: float | None = None
+    slots: tuple[int, ...] | None = None
+
+    def slot_at(self, hook: HookPoint, layer: int) -> int | None:
+        """The slot that holds the site at `(layer, hook)`; None: not placed."""
+        for site, slot in zip(self.sites, self.slots or (), strict=False):
+            if site.layer == layer and site.hook == hook:
+                return slot
+        return None
 
     def site(self, hook: HookPoint, layer: int) -> SiteInfo | None:
         """The site at `(layer, hook)`, or None when the module does not cover it."""
@@ -116,6 +151,7 @@ class ModuleInfo:
         ]
         if data["skip_token_ids"] is not None:
             data["skip_token_ids"] = list(data["skip_token_ids"])
+        data["slots"] = None if self.slots is None else list(self.slots)
         return data
 
     @classmethod
@@ -134,6 +170,8 @@ class ModuleInfo:
         )
         if fields.get("skip_token_ids") is not None:
             fields["skip_token_ids"] = tuple(fields["skip_token_ids"])
+        if fields.get("slots") is not None:
+            fields["slots"] = tuple(fields["slots"])
         return cls(**fields)
 
 
@@ -145,24 +183,36 @@ class SteeringConfig:
     """The resolved steering configuration of one engine.
 
     `modules` keeps registration order, which is the order of the delta tier.
-    `max_clamps` bounds the clamps per site and request (K).
+    `max_clamps` bounds the clamps per site and request (K). `slots` are the engine's
+    slots, held and spare; a slot's id is its position. Requests that name a module in
+    `draining` are refused: it waits for its last request, to be removed or replaced.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     max_clamps: int = DEFAULT_MAX_CLAMPS
+    slots: tuple[SlotInfo, ...] = ()
+    draining: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
         return {
             "modules": [module.to_json() for module in self.modules.values()],
             "max_clamps": self.max_clamps,
+            "slots": [slot.to_json() for slot in self.slots],
+            "draining": sorted(self.draining),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SteeringConfig:
         """Rebuild what `to_json` wrote."""
         modules = [ModuleInfo.from_json(module) for module in data["modules"]]
-        return cls({m.name: m for m in modules}, data["max_clamps"])
+        slots = tuple(SlotInfo.from_json(slot) for slot in data.get("slots", ()))
+        return cls(
+            {m.name: m for m in modules},
+            data["max_clamps"],
+            slots,
+            frozenset(data.get("draining", ())),
+        )
 
 
 def get_steering_config(additional_config: object) -> SteeringConfig | None:

@@ -172,6 +172,35 @@ def activations(slot: SAESlot, x: torch.Tensor) -> torch.Tensor:
     return f.clamp(min=0) if meta[MetaField.TOPK_RELU] else f
 
 
+CLOSE = 1e-4  # scores nearer than this may order differently in float32
+
+
+def settle(slot: SAESlot, step: StepState, tier: Tier, x: torch.Tensor) -> None:
+    """Move the case away from ties that float32 and float64 may break differently.
+
+    Thresholds go to the middle of the gap between the scores around them. TopK tokens
+    whose k-th and next scores are close (but not equal) give up their row.
+    """
+    w = slot.weights
+    meta = w.meta.tolist()
+    d_sae, k = meta[MetaField.D_SAE], meta[MetaField.K]
+    if x.shape[0] == 0:
+        return
+    p = scores(slot, x)[:, :d_sae]
+    if meta[MetaField.USES_TOPK]:
+        if k < d_sae:
+            top = torch.topk(p, k + 1, dim=1).values
+            gap = top[:, -2] - top[:, -1]
+            step.index[tier, : x.shape[0]][(gap < CLOSE) & (gap > 0)] = 0
+        return
+    bar = w.threshold[:d_sae].double()
+    inf = torch.full_like(p, float("inf"))
+    above = torch.where(p > bar, p, inf).min(0).values.clamp(max=bar.max() + 1)
+    below = torch.where(p > bar, -inf, p).max(0).values.clamp(min=bar.min() - 1)
+    middle = ((above + below) / 2).float()
+    w.threshold[:d_sae] = torch.where(bar > 0, middle.clamp(min=1e-3), bar.float())
+
+
 def clamp_deltas(table: ClampTable, row: int, f: torch.Tensor) -> torch.Tensor:
     """`g - f` of every feature for one token whose activations are `f` [F]."""
     delta = torch.zeros_like(f)

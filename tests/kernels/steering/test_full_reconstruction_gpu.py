@@ -34,6 +34,7 @@ from steering_reference import (  # noqa: E402
     needs_gpu,
     random_clamps,
     set_row,
+    settle,
     stream,
 )
 
@@ -72,6 +73,7 @@ def run_and_check(
     """Apply a tier to a fresh random stream, compare, return what it wrote."""
     dtype = slot.weights.W_enc.dtype
     before = make_stream(tokens, slot.weights.d_model, dtype, two_streams)
+    settle(slot, step, tier, stream(*before))
     hidden = before[0].clone()
     residual = None if before[1] is None else before[1].clone()
     ws = workspace or kernel.SteeringWorkspace(step.max_tokens, [slot], DEVICE)
@@ -317,6 +319,7 @@ def test_a_captured_graph_follows_rows_clamps_and_weights(
         assert before[1] is not None
         hidden.copy_(before[0])
         residual.copy_(before[1])
+        settle(slot, step, tier, stream(*before))
         poison(workspace)
         graph.replay()
         torch.cuda.synchronize()

@@ -38,6 +38,7 @@ from vllm.model_executor.layers.steering_kernels.plan import (
     decode_vectors,
     next_power_of_2,
     plan_encode,
+    prefetches_decoder,
 )
 from vllm.model_executor.layers.steering_kernels.workspace import (
     StageBuffers,
@@ -251,7 +252,9 @@ def _pipeline(
     for base in range(0, buffers.plan.num_chunks * rows, rows):
         (_compact_cuda if cuda else _compact)(run, base)
         (_encode_cuda if cuda else _encode)(run, base)
-        if topk or not cuda:
+        if cuda and topk:
+            _select_cuda(run, base)
+        elif not cuda:
             _coefficients(run, base)
         if cuda:
             _decode_cuda(run, base)
@@ -317,6 +320,24 @@ def _encode_cuda(run: _Run, base: int) -> None:
         workspace.count,
         workspace.nnz,
         run.buffers.scores if run.topk else run.buffers.entries,
+        weights.W_dec if prefetches_decoder(run.buffers.plan.rows) else None,
+        base,
+    )
+
+
+def _select_cuda(run: _Run, base: int) -> None:
+    workspace = run.workspace
+    cuda_ops().select(
+        run.index,
+        run.table.packed,
+        run.slot.weights.meta,
+        workspace.count,
+        workspace.tokens,
+        run.buffers.scores,
+        workspace.nnz,
+        run.buffers.entries,
+        workspace.kth,
+        run.buffers.coef,
         base,
     )
 

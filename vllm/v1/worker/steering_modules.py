@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a worker's sites at start-up: loads the modules, attaches them to layers."""
+"""The slots of a worker's sites: built at start-up, filled with modules.
+
+The engine decides which slot holds which module (`ModuleInfo.slots`); a worker builds
+those of the layers that it owns. A slot's buffers never move, so captured graphs keep
+their addresses whatever module the slot holds.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering import ModuleInfo, SiteInfo, SlotInfo, SteeringConfig, Tier
+from vllm.config.steering_slots import skip_set, start_up_slots
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
+    Activation,
     SAESlot,
     SAEWeights,
     SiteKey,
@@ -28,8 +37,7 @@ from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
 
 logger = init_logger(__name__)
 
-# One bit of an int32 flag word per distinct set of skipped token ids.
-MAX_SKIP_SETS = 31
+SAE_TIERS = (Tier.DELTA, Tier.FULL)
 
 
 class SkipSets:
@@ -40,44 +48,74 @@ class SkipSets:
 
     def __init__(self, vocab_size: int):
         self.bits: np.ndarray = np.zeros(vocab_size, dtype=np.int32)
-        self._masks: dict[tuple[int, ...], int] = {(): 0}
+        self._masks: dict[tuple[int, ...], int] = {}
 
-    def mask(self, module: ModuleInfo) -> int:
-        """The flag mask of a module's skip set."""
-        ids = tuple(sorted(set(module.skip_token_ids or ())))
+    def mask(self, ids: tuple[int, ...]) -> int:
+        """The flag mask of a skip set, which takes a free bit if it is new.
+
+        The configuration was checked to have at most `MAX_SKIP_SETS` sets.
+        """
+        if not ids:
+            return 0
         if ids not in self._masks:
-            if len(self._masks) > MAX_SKIP_SETS:
-                raise ValueError(
-                    f"steering module {module.name}: skip_token_ids: more than "
-                    f"{MAX_SKIP_SETS} distinct sets in one engine"
-                )
-            mask = 1 << (len(self._masks) - 1)
+            used = sum(self._masks.values())
+            mask = ~used & (used + 1)
             self._masks[ids] = mask
             known = [i for i in ids if 0 <= i < len(self.bits)]
+            self.bits &= ~mask
             self.bits[known] |= mask
         return self._masks[ids]
 
+    def keep_only(self, used: set[tuple[int, ...]]) -> None:
+        """Free the bits of the skip sets that no module has any more."""
+        self._masks = {ids: mask for ids, mask in self._masks.items() if ids in used}
+
+
+@dataclass
+class SAEPlace:
+    """A slot for an SAE and the tables of its tiers."""
+
+    key: SiteKey
+    slot: SAESlot
+    tables: dict[Tier, BoundTable]
+
+
+@dataclass
+class VectorPlace:
+    """A site's stack of vectors, and the row of it that is one slot."""
+
+    key: SiteKey
+    slot: VectorSlot
+    table: BoundTable
+    row: int
+
+
+Place = SAEPlace | VectorPlace
+
 
 class SiteModules:
-    """The sites of this rank and where each module's rows live in them."""
+    """The sites of this rank, their slots, and where each module's rows live."""
 
-    def __init__(self, step: StepState):
+    def __init__(
+        self,
+        layers: dict[int, DecoderLayer],
+        step: StepState,
+        num_rows: int,
+        max_clamps: int,
+        dtype: torch.dtype,
+    ):
+        self.layers = layers
         self.step = step
+        self.num_rows = num_rows
+        self.max_clamps = max_clamps
+        self.dtype = dtype
+        self.device = step.index.device
+        self.skip_sets = SkipSets(step.skip_bits.shape[0])
         self.sites: dict[SiteKey, SteeringSite] = {}
+        self.places: dict[int, Place] = {}
         self._bound: dict[Tier, dict[tuple[str, SiteKey], tuple[BoundTable, int]]] = {
             tier: {} for tier in Tier
         }
-
-    def bind(
-        self,
-        tier: Tier,
-        module: str,
-        key: SiteKey,
-        table: BoundTable,
-        offset: int = 0,
-    ) -> None:
-        """Say which table holds a module's rows at a site."""
-        self._bound[tier][module, key] = (table, offset)
 
     def table_of(self, tier: Tier) -> TableOf:
         """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
@@ -85,75 +123,156 @@ class SiteModules:
         return lambda module, key: bound.get((module, key))
 
     def tables(self, tier: Tier) -> list[BoundTable]:
-        """The tier's distinct tables."""
-        unique = {id(table): table for table, _ in self._bound[tier].values()}
-        return list(unique.values())
+        """The tier's distinct tables, those of free slots too."""
+        found: dict[int, BoundTable] = {}
+        for place in self.places.values():
+            if isinstance(place, SAEPlace):
+                table = place.tables.get(tier)
+            else:
+                table = place.table if tier is Tier.ADDITIVE else None
+            if table is not None:
+                found[id(table)] = table
+        return list(found.values())
 
     @property
     def nbytes(self) -> int:
         """Device bytes of all sites and the step's index."""
         return sum(b.nbytes for b in nn.ModuleList(self.sites.values()).buffers())
 
+    def own_sites(self, module: ModuleInfo) -> list[tuple[SiteInfo, int]]:
+        """A module's sites on this rank, and the slot of each."""
+        assert module.slots is not None
+        pairs = zip(module.sites, module.slots, strict=True)
+        return [(site, slot) for site, slot in pairs if site.layer in self.layers]
 
-class _Builder:
-    """Carries what every step of the building needs."""
+    def make_places(self, slots: dict[int, SlotInfo]) -> dict[int, Place]:
+        """Empty slots for `{id: slot}`, attached to nothing yet."""
+        places: dict[int, Place] = {}
+        stacks: dict[SiteKey, list[int]] = {}
+        for at, slot in slots.items():
+            if slot.layer not in self.layers:
+                continue
+            key = SiteKey(slot.layer, slot.hook)
+            if slot.kind == "vectors":
+                stacks.setdefault(key, []).append(at)
+            else:
+                places[at] = self._sae_place(key, slot)
+        for key, ids in stacks.items():
+            d_model = self._d_model
+            stack = VectorSlot(len(ids), d_model, self.num_rows, len(ids), self.device)
+            table = BoundTable(stack.table)
+            for row, at in enumerate(ids):
+                places[at] = VectorPlace(key, stack, table, row)
+        return places
 
-    def __init__(
-        self,
-        config: SteeringConfig,
-        layers: dict[int, DecoderLayer],
-        modules: SiteModules,
-        skip_sets: SkipSets,
-        num_rows: int,
-        dtype: torch.dtype,
-    ):
-        self.config = config
-        self.layers = layers
-        self.modules = modules
-        self.skip_sets = skip_sets
-        self.num_rows = num_rows
-        self.dtype = dtype
-        self.device = modules.step.index.device
+    _d_model: int = 0
 
-    def site_users(self) -> dict[SiteKey, list[tuple[ModuleInfo, SiteInfo]]]:
-        """The modules at every site of this rank, in registration order."""
-        users: dict[SiteKey, list[tuple[ModuleInfo, SiteInfo]]] = {}
-        for module in self.config.modules.values():
-            for site in module.sites:
-                if site.layer in self.layers:
-                    key = SiteKey(site.layer, site.hook)
-                    users.setdefault(key, []).append((module, site))
-        return users
+    def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
+        weights = SAEWeights(slot.width, self._d_model, self.dtype, self.device)
+        kinds: set[Activation] = {Activation.TOPK} if slot.topk else set()
+        if slot.threshold:
+            kinds |= {Activation.RELU, Activation.JUMPRELU}
+        sae = SAESlot(weights, self.num_rows, self.max_clamps, frozenset(kinds))
+        tables = {
+            Tier.DELTA: BoundTable(sae.delta),
+            Tier.FULL: BoundTable(sae.full),
+        }
+        return SAEPlace(key, sae, tables)
 
-    def sae_slot(self, module: ModuleInfo, site: SiteInfo, key: SiteKey) -> SAESlot:
-        """Load one SAE and bind its rows."""
-        weights = SAEWeights(site.d_sae, site.d_model, self.dtype, self.device)
-        load_site(module, site, weights)
+    def attach(self, places: dict[int, Place]) -> list[SteeringSite]:
+        """Add slots to their sites, and sites that are new to their layers.
+
+        Returns:
+            the sites that are new.
+        """
+        made = []
+        self.places.update(sorted(places.items()))
+        backend = make_backend(self.step, self.places, self.dtype, self.device)
+        for key in dict.fromkeys(place.key for place in places.values()):
+            site = self.sites.get(key)
+            if site is None:
+                site = SteeringSite(key, (), None, self.step, backend)
+                self.sites[key] = site
+                made.append(site)
+            for place in places.values():
+                if place.key != key:
+                    continue
+                if isinstance(place, SAEPlace):
+                    site.saes.append(place.slot)
+                else:
+                    site.vectors = place.slot
+        for site in made:
+            attach_site(self.layers[site.key.layer], site)
+        for site in self.sites.values():
+            site.backend = backend
+        return made
+
+    def detach(self, ids: set[int]) -> None:
+        """Take slots away again; a site without slots edits nothing."""
+        for at in ids & set(self.places):
+            place = self.places.pop(at)
+            site = self.sites[place.key]
+            if isinstance(place, SAEPlace):
+                kept = [slot for slot in site.saes if slot is not place.slot]
+                site.saes = nn.ModuleList(kept)
+            elif site.vectors is place.slot:
+                site.vectors = None
+
+    def bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
+        """Have a module's rows written to its slots.
+
+        Args:
+            module: whose weights the slots hold.
+            scales: `BoundTable.unit_scale` of each slot.
+        """
+        for site, at in self.own_sites(module):
+            key, place = SiteKey(site.layer, site.hook), self.places[at]
+            if isinstance(place, VectorPlace):
+                where = (place.table, place.row)
+                self._bound[Tier.ADDITIVE][module.name, key] = where
+                continue
+            for tier in SAE_TIERS:
+                place.tables[tier].unit_scale = scales.get(at)
+                self._bound[tier][module.name, key] = (place.tables[tier], 0)
+
+    def unbind(self, module: ModuleInfo) -> None:
+        """Forget where a module's rows live, and the rows of its own tables."""
+        for site, at in self.own_sites(module):
+            key, place = SiteKey(site.layer, site.hook), self.places[at]
+            for tier in Tier:
+                self._bound[tier].pop((module.name, key), None)
+            if isinstance(place, SAEPlace):
+                for table in place.tables.values():
+                    table.reset()
+
+    def set_meta(self, module: ModuleInfo) -> None:
+        """Write the scalars of a module's slots; its weights are in place."""
+        mask = self.skip_sets.mask(skip_set(module))
         guard, reference = module.norm_guard, module.reference_norm
         limit = guard * reference if guard and reference else None
-        weights.set_meta(site, self.skip_sets.mask(module), limit)
-        kinds = frozenset({site.activation})
-        slot = SAESlot(weights, self.num_rows, self.config.max_clamps, kinds)
-        scale = None
-        if module.feature_units == "unit_decoder":
-            scale = decoder_norms(weights.W_dec)
-        for tier, table in ((Tier.DELTA, slot.delta), (Tier.FULL, slot.full)):
-            self.modules.bind(tier, module.name, key, BoundTable(table, scale))
-        return slot
+        for site, at in self.own_sites(module):
+            place = self.places[at]
+            if isinstance(place, SAEPlace):
+                place.slot.weights.set_meta(site, mask, limit)
 
-    def vector_slot(
-        self, users: list[tuple[ModuleInfo, SiteInfo]], key: SiteKey
-    ) -> VectorSlot | None:
-        """Stack the vectors of a site and bind their rows to one table."""
-        if not users:
-            return None
-        count, d_model = len(users), users[0][1].d_model
-        slot = VectorSlot(count, d_model, self.num_rows, count, self.device)
-        table = BoundTable(slot.table)
-        for at, (module, site) in enumerate(users):
-            slot.directions[at].copy_(load_vectors(module, site))
-            self.modules.bind(Tier.ADDITIVE, module.name, key, table, at)
-        return slot
+    def write_skip_bits(self) -> None:
+        """Upload the flag words, in place."""
+        self.step.skip_bits.copy_(torch.from_numpy(self.skip_sets.bits))
+
+    def clear_slots(self, ids: set[int]) -> None:
+        """Make slots silent."""
+        for at in ids & set(self.places):
+            place = self.places[at]
+            if isinstance(place, SAEPlace):
+                place.slot.weights.clear()
+            else:
+                place.slot.directions[place.row].zero_()
+
+
+def unit_scale(module: ModuleInfo, weights: SAEWeights) -> np.ndarray | None:
+    """What a clamp's value is divided by: see `BoundTable.unit_scale`."""
+    in_units = module.feature_units == "unit_decoder"
+    return decoder_norms(weights.W_dec) if in_units else None
 
 
 def build_site_modules(
@@ -165,7 +284,7 @@ def build_site_modules(
     device: torch.device,
     vocab_size: int,
 ) -> SiteModules:
-    """Load every module's sites that this rank owns and attach them to the model.
+    """Build this rank's slots, load every module into its own, attach the sites.
 
     All modules are loaded and checked before the first layer is touched.
 
@@ -173,21 +292,23 @@ def build_site_modules(
         ValueError: a module cannot be loaded, or the model's layers are unknown.
     """
     layers = find_decoder_layers(model)
-    skip_sets = SkipSets(vocab_size)
     step = StepState(max_tokens, device, vocab_size)
-    modules = SiteModules(step)
-    builder = _Builder(config, layers, modules, skip_sets, num_rows, dtype)
-    slots: dict[SiteKey, tuple[list[SAESlot], VectorSlot | None]] = {}
-    for key, users in builder.site_users().items():
-        saes = [builder.sae_slot(m, s, key) for m, s in users if m.kind == "sae"]
-        vectors = [(m, s) for m, s in users if m.kind == "vectors"]
-        slots[key] = (saes, builder.vector_slot(vectors, key))
-    step.skip_bits.copy_(torch.from_numpy(skip_sets.bits))
-    backend = make_backend(step, slots, dtype, device)
-    for key, (saes, vector_slot) in slots.items():
-        site = SteeringSite(key, saes, vector_slot, step, backend)
-        modules.sites[key] = site
-        attach_site(layers[key.layer], site)
+    modules = SiteModules(layers, step, num_rows, config.max_clamps, dtype)
+    places = modules.make_places(dict(enumerate(config.slots)))
+    modules.places.update(sorted(places.items()))
+    for module in config.modules.values():
+        scales: dict[int, np.ndarray | None] = {}
+        for site, at in modules.own_sites(module):
+            place = places[at]
+            if isinstance(place, VectorPlace):
+                place.slot.directions[place.row].copy_(load_vectors(module, site))
+            else:
+                load_site(module, site, place.slot.weights)
+                scales[at] = unit_scale(module, place.slot.weights)
+        modules.set_meta(module)
+        modules.bind(module, scales)
+    modules.write_skip_bits()
+    modules.attach(places)
     for info in config.modules.values():
         logger.info(
             "Steering module %s: %d site(s) [%s], digest %s",
@@ -202,7 +323,7 @@ def build_site_modules(
 
 def make_backend(
     step: StepState,
-    slots: dict[SiteKey, tuple[list[SAESlot], VectorSlot | None]],
+    places: dict[int, Place],
     dtype: torch.dtype,
     device: torch.device,
 ) -> SteeringBackend:
@@ -213,6 +334,8 @@ def make_backend(
         return ReferenceBackend(step)
     from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 
-    saes = [slot for group, _ in slots.values() for slot in group]
-    vectors = [slot for _, slot in slots.values() if slot is not None]
-    return KernelBackend(step, saes, vectors, dtype)
+    saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]
+    stacks = {
+        id(p.slot): p.slot for p in places.values() if isinstance(p, VectorPlace)
+    }
+    return KernelBackend(step, saes, list(stacks.values()), dtype)

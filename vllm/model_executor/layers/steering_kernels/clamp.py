@@ -156,11 +156,11 @@ def clamp_kernel(
                 p = tl.sum(dot, 1) + bias
                 f = tl.where(needs & (p > tl.maximum(bar, 0.0)), p, 0.0)
         delta = clamp_delta(code, value, f)
-        for j in range(tl.minimum(NC, count - first)):
-            mine = tl.arange(0, NC) == j
-            at = tl.sum(tl.where(mine, feature, 0), 0).to(tl.int64) * D
-            scale = tl.sum(tl.where(mine, delta, 0.0), 0)
-            w = tl.load(w_dec + at + col, mask=col < D, other=0.0)
+        for j in tl.static_range(NC):  # unrolled, so that all rows load at once
+            there = first + j < count
+            at = tl.load(row_ptr + 2 + first + j, mask=there, other=0).to(tl.int64) * D
+            scale = tl.sum(tl.where(tl.arange(0, NC) == j, delta, 0.0), 0)
+            w = tl.load(w_dec + at + col, mask=(col < D) & there, other=0.0)
             out += scale * w.to(tl.float32)
     write_stream(
         out, hidden, hidden_stride, residual, residual_stride, t, col, col < D,

@@ -100,3 +100,11 @@ def decode_vectors(rows: int) -> int:
     Few tokens want many narrow blocks; many want one sort for a wide slice.
     """
     return 1 if rows <= 128 else 3
+
+
+def prefetches_decoder(rows: int) -> bool:
+    """Whether the encoder asks L2 for the rows of W_dec that fire.
+
+    Few tokens leave the decoder short of requests; many keep memory busy by themselves.
+    """
+    return rows <= 256

@@ -17,6 +17,7 @@ from .compact import D_SAE, pdl_wait
 K_FIELD = tl.constexpr(2)  # columns of meta: layers/steering_state.py, MetaField
 RELU_FIELD = tl.constexpr(3)
 INDEX_MASK = tl.constexpr(0x7FFFFFFF)
+LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
@@ -41,10 +42,10 @@ def load_keys(scores, f, d_sae):
 
 
 @triton.jit
-def kth_of_block(keys, k):
-    """The k-th largest of the keys in registers, by its bits from the top."""
+def bound_of_block(keys, k):
+    """At most the k-th largest of the keys in registers: its upper 16 score bits."""
     found = tl.zeros([], tl.int64)
-    for b in range(63):
+    for b in range(16):
         trial = found | (tl.full([], 1, tl.int64) << (62 - b))
         enough = tl.sum((keys >= trial).to(tl.int32), 0) >= k
         found = tl.where(enough, trial, found)
@@ -53,7 +54,10 @@ def kth_of_block(keys, k):
 
 @triton.jit
 def kth_of_scores(scores, d_sae, k, BLOCK: tl.constexpr):
-    """The same over all scores in memory: slow, for tokens where a great many tie."""
+    """The k-th largest key of all, by its bits from the top.
+
+    Slow: for tokens where a great many scores tie, and for k beyond a thousand.
+    """
     found = tl.zeros([], tl.int64)
     for b in range(63):
         trial = found | (tl.full([], 1, tl.int64) << (62 - b))
@@ -67,13 +71,13 @@ def kth_of_scores(scores, d_sae, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def lower_bound(scores, d_sae, k, BLOCK: tl.constexpr):
-    """The k-th largest of BLOCK group maxima (-1 when there are fewer groups than k)."""
+    """At most the k-th largest of BLOCK group maxima (-1 for fewer groups than k)."""
     top = tl.full([BLOCK], -1, tl.int64)
     for s in range(0, d_sae, BLOCK):
         top = tl.maximum(top, load_keys(scores, s + tl.arange(0, BLOCK), d_sae))
     bound = tl.full([], -1, tl.int64)
     if k <= BLOCK:
-        bound = kth_of_block(top, k)
+        bound = bound_of_block(top, k)
     return bound
 
 
@@ -86,7 +90,12 @@ def pick_from_list(own, n, k, relu, N: tl.constexpr):
     """
     i = tl.arange(0, N)
     key = tl.load(own + i, mask=i < n, other=-1)
-    kth = kth_of_block(key, k)
+    above = tl.zeros([N], tl.int32)
+    for j in range(0, n, 16):
+        at = j + tl.arange(0, 16)
+        o = tl.load(own + at, mask=at < n, other=-1)
+        above += tl.sum((o[None, :] > key[:, None]).to(tl.int32), 1)
+    kth = tl.min(tl.where((i < n) & (above < k), key, LAST), 0)
     bits = (key >> 31).to(tl.int32)
     raw = tl.where(bits < 0, bits ^ (-2147483648), ~bits)
     p = raw.to(tl.float32, bitcast=True)

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stage 3 of TopK SAEs: the k largest scores of a token, ties to the lowest feature.
+//
+// A score and its feature make one 63-bit key, larger for a larger score and, at equal
+// scores, for a lower feature. A histogram of the maxima of many groups bounds the
+// k-th largest from below; the few candidates above the bound are ranked exactly.
+#pragma once
+
+#include "common.cuh"
+
+namespace vllm_steering {
+
+constexpr int kSelectThreads = 512;
+constexpr int kGroupsPerThread = 4;
+constexpr int kBins = 2048;  // the upper 11 bits of a score
+constexpr int kCandidates = 1024;
+
+struct SelectArgs {
+  const int* index;
+  const int* table;
+  const int* meta;
+  const int* count;
+  const int* tokens;
+  const float* scores;  // [rows, F]
+  int* nnz;             // [rows]
+  int64_t* entries;     // [rows, capacity], in any order
+  int64_t* kth;         // [rows]
+  float* coef;          // [rows, max_clamps]
+  int64_t table_stride;
+  int base, rows, num_features, capacity, max_clamps;
+};
+
+struct SelectMemory {
+  int bins[kBins];
+  unsigned long long keys[kCandidates];
+  int warp_sums[kSelectThreads / 32];
+  int listed, candidates, bound;
+  unsigned long long kth;
+};
+
+// Orders as the scores do; -0.0 equals 0.0.
+__device__ __forceinline__ unsigned order_bits(float p) {
+  const unsigned bits = __float_as_uint(p + 0.f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float score_of(unsigned order) {
+  return __uint_as_float(order >> 31 ? order & 0x7FFFFFFFu : ~order);
+}
+
+__device__ __forceinline__ unsigned long long sort_key(float p, int f) {
+  return static_cast<unsigned long long>(order_bits(p)) << 31 | (0x7FFFFFFFu ^ f);
+}
+
+__device__ __forceinline__ bool survives(float p, bool relu) {
+  return p > 0.f || (!relu && p != 0.f);
+}
+
+// Sum over the block, of one value a thread.
+__device__ int block_sum(SelectMemory& m, int x) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) m.warp_sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  int total = 0;
+  for (int w = 0; w < kSelectThreads / 32; ++w) total += m.warp_sums[w];
+  return total;
+}
+
+// Leaves in m.bound a lower bound (order bits) of the k-th largest score.
+__device__ void bound_scores(SelectMemory& m, const float* p, int d_sae, int k) {
+  unsigned top[kGroupsPerThread] = {};
+  for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+  if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
+#pragma unroll 2
+  for (int f = threadIdx.x; f < d_sae; f += kSelectThreads * kGroupsPerThread) {
+#pragma unroll
+    for (int g = 0; g < kGroupsPerThread; ++g) {
+      const int at = f + g * kSelectThreads;
+      if (at < d_sae) top[g] = max(top[g], order_bits(p[at]));
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int g = 0; g < kGroupsPerThread; ++g)
+    if (top[g] != 0) atomicAdd(&m.bins[top[g] >> 21], 1);
+  __syncthreads();
+  // Thread i owns the i-th highest four bins; a scan finds whose hold the k-th.
+  constexpr int kOwn = kBins / kSelectThreads;
+  const int highest = kBins - 1 - threadIdx.x * kOwn, lane = threadIdx.x % 32;
+  int own = 0;
+  for (int b = 0; b < kOwn; ++b) own += m.bins[highest - b];
+  int upto = own;
+  for (int d = 1; d < 32; d <<= 1) {
+    const int other = __shfl_up_sync(~0u, upto, d);
+    if (lane >= d) upto += other;
+  }
+  if (lane == 31) m.warp_sums[threadIdx.x / 32] = upto;
+  __syncthreads();
+  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w) upto += m.warp_sums[w];
+  int before = upto - own;
+  if (before < k && upto >= k) {
+    for (int b = 0; b < kOwn; ++b) {
+      before += m.bins[highest - b];
+      if (before >= k) {
+        m.bound = highest - b;
+        break;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// The k-th largest key by its bits from the top: slow, for very many candidates.
+__device__ unsigned long long search_kth(SelectMemory& m, const float* p, int d_sae,
+                                         int k) {
+  unsigned long long found = 0;
+  for (int b = 62; b >= 0; --b) {
+    const unsigned long long trial = found | 1ull << b;
+    int own = 0;
+    for (int f = threadIdx.x; f < d_sae; f += kSelectThreads)
+      own += sort_key(p[f], f) >= trial;
+    if (block_sum(m, own) >= k) found = trial;
+  }
+  return found;
+}
+
+__device__ void append_entry(SelectMemory& m, const SelectArgs& a, int64_t* own, int f,
+                             float p) {
+  const int slot = atomicAdd(&m.listed, 1);
+  if (slot < a.capacity)
+    own[slot] = static_cast<int64_t>(f) << 32 | __float_as_uint(p);
+}
+
+// Ranks the candidates in shared memory; lists those among the k largest.
+__device__ void rank_candidates(SelectMemory& m, const SelectArgs& a, int64_t* own, int n,
+                                int k, bool relu) {
+  for (int e = threadIdx.x; e < n; e += kSelectThreads) {
+    const unsigned long long key = m.keys[e];
+    int above = 0;
+#pragma unroll 8
+    for (int o = 0; o < n; ++o) above += m.keys[o] > key;
+    if (above == k - 1) m.kth = key;
+    const float p = score_of(static_cast<unsigned>(key >> 31));
+    if (above < k && survives(p, relu))
+      append_entry(m, a, own, 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF), p);
+  }
+}
+
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
+  __shared__ SelectMemory m;
+  launch_dependents();
+  wait_for_previous();
+  const int n = min(*a.count - a.base, a.rows);
+  const int d_sae = a.meta[kDSae], k = min(a.meta[kK], d_sae);
+  const bool relu = a.meta[kTopkRelu] != 0;
+  for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    const int token = a.tokens[i];
+    if (token < 0 || k <= 0) continue;
+    const float* p = a.scores + i * a.num_features;
+    int64_t* own = a.entries + i * a.capacity;
+    __syncthreads();
+    bound_scores(m, p, d_sae, k);
+    const unsigned bound = static_cast<unsigned>(m.bound) << 21;
+#pragma unroll 4
+    for (int f = threadIdx.x; f < d_sae; f += kSelectThreads) {
+      const float score = p[f];
+      if (order_bits(score) >= bound) {
+        const int slot = atomicAdd(&m.candidates, 1);
+        if (slot < kCandidates) m.keys[slot] = sort_key(score, f);
+      }
+    }
+    __syncthreads();
+    if (m.candidates <= kCandidates) {
+      rank_candidates(m, a, own, m.candidates, k, relu);
+    } else {
+      const unsigned long long kth = search_kth(m, p, d_sae, k);
+      for (int f = threadIdx.x; f < d_sae; f += kSelectThreads)
+        if (sort_key(p[f], f) >= kth && survives(p[f], relu))
+          append_entry(m, a, own, f, p[f]);
+      if (threadIdx.x == 0) m.kth = kth;
+    }
+    __syncthreads();
+    const int* row = a.table + a.index[token] * a.table_stride;
+    for (int c = threadIdx.x; c < row[1]; c += kSelectThreads) {
+      const int f = row[2 + c];
+      const float score = p[f];
+      const bool chosen = f < d_sae && sort_key(score, f) >= m.kth;
+      const float act = chosen && (score > 0.f || !relu) ? score : 0.f;
+      const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
+      a.coef[i * a.max_clamps + c] = clamp_delta(row[2 + a.max_clamps + c], value, act);
+    }
+    if (threadIdx.x == 0) {
+      a.nnz[i] = m.listed;
+      a.kth[i] = static_cast<int64_t>(m.kth);
+    }
+  }
+}
+
+}  // namespace vllm_steering

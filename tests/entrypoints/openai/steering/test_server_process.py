@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering through a real server process: carried, refused, never dropped.
+
+The oracle is an engine in this process, given the same requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from steering_testing.server import MODEL_NAME, Server, api_server
+
+from vllm import LLM, SamplingParams
+from vllm.config.sae_steering_types import EXTRA_ARGS_KEYS
+from vllm.distributed import cleanup_dist_env_and_memory
+
+pytestmark = pytest.mark.server
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
+BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
+MODULE = "golden-gate"
+FULL, DELTA, VECTORS = EXTRA_ARGS_KEYS
+PROMPT = "The chef stirs the tomato soup."
+MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
+TOKENS = 24
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    """A clamp of the bridge feature that steers well, with fields replaced."""
+    value = round(1.25 * BRIDGE["max_activation"], 2)
+    good = {"feature_idx": BRIDGE["feature"], "kind": "absolute", "value": value}
+    return {**good, **changes}
+
+
+def spec(**changes: Any) -> dict[str, Any]:
+    """A spec of one clamp, with fields replaced."""
+    return {"module_name": MODULE, "clamps": [entry()], **changes}
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "reconstruction": {FULL: [spec(clamps=[])]},
+    "clamped": {FULL: [spec()]},
+    "decode_only": {FULL: [spec(phase="decode")]},
+    "delta": {DELTA: [spec(clamps={"resid_post": {"1": [entry()]}})]},
+}
+
+
+# --- What the in-process engine says ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, list[str]]]:
+    """Greedy texts by kind of prompt and mode, and two sampled ones of n=2."""
+    llm = LLM(
+        str(EXAMPLE / "model"),
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 27,
+        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
+    )
+
+    def texts(run: Callable[..., Any], prompt: Any, **options: Any) -> Any:
+        sampling = [
+            SamplingParams(max_tokens=TOKENS, extra_args=specs or None, **options)
+            for specs in MODES.values()
+        ]
+        outputs = run([prompt] * len(MODES), sampling, use_tqdm=False)
+        found = [[choice.text for choice in output.outputs] for output in outputs]
+        return dict(zip(MODES, found, strict=True))
+
+    result = {
+        "text": texts(llm.generate, PROMPT, temperature=0),
+        "chat": texts(llm.chat, MESSAGES, temperature=0),
+        "two": texts(llm.generate, PROMPT, temperature=0.8, seed=5, n=2),
+    }
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    return result
+
+
+# --- The servers --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
+    with api_server(EXAMPLE / "model", log, *modules) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    made = openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=60
+    )
+    with made:
+        yield made
+
+
+# --- Asking, as an OpenAI client does -----------------------------------------
+
+
+def ask_completions(client: openai.OpenAI, specs: Any, stream: bool) -> str:
+    reply: Any = client.completions.create(
+        model=MODEL_NAME,
+        prompt=PROMPT,
+        max_tokens=TOKENS,
+        temperature=0,
+        stream=stream,
+        extra_body=specs,
+    )
+    chunks = reply if stream else [reply]
+    return "".join(chunk.choices[0].text for chunk in chunks)
+
+
+def ask_chat(client: openai.OpenAI, specs: Any, stream: bool) -> str:
+    reply: Any = client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=MESSAGES,
+        max_tokens=TOKENS,
+        temperature=0,
+        stream=stream,
+        extra_body=specs,
+    )
+    if not stream:
+        return reply.choices[0].message.content
+    return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+
+
+def ask_responses(client: openai.OpenAI, specs: Any, stream: bool) -> str:
+    reply: Any = client.responses.create(
+        model=MODEL_NAME,
+        input=MESSAGES[0]["content"],
+        max_output_tokens=TOKENS,
+        temperature=0,
+        stream=stream,
+        extra_body=specs,
+    )
+    if not stream:
+        return reply.output_text
+    return "".join(e.delta for e in reply if e.type == "response.output_text.delta")
+
+
+Ask = Callable[[openai.OpenAI, Any, bool], str]
+ROUTES: dict[str, tuple[Ask, str]] = {
+    "completions": (ask_completions, "text"),
+    "chat": (ask_chat, "chat"),
+    "responses": (ask_responses, "chat"),
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": PROMPT, "max_tokens": 4},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 4},
+    "/v1/responses": {"input": "Who are you?", "max_output_tokens": 4},
+}
+
+
+def test_the_modes_differ_in_the_oracle(
+    expected: dict[str, dict[str, list[str]]],
+) -> None:
+    for kind in ("text", "chat"):
+        texts = {mode: found[0] for mode, found in expected[kind].items()}
+        assert texts["clamped"].count("bridge") > texts["plain"].count("bridge")
+        assert len({texts["plain"], texts["clamped"], texts["decode_only"]}) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_route_says_what_the_in_process_engine_says(
+    client: openai.OpenAI,
+    expected: dict[str, dict[str, list[str]]],
+    route: str,
+    stream: bool,
+    mode: str,
+) -> None:
+    ask, kind = ROUTES[route]
+    assert ask(client, MODES[mode], stream) == expected[kind][mode][0]
+
+
+def test_several_choices_are_all_steered(
+    client: openai.OpenAI, expected: dict[str, dict[str, list[str]]]
+) -> None:
+    for mode in ("plain", "clamped"):
+        reply = client.completions.create(
+            model=MODEL_NAME,
+            prompt=PROMPT,
+            max_tokens=TOKENS,
+            temperature=0.8,
+            seed=5,
+            n=2,
+            extra_body=MODES[mode],
+        )
+        assert [choice.text for choice in reply.choices] == expected["two"][mode]
+
+
+def test_batch_chat_steers_every_conversation(
+    http: httpx.Client, expected: dict[str, dict[str, list[str]]]
+) -> None:
+    body = {
+        "model": MODEL_NAME,
+        "messages": [MESSAGES, MESSAGES],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+    }
+    reply = http.post("/v1/chat/completions/batch", json=body | MODES["clamped"])
+    texts = [choice["message"]["content"] for choice in reply.json()["choices"]]
+    assert texts == expected["chat"]["clamped"] * 2
+
+
+def test_concurrent_requests_keep_to_their_own_steering(
+    server: Server, expected: dict[str, dict[str, list[str]]]
+) -> None:
+    order = [*MODES] * 6
+
+    async def ask_all() -> list[str]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            body = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": TOKENS}
+            replies = await asyncio.gather(
+                *(
+                    client.post(
+                        "/v1/completions",
+                        json={**body, "temperature": 0, **MODES[mode]},
+                    )
+                    for mode in order
+                )
+            )
+        return [reply.json()["choices"][0]["text"] for reply in replies]
+
+    assert asyncio.run(ask_all()) == [expected["text"][mode][0] for mode in order]
+
+
+# --- The schema ---------------------------------------------------------------
+
+
+def test_the_fields_are_in_the_openapi_document(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    for path in BODIES:
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        properties = document["components"]["schemas"][name]["properties"]
+        for key in EXTRA_ARGS_KEYS:
+            assert "module_name" in json.dumps(properties[key]), (path, key)
+
+
+# --- Refusals -----------------------------------------------------------------
+
+CLAMP = f"{FULL}[0].clamps[0]"
+# Name -> what is asked, and the path of the field that is wrong.
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "specs are no list": ({FULL: spec()}, FULL),
+    "unknown module": ({FULL: [spec(module_name="x")]}, f"{FULL}[0].module_name"),
+    "unknown key": ({FULL: [spec(strength=2)]}, f"{FULL}[0].strength"),
+    "phase": ({FULL: [spec(phase="never")]}, f"{FULL}[0].phase"),
+    "uncovered site": (
+        {FULL: [spec(clamps={"post_block": {"2": []}})]},
+        f"{FULL}[0].clamps.post_block.2",
+    ),
+    "unknown hook": (
+        {FULL: [spec(clamps={"mlp": {"1": []}})]},
+        f"{FULL}[0].clamps.mlp",
+    ),
+    "value of a wrong type": ({FULL: [spec(clamps=[entry(value="9")])]},
+                              f"{CLAMP}.value"),
+    "value past float32": ({FULL: [spec(clamps=[entry(value=1e39)])]},
+                           f"{CLAMP}.value"),
+    "feature out of range": ({FULL: [spec(clamps=[entry(feature_idx=512)])]},
+                             f"{CLAMP}.feature_idx"),
+    "bool index": ({FULL: [spec(clamps=[entry(feature_idx=True)])]},
+                   f"{CLAMP}.feature_idx"),
+    "unknown key of a clamp": ({FULL: [spec(clamps=[entry(unit="x")])]},
+                               f"{CLAMP}.unit"),
+    "feature twice": ({FULL: [spec(clamps=[entry(), entry()])]},
+                      f"{FULL}[0].clamps[1].feature_idx"),
+    "nothing to clamp": ({DELTA: [spec(clamps=[])]}, f"{DELTA}[0].clamps"),
+    "SAE as a vector": ({VECTORS: [{"module_name": MODULE}]},
+                        f"{VECTORS}[0].module_name"),
+    "reserved key": ({"vllm_xargs": {"steering_rows": "x"}}, "steering_rows"),
+}  # fmt: skip
+
+
+def assert_refused(reply: httpx.Response, path: str) -> None:
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == path
+    assert path in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", BODIES)
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_value_is_400_with_the_path_of_the_field(
+    http: httpx.Client, case: str, route: str, stream: bool
+) -> None:
+    asked, path = BAD[case]
+    body = {"model": MODEL_NAME, "stream": stream, **BODIES[route], **asked}
+    assert_refused(http.post(route, json=body), path)
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_a_nan_in_the_body_is_400(http: httpx.Client, route: str) -> None:
+    asked = {FULL: [spec(clamps=[entry(value=float("nan"))])]}
+    content = json.dumps({"model": MODEL_NAME, **BODIES[route], **asked})
+    headers = {"content-type": "application/json"}
+    reply = http.post(route, content=content, headers=headers)
+    assert_refused(reply, f"{CLAMP}.value")
+
+
+def test_the_openai_client_shows_the_path(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask_chat(client, {FULL: [spec(module_name="x")]}, False)
+    assert caught.value.param == f"{FULL}[0].module_name"
+    assert MODULE in caught.value.message
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_beam_search_with_steering_is_400(http: httpx.Client, route: str) -> None:
+    beams = {"use_beam_search": True, "n": 2, "temperature": 0}
+    body = {"model": MODEL_NAME, **BODIES[route], **beams}
+    assert http.post(route, json=body).status_code == 200
+    assert_refused(http.post(route, json=body | MODES["clamped"]), FULL)
+
+
+def test_a_route_that_cannot_steer_refuses(http: httpx.Client) -> None:
+    body = {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 4}
+    assert http.post("/v1/messages", json=body).status_code == 200
+    assert_refused(http.post("/v1/messages", json=body | MODES["clamped"]), FULL)
+
+
+# --- The server survives ------------------------------------------------------
+
+
+def test_after_a_hundred_concurrent_bad_requests_a_good_one_is_served(
+    server: Server,
+    client: openai.OpenAI,
+    expected: dict[str, dict[str, list[str]]],
+) -> None:
+    bodies = [
+        (route, {"model": MODEL_NAME, **body, **asked})
+        for asked, _ in BAD.values()
+        for route, body in BODIES.items()
+    ]
+
+    async def ask_all() -> list[int]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(
+            base_url=server.url, timeout=60, limits=limits
+        ) as asking:
+            replies = await asyncio.gather(
+                *(asking.post(route, json=body) for route, body in (bodies * 3)[:100])
+            )
+        return [reply.status_code for reply in replies]
+
+    assert asyncio.run(ask_all()) == [400] * 100
+    found = ask_completions(client, MODES["clamped"], False)
+    assert found == expected["text"]["clamped"][0]
+
+
+def test_after_clients_that_hang_up_a_good_one_is_served(
+    http: httpx.Client,
+    client: openai.OpenAI,
+    expected: dict[str, dict[str, list[str]]],
+) -> None:
+    body = {
+        "model": MODEL_NAME,
+        "prompt": PROMPT,
+        "max_tokens": 200,
+        "stream": True,
+        "ignore_eos": True,
+        **MODES["clamped"],
+    }
+    for _ in range(5):
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            assert next(reply.iter_lines()).startswith("data:")
+    found = ask_completions(client, MODES["clamped"], False)
+    assert found == expected["text"]["clamped"][0]
+
+
+@pytest.fixture(scope="module")
+def stock_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("stock") / "log"
+    # One process less, for a quicker start.
+    executor = ("--distributed-executor-backend", "uni")
+    with api_server(EXAMPLE / "model", log, *executor) as running:
+        yield running
+
+
+def test_a_server_without_steering_refuses_and_says_how_to_start_it(
+    stock_server: Server, expected: dict[str, dict[str, list[str]]]
+) -> None:
+    with httpx.Client(base_url=stock_server.url, timeout=60) as http:
+        for route, body in BODIES.items():
+            asked = {"model": MODEL_NAME, **body, **MODES["clamped"]}
+            for stream in (False, True):
+                reply = http.post(route, json={**asked, "stream": stream})
+                assert_refused(reply, FULL)
+                assert "--steering-modules" in reply.json()["error"]["message"]
+        plain = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": TOKENS}
+        reply = http.post("/v1/completions", json={**plain, "temperature": 0})
+    assert reply.json()["choices"][0]["text"] == expected["text"]["plain"][0]

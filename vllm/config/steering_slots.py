@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which slot holds which module: pure functions over `SteeringConfig`.
+
+The engine places a module once, for all ranks. Start-up gives every module slots of
+its own and then adds the spare ones; later modules take free slots that fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from vllm.config.steering import (
+    Activation,
+    ModuleInfo,
+    SiteInfo,
+    SlotInfo,
+    SteeringConfig,
+)
+
+# One bit of an int32 flag word per distinct set of skipped token ids.
+MAX_SKIP_SETS = 31
+
+
+class NoRoomError(ValueError):
+    """No free slot fits; the message says which would be needed."""
+
+
+def own_slot(module: ModuleInfo, site: SiteInfo) -> SlotInfo:
+    """The slot that exactly fits a module's site."""
+    is_topk = site.activation is Activation.TOPK
+    if module.kind == "vectors":
+        return SlotInfo(site.layer, site.hook, "vectors", 1)
+    return SlotInfo(site.layer, site.hook, "sae", site.d_sae, is_topk, not is_topk)
+
+
+def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
+    """Whether a slot can hold a site of a module."""
+    if (slot.kind, slot.layer, slot.hook) != (module.kind, site.layer, site.hook):
+        return False
+    is_topk = site.activation is Activation.TOPK
+    can_compute = slot.topk if is_topk else slot.threshold
+    return module.kind == "vectors" or (can_compute and site.d_sae <= slot.width)
+
+
+def start_up_slots(
+    config: SteeringConfig, spare: Iterable[SlotInfo] = ()
+) -> SteeringConfig:
+    """`config` with a slot for every site of every module, and the spare ones."""
+    slots: list[SlotInfo] = []
+    modules: dict[str, ModuleInfo] = {}
+    for name, module in config.modules.items():
+        first = len(slots)
+        slots += [own_slot(module, site) for site in module.sites]
+        modules[name] = replace(module, slots=tuple(range(first, len(slots))))
+    return replace(config, modules=modules, slots=(*slots, *spare))
+
+
+def free_slots(config: SteeringConfig) -> dict[int, SlotInfo]:
+    """Slots that no module holds, by id."""
+    held = {slot for m in config.modules.values() for slot in m.slots or ()}
+    return {at: slot for at, slot in enumerate(config.slots) if at not in held}
+
+
+def with_module(
+    config: SteeringConfig, module: ModuleInfo, may_add_slots: bool
+) -> SteeringConfig:
+    """`config` with a module placed in free slots, in the place of its namesake.
+
+    Prefers the namesake's own slots, then slots that run after every held one of the
+    site (so that modules run in registration order), then the narrowest.
+
+    Args:
+        config: of the running engine.
+        module: to place; `slots` is ignored.
+        may_add_slots: an engine that captured nothing may get new slots. Vectors need
+            a spare row where a site has vectors already.
+
+    Raises:
+        NoRoomError: a site finds no free slot, or no flag bit is left.
+    """
+    old = config.modules.get(module.name)
+    others = {n: m for n, m in config.modules.items() if n != module.name}
+    free = free_slots(replace(config, modules=others))
+    own = set(old.slots or ()) if old else set()
+    slots, placed, needed = list(config.slots), [], []
+    for site in module.sites:
+        held = [
+            at
+            for at, slot in enumerate(slots)
+            if (slot.layer, slot.hook) == (site.layer, site.hook) and at not in free
+        ]
+        last = max(held, default=-1)
+        fitting = [at for at, slot in free.items() if fits(module, site, slot)]
+        if fitting:
+            best = min(
+                fitting,
+                key=lambda at: (at not in own, at < last, slots[at].width, at),
+            )
+            del free[best]
+            placed.append(best)
+        elif may_add_slots and not _has_vectors(module, site, slots):
+            placed.append(len(slots))
+            slots.append(own_slot(module, site))
+        else:
+            needed.append(_needed(module, site))
+    if needed:
+        raise NoRoomError(
+            f"no free slot fits: needed {', '.join(needed)}; reserve it in "
+            "additional_config.steering.spare at start-up, or unregister a module there"
+        )
+    module = replace(module, slots=tuple(placed))
+    modules = {n: module if n == module.name else m for n, m in config.modules.items()}
+    result = replace(
+        config, modules={**modules, module.name: module}, slots=tuple(slots)
+    )
+    check_skip_sets(result)
+    return result
+
+
+def without_module(config: SteeringConfig, name: str) -> SteeringConfig:
+    """`config` without a module; its slots are free."""
+    modules = {n: m for n, m in config.modules.items() if n != name}
+    return replace(config, modules=modules, draining=config.draining - {name})
+
+
+def check_skip_sets(config: SteeringConfig) -> None:
+    """Raise `NoRoomError` when the modules have more skip sets than there are bits."""
+    sets = {skip_set(module) for module in config.modules.values()} - {()}
+    if len(sets) > MAX_SKIP_SETS:
+        raise NoRoomError(
+            f"skip_token_ids: found {len(sets)} distinct sets, expected at most "
+            f"{MAX_SKIP_SETS} in one engine"
+        )
+
+
+def skip_set(module: ModuleInfo) -> tuple[int, ...]:
+    """The token ids that a module leaves alone, in canonical form."""
+    return tuple(sorted(set(module.skip_token_ids or ())))
+
+
+def module_bytes(module: ModuleInfo, item_bytes: int) -> int:
+    """Bytes of a module's weights, all sites, in a dtype of `item_bytes`."""
+    if module.kind == "vectors":
+        return sum(4 * site.d_model for site in module.sites)
+    return sum(
+        2 * site.d_sae * site.d_model * item_bytes + 8 * site.d_sae + 4 * site.d_model
+        for site in module.sites
+    )
+
+
+def _has_vectors(module: ModuleInfo, site: SiteInfo, slots: list[SlotInfo]) -> bool:
+    """Whether a vector's site has a stack of vectors, which cannot grow."""
+    return module.kind == "vectors" and any(
+        (slot.kind, slot.layer, slot.hook) == ("vectors", site.layer, site.hook)
+        for slot in slots
+    )
+
+
+def _needed(module: ModuleInfo, site: SiteInfo) -> str:
+    where = f'{{"layer": {site.layer}, "hook": "{site.hook.value}", '
+    if module.kind == "vectors":
+        return where + '"vectors": 1}'
+    return where + f'"width": {site.d_sae}}}'
