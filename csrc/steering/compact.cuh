@@ -21,7 +21,7 @@ struct CompactArgs {
   const int* meta;        // SAEWeights.meta
   const float* norm_limit;
   int* tokens;            // [rows]
-  int* nnz;               // [rows], zeroed
+  int* nnz;               // [rows, kCounterStride], column 0 zeroed
   int* count;             // [1], active tokens of the whole step
   int64_t table_stride, hidden_stride, residual_stride;
   int num_tokens, base, rows, d_model;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
   const unsigned active = __ballot_sync(~0u, mine);
   if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1)
     *a.count = before + __popc(active);
-  if (warp == 0 && lane < a.per_block && own < a.rows) a.nnz[own] = 0;
+  if (warp == 0 && lane < a.per_block && own < a.rows) a.nnz[own * kCounterStride] = 0;
 
   const float limit = *a.norm_limit;
   if (a.per_block == 1) {  // few tokens: the whole block copies one row

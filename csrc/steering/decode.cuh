@@ -18,7 +18,7 @@ constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
 constexpr int kSortMax = 512;    // entries sorted by rank; more go window by window
 constexpr int kWindow = 4096;    // features of a window
-constexpr int kColumns = 256;    // columns of one warp-wide access
+constexpr int kColumns = 256;    // columns of D of a block: one warp-wide access
 
 struct DecodeArgs {
   const int* index;
@@ -32,6 +32,7 @@ struct DecodeArgs {
   int64_t table_stride, hidden_stride, residual_stride;
   int base, rows, num_features, d_model, capacity, max_clamps;
   bool delta;
+  bool long_only;  // only lists past kSortMax: another kernel has the rest
 };
 
 // The number of slots of the sorted list: entries, then clamps.
@@ -39,8 +40,8 @@ __host__ __device__ inline int list_slots(int max_clamps) { return kSortMax + ma
 
 // Bytes of shared memory: list (feature, weight), then raw entries, a window, or the
 // partial sums, which are needed one after another.
-inline int decode_smem(int max_clamps, int vectors) {
-  const int sums = kDecodeWarps * kColumns * vectors * 4;
+inline int decode_smem(int max_clamps) {
+  const int sums = kDecodeWarps * kColumns * 4;
   const int scratch = sums > kWindow * 4 ? sums : kWindow * 4;
   return list_slots(max_clamps) * 8 + scratch;
 }
@@ -50,26 +51,10 @@ __device__ __forceinline__ float entry_value(int64_t e) {
 }
 
 // acc += weight * W_dec[feature, columns of this lane].
-template <typename T, int V>
-__device__ __forceinline__ void add_row(float (&acc)[V * 8], const Vec8<T> (&w)[V],
-                                        float weight) {
+template <typename T>
+__device__ __forceinline__ void add_row(float (&acc)[8], const Vec8<T>& w, float weight) {
 #pragma unroll
-  for (int v = 0; v < V; ++v)
-#pragma unroll
-    for (int j = 0; j < 8; ++j) acc[v * 8 + j] += weight * to_float(w[v].at[j]);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void load_row(Vec8<T> (&w)[V], const T* row, int column,
-                                         int d_model) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int c = column + v * kColumns;
-    if (c < d_model)
-      w[v] = load8(row + c);
-    else
-      w[v].raw = make_uint4(0, 0, 0, 0);
-  }
+  for (int j = 0; j < 8; ++j) acc[j] += weight * to_float(w.at[j]);
 }
 
 // Sorted (feature, weight) of the token in `list`; returns how many. An entry's place
@@ -136,35 +121,32 @@ __device__ int append_clamps(const DecodeArgs& a, const int* row, int64_t i, int
   return n + clamps;
 }
 
-template <typename T, int V>
-__device__ void gather_list(float (&acc)[V * 8], const int2* list, int n, const T* w_dec,
+// acc += this warp's entries, eight rows in flight. Places past the end repeat the last
+// entry with no weight: loads without branches are issued back to back.
+template <typename T>
+__device__ void gather_list(float (&acc)[8], const int2* list, int n, const T* w_dec,
                             int column, int d_model) {
-  constexpr int kAhead = V == 1 ? 8 : V == 2 ? 4 : 2;  // rows in flight a warp
-  const int warp = threadIdx.x / 32;
-  for (int j = warp; j < n; j += kDecodeWarps * kAhead) {
-    Vec8<T> w[kAhead][V];
+  constexpr int kAhead = 8;
+  const T* columns = w_dec + min(column, d_model - 8);
+  for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * kAhead) {
+    Vec8<T> w[kAhead];
     float weight[kAhead];
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = j + u * kDecodeWarps;
-      const int2 e = at < n ? list[at] : make_int2(-1, 0);
-      weight[u] = __int_as_float(e.y);
-      if (e.x >= 0) {
-        load_row<T, V>(w[u], w_dec + static_cast<int64_t>(e.x) * d_model, column, d_model);
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) w[u][v].raw = make_uint4(0, 0, 0, 0);
-      }
+      const int2 e = list[min(at, n - 1)];
+      weight[u] = at < n ? __int_as_float(e.y) : 0.f;
+      w[u] = load8(columns + static_cast<int64_t>(e.x) * d_model);
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) add_row<T, V>(acc, w[u], weight[u]);
+    for (int u = 0; u < kAhead; ++u) add_row(acc, w[u], weight[u]);
   }
 }
 
 // Many entries: window by window of features, dense in shared memory; a warp takes
 // every eighth feature, so the order is again that of the features.
-template <typename T, int V>
-__device__ void gather_windows(float (&acc)[V * 8], const DecodeArgs& a,
+template <typename T>
+__device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
                                const int64_t* own, int n, const int* row, int64_t i,
                                float* window, const T* w_dec, int column) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -194,9 +176,7 @@ __device__ void gather_windows(float (&acc)[V * 8], const DecodeArgs& a,
         left &= left - 1;
         const float weight = __shfl_sync(~0u, mine, at);
         const int64_t f = f0 + m + at * kDecodeWarps + warp;
-        Vec8<T> w[V];
-        load_row<T, V>(w, w_dec + f * a.d_model, column, a.d_model);
-        add_row<T, V>(acc, w, weight);
+        add_row(acc, load8(w_dec + f * a.d_model + min(column, a.d_model - 8)), weight);
       }
     }
   }
@@ -204,24 +184,20 @@ __device__ void gather_windows(float (&acc)[V * 8], const DecodeArgs& a,
 }
 
 // Adds the eight partial sums and the base, rounds once, writes back exactly.
-template <typename T, int V>
-__device__ void finish_slice(float (&acc)[V * 8], const DecodeArgs& a, float* sums,
+template <typename T>
+__device__ void finish_slice(float (&acc)[8], const DecodeArgs& a, float* sums,
                              const T* x, T* hidden, T* residual, int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    float4* to = reinterpret_cast<float4*>(sums + (warp * V + v) * kColumns + lane * 8);
-    to[0] = make_float4(acc[v * 8], acc[v * 8 + 1], acc[v * 8 + 2], acc[v * 8 + 3]);
-    to[1] = make_float4(acc[v * 8 + 4], acc[v * 8 + 5], acc[v * 8 + 6], acc[v * 8 + 7]);
-  }
+  float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
+  to[0] = make_float4(acc[0], acc[1], acc[2], acc[3]);
+  to[1] = make_float4(acc[4], acc[5], acc[6], acc[7]);
+  const int c = first + threadIdx.x;
+  float total = 0.f;
+  if (c < a.d_model) total = a.delta ? to_float(x[c]) : a.b_dec[c];
   __syncthreads();
+  if (c < a.d_model) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int at = v * kColumns + threadIdx.x, c = first + at;
-    if (c >= a.d_model) continue;
-    float total = a.delta ? to_float(x[c]) : a.b_dec[c];
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w * V * kColumns + at];
+    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w * kColumns + threadIdx.x];
     if (residual != nullptr) {
       residual[c] = from_float<T>(total);
       hidden[c] = from_float<T>(0.f);
@@ -232,8 +208,8 @@ __device__ void finish_slice(float (&acc)[V * 8], const DecodeArgs& a, float* su
   __syncthreads();
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kDecodeThreads, V == 2 ? 3 : 4)
+template <typename T>
+__global__ void __launch_bounds__(kDecodeThreads, 4)
     decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden, T* residual) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
@@ -241,28 +217,26 @@ __global__ void __launch_bounds__(kDecodeThreads, V == 2 ? 3 : 4)
   launch_dependents();
   wait_for_previous();
   const int n = min(*a.count - a.base, a.rows);
-  const int width = V * kColumns;
-  const int slices = (a.d_model + width - 1) / width;
+  const int slices = (a.d_model + kColumns - 1) / kColumns;
   for (int work = blockIdx.x; work < n * slices; work += gridDim.x) {
     const int64_t i = work % n;
     const int token = a.tokens[i];
-    const int listed = a.delta ? 0 : a.nnz[i];
+    const int listed = a.delta ? 0 : a.nnz[i * kCounterStride];
     if (token < 0 || listed > a.capacity) continue;  // the overflow path has those
-    const int first = work / n * width, column = first + (threadIdx.x & 31) * 8;
+    if (a.long_only && listed <= kSortMax) continue;
+    const int first = work / n * kColumns, column = first + (threadIdx.x & 31) * 8;
     const int* row = a.table + a.index[token] * a.table_stride;
     const int64_t* own = a.entries + i * a.capacity;
-    float acc[V * 8];
-#pragma unroll
-    for (int j = 0; j < V * 8; ++j) acc[j] = 0.f;
+    float acc[8] = {};
     if (listed <= kSortMax) {
       int total = sort_entries(own, listed, list, reinterpret_cast<int*>(scratch));
       total = append_clamps(a, row, i, list, total);
-      gather_list<T, V>(acc, list, total, w_dec, column, a.d_model);
+      gather_list(acc, list, total, w_dec, column, a.d_model);
     } else {
-      gather_windows<T, V>(acc, a, own, listed, row, i, scratch, w_dec, column);
+      gather_windows(acc, a, own, listed, row, i, scratch, w_dec, column);
     }
     T* r = residual == nullptr ? nullptr : residual + token * a.residual_stride;
-    finish_slice<T, V>(acc, a, scratch, x + i * a.d_model,
+    finish_slice(acc, a, scratch, x + i * a.d_model,
                        hidden + token * a.hidden_stride, r, first);
   }
 }

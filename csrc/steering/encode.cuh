@@ -21,7 +21,6 @@ constexpr int kWidths = 5;
 constexpr int kConsumerWarps = 8;
 constexpr int kEncodeThreads = 128 + kConsumerWarps * 32;
 constexpr int kStageW = kTileF * kTileK * 2;
-constexpr int kPrefetch = 4;  // stages of W_enc requested before x is ready
 constexpr int kMaxStages = 8;
 constexpr int kOperandBytes = 4 * (kStageW + 256 * kTileK * 2);
 constexpr int kHitsPerLane = 16;
@@ -33,7 +32,7 @@ struct EncodeArgs {
   const float* b_enc;      // [F]
   const float* threshold;  // [F]
   const int* count;
-  int* nnz;           // [rows]
+  int* nnz;           // [rows, kCounterStride]
   int64_t* entries;   // [rows, capacity], or null
   float* scores;      // [rows, F], or null: dense output for TopK
   const char* w_dec;  // rows to prefetch into L2, or null
@@ -80,6 +79,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
       "@!done bra again;\n}\n" ::"r"(bar),
       "r"(parity)
       : "memory");
+}
+
+// Fetches a tensor map ahead of its first copy.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 __device__ __forceinline__ void copy_tile(const CUtensorMap* map, uint32_t to,
@@ -160,7 +164,7 @@ __device__ __forceinline__ void append_hits(const EncodeArgs& a, const uint2* hi
     for (int u = 0; u < 4; ++u) {
       if (first + u >= own) continue;
       hit[u] = hits[(first + u) * 32];
-      slot[u] = atomicAdd(a.nnz + t0 + (hit[u].x >> 8), 1);
+      slot[u] = atomicAdd(a.nnz + (t0 + (hit[u].x >> 8)) * kCounterStride, 1);
     }
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
@@ -286,6 +290,8 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((it - 1) % S::kStages));
+    // Not sooner: blocks of the decoder would crowd on the few idle multiprocessors.
+    launch_dependents();
     if (a.scores != nullptr)
       store_scores<N>(a, acc, bias, f, t_tile * N, n);
     else
@@ -314,13 +320,13 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  launch_dependents();
   const bool producer = threadIdx.x == 0;
   const int n_f = (a.num_features + kTileF - 1) / kTileF;
   // With one token tile at most, block b begins with feature tile b: its weights are
   // requested while the kernel before is still gathering x.
   const int k_tiles = (a.d_model + kTileK - 1) / kTileK;
-  const int early = a.rows <= 256 ? min(kPrefetch, k_tiles) : 0;
+  int early = a.rows <= 64 ? Shape<64>::kStages : Shape<256>::kStages;
+  early = a.rows <= 256 ? min(early, k_tiles) : 0;
   if (producer) {
     for (int s = 0; s < early; ++s) {
       barrier_announce(full + 8 * s, kStageW);
@@ -328,10 +334,12 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
       copy_tile(&maps.w, operands + s * kStageW, full + 8 * s, k * kTileK,
                 blockIdx.x * kTileF);
     }
+    for (int i = 0; i < kWidths; ++i) prefetch_map(&maps.x[i]);
   }
   wait_for_previous();
   const int n = min(*a.count - a.base, a.rows);
   if (n <= 0) {
+    launch_dependents();
     if (producer) {  // copies in flight must land before the block goes
       for (int s = 0; s < early; ++s) {
         barrier_arrive(full + 8 * s);

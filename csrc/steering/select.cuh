@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
       a.coef[i * a.max_clamps + c] = clamp_delta(row[2 + a.max_clamps + c], value, act);
     }
     if (threadIdx.x == 0) {
-      a.nnz[i] = m.listed;
+      a.nnz[i * kCounterStride] = m.listed;
       a.kth[i] = static_cast<int64_t>(m.kth);
     }
   }

@@ -10,8 +10,8 @@
 #include <optional>
 
 #include "compact.cuh"
-#include "decode.cuh"
 #include "encode.cuh"
+#include "gather.cuh"
 #include "select.cuh"
 
 namespace vllm_steering {
@@ -207,29 +207,35 @@ void select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor tokens
   launch(select_kernel, blocks, kSelectThreads, 0, stream_of(scores), a);
 }
 
+// Few tokens: one kernel. Many: sort once, then gather, then what is too long for that.
 template <typename T>
-void launch_decode(const DecodeArgs& a, int vectors, int multiprocessors, const Tensor& x,
-                   const Tensor& w_dec, const Tensor& hidden,
+void launch_decode(DecodeArgs a, bool many, const Tensor& entries, const Tensor& coef,
+                   const Tensor& x, const Tensor& w_dec, const Tensor& hidden,
                    const std::optional<Tensor>& residual) {
-  const int width = vectors * kColumns;
-  const int64_t work =
-      static_cast<int64_t>(a.rows) * ((a.d_model + width - 1) / width);
-  const int blocks =
-      static_cast<int>(std::min<int64_t>(work, 6 * static_cast<int64_t>(multiprocessors)));
-  auto run = [&](auto kernel) {
-    launch(kernel, blocks, kDecodeThreads, decode_smem(a.max_clamps, vectors),
-           stream_of(hidden), a, data<T>(x), data<T>(w_dec), data<T>(hidden),
-           residual ? data<T>(*residual) : nullptr);
-  };
-  if (vectors == 1) run(decode_kernel<T, 1>);
-  if (vectors == 2) run(decode_kernel<T, 2>);
-  if (vectors == 3) run(decode_kernel<T, 3>);
+  const cudaStream_t stream = stream_of(hidden);
+  T* out = residual ? data<T>(*residual) : nullptr;
+  const int processors = multiprocessors(x);
+  const int slices = (a.d_model + kColumns - 1) / kColumns;
+  const int64_t work = static_cast<int64_t>(a.rows) * slices;
+  if (many) {
+    launch(prepare_kernel, std::min(a.rows, 8 * processors), kDecodeThreads, 0, stream, a,
+           data<int64_t>(entries), data<float>(coef));
+    const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
+    launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0, stream, a,
+           data<float>(coef), data<T>(w_dec), data<T>(hidden), out);
+    if (std::min(a.capacity, a.num_features) <= kSortMax) return;
+    a.long_only = true;
+  }
+  const int64_t blocks = std::min<int64_t>(work, 6 * processors);
+  launch(decode_kernel<T>, static_cast<int>(blocks), kDecodeThreads,
+         decode_smem(a.max_clamps), stream, a, data<T>(x), data<T>(w_dec),
+         data<T>(hidden), out);
 }
 
 void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
-            Tensor entries, std::optional<Tensor> coef, Tensor x, Tensor w_dec,
-            Tensor b_dec, Tensor hidden, std::optional<Tensor> residual, int64_t base,
-            bool delta, int64_t vectors) {
+            Tensor entries, Tensor coef, Tensor x, Tensor w_dec, Tensor b_dec,
+            Tensor hidden, std::optional<Tensor> residual, int64_t base, bool resolved,
+            bool delta, bool many) {
   DecodeArgs a = {};
   a.index = data<int>(index);
   a.table = data<int>(table);
@@ -237,7 +243,7 @@ void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
   a.tokens = data<int>(tokens);
   a.nnz = data<int>(nnz);
   a.entries = data<int64_t>(entries);
-  a.coef = coef ? data<float>(*coef) : nullptr;
+  a.coef = resolved ? data<float>(coef) : nullptr;
   a.b_dec = data<float>(b_dec);
   a.table_stride = table.stride(0);
   a.hidden_stride = hidden.stride(0);
@@ -247,13 +253,11 @@ void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
   a.num_features = static_cast<int>(w_dec.size(0));
   a.d_model = static_cast<int>(w_dec.size(1));
   a.capacity = static_cast<int>(entries.size(1));
-  a.max_clamps = static_cast<int>((table.size(1) - 2) / 3);
+  a.max_clamps = static_cast<int>(coef.size(1));
   a.delta = delta;
-  STD_TORCH_CHECK(vectors >= 1 && vectors <= 3, "steering: vectors is 1, 2 or 3, not ",
-                  vectors);
   for_type(hidden, [&](auto type) {
-    launch_decode<decltype(type)>(a, static_cast<int>(vectors), multiprocessors(x), x,
-                                  w_dec, hidden, residual);
+    launch_decode<decltype(type)>(a, many && !delta, entries, coef, x, w_dec, hidden,
+                                  residual);
   });
 }
 
@@ -274,9 +278,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       " Tensor(d!) coef, int base) -> ()");
   m.def(
       "decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,"
-      " Tensor entries, Tensor? coef, Tensor x, Tensor w_dec, Tensor b_dec,"
-      " Tensor(a!) hidden, Tensor(b!)? residual, int base, bool delta, int vectors)"
-      " -> ()");
+      " Tensor(a!) entries, Tensor(b!) coef, Tensor x, Tensor w_dec, Tensor b_dec,"
+      " Tensor(c!) hidden, Tensor(d!)? residual, int base, bool resolved, bool delta,"
+      " bool many) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {

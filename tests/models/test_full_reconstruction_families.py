@@ -52,7 +52,9 @@ def test_every_activation_and_phase_equals_hugging_face_in_one_batch(
     modules = {
         kind: save_sae(tmp_path / kind, {SITE: sae}) for kind, sae in oracles.items()
     }
-    requests = [(kind, p) for kind in ACTIVATIONS for p in ("prefill", "decode", "both")]
+    requests = [
+        (kind, p) for kind in ACTIVATIONS for p in ("prefill", "decode", "both")
+    ]
     prompts = [prompt(at, 5 + at) for at in range(len(requests) + 2)]
     sampling = [
         params(MAX_TOKENS, **{FULL: [sae_spec(kind, {SITE: CLAMPS[kind]}, phase)]})

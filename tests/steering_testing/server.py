@@ -17,10 +17,19 @@ from pathlib import Path
 import httpx
 
 MODEL_NAME = "tiny"
-READY_S = 120.0
+READY_S = 180.0  # about 25 on an idle machine with two cores
 STOP_S = 20.0
-# What the tests set for engines in their own process; a server runs as users run it.
-OWN_PROCESS_ONLY = ("VLLM_ENABLE_V1_MULTIPROCESSING",)
+# What engines in the tests' own process leave in the environment; a server runs as
+# users run it.
+OWN_PROCESS_ONLY = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_DIST_IDENT")
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Servers that bind their threads would all bind them to the same core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    # The log is what a failing test shows.
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,13 @@ def api_server(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
         "--enforce-eager", *arguments,
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k not in OWN_PROCESS_ONLY}
-    # Per-request lines of the log are what a failing test shows.
-    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command, env=env, stdout=sink, stderr=sink, start_new_session=True
+            command,
+            env=env | ENVIRONMENT,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

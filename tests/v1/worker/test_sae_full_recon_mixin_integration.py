@@ -280,7 +280,9 @@ def test_a_hundred_bad_requests_hurt_nobody(llm: LLM) -> None:
         request.sampling_params.extra_args = {FULL: rng.choice(bad)}
         with pytest.raises(VLLMValidationError, match=FULL):
             core.preprocess_add_request(request)
-    assert_same(generate(llm, [prompt(71)], [steered()])[0], expected(prompt(71), "both"))
+    assert_same(
+        generate(llm, [prompt(71)], [steered()])[0], expected(prompt(71), "both")
+    )
 
 
 def test_steering_an_engine_without_it_is_refused(model_root: Path) -> None:

@@ -1,2 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line for steering modules: `python -m vllm.entrypoints.steering`."""
+"""Steering modules for operators: the command line, and changes to a running engine.
+
+`python -m vllm.entrypoints.steering` inspects, converts and probes; the functions here
+register, replace, list and unregister modules of an `LLM`.
+"""
+
+from vllm.entrypoints.steering.hot_modules import (
+    SteeringModuleError,
+    list_modules,
+    register_module,
+    replace_module,
+    unregister_module,
+)
+
+__all__ = [
+    "SteeringModuleError",
+    "list_modules",
+    "register_module",
+    "replace_module",
+    "unregister_module",
+]

@@ -35,10 +35,10 @@ from vllm.model_executor.layers.steering_kernels.extension import (
 from vllm.model_executor.layers.steering_kernels.plan import (
     EncodePlan,
     cdiv,
-    decode_vectors,
     next_power_of_2,
     plan_encode,
     prefetches_decoder,
+    sorts_ahead,
 )
 from vllm.model_executor.layers.steering_kernels.workspace import (
     StageBuffers,
@@ -351,15 +351,16 @@ def _decode_cuda(run: _Run, base: int) -> None:
         workspace.tokens,
         workspace.nnz,
         run.buffers.entries,
-        run.buffers.coef if run.topk else None,
+        run.buffers.coef,
         run.buffers.x,
         weights.W_dec,
         weights.b_dec,
         run.hidden,
         run.residual,
         base,
+        run.topk,
         run.tier is Tier.DELTA,
-        decode_vectors(run.buffers.plan.rows),
+        sorts_ahead(run.buffers.plan.rows),
     )
 
 

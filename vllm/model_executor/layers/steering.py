@@ -71,6 +71,9 @@ class SteeringBackend(Protocol):
     layers) in place for the slot's active tokens and touches no other token's bits.
     """
 
+    def write_flags(self, token_ids: torch.Tensor) -> None:
+        """Before a forward: `flags[t] = skip_bits[token_ids[t]]`, 0 for unknown ids."""
+
     def full_reconstruction(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None: ...

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_kernels.flags import (
+    warm_up_flags,
+    write_flags,
+)
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
 
@@ -30,6 +34,10 @@ class KernelBackend:
         device = step.index.device
         self.workspace = kernel.SteeringWorkspace(step.max_tokens, saes, device)
         kernel.warm_up(saes, vectors, step, self.workspace, dtype)
+        warm_up_flags(step)
+
+    def write_flags(self, token_ids: torch.Tensor) -> None:
+        write_flags(self.step, token_ids)
 
     def full_reconstruction(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None

@@ -125,7 +125,7 @@ def select_tokens(
 
 def within_norm(weights: SAEWeights, x: torch.Tensor) -> torch.Tensor:
     """bool `[n]`: the norm guard's verdict on `x [n, D]`."""
-    return ~(x.norm(dim=1) > weights.norm_limit)
+    return x.norm(dim=1) <= weights.norm_limit
 
 
 def gather_stream(
@@ -242,6 +242,12 @@ class ReferenceBackend:
 
     def __init__(self, step: StepState):
         self.step = step
+
+    def write_flags(self, token_ids: torch.Tensor) -> None:
+        bits = self.step.skip_bits
+        known = (token_ids >= 0) & (token_ids < bits.shape[0])
+        flags = torch.where(known, bits[token_ids.where(known, 0).long()], 0)
+        self.step.flags[: flags.shape[0]] = flags
 
     def full_reconstruction(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None

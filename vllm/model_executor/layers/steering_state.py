@@ -143,6 +143,20 @@ class SAEWeights(nn.Module):
         self.threshold.fill_(float("inf"))
         self.norm_limit.fill_(float("inf"))
 
+    def copy_from(self, staged: SAEWeights) -> None:
+        """Take over the weights of an SAE of at most this capacity, in place.
+
+        `meta` and `norm_limit` are left as they are.
+        """
+        d_sae = staged.d_sae_capacity
+        for name in ("W_enc", "W_dec", "b_enc", "threshold"):
+            getattr(self, name)[:d_sae].copy_(getattr(staged, name))
+        self.W_enc[d_sae:].zero_()
+        self.W_dec[d_sae:].zero_()
+        self.b_enc[d_sae:].fill_(float("-inf"))
+        self.threshold[d_sae:].fill_(float("inf"))
+        self.b_dec.copy_(staged.b_dec)
+
     def set_meta(
         self, site: SiteInfo, skip_mask: int, norm_limit: float | None
     ) -> None:

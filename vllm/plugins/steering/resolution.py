@@ -4,16 +4,22 @@
     {"modules": {"name": "path" | {"path": ..., "feature_units": ...,
                                    "skip_token_ids": [...] | None,
                                    "norm_guard": float | None, "sites": [...]}},
-     "max_clamps": 64}
+     "max_clamps": 64,
+     "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
+               {"layer": 20, "hook": "resid_post", "vectors": 4}],
+     "module_roots": ["/srv/saes", "hf:"]}
 
-Every refusal is one line that names the field or the module, what was found and
-what would be accepted.
+`spare` reserves room for modules that are registered later; `module_roots` says where
+the HTTP routes may load them from. Every
+refusal is one line that names the field or the module, what was found and what would
+be accepted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -21,18 +27,25 @@ import vllm.envs as envs
 from vllm.config.sae_steering_parser import shown
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
+    HOOK_ALIASES,
     FeatureUnits,
     ModuleInfo,
+    SlotInfo,
     SteeringConfig,
 )
+from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
+from vllm.plugins.steering.active import assign_registry
 
 logger = init_logger(__name__)
 
 ROOT = "additional_config.steering"
-TOP_FIELDS = ("modules", "max_clamps", "resolved")
+TOP_FIELDS = ("modules", "max_clamps", "spare", "module_roots", "resolved")
 MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
+SPARE_FIELDS = ("layer", "hook", "width", "count", "vectors")
 MAX_CLAMPS_LIMIT = 4096
+MAX_SPARE_COUNT = 1024
+MAX_SPARE_WIDTH = 1 << 24
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -63,11 +76,15 @@ def resolve_steering(vllm_config: Any) -> None:
     for name, given in _object(f"{ROOT}.modules", steering.get("modules", {})).items():
         modules[name] = inspect_for_model(name, given, vllm_config.model_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
-    resolved = SteeringConfig(modules, max_clamps).to_json()
+    spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
+    check_module_roots(steering.get("module_roots", []))
+    config = start_up_slots(SteeringConfig(modules, max_clamps), spare)
+    resolved = config.to_json()
     vllm_config.additional_config = {
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
+    assign_registry(vllm_config)
 
 
 def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:
@@ -210,6 +227,64 @@ def _max_clamps(value: Any) -> int:
         raise SteeringConfigError(
             f"{ROOT}.max_clamps: found {shown(value)}, expected an integer in "
             f"1..{MAX_CLAMPS_LIMIT}"
+        )
+    return value
+
+
+def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:
+    """The slots that `spare` reserves, each checked against the model."""
+    if not isinstance(value, (list, tuple)):
+        raise SteeringConfigError(
+            f"{ROOT}.spare: found {shown(value)}, expected a list of objects"
+        )
+    num_layers = model_config.get_total_num_hidden_layers()
+    slots: list[SlotInfo] = []
+    for at, given in enumerate(value):
+        where = f"{ROOT}.spare[{at}]"
+        _object(where, given, SPARE_FIELDS)
+        layer = _integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
+        hook = given.get("hook")
+        if type(hook) is not str or hook not in HOOK_ALIASES:
+            raise SteeringConfigError(
+                f"{where}.hook: found {shown(hook)}, expected one of "
+                f"{', '.join(HOOK_ALIASES)}"
+            )
+        if ("width" in given) == ("vectors" in given):
+            raise SteeringConfigError(f"{where}: expected either width or vectors")
+        if "vectors" in given:
+            if "count" in given:
+                raise SteeringConfigError(f"{where}.count: expected only with width")
+            count = _integer(
+                f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT
+            )
+            slot = SlotInfo(layer, HOOK_ALIASES[hook], "vectors", 1)
+        else:
+            width = _integer(f"{where}.width", given["width"], 1, MAX_SPARE_WIDTH)
+            count = _integer(
+                f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT
+            )
+            slot = SlotInfo(layer, HOOK_ALIASES[hook], "sae", width)
+        slots += [slot] * count
+    return slots
+
+
+def check_module_roots(value: Any) -> None:
+    """Raise unless `module_roots` is a list of absolute directories and `hf:` paths."""
+    good = isinstance(value, (list, tuple)) and all(
+        type(root) is str and (root.startswith("hf:") or os.path.isabs(root))
+        for root in value
+    )
+    if not good:
+        raise SteeringConfigError(
+            f"{ROOT}.module_roots: found {shown(value)}, expected a list of absolute "
+            'directories, and "hf:" or "hf:owner" where the Hub is allowed'
+        )
+
+
+def _integer(path: str, value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise SteeringConfigError(
+            f"{path}: found {shown(value)}, expected an integer in {low}..{high}"
         )
     return value
 

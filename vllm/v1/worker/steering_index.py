@@ -60,3 +60,17 @@ def token_rows(
     counts = np.stack([prefill, scheduled - prefill], axis=1).reshape(-1)
     per_token = np.repeat(rows.reshape(num_tiers, -1), counts, axis=1)
     return per_token if per_token.any() else None
+
+
+def count_steered(view: BatchView, rows: np.ndarray) -> np.ndarray:
+    """int64 `[tier, phase]`: tokens of the step that have a row (prefill, decode)."""
+    n = len(view.req_ids)
+    scheduled = view.num_scheduled[:n]
+    left = view.prompt_len[:n] - view.num_computed[:n]
+    prefill = np.clip(left, 0, scheduled)
+    phases = np.tile([True, False], n)
+    is_prefill = np.repeat(phases, np.stack([prefill, scheduled - prefill], 1).ravel())
+    steered = rows != 0
+    both = steered.sum(axis=1)
+    prompt = (steered & is_prefill).sum(axis=1)
+    return np.stack([prompt, both - prompt], axis=1)

@@ -50,6 +50,7 @@ class SteeringModelRunnerMixin:
             dtype=model_config.dtype,
             device=self.device,
             vocab_size=model_config.get_vocab_size(),
+            d_model=model_config.get_hidden_size(),
         )
         context = compilation.static_forward_context
         for key, site in self.steering.modules.sites.items():

@@ -14,11 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.steering import ModuleInfo, SiteInfo, SlotInfo, SteeringConfig, Tier
-from vllm.config.steering_slots import skip_set, start_up_slots
+from vllm.config.steering import (
+    Activation,
+    ModuleInfo,
+    SiteInfo,
+    SlotInfo,
+    SteeringConfig,
+    Tier,
+)
+from vllm.config.steering_slots import skip_set
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
-    Activation,
     SAESlot,
     SAEWeights,
     SiteKey,
@@ -102,17 +108,21 @@ class SiteModules:
         step: StepState,
         num_rows: int,
         max_clamps: int,
+        d_model: int,
         dtype: torch.dtype,
     ):
         self.layers = layers
         self.step = step
         self.num_rows = num_rows
         self.max_clamps = max_clamps
+        self.d_model = d_model
         self.dtype = dtype
         self.device = step.index.device
         self.skip_sets = SkipSets(step.skip_bits.shape[0])
         self.sites: dict[SiteKey, SteeringSite] = {}
         self.places: dict[int, Place] = {}
+        # None while this rank has no slot.
+        self.backend: SteeringBackend | None = None
         self._bound: dict[Tier, dict[tuple[str, SiteKey], tuple[BoundTable, int]]] = {
             tier: {} for tier in Tier
         }
@@ -158,17 +168,15 @@ class SiteModules:
             else:
                 places[at] = self._sae_place(key, slot)
         for key, ids in stacks.items():
-            d_model = self._d_model
-            stack = VectorSlot(len(ids), d_model, self.num_rows, len(ids), self.device)
+            n = len(ids)
+            stack = VectorSlot(n, self.d_model, self.num_rows, n, self.device)
             table = BoundTable(stack.table)
             for row, at in enumerate(ids):
                 places[at] = VectorPlace(key, stack, table, row)
         return places
 
-    _d_model: int = 0
-
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
-        weights = SAEWeights(slot.width, self._d_model, self.dtype, self.device)
+        weights = SAEWeights(slot.width, self.d_model, self.dtype, self.device)
         kinds: set[Activation] = {Activation.TOPK} if slot.topk else set()
         if slot.threshold:
             kinds |= {Activation.RELU, Activation.JUMPRELU}
@@ -205,6 +213,7 @@ class SiteModules:
             attach_site(self.layers[site.key.layer], site)
         for site in self.sites.values():
             site.backend = backend
+        self.backend = backend
         return made
 
     def detach(self, ids: set[int]) -> None:
@@ -238,7 +247,7 @@ class SiteModules:
     def unbind(self, module: ModuleInfo) -> None:
         """Forget where a module's rows live, and the rows of its own tables."""
         for site, at in self.own_sites(module):
-            key, place = SiteKey(site.layer, site.hook), self.places[at]
+            key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
                 self._bound[tier].pop((module.name, key), None)
             if isinstance(place, SAEPlace):
@@ -283,6 +292,7 @@ def build_site_modules(
     dtype: torch.dtype,
     device: torch.device,
     vocab_size: int,
+    d_model: int,
 ) -> SiteModules:
     """Build this rank's slots, load every module into its own, attach the sites.
 
@@ -293,7 +303,7 @@ def build_site_modules(
     """
     layers = find_decoder_layers(model)
     step = StepState(max_tokens, device, vocab_size)
-    modules = SiteModules(layers, step, num_rows, config.max_clamps, dtype)
+    modules = SiteModules(layers, step, num_rows, config.max_clamps, d_model, dtype)
     places = modules.make_places(dict(enumerate(config.slots)))
     modules.places.update(sorted(places.items()))
     for module in config.modules.values():

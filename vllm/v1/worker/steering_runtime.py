@@ -7,6 +7,8 @@ every tensor. Nothing here differs between the runners.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import nn
@@ -17,15 +19,24 @@ from vllm.config.sae_steering_types import (
     parse_steering_request,
 )
 from vllm.config.steering import SteeringConfig, Tier
+from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
-from vllm.v1.worker.steering_index import BatchView, RequestRows, token_rows
+from vllm.v1.worker.steering_index import (
+    BatchView,
+    RequestRows,
+    count_steered,
+    token_rows,
+)
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
 from vllm.v1.worker.steering_tables import write_rows
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.steering_hot_modules import HotModules
 
 logger = init_logger(__name__)
 
@@ -40,6 +51,7 @@ class SteeringRuntime:
         max_tokens: tokens that a forward can have, padding included.
         dtype, device: of the model's activations.
         vocab_size: bound of token ids, for the skip sets.
+        d_model: width of the residual stream.
     """
 
     def __init__(
@@ -52,7 +64,10 @@ class SteeringRuntime:
         dtype: torch.dtype,
         device: torch.device,
         vocab_size: int,
+        d_model: int,
     ):
+        if not config.slots:
+            config = start_up_slots(config)
         self.config = config
         num_rows = 2 * max_num_seqs + 1
         self.managers: dict[Tier, RowManager] = {
@@ -61,7 +76,7 @@ class SteeringRuntime:
             Tier.FULL: SAEFullReconstructionManager(num_rows),
         }
         self.modules: SiteModules = build_site_modules(
-            config, model, num_rows, max_tokens, dtype, device, vocab_size
+            config, model, num_rows, max_tokens, dtype, device, vocab_size, d_model
         )
         self.step = self.modules.step
         # Specs of every request that the worker knows; rows of those in the batch.
@@ -70,6 +85,10 @@ class SteeringRuntime:
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
         self._written_tokens = 0
+        # int64 [tier, phase]: tokens that had a row, since the worker started.
+        self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
+        # What changes the modules, made when they first do.
+        self.hot: HotModules | None = None
 
     @property
     def parked(self) -> list[str]:
@@ -141,8 +160,10 @@ class SteeringRuntime:
             return
         self._write_rows()
         self._write_index(rows)
-        if rows[Tier.DELTA].any() or rows[Tier.FULL].any():
-            self._write_flags(view.token_ids[: rows.shape[1]])
+        self.steered_tokens += count_steered(view, rows)
+        backend = self.modules.backend
+        if backend and (rows[Tier.DELTA].any() or rows[Tier.FULL].any()):
+            backend.write_flags(view.token_ids[: rows.shape[1]])
 
     def clear_step(self) -> None:
         """Unsteered step, dummy run or capture: every token has row 0."""
@@ -172,11 +193,6 @@ class SteeringRuntime:
         fresh = async_tensor_h2d(host[:, :extent].copy(), device=self.step.index.device)
         self.step.index[:, :extent].copy_(fresh)
         self._written_tokens = tokens
-
-    def _write_flags(self, token_ids: torch.Tensor) -> None:
-        skip_bits = self.step.skip_bits
-        known = token_ids.clamp(0, skip_bits.shape[0] - 1).long()
-        self.step.flags[: known.shape[0]].copy_(skip_bits[known])
 
     def check_integrity(self) -> None:
         """Assert that the managers and the requests agree on who holds what."""

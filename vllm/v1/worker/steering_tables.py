@@ -58,6 +58,11 @@ class BoundTable:
         limit = np.finfo(np.float32).max
         return float(np.clip(np.nan_to_num(native), -limit, limit))
 
+    def reset(self) -> None:
+        """Empty every row, in place; no running request may use the table."""
+        self.table.packed.zero_()
+        self.written.clear()
+
     def upload(self, rows: dict[int, np.ndarray]) -> None:
         """Copy the packed rows to the device, in stream order, without blocking."""
         packed = self.table.packed

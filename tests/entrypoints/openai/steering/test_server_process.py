@@ -77,9 +77,15 @@ def expected() -> dict[str, dict[str, list[str]]]:
         found = [[choice.text for choice in output.outputs] for output in outputs]
         return dict(zip(MODES, found, strict=True))
 
+    tokenizer = llm.get_tokenizer()
+    # The responses route adds the tokenizer's bos to the one of the template.
+    rendered = tokenizer.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True
+    )
     result = {
         "text": texts(llm.generate, PROMPT, temperature=0),
         "chat": texts(llm.chat, MESSAGES, temperature=0),
+        "responses": texts(llm.generate, rendered, temperature=0),
         "two": texts(llm.generate, PROMPT, temperature=0.8, seed=5, n=2),
     }
     llm.llm_engine.engine_core.shutdown()
@@ -161,7 +167,7 @@ Ask = Callable[[openai.OpenAI, Any, bool], str]
 ROUTES: dict[str, tuple[Ask, str]] = {
     "completions": (ask_completions, "text"),
     "chat": (ask_chat, "chat"),
-    "responses": (ask_responses, "chat"),
+    "responses": (ask_responses, "responses"),
 }
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": PROMPT, "max_tokens": 4},
@@ -173,7 +179,7 @@ BODIES: dict[str, dict[str, Any]] = {
 def test_the_modes_differ_in_the_oracle(
     expected: dict[str, dict[str, list[str]]],
 ) -> None:
-    for kind in ("text", "chat"):
+    for kind in ("text", "chat", "responses"):
         texts = {mode: found[0] for mode, found in expected[kind].items()}
         assert texts["clamped"].count("bridge") > texts["plain"].count("bridge")
         assert len({texts["plain"], texts["clamped"], texts["decode_only"]}) == 3
@@ -357,7 +363,7 @@ def test_after_a_hundred_concurrent_bad_requests_a_good_one_is_served(
     ]
 
     async def ask_all() -> list[int]:
-        limits = httpx.Limits(max_connections=100)
+        limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
             base_url=server.url, timeout=60, limits=limits
         ) as asking:
@@ -394,9 +400,7 @@ def test_after_clients_that_hang_up_a_good_one_is_served(
 @pytest.fixture(scope="module")
 def stock_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("stock") / "log"
-    # One process less, for a quicker start.
-    executor = ("--distributed-executor-backend", "uni")
-    with api_server(EXAMPLE / "model", log, *executor) as running:
+    with api_server(EXAMPLE / "model", log) as running:
         yield running
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps, write_stream
-from .compact import D_SAE, pdl_wait
+from .compact import COUNTER_STRIDE, D_SAE, pdl_wait
 from .resolve import entry_feature, entry_value
 from .select import RELU_FIELD, load_keys
 
@@ -131,7 +131,7 @@ def combine_kernel(
     for work in range(tl.program_id(0), n * slices, tl.num_programs(0)):
         i = work % n
         token = tl.load(tokens + i)
-        if OVERFLOW_ONLY and tl.load(nnz + i) <= capacity:
+        if OVERFLOW_ONLY and tl.load(nnz + i * COUNTER_STRIDE) <= capacity:
             token = -1
         if token >= 0:
             col = work // n * BD + tl.arange(0, BD)
@@ -139,7 +139,7 @@ def combine_kernel(
             i64 = tl.cast(i, tl.int64)
             listed = 0
             if not DELTA:
-                listed = tl.load(nnz + i)
+                listed = tl.load(nnz + i * COUNTER_STRIDE)
             if listed <= capacity:
                 acc = tl.zeros([NB, BD], tl.float32)
                 own = entries + i64 * capacity

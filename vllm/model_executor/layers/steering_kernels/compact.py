@@ -16,6 +16,9 @@ from vllm.triton_utils import tl, triton
 D_SAE = tl.constexpr(0)  # columns of meta: layers/steering_state.py, MetaField
 USES_TOPK = tl.constexpr(1)
 SKIP_MASK = tl.constexpr(4)
+# Ints between two tokens' counters: a cache line each, or the atomics of a whole tile
+# would queue for a few lines.
+COUNTER_STRIDE = tl.constexpr(32)
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def compact_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes tokens [T], count [1], nnz [rows] = 0 and x [rows, D] for one chunk.
+    """Writes tokens [T], count [1], nnz [rows, COUNTER_STRIDE] = 0 and x [rows, D] for one chunk.
 
     GATE: -1 takes any module, 0 only threshold ones, 1 only TopK.
     """
@@ -110,7 +113,7 @@ def compact_kernel(
     on = is_active(index, flags, table, table_stride, skip, own, T)
     if pid == tl.num_programs(0) - 1:
         tl.store(count, before + tl.sum(on, 0))
-    tl.store(nnz + own, 0, mask=own < rows)
+    tl.store(nnz + own * COUNTER_STRIDE, 0, mask=own < rows)
     place = tl.cumsum(on, 0) - on
     for j in range(PER_PROGRAM):
         mine = tl.arange(0, PER_PROGRAM) == j

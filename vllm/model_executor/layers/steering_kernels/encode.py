@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .compact import pdl_wait
+from .compact import COUNTER_STRIDE, pdl_wait
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def emit(
     else:
         bar = tl.load(threshold + f, mask=f < F, other=float("inf"))
         fires = (p > tl.maximum(bar, 0.0)[:, None]) & (t[None, :] < n)
-        counter = nnz + t[None, :] + tl.zeros([BF, BT], tl.int32)
+        counter = nnz + t[None, :] * COUNTER_STRIDE + tl.zeros([BF, BT], tl.int32)
         slot = tl.atomic_add(counter, 1, mask=fires, sem="relaxed")
         bits = p.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         entry = (f.to(tl.int64)[:, None] << 32) | bits

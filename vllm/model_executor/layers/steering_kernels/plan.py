@@ -11,6 +11,7 @@ MAX_ENTRY_BYTES = 128 * MIB  # non-zeros of a threshold chunk, or dense TopK sco
 MAX_TOPK_ENTRY_BYTES = 24 * MIB  # selected entries of a TopK chunk
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
+COUNTER_STRIDE = 32  # ints between the counters of two tokens: a cache line
 CHUNK_ALIGN = 256  # the widest token tile of the encoder
 
 
@@ -89,17 +90,16 @@ def plan_encode(tokens: int, itemsize: int) -> EncodePlan:
         return EncodePlan(64, 128, (16,), 4, 4, 3)
     if tokens <= 64:
         return EncodePlan(64, 128, (16, 64), 4, 3, 2)
-    if tokens <= 128:
-        return EncodePlan(128, 64, (16, 64, 128), 8, 4, 1)
-    return EncodePlan(128, 64, (16, 64, 256), 8, 4, 1)
+    return EncodePlan(128, 64, (16, 64, 128), 4, 3, 2)
 
 
-def decode_vectors(rows: int) -> int:
-    """Columns of a decoder block, in units of 256.
+def sorts_ahead(rows: int) -> bool:
+    """Whether the CUDA decoder sorts lists in a launch of its own.
 
-    Few tokens want many narrow blocks; many want one sort for a wide slice.
+    Few tokens want one launch and eight warps a slice; with many, sorting again for
+    every slice costs more than the gather.
     """
-    return 1 if rows <= 128 else 3
+    return rows > 512
 
 
 def prefetches_decoder(rows: int) -> bool:
@@ -107,4 +107,4 @@ def prefetches_decoder(rows: int) -> bool:
 
     Few tokens leave the decoder short of requests; many keep memory busy by themselves.
     """
-    return rows <= 256
+    return rows <= 32

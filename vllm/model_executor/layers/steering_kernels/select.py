@@ -12,7 +12,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps
-from .compact import D_SAE, pdl_wait
+from .compact import COUNTER_STRIDE, D_SAE, pdl_wait
 
 K_FIELD = tl.constexpr(2)  # columns of meta: layers/steering_state.py, MetaField
 RELU_FIELD = tl.constexpr(3)
@@ -184,8 +184,8 @@ def select_kernel(
             own_scores = scores + tl.cast(i, tl.int64) * F
             own = entries + tl.cast(i, tl.int64) * capacity
             bound = lower_bound(own_scores, d_sae, k, BLOCK)
-            collect(own_scores, own, nnz + i, bound, d_sae, capacity, BLOCK)
-            listed = tl.load(nnz + i, volatile=True)
+            collect(own_scores, own, nnz + i * COUNTER_STRIDE, bound, d_sae, capacity, BLOCK)
+            listed = tl.load(nnz + i * COUNTER_STRIDE, volatile=True)
             tl.debug_barrier()
             threshold = tl.zeros([], tl.int64)
             if listed <= tl.minimum(capacity, 128):
@@ -197,7 +197,7 @@ def select_kernel(
                 listed = collect_selected(
                     own_scores, own, threshold, d_sae, relu, capacity, BLOCK
                 )
-            tl.store(nnz + i, listed)
+            tl.store(nnz + i * COUNTER_STRIDE, listed)
             tl.store(kth + i, threshold)
             row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             clamps = tl.load(row_ptr + 1)

@@ -11,7 +11,7 @@ import torch
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .plan import ENTRY_BYTES, MIB, ChunkPlan, plan_chunks
+from .plan import COUNTER_STRIDE, ENTRY_BYTES, MIB, ChunkPlan, plan_chunks
 
 LIMIT_BYTES = 256 * MIB
 
@@ -87,7 +87,7 @@ class SteeringWorkspace:
         i32 = torch.int32
         self.count = torch.zeros(1, dtype=i32, device=device)
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
-        self.nnz = torch.zeros(rows, dtype=i32, device=device)
+        self.nnz = torch.zeros(rows, COUNTER_STRIDE, dtype=i32, device=device)
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
         if self.nbytes > LIMIT_BYTES:
             raise ValueError(

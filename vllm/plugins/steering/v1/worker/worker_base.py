@@ -3,7 +3,9 @@
 
 A branch needs no edit here: its runners inherit the mixin in their own files. An
 overlay has to reach the runner classes before a worker makes its runner, in every
-worker process, and only when steering is configured.
+worker process, and only when steering is configured. The worker class gets
+`SteeringWorkerMixin` as it would a `worker_extension_cls`; a branch's `WorkerBase`
+inherits it.
 """
 
 from __future__ import annotations
@@ -24,9 +26,18 @@ def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
     def init_device(self: Any) -> Any:
         if get_steering_config(self.vllm_config.additional_config) is not None:
             install_runner_seams(self.vllm_config.use_v2_model_runner)
+            extend_worker(type(self.worker))
         return stock(self)
 
     return init_device
+
+
+def extend_worker(worker: type) -> None:
+    """Give the worker's class the method that changes modules."""
+    from vllm.v1.worker.steering_hot_modules import SteeringWorkerMixin
+
+    if not issubclass(worker, SteeringWorkerMixin):
+        worker.__bases__ = (*worker.__bases__, SteeringWorkerMixin)
 
 
 def install_runner_seams(use_v2_model_runner: bool) -> None:

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that are registered, replaced and removed on a running engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from steering_testing import models, oracle
+from steering_testing.engine import (
+    DELTA,
+    FULL,
+    VECTORS,
+    assert_same,
+    engine,
+    generate,
+    params,
+    runner,
+    sae_spec,
+    save_sae,
+)
+from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
+from steering_testing.requests import prompt, vector
+
+from vllm import LLM
+from vllm.entrypoints.steering import (
+    SteeringModuleError,
+    list_modules,
+    register_module,
+    replace_module,
+    unregister_module,
+)
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.worker.steering_hot_modules import HotModules
+
+pytestmark = pytest.mark.engine
+
+FAMILY, LAYER, HOOK = "llama", 1, "post_block"
+SITE = (LAYER, HOOK)
+BLOCK = 32
+SPECIAL = (models.BOS, models.EOS, models.PAD)
+CLAMPS = [Clamp(5, "absolute", 4.0), Clamp(9, "additive", 1.0, True)]
+IDS = prompt(7, 40)
+TOKENS = 8
+
+KINDS = {
+    "jumprelu": random_sae(96, models.HIDDEN, "jumprelu", 3),
+    "topk": random_sae(64, models.HIDDEN, "topk", 4),
+    "relu": random_sae(48, models.HIDDEN, "relu", 5),
+    "other": random_sae(96, models.HIDDEN, "jumprelu", 6),
+    "wide": random_sae(200, models.HIDDEN, "jumprelu", 8),
+}
+SPARE = [
+    {"layer": LAYER, "hook": "resid_post", "width": 128, "count": 2},
+    {"layer": LAYER, "hook": "resid_post", "vectors": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("saes")
+    found = {}
+    for name, sae in KINDS.items():
+        sae.skip_token_ids = SPECIAL
+        found[name] = save_sae(root / name, {SITE: sae})
+    save_file({f"layers.{LAYER}.{HOOK}": vector(1)}, root / "v.safetensors")
+    found["vector"] = str(root / "v.safetensors")
+    return found
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def llm(
+    request: pytest.FixtureRequest, model_root: Path, paths: dict[str, str]
+) -> Iterator[LLM]:
+    eager = request.param == "eager"
+    with engine(
+        FAMILY,
+        model_root,
+        {"first": paths["other"]},
+        {"spare": SPARE},
+        block_size=BLOCK,
+        enforce_eager=eager,
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def only_the_first_module_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "llm" in request.fixturenames:
+        llm = request.getfixturevalue("llm")
+        for name in list_modules(llm):
+            if name != "first":
+                unregister_module(llm, name)
+        generate(llm, [prompt(999, 3)], [params(1)])
+        runtime = runner(llm).steering
+        runtime.check_integrity()
+        assert all(m.rows_in_use == 0 for m in runtime.managers.values())
+
+
+def steered(module: str, tier: str = FULL) -> Any:
+    return params(TOKENS, **{tier: [sae_spec(module, {SITE: CLAMPS})]})
+
+
+def expected(sae: DenseSAE, tier: str = "full") -> oracle.Greedy:
+    edits = {SITE: [Edit(tier, sae, CLAMPS)]}
+    return oracle.greedy(models.build(FAMILY), IDS, edits, TOKENS)
+
+
+def check(llm: LLM, module: str, sae: DenseSAE) -> None:
+    (full, delta) = generate(
+        llm, [IDS, IDS], [steered(module), steered(module, DELTA)]
+    )
+    assert_same(full, expected(sae), "full")
+    assert_same(delta, expected(sae, "delta"), "delta")
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk", "relu"])
+def test_a_spare_slot_takes_any_activation(
+    llm: LLM, paths: dict[str, str], kind: str
+) -> None:
+    register_module(llm, "hot", paths[kind])
+    check(llm, "hot", KINDS[kind])
+    check(llm, "first", KINDS["other"])
+
+
+def test_buffers_stay_where_they_are(llm: LLM, paths: dict[str, str]) -> None:
+    sites = runner(llm).steering.modules.sites
+
+    def addresses() -> list[int]:
+        return [b.data_ptr() for site in sites.values() for b in site.buffers()]
+
+    before = addresses()
+    register_module(llm, "hot", paths["jumprelu"])
+    replace_module(llm, "hot", paths["topk"])
+    unregister_module(llm, "hot")
+    assert addresses() == before
+
+
+def test_a_replaced_module_serves_its_new_weights(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    check(llm, "hot", KINDS["jumprelu"])
+    replace_module(llm, "hot", paths["topk"])
+    check(llm, "hot", KINDS["topk"])
+
+
+def test_a_vector_takes_a_spare_row(llm: LLM, paths: dict[str, str]) -> None:
+    register_module(llm, "push", paths["vector"])
+    ask = params(TOKENS, **{VECTORS: [{"module_name": "push", "scale": 1.5}]})
+    (found,) = generate(llm, [IDS], [ask])
+    edits = {SITE: [Edit("additive", vector=vector(1).double(), scale=1.5)]}
+    assert_same(found, oracle.greedy(models.build(FAMILY), IDS, edits, TOKENS))
+
+
+def test_replacing_needs_no_cache_reset(llm: LLM, paths: dict[str, str]) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    ask = steered("hot")
+    generate(llm, [IDS], [ask])
+    (again,) = llm.generate([{"prompt_token_ids": IDS}], ask, use_tqdm=False)
+    assert again.num_cached_tokens == BLOCK
+    replace_module(llm, "hot", paths["other"])
+    (fresh,) = llm.generate([{"prompt_token_ids": IDS}], ask, use_tqdm=False)
+    assert fresh.num_cached_tokens == 0
+    replace_module(llm, "hot", paths["jumprelu"])
+    (back,) = llm.generate([{"prompt_token_ids": IDS}], ask, use_tqdm=False)
+    assert back.num_cached_tokens == BLOCK
+    check(llm, "hot", KINDS["jumprelu"])
+
+
+def test_slots_run_in_the_order_that_the_cache_key_states(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    both = params(
+        TOKENS,
+        **{DELTA: [sae_spec(name, {SITE: CLAMPS}) for name in ("a", "b")]},
+    )
+
+    def run(order: list[str]) -> tuple[Any, int]:
+        saes = {"a": "jumprelu", "b": "topk"}
+        for name in order:
+            register_module(llm, name, paths[saes[name]])
+        (cold,) = llm.generate([{"prompt_token_ids": IDS}], both, use_tqdm=False)
+        for name in order:
+            unregister_module(llm, name)
+        return cold.outputs[0].token_ids, cold.num_cached_tokens
+
+    first, _ = run(["a", "b"])
+    _, cached = run(["b", "a"])
+    assert cached == 0
+    again, cached = run(["a", "b"])
+    assert cached == BLOCK
+    assert again == first
+
+
+def test_a_removed_module_is_refused_by_name(llm: LLM, paths: dict[str, str]) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    unregister_module(llm, "hot")
+    with pytest.raises(VLLMValidationError, match="'hot'"):
+        generate(llm, [IDS], [steered("hot")])
+
+
+def test_a_name_is_not_taken_twice(llm: LLM, paths: dict[str, str]) -> None:
+    with pytest.raises(SteeringModuleError, match="replace=true") as caught:
+        register_module(llm, "first", paths["jumprelu"])
+    assert caught.value.status == 409
+
+
+def test_an_unknown_module_cannot_be_removed(llm: LLM) -> None:
+    with pytest.raises(SteeringModuleError, match="'first'") as caught:
+        unregister_module(llm, "nobody")
+    assert caught.value.status == 404
+
+
+def test_a_module_in_use_is_neither_removed_nor_replaced(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    ids = {"prompt_token_ids": IDS}
+    for name in ("r1", "r2"):
+        llm.llm_engine.add_request(name, ids, steered("hot"))
+    llm.llm_engine.step()
+    for change in (
+        lambda: unregister_module(llm, "hot"),
+        lambda: replace_module(llm, "hot", paths["topk"]),
+    ):
+        with pytest.raises(SteeringModuleError, match="2 request") as caught:
+            change()
+        assert (caught.value.status, caught.value.in_use) == (409, 2)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    unregister_module(llm, "hot")
+
+
+def test_draining_refuses_new_requests_and_waits_for_the_old(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    llm.llm_engine.add_request("r", {"prompt_token_ids": IDS}, steered("hot"))
+    ask = ("unregister", {"name": "hot", "drain": True})
+    (reply,) = llm.collective_rpc("steering_modules", args=ask)
+    assert (reply["status"], reply["in_use"]) == (202, 1)
+    with pytest.raises(VLLMValidationError, match="being removed"):
+        llm.llm_engine.add_request("s", {"prompt_token_ids": IDS}, steered("hot"))
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    (reply,) = llm.collective_rpc("steering_modules", args=ask)
+    assert reply["status"] == 200
+    assert list(list_modules(llm)) == ["first"]
+
+
+def test_a_drain_can_be_given_up(llm: LLM, paths: dict[str, str]) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    llm.llm_engine.add_request("r", {"prompt_token_ids": IDS}, steered("hot"))
+    for action, extra in (("unregister", {"drain": True}), ("release", {})):
+        llm.collective_rpc("steering_modules", args=(action, {"name": "hot", **extra}))
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    check(llm, "hot", KINDS["jumprelu"])
+
+
+def test_a_request_admitted_before_a_replacement_is_refused_alone(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    core = llm.llm_engine.engine_core.engine_core
+    processor = llm.llm_engine.input_processor
+    ids = {"type": "token", "prompt_token_ids": IDS}
+    late = processor.process_inputs("late", ids, steered("hot"), ("generate",))
+    request, wave = core.preprocess_add_request(late)
+    replace_module(llm, "hot", paths["other"])
+    with pytest.raises(VLLMValidationError, match="replaced"):
+        core.add_request(request, wave)
+    check(llm, "hot", KINDS["other"])
+
+
+class Broken(Exception):
+    """An injected failure."""
+
+
+@pytest.mark.parametrize("verb", ["stage", "copy", "bind"])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_failure_restores_what_was_there(
+    llm: LLM,
+    paths: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    replacing: bool,
+) -> None:
+    if replacing:
+        register_module(llm, "hot", paths["jumprelu"])
+    before = list_modules(llm)
+    buffers = [
+        (b, b.clone())
+        for site in runner(llm).steering.modules.sites.values()
+        for slot in site.saes
+        for b in slot.weights.buffers()
+    ]
+
+    import vllm.v1.worker.steering_hot_modules as hot
+
+    fill = hot._fill
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Broken("injected")
+
+    def fill_and_fail(*args: Any) -> None:
+        fill(*args)
+        raise Broken("injected")
+
+    if verb == "stage":
+        monkeypatch.setattr(hot, "load_site", fail)
+    elif verb == "copy":
+        monkeypatch.setattr(hot, "_fill", fill_and_fail)
+    else:
+        calls = iter([fail, HotModules._bind])
+        monkeypatch.setattr(
+            HotModules, "_bind", lambda *args: next(calls)(*args)
+        )
+    with pytest.raises(SteeringModuleError, match="injected; nothing was changed"):
+        replace_module(llm, "hot", paths["topk"])
+    monkeypatch.undo()
+    assert list_modules(llm) == before
+    for buffer, content in buffers:
+        assert torch.equal(buffer, content)
+    if replacing:
+        check(llm, "hot", KINDS["jumprelu"])
+    replace_module(llm, "hot", paths["topk"])
+    check(llm, "hot", KINDS["topk"])
+
+
+def test_a_module_with_a_nan_leaves_nothing_behind(
+    llm: LLM, paths: dict[str, str], tmp_path: Path
+) -> None:
+    bad = random_sae(96, models.HIDDEN, "jumprelu", 3)
+    bad.W_dec[3, 5] = float("nan")
+    with pytest.raises(SteeringModuleError, match="nothing was changed") as caught:
+        register_module(llm, "bad", save_sae(tmp_path / "bad", {SITE: bad}))
+    assert caught.value.status == 400
+    assert list(list_modules(llm)) == ["first"]
+
+
+def test_concurrent_calls_are_serialised(llm: LLM, paths: dict[str, str]) -> None:
+    results: list[str] = []
+
+    def register() -> None:
+        try:
+            register_module(llm, "hot", paths["jumprelu"])
+            results.append("ok")
+        except SteeringModuleError as error:
+            results.append(str(error.status))
+
+    threads = [threading.Thread(target=register) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["409"] * 5 + ["ok"]
+    check(llm, "hot", KINDS["jumprelu"])
+
+
+def test_skip_sets_come_and_go_without_running_out(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    for token in range(40):
+        register_module(llm, "hot", paths["jumprelu"], skip_token_ids=[token])
+        unregister_module(llm, "hot")
+
+
+def test_the_skip_set_of_a_hot_module_is_its_own(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"], skip_token_ids=[IDS[5], IDS[9]])
+    sae = random_sae(96, models.HIDDEN, "jumprelu", 3)
+    sae.skip_token_ids = (IDS[5], IDS[9])
+    check(llm, "hot", sae)
+    check(llm, "first", KINDS["other"])
+
+
+def test_a_full_compiled_engine_says_which_slot_it_needs(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    if llm.llm_engine.vllm_config.model_config.enforce_eager:
+        pytest.skip("an eager engine makes a slot")
+    with pytest.raises(SteeringModuleError, match='"width": 200') as caught:
+        register_module(llm, "wide", paths["wide"])
+    assert caught.value.status == 409
+
+
+def test_an_eager_engine_makes_the_slots_it_lacks(
+    model_root: Path, paths: dict[str, str], tmp_path: Path
+) -> None:
+    site = (0, "pre_attn")
+    path = save_sae(tmp_path / "new", {site: KINDS["wide"], SITE: KINDS["wide"]})
+    edits = {site: [Edit("full", KINDS["wide"])]}
+    with engine(FAMILY, model_root, {"first": paths["other"]}) as llm:
+        register_module(llm, "new", path)
+        ask = params(TOKENS, **{FULL: [sae_spec("new", {site: []})]})
+        (found,) = generate(llm, [IDS], [ask])
+        assert_same(found, oracle.greedy(models.build(FAMILY), IDS, edits, TOKENS))
+        check(llm, "first", KINDS["other"])
+        unregister_module(llm, "new")
+        register_module(llm, "new", path)
+        assert len(runner(llm).steering.config.slots) == 3
+
+
+def test_an_engine_can_start_with_spare_slots_only(
+    model_root: Path, paths: dict[str, str]
+) -> None:
+    with engine(FAMILY, model_root, {}, {"spare": SPARE}) as llm:
+        register_module(llm, "hot", paths["jumprelu"])
+        check(llm, "hot", KINDS["jumprelu"])
+
+
+def test_an_engine_without_steering_says_so(model_root: Path) -> None:
+    with (
+        engine(FAMILY, model_root, None) as llm,
+        pytest.raises(SteeringModuleError, match="started without steering"),
+    ):
+        register_module(llm, "hot", "nowhere")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks, tensor or pipeline parallel, say what one rank says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from steering_testing import models, oracle
+from steering_testing.engine import (
+    FULL,
+    assert_same,
+    engine,
+    generate,
+    params,
+    sae_spec,
+    save_sae,
+)
+from steering_testing.reference import Clamp, Edit, random_sae
+
+pytestmark = pytest.mark.engine
+
+# The first pipeline rank owns layers 0 and 1, the second layer 2.
+SITES = [(0, "post_block"), (2, "post_block")]
+CLAMPS = [Clamp(5, "absolute", 4.0)]
+
+
+@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_equal_hugging_face(
+    split: str,
+    model_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    sae = random_sae(96, models.HIDDEN, "jumprelu", 3)
+    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
+    modules = {"m": save_sae(tmp_path / "m", {site: sae for site in SITES})}
+    prompts = [[models.BOS, 9, 30, 51, 77], [models.BOS, 40, 41], [models.BOS, 8, 7]]
+    asked = [{site: CLAMPS} for site in SITES] + [{site: CLAMPS for site in SITES}]
+    sampling = [params(8, **{FULL: [sae_spec("m", clamps)]}) for clamps in asked]
+    options: dict[str, object] = {split: 2, "distributed_executor_backend": "mp"}
+    if split == "pipeline_parallel_size":
+        # vLLM's CPU runner makes the buffers between stages in its compile warm-up.
+        options["enforce_eager"] = False
+    with engine("llama", model_root, modules, **options) as llm:
+        found = generate(llm, [*prompts, prompts[0]], [*sampling, params(8)])
+    model = models.build("llama")
+    edits = [{site: [Edit("full", sae, CLAMPS)] for site in sites} for sites in asked]
+    for at, sites in enumerate([*edits, {}]):
+        ids = prompts[at % len(prompts)]
+        assert_same(found[at], oracle.greedy(model, ids, sites, 8), f"request {at}")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may change modules, and which files they may name."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vllm.config.sae_steering_parser import shown
+
+KEY_ENV = "VLLM_STEERING_API_KEY"
+# For servers whose own `--api-key` takes the Authorization header.
+OWN_HEADER = "x-steering-authorization"
+# Entries of a module's directory that are looked at for links that leave the roots.
+MAX_ENTRIES = 4096
+
+
+class RequestRefused(Exception):
+    """A request that is answered with `status` (4xx) and the bad field."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        field: str | None = None,
+        in_use: int | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.field = field
+        self.in_use = in_use
+
+
+def configured_key(args: Namespace) -> str | None:
+    """The key from `--steering-api-key` or the environment; None: not configured."""
+    key = getattr(args, "steering_api_key", None) or os.environ.get(KEY_ENV)
+    return key or None
+
+
+def check_key(headers: Mapping[str, str], key: str | None, *, mutation: bool) -> None:
+    """Raise unless the caller holds the key.
+
+    Without a configured key reading is open and changing is refused.
+    """
+    if key is None:
+        if mutation:
+            raise RequestRefused(
+                403,
+                "this server has no steering key, so its modules cannot change: start "
+                f"it with --steering-api-key or {KEY_ENV}",
+            )
+        return
+    given = headers.get(OWN_HEADER) or headers.get("authorization") or ""
+    scheme, _, token = given.partition(" ")
+    same = hmac.compare_digest(token.strip().encode(), key.encode())
+    if scheme.lower() != "bearer" or not same:
+        raise RequestRefused(
+            401, "expected the steering key as Authorization: Bearer KEY"
+        )
+
+
+def allowed_path(path: str, roots: Sequence[str]) -> str:
+    """The path to load, with symbolic links resolved.
+
+    Args:
+        path: from the request: an absolute path, or `hf:owner/repo...`.
+        roots: `additional_config.steering.module_roots`.
+
+    Raises:
+        RequestRefused: it, or a file that it holds, lies outside every root.
+    """
+    if not roots:
+        raise RequestRefused(
+            403,
+            "path: this server loads no modules over HTTP, it was started without "
+            "additional_config.steering.module_roots",
+            "path",
+        )
+    if ".." in path.replace("\\", "/").split("/"):
+        raise RequestRefused(400, f"path: found {shown(path)}, expected no ..", "path")
+    if path.startswith("hf:"):
+        return _allowed_repository(path, roots)
+    if not os.path.isabs(path):
+        raise RequestRefused(
+            400, f"path: found {shown(path)}, expected an absolute path", "path"
+        )
+    folders = [os.path.realpath(root) for root in roots if not root.startswith("hf:")]
+    real = os.path.realpath(path)
+    if not _inside(real, folders):
+        raise _outside(path)
+    if not os.path.exists(real):
+        raise RequestRefused(
+            404, f"path: {shown(path)}: no such file or directory", "path"
+        )
+    _check_entries(path, Path(real), folders)
+    return real
+
+
+def _allowed_repository(path: str, roots: Sequence[str]) -> str:
+    for root in roots:
+        inside = path.startswith(root if root.endswith(("/", ":")) else f"{root}/")
+        # A pinned revision of a whole repository that is a root.
+        pinned = path.partition("@")[0] == root
+        if root.startswith("hf:") and (inside or pinned):
+            return path
+    raise _outside(path)
+
+
+def _inside(real: str, folders: Sequence[str]) -> bool:
+    return any(
+        real == folder or real.startswith(folder.rstrip(os.sep) + os.sep)
+        for folder in folders
+    )
+
+
+def _check_entries(path: str, real: Path, folders: Sequence[str]) -> None:
+    """Refuse a directory with a link that leaves the roots, or with too many files."""
+    if not real.is_dir():
+        return
+    seen = 0
+    for folder, names, files in os.walk(real):
+        for name in (*names, *files):
+            seen += 1
+            if seen > MAX_ENTRIES:
+                raise RequestRefused(
+                    400,
+                    f"path: {shown(path)} holds more than {MAX_ENTRIES} files, "
+                    "expected the directory of one module",
+                    "path",
+                )
+            if not _inside(os.path.realpath(os.path.join(folder, name)), folders):
+                raise _outside(path)
+
+
+def _outside(path: str) -> RequestRefused:
+    return RequestRefused(
+        403,
+        f"path: {shown(path)} is outside additional_config.steering.module_roots, "
+        "expected a path under one of them",
+        "path",
+    )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/v1/steering/modules`: list, register, replace and remove modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
+from vllm.entrypoints.serve.steering.protocol import (
+    MAX_BODY_BYTES,
+    check_field,
+    parse_flag,
+    parse_register,
+)
+from vllm.entrypoints.serve.steering.service import SteeringModulesService
+
+router = APIRouter(tags=["steering"])
+PATH = "/v1/steering/modules"
+
+
+@router.get(PATH)
+async def list_steering_modules(request: Request) -> JSONResponse:
+    """Every module with its sites, memory and requests; free slots; rows in use."""
+    try:
+        return JSONResponse(await _service(request, mutation=False).list())
+    except RequestRefused as error:
+        return _refused(error)
+
+
+@router.post(PATH)
+async def register_steering_module(request: Request) -> JSONResponse:
+    """Load a module, or replace one.
+
+    Body: `name`, `path`, and optionally `feature_units`, `skip_token_ids`,
+    `norm_guard`, `sites`, `replace`, `drain`. Answers 201 with the module.
+    """
+    try:
+        service = _service(request, mutation=True)
+        asked = parse_register(await _body(request))
+        module = await service.register(asked, request.is_disconnected)
+    except RequestRefused as error:
+        return _refused(error)
+    return JSONResponse({"module": module}, status_code=201)
+
+
+@router.delete(PATH + "/{name}")
+async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
+    """Remove a module; `?drain=true` waits for the requests that name it."""
+    try:
+        service = _service(request, mutation=True)
+        check_field("name", name)
+        drain = parse_flag("drain", request.query_params.get("drain"))
+        await service.unregister(name, drain, request.is_disconnected)
+    except RequestRefused as error:
+        return _refused(error)
+    return JSONResponse({"name": name, "deleted": True})
+
+
+def _service(request: Request, *, mutation: bool) -> SteeringModulesService:
+    state = request.app.state
+    check_key(request.headers, state.steering_api_key, mutation=mutation)
+    return state.steering_modules
+
+
+async def _body(request: Request) -> bytes:
+    """The request's body, read no further than its limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestRefused(
+                413, f"body: expected at most {MAX_BODY_BYTES} bytes, found more"
+            )
+    return bytes(body)
+
+
+def _refused(error: RequestRefused) -> JSONResponse:
+    """OpenAI's form of an error."""
+    content: dict[str, Any] = {
+        "message": error.message,
+        "type": "SteeringModuleError",
+        "param": error.field,
+        "code": error.status,
+    }
+    if error.in_use is not None:
+        content["in_use"] = error.in_use
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse({"error": content}, error.status, headers)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the routes ask of the engine, over `EngineClient.collective_rpc`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
+from vllm.entrypoints.serve.steering.protocol import RegisterRequest
+
+METHOD = "steering_modules"
+DRAIN_POLL_S = 0.1
+DRAIN_LIMIT_S = 600.0
+
+IsGone = Callable[[], Awaitable[bool]]
+
+
+class Engine(Protocol):
+    """The part of `EngineClient` that is used."""
+
+    vllm_config: Any
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> Any: ...
+
+
+class SteeringModulesService:
+    """Lists, registers and removes the modules of the server's engine."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @property
+    def steering(self) -> dict[str, Any] | None:
+        """`additional_config.steering` of the engine; None: started without."""
+        additional = self.engine.vllm_config.additional_config
+        return additional.get("steering") if isinstance(additional, dict) else None
+
+    async def call(self, action: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """One action of the engine's registry.
+
+        Raises:
+            RequestRefused: with the registry's own status and message.
+        """
+        if self.steering is None:
+            raise RequestRefused(409, "this server was started without steering")
+        (reply,) = await self.engine.collective_rpc(METHOD, args=(action, payload))
+        if reply["status"] >= 400:
+            raise RequestRefused(
+                reply["status"],
+                reply["error"],
+                reply.get("field"),
+                reply.get("in_use"),
+            )
+        return reply
+
+    async def list(self) -> dict[str, Any]:
+        """Modules with memory and requests, free slots, rows and tokens."""
+        listed = await self.call("list", {})
+        stats = await self.call("stats", {})
+        shown = ("rows_in_use", "steered_tokens", "bytes")
+        return {
+            "modules": listed["modules"],
+            "free_slots": listed["free_slots"],
+            **{key: stats[key] for key in shown},
+        }
+
+    async def register(
+        self, request: RegisterRequest, is_gone: IsGone
+    ) -> dict[str, Any]:
+        """Load a module; the module as the engine has it."""
+        roots = (self.steering or {}).get("module_roots", ())
+        # Links are resolved off the event loop: a root may be a slow network folder.
+        path = await asyncio.to_thread(allowed_path, request.path, roots)
+        described = {**request.options, "name": request.name, "path": path}
+        inspected = await self.call("inspect", described)
+        payload = {
+            "module": inspected["module"],
+            "replace": request.replace,
+            "drain": request.drain,
+        }
+        reply = await self._drained("register", request.name, payload, is_gone)
+        return reply["module"]
+
+    async def unregister(self, name: str, drain: bool, is_gone: IsGone) -> None:
+        """Remove a module."""
+        payload = {"name": name, "drain": drain}
+        await self._drained("unregister", name, payload, is_gone)
+
+    async def _drained(
+        self, action: str, name: str, payload: dict[str, Any], is_gone: IsGone
+    ) -> dict[str, Any]:
+        """Repeat an action until no request is in its way (status 202).
+
+        A caller that goes away, or waits too long, ends the drain: the module takes
+        requests again.
+        """
+        deadline = time.monotonic() + DRAIN_LIMIT_S
+        draining = False
+        try:
+            while True:
+                reply = await self.call(action, payload)
+                if reply["status"] == 200:
+                    draining = False
+                    return reply
+                draining = True
+                if time.monotonic() > deadline:
+                    raise RequestRefused(
+                        409,
+                        f"module {name!r} is still in use by {reply['in_use']} "
+                        f"request(s) after {DRAIN_LIMIT_S:g} s",
+                        "name",
+                        reply["in_use"],
+                    )
+                if await is_gone():
+                    raise RequestRefused(408, "the caller went away", "drain")
+                await asyncio.sleep(DRAIN_POLL_S)
+        finally:
+            if draining:
+                await asyncio.shield(self.call("release", {"name": name}))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well an SAE fits a stream, and what about that is suspicious."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm.model_executor.layers.steering_reference import (
+    FEATURE_SLICE,
+    encode,
+    within_norm,
+)
+from vllm.model_executor.layers.steering_state import SAEWeights
+
+TOKEN_SLICE = 128
+
+# Above this, an SAE explains next to nothing, whatever it declares.
+HOPELESS_FVU = 0.9
+# FVU depends on the text: a declared one is exceeded past factor and margin.
+FVU_FACTOR, FVU_MARGIN = 1.5, 0.05
+L0_FACTOR = 2.0
+# Another layer is the right one when it has less than this share of the FVU.
+NEARBY_SHARE = 0.5
+# Below this, an SAE fits well enough wherever it stands.
+GOOD_FVU = 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Over `tokens` tokens: fraction of variance unexplained, and mean L0.
+
+    FVU is `sum ||x - x'||^2 / sum ||x - mean(x)||^2`; L0 counts the non-zero feature
+    activations of a token.
+    """
+
+    tokens: int
+    fvu: float
+    l0: float
+
+
+def measure(weights: SAEWeights, x: torch.Tensor) -> Fit:
+    """Reconstruct a stream and say how well.
+
+    Args:
+        weights: a canonical SAE, on the device of `x`.
+        x: `[T, D]`, in the model's dtype. Tokens past the SAE's norm limit, which
+            the tiers leave untouched, do not count.
+
+    Raises:
+        ValueError: no token counts, or all of them are the same.
+    """
+    x = x.to(torch.float32)
+    x = x[within_norm(weights, x)]
+    if not x.shape[0]:
+        raise ValueError("norm_guard: every token's norm is past it")
+    error = active = 0.0
+    for part in x.split(TOKEN_SLICE):
+        acts = encode(weights, part)
+        active += float(acts.count_nonzero())
+        error += float((part - decode(weights, acts)).double().square().sum())
+    variance = float((x - x.mean(0)).double().square().sum())
+    if variance == 0:
+        raise ValueError("text: expected tokens that differ, found one stream only")
+    return Fit(x.shape[0], error / variance, active / x.shape[0])
+
+
+def decode(weights: SAEWeights, acts: torch.Tensor) -> torch.Tensor:
+    """`b_dec + sum_i f_i W_dec[i]`, `[n, D]` of `acts [n, F]`."""
+    out = weights.b_dec.to(acts.dtype).expand(acts.shape[0], -1).clone()
+    for start in range(0, weights.d_sae_capacity, FEATURE_SLICE):
+        part = slice(start, start + FEATURE_SLICE)
+        out += acts[:, part] @ weights.W_dec[part].to(acts.dtype)
+    return out
+
+
+def judge(
+    site: str,
+    fit: Fit,
+    declared: Mapping[str, float],
+    nearby: Mapping[str, float],
+) -> list[str]:
+    """Warnings about a site, one line each; empty when nothing disagrees.
+
+    Args:
+        declared: of `fvu` and `l0`, what the files claim.
+        nearby: FVU of the same SAE at other sites, by name.
+    """
+    found = []
+    if fit.fvu > HOPELESS_FVU:
+        found.append(
+            f"{site}: FVU {fit.fvu:.3f}: the SAE explains next to nothing here; is it "
+            "of this model, layer and hook?"
+        )
+    elif "fvu" in declared and fit.fvu > FVU_FACTOR * declared["fvu"] + FVU_MARGIN:
+        found.append(f"{site}: FVU {fit.fvu:.3f}, declared {declared['fvu']:g}")
+    if "l0" in declared and not (
+        declared["l0"] / L0_FACTOR <= fit.l0 <= declared["l0"] * L0_FACTOR
+    ):
+        found.append(f"{site}: L0 {fit.l0:.1f}, declared {declared['l0']:g}")
+    if nearby and fit.fvu > GOOD_FVU:
+        best = min(nearby, key=lambda name: nearby[name])
+        if nearby[best] < NEARBY_SHARE * fit.fvu:
+            found.append(
+                f"{site}: the SAE fits {best} better, FVU {nearby[best]:.3f} there "
+                f"and {fit.fvu:.3f} here; is the site right?"
+            )
+    return found

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change the modules of an engine in this process: notebooks and scripts.
+
+    from vllm.entrypoints.steering import register_module
+    register_module(llm, "gg", "path/to/sae")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config.steering import ModuleInfo
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+class SteeringModuleError(ValueError):
+    """The engine refused the change; nothing was changed.
+
+    `status` is the HTTP status that the server's routes answer, `field` what was
+    wrong, and `in_use` the number of requests that are in the way.
+    """
+
+    def __init__(self, reply: dict[str, Any]):
+        super().__init__(reply["error"])
+        self.status: int = reply["status"]
+        self.field: str | None = reply.get("field")
+        self.in_use: int | None = reply.get("in_use")
+
+
+def register_module(
+    llm: LLM,
+    name: str,
+    path: str,
+    *,
+    replace: bool = False,
+    **options: Any,
+) -> ModuleInfo:
+    """Load a module into a running engine, all or nothing on every rank.
+
+    Args:
+        llm: an engine that was started with steering.
+        name: what requests call it.
+        path: local path or `hf:owner/repo[/sub/path][@revision]`.
+        replace: take the place of a module of that name.
+        options: as in `additional_config.steering.modules`: `feature_units`,
+            `skip_token_ids`, `norm_guard`, `sites`.
+
+    Raises:
+        SteeringModuleError: bad module, no free slot that fits, or a name in use.
+    """
+    inspected = _call(llm, "inspect", {"name": name, "path": path, **options})
+    payload = {"module": inspected["module"], "replace": replace}
+    return ModuleInfo.from_json(_call(llm, "register", payload)["module"])
+
+
+def replace_module(llm: LLM, name: str, path: str, **options: Any) -> ModuleInfo:
+    """`register_module` in the place of a module of the same name, if there is one."""
+    return register_module(llm, name, path, replace=True, **options)
+
+
+def unregister_module(llm: LLM, name: str) -> None:
+    """Remove a module; its slots are free.
+
+    Raises:
+        SteeringModuleError: no such module, or requests name it.
+    """
+    _call(llm, "unregister", {"name": name})
+
+
+def list_modules(llm: LLM) -> dict[str, ModuleInfo]:
+    """The engine's modules, in registration order."""
+    found = map(ModuleInfo.from_json, map(_info, _call(llm, "list", {})["modules"]))
+    return {module.name: module for module in found}
+
+
+def _info(listed: dict[str, Any]) -> dict[str, Any]:
+    extra = ("weight_bytes", "requests", "draining")
+    return {key: value for key, value in listed.items() if key not in extra}
+
+
+def _call(llm: LLM, action: str, payload: dict[str, Any]) -> dict[str, Any]:
+    (reply,) = llm.collective_rpc("steering_modules", args=(action, payload))
+    if reply["status"] != 200:
+        raise SteeringModuleError(reply)
+    return reply

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that come and go on a running worker, in two phases.
+
+`stage` loads and checks everything on the host and changes nothing; `commit` copies it
+into the slots and keeps what was there; then `finish` forgets that, or `rollback`
+brings it back. The engine runs each on every rank before the next, between two steps,
+and only for modules that no request uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm.config.steering import ModuleInfo, SteeringConfig, Tier
+from vllm.config.steering_slots import skip_set
+from vllm.logger import init_logger
+from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.v1.worker.steering_modules import (
+    Place,
+    SAEPlace,
+    SiteModules,
+    VectorPlace,
+    unit_scale,
+)
+from vllm.v1.worker.steering_runtime import SteeringRuntime
+
+logger = init_logger(__name__)
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class StagedModule:
+    """A change from `old` to `new` (either may be None), on this rank.
+
+    Attributes:
+        before, after: the engine's configuration around it.
+        weights: what each of `new`'s slots gets: an SAE, or a vector.
+        scales: `BoundTable.unit_scale` of each of them.
+        added: slots that are new with this change, not attached before `commit`.
+        kept: what slots of both `old` and `new` held, once committed.
+        old_scales: the scales that `old`'s slots had.
+    """
+
+    before: SteeringConfig
+    after: SteeringConfig
+    old: ModuleInfo | None
+    new: ModuleInfo | None
+    weights: dict[int, SAEWeights | torch.Tensor] = field(default_factory=dict)
+    scales: dict[int, np.ndarray | None] = field(default_factory=dict)
+    added: dict[int, Place] = field(default_factory=dict)
+    kept: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    old_scales: dict[int, np.ndarray | None] = field(default_factory=dict)
+    committed: bool = False
+
+
+class HotModules:
+    """One worker's side of registering, replacing and removing a module.
+
+    Args:
+        runtime: the worker's steering.
+        forward_context: where ops find a site by its name.
+    """
+
+    def __init__(self, runtime: SteeringRuntime, forward_context: dict[str, Any]):
+        self.runtime = runtime
+        self.forward_context = forward_context
+        self.staged: StagedModule | None = None
+
+    @property
+    def modules(self) -> SiteModules:
+        return self.runtime.modules
+
+    def stage(self, config: SteeringConfig, name: str) -> None:
+        """Load what changes for the module `name`, on the host; attach nothing.
+
+        Raises:
+            ValueError: the module's files are not as they were inspected, or bad.
+        """
+        self.staged = None
+        before = self.runtime.config
+        old, new = before.modules.get(name), config.modules.get(name)
+        change = StagedModule(before, config, old, new)
+        known = len(before.slots)
+        ids = range(known, len(config.slots))
+        change.added = self.modules.make_places({at: config.slots[at] for at in ids})
+        if change.new is not None:
+            for site, at in self.modules.own_sites(change.new):
+                place = change.added.get(at) or self.modules.places[at]
+                if isinstance(place, VectorPlace):
+                    change.weights[at] = load_vectors(change.new, site)
+                    continue
+                staged = SAEWeights(site.d_sae, site.d_model, self.modules.dtype, CPU)
+                load_site(change.new, site, staged)
+                change.weights[at] = staged
+                change.scales[at] = unit_scale(change.new, staged)
+        self.staged = change
+
+    def commit(self) -> None:
+        """Put the staged module in place."""
+        change, modules = self._change(), self.modules
+        self._synchronize()
+        change.committed = True
+        if change.old is not None:
+            self._keep(change, change.old)
+            modules.unbind(change.old)
+        if change.added:
+            for site in modules.attach(change.added):
+                self.forward_context[site.name] = site
+        for at, content in change.weights.items():
+            _fill(modules.places[at], content)
+        self.runtime.config = change.after
+        if change.new is not None:
+            self._bind(change.new, change.scales)
+        self._synchronize()
+
+    def finish(self) -> None:
+        """The change stands on every rank: silence the slots that it freed."""
+        change, self.staged = self._change(), None
+        if change.old is not None:
+            left = self._ids(change.old) - set(change.weights)
+            self.modules.clear_slots(left)
+        name = (change.new or change.old).name  # type: ignore[union-attr]
+        logger.info("Steering module %s: the change is in place", name)
+
+    def rollback(self) -> None:
+        """Undo `commit`, however far it came, or drop what was staged."""
+        change, self.staged = self.staged, None
+        if change is None or not change.committed:
+            return
+        modules = self.modules
+        self._synchronize()
+        if change.new is not None:
+            modules.unbind(change.new)
+        modules.clear_slots(set(change.weights) - set(change.kept))
+        modules.detach(set(change.added))
+        for at, content in change.kept.items():
+            _restore(modules.places[at], content)
+        self.runtime.config = change.before
+        if change.old is not None:
+            self._bind(change.old, change.old_scales)
+        self._synchronize()
+
+    def stats(self) -> dict[str, Any]:
+        """Rows in use per tier, steered tokens per tier and phase, and bytes held."""
+        counts = self.runtime.steered_tokens
+        return {
+            "rows_in_use": {
+                tier.name.lower(): manager.rows_in_use
+                for tier, manager in self.runtime.managers.items()
+            },
+            "steered_tokens": {
+                tier.name.lower(): {
+                    "prefill": int(counts[tier, 0]),
+                    "decode": int(counts[tier, 1]),
+                }
+                for tier in Tier
+            },
+            "bytes": self.modules.nbytes,
+            "modules": list(self.runtime.config.modules),
+        }
+
+    def _change(self) -> StagedModule:
+        if self.staged is None:
+            raise RuntimeError("steering: no change of modules is staged")
+        return self.staged
+
+    def _ids(self, module: ModuleInfo) -> set[int]:
+        return {at for _, at in self.modules.own_sites(module)}
+
+    def _keep(self, change: StagedModule, old: ModuleInfo) -> None:
+        """Copy to the host what the change will overwrite."""
+        for at in self._ids(old):
+            place = self.modules.places[at]
+            if isinstance(place, SAEPlace):
+                change.old_scales[at] = place.tables[Tier.FULL].unit_scale
+            if at in change.weights:
+                change.kept[at] = _content(place)
+
+    def _bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
+        modules = self.modules
+        used = {skip_set(m) for m in self.runtime.config.modules.values()}
+        modules.skip_sets.keep_only(used)
+        modules.set_meta(module)
+        modules.write_skip_bits()
+        modules.bind(module, scales)
+
+    def _synchronize(self) -> None:
+        """Wait for the step in flight, and for copies to have succeeded."""
+        if self.modules.device.type != "cpu":
+            torch.accelerator.synchronize(self.modules.device)
+
+
+def _content(place: Place) -> dict[str, torch.Tensor]:
+    """A host copy of what a slot holds."""
+    if isinstance(place, VectorPlace):
+        return {"direction": place.slot.directions[place.row].cpu().clone()}
+    return {
+        name: buffer.cpu().clone()
+        for name, buffer in place.slot.weights.named_buffers(recurse=False)
+    }
+
+
+def _restore(place: Place, content: dict[str, torch.Tensor]) -> None:
+    """Undo `_fill`, from what `_content` returned."""
+    if isinstance(place, VectorPlace):
+        place.slot.directions[place.row].copy_(content["direction"])
+        return
+    for name, buffer in place.slot.weights.named_buffers(recurse=False):
+        buffer.copy_(content[name])
+
+
+def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
+    """Copy a staged SAE or vector into a slot, in place."""
+    if isinstance(place, VectorPlace):
+        assert isinstance(content, torch.Tensor)
+        place.slot.directions[place.row].copy_(content)
+        return
+    assert isinstance(content, SAEWeights)
+    place.slot.weights.copy_from(content)
+
+
+class SteeringWorkerMixin:
+    """Gives a worker the method that the engine calls on every rank."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def change_steering_modules(
+        self, verb: str, config: dict[str, Any] | None = None, name: str = ""
+    ) -> dict[str, Any]:
+        """Run one verb of `HotModules`; never raises.
+
+        Args:
+            verb: stage, commit, finish, rollback or stats.
+            config: for stage, `SteeringConfig.to_json` after the change.
+            name: for stage, the module that changes.
+
+        Returns:
+            `ok`; `error`, one line, when not; `stats` for stats.
+        """
+        try:
+            hot = self._hot_modules()
+            if verb == "stage":
+                hot.stage(SteeringConfig.from_json(config or {}), name)
+            elif verb == "stats":
+                return {"ok": True, "stats": hot.stats()}
+            else:
+                {"commit": hot.commit, "finish": hot.finish, "rollback": hot.rollback}[
+                    verb
+                ]()
+        except ValueError as error:
+            return {"ok": False, "refused": True, "error": str(error)}
+        except Exception as error:
+            # A worker that raises would end the engine.
+            logger.exception("Steering: %s of %s failed", verb, name or "a module")
+            text = " ".join(str(error).split())
+            return {"ok": False, "refused": False, "error": text}
+        return {"ok": True}
+
+    def _hot_modules(self) -> HotModules:
+        runtime: SteeringRuntime | None = self.model_runner.steering
+        if runtime is None:
+            raise ValueError("this engine was started without steering")
+        if runtime.hot is None:
+            context = self.vllm_config.compilation_config.static_forward_context
+            runtime.hot = HotModules(runtime, context)
+        return runtime.hot
