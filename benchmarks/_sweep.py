@@ -1,4 +1,6 @@
 import sys, os, torch
+from vllm.model_executor.layers.steering_kernels import stages_cuda as C
+from vllm.model_executor.layers.steering_kernels.run import Run
 sys.path.insert(0, "benchmarks")
 from bench_kernels import *
 assert kernel.extension_is_built()
@@ -16,16 +18,16 @@ def stages(slot, tokens):
     ws = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
     s = Stream(tokens, D); h, r = s.now[0], s.now[1]
     bf = ws.buffers(slot, tokens, False)
-    run = kernel._Run(slot, step, ws, bf, h, r, Tier.FULL, False, -1)
+    run = Run(slot, step, ws, bf, h, r, Tier.FULL, False, -1)
     t = {}
-    kernel._compact_cuda(run, 0)
-    t["compact"] = b.timer(lambda: kernel._compact_cuda(run, 0), s.restore, 10)
-    t["encode"] = b.timer(lambda: kernel._encode_cuda(run, 0), ws.nnz.zero_, b.floor(w.W_enc.shape[0], D, tokens))
+    C.compact(run, 0)
+    t["compact"] = b.timer(lambda: C.compact(run, 0), s.restore, 10)
+    t["encode"] = b.timer(lambda: C.encode(run, 0), ws.nnz.zero_, b.floor(w.W_enc.shape[0], D, tokens))
     trace(f"encode {tokens}")
-    ws.nnz.zero_(); kernel._encode_cuda(run, 0)
-    t["decode"] = b.timer(lambda: kernel._decode_cuda(run, 0), s.restore, 20)
+    ws.nnz.zero_(); C.encode(run, 0)
+    t["decode"] = b.timer(lambda: C.decode(run, 0), s.restore, 20)
     print(tuple(w.W_enc.shape), tokens, {k: round(v, 1) for k, v in t.items()}, "floor", round(b.floor(w.W_enc.shape[0], D, tokens), 1), flush=True)
-for shape, toks in (((16384, 2304), (1, 64, 256, 1024, 2048)), ((65536, 3584), (256, 2048))):
+for shape, toks in (((16384, 2304), (1, 64, 256, 512, 2048)), ((65536, 3584), (256,))):
     if quick and shape[0] > 20000: continue
     slot = make_slot(*shape, Activation.JUMPRELU)
     for tokens in toks:

@@ -28,7 +28,7 @@ from typing import Any
 BATCHES = (1, 64, 256)
 LAYERS, HIDDEN, FEATURES, L0 = 26, 2304, 16384, 100
 SITE_LAYERS = {"one": (20,), "four": (5, 10, 15, 20)}
-PROMPT, WINDOW, WINDOWS = 32, 60, 5
+PROMPT, WINDOW, WINDOWS = 32, 50, 5
 PREFILL = (8, 1024)
 
 CONFIG = {
@@ -325,13 +325,19 @@ def main() -> None:
         print(f"stage {stage}: exit {code}, {time.perf_counter() - start:.0f} s")
         if code == 0:
             rows += json.loads((root / f"{stage}.json").read_text())
-    add_ratios(rows)
+            add_ratios(rows)
+            write(args.out, rows)
     for row in rows:
         print(row)
-    if args.out:
-        found = json.loads(args.out.read_text()) if args.out.exists() else {}
-        found |= {"engine": rows, "engine_environment": environment()}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def write(out: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Merge what there is into the results file, after every stage."""
+    if out is None:
+        return
+    found = json.loads(out.read_text()) if out.exists() else {}
+    found |= {"engine": rows, "engine_environment": environment()}
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

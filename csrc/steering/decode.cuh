@@ -4,10 +4,9 @@
 //   full:  x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
 //   delta: x' = x + sum_c (g_c - f_c) W_dec[c]
 //
-// A block owns one token and a slice of D; its eight warps take the sorted entries in
-// turn and their partial sums are added in a fixed order, so a token's bits depend
-// neither on the run nor on its batch. Slices are the slow index of the walk: the part
-// of W_dec being gathered at any moment is narrow enough to stay in L2.
+// A block owns one token and some slices of D; its eight warps take the sorted entries
+// in turn and their partial sums are added in a fixed order, so a token's bits depend
+// neither on the run nor on its batch.
 #pragma once
 
 #include "common.cuh"
@@ -102,9 +101,8 @@ __device__ float find_feature(const int2* list, int n, int feature) {
 }
 
 // Appends the clamps' corrections behind the entries; returns the new length.
-__device__ int append_clamps(const DecodeArgs& a, const int* row, int64_t i, int2* list,
-                             int n) {
-  const int clamps = row[1];
+__device__ int append_clamps(const DecodeArgs& a, const int* row, int clamps, int64_t i,
+                             int2* list, int n) {
   if (clamps == 0) return n;
   for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
     const int feature = row[2 + c];
@@ -218,26 +216,34 @@ __global__ void __launch_bounds__(kDecodeThreads, 4)
   wait_for_previous();
   const int n = min(*a.count - a.base, a.rows);
   const int slices = (a.d_model + kColumns - 1) / kColumns;
-  for (int work = blockIdx.x; work < n * slices; work += gridDim.x) {
+  // Blocks share a token's slices in groups, as many as keep all blocks busy: the list
+  // is sorted once a group, not once a slice.
+  const int groups = max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
+  for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
     const int64_t i = work % n;
     const int token = a.tokens[i];
     const int listed = a.delta ? 0 : a.nnz[i * kCounterStride];
     if (token < 0 || listed > a.capacity) continue;  // the overflow path has those
     if (a.long_only && listed <= kSortMax) continue;
-    const int first = work / n * kColumns, column = first + (threadIdx.x & 31) * 8;
     const int* row = a.table + a.index[token] * a.table_stride;
+    const int clamps = row[1];  // asked for now: three dependent loads away
     const int64_t* own = a.entries + i * a.capacity;
-    float acc[8] = {};
-    if (listed <= kSortMax) {
-      int total = sort_entries(own, listed, list, reinterpret_cast<int*>(scratch));
-      total = append_clamps(a, row, i, list, total);
-      gather_list(acc, list, total, w_dec, column, a.d_model);
-    } else {
-      gather_windows(acc, a, own, listed, row, i, scratch, w_dec, column);
-    }
     T* r = residual == nullptr ? nullptr : residual + token * a.residual_stride;
-    finish_slice(acc, a, scratch, x + i * a.d_model,
-                       hidden + token * a.hidden_stride, r, first);
+    int total = 0;
+    if (listed <= kSortMax) {
+      total = sort_entries(own, listed, list, reinterpret_cast<int*>(scratch));
+      total = append_clamps(a, row, clamps, i, list, total);
+    }
+    for (int slice = work / n; slice < slices; slice += groups) {
+      const int first = slice * kColumns, column = first + (threadIdx.x & 31) * 8;
+      float acc[8] = {};
+      if (listed <= kSortMax)
+        gather_list(acc, list, total, w_dec, column, a.d_model);
+      else
+        gather_windows(acc, a, own, listed, row, i, scratch, w_dec, column);
+      finish_slice(acc, a, scratch, x + i * a.d_model, hidden + token * a.hidden_stride,
+                   r, first);
+    }
   }
 }
 

@@ -253,10 +253,14 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31;
   const int row = group * 64 + (threadIdx.x % 128) / 32 * 16 + lane / 4;
   uint2* own_hits = hits + (threadIdx.x / 32 - 4) * kHitsPerWarp;
+  const int tiles = walk.n_f * walk.n_t;
+  // A block without a tile runs the epilogue on nothing: its instructions are then in
+  // L2 when all other blocks reach theirs at once.
+  const bool idle = static_cast<int>(blockIdx.x) >= tiles;
   int it = 0;
-  for (int tile = blockIdx.x; tile < walk.n_f * walk.n_t; tile += gridDim.x) {
-    int f_tile, t_tile;
-    walk.at(tile, f_tile, t_tile);
+  for (int tile = blockIdx.x; idle || tile < tiles; tile += gridDim.x) {
+    int f_tile = walk.n_f, t_tile = 0;  // past the last feature: nothing fires
+    if (!idle) walk.at(tile, f_tile, t_tile);
     const int f0 = f_tile * kTileF, f = f0 + row;
     const float inf = __int_as_float(0x7F800000);
     float2 bias = make_float2(-inf, -inf), cut = make_float2(inf, inf);
@@ -271,7 +275,8 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
-    for (int k = 0; k < k_tiles; ++k, ++it) {
+    const int steps = idle ? 0 : k_tiles;
+    for (int k = 0; k < steps; ++k, ++it) {
       const int s = it % S::kStages;
       barrier_wait(full + 8 * s, it / S::kStages & 1);
       const uint64_t w = tile_descriptor(operands + s * kStageW + group * 64 * 128);
@@ -289,13 +294,14 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((it - 1) % S::kStages));
+    if (!idle && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((it - 1) % S::kStages));
     // Not sooner: blocks of the decoder would crowd on the few idle multiprocessors.
     launch_dependents();
     if (a.scores != nullptr)
       store_scores<N>(a, acc, bias, f, t_tile * N, n);
     else
       emit_hits<N>(a, acc, bias, cut, own_hits, row, f0, t_tile * N, n);
+    if (idle) return;
   }
 }
 
@@ -326,7 +332,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   // requested while the kernel before is still gathering x.
   const int k_tiles = (a.d_model + kTileK - 1) / kTileK;
   int early = a.rows <= 64 ? Shape<64>::kStages : Shape<256>::kStages;
-  early = a.rows <= 256 ? min(early, k_tiles) : 0;
+  early = a.rows <= 256 && static_cast<int>(blockIdx.x) < n_f ? min(early, k_tiles) : 0;
   if (producer) {
     for (int s = 0; s < early; ++s) {
       barrier_announce(full + 8 * s, kStageW);

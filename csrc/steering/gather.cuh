@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decoder for many tokens: lists are sorted once, then a warp owns one token and
-// 256 columns of D and needs no shared memory. Its eight accumulators are the eight
+// 256 columns of D and needs no shared memory. Slices are the slow index of the walk:
+// the part of W_dec being gathered at any moment is narrow enough to stay in L2. Its eight accumulators are the eight
 // warps of decode.cuh and are added in the same order: the same bits for any batch.
 #pragma once
 

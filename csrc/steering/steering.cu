@@ -175,7 +175,7 @@ void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count
   for (int i = 0; i < kWidths; ++i) maps.x[i] = tensor_map(x, widths[i]);
   const int n_f = (a.num_features + kTileF - 1) / kTileF;
   const int64_t tiles = static_cast<int64_t>(n_f) * ((a.rows + 255) / 256);
-  const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(x));
+  const int64_t blocks = std::min<int64_t>(tiles + 1, multiprocessors(x));
   for_type(x, [&](auto type) {
     using T = decltype(type);
     launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads, kEncodeSmem,
@@ -226,7 +226,7 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries, const Tensor&
     if (std::min(a.capacity, a.num_features) <= kSortMax) return;
     a.long_only = true;
   }
-  const int64_t blocks = std::min<int64_t>(work, 6 * processors);
+  const int64_t blocks = std::min<int64_t>(work, 4 * processors);
   launch(decode_kernel<T>, static_cast<int>(blocks), kDecodeThreads,
          decode_smem(a.max_clamps), stream, a, data<T>(x), data<T>(w_dec),
          data<T>(hidden), out);

@@ -185,20 +185,19 @@ def generate(llm: LLM, modes: list[Mode]) -> dict[str, list[Completion]]:
     return results
 
 
-def tokens_per_second(llm: LLM, mode: Mode) -> float:
-    """Generated tokens per second when all requests of a batch run in `mode`."""
-    copies = [mode] * 4
-    start = time.perf_counter()
-    llm.generate(
-        list(PROMPTS) * len(copies),
-        [
-            sampling_params(m, seed=SEED + p)
-            for m in copies
-            for p in range(len(PROMPTS))
-        ],
-        use_tqdm=False,
-    )
-    return len(copies) * len(PROMPTS) * TOKENS / (time.perf_counter() - start)
+def tokens_per_second(llm: LLM, modes: list[Mode]) -> dict[str, float]:
+    """Generated tokens per second of a batch in one mode: the best of two runs."""
+    prompts = list(PROMPTS) * 2
+    best = {mode.name: 0.0 for mode in modes}
+    # In turn, so that what else the machine does hits all modes alike.
+    for mode in modes * 2:
+        params = [sampling_params(mode, seed=SEED + p) for p in range(len(prompts))]
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        speed = tokens / (time.perf_counter() - start)
+        best[mode.name] = max(best[mode.name], speed)
+    return best
 
 
 def sae_quality() -> tuple[float, float]:
@@ -410,7 +409,7 @@ def in_process(
     print_side_by_side(results)
 
     heading("bridge words per mode")
-    speeds = {mode.name: tokens_per_second(llm, mode) for mode in modes}
+    speeds = tokens_per_second(llm, modes)
     print_table(results, speeds)
     check_results(verdicts, {m: [c.text for c in r] for m, r in results.items()})
     return results["plain"]

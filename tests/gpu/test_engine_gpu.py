@@ -49,6 +49,14 @@ TOKENS = 10
 TOLERANCE = 1e-2
 
 
+@pytest.fixture(autouse=True)
+def capture_is_allowed() -> None:
+    """Runner V1 forbids capture, for the whole process, once it has captured."""
+    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+
+    set_cudagraph_capturing_enabled(True)
+
+
 def saes() -> dict[str, DenseSAE]:
     found = {
         kind: random_sae(160, models.HIDDEN, kind, 11) for kind in ("jumprelu", "topk")

@@ -221,7 +221,11 @@ def clamp_deltas(table: ClampTable, row: int, f: torch.Tensor) -> torch.Tensor:
 
 
 def active_tokens(
-    table: ClampTable, tier: Tier, step: StepState, slot: SAESlot | None, x: torch.Tensor
+    table: ClampTable,
+    tier: Tier,
+    step: StepState,
+    slot: SAESlot | None,
+    x: torch.Tensor,
 ) -> list[int]:
     """Tokens that the tier edits at this slot."""
     found = []

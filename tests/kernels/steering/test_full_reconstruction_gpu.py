@@ -11,16 +11,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
-    sae_full_reconstruction_kernel as kernel,
-)
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
-    ClampKind,
-    SAESlot,
-    StepState,
-)
-
 from steering_reference import (  # noqa: E402
     DEVICE,
     DTYPE,
@@ -36,6 +26,16 @@ from steering_reference import (  # noqa: E402
     set_row,
     settle,
     stream,
+)
+
+from vllm.config.steering import Activation, Tier  # noqa: E402
+from vllm.model_executor.layers import (  # noqa: E402
+    sae_full_reconstruction_kernel as kernel,
+)
+from vllm.model_executor.layers.steering_state import (  # noqa: E402
+    ClampKind,
+    SAESlot,
+    StepState,
 )
 
 pytestmark = [pytest.mark.gpu, needs_gpu]

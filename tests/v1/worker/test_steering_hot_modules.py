@@ -113,9 +113,7 @@ def expected(sae: DenseSAE, tier: str = "full") -> oracle.Greedy:
 
 
 def check(llm: LLM, module: str, sae: DenseSAE) -> None:
-    (full, delta) = generate(
-        llm, [IDS, IDS], [steered(module), steered(module, DELTA)]
-    )
+    (full, delta) = generate(llm, [IDS, IDS], [steered(module), steered(module, DELTA)])
     assert_same(full, expected(sae), "full")
     assert_same(delta, expected(sae, "delta"), "delta")
 
@@ -320,9 +318,7 @@ def test_a_failure_restores_what_was_there(
         monkeypatch.setattr(hot, "_fill", fill_and_fail)
     else:
         calls = iter([fail, HotModules._bind])
-        monkeypatch.setattr(
-            HotModules, "_bind", lambda *args: next(calls)(*args)
-        )
+        monkeypatch.setattr(HotModules, "_bind", lambda *args: next(calls)(*args))
     with pytest.raises(SteeringModuleError, match="injected; nothing was changed"):
         replace_module(llm, "hot", paths["topk"])
     monkeypatch.undo()

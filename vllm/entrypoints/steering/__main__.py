@@ -78,10 +78,9 @@ def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer >= 1")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -89,7 +89,7 @@ def judge(
         nearby: FVU of the same SAE at other sites, by name.
     """
     found = []
-    if fit.fvu > HOPELESS_FVU:
+    if not fit.fvu <= HOPELESS_FVU:
         found.append(
             f"{site}: FVU {fit.fvu:.3f}: the SAE explains next to nothing here; is it "
             "of this model, layer and hook?"

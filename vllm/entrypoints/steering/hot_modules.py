@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Change the modules of an engine in this process: notebooks and scripts.
 
-    from vllm.entrypoints.steering import register_module
-    register_module(llm, "gg", "path/to/sae")
+from vllm.entrypoints.steering import register_module
+register_module(llm, "gg", "path/to/sae")
 """
 
 from __future__ import annotations

@@ -80,6 +80,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.streams: list[torch.Tensor] = []
 
+    def write_flags(self, token_ids: torch.Tensor) -> None:
+        """Plain requests have no use for the bypass flags."""
+
     def full_reconstruction(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
@@ -338,7 +341,9 @@ def probe(
         ValueError, OSError: as `probe_module`, or the text cannot be read.
     """
     if "VLLM_LOGGING_LEVEL" not in os.environ:
-        # The engine's log goes where the table does.
+        # The engine's log would go where the table does. The engine reads the
+        # variable again; what runs before it has read it already.
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         logging.getLogger("vllm").setLevel(logging.ERROR)
     text = DEFAULT_TEXT if text_file is None else Path(text_file).read_text("utf-8")
     found = probe_module(path, model, text, max_tokens, sites=sites, dtype=dtype)

@@ -14,49 +14,31 @@ one tensor). The bits of any other token are never touched.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_kernels import stages_cuda
+from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
+from vllm.model_executor.layers.steering_kernels.plan import next_power_of_2
+from vllm.model_executor.layers.steering_kernels.run import Run, pdl_options
+from vllm.model_executor.layers.steering_kernels.workspace import (
+    SteeringWorkspace,
+    uses_threshold,
+    uses_topk,
+)
 from vllm.model_executor.layers.steering_state import (
     ClampTable,
     SAESlot,
     StepState,
     VectorSlot,
 )
-from vllm.model_executor.layers.steering_kernels.extension import (
-    cuda_ops,
-    extension_is_built,
-)
-from vllm.model_executor.layers.steering_kernels.plan import (
-    EncodePlan,
-    cdiv,
-    next_power_of_2,
-    plan_encode,
-    prefetches_decoder,
-    sorts_ahead,
-)
-from vllm.model_executor.layers.steering_kernels.workspace import (
-    StageBuffers,
-    SteeringWorkspace,
-    uses_threshold,
-    uses_topk,
-)
 from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+    from vllm.model_executor.layers.steering_kernels import stages_triton
     from vllm.model_executor.layers.steering_kernels.clamp import clamp_kernel
-    from vllm.model_executor.layers.steering_kernels.combine import combine_kernel
-    from vllm.model_executor.layers.steering_kernels.compact import compact_kernel
-    from vllm.model_executor.layers.steering_kernels.encode import encode_kernel
-    from vllm.model_executor.layers.steering_kernels.resolve import resolve_kernel
-    from vllm.model_executor.layers.steering_kernels.select import select_kernel
 
 __all__ = [
     "SteeringWorkspace",
@@ -65,42 +47,6 @@ __all__ = [
     "steering_vectors",
     "warm_up",
 ]
-
-COMBINE_SLICE = 256  # columns of a decoder program
-COMBINE_ROWS = 16  # rows of W_dec that it gathers at a time
-TOKEN_GROUP_ROWS = 2048  # tokens whose activations the encoder keeps in L2
-
-
-@functools.cache
-def _device_facts(device: torch.device) -> tuple[int, bool, bool]:
-    """(multiprocessors, has TMA, can overlap dependent launches) of a device."""
-    if device.type != "cuda":
-        return 4, False, False
-    properties = torch.cuda.get_device_properties(device)
-    hopper = properties.major >= 9
-    return properties.multi_processor_count, hopper, hopper
-
-
-def _takes_cuda(
-    slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-) -> bool:
-    """Whether the extension runs here: built, on Hopper, 16-byte rows of 16 bits."""
-    device = hidden.device
-    if not extension_is_built() or device.type != "cuda":
-        return False
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    streams = (hidden,) if residual is None else (hidden, residual)
-    return slot.weights.W_enc.element_size() == 2 and all(
-        x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-        for x in streams
-    )
-
-
-def _pdl(device: torch.device) -> dict[str, Any]:
-    """Launch options that let a kernel's prologue overlap its predecessor's end."""
-    on = _device_facts(device)[2]
-    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 def _check(hidden: torch.Tensor, residual: torch.Tensor | None, d_model: int) -> None:
@@ -212,7 +158,7 @@ def _clamp(
         BLOCK_D=min(row_d, 512),
         ROW_D=row_d,
         num_warps=4 if row_d <= 1024 else 8,
-        **_pdl(hidden.device),
+        **pdl_options(hidden.device),
     )
 
 
@@ -236,7 +182,7 @@ def _pipeline(
         )
     buffers = workspace.buffers(slot, tokens, topk)
     mixed = uses_threshold(slot) and uses_topk(slot)
-    run = _Run(
+    run = Run(
         slot=slot,
         step=step,
         workspace=workspace,
@@ -247,304 +193,22 @@ def _pipeline(
         topk=topk,
         gate=int(topk) if mixed else -1,
     )
-    cuda = _takes_cuda(slot, hidden, residual)
+    cuda = extension_is_built() and stages_cuda.takes_cuda(slot, hidden, residual)
     rows = buffers.plan.rows
     for base in range(0, buffers.plan.num_chunks * rows, rows):
-        (_compact_cuda if cuda else _compact)(run, base)
-        (_encode_cuda if cuda else _encode)(run, base)
-        if cuda and topk:
-            _select_cuda(run, base)
-        elif not cuda:
-            _coefficients(run, base)
         if cuda:
-            _decode_cuda(run, base)
-        if not cuda or run.may_overflow:
-            _combine(run, base, overflow_only=cuda)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the stages of one pipeline share."""
-
-    slot: SAESlot
-    step: StepState
-    workspace: SteeringWorkspace
-    buffers: StageBuffers
-    hidden: torch.Tensor
-    residual: torch.Tensor | None
-    tier: Tier
-    topk: bool
-    gate: int
-
-    @property
-    def table(self) -> ClampTable:
-        return self.slot.full if self.tier is Tier.FULL else self.slot.delta
-
-    @property
-    def index(self) -> torch.Tensor:
-        return self.step.index[self.tier]
-
-    @property
-    def may_overflow(self) -> bool:
-        """Whether a token may have more non-zeros than its list holds."""
-        listed = self.tier is Tier.FULL
-        return listed and self.buffers.plan.capacity < self.slot.weights.d_sae_capacity
-
-
-def _compact_cuda(run: _Run, base: int) -> None:
-    weights, workspace = run.slot.weights, run.workspace
-    cuda_ops().compact(
-        run.index,
-        run.step.flags,
-        run.table.packed,
-        weights.meta,
-        weights.norm_limit,
-        run.hidden,
-        run.residual,
-        run.buffers.x,
-        workspace.tokens,
-        workspace.nnz,
-        workspace.count,
-        base,
-        run.gate,
-    )
-
-
-def _encode_cuda(run: _Run, base: int) -> None:
-    weights, workspace = run.slot.weights, run.workspace
-    cuda_ops().encode(
-        run.buffers.x,
-        weights.W_enc,
-        weights.b_enc,
-        weights.threshold,
-        workspace.count,
-        workspace.nnz,
-        run.buffers.scores if run.topk else run.buffers.entries,
-        weights.W_dec if prefetches_decoder(run.buffers.plan.rows) else None,
-        base,
-    )
-
-
-def _select_cuda(run: _Run, base: int) -> None:
-    workspace = run.workspace
-    cuda_ops().select(
-        run.index,
-        run.table.packed,
-        run.slot.weights.meta,
-        workspace.count,
-        workspace.tokens,
-        run.buffers.scores,
-        workspace.nnz,
-        run.buffers.entries,
-        workspace.kth,
-        run.buffers.coef,
-        base,
-    )
-
-
-def _decode_cuda(run: _Run, base: int) -> None:
-    weights, workspace = run.slot.weights, run.workspace
-    cuda_ops().decode(
-        run.index,
-        run.table.packed,
-        workspace.count,
-        workspace.tokens,
-        workspace.nnz,
-        run.buffers.entries,
-        run.buffers.coef,
-        run.buffers.x,
-        weights.W_dec,
-        weights.b_dec,
-        run.hidden,
-        run.residual,
-        base,
-        run.topk,
-        run.tier is Tier.DELTA,
-        sorts_ahead(run.buffers.plan.rows),
-    )
-
-
-def _compact(run: _Run, base: int) -> None:
-    slot, step, buffers, workspace = run.slot, run.step, run.buffers, run.workspace
-    hidden, residual, table = run.hidden, run.residual, run.table
-    weights = slot.weights
-    tokens = hidden.shape[0]
-    per_program = 1 if tokens <= 1024 else 16
-    compact_kernel[(cdiv(tokens, per_program),)](
-        run.index,
-        step.flags,
-        table.packed,
-        weights.meta,
-        weights.norm_limit,
-        hidden,
-        hidden if residual is None else residual,
-        buffers.x,
-        workspace.tokens,
-        workspace.nnz,
-        workspace.count,
-        hidden.stride(0),
-        0 if residual is None else residual.stride(0),
-        table.packed.stride(0),
-        tokens,
-        base,
-        buffers.plan.rows,
-        D=weights.d_model,
-        HAS_RESIDUAL=residual is not None,
-        GATE=run.gate,
-        PER_PROGRAM=per_program,
-        SCAN=256 if tokens <= 256 else 1024,
-        BLOCK_D=min(next_power_of_2(weights.d_model), 2048),
-        num_warps=4,
-        **_pdl(hidden.device),
-    )
-
-
-def _operands(
-    slot: SAESlot, buffers: StageBuffers, plan: EncodePlan, tma: bool
-) -> list[Any]:
-    """x for the three token tiles, then W_enc: tensors, or descriptors for TMA."""
-    tiles = (plan.token_tiles * 3)[:3] if len(plan.token_tiles) == 1 else None
-    if tiles is None:
-        tiles = (plan.token_tiles[0], plan.token_tiles[1], plan.token_tiles[-1])
-    if not tma:
-        return [buffers.x, buffers.x, buffers.x, slot.weights.W_enc, tiles]
-    k = plan.block_k
-    x = [TensorDescriptor.from_tensor(buffers.x, [tile, k]) for tile in tiles]
-    w = TensorDescriptor.from_tensor(slot.weights.W_enc, [plan.block_f, k])
-    return [*x, w, tiles]
-
-
-def _encode(run: _Run, base: int) -> None:
-    slot, buffers, workspace, topk = run.slot, run.buffers, run.workspace, run.topk
-    weights = slot.weights
-    item = weights.W_enc.element_size()
-    rows = buffers.plan.rows
-    plan = plan_encode(rows, item)
-    multiprocessors, has_tma, _ = _device_facts(weights.W_enc.device)
-    tma = has_tma and item == 2 and weights.d_model * item % 16 == 0
-    *operands, tiles = _operands(slot, buffers, plan, tma)
-    work = cdiv(weights.d_sae_capacity, plan.block_f) * cdiv(rows, tiles[-1])
-    resident = multiprocessors * plan.programs_per_sm
-    encode_kernel[(min(work, resident),)](
-        *operands,
-        weights.b_enc,
-        weights.threshold,
-        workspace.count,
-        workspace.nnz,
-        buffers.scores if topk else buffers.entries,
-        base,
-        rows,
-        weights.d_sae_capacity,
-        buffers.plan.capacity,
-        D=weights.d_model,
-        BF=plan.block_f,
-        BK=plan.block_k,
-        BT_NARROW=tiles[0],
-        BT_MIDDLE=tiles[1],
-        BT_WIDE=tiles[2],
-        GROUP=max(TOKEN_GROUP_ROWS // tiles[2], 1),
-        TMA=tma,
-        DENSE=topk,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        **_pdl(weights.W_enc.device),
-    )
-
-
-def _coefficients(run: _Run, base: int) -> None:
-    buffers, workspace, table, index = run.buffers, run.workspace, run.table, run.index
-    weights = run.slot.weights
-    device = weights.W_enc.device
-    rows = buffers.plan.rows
-    grid = (min(rows, _device_facts(device)[0] * 8),)
-    clamp_block = min(next_power_of_2(table.max_clamps), 64)
-    if run.topk:
-        select_kernel[grid](
-            index,
-            table.packed,
-            weights.meta,
-            workspace.count,
-            workspace.tokens,
-            buffers.scores,
-            workspace.nnz,
-            buffers.entries,
-            workspace.kth,
-            buffers.coef,
-            table.packed.stride(0),
-            base,
-            rows,
-            weights.d_sae_capacity,
-            buffers.plan.capacity,
-            MAX_CLAMPS=table.max_clamps,
-            CLAMP_BLOCK=clamp_block,
-            BLOCK=2048,
-            num_warps=8,
-            **_pdl(device),
-        )
-        return
-    resolve_kernel[grid](
-        index,
-        table.packed,
-        workspace.count,
-        workspace.tokens,
-        workspace.nnz,
-        buffers.entries,
-        buffers.coef,
-        table.packed.stride(0),
-        base,
-        rows,
-        buffers.plan.capacity,
-        MAX_CLAMPS=table.max_clamps,
-        CLAMP_BLOCK=clamp_block,
-        num_warps=4,
-        **_pdl(device),
-    )
-
-
-def _combine(run: _Run, base: int, overflow_only: bool) -> None:
-    buffers, workspace, table = run.buffers, run.workspace, run.table
-    hidden, residual = run.hidden, run.residual
-    weights = run.slot.weights
-    rows = buffers.plan.rows
-    block_d = min(next_power_of_2(weights.d_model), COMBINE_SLICE)
-    work = rows * cdiv(weights.d_model, block_d)
-    combine_kernel[(min(work, _device_facts(hidden.device)[0] * 12),)](
-        run.index,
-        table.packed,
-        weights.meta,
-        workspace.count,
-        workspace.tokens,
-        workspace.nnz,
-        buffers.entries,
-        workspace.kth,
-        buffers.coef,
-        buffers.x,
-        buffers.scores,
-        weights.W_enc,
-        weights.b_enc,
-        weights.threshold,
-        weights.W_dec,
-        weights.b_dec,
-        hidden,
-        hidden if residual is None else residual,
-        hidden.stride(0),
-        0 if residual is None else residual.stride(0),
-        table.packed.stride(0),
-        base,
-        rows,
-        weights.d_sae_capacity,
-        buffers.plan.capacity,
-        D=weights.d_model,
-        HAS_RESIDUAL=residual is not None,
-        MAX_CLAMPS=table.max_clamps,
-        DELTA=run.tier is Tier.DELTA,
-        TOPK=run.topk,
-        OVERFLOW_ONLY=overflow_only,
-        NB=COMBINE_ROWS,
-        BD=block_d,
-        num_warps=4,
-        **_pdl(hidden.device),
-    )
+            stages_cuda.compact(run, base)
+            stages_cuda.encode(run, base)
+            if topk:
+                stages_cuda.select(run, base)
+            stages_cuda.decode(run, base)
+            if run.may_overflow:
+                stages_triton.combine(run, base, overflow_only=True)
+        else:
+            stages_triton.compact(run, base)
+            stages_triton.encode(run, base)
+            stages_triton.coefficients(run, base)
+            stages_triton.combine(run, base, overflow_only=False)
 
 
 def warm_up(

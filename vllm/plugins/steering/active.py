@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import uuid
+from contextlib import suppress
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -29,7 +30,6 @@ REGISTRY_ENV = "VLLM_STEERING_REGISTRY"
 
 # Registry path -> what identifies the version that was read last.
 _READ: dict[str, tuple[int, int]] = {}
-_REMOVED_AT_EXIT: set[str] = set()
 
 
 def active_steering_config(vllm_config: Any) -> SteeringConfig | None:
@@ -63,30 +63,33 @@ def assign_registry(vllm_config: Any) -> None:
         path = os.path.join(tempfile.gettempdir(), name)
         if one_of_several:
             os.environ[REGISTRY_ENV] = path
+        # Not left to the engine core, which may be killed when a server stops.
+        Finalize(None, _remove, (path,), exitpriority=1)
     object.__setattr__(vllm_config, REGISTRY_ATTRIBUTE, path)
 
 
-def publish(vllm_config: Any, config: SteeringConfig) -> None:
-    """Make `config` the engine's configuration, here and in its front ends."""
+def publish(vllm_config: Any, config: SteeringConfig, *, to_others: bool) -> None:
+    """Make `config` the engine's configuration, here and in its front ends.
+
+    Args:
+        vllm_config: of the engine core.
+        config: what requests are admitted under from now on.
+        to_others: whether front ends run in other processes.
+    """
     resolved = config.to_json()
     path = getattr(vllm_config, REGISTRY_ATTRIBUTE, None)
-    if path is not None:
+    if path is not None and to_others:
         fresh = f"{path}.{os.getpid()}"
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
-            json.dump(resolved, f)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w") as file:
+            json.dump(resolved, file)
         os.replace(fresh, path)
-        if path not in _REMOVED_AT_EXIT:
-            _REMOVED_AT_EXIT.add(path)
-            # Runs at the end of child processes too, which skip atexit.
-            Finalize(None, _remove, (path,), exitpriority=1)
     vllm_config.additional_config["steering"]["resolved"] = resolved
 
 
 def _remove(path: str) -> None:
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def _follow_registry(vllm_config: Any, steering: dict[str, Any]) -> None:

@@ -254,9 +254,7 @@ def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:
         if "vectors" in given:
             if "count" in given:
                 raise SteeringConfigError(f"{where}.count: expected only with width")
-            count = _integer(
-                f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT
-            )
+            count = _integer(f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT)
             slot = SlotInfo(layer, HOOK_ALIASES[hook], "vectors", 1)
         else:
             width = _integer(f"{where}.width", given["width"], 1, MAX_SPARE_WIDTH)

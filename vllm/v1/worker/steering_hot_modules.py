@@ -230,6 +230,8 @@ class SteeringWorkerMixin:
 
     vllm_config: Any
     model_runner: Any
+    # Made when the modules first change.
+    steering_hot_modules: HotModules | None = None
 
     def change_steering_modules(
         self, verb: str, config: dict[str, Any] | None = None, name: str = ""
@@ -267,7 +269,7 @@ class SteeringWorkerMixin:
         runtime: SteeringRuntime | None = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
-        if runtime.hot is None:
+        if self.steering_hot_modules is None:
             context = self.vllm_config.compilation_config.static_forward_context
-            runtime.hot = HotModules(runtime, context)
-        return runtime.hot
+            self.steering_hot_modules = HotModules(runtime, context)
+        return self.steering_hot_modules

@@ -68,8 +68,8 @@ def count_steered(view: BatchView, rows: np.ndarray) -> np.ndarray:
     scheduled = view.num_scheduled[:n]
     left = view.prompt_len[:n] - view.num_computed[:n]
     prefill = np.clip(left, 0, scheduled)
-    phases = np.tile([True, False], n)
-    is_prefill = np.repeat(phases, np.stack([prefill, scheduled - prefill], 1).ravel())
+    counts = np.stack([prefill, scheduled - prefill], axis=1).ravel()
+    is_prefill: np.ndarray = np.repeat(np.tile([True, False], n), counts)
     steered = rows != 0
     both = steered.sum(axis=1)
     prompt = (steered & is_prefill).sum(axis=1)

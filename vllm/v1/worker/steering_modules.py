@@ -345,7 +345,5 @@ def make_backend(
     from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 
     saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]
-    stacks = {
-        id(p.slot): p.slot for p in places.values() if isinstance(p, VectorPlace)
-    }
+    stacks = {id(p.slot): p.slot for p in places.values() if isinstance(p, VectorPlace)}
     return KernelBackend(step, saes, list(stacks.values()), dtype)

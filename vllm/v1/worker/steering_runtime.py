@@ -7,8 +7,6 @@ every tensor. Nothing here differs between the runners.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import nn
@@ -34,9 +32,6 @@ from vllm.v1.worker.steering_index import (
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
 from vllm.v1.worker.steering_tables import write_rows
-
-if TYPE_CHECKING:
-    from vllm.v1.worker.steering_hot_modules import HotModules
 
 logger = init_logger(__name__)
 
@@ -87,8 +82,6 @@ class SteeringRuntime:
         self._written_tokens = 0
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
-        # What changes the modules, made when they first do.
-        self.hot: HotModules | None = None
 
     @property
     def parked(self) -> list[str]:

@@ -56,11 +56,15 @@ def check_key(headers: Mapping[str, str], key: str | None, *, mutation: bool) ->
         return
     given = headers.get(OWN_HEADER) or headers.get("authorization") or ""
     scheme, _, token = given.partition(" ")
-    same = hmac.compare_digest(token.strip().encode(), key.encode())
+    same = hmac.compare_digest(_bytes(token.strip()), _bytes(key))
     if scheme.lower() != "bearer" or not same:
         raise RequestRefused(
             401, "expected the steering key as Authorization: Bearer KEY"
         )
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
 
 
 def allowed_path(path: str, roots: Sequence[str]) -> str:

@@ -39,8 +39,7 @@ def _is_path(value: Any) -> bool:
     return (
         type(value) is str
         and 0 < len(value) <= MAX_PATH
-        and value.isprintable()
-        and value == value.encode(errors="ignore").decode()
+        and value.isprintable()  # lone surrogates and NULs are not
     )
 
 
@@ -132,4 +131,6 @@ def parse_flag(key: str, value: str | None) -> bool:
     """A boolean query parameter."""
     if value is None or value in ("false", "true"):
         return value == "true"
-    raise RequestRefused(400, f"{key}: found {shown(value)}, expected true or false", key)
+    raise RequestRefused(
+        400, f"{key}: found {shown(value)}, expected true or false", key
+    )

@@ -93,7 +93,7 @@ def compact_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes tokens [T], count [1], nnz [rows, COUNTER_STRIDE] = 0 and x [rows, D] for one chunk.
+    """Writes tokens and x [rows, D] of one chunk, count [1], and zeroed counters nnz.
 
     GATE: -1 takes any module, 0 only threshold ones, 1 only TopK.
     """

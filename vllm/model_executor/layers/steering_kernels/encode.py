@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: pre-activations of the active tokens, of which only non-zeros leave the chip.
+"""Stage 2: scores of the active tokens, of which only non-zeros leave the chip.
 
     p = x W_enc^T + b_enc;   emit (i, p_i) where p_i > max(threshold_i, 0)
 
@@ -115,9 +115,7 @@ def encode_walk(
         t0 = (first + rest % width) * BT
         f0 = rest // width * BF
         acc = scores(x, w, f0, t0, n, F, D, BF, BT, BK, TMA)
-        emit(
-            acc, b_enc, threshold, nnz, out, f0, t0, n, F, capacity, BF, BT, DENSE
-        )
+        emit(acc, b_enc, threshold, nnz, out, f0, t0, n, F, capacity, BF, BT, DENSE)
 
 
 @triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])

@@ -46,7 +46,7 @@ def sort_by_rank(entries, n, N: tl.constexpr):
 
 @triton.jit
 def exchange(entries, n, flip, span, STEP: tl.constexpr):
-    """One bitonic step: partner is i ^ flip, and the smaller goes to the lower place."""
+    """One bitonic step: partner is i ^ flip; the smaller goes to the lower place."""
     for s in range(0, span, STEP):
         i = s + tl.arange(0, STEP)
         partner = i ^ flip

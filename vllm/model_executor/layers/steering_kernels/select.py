@@ -184,8 +184,9 @@ def select_kernel(
             own_scores = scores + tl.cast(i, tl.int64) * F
             own = entries + tl.cast(i, tl.int64) * capacity
             bound = lower_bound(own_scores, d_sae, k, BLOCK)
-            collect(own_scores, own, nnz + i * COUNTER_STRIDE, bound, d_sae, capacity, BLOCK)
-            listed = tl.load(nnz + i * COUNTER_STRIDE, volatile=True)
+            counter = nnz + i * COUNTER_STRIDE
+            collect(own_scores, own, counter, bound, d_sae, capacity, BLOCK)
+            listed = tl.load(counter, volatile=True)
             tl.debug_barrier()
             threshold = tl.zeros([], tl.int64)
             if listed <= tl.minimum(capacity, 128):
@@ -197,7 +198,7 @@ def select_kernel(
                 listed = collect_selected(
                     own_scores, own, threshold, d_sae, relu, capacity, BLOCK
                 )
-            tl.store(nnz + i * COUNTER_STRIDE, listed)
+            tl.store(counter, listed)
             tl.store(kth + i, threshold)
             row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             clamps = tl.load(row_ptr + 1)

@@ -28,6 +28,14 @@ from vllm.plugins.steering.seam import (
 MODULE = "vllm.engine.arg_utils"
 CREATE_ENGINE_CONFIG = f"{MODULE}:EngineArgs.create_engine_config"
 FLAG = "--steering-modules"
+KEY_FLAG = "--steering-api-key"
+
+
+class Secret(str):
+    """A string that logs do not show: vLLM logs the arguments it was started with."""
+
+    def __repr__(self) -> str:
+        return "'***'"
 
 
 def install() -> None:
@@ -170,6 +178,15 @@ def _make_add_cli_args(stock: Callable[..., Any]) -> Any:
             'JSON object {"name": ..., "path": ..., "feature_units": ..., '
             '"skip_token_ids": ..., "norm_guard": ...}. PATH is a local path or '
             "hf:owner/repo[/sub/path][@revision].",
+        )
+        group.add_argument(
+            KEY_FLAG,
+            type=Secret,
+            default=None,
+            metavar="KEY",
+            help="Bearer key of the routes that change steering modules, which exist "
+            "when VLLM_PLUGINS names steering. VLLM_STEERING_API_KEY does the same; "
+            "without a key modules cannot change over HTTP.",
         )
         return parser
 

@@ -67,6 +67,9 @@ def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
         try:
             check_request(request, self.engine_client.vllm_config)
         except VLLMValidationError as error:
+            from vllm.entrypoints.serve.steering.metrics import count_refusal
+
+            count_refusal(error.parameter)
             return self.create_error_response(error)
         return await stock(self, request, raw_request)
 

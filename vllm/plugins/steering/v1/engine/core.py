@@ -98,7 +98,9 @@ def _make_add_request(stock: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(self, EngineCoreProc):
                 raise
             # Raising here would end the engine.
-            logger.warning("Steering: request %s refused: %s", request.request_id, error)
+            logger.warning(
+                "Steering: request %s refused: %s", request.request_id, error
+            )
             self._send_error_outputs_to_client(
                 [request.request_id], request.client_index
             )

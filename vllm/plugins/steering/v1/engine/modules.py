@@ -227,7 +227,11 @@ class SteeringModules:
         return {"status": 200, "module": None if module is None else module.to_json()}
 
     def _publish(self, config: SteeringConfig) -> None:
-        publish(self.core.vllm_config, config)
+        # Deferred: this module may be what the engine core's seam is waiting for.
+        from vllm.v1.engine.core import EngineCoreProc
+
+        to_others = isinstance(self.core, EngineCoreProc)
+        publish(self.core.vllm_config, config, to_others=to_others)
 
     def _workers(self, *args: Any) -> list[Reply]:
         return self.core.model_executor.collective_rpc(WORKER_METHOD, args=args)

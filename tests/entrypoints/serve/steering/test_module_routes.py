@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/v1/steering/modules`: what an operator asks for, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from steering_testing.engine import FULL, generate, params, sae_spec
+from steering_testing.requests import prompt
+
+from tests.entrypoints.serve.steering.conftest import KEY, URL, Serve
+from vllm import LLM
+from vllm.entrypoints.serve.steering.metrics import SteeringMetrics, count_refusal
+
+pytestmark = pytest.mark.engine
+
+
+def worker(llm: LLM) -> Any:
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker
+
+
+def names(client: TestClient) -> list[str]:
+    return [module["name"] for module in client.get(URL).json()["modules"]]
+
+
+@pytest.fixture(autouse=True)
+def only_the_first_module_is_left(client: TestClient) -> Iterator[None]:
+    yield
+    for name in names(client):
+        if name != "first":
+            assert client.delete(f"{URL}/{name}").status_code == 200
+
+
+def register(client: TestClient, root: Path, **changes: Any) -> Any:
+    body = {"name": "hot", "path": str(root / "good"), **changes}
+    return client.post(URL, json={k: v for k, v in body.items() if v is not ...})
+
+
+def error(response: Any) -> dict[str, Any]:
+    return response.json()["error"]
+
+
+def test_a_module_is_registered_listed_used_and_removed(
+    client: TestClient, root: Path, llm: LLM
+) -> None:
+    made = register(client, root, feature_units="unit_decoder", skip_token_ids=[7])
+    assert made.status_code == 201, made.text
+    assert made.json()["module"]["skip_token_ids"] == [7]
+    ask = params(2, **{FULL: [sae_spec("hot")]})
+    assert len(generate(llm, [prompt(1, 9)], [ask])[0].tokens) == 2
+    listed = client.get(URL).json()
+    (hot,) = [module for module in listed["modules"] if module["name"] == "hot"]
+    assert hot["digest"] == made.json()["module"]["digest"]
+    assert hot["weight_bytes"] == 2 * 96 * 64 * 4 + 8 * 96 + 4 * 64
+    assert listed["free_slots"] == []
+    assert listed["steered_tokens"]["full"]["prefill"] >= 9
+    assert client.delete(f"{URL}/hot").status_code == 200
+    assert names(client) == ["first"]
+
+
+def test_replacing_is_asked_for(client: TestClient, root: Path) -> None:
+    assert register(client, root).status_code == 201
+    again = register(client, root, path=str(root / "other"))
+    assert (again.status_code, error(again)["param"]) == (409, "name")
+    assert (
+        register(client, root, path=str(root / "other"), replace=True).status_code
+        == 201
+    )
+
+
+def test_a_module_in_use_is_a_conflict_with_the_number(
+    client: TestClient, root: Path, llm: LLM
+) -> None:
+    register(client, root)
+    ask = params(4, **{FULL: [sae_spec("hot")]})
+    llm.llm_engine.add_request("r", {"prompt_token_ids": prompt(1, 9)}, ask)
+    refused = client.delete(f"{URL}/hot")
+    assert (refused.status_code, error(refused)["in_use"]) == (409, 1)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+
+
+def test_draining_answers_when_the_last_request_is_done(
+    client: TestClient, root: Path, llm: LLM
+) -> None:
+    register(client, root)
+    ask = params(4, **{FULL: [sae_spec("hot")]})
+    llm.llm_engine.add_request("r", {"prompt_token_ids": prompt(1, 9)}, ask)
+    answers: list[int] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            client.delete(f"{URL}/hot?drain=true").status_code
+        )
+    )
+    thread.start()
+    time.sleep(0.5)
+    assert answers == []
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    thread.join(20)
+    assert answers == [200]
+    assert names(client) == ["first"]
+
+
+def test_a_module_without_room_names_the_slot(client: TestClient, root: Path) -> None:
+    refused = register(client, root, path=str(root / "wide"))
+    assert refused.status_code == 409
+    assert '"width": 200' in error(refused)["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"name": ...}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "a/b"}, "name"),
+        ({"name": 3}, "name"),
+        ({"path": ...}, "path"),
+        ({"path": "relative"}, "path"),
+        ({"path": "a\x00b"}, "path"),
+        ({"replace": 1}, "replace"),
+        ({"drain": "yes"}, "drain"),
+        ({"feature_units": "metres"}, "feature_units"),
+        ({"skip_token_ids": [True]}, "skip_token_ids"),
+        ({"skip_token_ids": [2**70]}, "skip_token_ids"),
+        ({"norm_guard": 0}, "norm_guard"),
+        ({"norm_guard": 10**400}, "norm_guard"),
+        ({"sites": "post_block.1"}, "sites"),
+        ({"weights": "x"}, "weights"),
+    ],
+)
+def test_a_bad_field_is_named(
+    client: TestClient, root: Path, changes: dict[str, Any], field: str
+) -> None:
+    refused = register(client, root, **changes)
+    assert (refused.status_code, error(refused)["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"null", b"[" * 100_000, b'{"a":' * 20_000, b"\xff\xfe"]
+)
+def test_a_body_that_is_no_object_is_refused(client: TestClient, body: bytes) -> None:
+    assert client.post(URL, content=body).status_code == 400
+
+
+def test_a_huge_body_is_refused(client: TestClient) -> None:
+    assert client.post(URL, content=b" " * (1 << 20)).status_code == 413
+
+
+def test_a_file_with_a_nan_leaves_nothing_behind(
+    client: TestClient, root: Path, llm: LLM
+) -> None:
+    refused = register(client, root, path=str(root / "nan"))
+    assert refused.status_code == 400
+    assert "nothing was changed" in error(refused)["message"]
+    assert names(client) == ["first"]
+    assert len(client.get(URL).json()["free_slots"]) == 1
+
+
+@pytest.mark.parametrize("outside", ["/etc/passwd", "hf:owner/repo", "{root}-other"])
+def test_a_path_outside_the_roots_is_refused(
+    client: TestClient, root: Path, outside: str
+) -> None:
+    refused = register(client, root, path=outside.format(root=root))
+    assert (refused.status_code, error(refused)["param"]) == (403, "path")
+
+
+def test_a_path_that_climbs_is_refused(client: TestClient, root: Path) -> None:
+    refused = register(client, root, path=f"{root}/good/../good")
+    assert (refused.status_code, error(refused)["param"]) == (400, "path")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_link_that_leaves_the_roots_is_refused(
+    client: TestClient, root: Path, tmp_path: Path, whole: bool
+) -> None:
+    secret = tmp_path / "sae"
+    secret.mkdir()
+    for file in (root / "good").iterdir():
+        (secret / file.name).write_bytes(file.read_bytes())
+    link = root / f"link-{whole}"
+    if whole:
+        link.symlink_to(secret)
+    else:
+        link.mkdir()
+        for file in secret.iterdir():
+            (link / file.name).symlink_to(file)
+    refused = register(client, root, path=str(link))
+    assert (refused.status_code, error(refused)["param"]) == (403, "path")
+
+
+@pytest.mark.parametrize("sends", [None, "wrong", "", KEY + "x"])
+def test_without_the_key_nothing_is_shown_or_changed(
+    serve: Serve, root: Path, sends: str | None
+) -> None:
+    with serve(sends=sends) as stranger:
+        assert stranger.get(URL).status_code == 401
+        assert register(stranger, root).status_code == 401
+        assert stranger.delete(f"{URL}/first").status_code == 401
+
+
+def test_the_key_has_a_header_of_its_own(serve: Serve) -> None:
+    with serve(sends="the server's other key") as client:
+        found = client.get(URL, headers={"X-Steering-Authorization": f"Bearer {KEY}"})
+        assert found.status_code == 200
+
+
+def test_a_server_without_a_key_changes_nothing(serve: Serve, root: Path) -> None:
+    with serve(key=None) as client:
+        assert client.get(URL).status_code == 200
+        assert register(client, root).status_code == 403
+        assert client.delete(f"{URL}/first").status_code == 403
+
+
+def test_the_key_comes_from_the_environment_too(
+    serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_STEERING_API_KEY", "from-the-environment")
+    with serve(key=None, sends="from-the-environment") as client:
+        assert client.delete(f"{URL}/nobody").status_code == 404
+
+
+def test_the_metrics_show_modules_rows_tokens_and_refusals(
+    serve: Serve, root: Path, llm: LLM
+) -> None:
+    with serve() as client:
+        metrics: SteeringMetrics = client.app.state.steering_metrics  # type: ignore
+        register(client, root)
+        ask = params(3, **{FULL: [sae_spec("hot")]})
+        generate(llm, [prompt(1, 9)], [ask])
+        count_refusal(f"{FULL}[0].module_name")
+        client.portal.call(metrics.refresh)  # type: ignore[union-attr]
+        shown = generate_latest().decode()
+    assert "vllm:steering_modules 2.0" in shown
+    assert 'vllm:steering_rows_in_use{tier="full"}' in shown
+    assert 'vllm:steering_tokens{phase="decode",tier="full"}' in shown
+    assert 'vllm:steering_refused_requests_total{reason="module"} 1.0' in shown
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+FIELD = st.sampled_from(
+    ["name", "path", "feature_units", "skip_token_ids", "norm_guard", "sites",
+     "replace", "drain", "x"]
+)  # fmt: skip
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(changes=st.dictionaries(FIELD, JSON, max_size=4), name=st.text(max_size=12))
+def test_no_body_makes_a_server_error(
+    client: TestClient, root: Path, llm: LLM, changes: dict[str, Any], name: str
+) -> None:
+    sae = str(root / ("nan" if "x" in name else "good"))
+    body = json.dumps({"name": "fuzz", "path": sae, **changes})
+    answer = client.post(URL, content=body.encode(errors="surrogatepass"))
+    assert answer.status_code < 500, answer.text
+    if answer.status_code == 201:
+        made = answer.json()["module"]["name"]
+        assert client.delete(f"{URL}/{made}").status_code == 200
+    assert names(client) == ["first"]
+    assert worker(llm).steering_hot_modules.staged is None
