@@ -28,7 +28,7 @@ from typing import Any
 BATCHES = (1, 64, 256)
 LAYERS, HIDDEN, FEATURES, L0 = 26, 2304, 16384, 100
 SITE_LAYERS = {"one": (20,), "four": (5, 10, 15, 20)}
-PROMPT, WINDOW, WINDOWS = 32, 50, 5
+PROMPT, WINDOW, WINDOWS = 32, 40, 15
 PREFILL = (8, 1024)
 
 CONFIG = {
@@ -116,7 +116,7 @@ def decode_rate(llm: Any, batch: int, specs: list[Any] | None) -> dict[str, floa
     engine.abort_request([f"{batch}-{at}" for at in range(batch)])
     while engine.has_unfinished_requests():
         engine.step()
-    return {"tokens_per_s": statistics.median(rates), "spread": max(rates) - min(rates)}
+    return {"tokens_per_s": statistics.median(rates), "windows": sorted(rates)}
 
 
 def prefill_rate(llm: Any, specs: list[Any] | None) -> dict[str, float]:

@@ -9,12 +9,14 @@
 
 namespace vllm_steering {
 
-// Columns of SAEWeights.meta, ClampKind and its flag (layers/steering_state.py).
+// Columns of SAEWeights.meta, ClampKind and its flag
+// (layers/steering_state.py).
 enum Meta { kDSae = 0, kUsesTopk = 1, kK = 2, kTopkRelu = 3, kSkipMask = 4 };
 enum Clamp { kAbsolute = 0, kAdditive = 1, kScale = 2, kOnlyIfActive = 4 };
 
-// Distance of two tokens' counters of non-zeros: a cache line each, or the atomics of
-// a whole tile would queue for a few lines (steering_kernels/plan.py, COUNTER_STRIDE).
+// Distance of two tokens' counters of non-zeros: a cache line each, or the
+// atomics of a whole tile would queue for a few lines
+// (steering_kernels/plan.py, COUNTER_STRIDE).
 constexpr int kCounterStride = 32;
 
 // Lets the next kernel of the stream be scheduled while this one runs.
@@ -24,7 +26,8 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-// Waits until the kernels before this one have finished and their writes are visible.
+// Waits until the kernels before this one have finished and their writes are
+// visible.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 1: the active tokens of a step, in order, and their activations side by side.
+// Stage 1: the active tokens of a step, in order, and their activations side by
+// side.
 //
-//   tokens = [t : active(t)],  x[i] = hidden[t] + residual[t],  count = len(tokens)
+//   tokens = [t : active(t)],  x[i] = hidden[t] + residual[t],  count =
+//   len(tokens)
 //
-// Every block counts the active tokens before its own, so one launch does it all and
-// the order needs no atomics. A token past the norm limit keeps its place with -1 in
-// `tokens`: its norm is known only once its row has been read.
+// Every block counts the active tokens before its own, so one launch does it
+// all and the order needs no atomics. A token past the norm limit keeps its
+// place with -1 in `tokens`: its norm is known only once its row has been read.
 #pragma once
 
 #include "common.cuh"
@@ -15,30 +17,32 @@ namespace vllm_steering {
 constexpr int kCompactWarps = 8;
 
 struct CompactArgs {
-  const int* index;       // [T]
-  const int* flags;       // [T]
-  const int* table;       // packed clamp rows, row r at r * table_stride
-  const int* meta;        // SAEWeights.meta
+  const int* index;  // [T]
+  const int* flags;  // [T]
+  const int* table;  // packed clamp rows, row r at r * table_stride
+  const int* meta;   // SAEWeights.meta
   const float* norm_limit;
-  int* tokens;            // [rows]
-  int* nnz;               // [rows, kCounterStride], column 0 zeroed
-  int* count;             // [1], active tokens of the whole step
+  int* tokens;  // [rows]
+  int* nnz;     // [rows, kCounterStride], column 0 zeroed
+  int* count;   // [1], active tokens of the whole step
   int64_t table_stride, hidden_stride, residual_stride;
   int num_tokens, base, rows, d_model;
-  int gate;        // -1: any module, else the value of USES_TOPK that this run is for
-  int per_block;   // tokens a block owns, at most 32
+  int gate;  // -1: any module, else the value of USES_TOPK that this run is for
+  int per_block;  // tokens a block owns, at most 32
 };
 
-__device__ __forceinline__ bool is_active(const CompactArgs& a, int t, int skip) {
+__device__ __forceinline__ bool is_active(const CompactArgs& a, int t,
+                                          int skip) {
   const int row = a.index[t];
-  return row != 0 && a.table[row * a.table_stride] != 0 && (a.flags[t] & skip) == 0;
+  return row != 0 && a.table[row * a.table_stride] != 0 &&
+         (a.flags[t] & skip) == 0;
 }
 
-// Copies one token's row with `threads` threads; returns this thread's share of the
-// squared norm. Loads of two accesses are in flight at a time.
+// Copies one token's row with `threads` threads; returns this thread's share of
+// the squared norm. Loads of two accesses are in flight at a time.
 template <typename T>
-__device__ float gather_row(const T* hidden, const T* residual, T* x, int d_model,
-                            int thread, int threads) {
+__device__ float gather_row(const T* hidden, const T* residual, T* x,
+                            int d_model, int thread, int threads) {
   float square = 0.f;
   for (int first = thread * 8; first < d_model; first += threads * 16) {
     Vec8<T> h[2], r[2];
@@ -56,7 +60,8 @@ __device__ float gather_row(const T* hidden, const T* residual, T* x, int d_mode
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (residual != nullptr)
-          h[u].at[j] = from_float<T>(to_float(h[u].at[j]) + to_float(r[u].at[j]));
+          h[u].at[j] =
+              from_float<T>(to_float(h[u].at[j]) + to_float(r[u].at[j]));
         square += to_float(h[u].at[j]) * to_float(h[u].at[j]);
       }
       store8(x + d, h[u]);
@@ -71,7 +76,8 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
     compact_kernel(CompactArgs a, const T* hidden, const T* residual, T* x) {
   __shared__ int partial[kCompactWarps];
   wait_for_previous();
-  launch_dependents();  // after the wait: the encoder reads weights ahead of its own
+  launch_dependents();  // after the wait: the encoder reads weights ahead of
+                        // its own
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int skip = a.meta[kSkipMask];
   const bool on = a.gate < 0 || (a.meta[kUsesTopk] != 0) == (a.gate != 0);
@@ -89,21 +95,24 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
   for (int w = 0; w < kCompactWarps; ++w) before += partial[w];
 
   const int own = start + lane;
-  const bool mine = lane < a.per_block && own < total && is_active(a, own, skip);
+  const bool mine =
+      lane < a.per_block && own < total && is_active(a, own, skip);
   const unsigned active = __ballot_sync(~0u, mine);
   if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1)
     *a.count = before + __popc(active);
-  if (warp == 0 && lane < a.per_block && own < a.rows) a.nnz[own * kCounterStride] = 0;
+  if (warp == 0 && lane < a.per_block && own < a.rows)
+    a.nnz[own * kCounterStride] = 0;
 
   const float limit = *a.norm_limit;
   if (a.per_block == 1) {  // few tokens: the whole block copies one row
     const int i = before - a.base;
     if (active == 0 || i < 0 || i >= a.rows) return;
-    const T* r = residual == nullptr ? nullptr : residual + start * a.residual_stride;
+    const T* r =
+        residual == nullptr ? nullptr : residual + start * a.residual_stride;
     T* out = x + static_cast<int64_t>(i) * a.d_model;
     __shared__ float squares[kCompactWarps];
-    const float square = gather_row(hidden + start * a.hidden_stride, r, out, a.d_model,
-                                    threadIdx.x, blockDim.x);
+    const float square = gather_row(hidden + start * a.hidden_stride, r, out,
+                                    a.d_model, threadIdx.x, blockDim.x);
     if (lane == 0) squares[warp] = square;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -118,11 +127,13 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
     const int i = before + __popc(active & ((1u << j) - 1)) - a.base;
     if (i < 0 || i >= a.rows) continue;
     const int64_t t = start + j;
-    const T* r = residual == nullptr ? nullptr : residual + t * a.residual_stride;
+    const T* r =
+        residual == nullptr ? nullptr : residual + t * a.residual_stride;
     T* out = x + static_cast<int64_t>(i) * a.d_model;
     const float square =
         gather_row(hidden + t * a.hidden_stride, r, out, a.d_model, lane, 32);
-    if (lane == 0) a.tokens[i] = sqrtf(square) <= limit ? static_cast<int>(t) : -1;
+    if (lane == 0)
+      a.tokens[i] = sqrtf(square) <= limit ? static_cast<int>(t) : -1;
   }
 }
 

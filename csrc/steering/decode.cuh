@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stages 3 and 4: sort a token's entries, resolve its clamps, gather rows of W_dec.
+// Stages 3 and 4: sort a token's entries, resolve its clamps, gather rows of
+// W_dec.
 //
 //   full:  x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
 //   delta: x' = x + sum_c (g_c - f_c) W_dec[c]
 //
-// A block owns one token and some slices of D; its eight warps take the sorted entries
-// in turn and their partial sums are added in a fixed order, so a token's bits depend
-// neither on the run nor on its batch.
+// A block owns one token and some slices of D; its eight warps take the sorted
+// entries in turn and their partial sums are added in a fixed order, so a
+// token's bits depend neither on the run nor on its batch.
 #pragma once
 
 #include "common.cuh"
@@ -15,9 +16,10 @@ namespace vllm_steering {
 
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kSortMax = 512;    // entries sorted by rank; more go window by window
-constexpr int kWindow = 4096;    // features of a window
-constexpr int kColumns = 256;    // columns of D of a block: one warp-wide access
+constexpr int kSortMax =
+    512;  // entries sorted by rank; more go window by window
+constexpr int kWindow = 4096;  // features of a window
+constexpr int kColumns = 256;  // columns of D of a block: one warp-wide access
 
 struct DecodeArgs {
   const int* index;
@@ -35,10 +37,12 @@ struct DecodeArgs {
 };
 
 // The number of slots of the sorted list: entries, then clamps.
-__host__ __device__ inline int list_slots(int max_clamps) { return kSortMax + max_clamps; }
+__host__ __device__ inline int list_slots(int max_clamps) {
+  return kSortMax + max_clamps;
+}
 
-// Bytes of shared memory: list (feature, weight), then raw entries, a window, or the
-// partial sums, which are needed one after another.
+// Bytes of shared memory: list (feature, weight), then raw entries, a window,
+// or the partial sums, which are needed one after another.
 inline int decode_smem(int max_clamps) {
   const int sums = kDecodeWarps * kColumns * 4;
   const int scratch = sums > kWindow * 4 ? sums : kWindow * 4;
@@ -51,22 +55,26 @@ __device__ __forceinline__ float entry_value(int64_t e) {
 
 // acc += weight * W_dec[feature, columns of this lane].
 template <typename T>
-__device__ __forceinline__ void add_row(float (&acc)[8], const Vec8<T>& w, float weight) {
+__device__ __forceinline__ void add_row(float (&acc)[8], const Vec8<T>& w,
+                                        float weight) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) acc[j] += weight * to_float(w.at[j]);
 }
 
-// Sorted (feature, weight) of the token in `list`; returns how many. An entry's place
-// is the number of features below its own.
-__device__ int sort_entries(const int64_t* own, int n, int2* list, int* features) {
+// Sorted (feature, weight) of the token in `list`; returns how many. An entry's
+// place is the number of features below its own.
+__device__ int sort_entries(const int64_t* own, int n, int2* list,
+                            int* features) {
   int2 mine[kSortMax / kDecodeThreads];
 #pragma unroll
   for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
     const int e = threadIdx.x + u * kDecodeThreads;
-    mine[u] = make_int2(0x7FFFFFFF, 0);  // sorts last; rounds n up to a multiple of 4
+    mine[u] =
+        make_int2(0x7FFFFFFF, 0);  // sorts last; rounds n up to a multiple of 4
     if (e < n) {
       const int64_t entry = own[e];
-      mine[u] = make_int2(static_cast<int>(entry >> 32), static_cast<int>(entry));
+      mine[u] =
+          make_int2(static_cast<int>(entry >> 32), static_cast<int>(entry));
     }
     features[e] = mine[u].x;
   }
@@ -78,8 +86,8 @@ __device__ int sort_entries(const int64_t* own, int n, int2* list, int* features
 #pragma unroll 4
     for (int o = 0; o < n; o += 4) {
       const int4 other = *reinterpret_cast<const int4*>(features + o);
-      rank += (other.x < mine[u].x) + (other.y < mine[u].x) + (other.z < mine[u].x) +
-              (other.w < mine[u].x);
+      rank += (other.x < mine[u].x) + (other.y < mine[u].x) +
+              (other.z < mine[u].x) + (other.w < mine[u].x);
     }
     list[rank] = mine[u];
   }
@@ -101,8 +109,8 @@ __device__ float find_feature(const int2* list, int n, int feature) {
 }
 
 // Appends the clamps' corrections behind the entries; returns the new length.
-__device__ int append_clamps(const DecodeArgs& a, const int* row, int clamps, int64_t i,
-                             int2* list, int n) {
+__device__ int append_clamps(const DecodeArgs& a, const int* row, int clamps,
+                             int64_t i, int2* list, int n) {
   if (clamps == 0) return n;
   for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
     const int feature = row[2 + c];
@@ -111,7 +119,8 @@ __device__ int append_clamps(const DecodeArgs& a, const int* row, int clamps, in
       delta = a.coef[i * a.max_clamps + c];
     } else {
       const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
-      delta = clamp_delta(row[2 + a.max_clamps + c], value, find_feature(list, n, feature));
+      delta = clamp_delta(row[2 + a.max_clamps + c], value,
+                          find_feature(list, n, feature));
     }
     list[n + c] = make_int2(feature, __float_as_int(delta));
   }
@@ -119,11 +128,12 @@ __device__ int append_clamps(const DecodeArgs& a, const int* row, int clamps, in
   return n + clamps;
 }
 
-// acc += this warp's entries, eight rows in flight. Places past the end repeat the last
-// entry with no weight: loads without branches are issued back to back.
+// acc += this warp's entries, eight rows in flight. Places past the end repeat
+// the last entry with no weight: loads without branches are issued back to
+// back.
 template <typename T>
-__device__ void gather_list(float (&acc)[8], const int2* list, int n, const T* w_dec,
-                            int column, int d_model) {
+__device__ void gather_list(float (&acc)[8], const int2* list, int n,
+                            const T* w_dec, int column, int d_model) {
   constexpr int kAhead = 8;
   const T* columns = w_dec + min(column, d_model - 8);
   for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * kAhead) {
@@ -141,12 +151,13 @@ __device__ void gather_list(float (&acc)[8], const int2* list, int n, const T* w
   }
 }
 
-// Many entries: window by window of features, dense in shared memory; a warp takes
-// every eighth feature, so the order is again that of the features.
+// Many entries: window by window of features, dense in shared memory; a warp
+// takes every eighth feature, so the order is again that of the features.
 template <typename T>
 __device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
-                               const int64_t* own, int n, const int* row, int64_t i,
-                               float* window, const T* w_dec, int column) {
+                               const int64_t* own, int n, const int* row,
+                               int64_t i, float* window, const T* w_dec,
+                               int column) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int f0 = 0; f0 < a.num_features; f0 += kWindow) {
     __syncthreads();
@@ -161,9 +172,9 @@ __device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
       const int f = row[2 + c] - f0;
       if (f < 0 || f >= kWindow) continue;
       const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
-      window[f] += a.coef != nullptr
-                       ? a.coef[i * a.max_clamps + c]
-                       : clamp_delta(row[2 + a.max_clamps + c], value, window[f]);
+      window[f] += a.coef != nullptr ? a.coef[i * a.max_clamps + c]
+                                     : clamp_delta(row[2 + a.max_clamps + c],
+                                                   value, window[f]);
     }
     __syncthreads();
     for (int m = 0; m < kWindow; m += kDecodeThreads) {
@@ -174,7 +185,8 @@ __device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
         left &= left - 1;
         const float weight = __shfl_sync(~0u, mine, at);
         const int64_t f = f0 + m + at * kDecodeWarps + warp;
-        add_row(acc, load8(w_dec + f * a.d_model + min(column, a.d_model - 8)), weight);
+        add_row(acc, load8(w_dec + f * a.d_model + min(column, a.d_model - 8)),
+                weight);
       }
     }
   }
@@ -195,7 +207,8 @@ __device__ void finish_slice(float (&acc)[8], const DecodeArgs& a, float* sums,
   __syncthreads();
   if (c < a.d_model) {
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w * kColumns + threadIdx.x];
+    for (int w = 0; w < kDecodeWarps; ++w)
+      total += sums[w * kColumns + threadIdx.x];
     if (residual != nullptr) {
       residual[c] = from_float<T>(total);
       hidden[c] = from_float<T>(0.f);
@@ -208,22 +221,26 @@ __device__ void finish_slice(float (&acc)[8], const DecodeArgs& a, float* sums,
 
 template <typename T>
 __global__ void __launch_bounds__(kDecodeThreads, 4)
-    decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden, T* residual) {
+    decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden,
+                  T* residual) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
-  float* scratch = reinterpret_cast<float*>(memory + list_slots(a.max_clamps) * 8);
+  float* scratch =
+      reinterpret_cast<float*>(memory + list_slots(a.max_clamps) * 8);
   launch_dependents();
   wait_for_previous();
   const int n = min(*a.count - a.base, a.rows);
   const int slices = (a.d_model + kColumns - 1) / kColumns;
-  // Blocks share a token's slices in groups, as many as keep all blocks busy: the list
-  // is sorted once a group, not once a slice.
-  const int groups = max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
+  // Blocks share a token's slices in groups, as many as keep all blocks busy:
+  // the list is sorted once a group, not once a slice.
+  const int groups =
+      max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
   for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
     const int64_t i = work % n;
     const int token = a.tokens[i];
     const int listed = a.delta ? 0 : a.nnz[i * kCounterStride];
-    if (token < 0 || listed > a.capacity) continue;  // the overflow path has those
+    if (token < 0 || listed > a.capacity)
+      continue;  // the overflow path has those
     if (a.long_only && listed <= kSortMax) continue;
     const int* row = a.table + a.index[token] * a.table_stride;
     const int clamps = row[1];  // asked for now: three dependent loads away
@@ -235,14 +252,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 4)
       total = append_clamps(a, row, clamps, i, list, total);
     }
     for (int slice = work / n; slice < slices; slice += groups) {
-      const int first = slice * kColumns, column = first + (threadIdx.x & 31) * 8;
+      const int first = slice * kColumns,
+                column = first + (threadIdx.x & 31) * 8;
       float acc[8] = {};
       if (listed <= kSortMax)
         gather_list(acc, list, total, w_dec, column, a.d_model);
       else
         gather_windows(acc, a, own, listed, row, i, scratch, w_dec, column);
-      finish_slice(acc, a, scratch, x + i * a.d_model, hidden + token * a.hidden_stride,
-                   r, first);
+      finish_slice(acc, a, scratch, x + i * a.d_model,
+                   hidden + token * a.hidden_stride, r, first);
     }
   }
 }

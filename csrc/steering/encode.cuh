@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 2: p = x W_enc^T + b_enc on Hopper's tensor cores; only non-zeros leave.
+// Stage 2: p = x W_enc^T + b_enc on Hopper's tensor cores; only non-zeros
+// leave.
 //
 // Features are the rows of the product (128 a tile, 64 for each of two consumer
-// warpgroups) and tokens its columns, so few tokens make a narrow tile and W_enc
-// streams through shared memory once, by bulk copies of one producer warp. The active
-// count, known on the device only, picks the tile width. Entries of a token are
-// appended in any order; the decoder sorts them.
+// warpgroups) and tokens its columns, so few tokens make a narrow tile and
+// W_enc streams through shared memory once, by bulk copies of one producer
+// warp. The active count, known on the device only, picks the tile width.
+// Entries of a token are appended in any order; the decoder sorts them.
 #pragma once
 
 #include <cuda.h>
@@ -25,8 +26,8 @@ constexpr int kMaxStages = 8;
 constexpr int kOperandBytes = 4 * (kStageW + 256 * kTileK * 2);
 constexpr int kHitsPerLane = 16;
 constexpr int kHitsPerWarp = 32 * kHitsPerLane;
-constexpr int kEncodeSmem =
-    kOperandBytes + kConsumerWarps * kHitsPerWarp * 8 + 2 * kMaxStages * 8 + 1024;
+constexpr int kEncodeSmem = kOperandBytes + kConsumerWarps * kHitsPerWarp * 8 +
+                            2 * kMaxStages * 8 + 1024;
 
 struct EncodeArgs {
   const float* b_enc;      // [F]
@@ -51,24 +52,28 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
 }
 
 __device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar),
+               "r"(arrivals));
 }
 
 __device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
+      "r"(bytes)
+      : "memory");
 }
 
 // Announces bytes without arriving: the phase stays open.
 __device__ __forceinline__ void barrier_announce(uint32_t bar, int bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar)
+               : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
@@ -89,7 +94,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 __device__ __forceinline__ void copy_tile(const CUtensorMap* map, uint32_t to,
                                           uint32_t bar, int k, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::"
+      "bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(bar), "r"(k), "r"(row)
       : "memory");
@@ -101,8 +107,9 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
          (static_cast<uint64_t>(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
-// Walks the tiles of one block: a group of token tiles stays in L2 while the features
-// pass, and the token tile is the fast index, so a tile of W_enc is fetched once.
+// Walks the tiles of one block: a group of token tiles stays in L2 while the
+// features pass, and the token tile is the fast index, so a tile of W_enc is
+// fetched once.
 struct TileWalk {
   int n_f, n_t, group;
   __device__ void at(int tile, int& f, int& t) const {
@@ -114,10 +121,12 @@ struct TileWalk {
   }
 };
 
-// Where tile `f` of the features begins its reduction. Blocks that work side by side
-// begin at different columns, or all would read the same lines of x at the same time;
-// the order of a feature's sum depends on the feature alone.
-__device__ __forceinline__ int first_k(int f, int k_tiles) { return f * 7 % k_tiles; }
+// Where tile `f` of the features begins its reduction. Blocks that work side by
+// side begin at different columns, or all would read the same lines of x at the
+// same time; the order of a feature's sum depends on the feature alone.
+__device__ __forceinline__ int first_k(int f, int k_tiles) {
+  return f * 7 % k_tiles;
+}
 
 template <int N>
 struct Shape {
@@ -128,9 +137,9 @@ struct Shape {
 };
 
 template <int N>
-__device__ void produce(const EncodeArgs& a, const CUtensorMap* w, const CUtensorMap* x,
-                        uint32_t operands, uint32_t full, uint32_t empty, TileWalk walk,
-                        int early) {
+__device__ void produce(const EncodeArgs& a, const CUtensorMap* w,
+                        const CUtensorMap* x, uint32_t operands, uint32_t full,
+                        uint32_t empty, TileWalk walk, int early) {
   using S = Shape<N>;
   const int k_tiles = (a.d_model + kTileK - 1) / kTileK;
   int it = 0;
@@ -145,17 +154,21 @@ __device__ void produce(const EncodeArgs& a, const CUtensorMap* w, const CUtenso
         barrier_expect(full + 8 * s, S::kStageX);
       } else {
         barrier_expect(full + 8 * s, kStageW + S::kStageX);
-        copy_tile(w, operands + s * kStageW, full + 8 * s, k * kTileK, f * kTileF);
+        copy_tile(w, operands + s * kStageW, full + 8 * s, k * kTileK,
+                  f * kTileF);
       }
-      copy_tile(x, operands + S::kX0 + s * S::kStageX, full + 8 * s, k * kTileK, t * N);
+      copy_tile(x, operands + S::kX0 + s * S::kStageX, full + 8 * s, k * kTileK,
+                t * N);
       k = k + 1 == k_tiles ? 0 : k + 1;
     }
   }
 }
 
-// Appends this lane's hits to their tokens' lists, four atomics in flight at a time.
-__device__ __forceinline__ void append_hits(const EncodeArgs& a, const uint2* hits,
-                                            int own, int f0, int t0) {
+// Appends this lane's hits to their tokens' lists, four atomics in flight at a
+// time.
+__device__ __forceinline__ void append_hits(const EncodeArgs& a,
+                                            const uint2* hits, int own, int f0,
+                                            int t0) {
   const int most = __reduce_max_sync(~0u, own);
   for (int first = 0; first < most; first += 4) {
     uint2 hit[4];
@@ -170,7 +183,8 @@ __device__ __forceinline__ void append_hits(const EncodeArgs& a, const uint2* hi
     for (int u = 0; u < 4; ++u) {
       if (first + u >= own || slot[u] >= a.capacity) continue;
       const int64_t f = f0 + (hit[u].x & 0xFF), t = t0 + (hit[u].x >> 8);
-      a.entries[t * a.capacity + slot[u]] = f << 32 | static_cast<int64_t>(hit[u].y);
+      a.entries[t * a.capacity + slot[u]] =
+          f << 32 | static_cast<int64_t>(hit[u].y);
       if (a.w_dec != nullptr) {  // the decoder will want this row soon
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
                          a.w_dec + f * a.d_model * 2),
@@ -180,19 +194,22 @@ __device__ __forceinline__ void append_hits(const EncodeArgs& a, const uint2* hi
   }
 }
 
-// Notes the hits among accumulators [From, To) in this lane's column of `hits`; returns
-// how many there are, which may be more than fit.
+// Notes the hits among accumulators [From, To) in this lane's column of `hits`;
+// returns how many there are, which may be more than fit.
 template <int From, int To, int R>
-__device__ __forceinline__ int note_hits(const float (&p)[R], float2 bias, float2 cut,
-                                         uint2* hits, uint32_t where) {
+__device__ __forceinline__ int note_hits(const float (&p)[R], float2 bias,
+                                         float2 cut, uint2* hits,
+                                         uint32_t where) {
   int own = 0;
 #pragma unroll
   for (int i = From; i < To; ++i) {
     if (p[i] > (i & 2 ? cut.y : cut.x)) {
       // Token in the high bits, feature of the tile in the low eight.
-      const uint32_t at = where + (((i / 4) * 8 + (i & 1)) << 8) + (i & 2 ? 8 : 0);
+      const uint32_t at =
+          where + (((i / 4) * 8 + (i & 1)) << 8) + (i & 2 ? 8 : 0);
       const float value = p[i] + (i & 2 ? bias.y : bias.x);
-      if (own < kHitsPerLane) hits[own * 32] = make_uint2(at, __float_as_uint(value));
+      if (own < kHitsPerLane)
+        hits[own * 32] = make_uint2(at, __float_as_uint(value));
       ++own;
     }
   }
@@ -200,20 +217,23 @@ __device__ __forceinline__ int note_hits(const float (&p)[R], float2 bias, float
 }
 
 template <int From, int R>
-__device__ __forceinline__ void emit_parts(const EncodeArgs& a, const float (&p)[R],
-                                           float2 bias, float2 cut, uint2* hits,
+__device__ __forceinline__ void emit_parts(const EncodeArgs& a,
+                                           const float (&p)[R], float2 bias,
+                                           float2 cut, uint2* hits,
                                            uint32_t where, int f0, int t0) {
   if constexpr (From < R) {
     constexpr int kTo = From + kHitsPerLane < R ? From + kHitsPerLane : R;
-    append_hits(a, hits, note_hits<From, kTo>(p, bias, cut, hits, where), f0, t0);
+    append_hits(a, hits, note_hits<From, kTo>(p, bias, cut, hits, where), f0,
+                t0);
     emit_parts<kTo>(a, p, bias, cut, hits, where, f0, t0);
   }
 }
 
 // Emits one tile's non-zeros: p > bar, tested as x W > bar - b.
 template <int N>
-__device__ __forceinline__ void emit_hits(const EncodeArgs& a, float (&p)[N / 2],
-                                          float2 bias, float2 cut, uint2* hits, int row,
+__device__ __forceinline__ void emit_hits(const EncodeArgs& a,
+                                          float (&p)[N / 2], float2 bias,
+                                          float2 cut, uint2* hits, int row,
                                           int f0, int t0, int n) {
   const int lane = threadIdx.x & 31;
   if (t0 + N > n) {  // columns past the last token hold junk
@@ -232,8 +252,8 @@ __device__ __forceinline__ void emit_hits(const EncodeArgs& a, float (&p)[N / 2]
 }
 
 template <int N>
-__device__ void store_scores(const EncodeArgs& a, float (&p)[N / 2], float2 bias, int f,
-                             int t0, int n) {
+__device__ void store_scores(const EncodeArgs& a, float (&p)[N / 2],
+                             float2 bias, int f, int t0, int n) {
   const int first = t0 + (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
@@ -253,14 +273,10 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31;
   const int row = group * 64 + (threadIdx.x % 128) / 32 * 16 + lane / 4;
   uint2* own_hits = hits + (threadIdx.x / 32 - 4) * kHitsPerWarp;
-  const int tiles = walk.n_f * walk.n_t;
-  // A block without a tile runs the epilogue on nothing: its instructions are then in
-  // L2 when all other blocks reach theirs at once.
-  const bool idle = static_cast<int>(blockIdx.x) >= tiles;
   int it = 0;
-  for (int tile = blockIdx.x; idle || tile < tiles; tile += gridDim.x) {
-    int f_tile = walk.n_f, t_tile = 0;  // past the last feature: nothing fires
-    if (!idle) walk.at(tile, f_tile, t_tile);
+  for (int tile = blockIdx.x; tile < walk.n_f * walk.n_t; tile += gridDim.x) {
+    int f_tile, t_tile;
+    walk.at(tile, f_tile, t_tile);
     const int f0 = f_tile * kTileF, f = f0 + row;
     const float inf = __int_as_float(0x7F800000);
     float2 bias = make_float2(-inf, -inf), cut = make_float2(inf, inf);
@@ -275,11 +291,11 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
-    const int steps = idle ? 0 : k_tiles;
-    for (int k = 0; k < steps; ++k, ++it) {
+    for (int k = 0; k < k_tiles; ++k, ++it) {
       const int s = it % S::kStages;
       barrier_wait(full + 8 * s, it / S::kStages & 1);
-      const uint64_t w = tile_descriptor(operands + s * kStageW + group * 64 * 128);
+      const uint64_t w =
+          tile_descriptor(operands + s * kStageW + group * 64 * 128);
       const uint64_t x = tile_descriptor(operands + S::kX0 + s * S::kStageX);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -294,14 +310,15 @@ __device__ void consume(const EncodeArgs& a, uint32_t operands, uint32_t full,
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-    if (!idle && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((it - 1) % S::kStages));
-    // Not sooner: blocks of the decoder would crowd on the few idle multiprocessors.
+    if (threadIdx.x % 128 == 0)
+      barrier_arrive(empty + 8 * ((it - 1) % S::kStages));
+    // Not sooner: blocks of the decoder would crowd on the few idle
+    // multiprocessors.
     launch_dependents();
     if (a.scores != nullptr)
       store_scores<N>(a, acc, bias, f, t_tile * N, n);
     else
       emit_hits<N>(a, acc, bias, cut, own_hits, row, f0, t_tile * N, n);
-    if (idle) return;
   }
 }
 
@@ -316,7 +333,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   char* memory = raw + pad;
   const uint32_t operands = smem_address(memory);
   uint2* hits = reinterpret_cast<uint2*>(memory + kOperandBytes);
-  const uint32_t full = operands + kOperandBytes + kConsumerWarps * kHitsPerWarp * 8;
+  const uint32_t full =
+      operands + kOperandBytes + kConsumerWarps * kHitsPerWarp * 8;
   const uint32_t empty = full + 8 * kMaxStages;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kMaxStages; ++s) {
@@ -328,11 +346,11 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   __syncthreads();
   const bool producer = threadIdx.x == 0;
   const int n_f = (a.num_features + kTileF - 1) / kTileF;
-  // With one token tile at most, block b begins with feature tile b: its weights are
-  // requested while the kernel before is still gathering x.
+  // With one token tile at most, block b begins with feature tile b: its
+  // weights are requested while the kernel before is still gathering x.
   const int k_tiles = (a.d_model + kTileK - 1) / kTileK;
   int early = a.rows <= 64 ? Shape<64>::kStages : Shape<256>::kStages;
-  early = a.rows <= 256 && static_cast<int>(blockIdx.x) < n_f ? min(early, k_tiles) : 0;
+  early = a.rows <= 256 ? min(early, k_tiles) : 0;
   if (producer) {
     for (int s = 0; s < early; ++s) {
       barrier_announce(full + 8 * s, kStageW);
@@ -354,7 +372,11 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     }
     return;
   }
-  const int width = n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : 256;
+  const int width = n <= 8     ? 8
+                    : n <= 32  ? 32
+                    : n <= 64  ? 64
+                    : n <= 128 ? 128
+                               : 256;
   const TileWalk walk{n_f, (n + width - 1) / width, a.group};
 #define STEERING_WIDTHS(RUN) \
   if (width == 8) {          \
@@ -377,7 +399,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-#define STEERING_CONSUME(N, M) consume<T, N>(a, operands, full, empty, hits, walk, n)
+#define STEERING_CONSUME(N, M) \
+  consume<T, N>(a, operands, full, empty, hits, walk, n)
     STEERING_WIDTHS(STEERING_CONSUME)
   }
 #undef STEERING_WIDTHS

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The decoder for many tokens: lists are sorted once, then a warp owns one token and
-// 256 columns of D and needs no shared memory. Slices are the slow index of the walk:
-// the part of W_dec being gathered at any moment is narrow enough to stay in L2. Its eight accumulators are the eight
-// warps of decode.cuh and are added in the same order: the same bits for any batch.
+// The decoder for many tokens: lists are sorted once, then a warp owns one
+// token and 256 columns of D and needs no shared memory. Slices are the slow
+// index of the walk: the part of W_dec being gathered at any moment is narrow
+// enough to stay in L2. The eight accumulators are the eight warps of
+// decode.cuh and are added in the same order: the same bits for any batch.
 #pragma once
 
 #include "decode.cuh"
@@ -24,19 +25,21 @@ __global__ void __launch_bounds__(kDecodeThreads)
     __syncthreads();
     sort_entries(own, listed, list, features);
     for (int e = threadIdx.x; e < listed; e += kDecodeThreads)
-      own[e] = static_cast<int64_t>(list[e].x) << 32 | static_cast<uint32_t>(list[e].y);
+      own[e] = static_cast<int64_t>(list[e].x) << 32 |
+               static_cast<uint32_t>(list[e].y);
     if (a.coef != nullptr) continue;  // selection has resolved the clamps
     const int* row = a.table + a.index[token] * a.table_stride;
     for (int c = threadIdx.x; c < row[1]; c += kDecodeThreads) {
       const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
       const float f = find_feature(list, listed, row[2 + c]);
-      coef[i * a.max_clamps + c] = clamp_delta(row[2 + a.max_clamps + c], value, f);
+      coef[i * a.max_clamps + c] =
+          clamp_delta(row[2 + a.max_clamps + c], value, f);
     }
   }
 }
 
-// acc[u] += the entries whose place in the list is u modulo 8. Lanes past the end hold
-// feature 0 with no weight.
+// acc[u] += the entries whose place in the list is u modulo 8. Lanes past the
+// end hold feature 0 with no weight.
 template <typename T>
 __device__ __forceinline__ void gather_entries(float (&acc)[kDecodeWarps][8],
                                                const int64_t* own, int n,
@@ -44,7 +47,8 @@ __device__ __forceinline__ void gather_entries(float (&acc)[kDecodeWarps][8],
   const int lane = threadIdx.x & 31;
   for (int first = 0; first < n; first += 32) {
     const int64_t mine = first + lane < n ? own[first + lane] : 0;
-    const int feature = static_cast<int>(mine >> 32), bits = static_cast<int>(mine);
+    const int feature = static_cast<int>(mine >> 32),
+              bits = static_cast<int>(mine);
     const int most = min(32, n - first);
     for (int j = 0; j < most; j += kDecodeWarps) {
       Vec8<T> w[kDecodeWarps];
@@ -69,8 +73,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const int n = min(*a.count - a.base, a.rows);
   const int slices = (a.d_model + kColumns - 1) / kColumns;
   const int warps = gridDim.x * kDecodeWarps;
-  for (int work = blockIdx.x * kDecodeWarps + threadIdx.x / 32; work < n * slices;
-       work += warps) {
+  for (int work = blockIdx.x * kDecodeWarps + threadIdx.x / 32;
+       work < n * slices; work += warps) {
     const int64_t i = work % n;
     const int token = a.tokens[i], listed = a.nnz[i * kCounterStride];
     if (token < 0 || listed > min(kSortMax, a.capacity)) continue;
@@ -83,7 +87,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     gather_entries(acc, a.entries + i * a.capacity, listed, columns, a.d_model);
     for (int c = 0; c < clamps; ++c) {
       const float delta = coef[i * a.max_clamps + c];
-      const Vec8<T> w = load8(columns + static_cast<int64_t>(row[2 + c]) * a.d_model);
+      const Vec8<T> w =
+          load8(columns + static_cast<int64_t>(row[2 + c]) * a.d_model);
 #pragma unroll
       for (int u = 0; u < kDecodeWarps; ++u)
         add_row(acc[u], w, u == (listed + c) % kDecodeWarps ? delta : 0.f);

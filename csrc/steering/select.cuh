@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 3 of TopK SAEs: the k largest scores of a token, ties to the lowest feature.
+// Stage 3 of TopK SAEs: the k largest scores of a token, ties to the lowest
+// feature.
 //
-// A score and its feature make one 63-bit key, larger for a larger score and, at equal
-// scores, for a lower feature. A histogram of the maxima of many groups bounds the
-// k-th largest from below; the few candidates above the bound are ranked exactly.
+// A score and its feature make one 63-bit key, larger for a larger score and,
+// at equal scores, for a lower feature. A histogram of the maxima of many
+// groups bounds the k-th largest from below; the few candidates above the bound
+// are ranked exactly.
 #pragma once
 
 #include "common.cuh"
@@ -49,7 +51,8 @@ __device__ __forceinline__ float score_of(unsigned order) {
 }
 
 __device__ __forceinline__ unsigned long long sort_key(float p, int f) {
-  return static_cast<unsigned long long>(order_bits(p)) << 31 | (0x7FFFFFFFu ^ f);
+  return static_cast<unsigned long long>(order_bits(p)) << 31 |
+         (0x7FFFFFFFu ^ f);
 }
 
 __device__ __forceinline__ bool survives(float p, bool relu) {
@@ -68,7 +71,8 @@ __device__ int block_sum(SelectMemory& m, int x) {
 }
 
 // Leaves in m.bound a lower bound (order bits) of the k-th largest score.
-__device__ void bound_scores(SelectMemory& m, const float* p, int d_sae, int k) {
+__device__ void bound_scores(SelectMemory& m, const float* p, int d_sae,
+                             int k) {
   unsigned top[kGroupsPerThread] = {};
   for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
   if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
@@ -97,7 +101,8 @@ __device__ void bound_scores(SelectMemory& m, const float* p, int d_sae, int k) 
   }
   if (lane == 31) m.warp_sums[threadIdx.x / 32] = upto;
   __syncthreads();
-  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w) upto += m.warp_sums[w];
+  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w)
+    upto += m.warp_sums[w];
   int before = upto - own;
   if (before < k && upto >= k) {
     for (int b = 0; b < kOwn; ++b) {
@@ -111,9 +116,10 @@ __device__ void bound_scores(SelectMemory& m, const float* p, int d_sae, int k) 
   __syncthreads();
 }
 
-// The k-th largest key by its bits from the top: slow, for very many candidates.
-__device__ unsigned long long search_kth(SelectMemory& m, const float* p, int d_sae,
-                                         int k) {
+// The k-th largest key by its bits from the top: slow, for very many
+// candidates.
+__device__ unsigned long long search_kth(SelectMemory& m, const float* p,
+                                         int d_sae, int k) {
   unsigned long long found = 0;
   for (int b = 62; b >= 0; --b) {
     const unsigned long long trial = found | 1ull << b;
@@ -125,16 +131,16 @@ __device__ unsigned long long search_kth(SelectMemory& m, const float* p, int d_
   return found;
 }
 
-__device__ void append_entry(SelectMemory& m, const SelectArgs& a, int64_t* own, int f,
-                             float p) {
+__device__ void append_entry(SelectMemory& m, const SelectArgs& a, int64_t* own,
+                             int f, float p) {
   const int slot = atomicAdd(&m.listed, 1);
   if (slot < a.capacity)
     own[slot] = static_cast<int64_t>(f) << 32 | __float_as_uint(p);
 }
 
 // Ranks the candidates in shared memory; lists those among the k largest.
-__device__ void rank_candidates(SelectMemory& m, const SelectArgs& a, int64_t* own, int n,
-                                int k, bool relu) {
+__device__ void rank_candidates(SelectMemory& m, const SelectArgs& a,
+                                int64_t* own, int n, int k, bool relu) {
   for (int e = threadIdx.x; e < n; e += kSelectThreads) {
     const unsigned long long key = m.keys[e];
     int above = 0;
@@ -143,7 +149,8 @@ __device__ void rank_candidates(SelectMemory& m, const SelectArgs& a, int64_t* o
     if (above == k - 1) m.kth = key;
     const float p = score_of(static_cast<unsigned>(key >> 31));
     if (above < k && survives(p, relu))
-      append_entry(m, a, own, 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF), p);
+      append_entry(m, a, own, 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF),
+                   p);
   }
 }
 
@@ -188,7 +195,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
       const bool chosen = f < d_sae && sort_key(score, f) >= m.kth;
       const float act = chosen && (score > 0.f || !relu) ? score : 0.f;
       const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
-      a.coef[i * a.max_clamps + c] = clamp_delta(row[2 + a.max_clamps + c], value, act);
+      a.coef[i * a.max_clamps + c] =
+          clamp_delta(row[2 + a.max_clamps + c], value, act);
     }
     if (threadIdx.x == 0) {
       a.nnz[i * kCounterStride] = m.listed;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks, stream, launch: what stands between torch and the kernels. libtorch stable
-// ABI only, so one build serves every torch from 2.10 on.
+// Checks, stream, launch: what stands between torch and the kernels. libtorch
+// stable ABI only, so one build serves every torch from 2.10 on.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,8 @@ void check_cuda(cudaError_t error, const char* what) {
 
 cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
-  const auto error = aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
+  const auto error =
+      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
   STD_TORCH_CHECK(error == 0, "steering: no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
@@ -42,8 +43,9 @@ int multiprocessors(const Tensor& t) {
   const int device = t.get_device_index();
   int& count = known[device];
   if (count == 0)
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-               "device attribute");
+    check_cuda(
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "device attribute");
   return count;
 }
 
@@ -52,8 +54,8 @@ template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
             cudaStream_t stream, Args... args) {
   if (smem > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    smem),
+    check_cuda(cudaFuncSetAttribute(
+                   kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
                "shared memory");
   int device = 0, major = 0;
   cudaGetDevice(&device);
@@ -84,25 +86,28 @@ void for_type(const Tensor& t, F&& f) {
   }
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion,
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t,
+                                 void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*,
+                                 CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion,
                                  CUtensorMapFloatOOBfill);
 
 EncodeTiled tensor_map_encoder() {
   static EncodeTiled encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                cudaEnableDefault, &status),
-               "cuTensorMapEncodeTiled");
+    check_cuda(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                         12000, cudaEnableDefault, &status),
+        "cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeTiled>(found);
   }();
   return encode;
 }
 
-// A map over a contiguous [rows, d_model] tensor, in boxes of `box` rows by kTileK.
+// A map over a contiguous [rows, d_model] tensor, in boxes of `box` rows by
+// kTileK.
 CUtensorMap tensor_map(const Tensor& t, int box) {
   CUtensorMap map;
   const auto type = t.scalar_type() == ScalarType::BFloat16
@@ -117,13 +122,15 @@ CUtensorMap tensor_map(const Tensor& t, int box) {
       &map, type, 2, t.data_ptr(), sizes, strides, boxes, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(status == CUDA_SUCCESS, "steering: no tensor map for this shape");
+  STD_TORCH_CHECK(status == CUDA_SUCCESS,
+                  "steering: no tensor map for this shape");
   return map;
 }
 
-void compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor norm_limit,
-             Tensor hidden, std::optional<Tensor> residual, Tensor x, Tensor tokens,
-             Tensor nnz, Tensor count, int64_t base, int64_t gate) {
+void compact(Tensor index, Tensor flags, Tensor table, Tensor meta,
+             Tensor norm_limit, Tensor hidden, std::optional<Tensor> residual,
+             Tensor x, Tensor tokens, Tensor nnz, Tensor count, int64_t base,
+             int64_t gate) {
   CompactArgs a = {};
   a.index = data<int>(index);
   a.flags = data<int>(flags);
@@ -145,13 +152,15 @@ void compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor norm_
   const int blocks = (a.num_tokens + a.per_block - 1) / a.per_block;
   for_type(hidden, [&](auto type) {
     using T = decltype(type);
-    launch(compact_kernel<T>, blocks, kCompactWarps * 32, 0, stream_of(hidden), a,
-           data<T>(hidden), residual ? data<T>(*residual) : nullptr, data<T>(x));
+    launch(compact_kernel<T>, blocks, kCompactWarps * 32, 0, stream_of(hidden),
+           a, data<T>(hidden), residual ? data<T>(*residual) : nullptr,
+           data<T>(x));
   });
 }
 
-void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count,
-            Tensor nnz, Tensor out, std::optional<Tensor> w_dec, int64_t base) {
+void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold,
+            Tensor count, Tensor nnz, Tensor out, std::optional<Tensor> w_dec,
+            int64_t base) {
   EncodeArgs a = {};
   a.w_dec = w_dec ? data<char>(*w_dec) : nullptr;
   a.b_enc = data<float>(b_enc);
@@ -175,17 +184,17 @@ void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count
   for (int i = 0; i < kWidths; ++i) maps.x[i] = tensor_map(x, widths[i]);
   const int n_f = (a.num_features + kTileF - 1) / kTileF;
   const int64_t tiles = static_cast<int64_t>(n_f) * ((a.rows + 255) / 256);
-  const int64_t blocks = std::min<int64_t>(tiles + 1, multiprocessors(x));
+  const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(x));
   for_type(x, [&](auto type) {
     using T = decltype(type);
-    launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads, kEncodeSmem,
-           stream_of(x), a, maps);
+    launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads,
+           kEncodeSmem, stream_of(x), a, maps);
   });
 }
 
-void select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor tokens,
-            Tensor scores, Tensor nnz, Tensor entries, Tensor kth, Tensor coef,
-            int64_t base) {
+void select(Tensor index, Tensor table, Tensor meta, Tensor count,
+            Tensor tokens, Tensor scores, Tensor nnz, Tensor entries,
+            Tensor kth, Tensor coef, int64_t base) {
   SelectArgs a = {};
   a.index = data<int>(index);
   a.table = data<int>(table);
@@ -207,10 +216,12 @@ void select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor tokens
   launch(select_kernel, blocks, kSelectThreads, 0, stream_of(scores), a);
 }
 
-// Few tokens: one kernel. Many: sort once, then gather, then what is too long for that.
+// Few tokens: one kernel. Many: sort once, then gather, then what is too long
+// for that.
 template <typename T>
-void launch_decode(DecodeArgs a, bool many, const Tensor& entries, const Tensor& coef,
-                   const Tensor& x, const Tensor& w_dec, const Tensor& hidden,
+void launch_decode(DecodeArgs a, bool many, const Tensor& entries,
+                   const Tensor& coef, const Tensor& x, const Tensor& w_dec,
+                   const Tensor& hidden,
                    const std::optional<Tensor>& residual) {
   const cudaStream_t stream = stream_of(hidden);
   T* out = residual ? data<T>(*residual) : nullptr;
@@ -218,11 +229,11 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries, const Tensor&
   const int slices = (a.d_model + kColumns - 1) / kColumns;
   const int64_t work = static_cast<int64_t>(a.rows) * slices;
   if (many) {
-    launch(prepare_kernel, std::min(a.rows, 8 * processors), kDecodeThreads, 0, stream, a,
-           data<int64_t>(entries), data<float>(coef));
+    launch(prepare_kernel, std::min(a.rows, 8 * processors), kDecodeThreads, 0,
+           stream, a, data<int64_t>(entries), data<float>(coef));
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
-    launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0, stream, a,
-           data<float>(coef), data<T>(w_dec), data<T>(hidden), out);
+    launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
+           stream, a, data<float>(coef), data<T>(w_dec), data<T>(hidden), out);
     if (std::min(a.capacity, a.num_features) <= kSortMax) return;
     a.long_only = true;
   }
@@ -234,8 +245,8 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries, const Tensor&
 
 void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
             Tensor entries, Tensor coef, Tensor x, Tensor w_dec, Tensor b_dec,
-            Tensor hidden, std::optional<Tensor> residual, int64_t base, bool resolved,
-            bool delta, bool many) {
+            Tensor hidden, std::optional<Tensor> residual, int64_t base,
+            bool resolved, bool delta, bool many) {
   DecodeArgs a = {};
   a.index = data<int>(index);
   a.table = data<int>(table);
@@ -256,8 +267,8 @@ void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
   a.max_clamps = static_cast<int>(coef.size(1));
   a.delta = delta;
   for_type(hidden, [&](auto type) {
-    launch_decode<decltype(type)>(a, many && !delta, entries, coef, x, w_dec, hidden,
-                                  residual);
+    launch_decode<decltype(type)>(a, many && !delta, entries, coef, x, w_dec,
+                                  hidden, residual);
   });
 }
 
@@ -266,20 +277,26 @@ void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
   m.def(
-      "compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor norm_limit,"
+      "compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor "
+      "norm_limit,"
       " Tensor hidden, Tensor? residual, Tensor(a!) x, Tensor(b!) tokens,"
       " Tensor(c!) nnz, Tensor(d!) count, int base, int gate) -> ()");
   m.def(
-      "encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor count,"
+      "encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor "
+      "count,"
       " Tensor(a!) nnz, Tensor(b!) out, Tensor? w_dec, int base) -> ()");
   m.def(
-      "select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor tokens,"
+      "select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor "
+      "tokens,"
       " Tensor scores, Tensor(a!) nnz, Tensor(b!) entries, Tensor(c!) kth,"
       " Tensor(d!) coef, int base) -> ()");
   m.def(
-      "decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,"
-      " Tensor(a!) entries, Tensor(b!) coef, Tensor x, Tensor w_dec, Tensor b_dec,"
-      " Tensor(c!) hidden, Tensor(d!)? residual, int base, bool resolved, bool delta,"
+      "decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor "
+      "nnz,"
+      " Tensor(a!) entries, Tensor(b!) coef, Tensor x, Tensor w_dec, Tensor "
+      "b_dec,"
+      " Tensor(c!) hidden, Tensor(d!)? residual, int base, bool resolved, bool "
+      "delta,"
       " bool many) -> ()");
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgmma.mma_async wrappers for Hopper: D[64 x N] += A[64 x 16] B[N x 16]^T, float32
-// accumulators, both operands K-major in shared memory (128-byte swizzle). One thread
-// holds N / 2 accumulators. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
+// wgmma.mma_async wrappers for Hopper: D[64 x N] += A[64 x 16] B[N x 16]^T,
+// float32 accumulators, both operands K-major in shared memory (128-byte
+// swizzle). One thread holds N / 2 accumulators. PTX ISA, "Asynchronous
+// Warpgroup Level Matrix Instructions".
 #pragma once
 
 #include <cuda_bf16.h>

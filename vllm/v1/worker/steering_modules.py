@@ -22,7 +22,7 @@ from vllm.config.steering import (
     SteeringConfig,
     Tier,
 )
-from vllm.config.steering_slots import skip_set
+from vllm.config.steering_slots import module_bytes, skip_set
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
     SAESlot,
@@ -321,10 +321,11 @@ def build_site_modules(
     modules.attach(places)
     for info in config.modules.values():
         logger.info(
-            "Steering module %s: %d site(s) [%s], digest %s",
+            "Steering module %s: %d site(s) [%s], %.1f MiB, digest %s",
             info.name,
             len(info.sites),
             ", ".join(f"{s.name} F={s.d_sae}" for s in info.sites),
+            module_bytes(info, dtype.itemsize) / 2**20,
             info.digest[:12],
         )
     logger.info("Steering buffers take %.1f MiB", modules.nbytes / 2**20)

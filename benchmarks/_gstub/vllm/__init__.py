@@ -1,2 +1,0 @@
-import os
-__path__ = [os.path.dirname(__file__), os.environ.get("REPO", ".") + "/vllm"]

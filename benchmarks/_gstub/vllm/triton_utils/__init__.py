@@ -1,3 +1,0 @@
-import triton
-import triton.language as tl
-HAS_TRITON = True

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`additional_config.steering.spare` and `module_roots`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm.plugins.steering as plugin
+from vllm.config.steering import HookPoint, get_steering_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins.steering.resolution import SteeringConfigError, resolve_steering
+
+SITE = {"layer": 1, "hook": "resid_post"}
+
+
+@pytest.fixture(scope="module")
+def vllm_config(model_path: Path) -> Any:
+    """A real configuration of the tiny model, not steered."""
+    plugin.install_front_end_seams()
+    args = EngineArgs(str(model_path), skip_tokenizer_init=True, max_model_len=128)
+    return args.create_engine_config()
+
+
+def resolved(vllm_config: Any, **steering: Any) -> Any:
+    config = copy.copy(vllm_config)
+    config.additional_config = {"steering": steering}
+    resolve_steering(config)
+    return get_steering_config(config.additional_config)
+
+
+def test_spare_slots_are_listed_once_each(vllm_config: Any) -> None:
+    spare = [{**SITE, "width": 64, "count": 2}, {**SITE, "vectors": 3}]
+    slots = resolved(vllm_config, spare=spare).slots
+    assert [(s.kind, s.width) for s in slots] == [("sae", 64)] * 2 + [
+        ("vectors", 1)
+    ] * 3
+    assert {(s.layer, s.hook, s.topk, s.threshold) for s in slots} == {
+        (1, HookPoint.POST_BLOCK, True, True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("spare", "path", "accepted"),
+    [
+        ({}, "spare", "a list"),
+        ([3], "spare[0]", "an object"),
+        ([{**SITE}], "spare[0]", "either width or vectors"),
+        ([{**SITE, "width": 4, "vectors": 1}], "spare[0]", "either width or vectors"),
+        ([{**SITE, "width": True}], "spare[0].width", "an integer in 1.."),
+        ([{**SITE, "width": 4, "count": 0}], "spare[0].count", "an integer in 1.."),
+        ([{**SITE, "vectors": 2, "count": 2}], "spare[0].count", "only with width"),
+        ([{**SITE, "layer": 3, "width": 4}], "spare[0].layer", "0..2"),
+        ([{**SITE, "hook": "mlp", "width": 4}], "spare[0].hook", "resid_post"),
+        ([{**SITE, "width": 4, "size": 1}], "spare[0]", "layer, hook, width"),
+    ],
+)
+def test_a_bad_spare_slot_is_refused_by_its_path(
+    vllm_config: Any, spare: Any, path: str, accepted: str
+) -> None:
+    with pytest.raises(SteeringConfigError) as caught:
+        resolved(vllm_config, spare=spare)
+    assert str(caught.value).startswith(f"additional_config.steering.{path}:")
+    assert accepted in str(caught.value)
+
+
+@pytest.mark.parametrize("roots", ["/srv", [3], ["relative/path"]])
+def test_bad_module_roots_are_refused(vllm_config: Any, roots: Any) -> None:
+    with pytest.raises(SteeringConfigError, match="module_roots"):
+        resolved(vllm_config, module_roots=roots)
+
+
+def test_good_module_roots_pass(vllm_config: Any) -> None:
+    assert resolved(vllm_config, module_roots=["/srv/saes", "hf:", "hf:google"])
