@@ -82,8 +82,7 @@ def set_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in children
     warnings.simplefilter("ignore")
-    # More threads only wait for each other on a model this small.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more only wait for each other
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 

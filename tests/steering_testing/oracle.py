@@ -76,9 +76,7 @@ def hooked(
 
 
 @torch.no_grad()
-def greedy(
-    model: Any, prompt: list[int], sites: SiteEdits, max_tokens: int
-) -> Greedy:
+def greedy(model: Any, prompt: list[int], sites: SiteEdits, max_tokens: int) -> Greedy:
     """Greedy decoding without a cache, every step a whole forward with hooks."""
     tokens, logprobs = list(prompt), []
     for _ in range(max_tokens):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.worker.steering_hot_modules import HotModules
 
 pytestmark = pytest.mark.engine
@@ -276,6 +279,26 @@ def test_a_request_admitted_before_a_replacement_is_refused_alone(
     with pytest.raises(VLLMValidationError, match="replaced"):
         core.add_request(request, wave)
     check(llm, "hot", KINDS["other"])
+
+
+def test_a_server_answers_such_a_request_and_goes_on(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    core = llm.llm_engine.engine_core.engine_core
+    processor = llm.llm_engine.input_processor
+    ids = {"type": "token", "prompt_token_ids": IDS}
+    late = processor.process_inputs("late", ids, steered("hot"), ("generate",))
+    request, wave = core.preprocess_add_request(late)
+    unregister_module(llm, "hot")
+    # The part of a server's engine core that answers, over this engine's modules.
+    server = EngineCoreProc.__new__(EngineCoreProc)
+    server.vllm_config = core.vllm_config
+    server.output_queue = queue.Queue()
+    server.add_request(request, wave)
+    _, answer = server.output_queue.get_nowait()
+    (output,) = answer.outputs
+    assert (output.request_id, output.finish_reason) == ("late", FinishReason.ERROR)
 
 
 class Broken(Exception):

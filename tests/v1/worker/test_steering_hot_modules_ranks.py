@@ -28,20 +28,25 @@ SITE = (1, "post_block")
 IDS = prompt(7, 20)
 
 
-def poison(worker: Any) -> None:
-    """Make the next copy into a slot fail, on the second rank only."""
-    import vllm.v1.worker.steering_hot_modules as hot
+def poisoner() -> Any:
+    """A function for the workers, which cannot import this file: it goes by value."""
 
-    if worker.rank != 1:
-        return
-    fill = hot._fill
+    def poison(worker: Any) -> None:
+        """Make the next copy into a slot fail, on the second rank only."""
+        import vllm.v1.worker.steering_hot_modules as hot
 
-    def fail(*args: Any) -> None:
-        hot._fill = fill
-        fill(*args)
-        raise RuntimeError("injected")
+        if worker.rank != 1:
+            return
+        fill = hot._fill
 
-    hot._fill = fail
+        def fail(*args: Any) -> None:
+            hot._fill = fill
+            fill(*args)
+            raise RuntimeError("injected")
+
+        hot._fill = fail
+
+    return poison
 
 
 def test_a_rank_that_fails_takes_all_ranks_back(
@@ -66,7 +71,7 @@ def test_a_rank_that_fails_takes_all_ranks_back(
     with engine("llama", model_root, {}, steering, tensor_parallel_size=2) as llm:
         replace_module(llm, "hot", paths["relu"])
         check("relu")
-        llm.collective_rpc(poison)
+        llm.collective_rpc(poisoner())
         with pytest.raises(SteeringModuleError, match="injected") as caught:
             replace_module(llm, "hot", paths["jumprelu"])
         assert caught.value.status == 500

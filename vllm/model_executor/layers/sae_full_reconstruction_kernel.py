@@ -225,9 +225,9 @@ def warm_up(
     """
     sizes = sorted({1, 2, 16, 17, 64, 65, 128, 129, 256, 257, 1024, 1025, 1 << 30})
     sizes = sorted({min(size, workspace.max_tokens) for size in sizes})
-    slots, vector_slots = list(slots), list(vector_slots)
+    everything: list[SAESlot | VectorSlot] = [*slots, *vector_slots]
     for tokens in sizes:
-        for slot in (*slots, *vector_slots):
+        for slot in everything:
             d_model = (
                 slot.directions.shape[1]
                 if isinstance(slot, VectorSlot)

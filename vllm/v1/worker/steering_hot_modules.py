@@ -256,8 +256,9 @@ class SteeringWorkerMixin:
                 {"commit": hot.commit, "finish": hot.finish, "rollback": hot.rollback}[
                     verb
                 ]()
-        except ValueError as error:
-            return {"ok": False, "refused": True, "error": str(error)}
+        except (ValueError, torch.OutOfMemoryError) as error:
+            text = " ".join(str(error).split())
+            return {"ok": False, "refused": True, "error": text}
         except Exception as error:
             # A worker that raises would end the engine.
             logger.exception("Steering: %s of %s failed", verb, name or "a module")

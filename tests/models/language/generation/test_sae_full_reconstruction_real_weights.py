@@ -91,9 +91,7 @@ def test_gemma_2_2b_keeps_its_language_and_follows_the_clamp(
         )
         for spec in specs
     ]
-    texts = [
-        output.outputs[0].text for output in llm.generate([prompt] * 3, sampling)
-    ]
+    texts = [output.outputs[0].text for output in llm.generate([prompt] * 3, sampling)]
     assert len(set(texts)) == 3
     # A reconstruction that breaks the language repeats itself at once.
     words = texts[1].split()
