@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the overlay wheel: our files under `vllm/`, beside the stock wheel's.
 
-Where nvcc and CMake are found, `csrc/steering` is built too (CMakeLists.txt) and the
-wheel is a platform wheel; anywhere else it is pure Python and Triton is used.
-Set `VLLM_STEERING_NO_CUDA=1` to skip the extension.
+Where nvcc, CMake and torch are found, `csrc/steering` is built too (CMakeLists.txt) and
+the wheel is a platform wheel; anywhere else it is pure Python and Triton is used. pip's
+isolated builds have no torch: build with `--no-build-isolation` to get the extension.
+Set `VLLM_STEERING_NO_CUDA=1` to skip it.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,8 +24,9 @@ def builds_cuda() -> bool:
     """Whether this machine can build the CUDA extension, and may."""
     if os.environ.get("VLLM_STEERING_NO_CUDA") == "1":
         return False
-    has_tools = shutil.which("nvcc") and shutil.which("cmake")
-    return bool(has_tools) and (ROOT / "csrc" / "steering").is_dir()
+    tools = all(shutil.which(tool) for tool in ("nvcc", "cmake"))
+    has_torch = importlib.util.find_spec("torch") is not None
+    return tools and has_torch and (ROOT / "csrc" / "steering").is_dir()
 
 
 class CMakeBuild(build_ext):

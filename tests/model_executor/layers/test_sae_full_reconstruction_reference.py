@@ -25,7 +25,13 @@ from steering_testing.sites import (
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import steering_reference
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
-from vllm.model_executor.layers.steering_state import MetaField, SAEWeights, VectorSlot
+from vllm.model_executor.layers.steering_reference import ReferenceBackend
+from vllm.model_executor.layers.steering_state import (
+    MetaField,
+    SAEWeights,
+    StepState,
+    VectorSlot,
+)
 
 ACTIVATIONS = ("relu", "jumprelu", "topk")
 OPS = {Tier.DELTA: "apply_sae_clamp", Tier.FULL: "apply_sae_full_reconstruction"}
@@ -325,3 +331,18 @@ def test_vectors_add_scaled_directions(seed: int, num_tokens: int) -> None:
             expected[at] += scale @ slot.directions.double()
     case.run("apply_steering_vectors")
     assert torch.equal(case.stream.double(), expected)
+
+
+def test_bypassed_tokens_are_counted_once_and_only_where_a_row_asks() -> None:
+    step = StepState(8, torch.device("cpu"), vocab_size=10)
+    step.skip_bits[torch.tensor([1, 2])] = torch.tensor([1, 2], dtype=torch.int32)
+    step.index[Tier.FULL, :3] = 4
+    step.index[Tier.DELTA, 2:4] = 5
+    step.index[Tier.ADDITIVE, 4] = 6
+    backend = ReferenceBackend(step)
+    backend.write_flags(torch.tensor([1, 5, 2, 2, 1, 1]))
+    # Tokens 0, 2 and 3 have a skipped id and an SAE row.
+    assert step.flags.tolist() == [1, 0, 2, 2, 1, 1, 0, 0]
+    assert int(step.bypassed) == 3
+    backend.write_flags(torch.tensor([99, -1, 5]))
+    assert int(step.bypassed) == 3

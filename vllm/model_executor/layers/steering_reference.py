@@ -248,6 +248,8 @@ class ReferenceBackend:
         known = (token_ids >= 0) & (token_ids < bits.shape[0])
         flags = torch.where(known, bits[token_ids.where(known, 0).long()], 0)
         self.step.flags[: flags.shape[0]] = flags
+        rows = self.step.index[Tier.DELTA :, : flags.shape[0]]
+        self.step.bypassed += ((rows != 0).any(0) & (flags != 0)).sum()
 
     def full_reconstruction(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None

@@ -179,11 +179,14 @@ class StepState(nn.Module):
             tokens have row 0.
         flags: int32 `[max_tokens]`, bit b set where the token's id is in skip set b.
         skip_bits: int32 `[vocab_size]`, the flag word of every token id.
+        bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
+            edit and whose id is in a skip set; read for metrics only.
     """
 
     index: torch.Tensor
     flags: torch.Tensor
     skip_bits: torch.Tensor
+    bypassed: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
         super().__init__()
@@ -194,6 +197,8 @@ class StepState(nn.Module):
         self.register_buffer("index", index, persistent=False)
         flags = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("flags", flags, persistent=False)
+        bypassed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.register_buffer("bypassed", bypassed, persistent=False)
 
 
 class SAESlot(nn.Module):

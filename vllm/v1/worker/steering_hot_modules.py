@@ -161,6 +161,8 @@ class HotModules:
                 }
                 for tier in Tier
             },
+            # Waits for the step in flight; asked for every few seconds at most.
+            "bypassed_tokens": int(self.runtime.step.bypassed),
             "bytes": self.modules.nbytes,
             "modules": list(self.runtime.config.modules),
         }

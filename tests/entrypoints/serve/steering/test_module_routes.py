@@ -65,6 +65,7 @@ def test_a_module_is_registered_listed_used_and_removed(
     assert hot["weight_bytes"] == 2 * 96 * 64 * 4 + 8 * 96 + 4 * 64
     assert listed["free_slots"] == []
     assert listed["steered_tokens"]["full"]["prefill"] >= 9
+    assert listed["bypassed_tokens"] >= 1  # bos
     assert client.delete(f"{URL}/hot").status_code == 200
     assert names(client) == ["first"]
 

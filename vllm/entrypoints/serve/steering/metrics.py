@@ -41,6 +41,10 @@ class SteeringMetrics:
         self.tokens = _gauge(
             "tokens", "Tokens that were steered since start-up.", "tier", "phase"
         )
+        self.bypassed = _gauge(
+            "bypassed_tokens",
+            "Tokens of those that the SAE tiers left alone for their id.",
+        )
         self.memory = _gauge("bytes", "Device bytes of steering buffers.", "rank")
         _REFUSED = Counter(
             PREFIX + "refused_requests",
@@ -61,6 +65,7 @@ class SteeringMetrics:
         for tier, phases in found["steered_tokens"].items():
             for phase, tokens in phases.items():
                 self.tokens.labels(tier, phase).set(tokens)
+        self.bypassed.set(found["bypassed_tokens"])
         for rank, size in enumerate(found["bytes"]):
             self.memory.labels(str(rank)).set(size)
 

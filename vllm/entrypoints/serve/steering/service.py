@@ -66,7 +66,7 @@ class SteeringModulesService:
         """Modules with memory and requests, free slots, rows and tokens."""
         listed = await self.call("list", {})
         stats = await self.call("stats", {})
-        shown = ("rows_in_use", "steered_tokens", "bytes")
+        shown = ("rows_in_use", "steered_tokens", "bypassed_tokens", "bytes")
         return {
             "modules": listed["modules"],
             "free_slots": listed["free_slots"],

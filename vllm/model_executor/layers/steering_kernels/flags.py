@@ -3,6 +3,8 @@
 
     flags[t] = skip_bits[token_ids[t]], 0 where the id is no token of the vocabulary
 
+It also counts the tokens that have both a flag and a row of an SAE tier.
+
 The ids are read on the device, since under async scheduling the host does not know
 the tokens that the previous step sampled.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import StepState
 from vllm.triton_utils import tl, triton
 
@@ -18,12 +21,28 @@ BLOCK = 256
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def flags_kernel(ids, bits, flags, tokens, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def flags_kernel(
+    ids,
+    bits,
+    flags,
+    delta_rows,
+    full_rows,
+    bypassed,
+    tokens,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tokens
     token = tl.load(ids + at, mask=inside, other=-1)
     known = (token >= 0) & (token < VOCAB)
-    tl.store(flags + at, tl.load(bits + token, mask=known, other=0), mask=inside)
+    flag = tl.load(bits + token, mask=known, other=0)
+    tl.store(flags + at, flag, mask=inside)
+    row = tl.load(delta_rows + at, mask=inside, other=0)
+    row |= tl.load(full_rows + at, mask=inside, other=0)
+    count = tl.sum(((flag != 0) & (row != 0)).to(tl.int64))
+    if count > 0:
+        tl.atomic_add(bypassed, count)
 
 
 def write_flags(step: StepState, token_ids: torch.Tensor) -> None:
@@ -31,7 +50,17 @@ def write_flags(step: StepState, token_ids: torch.Tensor) -> None:
     n = token_ids.shape[0]
     vocab = step.skip_bits.shape[0]
     grid = (triton.cdiv(n, BLOCK),)
-    flags_kernel[grid](token_ids, step.skip_bits, step.flags, n, vocab, BLOCK)
+    flags_kernel[grid](
+        token_ids,
+        step.skip_bits,
+        step.flags,
+        step.index[Tier.DELTA],
+        step.index[Tier.FULL],
+        step.bypassed,
+        n,
+        vocab,
+        BLOCK,
+    )
 
 
 def warm_up_flags(step: StepState) -> None:
