@@ -17,7 +17,8 @@ venv: $(VENV)/.linked
 $(STAMP): requirements/cpu.lock requirements/dev.lock
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode \
+	  $(UV_ARGS) \
 	  -r requirements/cpu.lock -r requirements/dev.lock
 	touch $@
 
