@@ -478,10 +478,10 @@ def main() -> int:
     print(f"{bridge['density_elsewhere']:.1%} of others")
 
     verdicts = Verdicts()
-    plain = in_process(verdicts, modes, options.compile)
-    # Both start slowly, so they start together.
+    # Engines start slowly, so they start together.
     with ThreadPoolExecutor(max_workers=1) as pool:
         stock = pool.submit(run_stock_engine, options.compile)
+        plain = in_process(verdicts, modes, options.compile)
         if not options.no_server:
             through_server(verdicts, modes, options.compile)
         heading("an engine without the plugin")
