@@ -266,15 +266,21 @@ def test_a_drain_can_be_given_up(llm: LLM, paths: dict[str, str]) -> None:
     check(llm, "hot", KINDS["jumprelu"])
 
 
-def test_a_request_admitted_before_a_replacement_is_refused_alone(
-    llm: LLM, paths: dict[str, str]
-) -> None:
-    register_module(llm, "hot", paths["jumprelu"])
+def admit_late(llm: LLM) -> tuple[Any, Any, int]:
+    """The engine core, and a request for "hot" that it admitted but not yet added."""
     core = llm.llm_engine.engine_core.engine_core
     processor = llm.llm_engine.input_processor
     ids = {"type": "token", "prompt_token_ids": IDS}
     late = processor.process_inputs("late", ids, steered("hot"), ("generate",))
     request, wave = core.preprocess_add_request(late)
+    return core, request, wave
+
+
+def test_a_request_admitted_before_a_replacement_is_refused_alone(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    core, request, wave = admit_late(llm)
     replace_module(llm, "hot", paths["other"])
     with pytest.raises(VLLMValidationError, match="replaced"):
         core.add_request(request, wave)
@@ -285,11 +291,7 @@ def test_a_server_answers_such_a_request_and_goes_on(
     llm: LLM, paths: dict[str, str]
 ) -> None:
     register_module(llm, "hot", paths["jumprelu"])
-    core = llm.llm_engine.engine_core.engine_core
-    processor = llm.llm_engine.input_processor
-    ids = {"type": "token", "prompt_token_ids": IDS}
-    late = processor.process_inputs("late", ids, steered("hot"), ("generate",))
-    request, wave = core.preprocess_add_request(late)
+    core, request, wave = admit_late(llm)
     unregister_module(llm, "hot")
     # The part of a server's engine core that answers, over this engine's modules.
     server = EngineCoreProc.__new__(EngineCoreProc)

@@ -40,6 +40,14 @@ class RequestRows:
     decode: tuple[int, ...]
 
 
+def phase_counts(view: BatchView) -> np.ndarray:
+    """`[2n]` tokens of the step: prefill and decode of each request in turn."""
+    n = len(view.req_ids)
+    scheduled = view.num_scheduled[:n]
+    prefill = np.clip(view.prompt_len[:n] - view.num_computed[:n], 0, scheduled)
+    return np.stack([prefill, scheduled - prefill], axis=1).reshape(-1)
+
+
 def token_rows(
     view: BatchView, rows_of: dict[str, RequestRows], num_tiers: int
 ) -> np.ndarray | None:
@@ -55,21 +63,14 @@ def token_rows(
             steered = True
     if not steered:
         return None
-    scheduled = view.num_scheduled[:n]
-    prefill = np.clip(view.prompt_len[:n] - view.num_computed[:n], 0, scheduled)
-    counts = np.stack([prefill, scheduled - prefill], axis=1).reshape(-1)
-    per_token = np.repeat(rows.reshape(num_tiers, -1), counts, axis=1)
+    per_token = np.repeat(rows.reshape(num_tiers, -1), phase_counts(view), axis=1)
     return per_token if per_token.any() else None
 
 
 def count_steered(view: BatchView, rows: np.ndarray) -> np.ndarray:
     """int64 `[tier, phase]`: tokens of the step that have a row (prefill, decode)."""
-    n = len(view.req_ids)
-    scheduled = view.num_scheduled[:n]
-    left = view.prompt_len[:n] - view.num_computed[:n]
-    prefill = np.clip(left, 0, scheduled)
-    counts = np.stack([prefill, scheduled - prefill], axis=1).ravel()
-    is_prefill: np.ndarray = np.repeat(np.tile([True, False], n), counts)
+    phases = np.tile([True, False], len(view.req_ids))
+    is_prefill: np.ndarray = np.repeat(phases, phase_counts(view))
     steered = rows != 0
     both = steered.sum(axis=1)
     prompt = (steered & is_prefill).sum(axis=1)
