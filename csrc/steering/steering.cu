@@ -1,90 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks, stream, launch: what stands between torch and the kernels. libtorch
 // stable ABI only, so one build serves every torch from 2.10 on.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include <algorithm>
 #include <optional>
 
 #include "compact.cuh"
 #include "encode.cuh"
 #include "gather.cuh"
+#include "launch.h"
 #include "select.cuh"
 
 namespace vllm_steering {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "steering ", what, ": ",
-                  cudaGetErrorString(error));
-}
-
-cudaStream_t stream_of(const Tensor& t) {
-  void* stream = nullptr;
-  const auto error =
-      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream);
-  STD_TORCH_CHECK(error == 0, "steering: no current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return reinterpret_cast<T*>(t.data_ptr());
-}
-
-int multiprocessors(const Tensor& t) {
-  static int known[64] = {};
-  const int device = t.get_device_index();
-  int& count = known[device];
-  if (count == 0)
-    check_cuda(
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "device attribute");
-  return count;
-}
-
-// Launches so that the kernel's prologue may overlap the end of the one before.
-template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
-            cudaStream_t stream, Args... args) {
-  if (smem > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(
-                   kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
-               "shared memory");
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
-             "launch");
-}
-
-// Calls f with a value of the tensor's element type.
-template <typename F>
-void for_type(const Tensor& t, F&& f) {
-  if (t.scalar_type() == ScalarType::BFloat16) {
-    f(__nv_bfloat16{});
-  } else {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half,
-                    "steering: the CUDA kernels take bfloat16 and float16");
-    f(__half{});
-  }
-}
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t,
                                  void*, const cuuint64_t*, const cuuint64_t*,
