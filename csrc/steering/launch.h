@@ -45,29 +45,48 @@ inline int multiprocessors(const Tensor& t) {
   return count;
 }
 
-// Launches so that the kernel's prologue may overlap the end of the one before.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
-            cudaStream_t stream, Args... args) {
+void launch_with(cudaLaunchAttribute* attributes, int count,
+                 void (*kernel)(Params...), int blocks, int threads, int smem,
+                 cudaStream_t stream, Args... args) {
   if (smem > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(
                    kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
                "shared memory");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
+             "launch");
+}
+
+// Launches so that the kernel's prologue may overlap the end of the one before.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
+            cudaStream_t stream, Args... args) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
-             "launch");
+  launch_with(&overlap, major >= 9 ? 1 : 0, kernel, blocks, threads, smem,
+              stream, args...);
+}
+
+// Launches blocks that wait for one another: all of them run, or none. Two such
+// grids never hold a part of the multiprocessors each.
+template <typename... Params, typename... Args>
+void launch_together(void (*kernel)(Params...), int blocks, int threads,
+                     int smem, cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  launch_with(&together, 1, kernel, blocks, threads, smem, stream, args...);
 }
 
 // Calls f with a value of the tensor's element type.

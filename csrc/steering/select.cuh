@@ -18,13 +18,11 @@ constexpr int kBins = 2048;  // the upper 11 bits of a score
 constexpr int kCandidates = 1024;
 
 struct SelectArgs {
-  const int* index;
   const int* table;
   const int* meta;
   const int* count;
-  const int* tokens;
   const float* scores;  // [rows, F]
-  int* nnz;             // [rows]
+  int* lines;           // [rows, kLine]
   int64_t* entries;     // [rows, capacity], in any order
   int64_t* kth;         // [rows]
   float* coef;          // [rows, max_clamps]
@@ -59,7 +57,7 @@ __device__ __forceinline__ bool survives(float p, bool relu) {
   return p > 0.f || (!relu && p != 0.f);
 }
 
-// Sum over the block, of one value a thread.
+// Sum of one value a thread.
 __device__ int block_sum(SelectMemory& m, int x) {
   x = warp_sum(x);
   __syncthreads();
@@ -70,20 +68,54 @@ __device__ int block_sum(SelectMemory& m, int x) {
   return total;
 }
 
-// Leaves in m.bound a lower bound (order bits) of the k-th largest score.
-__device__ void bound_scores(SelectMemory& m, const float* p, int d_sae,
-                             int k) {
+// The scores of one token.
+struct Scores {
+  const float* p;
+  int d_sae;
+};
+
+// Order bits of the largest score of each of this thread's groups. Which group
+// a score belongs to is of no matter.
+__device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
+                                             const Scores& s) {
+  constexpr int kOwn = kGroupsPerThread;
+  int done = 0;
+  if (s.d_sae % 4 == 0 && (reinterpret_cast<uintptr_t>(s.p) & 15) == 0) {
+    constexpr int kAhead = 8;
+    const int quads = s.d_sae / 4;
+    done = s.d_sae;
+#pragma unroll 1
+    for (int q = threadIdx.x; q < quads; q += kSelectThreads * kAhead) {
+      float4 v[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        v[u] = reinterpret_cast<const float4*>(
+            s.p)[min(q + u * kSelectThreads, quads - 1)];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = q + u * kSelectThreads;
+        if (at >= quads) continue;
+        const float most[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          unsigned& own = top[(u * 4 + c) % kOwn];
+          own = max(own, order_bits(most[c]));
+        }
+      }
+    }
+  }
+  for (int f = done + threadIdx.x; f < s.d_sae; f += kSelectThreads) {
+    top[0] = max(top[0], order_bits(s.p[f]));
+  }
+}
+
+// Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero
+// where there are fewer than k groups.
+__device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
   unsigned top[kGroupsPerThread] = {};
   for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
   if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
-#pragma unroll 2
-  for (int f = threadIdx.x; f < d_sae; f += kSelectThreads * kGroupsPerThread) {
-#pragma unroll
-    for (int g = 0; g < kGroupsPerThread; ++g) {
-      const int at = f + g * kSelectThreads;
-      if (at < d_sae) top[g] = max(top[g], order_bits(p[at]));
-    }
-  }
+  group_maxima(top, s);
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroupsPerThread; ++g)
@@ -118,14 +150,14 @@ __device__ void bound_scores(SelectMemory& m, const float* p, int d_sae,
 
 // The k-th largest key by its bits from the top: slow, for very many
 // candidates.
-__device__ unsigned long long search_kth(SelectMemory& m, const float* p,
-                                         int d_sae, int k) {
+__device__ unsigned long long search_kth(SelectMemory& m, const Scores& s,
+                                         int k) {
   unsigned long long found = 0;
   for (int b = 62; b >= 0; --b) {
     const unsigned long long trial = found | 1ull << b;
     int own = 0;
-    for (int f = threadIdx.x; f < d_sae; f += kSelectThreads)
-      own += sort_key(p[f], f) >= trial;
+    for (int f = threadIdx.x; f < s.d_sae; f += kSelectThreads)
+      own += sort_key(s.p[f], f) >= trial;
     if (block_sum(m, own) >= k) found = trial;
   }
   return found;
@@ -154,6 +186,22 @@ __device__ void rank_candidates(SelectMemory& m, const SelectArgs& a,
   }
 }
 
+// coef = g - f of the token's clamps.
+__device__ void resolve_clamps(const SelectMemory& m, const SelectArgs& a,
+                               const Scores& s, int table_row, int64_t i,
+                               bool relu) {
+  const int* row = a.table + table_row * a.table_stride;
+  for (int c = threadIdx.x; c < row[1]; c += kSelectThreads) {
+    const int f = row[2 + c];
+    const float score = s.p[f];
+    const bool chosen = f < s.d_sae && sort_key(score, f) >= m.kth;
+    const float act = chosen && (score > 0.f || !relu) ? score : 0.f;
+    const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
+    a.coef[i * a.max_clamps + c] =
+        clamp_delta(row[2 + a.max_clamps + c], value, act);
+  }
+}
+
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
   __shared__ SelectMemory m;
   launch_dependents();
@@ -162,16 +210,16 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
   const int d_sae = a.meta[kDSae], k = min(a.meta[kK], d_sae);
   const bool relu = a.meta[kTopkRelu] != 0;
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
-    const int token = a.tokens[i];
-    if (token < 0 || k <= 0) continue;
-    const float* p = a.scores + i * a.num_features;
+    int* line = a.lines + i * kLine;
+    if (line[kToken] < 0 || k <= 0) continue;
+    const Scores s = {a.scores + i * a.num_features, d_sae};
     int64_t* own = a.entries + i * a.capacity;
     __syncthreads();
-    bound_scores(m, p, d_sae, k);
+    bound_scores(m, s, k);
     const unsigned bound = static_cast<unsigned>(m.bound) << 21;
-#pragma unroll 4
+#pragma unroll 8
     for (int f = threadIdx.x; f < d_sae; f += kSelectThreads) {
-      const float score = p[f];
+      const float score = s.p[f];
       if (order_bits(score) >= bound) {
         const int slot = atomicAdd(&m.candidates, 1);
         if (slot < kCandidates) m.keys[slot] = sort_key(score, f);
@@ -181,25 +229,16 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
     if (m.candidates <= kCandidates) {
       rank_candidates(m, a, own, m.candidates, k, relu);
     } else {
-      const unsigned long long kth = search_kth(m, p, d_sae, k);
+      const unsigned long long kth = search_kth(m, s, k);
       for (int f = threadIdx.x; f < d_sae; f += kSelectThreads)
-        if (sort_key(p[f], f) >= kth && survives(p[f], relu))
-          append_entry(m, a, own, f, p[f]);
+        if (sort_key(s.p[f], f) >= kth && survives(s.p[f], relu))
+          append_entry(m, a, own, f, s.p[f]);
       if (threadIdx.x == 0) m.kth = kth;
     }
     __syncthreads();
-    const int* row = a.table + a.index[token] * a.table_stride;
-    for (int c = threadIdx.x; c < row[1]; c += kSelectThreads) {
-      const int f = row[2 + c];
-      const float score = p[f];
-      const bool chosen = f < d_sae && sort_key(score, f) >= m.kth;
-      const float act = chosen && (score > 0.f || !relu) ? score : 0.f;
-      const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
-      a.coef[i * a.max_clamps + c] =
-          clamp_delta(row[2 + a.max_clamps + c], value, act);
-    }
+    resolve_clamps(m, a, s, line[kRow], i, relu);
     if (threadIdx.x == 0) {
-      a.nnz[i * kCounterStride] = m.listed;
+      line[kListed] = m.listed;
       a.kth[i] = static_cast<int64_t>(m.kth);
     }
   }

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "compact.cuh"
-#include "encode.cuh"
+#include "front.cuh"
 #include "gather.cuh"
 #include "launch.h"
 #include "select.cuh"
@@ -54,10 +54,12 @@ CUtensorMap tensor_map(const Tensor& t, int box) {
   return map;
 }
 
-void compact(Tensor index, Tensor flags, Tensor table, Tensor meta,
-             Tensor norm_limit, Tensor hidden, std::optional<Tensor> residual,
-             Tensor x, Tensor tokens, Tensor nnz, Tensor count, int64_t base,
-             int64_t gate) {
+CompactArgs compact_args(const Tensor& index, const Tensor& flags,
+                         const Tensor& table, const Tensor& meta,
+                         const Tensor& norm_limit, const Tensor& hidden,
+                         const std::optional<Tensor>& residual, const Tensor& x,
+                         const Tensor& tokens, const Tensor& lines,
+                         const Tensor& count, int64_t base, int64_t gate) {
   CompactArgs a = {};
   a.index = data<int>(index);
   a.flags = data<int>(flags);
@@ -65,7 +67,7 @@ void compact(Tensor index, Tensor flags, Tensor table, Tensor meta,
   a.meta = data<int>(meta);
   a.norm_limit = data<float>(norm_limit);
   a.tokens = data<int>(tokens);
-  a.nnz = data<int>(nnz);
+  a.lines = data<int>(lines);
   a.count = data<int>(count);
   a.table_stride = table.stride(0);
   a.hidden_stride = hidden.stride(0);
@@ -76,26 +78,36 @@ void compact(Tensor index, Tensor flags, Tensor table, Tensor meta,
   a.d_model = static_cast<int>(hidden.size(1));
   a.gate = static_cast<int>(gate);
   a.per_block = a.num_tokens <= 256 ? 1 : a.num_tokens <= 2048 ? 8 : 32;
+  return a;
+}
+
+void compact(Tensor index, Tensor flags, Tensor table, Tensor meta,
+             Tensor norm_limit, Tensor hidden, std::optional<Tensor> residual,
+             Tensor x, Tensor tokens, Tensor lines, Tensor count, int64_t base,
+             int64_t gate) {
+  const CompactArgs a =
+      compact_args(index, flags, table, meta, norm_limit, hidden, residual, x,
+                   tokens, lines, count, base, gate);
   const int blocks = (a.num_tokens + a.per_block - 1) / a.per_block;
   for_type(hidden, [&](auto type) {
     using T = decltype(type);
-    launch(compact_kernel<T>, blocks, kCompactWarps * 32, 0, stream_of(hidden),
-           a, data<T>(hidden), residual ? data<T>(*residual) : nullptr,
+    launch(compact_kernel<T>, blocks, kCompactThreads, 0, stream_of(hidden), a,
+           data<T>(hidden), residual ? data<T>(*residual) : nullptr,
            data<T>(x));
   });
 }
 
-void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold,
-            Tensor count, Tensor nnz, Tensor out, std::optional<Tensor> w_dec,
-            int64_t base) {
+// `out` is int64 entries [rows, capacity] or float32 scores [rows, F].
+EncodeArgs encode_args(const Tensor& x, const Tensor& w_enc,
+                       const Tensor& b_enc, const Tensor& threshold,
+                       const Tensor& count, const Tensor& lines,
+                       const Tensor& out, int64_t base) {
   EncodeArgs a = {};
-  a.w_dec = w_dec ? data<char>(*w_dec) : nullptr;
   a.b_enc = data<float>(b_enc);
   a.threshold = data<float>(threshold);
   a.count = data<int>(count);
-  a.nnz = data<int>(nnz);
-  const bool dense = out.scalar_type() == ScalarType::Float;
-  if (dense)
+  a.lines = data<int>(lines);
+  if (out.scalar_type() == ScalarType::Float)
     a.scores = data<float>(out);
   else
     a.entries = data<int64_t>(out);
@@ -105,31 +117,65 @@ void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold,
   a.d_model = static_cast<int>(w_enc.size(1));
   a.capacity = static_cast<int>(out.size(1));
   a.group = 8;
+  return a;
+}
+
+EncodeMaps encode_maps(const Tensor& x, const Tensor& w_enc) {
   EncodeMaps maps;
   maps.w = tensor_map(w_enc, kTileF);
   const int widths[kWidths] = {8, 32, 64, 128, 256};
   for (int i = 0; i < kWidths; ++i) maps.x[i] = tensor_map(x, widths[i]);
+  return maps;
+}
+
+// Stages 1 and 2 at once, for steps of at most kFrontTokens tokens. `w_dec` is
+// there where L2 is asked for its rows that fire.
+void front(Tensor index, Tensor flags, Tensor table, Tensor meta,
+           Tensor norm_limit, Tensor hidden, std::optional<Tensor> residual,
+           Tensor x, Tensor tokens, Tensor lines, Tensor count, Tensor w_enc,
+           Tensor b_enc, Tensor threshold, Tensor out,
+           std::optional<Tensor> w_dec, Tensor sync, int64_t gate) {
+  FrontArgs a = {};
+  a.compact = compact_args(index, flags, table, meta, norm_limit, hidden,
+                           residual, x, tokens, lines, count, 0, gate);
+  STD_TORCH_CHECK(a.compact.num_tokens <= kFrontTokens &&
+                      a.compact.rows >= a.compact.num_tokens,
+                  "steering: too many tokens for one launch");
+  a.encode = encode_args(x, w_enc, b_enc, threshold, count, lines, out, 0);
+  if (w_dec) a.encode.w_dec = data<char>(*w_dec);
+  a.sync = data<int>(sync);
+  for_type(hidden, [&](auto type) {
+    using T = decltype(type);
+    launch_together(front_kernel<T>, multiprocessors(x), kEncodeThreads,
+                    kEncodeSmem, stream_of(hidden), a, encode_maps(x, w_enc),
+                    data<T>(hidden), residual ? data<T>(*residual) : nullptr,
+                    data<T>(x));
+  });
+}
+
+void encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold,
+            Tensor count, Tensor lines, Tensor out, int64_t base) {
+  const EncodeArgs a =
+      encode_args(x, w_enc, b_enc, threshold, count, lines, out, base);
   const int n_f = (a.num_features + kTileF - 1) / kTileF;
   const int64_t tiles = static_cast<int64_t>(n_f) * ((a.rows + 255) / 256);
   const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(x));
   for_type(x, [&](auto type) {
     using T = decltype(type);
     launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads,
-           kEncodeSmem, stream_of(x), a, maps);
+           kEncodeSmem, stream_of(x), a, encode_maps(x, w_enc));
   });
 }
 
-void select(Tensor index, Tensor table, Tensor meta, Tensor count,
-            Tensor tokens, Tensor scores, Tensor nnz, Tensor entries,
-            Tensor kth, Tensor coef, int64_t base) {
+void select(Tensor table, Tensor meta, Tensor count, Tensor scores,
+            Tensor lines, Tensor entries, Tensor kth, Tensor coef,
+            int64_t base) {
   SelectArgs a = {};
-  a.index = data<int>(index);
   a.table = data<int>(table);
   a.meta = data<int>(meta);
   a.count = data<int>(count);
-  a.tokens = data<int>(tokens);
   a.scores = data<float>(scores);
-  a.nnz = data<int>(nnz);
+  a.lines = data<int>(lines);
   a.entries = data<int64_t>(entries);
   a.kth = data<int64_t>(kth);
   a.coef = data<float>(coef);
@@ -143,6 +189,16 @@ void select(Tensor index, Tensor table, Tensor meta, Tensor count,
   launch(select_kernel, blocks, kSelectThreads, 0, stream_of(scores), a);
 }
 
+template <int Ahead, typename T>
+void launch_lists(const DecodeArgs& a, cudaStream_t stream, int processors,
+                  const T* x, const T* w_dec, T* hidden, T* residual) {
+  const int slices = (a.d_model + kColumns - 1) / kColumns;
+  const int64_t work = static_cast<int64_t>(a.rows) * slices;
+  const int64_t blocks = std::min<int64_t>(work, 32 / Ahead * processors);
+  launch(decode_kernel<T, Ahead>, static_cast<int>(blocks), kDecodeThreads,
+         decode_smem(a.max_clamps), stream, a, x, w_dec, hidden, residual);
+}
+
 // Few tokens: one kernel. Many: sort once, then gather, then what is too long
 // for that.
 template <typename T>
@@ -153,9 +209,9 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries,
   const cudaStream_t stream = stream_of(hidden);
   T* out = residual ? data<T>(*residual) : nullptr;
   const int processors = multiprocessors(x);
-  const int slices = (a.d_model + kColumns - 1) / kColumns;
-  const int64_t work = static_cast<int64_t>(a.rows) * slices;
   if (many) {
+    const int slices = (a.d_model + kColumns - 1) / kColumns;
+    const int64_t work = static_cast<int64_t>(a.rows) * slices;
     launch(prepare_kernel, std::min(a.rows, 8 * processors), kDecodeThreads, 0,
            stream, a, data<int64_t>(entries), data<float>(coef));
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
@@ -164,22 +220,23 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries,
     if (std::min(a.capacity, a.num_features) <= kSortMax) return;
     a.long_only = true;
   }
-  const int64_t blocks = std::min<int64_t>(work, 4 * processors);
-  launch(decode_kernel<T>, static_cast<int>(blocks), kDecodeThreads,
-         decode_smem(a.max_clamps), stream, a, data<T>(x), data<T>(w_dec),
-         data<T>(hidden), out);
+  if (a.rows <= kFewTokens)
+    launch_lists<16>(a, stream, processors, data<T>(x), data<T>(w_dec),
+                     data<T>(hidden), out);
+  else
+    launch_lists<8>(a, stream, processors, data<T>(x), data<T>(w_dec),
+                    data<T>(hidden), out);
 }
 
-void decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor nnz,
-            Tensor entries, Tensor coef, Tensor x, Tensor w_dec, Tensor b_dec,
-            Tensor hidden, std::optional<Tensor> residual, int64_t base,
-            bool resolved, bool delta, bool many) {
+// `coef` holds g - f of the clamps already where `resolved`.
+void decode(Tensor table, Tensor count, Tensor lines, Tensor entries,
+            Tensor coef, Tensor x, Tensor w_dec, Tensor b_dec, Tensor hidden,
+            std::optional<Tensor> residual, int64_t base, bool resolved,
+            bool delta, bool many) {
   DecodeArgs a = {};
-  a.index = data<int>(index);
   a.table = data<int>(table);
   a.count = data<int>(count);
-  a.tokens = data<int>(tokens);
-  a.nnz = data<int>(nnz);
+  a.lines = data<int>(lines);
   a.entries = data<int64_t>(entries);
   a.coef = resolved ? data<float>(coef) : nullptr;
   a.b_dec = data<float>(b_dec);
@@ -207,29 +264,33 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       "compact(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor "
       "norm_limit,"
       " Tensor hidden, Tensor? residual, Tensor(a!) x, Tensor(b!) tokens,"
-      " Tensor(c!) nnz, Tensor(d!) count, int base, int gate) -> ()");
+      " Tensor(c!) lines, Tensor(d!) count, int base, int gate) -> ()");
   m.def(
       "encode(Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor "
       "count,"
-      " Tensor(a!) nnz, Tensor(b!) out, Tensor? w_dec, int base) -> ()");
+      " Tensor(a!) lines, Tensor(b!) out, int base) -> ()");
   m.def(
-      "select(Tensor index, Tensor table, Tensor meta, Tensor count, Tensor "
-      "tokens,"
-      " Tensor scores, Tensor(a!) nnz, Tensor(b!) entries, Tensor(c!) kth,"
-      " Tensor(d!) coef, int base) -> ()");
+      "front(Tensor index, Tensor flags, Tensor table, Tensor meta, Tensor "
+      "norm_limit,"
+      " Tensor hidden, Tensor? residual, Tensor(a!) x, Tensor(b!) tokens,"
+      " Tensor(c!) lines, Tensor(d!) count, Tensor w_enc, Tensor b_enc,"
+      " Tensor threshold, Tensor(e!) out, Tensor? w_dec, Tensor(f!) sync,"
+      " int gate) -> ()");
   m.def(
-      "decode(Tensor index, Tensor table, Tensor count, Tensor tokens, Tensor "
-      "nnz,"
-      " Tensor(a!) entries, Tensor(b!) coef, Tensor x, Tensor w_dec, Tensor "
-      "b_dec,"
-      " Tensor(c!) hidden, Tensor(d!)? residual, int base, bool resolved, bool "
-      "delta,"
-      " bool many) -> ()");
+      "select(Tensor table, Tensor meta, Tensor count, Tensor scores,"
+      " Tensor(a!) lines, Tensor(b!) entries, Tensor(c!) kth, Tensor(d!) coef,"
+      " int base) -> ()");
+  m.def(
+      "decode(Tensor table, Tensor count, Tensor lines, Tensor(a!) entries,"
+      " Tensor(b!) coef, Tensor x, Tensor w_dec, Tensor b_dec,"
+      " Tensor(c!) hidden, Tensor(d!)? residual, int base, bool resolved,"
+      " bool delta, bool many) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
   m.impl("compact", TORCH_BOX(&vllm_steering::compact));
   m.impl("encode", TORCH_BOX(&vllm_steering::encode));
+  m.impl("front", TORCH_BOX(&vllm_steering::front));
   m.impl("select", TORCH_BOX(&vllm_steering::select));
   m.impl("decode", TORCH_BOX(&vllm_steering::decode));
 }

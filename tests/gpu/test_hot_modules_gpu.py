@@ -8,14 +8,13 @@ Float32 throughout, Hugging Face on the CPU is the oracle; for the tolerance see
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from steering_testing import models, oracle
+from steering_testing import matrix, models
 from steering_testing.engine import (
     DELTA,
     FULL,
-    assert_same,
     engine,
     generate,
     params,
@@ -23,8 +22,11 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
-from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
-from steering_testing.requests import prompt
+from steering_testing.matrix import CLAMPS, FAMILY
+from steering_testing.matrix import POST as SITE
+from steering_testing.observe import KernelWatch, steps_of
+from steering_testing.reference import DenseSAE, Edit, random_sae
+from steering_testing.requests import SPECIAL, prompt
 
 from vllm import LLM
 from vllm.entrypoints.steering import (
@@ -33,15 +35,15 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-FAMILY, SITE, TOKENS = "llama", (1, "post_block"), 8
-CLAMPS = [Clamp(5, "absolute", 4.0), Clamp(9, "additive", 1.0, True)]
+TOKENS, TOLERANCE = 8, 1e-2
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 192}]
-TOLERANCE = 1e-2
+OPTIONS: dict[str, Any] = {
+    "attention_backend": "TRITON_ATTN",
+    "max_num_seqs": 8,
+    "enforce_eager": False,
+    "gpu_memory_utilization": 0.3,
+    "cudagraph_metrics": True,
+}
 
 
 def check(llm: LLM, name: str, sae: DenseSAE) -> None:
@@ -53,20 +55,15 @@ def check(llm: LLM, name: str, sae: DenseSAE) -> None:
         params(TOKENS),
     ]
     found = generate(llm, [ids] * 3, asks)
-    model = models.build(FAMILY)
-    for at, tier in enumerate(("full", "delta", None)):
+    for result, tier in zip(found, ("full", "delta", None), strict=True):
         edits = {SITE: [Edit(tier, sae, CLAMPS)]} if tier else {}
-        expected = oracle.greedy(model, ids, edits, TOKENS)
-        assert_same(found[at], expected, str(tier), TOLERANCE)
+        matrix.assert_near(result, ids, edits, TOLERANCE, f"{name}, {tier}")
 
 
 @pytest.mark.parametrize("use_v2", ["0", "1"])
 def test_captured_graphs_take_new_modules(
     use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
-
-    set_cudagraph_capturing_enabled(True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     saes = {
         "jumprelu": random_sae(160, models.HIDDEN, "jumprelu", 3),
@@ -74,14 +71,14 @@ def test_captured_graphs_take_new_modules(
     }
     paths = {}
     for kind, sae in saes.items():
-        sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
+        sae.skip_token_ids = SPECIAL
         paths[kind] = save_sae(tmp_path / kind, {SITE: sae})
-    options = {
-        "attention_backend": "TRITON_ATTN",
-        "max_num_seqs": 8,
-        "enforce_eager": False,
-    }
-    with engine(FAMILY, model_root, {}, {"spare": SPARE}, **options) as llm:
+    kernels = KernelWatch(monkeypatch)
+    with (
+        engine(FAMILY, model_root, {}, {"spare": SPARE}, **OPTIONS) as llm,
+        steps_of(llm) as steps,
+    ):
+        kernels.serving()
         register_module(llm, "hot", paths["jumprelu"])
         check(llm, "hot", saes["jumprelu"])
         replace_module(llm, "hot", paths["topk"])
@@ -91,3 +88,5 @@ def test_captured_graphs_take_new_modules(
         saes["jumprelu"].skip_token_ids = ()
         check(llm, "again", saes["jumprelu"])
         runner(llm).steering.check_integrity()
+        assert steps.graphs["FULL"] > 0, steps
+        kernels.assert_silent()

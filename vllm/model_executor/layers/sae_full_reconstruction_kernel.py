@@ -131,6 +131,15 @@ def _clamp(
     tokens = hidden.shape[0]
     if tokens == 0:
         return
+    gated = slot is not None and uses_topk(slot)
+    if extension_is_built() and stages_cuda.takes_clamp(
+        table, slot, directions, hidden, residual
+    ):
+        stages_cuda.clamp(
+            table, step.index[tier], step.flags, slot, gated, directions, hidden,
+            residual,
+        )  # fmt: skip
+        return
     weights = None if slot is None else slot.weights
     unused = step.flags  # an argument that the kernel does not read
     row_d = next_power_of_2(d_model)
@@ -152,7 +161,7 @@ def _clamp(
         D=d_model,
         HAS_RESIDUAL=residual is not None,
         ENCODES=weights is not None,
-        GATED=slot is not None and uses_topk(slot),
+        GATED=gated,
         MAX_CLAMPS=table.max_clamps,
         NC=8,
         BLOCK_D=min(row_d, 512),
@@ -197,8 +206,11 @@ def _pipeline(
     rows = buffers.plan.rows
     for base in range(0, buffers.plan.num_chunks * rows, rows):
         if cuda:
-            stages_cuda.compact(run, base)
-            stages_cuda.encode(run, base)
+            if stages_cuda.takes_front(run):
+                stages_cuda.front(run)
+            else:
+                stages_cuda.compact(run, base)
+                stages_cuda.encode(run, base)
             if topk:
                 stages_cuda.select(run, base)
             stages_cuda.decode(run, base)

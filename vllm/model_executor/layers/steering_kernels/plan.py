@@ -8,11 +8,12 @@ from dataclasses import dataclass
 MIB = 1 << 20
 MAX_GATHER_BYTES = 96 * MIB  # gathered activations of one chunk
 MAX_ENTRY_BYTES = 128 * MIB  # non-zeros of a threshold chunk, or dense TopK scores
-MAX_TOPK_ENTRY_BYTES = 24 * MIB  # selected entries of a TopK chunk
+MAX_TOPK_BYTES = 152 * MIB  # scores and selected entries of a TopK chunk
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
 COUNTER_STRIDE = 32  # ints between the counters of two tokens: a cache line
 CHUNK_ALIGN = 256  # the widest token tile of the encoder
+FRONT_TOKENS = 256  # the longest step that csrc/steering/front.cuh takes
 
 
 def cdiv(a: int, b: int) -> int:
@@ -61,8 +62,9 @@ def plan_chunks(
     if num_chunks > 1 and rows > CHUNK_ALIGN:
         rows = cdiv(cdiv(tokens, num_chunks), CHUNK_ALIGN) * CHUNK_ALIGN
     rows = min(rows, max(tokens, 1))
-    entry_bytes = MAX_TOPK_ENTRY_BYTES if topk else MAX_ENTRY_BYTES
-    capacity = min(d_sae, entry_bytes // (ENTRY_BYTES * rows))
+    # Less a page for the alignment of the two regions.
+    room = MAX_TOPK_BYTES - 4096 - 4 * d_sae * rows if topk else MAX_ENTRY_BYTES
+    capacity = min(d_sae, room // (ENTRY_BYTES * rows))
     return ChunkPlan(rows, num_chunks, capacity)
 
 

@@ -6,10 +6,14 @@ from __future__ import annotations
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_state import SAESlot
+from vllm.model_executor.layers.steering_state import ClampTable, SAESlot
 
 from .extension import cuda_ops
-from .plan import prefetches_decoder, sorts_ahead
+from .plan import (
+    FRONT_TOKENS,
+    prefetches_decoder,
+    sorts_ahead,
+)
 from .run import Run
 
 
@@ -26,6 +30,36 @@ def takes_cuda(
     return slot.weights.W_enc.element_size() == 2 and all(
         x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
         for x in streams
+    )
+
+
+def takes_front(run: Run) -> bool:
+    """Whether one launch does the first two stages: a decoding step."""
+    return run.hidden.shape[0] <= FRONT_TOKENS and run.buffers.plan.num_chunks == 1
+
+
+def front(run: Run) -> None:
+    """`compact` and `encode` of a step of at most `FRONT_TOKENS` tokens."""
+    weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
+    cuda_ops().front(
+        run.index,
+        run.step.flags,
+        run.table.packed,
+        weights.meta,
+        weights.norm_limit,
+        run.hidden,
+        run.residual,
+        buffers.x,
+        workspace.tokens,
+        workspace.nnz,
+        workspace.count,
+        weights.W_enc,
+        weights.b_enc,
+        weights.threshold,
+        buffers.scores if run.topk else buffers.entries,
+        weights.W_dec if prefetches_decoder(buffers.plan.rows) else None,
+        workspace.sync,
+        run.gate,
     )
 
 
@@ -58,7 +92,6 @@ def encode(run: Run, base: int) -> None:
         workspace.count,
         workspace.nnz,
         run.buffers.scores if run.topk else run.buffers.entries,
-        weights.W_dec if prefetches_decoder(run.buffers.plan.rows) else None,
         base,
     )
 
@@ -66,11 +99,9 @@ def encode(run: Run, base: int) -> None:
 def select(run: Run, base: int) -> None:
     workspace = run.workspace
     cuda_ops().select(
-        run.index,
         run.table.packed,
         run.slot.weights.meta,
         workspace.count,
-        workspace.tokens,
         run.buffers.scores,
         workspace.nnz,
         run.buffers.entries,
@@ -83,10 +114,8 @@ def select(run: Run, base: int) -> None:
 def decode(run: Run, base: int) -> None:
     weights, workspace = run.slot.weights, run.workspace
     cuda_ops().decode(
-        run.index,
         run.table.packed,
         workspace.count,
-        workspace.tokens,
         workspace.nnz,
         run.buffers.entries,
         run.buffers.coef,
@@ -99,4 +128,58 @@ def decode(run: Run, base: int) -> None:
         run.topk,
         run.tier is Tier.DELTA,
         sorts_ahead(run.buffers.plan.rows),
+    )
+
+
+def takes_clamp(
+    table: ClampTable,
+    slot: SAESlot | None,
+    directions: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> bool:
+    """Whether the clamp kernel fits: as `takes_cuda`, and the row in shared memory."""
+    device, dtype = hidden.device, hidden.dtype
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    if hidden.shape[1] > 16384 or not 1 <= table.max_clamps <= 2048:
+        return False
+    if directions.dtype is not (torch.float32 if slot is None else dtype):
+        return False
+    streams = (hidden,) if residual is None else (hidden, residual)
+    rows = (directions,) if slot is None else (directions, slot.weights.W_enc)
+    return (
+        all(x.dtype is dtype for x in streams)
+        and all(x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 for x in streams)
+        and all(x.data_ptr() % 16 == 0 for x in (*streams, *rows))
+    )
+
+
+def clamp(
+    table: ClampTable,
+    index: torch.Tensor,
+    flags: torch.Tensor,
+    slot: SAESlot | None,
+    gated: bool,
+    directions: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """Add the row's clamped directions, in place; without a slot: the additive tier."""
+    weights = None if slot is None else slot.weights
+    cuda_ops().clamp(
+        index,
+        table.packed,
+        None if weights is None else flags,
+        None if weights is None else weights.meta,
+        None if weights is None else weights.norm_limit,
+        None if weights is None else weights.W_enc,
+        None if weights is None else weights.b_enc,
+        None if weights is None else weights.threshold,
+        directions,
+        hidden,
+        residual,
+        gated,
     )

@@ -77,15 +77,16 @@ class SteeringWorkspace:
                 item = w.W_enc.element_size()
                 x_bytes = max(x_bytes, plan.rows * w.d_model * item)
                 coef_bytes = max(coef_bytes, plan.rows * slot.full.max_clamps * 4)
-                scores = plan.rows * w.d_sae_capacity * 4 if topk else 0
-                entries = self._entry_bytes(slot, max_tokens, topk)
-                shared_bytes = max(shared_bytes, align(scores) + align(entries))
+                shared = self._shared_bytes(slot, max_tokens, topk)
+                shared_bytes = max(shared_bytes, shared)
         u8 = torch.uint8
         self._x = torch.empty(align(x_bytes), dtype=u8, device=device)
         self._shared = torch.empty(align(shared_bytes), dtype=u8, device=device)
         self._coef = torch.empty(align(coef_bytes), dtype=u8, device=device)
         i32 = torch.int32
         self.count = torch.zeros(1, dtype=i32, device=device)
+        # Arrivals and exits of blocks; every launch leaves them zero.
+        self.sync = torch.zeros(2, dtype=i32, device=device)
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
         self.nnz = torch.zeros(rows, COUNTER_STRIDE, dtype=i32, device=device)
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -108,12 +109,15 @@ class SteeringWorkspace:
         )
 
     @classmethod
-    def _entry_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
-        """The most that the entries of any step of up to `max_tokens` take."""
+    def _shared_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
+        """The most that scores and entries of any step of up to `max_tokens` take."""
         sizes = [max_tokens, *(2**i for i in range(max_tokens.bit_length()))]
-        plans = [cls.plan(slot, tokens, topk) for tokens in sizes]
-        budget = max(plan.rows * plan.capacity for plan in plans) * ENTRY_BYTES
-        return budget
+        most = 0
+        for plan in (cls.plan(slot, tokens, topk) for tokens in sizes):
+            scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
+            entries = plan.rows * plan.capacity * ENTRY_BYTES
+            most = max(most, align(scores) + align(entries))
+        return most
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +127,7 @@ class SteeringWorkspace:
             self._shared,
             self._coef,
             self.count,
+            self.sync,
             self.tokens,
             self.nnz,
             self.kth,

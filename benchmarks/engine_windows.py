@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mode's turn: a batch that decodes, or a step that prefills."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+from engine_modes import (
+    PREFILL_COUNT,
+    PREFILL_LENGTH,
+    PROMPT,
+    Mode,
+    random_prompts,
+    sampling,
+)
+from engine_timing import Window, checked
+
+WARM_STEPS, WALL_STEPS, GPU_STEPS, LAST_STEPS = 6, 32, 10, 3
+MAX_TOKENS = 1 + WARM_STEPS + WALL_STEPS + GPU_STEPS + LAST_STEPS
+
+_IDS = itertools.count()
+
+
+def add_requests(mode: Mode, prompts: list[Any], max_tokens: int) -> None:
+    """Hand the engine a batch of requests."""
+    params = sampling(max_tokens, mode.specs)
+    for prompt in prompts:
+        mode.engine.llm.llm_engine.add_request(f"bench-{next(_IDS)}", prompt, params)
+
+
+def finish(mode: Mode, count: int, max_tokens: int) -> None:
+    """Step until all `count` requests have ended; each with all its tokens."""
+    lengths = []
+    while mode.engine.llm.llm_engine.has_unfinished_requests():
+        for output in mode.engine.step():
+            lengths.append(len(output.outputs[0].token_ids))
+    if lengths != [max_tokens] * count:
+        raise RuntimeError(f"{mode.name}: wrong number of tokens came back: {lengths}")
+
+
+def decode_window(mode: Mode, batch: int, seed: int) -> Window:
+    """Start `batch` requests, let all decode, and time steps by both clocks."""
+    engine, launched = mode.engine, mode.engine.probe.launched
+    prompts = random_prompts(seed, batch, PROMPT)
+    least = batch * (PROMPT + MAX_TOKENS - 1) if mode.specs else 0
+    window = Window()
+    torch.cuda.synchronize()
+    with checked(mode, least):
+        begin = len(launched)
+        add_requests(mode, prompts, MAX_TOKENS)
+        while launched[begin:][-WARM_STEPS:] != [batch] * WARM_STEPS:
+            if not engine.llm.llm_engine.has_unfinished_requests():
+                raise RuntimeError(f"{mode.name}: never all decoded")
+            engine.step()
+        begin, last = len(launched), time.perf_counter()
+        for _ in range(WALL_STEPS):
+            engine.step()
+            now = time.perf_counter()
+            window.wall.append((now - last) * 1e3)
+            last = now
+        if launched[begin:] != [batch] * WALL_STEPS:
+            raise RuntimeError(f"{mode.name}: not only decodes: {launched[begin:]}")
+        with engine.probe.gpu_times() as window.gpu:
+            for _ in range(GPU_STEPS):
+                engine.step()
+        finish(mode, batch, MAX_TOKENS)
+    return window
+
+
+def prefill_window(mode: Mode, seed: int) -> Window:
+    """Time eight prompts of 1024 tokens, one step: admission to first tokens."""
+    count, length = PREFILL_COUNT, PREFILL_LENGTH
+    window = Window()
+    for timed_by_gpu in (False, True):
+        prompts = random_prompts(2 * seed + timed_by_gpu, count, length)
+        torch.cuda.synchronize()
+        with checked(mode, count * length if mode.specs else 0):
+            if timed_by_gpu:
+                with mode.engine.probe.gpu_times() as times:
+                    add_requests(mode, prompts, 1)
+                    finish(mode, count, 1)
+                window.gpu.append(sum(times))
+            else:
+                begin = time.perf_counter()
+                add_requests(mode, prompts, 1)
+                finish(mode, count, 1)
+                window.wall.append((time.perf_counter() - begin) * 1e3)
+    return window

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asynchronous copies and barriers: mbarriers and tensor copies (sm_90), a
+// barrier of some of a block's warps, and one of all blocks of a grid.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace vllm_steering {
+
+// Synchronises the first `Threads` threads of a block, and only those.
+template <int Threads>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+}
+
+__device__ __forceinline__ uint32_t smem_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar),
+               "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
+      "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+}
+
+// Fetches a tensor map ahead of its first copy.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void copy_tile(const CUtensorMap* map, uint32_t to,
+                                          uint32_t bar, int k, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::"
+      "bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(bar), "r"(k), "r"(row)
+      : "memory");
+}
+
+// Orders this thread's ordinary accesses with asynchronous copies around it.
+__device__ __forceinline__ void fence_async() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// Says that this block has come to the barrier. What the block wrote before a
+// block-wide sync and this call is seen by whoever waits.
+__device__ __forceinline__ void grid_arrive(int* arrivals) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(arrivals)
+               : "memory");
+}
+
+// Waits until `target` arrivals have been counted since the launch.
+__device__ __forceinline__ void grid_wait(const int* arrivals, int target) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(seen)
+                 : "l"(arrivals)
+                 : "memory");
+  } while (seen < target);
+}
+
+// Called once by every block after its last wait: the last one makes the
+// counters zero again, for the next launch.
+__device__ __forceinline__ void grid_leave(int* arrivals, int* exits) {
+  if (atomicAdd(exits, 1) != static_cast<int>(gridDim.x) - 1) return;
+  *arrivals = 0;
+  *exits = 0;
+}
+
+#endif
+
+}  // namespace vllm_steering

@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0
+// The delta tier of threshold SAEs, and the additive tier: one block a token.
+//
+//     x' = x + sum_c (g_c - f_c) W_dec[c],  f_c = act(x . W_enc[c] + b_enc[c])
+//
+// Latency decides: a token reads a handful of rows, each from cold memory, and
+// a row's address is known only once another load has returned. So the chain
+// is index -> table row and x -> encoder rows, decoder rows, bias -> result,
+// with everything of one link in flight at once, and the code is small because
+// it is cold too. Encoder rows go to registers in the layout of the tensor
+// core, which sums over a warp's columns without shuffles; decoder rows go to
+// a ring in shared memory, where each thread reads only what it copied itself.
+#pragma once
+
+#include "clamp_ops.cuh"
+
+namespace vllm_steering {
+
+constexpr int kClampThreads = 448;  // two blocks an SM with 72 registers
+constexpr int kClampWarps = kClampThreads / 32;
+constexpr int kClampGroup = 8;  // clamps that are encoded at a time
+// 16-byte parts of a thread's ring, and the distance of two threads' rings: an
+// odd number, so that threads side by side meet different banks.
+constexpr int kRingParts = 8, kRingPitch = kRingParts + 1;
+
+struct ClampArgs {
+  const int *index, *flags, *table, *meta;
+  const float *norm_limit, *b_enc, *threshold;
+  // Strides in elements, unsigned: an address is one multiplication.
+  uint32_t table_stride, hidden_stride, residual_stride;
+  int d_model, max_clamps;
+  bool gated;  // the slot may hold TopK modules: not this kernel's
+};
+
+// A block covers the row in the fewest rounds of at most kClampThreads
+// threads, each with 8 columns.
+inline int clamp_threads(int d_model) {
+  const int parts = d_model / 8;
+  const int rounds = (parts + kClampThreads - 1) / kClampThreads;
+  const int threads = (parts + rounds - 1) / rounds;
+  return (threads + 31) / 32 * 32;
+}
+
+__host__ __device__ inline int padded_clamps(int max_clamps) {
+  return (max_clamps + kClampGroup - 1) & -kClampGroup;
+}
+
+// 16-byte parts of a row, up to whole warps.
+__host__ __device__ inline int padded_parts(int d_model) {
+  return (d_model + 255) >> 8 << 5;
+}
+
+// Dynamic shared memory: ring, hidden, residual, then five words a clamp.
+inline int clamp_smem(int d_model, int max_clamps) {
+  return (kRingPitch * clamp_threads(d_model) + 2 * padded_parts(d_model)) *
+             16 +
+         padded_clamps(max_clamps) * 20;
+}
+
+// The token's row of the stream, in memory and in shared memory; `residual`
+// only where the stream is two tensors.
+template <typename T, bool kTwo>
+struct TokenStream {
+  T *hidden, *residual;
+  uint4* x;  // hidden, later the sum; behind it the residual
+  unsigned d_model;
+
+  // Every thread its columns; zeros up to the end of the warp.
+  __device__ __forceinline__ void request() const {
+    const unsigned parts = padded_parts(d_model);
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < parts; i += blockDim.x) {
+      const unsigned d = i * 8;
+      copy_async<16>(x + i, hidden + d, d < d_model);
+      if constexpr (kTwo)
+        copy_async<16>(x + parts + i, residual + d, d < d_model);
+    }
+  }
+
+  // The sum, rounded as the model rounds it.
+  __device__ __forceinline__ Words combine(unsigned i) const {
+    Words sum = {x[i]};
+    if constexpr (kTwo) {
+      const Words other = {x[padded_parts(d_model) + i]};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 h = unpack(sum.at[k], T()), r = unpack(other.at[k], T());
+        sum.at[k] = pack(h.x + r.x, h.y + r.y, T());
+      }
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void write(unsigned d,
+                                        const float (&value)[8]) const {
+    Words out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out.at[i] = pack(value[2 * i], value[2 * i + 1], T());
+    *reinterpret_cast<uint4*>((kTwo ? residual : hidden) + d) = out.raw;
+    if constexpr (kTwo)
+      *reinterpret_cast<uint4*>(hidden + d) = make_uint4(0, 0, 0, 0);
+  }
+};
+
+// A table row in shared memory, padded with clamps that add 0. `delta` holds
+// the clamp's value until its g - f is known.
+struct ClampRow {
+  struct Head {
+    int count;
+    bool on;  // the token is steered, its norm aside
+    float norm_limit;
+  };
+  int *feature, *code;
+  float *delta, *bias, *threshold;
+  const Head* head;
+  int count;
+};
+
+// The thread's columns of decoder rows, in the order in which they are added:
+// clamp after clamp, then the next columns. Batches of rows are requested two
+// ahead. Only the thread itself reads what it requested, so nothing but its
+// own copies need waiting for.
+template <typename T, typename W>
+struct RowRing {
+  static constexpr int kParts = sizeof(W) / 2;  // 16-byte parts of 8 numbers
+  static constexpr int kBatch = kRingParts / 2 / kParts;
+  struct alignas(4 * kBatch) Features {
+    int at[kBatch];
+  };
+  struct alignas(4 * kBatch) Deltas {
+    float at[kBatch];
+  };
+  const uint4* slots;  // the thread's ring
+  const char* column;  // the thread's columns in row 0
+  int d_model, d;
+  int clamp = 0, half = 0, taken = 0;  // next: clamp to request, half to use
+
+  __device__ __forceinline__ void request(const ClampRow& row) {
+    const int inside = d < d_model ? row.count - clamp : 0;
+    const auto feature =
+        *reinterpret_cast<const Features*>(row.feature + clamp);
+    const uint32_t row_bytes = d_model * static_cast<uint32_t>(sizeof(W));
+#pragma unroll
+    for (int i = 0; i < kBatch * kParts; ++i) {
+      const int j = i / kParts, part = i % kParts;
+      const uint32_t f = feature.at[j];
+      copy_async<16>(slots + half + i,
+                     column + static_cast<uint64_t>(f) * row_bytes + part * 16,
+                     j < inside);
+    }
+    commit_copies();
+    half ^= kRingParts / 2;
+    clamp += kBatch;
+    if (clamp < row.count) return;
+    clamp = 0;
+    d += blockDim.x * 8;
+    column += blockDim.x * 8 * sizeof(W);
+  }
+
+  // acc += the oldest batch, clamps from `first`; its place goes to a new one.
+  __device__ __forceinline__ void add(float (&acc)[8], const ClampRow& row,
+                                      int first) {
+    wait_copies<1>();
+    const auto delta = *reinterpret_cast<const Deltas*>(row.delta + first);
+#pragma unroll
+    for (int i = 0; i < kBatch * kParts; ++i) {
+      const float scale = delta.at[i / kParts];
+      const Words w = {slots[taken + i]};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (kParts == 2) {
+          float& sum = acc[i % 2 * 4 + k];
+          sum = fmaf(scale, __uint_as_float(w.at[k]), sum);
+        } else {
+          const float2 two = unpack(w.at[k], T());
+          acc[2 * k] = fmaf(scale, two.x, acc[2 * k]);
+          acc[2 * k + 1] = fmaf(scale, two.y, acc[2 * k + 1]);
+        }
+      }
+    }
+    taken ^= kRingParts / 2;
+    request(row);
+  }
+};
+
+// What the first warp does once every warp has its part of the dot products:
+// four lanes a clamp add the warps' parts in a fixed order.
+__device__ __forceinline__ float sum_over_warps(const float* partial) {
+  const int lane = threadIdx.x, warps = blockDim.x / 32;
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < (kClampWarps + 3) / 4; ++i) {
+    const int warp = (lane & 3) + 4 * i;
+    sum += warp < warps ? partial[warp * kClampGroup + lane / 4] : 0.f;
+  }
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  return sum + __shfl_xor_sync(~0u, sum, 2);
+}
+
+__device__ __forceinline__ float float_warp_sum(float x) {
+#pragma unroll 1
+  for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+// Turns values into g - f, sums the stream and starts the ring; false where
+// the norm is past its limit. A warp owns 256 columns. In the tensor core's
+// terms clamp c is column c of B, and x is in A: the first halves of 16 bytes
+// in rows 0-7, the second in rows 8-15. So of the products with the halves of
+// W, `low` is right in the upper rows and `high` in the lower ones. The order
+// of columns within a product is free, so lanes load 16 bytes of a row at once.
+template <typename T, bool kTwo>
+__device__ __forceinline__ bool resolve_clamps(
+    const T* w_enc, const TokenStream<T, kTwo>& stream, const ClampRow& row,
+    RowRing<T, T>& ring) {
+  __shared__ float partial[2][kClampWarps * kClampGroup], norms[kClampWarps];
+  __shared__ bool within;
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned quad = lane & 3;
+  const unsigned d_model = stream.d_model;
+  float square = 0.f;
+#pragma unroll 1
+  for (int first = 0, turn = 0; first == 0 || first < row.count;
+       first += kClampGroup, turn ^= 1) {
+    const int clamp = first + lane / 4;
+    const bool needs = row.code[clamp] != kAdditive;
+    const T* w_row =
+        w_enc + quad * 8 +
+        static_cast<uint64_t>(static_cast<uint32_t>(row.feature[clamp])) *
+            d_model;
+    float low[4] = {}, high[4] = {};
+#pragma unroll 1
+    for (unsigned base = warp * 256; base < d_model; base += blockDim.x * 8) {
+      const int inside =
+          needs ? static_cast<int>(d_model - base - quad * 8) : 0;
+      uint4 w[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        w[i] = load_if(w_row + base + 32 * i, 32 * i < inside);
+      uint4* const columns = stream.x + base / 8;
+      if (first == 0) {
+        if (base == warp * 256)
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) ring.request(row);
+        wait_copies<2>();  // all but the ring
+        const Words sum = stream.combine(base / 8 + lane);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 two = unpack(sum.at[k], T());
+          square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
+        }
+        columns[lane] = swap_middle(sum.raw);
+        __syncwarp();
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint4 x = columns[4 * i + quad];
+        mma(low, x, w[i].x, w[i].y, T());
+        mma(high, x, w[i].z, w[i].w, T());
+      }
+    }
+    if (lane < 4)
+      reinterpret_cast<float2*>(partial[turn])[warp * 4 + lane] =
+          make_float2(low[0] + high[2], low[1] + high[3]);
+    if (first == 0) {
+      square = float_warp_sum(square);
+      if (lane == 0) norms[warp] = square;
+    }
+    __syncthreads();
+    if (warp != 0) continue;
+    const float p = sum_over_warps(partial[turn]) + row.bias[clamp];
+    const bool fires = needs && p > fmaxf(row.threshold[clamp], 0.f);
+    if (quad == 0)
+      row.delta[clamp] =
+          clamp_delta(row.code[clamp], row.delta[clamp], fires ? p : 0.f);
+    if (first != 0) continue;
+    square = float_warp_sum(lane < blockDim.x / 32 ? norms[lane] : 0.f);
+    if (lane == 0) within = sqrtf(square) <= row.head->norm_limit;
+  }
+  __syncthreads();
+  return within;
+}
+
+// Starts copying the clamps of a table row; entries past the count become
+// clamps that add 0. Without an encoder an entry has its g - f at once.
+template <bool kEncodes>
+__device__ __forceinline__ void load_clamps(const ClampArgs& a,
+                                            const int* table_row,
+                                            const ClampRow& row) {
+  const int most = a.max_clamps;
+#pragma unroll 1
+  for (int c = threadIdx.x; c < padded_clamps(most); c += blockDim.x) {
+    const int* entry = table_row + 2 + c;  // one round trip for all four loads
+    const int feature = load_if(entry, c < most, 0);
+    const int code = load_if(entry + most, c < most, kAdditive);
+    const int bits = load_if(entry + 2 * most, c < most, 0);
+    const bool inside = c < load_now(table_row + 1);
+    row.feature[c] = inside ? feature : 0;
+    row.code[c] = inside ? code : kAdditive;
+    float value = inside ? __int_as_float(bits) : 0.f;
+    if constexpr (kEncodes) {
+      const bool needs = inside && code != kAdditive;
+      copy_async<4>(row.bias + c, a.b_enc + feature, needs);
+      copy_async<4>(row.threshold + c, a.threshold + feature, needs);
+    } else if (code != kAdditive) {
+      value = clamp_delta(code, value, 0.f);
+    }
+    row.delta[c] = value;
+  }
+}
+
+// What the last thread does meanwhile: as a rule its warp loads no clamps.
+template <bool kEncodes>
+__device__ __forceinline__ void load_head(const ClampArgs& a, uint64_t t,
+                                          const int* table_row,
+                                          ClampRow::Head* head) {
+  int blocked = 0, topk = 0, limit = 0;
+  if constexpr (kEncodes) {
+    limit = load_now(reinterpret_cast<const int*>(a.norm_limit));
+    topk = load_now(a.meta + kUsesTopk);
+    blocked = load_now(a.flags + t) & load_now(a.meta + kSkipMask);
+  }
+  const int active = load_now(table_row);
+  head->count = min(load_now(table_row + 1), a.max_clamps);
+  head->on = active != 0 && blocked == 0 && !(a.gated && topk != 0);
+  head->norm_limit = __int_as_float(limit);
+}
+
+// x' of the thread's columns, once the deltas are known.
+template <typename T, typename W, bool kEncodes, bool kTwo>
+__device__ __forceinline__ void add_rows(const TokenStream<T, kTwo>& stream,
+                                         const ClampRow& row,
+                                         RowRing<T, W>& ring) {
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
+    Words x;
+    if constexpr (kEncodes)
+      x.raw = swap_middle(stream.x[i]);
+    else
+      x = stream.combine(i);
+    float acc[8];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 two = unpack(x.at[k], T());
+      acc[2 * k] = two.x;
+      acc[2 * k + 1] = two.y;
+    }
+#pragma unroll 1
+    for (int c = 0; c < row.count; c += RowRing<T, W>::kBatch)
+      ring.add(acc, row, c);
+    stream.write(i * 8, acc);
+  }
+}
+
+template <typename T, typename W, bool kEncodes, bool kTwo>
+__global__ void __launch_bounds__(kClampThreads, 2)
+    clamp_kernel(ClampArgs a, const T* w_enc, const W* w_dec, T* hidden,
+                 T* residual) {
+  extern __shared__ uint4 shared[];
+  __shared__ ClampRow::Head head;
+  const uint64_t t = blockIdx.x;
+  // Nothing of the kernel before is read yet, only moved into L2.
+  if (threadIdx.x == 0)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.index + t));
+  wait_for_previous();
+  launch_dependents();
+  const uint32_t index = load_now(a.index + t);
+  if (index == 0) return;  // row 0 is empty: most launches end here
+
+  const int* table_row =
+      a.table + static_cast<uint64_t>(index) * a.table_stride;
+  const int padded = padded_clamps(a.max_clamps);
+  uint4* const x = shared + kRingPitch * blockDim.x;
+  ClampRow row;
+  row.feature = reinterpret_cast<int*>(x + 2 * padded_parts(a.d_model));
+  row.code = row.feature + padded;
+  row.delta = reinterpret_cast<float*>(row.code + padded);
+  row.bias = row.delta + padded;
+  row.threshold = row.bias + padded;
+  row.head = &head;
+  const TokenStream<T, kTwo> stream = {hidden + t * a.hidden_stride,
+                                       residual + t * a.residual_stride, x,
+                                       static_cast<unsigned>(a.d_model)};
+  // The table first: the addresses of everything else depend on it.
+  load_clamps<kEncodes>(a, table_row, row);
+  if (threadIdx.x == blockDim.x - 1)
+    load_head<kEncodes>(a, t, table_row, &head);
+  stream.request();
+  commit_copies();
+  __syncthreads();
+
+  row.count = head.count;
+  bool within = head.on;
+  if (within) {
+    const unsigned own = threadIdx.x * 8;
+    RowRing<T, W> ring = {shared + kRingPitch * threadIdx.x,
+                          reinterpret_cast<const char*>(w_dec + own), a.d_model,
+                          static_cast<int>(own)};
+    if constexpr (kEncodes) {
+      within = resolve_clamps(w_enc, stream, row, ring);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) ring.request(row);
+      wait_copies<2>();  // all but the ring
+    }
+    if (within) add_rows<T, W, kEncodes>(stream, row, ring);
+  }
+  wait_copies<0>();  // none may land after the block has gone
+}
+
+}  // namespace vllm_steering

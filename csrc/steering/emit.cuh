@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// What leaves the encoder: the non-zeros of a tile of scores, or all of them.
+//
+// A lane notes its hits in shared memory while it scans its accumulators, then
+// appends them to their tokens' lists in global memory, several atomics in
+// flight. Where another tile follows, spare warps append while the tensor cores
+// already work on it.
+#pragma once
+
+#include "common.cuh"
+
+namespace vllm_steering {
+
+constexpr int kHitsPerLane = 16;
+constexpr int kHitsPerWarp = 32 * kHitsPerLane;
+constexpr int kPart = 8;  // accumulators scanned between looks at the buffer
+
+struct EncodeArgs {
+  const float* b_enc;      // [F]
+  const float* threshold;  // [F]
+  const int* count;
+  int* lines;         // [rows, kLine]
+  int64_t* entries;   // [rows, capacity], or null
+  float* scores;      // [rows, F], or null: dense output for TopK
+  const char* w_dec;  // rows to prefetch into L2, or null
+  int base, rows, num_features, d_model, capacity, group;
+};
+
+// Bias and bar of the two features whose scores a lane holds (f and f + 8).
+// The test is x W > bar - b; features past the end never pass it.
+struct LaneFeatures {
+  float2 bias, cut;
+};
+
+__device__ __forceinline__ LaneFeatures load_features(const EncodeArgs& a,
+                                                      int f) {
+  const float inf = __int_as_float(0x7F800000);
+  LaneFeatures l = {make_float2(-inf, -inf), make_float2(inf, inf)};
+  if (f < a.num_features) {
+    l.bias.x = a.b_enc[f];
+    l.cut.x = fmaxf(a.threshold[f], 0.f) - l.bias.x;
+  }
+  if (f + 8 < a.num_features) {
+    l.bias.y = a.b_enc[f + 8];
+    l.cut.y = fmaxf(a.threshold[f + 8], 0.f) - l.bias.y;
+  }
+  return l;
+}
+
+// Where a tile lies, and how many tokens there are in all.
+struct TilePlace {
+  int f0, t0, n;
+};
+
+// Appends a lane's hits to their tokens' lists, four atomics in flight at a
+// time.
+__device__ __forceinline__ void append_hits(const EncodeArgs& a,
+                                            const uint2* hits, int own,
+                                            TilePlace at) {
+  const int most = __reduce_max_sync(~0u, own);
+#pragma unroll 1
+  for (int first = 0; first < most; first += 4) {
+    uint2 hit[4];
+    int slot[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      slot[u] = a.capacity;
+      if (first + u >= own) continue;
+      hit[u] = hits[(first + u) * 32];
+      const int t = at.t0 + (hit[u].x >> 8);  // columns past n hold junk
+      if (t < at.n) slot[u] = atomicAdd(a.lines + t * kLine, 1);
+    }
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      if (slot[u] >= a.capacity) continue;
+      const int64_t f = at.f0 + (hit[u].x & 0xFF), t = at.t0 + (hit[u].x >> 8);
+      a.entries[t * a.capacity + slot[u]] =
+          f << 32 | static_cast<int64_t>(hit[u].y);
+      if (a.w_dec != nullptr) {  // the decoder will want this row soon
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                         a.w_dec + f * a.d_model * 2),
+                     "r"(a.d_model * 2));
+      }
+    }
+  }
+}
+
+// Notes the hits among accumulators [From, From + kPart); `where` holds the
+// lane's first token in the high bits, its first feature in the low eight.
+template <int From, int R>
+__device__ __forceinline__ void note_hits(const float (&p)[R],
+                                          const LaneFeatures& l, uint32_t where,
+                                          uint2*& next) {
+  if constexpr (From < R) {
+    constexpr int kTo = From + kPart < R ? From + kPart : R;
+#pragma unroll
+    for (int i = From; i < kTo; ++i) {
+      if (p[i] > (i & 2 ? l.cut.y : l.cut.x)) {
+        const uint32_t at =
+            where + (((i / 4) * 8 + (i & 1)) << 8) + (i & 2 ? 8 : 0);
+        const float value = p[i] + (i & 2 ? l.bias.y : l.bias.x);
+        *next = make_uint2(at, __float_as_uint(value));
+        next += 32;
+      }
+    }
+  }
+}
+
+// The accumulators are registers, so a part is a case of code, not an index.
+template <int R>
+__device__ __forceinline__ void note_part(int part, const float (&p)[R],
+                                          const LaneFeatures& l, uint32_t where,
+                                          uint2*& next) {
+#define STEERING_PART(I)                     \
+  case I:                                    \
+    note_hits<I * kPart>(p, l, where, next); \
+    break;
+  switch (part) {
+    STEERING_PART(0)
+    STEERING_PART(1)
+    STEERING_PART(2)
+    STEERING_PART(3)
+    STEERING_PART(4)
+    STEERING_PART(5)
+    STEERING_PART(6)
+    STEERING_PART(7)
+    STEERING_PART(8)
+    STEERING_PART(9)
+    STEERING_PART(10)
+    STEERING_PART(11)
+    STEERING_PART(12)
+    STEERING_PART(13)
+    STEERING_PART(14)
+    STEERING_PART(15)
+  }
+#undef STEERING_PART
+}
+
+// Emits one lane's non-zeros, part by part; the buffer is emptied whenever
+// another part might not fit. With `keep` the last hits stay in it for another
+// warp. Returns how many are left there.
+template <int N>
+__device__ __forceinline__ int emit_hits(const EncodeArgs& a,
+                                         const float (&p)[N / 2],
+                                         const LaneFeatures& l, uint2* hits,
+                                         uint32_t where, TilePlace at,
+                                         bool keep) {
+  // A part covers two runs of eight tokens; parts past the last token are left.
+  constexpr int kParts = (N / 2 + kPart - 1) / kPart;
+  const int parts = min(kParts, (at.n - at.t0 + 15) / 16);
+  uint2* next = hits;
+#pragma unroll 1
+  for (int part = 0; part < parts; ++part) {
+    // Opaque, or every sum would be made ahead of the loop and kept in memory.
+    LaneFeatures now = l;
+    asm volatile("" : "+f"(now.bias.x), "+f"(now.bias.y), "+r"(where));
+    note_part(part, p, now, where, next);
+    const int own = (next - hits) / 32;
+    const bool last = part + 1 == parts;
+    const bool crowded = __any_sync(~0u, own > kHitsPerLane - kPart);
+    if (crowded || (last && !keep)) {
+      append_hits(a, hits, own, at);
+      next = hits;
+    }
+  }
+  return (next - hits) / 32;
+}
+
+// Stores a lane's scores. The walk is one pointer that moves: with an address
+// for every score the compiler runs out of registers.
+template <int N>
+__device__ __forceinline__ void store_scores(const EncodeArgs& a,
+                                             const float (&p)[N / 2],
+                                             const LaneFeatures& l, int f,
+                                             TilePlace at) {
+  const bool upper = f < a.num_features, lower = f + 8 < a.num_features;
+  const int64_t stride = a.num_features;
+  int t = at.t0 + (threadIdx.x & 3) * 2;
+  float* to = a.scores + t * stride + f;
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 4) {
+    if (t < at.n) {
+      if (upper) to[0] = p[i] + l.bias.x;
+      if (lower) to[8] = p[i + 2] + l.bias.y;
+    }
+    if (t + 1 < at.n) {
+      if (upper) to[stride] = p[i + 1] + l.bias.x;
+      if (lower) to[stride + 8] = p[i + 3] + l.bias.y;
+    }
+    t += 8;
+    to += 8 * stride;
+    asm volatile("" : "+l"(to));
+  }
+}
+
+}  // namespace vllm_steering
