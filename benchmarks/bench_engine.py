@@ -30,6 +30,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from facts import environment, results_file
+
 BATCHES = (64, 256, 1)
 ROUNDS, EAGER_ROUNDS = 10, 2
 HF_BATCH, HF_TOKENS = 64, 128
@@ -185,23 +187,6 @@ def run_hf(root: Path, deadline: float, report: Report) -> None:
             break
 
 
-def environment() -> Row:
-    """What the figures belong to."""
-    import torch
-    import triton
-
-    import vllm
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": vllm.__version__,
-        "commit": os.environ.get("STEERING_COMMIT", "unknown"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def run_stage(stage: str, root: Path, deadline: float) -> None:
     """The body of a stage's process; does not return."""
     report = Report(root / f"{stage}.json")
@@ -279,8 +264,7 @@ class Bench:
         """Put the rows into the result file, beside what else is there."""
         if not self.environment:
             return
-        name = self.environment["gpu"].replace(" ", "_")
-        out = self.out or Path(__file__).parent / "results" / f"{name}.json"
+        out = self.out or results_file(self.environment["gpu"])
         out.parent.mkdir(parents=True, exist_ok=True)
         found = json.loads(out.read_text()) if out.exists() else {}
         found["engine"] = self.rows

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from facts import environment, results_file
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
@@ -266,6 +265,9 @@ class Bench:
             us = self.timer(delta, stream.restore, 10)
             name = f"delta_{kind.name.lower()}"
             self.add(name, (16384, d_model), tokens, us, floor)
+        step.index[Tier.DELTA] = 0
+        us = self.timer(delta, stream.restore, 3)
+        self.add("delta_idle", (16384, d_model), tokens, us, 3.0)
         vectors = VectorSlot(4, d_model, 9, 8, DEVICE)
         vectors.directions.normal_()
         vectors.table.packed[1, 0] = 1
@@ -278,23 +280,7 @@ class Bench:
         self.add("additive", (4, d_model), tokens, us, floor)
 
 
-def environment() -> dict[str, Any]:
-    """GPU, versions and commit that the figures belong to."""
-    import triton
-
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "not a git checkout",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def run(bench: Bench, quick: bool, baselines: bool) -> None:
+def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) -> None:
     """All cases; `quick` keeps the smallest shape and a few sizes."""
     bench.clamps()
     for shape in SHAPES[:1] if quick else SHAPES:
@@ -309,12 +295,15 @@ def run(bench: Bench, quick: bool, baselines: bool) -> None:
                 for tokens in TOKENS if baselines else []:
                     bench.cublas_pair(slot, tokens)
                     bench.torch_port(slot, tokens)
+            else:
+                bench.full("idle_topk", slot, 256, active=0)
+            save()
             del slot
             torch.cuda.empty_cache()
 
 
 def main() -> None:
-    """Runs, prints, and writes the JSON result file."""
+    """Runs, prints, and writes the JSON result file, anew after every SAE."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one shape, four sizes")
     parser.add_argument("--no-baselines", action="store_true")
@@ -327,13 +316,15 @@ def main() -> None:
         "bf16_TFLOPs": round(bench.flops / 1e12, 1),
     }
     print(facts, flush=True)
-    with torch.inference_mode():
-        run(bench, args.quick, not (args.quick or args.no_baselines))
-    name = facts["gpu"].replace(" ", "_")
-    out = args.out or Path(__file__).parent / "results" / f"{name}.json"
+    out = args.out or results_file(facts["gpu"])
     out.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps({**old, **facts, "kernel": bench.rows}, indent=1))
+
+    def save() -> None:
+        out.write_text(json.dumps({**old, **facts, "kernel": bench.rows}, indent=1))
+
+    with torch.inference_mode():
+        run(bench, args.quick, not (args.quick or args.no_baselines), save)
 
 
 if __name__ == "__main__":

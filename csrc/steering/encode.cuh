@@ -26,6 +26,11 @@ constexpr int kTokensThread = kConsumers + 32;  // and this one x
 constexpr int kEmitterWarps = 2;  // the rest of the last warpgroup
 constexpr int kStageW = kTileF * kTileK * 2;
 constexpr int kMaxStages = 11;
+#ifndef STEERING_PACE
+#define STEERING_PACE 900
+#endif
+constexpr int kPace = STEERING_PACE;  // cycles in which memory brings every
+                                      // block a stage of W_enc
 
 struct EncodeMaps {
   CUtensorMap w;           // box kTileF x kTileK
@@ -128,8 +133,16 @@ __device__ void drain_first(EncodeMemory& m, int stages) {
   }
 }
 
+// Waits until `stage` stages can have come since `start`.
+__device__ __forceinline__ void pace(long long start, int stage) {
+  while (clock64() - start < static_cast<long long>(stage) * kPace) {
+  }
+}
+
 // One thread: requests one operand of every tile of the block, stage by stage.
-// The weights' first stages have been requested already.
+// The weights' `first` stages have been requested already; the rest of the
+// first round is then spread over the time that it takes, or the tokens, which
+// are requested later, would wait behind all of it.
 template <int N, bool Weights>
 __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
                             int d_model, TileWalk walk, int first) {
@@ -137,6 +150,7 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
   constexpr int kBytes = Weights ? kStageW : S::kStageX;
   const int k_tiles = (d_model + kTileK - 1) / kTileK;
   const uint32_t to = smem_address(m.operands) + (Weights ? 0 : S::kX0);
+  const long long start = clock64();
   int it = 0;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < walk.tiles(); tile += gridDim.x) {
@@ -148,6 +162,7 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
     for (int step = 0; step < k_tiles; ++step, ++it) {
       const int s = it % S::kStages, round = it / S::kStages;
       if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
+      if (first > 0 && round == 0) pace(start, it - first);
       if (it >= first) {
         barrier_expect(barrier_at(m.full, s), kBytes);
         copy_tile(map, to + s * kBytes, barrier_at(m.full, s), k * kTileK, row);
