@@ -78,8 +78,18 @@ def skip_unless_compiled(dtype: torch.dtype) -> None:
         pytest.skip("the interpreter rounds bfloat16 differently")
 
 
+def copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy with the strides and the alignment of `x`, unlike a clone."""
+    if x.is_contiguous():
+        return x.clone()
+    offset = x.storage_offset()
+    size = offset + (x.shape[0] - 1) * x.stride(0) + x.shape[1]
+    whole = x.as_strided((size,), (1,), 0).clone()
+    return whole.as_strided(x.shape, x.stride(), offset)
+
+
 def copies(before: Streams) -> Streams:
-    return before[0].clone(), None if before[1] is None else before[1].clone()
+    return copy(before[0]), None if before[1] is None else copy(before[1])
 
 
 def apply(slot: SAESlot | VectorSlot, step: StepState, streams: Streams) -> None:
