@@ -26,11 +26,7 @@ constexpr int kTokensThread = kConsumers + 32;  // and this one x
 constexpr int kEmitterWarps = 2;  // the rest of the last warpgroup
 constexpr int kStageW = kTileF * kTileK * 2;
 constexpr int kMaxStages = 11;
-#ifndef STEERING_PACE
-#define STEERING_PACE 900
-#endif
-constexpr int kPace = STEERING_PACE;  // cycles in which memory brings every
-                                      // block a stage of W_enc
+constexpr int kPace = 900;  // cycles in which memory brings every block a stage
 
 struct EncodeMaps {
   CUtensorMap w;           // box kTileF x kTileK

@@ -9,11 +9,7 @@ from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot
 
 from .extension import cuda_ops
-from .plan import (
-    FRONT_TOKENS,
-    prefetches_decoder,
-    sorts_ahead,
-)
+from .plan import FRONT_TOKENS, prefetches_decoder, sorts_ahead
 from .run import Run
 
 
