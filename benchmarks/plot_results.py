@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     for results in args.results or sorted((HERE / "results").glob("*.json")):
         data = json.loads(results.read_text())
         for rows, name, draw in (

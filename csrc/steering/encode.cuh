@@ -221,9 +221,9 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
     barrier_arrive(barrier_at(m.empty, (it - 1) % S::kStages));
 }
 
-// The consumers' walk. It begins with a round without a tile: that brings the
-// code into the instruction cache while the operands are still on their way,
-// which saves most of a decoding step's epilogue.
+// The consumers' walk. It begins with a round without a tile, while the
+// operands are still on their way: that brings the epilogue's code into the
+// instruction cache.
 template <typename T, int N>
 __device__ void consume(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
                         int n) {

@@ -65,6 +65,8 @@ class SteeringModelRunnerMixin:
 class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
     """Model Runner V1: a persistent batch that requests drop out of and return to."""
 
+    _steering_batch: list[str] = []  # as of the step before
+
     def update_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow the persistent batch after `_update_states`."""
         steering = self.steering
@@ -72,15 +74,18 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
             return
         for req_id in scheduler_output.finished_req_ids:
             steering.remove_request(req_id)
-        present = self.input_batch.req_id_to_index  # type: ignore[attr-defined]
-        for req_id in steering.holding:
+        batch = self.input_batch  # type: ignore[attr-defined]
+        stays = batch.req_ids == self._steering_batch
+        present = batch.req_id_to_index
+        for req_id in () if stays else steering.holding:
             if req_id not in present:
                 steering.park_request(req_id)
         for new in scheduler_output.scheduled_new_reqs:
             steering.add_request(new.req_id, new.sampling_params)
-        for req_id in steering.parked:
+        for req_id in () if stays else steering.parked:
             if req_id in present:
                 steering.resume_request(req_id)
+        self._steering_batch = list(batch.req_ids)
 
     def prepare_steering(self, num_scheduled_tokens: np.ndarray) -> None:
         """Write the step's index after `_prepare_inputs`."""

@@ -26,8 +26,7 @@ from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstruction
 from vllm.v1.worker.steering_index import (
     BatchView,
     RequestRows,
-    count_steered,
-    token_rows,
+    StepIndex,
 )
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
@@ -77,6 +76,7 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        self._step_index = StepIndex(len(Tier))
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
         self._written_tokens = 0
@@ -117,10 +117,11 @@ class SteeringRuntime:
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
         request = self._requests[req_id]
-        self._rows[req_id] = RequestRows(
+        rows = self._rows[req_id] = RequestRows(
             prefill=self._acquire(request, "prefill"),
             decode=self._acquire(request, "decode"),
         )
+        self._step_index.hold(req_id, rows)
 
     def _acquire(self, request: SteeringRequest, phase: TokenPhase) -> tuple[int, ...]:
         rows = [0] * len(Tier)
@@ -135,6 +136,7 @@ class SteeringRuntime:
         held = self._rows.pop(req_id, None)
         if held is None:
             return
+        self._step_index.drop(req_id)
         for tier in Tier:
             self.managers[tier].release(held.prefill[tier])
             self.managers[tier].release(held.decode[tier])
@@ -147,16 +149,21 @@ class SteeringRuntime:
     def prepare_step(self, view: BatchView) -> None:
         """Write the index, the rows and the bypass flags of a step, before its
         forward. Nothing is copied where nothing has changed."""
-        rows = token_rows(view, self._rows, len(Tier)) if self._rows else None
-        if rows is None:
+        if not self._rows:
+            self.clear_step()
+            return
+        index = self._step_index
+        changed = index.update(view)
+        if index.rows is None:
             self.clear_step()
             return
         self._write_rows()
-        self._write_index(rows)
-        self.steered_tokens += count_steered(view, rows)
+        if changed or not self._written_tokens:
+            self._write_index(index.rows)
+        self.steered_tokens += index.steered
         backend = self.modules.backend
-        if backend and (rows[Tier.DELTA].any() or rows[Tier.FULL].any()):
-            backend.write_flags(view.token_ids[: rows.shape[1]])
+        if backend and index.steered[[Tier.DELTA, Tier.FULL]].any():
+            backend.write_flags(view.token_ids[: index.rows.shape[1]])
 
     def clear_step(self) -> None:
         """Unsteered step, dummy run or capture: every token has row 0."""
@@ -199,3 +206,4 @@ class SteeringRuntime:
             }
             assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
+        assert self._step_index.holders == set(self._rows), "the index disagrees"
