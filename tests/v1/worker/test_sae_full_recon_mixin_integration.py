@@ -146,6 +146,19 @@ def test_order_in_the_batch_changes_nothing(llm: LLM) -> None:
         assert_same(one, other)
 
 
+def test_dummy_runs_between_steps_change_nothing(llm: LLM) -> None:
+    """As the idle ranks of data parallelism do, in the midst of a decoding batch."""
+    ids, steps = prompt(41), llm.llm_engine
+    steps.add_request("dummy-between", {"prompt_token_ids": ids}, steered())
+    tokens: list[int] = []
+    while steps.has_unfinished_requests():
+        for output in steps.step():
+            tokens = list(output.outputs[0].token_ids)
+        runner(llm)._dummy_run(1)
+    assert tokens == expected(ids, "both").tokens
+    drain(llm)
+
+
 def cached_tokens(llm: LLM, ids: list[int], sampling: SamplingParams) -> int:
     [output] = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
     return output.num_cached_tokens
