@@ -23,12 +23,12 @@ from engine_modes import (
     PREFILL_LENGTH,
     PROMPT,
     SITE_LAYERS,
-    Engine,
     dictionary,
     model_runner,
     random_prompts,
     sampling,
 )
+from engine_timing import Engine
 
 SEQUENCES, GENERATED = 64, 33  # decoding steps have SEQUENCES rows, prompts more
 ROWS = 2048  # of each kind of token

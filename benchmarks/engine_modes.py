@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from engine_timing import StepProbe
+from engine_timing import Engine, Mode, StepProbe
 
 LAYERS, HIDDEN = 26, 2304
 FEATURES, L0 = 16384, 100
@@ -73,27 +71,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Engine:
-    """A running engine, watched; `failed` once a measurement in it has raised."""
-
-    llm: Any
-    probe: StepProbe
-    failed: bool = False
-
-    def step(self) -> list[Any]:
-        return self.llm.llm_engine.step()
-
-
-@dataclass
-class Mode:
-    """What is compared: an engine, and what its requests ask for."""
-
-    name: str
-    engine: Engine
-    specs: list[dict[str, Any]] | None
-
-
 def model_runner(llm: Any) -> Any:
     """The model runner of an engine in this process."""
     core = llm.llm_engine.engine_core.engine_core
@@ -102,8 +79,6 @@ def model_runner(llm: Any) -> Any:
 
 def start(root: Path, name: str) -> Engine:
     """Start the engine of this name (a key of MODES) in this process."""
-    from engine_timing import StepProbe
-
     from vllm import LLM
 
     config: dict[str, Any] = {}

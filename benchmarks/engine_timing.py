@@ -19,12 +19,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from engine_modes import Mode
 
 # Longer than the host needs to launch a decoding step, at about 2 GHz.
 SPIN_CYCLES = 16_000_000
@@ -81,6 +78,27 @@ class StepProbe:
 
         steering = getattr(self.runner, "steering", None)
         return int(steering.steered_tokens[Tier.FULL].sum()) if steering else 0
+
+
+@dataclass
+class Engine:
+    """A running engine, watched; `failed` once a measurement in it has raised."""
+
+    llm: Any
+    probe: StepProbe
+    failed: bool = False
+
+    def step(self) -> list[Any]:
+        return self.llm.llm_engine.step()
+
+
+@dataclass
+class Mode:
+    """What is compared: an engine, and what its requests ask for."""
+
+    name: str
+    engine: Engine
+    specs: list[dict[str, Any]] | None
 
 
 @dataclass

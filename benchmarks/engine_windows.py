@@ -12,11 +12,10 @@ from engine_modes import (
     PREFILL_COUNT,
     PREFILL_LENGTH,
     PROMPT,
-    Mode,
     random_prompts,
     sampling,
 )
-from engine_timing import Window, checked
+from engine_timing import Mode, Window, checked
 
 WARM_STEPS, WALL_STEPS, GPU_STEPS, LAST_STEPS = 6, 32, 10, 3
 MAX_TOKENS = 1 + WARM_STEPS + WALL_STEPS + GPU_STEPS + LAST_STEPS
