@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine_timing import Engine, Mode, StepProbe
+if TYPE_CHECKING:  # the parent of the stages reads this file and needs no torch
+    from engine_timing import Engine, Mode
 
 LAYERS, HIDDEN = 26, 2304
 FEATURES, L0 = 16384, 100
@@ -79,6 +80,8 @@ def model_runner(llm: Any) -> Any:
 
 def start(root: Path, name: str) -> Engine:
     """Start the engine of this name (a key of MODES) in this process."""
+    from engine_timing import Engine, StepProbe
+
     from vllm import LLM
 
     config: dict[str, Any] = {}
@@ -135,6 +138,8 @@ def spread_embeddings(model: Any) -> None:
 
 def modes_of(name: str, engine: Engine) -> list[Mode]:
     """The modes that this engine serves."""
+    from engine_timing import Mode
+
     found = []
     for mode, clamps in MODES[name].items():
         specs = None if clamps is None else [{"module_name": "sae", "clamps": clamps}]

@@ -57,7 +57,7 @@ __device__ __forceinline__ bool survives(float p, bool relu) {
   return p > 0.f || (!relu && p != 0.f);
 }
 
-// Sum of one value a thread.
+// Sum over the block, of one value a thread.
 __device__ int block_sum(SelectMemory& m, int x) {
   x = warp_sum(x);
   __syncthreads();
@@ -78,7 +78,6 @@ struct Scores {
 // a score belongs to is of no matter.
 __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
                                              const Scores& s) {
-  constexpr int kOwn = kGroupsPerThread;
   int done = 0;
   if (s.d_sae % 4 == 0 && (reinterpret_cast<uintptr_t>(s.p) & 15) == 0) {
     constexpr int kAhead = 8;
@@ -98,15 +97,14 @@ __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
         const float most[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          unsigned& own = top[(u * 4 + c) % kOwn];
+          unsigned& own = top[(u * 4 + c) % kGroupsPerThread];
           own = max(own, order_bits(most[c]));
         }
       }
     }
   }
-  for (int f = done + threadIdx.x; f < s.d_sae; f += kSelectThreads) {
+  for (int f = done + threadIdx.x; f < s.d_sae; f += kSelectThreads)
     top[0] = max(top[0], order_bits(s.p[f]));
-  }
 }
 
 // Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero

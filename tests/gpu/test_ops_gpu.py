@@ -6,22 +6,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from steering_testing.reference import Clamp
 from steering_testing.sites import (
-    CPU,
-    MAX_CLAMPS,
-    ROWS,
     Bench,
     bench,
     exact_sae,
     load_slot,
-    set_row,
+    steer_every_tier,
 )
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
-from vllm.model_executor.layers.steering_state import SAESlot, VectorSlot
+from vllm.model_executor.layers.steering_state import SAESlot
 
 OPS = {
     Tier.ADDITIVE: "apply_steering_vectors",
@@ -39,12 +35,7 @@ def on_host(activation: str, dtype: torch.dtype, single_stream: bool) -> Bench:
     """A site where rows 1 and 2 of every tier do something."""
     rng = np.random.default_rng(0)
     slot = load_slot(exact_sae(rng, F, D, activation), dtype)
-    vectors = VectorSlot(2, D, ROWS, MAX_CLAMPS, CPU)
-    vectors.directions[:, :4] = 1.5
-    for row in (1, 2):
-        set_row(slot.delta, row, [Clamp(row, "additive", 2.0)])
-        set_row(slot.full, row, [Clamp(3 + row, "absolute", -1.0)])
-        set_row(vectors.table, row, [Clamp(row - 1, "additive", 0.5)])
+    vectors = steer_every_tier(slot, D)
     rows = dict.fromkeys(Tier, INDEX)
     return bench(
         rng, T, D, [slot], vectors, rows, dtype=dtype, single_stream=single_stream

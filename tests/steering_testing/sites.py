@@ -109,6 +109,17 @@ def set_row(table: ClampTable, row: int, clamps: Sequence[Clamp]) -> None:
     bound.upload({row: bound.encode_row(entries)})
 
 
+def steer_every_tier(slot: SAESlot, d_model: int) -> VectorSlot:
+    """Make rows 1 and 2 of every tier do something; the vectors that go with them."""
+    vectors = VectorSlot(2, d_model, ROWS, MAX_CLAMPS, CPU)
+    vectors.directions[:, :4] = 1.5
+    for row in (1, 2):
+        set_row(slot.delta, row, [Clamp(row, "additive", 2.0)])
+        set_row(slot.full, row, [Clamp(3 + row, "absolute", -1.0)])
+        set_row(vectors.table, row, [Clamp(row - 1, "additive", 0.5)])
+    return vectors
+
+
 @dataclass
 class Bench:
     """One site, the step that its ops read, and the stream that enters them."""

@@ -16,6 +16,7 @@ from steering_testing.sites import (
     exact_sae,
     load_slot,
     set_row,
+    steer_every_tier,
 )
 
 from vllm.config.steering import Tier
@@ -41,12 +42,7 @@ def every_tier(
     rng = np.random.default_rng(seed)
     sae = exact_sae(rng, F, D, "jumprelu")
     slot = load_slot(sae)
-    vectors = VectorSlot(2, D, ROWS, MAX_CLAMPS, CPU)
-    vectors.directions[:, :4] = 1.5
-    for row in (1, 2):
-        set_row(slot.delta, row, [Clamp(row, "additive", 2.0)])
-        set_row(slot.full, row, [Clamp(3 + row, "absolute", -1.0)])
-        set_row(vectors.table, row, [Clamp(row - 1, "additive", 0.5)])
+    vectors = steer_every_tier(slot, D)
     rows = {tier: INDEX for tier in tiers}
     return bench(rng, T, D, [slot], vectors, rows, single_stream=single_stream)
 

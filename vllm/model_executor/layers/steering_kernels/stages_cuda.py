@@ -13,20 +13,25 @@ from .plan import FRONT_TOKENS, prefetches_decoder, sorts_ahead
 from .run import Run
 
 
-def takes_cuda(
-    slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-) -> bool:
-    """Whether the extension's kernels fit: Hopper, 16-byte rows of 16-bit numbers."""
+def _fits_streams(hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:
+    """Whether the kernels can address the stream: Hopper, 16-byte rows."""
     device = hidden.device
     if device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
     streams = (hidden,) if residual is None else (hidden, residual)
-    return slot.weights.W_enc.element_size() == 2 and all(
+    return all(
         x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
         for x in streams
     )
+
+
+def takes_cuda(
+    slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> bool:
+    """Whether the extension's stages fit: the stream, and 16-bit weights."""
+    return slot.weights.W_enc.element_size() == 2 and _fits_streams(hidden, residual)
 
 
 def takes_front(run: Run) -> bool:
@@ -34,34 +39,10 @@ def takes_front(run: Run) -> bool:
     return run.hidden.shape[0] <= FRONT_TOKENS and run.buffers.plan.num_chunks == 1
 
 
-def front(run: Run) -> None:
-    """`compact` and `encode` of a step of at most `FRONT_TOKENS` tokens."""
-    weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
-    cuda_ops().front(
-        run.index,
-        run.step.flags,
-        run.table.packed,
-        weights.meta,
-        weights.norm_limit,
-        run.hidden,
-        run.residual,
-        buffers.x,
-        workspace.tokens,
-        workspace.nnz,
-        workspace.count,
-        weights.W_enc,
-        weights.b_enc,
-        weights.threshold,
-        buffers.scores if run.topk else buffers.entries,
-        weights.W_dec if prefetches_decoder(buffers.plan.rows) else None,
-        workspace.sync,
-        run.gate,
-    )
-
-
-def compact(run: Run, base: int) -> None:
+def _gather_arguments(run: Run) -> tuple[torch.Tensor | None, ...]:
+    """What the gathering of active tokens reads and writes, in the ops' order."""
     weights, workspace = run.slot.weights, run.workspace
-    cuda_ops().compact(
+    return (
         run.index,
         run.step.flags,
         run.table.packed,
@@ -73,9 +54,26 @@ def compact(run: Run, base: int) -> None:
         workspace.tokens,
         workspace.nnz,
         workspace.count,
-        base,
+    )
+
+
+def front(run: Run) -> None:
+    """`compact` and `encode` of a step of at most `FRONT_TOKENS` tokens."""
+    weights, buffers = run.slot.weights, run.buffers
+    cuda_ops().front(
+        *_gather_arguments(run),
+        weights.W_enc,
+        weights.b_enc,
+        weights.threshold,
+        buffers.scores if run.topk else buffers.entries,
+        weights.W_dec if prefetches_decoder(buffers.plan.rows) else None,
+        run.workspace.sync,
         run.gate,
     )
+
+
+def compact(run: Run, base: int) -> None:
+    cuda_ops().compact(*_gather_arguments(run), base, run.gate)
 
 
 def encode(run: Run, base: int) -> None:
@@ -134,23 +132,19 @@ def takes_clamp(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> bool:
-    """Whether the clamp kernel fits: as `takes_cuda`, and the row in shared memory."""
-    device, dtype = hidden.device, hidden.dtype
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    """Whether the clamp kernel fits: the stream, and the row in shared memory."""
+    dtype = hidden.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
         return False
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if residual is not None and residual.dtype is not dtype:
         return False
     if hidden.shape[1] > 16384 or not 1 <= table.max_clamps <= 2048:
         return False
     if directions.dtype is not (torch.float32 if slot is None else dtype):
         return False
-    streams = (hidden,) if residual is None else (hidden, residual)
     rows = (directions,) if slot is None else (directions, slot.weights.W_enc)
-    return (
-        all(x.dtype is dtype for x in streams)
-        and all(x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 for x in streams)
-        and all(x.data_ptr() % 16 == 0 for x in (*streams, *rows))
-    )
+    aligned = all(x.data_ptr() % 16 == 0 for x in rows)
+    return aligned and _fits_streams(hidden, residual)
 
 
 def clamp(
