@@ -41,23 +41,25 @@ __device__ __forceinline__ bool is_active(const CompactArgs& a, int t,
 }
 
 // Copies one token's row with `threads` threads; returns this thread's share of
-// the squared norm. Loads of two accesses are in flight at a time.
+// the squared norm.
 template <typename T>
 __device__ float gather_row(const T* hidden, const T* residual, T* x,
                             int d_model, int thread, int threads) {
+  constexpr int kInFlight = 3;
+  const int step = threads * 8;
   float square = 0.f;
-  for (int first = thread * 8; first < d_model; first += threads * 16) {
-    Vec8<T> h[2], r[2];
+  for (int first = thread * 8; first < d_model; first += kInFlight * step) {
+    Vec8<T> h[kInFlight], r[kInFlight];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int d = first + u * threads * 8;
+    for (int u = 0; u < kInFlight; ++u) {
+      const int d = first + u * step;
       if (d >= d_model) continue;
       h[u] = load8(hidden + d);
       if (residual != nullptr) r[u] = load8(residual + d);
     }
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int d = first + u * threads * 8;
+    for (int u = 0; u < kInFlight; ++u) {
+      const int d = first + u * step;
       if (d >= d_model) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -80,21 +82,26 @@ __device__ __forceinline__ void note_token(const CompactArgs& a, int i, int t,
   a.lines[i * kLine + kRow] = a.index[t];
 }
 
-// The first kCompactThreads threads copy token t to row i of x; `squares` has
-// room for a float of each of their warps.
+// Of the first kCompactThreads threads, each `threads` in a row copy one token
+// to row i of x: token t, none where t < 0. `squares` has room for a float of
+// each of their warps.
 template <typename T>
 __device__ void gather_together(const CompactArgs& a, const T* hidden,
                                 const T* residual, T* x, int t, int i,
-                                float limit, float* squares) {
-  const T* r = residual == nullptr ? nullptr : residual + t * a.residual_stride;
-  const float square = gather_row(hidden + t * a.hidden_stride, r,
-                                  x + static_cast<int64_t>(i) * a.d_model,
-                                  a.d_model, threadIdx.x, kCompactThreads);
-  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+                                float limit, float* squares, int threads) {
+  const int own = threadIdx.x % threads, warp = threadIdx.x / 32;
+  if (t >= 0) {
+    const T* r =
+        residual == nullptr ? nullptr : residual + t * a.residual_stride;
+    const float square = gather_row(hidden + t * a.hidden_stride, r,
+                                    x + static_cast<int64_t>(i) * a.d_model,
+                                    a.d_model, own, threads);
+    if (own % 32 == 0) squares[warp] = square;
+  }
   sync_threads<kCompactThreads>();
-  if (threadIdx.x == 0) {
+  if (t >= 0 && own == 0) {
     float total = 0.f;
-    for (int w = 0; w < kCompactWarps; ++w) total += squares[w];
+    for (int w = 0; w < threads / 32; ++w) total += squares[warp + w];
     note_token(a, i, t, sqrtf(total) <= limit);
   }
 }
@@ -135,7 +142,8 @@ __global__ void __launch_bounds__(kCompactThreads)
     const int i = before - a.base;
     if (active == 0 || i < 0 || i >= a.rows) return;
     __shared__ float squares[kCompactWarps];
-    gather_together(a, hidden, residual, x, start, i, limit, squares);
+    gather_together(a, hidden, residual, x, start, i, limit, squares,
+                    kCompactThreads);
     return;
   }
   for (int j = warp; j < a.per_block; j += kCompactWarps) {

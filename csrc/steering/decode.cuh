@@ -10,30 +10,9 @@
 // token's bits depend neither on the run nor on its batch.
 #pragma once
 
-#include "common.cuh"
+#include "overflow.cuh"
 
 namespace vllm_steering {
-
-constexpr int kDecodeWarps = 8;
-constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kSortMax =
-    512;  // entries sorted by rank; more go window by window
-constexpr int kWindow = 4096;  // features of a window
-constexpr int kColumns = 256;  // columns of D of a block: one warp-wide access
-constexpr int kFewTokens = 8;  // up to here a token's latency counts
-
-struct DecodeArgs {
-  const int* table;
-  const int* count;
-  const int* lines;        // [rows, kLine]
-  const int64_t* entries;  // [rows, capacity]
-  const float* coef;       // [rows, max_clamps] g - f, or null: resolve here
-  const float* b_dec;
-  int64_t table_stride, hidden_stride, residual_stride;
-  int base, rows, num_features, d_model, capacity, max_clamps;
-  bool delta;
-  bool long_only;  // only lists past kSortMax: another kernel has the rest
-};
 
 // The number of slots of the sorted list: entries, then clamps.
 __host__ __device__ inline int list_slots(int max_clamps) {
@@ -51,6 +30,11 @@ inline int decode_smem(int max_clamps) {
 __device__ __forceinline__ float entry_value(int64_t e) {
   return __uint_as_float(static_cast<uint32_t>(e));
 }
+
+// A warp's sum of its entries, this lane's columns.
+struct Partial {
+  float at[8];
+};
 
 // acc += weight * W_dec[feature, columns of this lane].
 template <typename T>
@@ -163,22 +147,40 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
   }
 }
 
-// Many entries: window by window of features, dense in shared memory; a warp
-// takes every eighth feature, so the order is again that of the features.
+// The activations of features f0 onwards, from a token's `n` entries or, where
+// its list could not hold them, anew. The window is zero before.
 template <typename T>
-__device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
-                               const int64_t* own, int n, const int* row,
-                               int64_t i, float* window, const T* w_dec,
-                               int column) {
+__device__ void fill_window(float* window, const DecodeArgs& a,
+                            const int64_t* own, int n, int64_t i, const T* x,
+                            int f0) {
+  if (n > a.capacity) {
+    if (a.scores != nullptr)
+      score_window(window, a, i, f0);
+    else
+      encode_window(window, a, x, f0);
+    return;
+  }
+  for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
+    const int f = static_cast<int>(own[e] >> 32) - f0;
+    if (f >= 0 && f < kWindow) window[f] = entry_value(own[e]);
+  }
+}
+
+// Many entries: window by window of features, dense in shared memory; a warp
+// takes every eighth feature, so the order is again that of the features. Not
+// inlined: it would cost the usual path registers.
+template <typename T>
+__device__ __noinline__ Partial
+gather_windows(const DecodeArgs& a, const int64_t* own, int n, const int* row,
+               int64_t i, float* window, const T* x, const T* w_dec,
+               int column) {
+  Partial sum = {};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int f0 = 0; f0 < a.num_features; f0 += kWindow) {
     __syncthreads();
     for (int f = threadIdx.x; f < kWindow; f += kDecodeThreads) window[f] = 0.f;
     __syncthreads();
-    for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
-      const int f = static_cast<int>(own[e] >> 32) - f0;
-      if (f >= 0 && f < kWindow) window[f] = entry_value(own[e]);
-    }
+    fill_window(window, a, own, n, i, x, f0);
     __syncthreads();
     for (int c = threadIdx.x; c < row[1]; c += kDecodeThreads) {
       const int f = row[2 + c] - f0;
@@ -197,23 +199,25 @@ __device__ void gather_windows(float (&acc)[8], const DecodeArgs& a,
         left &= left - 1;
         const float weight = __shfl_sync(~0u, mine, at);
         const int64_t f = f0 + m + at * kDecodeWarps + warp;
-        add_row(acc, load8(w_dec + f * a.d_model + min(column, a.d_model - 8)),
+        add_row(sum.at,
+                load8(w_dec + f * a.d_model + min(column, a.d_model - 8)),
                 weight);
       }
     }
   }
   __syncthreads();
+  return sum;
 }
 
 // Adds the eight partial sums and the base, rounds once, writes back exactly.
 template <typename T>
-__device__ void finish_slice(const float (&acc)[8], const DecodeArgs& a,
+__device__ void finish_slice(const Partial& sum, const DecodeArgs& a,
                              float* sums, const T* x, T* hidden, T* residual,
                              int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
-  to[0] = make_float4(acc[0], acc[1], acc[2], acc[3]);
-  to[1] = make_float4(acc[4], acc[5], acc[6], acc[7]);
+  to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
+  to[1] = make_float4(sum.at[4], sum.at[5], sum.at[6], sum.at[7]);
   const int c = first + threadIdx.x;
   float total = 0.f;
   if (c < a.d_model) total = a.delta ? to_float(x[c]) : a.b_dec[c];
@@ -238,7 +242,7 @@ __device__ void finish_slice(const float (&acc)[8], const DecodeArgs& a,
 // token's latency, few for many tokens.
 template <typename T, int Ahead>
 __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
-    decode_kernel(DecodeArgs a, const T* x, const T* w_dec, T* hidden,
+    decode_kernel(const __grid_constant__ DecodeArgs a, const T* x, const T* w_dec, T* hidden,
                   T* residual) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
@@ -258,27 +262,28 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     const int token = line[kToken];
     const int listed = a.delta ? 0 : line[kListed];
     const Listed mine = load_entries(own, room);
-    if (token < 0 || listed > a.capacity)
-      continue;  // the overflow path has those
-    if (a.long_only && listed <= kSortMax) continue;
+    const bool sorted = listed <= sorted_max(a);
+    if (token < 0 || (a.long_only && sorted)) continue;
     const int* row = a.table + line[kRow] * a.table_stride;
     const int clamps = row[1];
+    const T* own_x = x + i * a.d_model;
     T* r = residual == nullptr ? nullptr : residual + token * a.residual_stride;
     int total = listed;
-    if (listed <= kSortMax) {
+    if (sorted) {
       sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
       total = append_clamps(a, row, clamps, i, list, listed);
     }
     for (int slice = work / n; slice < slices; slice += groups) {
       const int first = slice * kColumns,
                 column = first + (threadIdx.x & 31) * 8;
-      float acc[8] = {};
-      if (listed <= kSortMax)
-        gather_list<Ahead>(acc, list, total, w_dec, column, a.d_model);
+      Partial sum = {};
+      if (sorted)
+        gather_list<Ahead>(sum.at, list, total, w_dec, column, a.d_model);
       else
-        gather_windows(acc, a, own, listed, row, i, scratch, w_dec, column);
-      finish_slice(acc, a, scratch, x + i * a.d_model,
-                   hidden + token * a.hidden_stride, r, first);
+        sum = gather_windows(a, own, listed, row, i, scratch, own_x, w_dec,
+                             column);
+      finish_slice(sum, a, scratch, own_x, hidden + token * a.hidden_stride, r,
+                   first);
     }
   }
 }

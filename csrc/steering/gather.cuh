@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
     const int* line = a.lines + i * kLine;
     const int token = line[kToken], listed = line[kListed];
-    if (token < 0 || listed > min(kSortMax, a.capacity)) continue;
+    if (token < 0 || listed > sorted_max(a)) continue;
     int64_t* own = entries + i * a.capacity;
     __syncthreads();
     sort_entries(load_entries(own, listed), listed, list, features);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int64_t i = work % n;
     const int* line = a.lines + i * kLine;
     const int token = line[kToken], listed = line[kListed];
-    if (token < 0 || listed > min(kSortMax, a.capacity)) continue;
+    if (token < 0 || listed > sorted_max(a)) continue;
     const int column = work / n * kColumns + (threadIdx.x & 31) * 8;
     const bool inside = column < a.d_model;
     const int* row = a.table + line[kRow] * a.table_stride;

@@ -128,13 +128,13 @@ EncodeMaps encode_maps(const Tensor& x, const Tensor& w_enc) {
   return maps;
 }
 
-// Stages 1 and 2 at once, for steps of at most kFrontTokens tokens. `w_dec` is
-// there where L2 is asked for its rows that fire.
+// Stages 1 and 2 at once, for steps of at most kFrontTokens tokens. L2 may be
+// asked for rows of `w_dec`.
 void front(Tensor index, Tensor flags, Tensor table, Tensor meta,
            Tensor norm_limit, Tensor hidden, std::optional<Tensor> residual,
            Tensor x, Tensor tokens, Tensor lines, Tensor count, Tensor w_enc,
            Tensor b_enc, Tensor threshold, Tensor out,
-           std::optional<Tensor> w_dec, Tensor sync, int64_t gate) {
+           Tensor w_dec, Tensor sync, int64_t gate) {
   FrontArgs a = {};
   a.compact = compact_args(index, flags, table, meta, norm_limit, hidden,
                            residual, x, tokens, lines, count, 0, gate);
@@ -142,7 +142,7 @@ void front(Tensor index, Tensor flags, Tensor table, Tensor meta,
                       a.compact.rows >= a.compact.num_tokens,
                   "steering: too many tokens for one launch");
   a.encode = encode_args(x, w_enc, b_enc, threshold, count, lines, out, 0);
-  if (w_dec) a.encode.w_dec = data<char>(*w_dec);
+  a.encode.w_dec = data<char>(w_dec);
   a.sync = data<int>(sync);
   for_type(hidden, [&](auto type) {
     using T = decltype(type);
@@ -217,7 +217,7 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries,
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
     launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
            stream, a, data<float>(coef), data<T>(w_dec), data<T>(hidden), out);
-    if (std::min(a.capacity, a.num_features) <= kSortMax) return;
+    if (a.num_features <= std::min(kSortMax, a.capacity)) return;
     a.long_only = true;
   }
   if (a.rows <= kFewTokens)
@@ -228,18 +228,27 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries,
                     data<T>(hidden), out);
 }
 
-// `coef` holds g - f of the clamps already where `resolved`.
-void decode(Tensor table, Tensor count, Tensor lines, Tensor entries,
-            Tensor coef, Tensor x, Tensor w_dec, Tensor b_dec, Tensor hidden,
-            std::optional<Tensor> residual, int64_t base, bool resolved,
-            bool delta, bool many) {
+// `scores` and `kth` are there for TopK; `coef` then holds g - f of the clamps
+// already.
+void decode(Tensor table, Tensor meta, Tensor count, Tensor lines,
+            Tensor entries, std::optional<Tensor> scores, Tensor kth,
+            Tensor coef, Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold,
+            Tensor w_dec, Tensor b_dec, Tensor hidden,
+            std::optional<Tensor> residual, int64_t base, bool delta,
+            bool many) {
   DecodeArgs a = {};
   a.table = data<int>(table);
   a.count = data<int>(count);
   a.lines = data<int>(lines);
   a.entries = data<int64_t>(entries);
-  a.coef = resolved ? data<float>(coef) : nullptr;
+  a.coef = scores ? data<float>(coef) : nullptr;
   a.b_dec = data<float>(b_dec);
+  a.w_enc = data<char>(w_enc);
+  a.b_enc = data<float>(b_enc);
+  a.threshold = data<float>(threshold);
+  a.scores = scores ? data<float>(*scores) : nullptr;
+  a.kth = data<int64_t>(kth);
+  a.meta = data<int>(meta);
   a.table_stride = table.stride(0);
   a.hidden_stride = hidden.stride(0);
   a.residual_stride = residual ? residual->stride(0) : 0;
@@ -274,16 +283,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       "norm_limit,"
       " Tensor hidden, Tensor? residual, Tensor(a!) x, Tensor(b!) tokens,"
       " Tensor(c!) lines, Tensor(d!) count, Tensor w_enc, Tensor b_enc,"
-      " Tensor threshold, Tensor(e!) out, Tensor? w_dec, Tensor(f!) sync,"
+      " Tensor threshold, Tensor(e!) out, Tensor w_dec, Tensor(f!) sync,"
       " int gate) -> ()");
   m.def(
       "select(Tensor table, Tensor meta, Tensor count, Tensor scores,"
       " Tensor(a!) lines, Tensor(b!) entries, Tensor(c!) kth, Tensor(d!) coef,"
       " int base) -> ()");
   m.def(
-      "decode(Tensor table, Tensor count, Tensor lines, Tensor(a!) entries,"
-      " Tensor(b!) coef, Tensor x, Tensor w_dec, Tensor b_dec,"
-      " Tensor(c!) hidden, Tensor(d!)? residual, int base, bool resolved,"
+      "decode(Tensor table, Tensor meta, Tensor count, Tensor lines,"
+      " Tensor(a!) entries, Tensor? scores, Tensor kth, Tensor(b!) coef, Tensor "
+      "x,"
+      " Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor w_dec,"
+      " Tensor b_dec, Tensor(c!) hidden, Tensor(d!)? residual, int base,"
       " bool delta, bool many) -> ()");
 }
 

@@ -218,6 +218,32 @@ def test_tokens_past_the_capacity_take_the_overflow_path(
     run_and_check(slot, step, 11, workspace=workspace)
 
 
+@compiled_only
+@pytest.mark.parametrize("tokens", [9, 600])
+@pytest.mark.parametrize("activation", KINDS)
+def test_overflow_spans_windows_slices_and_the_longer_pipeline(
+    activation: Activation, tokens: int
+) -> None:
+    slot = make_slot(5000, 328, activation, l0=50, k=50)
+    step = make_step(tokens, tokens, with_rows(slot), Tier.FULL)
+    workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
+    scores = -(-tokens * 5000 * 4 // 256) * 256 if activation is Activation.TOPK else 0
+    workspace._shared = workspace._shared[: scores + tokens * 50 * 8]
+    run_and_check(slot, step, tokens, workspace=workspace)
+
+
+@compiled_only
+@pytest.mark.parametrize("tokens", [120, 133, 200, 256])
+@pytest.mark.parametrize("activation", [Activation.JUMPRELU, Activation.TOPK])
+def test_steps_with_more_tokens_than_multiprocessors(
+    activation: Activation, tokens: int
+) -> None:
+    slot = make_slot(3000, 520, activation, l0=40, k=40)
+    step = make_step(tokens, tokens, [1, 2], Tier.FULL)
+    with_rows(slot)
+    run_and_check(slot, step, tokens)
+
+
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("k", [1, 5, 40, 64])
 def test_topk_keeps_exactly_k_with_or_without_clipping(relu: bool, k: int) -> None:

@@ -214,13 +214,11 @@ def _pipeline(
             if topk:
                 stages_cuda.select(run, base)
             stages_cuda.decode(run, base)
-            if run.may_overflow:
-                stages_triton.combine(run, base, overflow_only=True)
         else:
             stages_triton.compact(run, base)
             stages_triton.encode(run, base)
             stages_triton.coefficients(run, base)
-            stages_triton.combine(run, base, overflow_only=False)
+            stages_triton.combine(run, base)
 
 
 def warm_up(

@@ -116,23 +116,17 @@ def combine_kernel(
     MAX_CLAMPS: tl.constexpr,
     DELTA: tl.constexpr,
     TOPK: tl.constexpr,
-    OVERFLOW_ONLY: tl.constexpr,
     NB: tl.constexpr,
     BD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes hidden and residual of every token of one chunk.
-
-    OVERFLOW_ONLY leaves out the tokens whose entries all fit: another kernel's.
-    """
+    """Writes hidden and residual of every token of one chunk."""
     pdl_wait(PDL)
     n = tl.minimum(tl.load(count) - base, rows)
     slices: tl.constexpr = (D + BD - 1) // BD
     for work in range(tl.program_id(0), n * slices, tl.num_programs(0)):
         i = work % n
         token = tl.load(tokens + i)
-        if OVERFLOW_ONLY and tl.load(nnz + i * COUNTER_STRIDE) <= capacity:
-            token = -1
         if token >= 0:
             col = work // n * BD + tl.arange(0, BD)
             row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride

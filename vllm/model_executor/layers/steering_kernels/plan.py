@@ -9,6 +9,7 @@ MIB = 1 << 20
 MAX_GATHER_BYTES = 96 * MIB  # gathered activations of one chunk
 MAX_ENTRY_BYTES = 128 * MIB  # non-zeros of a threshold chunk, or dense TopK scores
 MAX_TOPK_BYTES = 152 * MIB  # scores and selected entries of a TopK chunk
+CACHED_SCORE_BYTES = 40 * MIB  # TopK scores that L2 still holds when they are read
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
 COUNTER_STRIDE = 32  # ints between the counters of two tokens: a cache line
@@ -50,7 +51,9 @@ def plan_chunks(
     rows = MAX_GATHER_BYTES // (d_model * itemsize)
     rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
     if topk:
-        rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae))
+        # At least two tiles of the encoder, or reading W_enc again would decide.
+        cached = max(CACHED_SCORE_BYTES // (4 * d_sae), 2 * CHUNK_ALIGN)
+        rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae), cached)
     if rows < 1:
         raise ValueError(
             f"steering: d_model={d_model}, d_sae={d_sae}, max_clamps={max_clamps}: one "
@@ -102,11 +105,3 @@ def sorts_ahead(rows: int) -> bool:
     every slice costs more than the gather.
     """
     return rows > 512
-
-
-def prefetches_decoder(rows: int) -> bool:
-    """Whether the encoder asks L2 for the rows of W_dec that fire.
-
-    Few tokens leave the decoder short of requests; many keep memory busy by themselves.
-    """
-    return rows <= 32

@@ -52,9 +52,3 @@ class Run:
     @property
     def index(self) -> torch.Tensor:
         return self.step.index[self.tier]
-
-    @property
-    def may_overflow(self) -> bool:
-        """Whether a token may have more non-zeros than its list holds."""
-        listed = self.tier is Tier.FULL
-        return listed and self.buffers.plan.capacity < self.slot.weights.d_sae_capacity

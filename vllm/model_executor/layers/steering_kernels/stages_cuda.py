@@ -9,7 +9,7 @@ from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot
 
 from .extension import cuda_ops
-from .plan import FRONT_TOKENS, prefetches_decoder, sorts_ahead
+from .plan import FRONT_TOKENS, sorts_ahead
 from .run import Run
 
 
@@ -66,7 +66,7 @@ def front(run: Run) -> None:
         weights.b_enc,
         weights.threshold,
         buffers.scores if run.topk else buffers.entries,
-        weights.W_dec if prefetches_decoder(buffers.plan.rows) else None,
+        weights.W_dec,
         run.workspace.sync,
         run.gate,
     )
@@ -109,17 +109,22 @@ def decode(run: Run, base: int) -> None:
     weights, workspace = run.slot.weights, run.workspace
     cuda_ops().decode(
         run.table.packed,
+        weights.meta,
         workspace.count,
         workspace.nnz,
         run.buffers.entries,
+        run.buffers.scores if run.topk else None,
+        workspace.kth,
         run.buffers.coef,
         run.buffers.x,
+        weights.W_enc,
+        weights.b_enc,
+        weights.threshold,
         weights.W_dec,
         weights.b_dec,
         run.hidden,
         run.residual,
         base,
-        run.topk,
         run.tier is Tier.DELTA,
         sorts_ahead(run.buffers.plan.rows),
     )

@@ -161,7 +161,7 @@ def coefficients(run: Run, base: int) -> None:
     )
 
 
-def combine(run: Run, base: int, overflow_only: bool) -> None:
+def combine(run: Run, base: int) -> None:
     buffers, workspace, table = run.buffers, run.workspace, run.table
     hidden, residual = run.hidden, run.residual
     weights = run.slot.weights
@@ -199,7 +199,6 @@ def combine(run: Run, base: int, overflow_only: bool) -> None:
         MAX_CLAMPS=table.max_clamps,
         DELTA=run.tier is Tier.DELTA,
         TOPK=run.topk,
-        OVERFLOW_ONLY=overflow_only,
         NB=COMBINE_ROWS,
         BD=block_d,
         num_warps=4,
