@@ -63,22 +63,6 @@ __device__ __forceinline__ void copy_tile(const CUtensorMap* map, uint32_t to,
       : "memory");
 }
 
-// Asks L2 for a tile.
-__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int k,
-                                              int row) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
-      "r"(k), "r"(row)
-      : "memory");
-}
-
-// Asks L2 for `bytes`, a multiple of 16.
-__device__ __forceinline__ void prefetch_bytes(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
-               "r"(bytes)
-               : "memory");
-}
-
 // Orders this thread's ordinary accesses with asynchronous copies around it.
 __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async;" ::: "memory");

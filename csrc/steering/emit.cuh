@@ -7,17 +7,13 @@
 // already work on it.
 #pragma once
 
-#include "async.cuh"
 #include "common.cuh"
 
 namespace vllm_steering {
 
 // Up to here L2 is asked for each row of W_dec that fires: few tokens leave the
 // decoder short of requests, many keep memory busy by themselves.
-#ifndef V_EAGER
-#define V_EAGER 32
-#endif
-constexpr int kEagerTokens = V_EAGER;
+constexpr int kEagerTokens = 32;
 constexpr int kHitsPerLane = 16;
 constexpr int kHitsPerWarp = 32 * kHitsPerLane;
 constexpr int kPart = 8;  // accumulators scanned between looks at the buffer
@@ -29,7 +25,7 @@ struct EncodeArgs {
   int* lines;         // [rows, kLine]
   int64_t* entries;   // [rows, capacity], or null
   float* scores;      // [rows, F], or null: dense output for TopK
-  const char* w_dec;  // to ask L2 for what the decoder will want, or null
+  const char* w_dec;  // rows to prefetch into L2, or null
   int base, rows, num_features, d_model, capacity, group;
 };
 
@@ -83,8 +79,11 @@ __device__ __forceinline__ void append_hits(const EncodeArgs& a,
       const int64_t f = at.f0 + (hit[u].x & 0xFF), t = at.t0 + (hit[u].x >> 8);
       a.entries[t * a.capacity + slot[u]] =
           f << 32 | static_cast<int64_t>(hit[u].y);
-      if (a.w_dec != nullptr && at.n <= kEagerTokens)
-        prefetch_bytes(a.w_dec + f * a.d_model * 2, a.d_model * 2);
+      if (a.w_dec != nullptr && at.n <= kEagerTokens) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                         a.w_dec + f * a.d_model * 2),
+                     "r"(a.d_model * 2));
+      }
     }
   }
 }

@@ -26,10 +26,7 @@ constexpr int kTokensThread = kConsumers + 32;  // and this one x
 constexpr int kEmitterWarps = 2;  // the rest of the last warpgroup
 constexpr int kStageW = kTileF * kTileK * 2;
 constexpr int kMaxStages = 11;
-#ifndef V_PACE
-#define V_PACE 900
-#endif
-constexpr int kPace = V_PACE;  // cycles in which memory brings every block a stage
+constexpr int kPace = 900;  // cycles in which memory brings every block a stage
 
 struct EncodeMaps {
   CUtensorMap w;           // box kTileF x kTileK
@@ -135,20 +132,6 @@ __device__ void drain_first(EncodeMemory& m, int stages) {
 // Waits until `stage` stages can have come since `start`.
 __device__ __forceinline__ void pace(long long start, int stage) {
   while (clock64() - start < static_cast<long long>(stage) * kPace) {
-  }
-}
-
-// One thread: asks L2 for the stages of the block's first tile that shared
-// memory has no room for, at the same pace. Until the tokens have come no stage
-// is given back, and memory would have nothing to do.
-__device__ void prefetch_weights(const CUtensorMap* map, int stages, int k_tiles,
-                                int first, long long start) {
-  int k = (first_k(blockIdx.x, k_tiles) + stages) % k_tiles;
-#pragma unroll 1
-  for (int s = stages; s < k_tiles; ++s) {
-    pace(start, s - first);
-    prefetch_tile(map, k * kTileK, blockIdx.x * kTileF);
-    k = k + 1 == k_tiles ? 0 : k + 1;
   }
 }
 
@@ -297,13 +280,6 @@ __device__ void consume(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
 
 __device__ __forceinline__ int tile_width(int n) {
   return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : 256;
-}
-
-// Stages that a tile of this width has; as Shape<width>::kStages.
-__device__ __forceinline__ int tile_stages(int width) {
-  const int fit =
-      sizeof(EncodeMemory::operands) / (kStageW + width * kTileK * 2);
-  return min(fit, kMaxStages);
 }
 
 __device__ __forceinline__ TileWalk tile_walk(const EncodeArgs& a, int n) {

@@ -14,19 +14,7 @@
 namespace vllm_steering {
 
 constexpr int kFrontTokens = kMaxListed;
-#ifndef V_FIRST
-#define V_FIRST 2
-#endif
-#ifndef V_DEC_MB
-#define V_DEC_MB 32
-#endif
-constexpr int kFirstStages = V_FIRST;  // of W_enc, before the tokens are known
-
-constexpr int kAheadThread = kConsumers + 64;  // it prefetches weights into L2
-// From here on most rows of W_dec fire in a narrow SAE: L2 is asked for as many
-// as it keeps while W_enc passes through.
-constexpr int kManyTokens = 128;
-constexpr int kDecoderBytes = V_DEC_MB << 20;
+constexpr int kFirstStages = 2;  // of W_enc, before the tokens are known
 
 struct FrontArgs {
   CompactArgs compact;
@@ -106,28 +94,6 @@ __device__ void gather_active(const CompactArgs& a, EncodeMemory& m,
 }
 static_assert(kCompactThreads == kConsumers, "who gathers multiplies");
 
-// One thread: keeps memory busy while the tokens are gathered and multiplied.
-__device__ void prefetch_ahead(const EncodeArgs& a, const CUtensorMap* w, int n,
-                               int first, long long start) {
-  const int k_tiles = (a.d_model + kTileK - 1) / kTileK;
-  const int f0 = static_cast<int>(blockIdx.x) * kTileF;
-  if (first == 0) return;  // no tile
-  prefetch_weights(w, tile_stages(tile_width(n)), k_tiles, first, start);
-  const int tiles = (a.num_features + kTileF - 1) / kTileF;
-  if (a.w_dec == nullptr || n <= kManyTokens ||
-      tiles > static_cast<int>(gridDim.x))
-    return;
-  const int bytes = a.d_model * 2;
-  const int rows = min(kDecoderBytes / tiles / bytes,
-                       min(kTileF, a.num_features - f0));
-  const char* from = a.w_dec + static_cast<int64_t>(f0) * bytes;
-#pragma unroll 1
-  for (int r = 0; r < rows; ++r) {
-    pace(start, k_tiles + r * bytes / kStageW - first);
-    prefetch_bytes(from + static_cast<int64_t>(r) * bytes, bytes);
-  }
-}
-
 #endif
 
 template <typename T>
@@ -163,7 +129,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (t == kWeightsThread) drain_first(m, first);
     return;
   }
-  const long long start = clock64();
   if (t >= kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (t == kTokensThread) {
@@ -171,11 +136,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
       grid_leave(a.sync, a.sync + 1);
       fence_async();
     }
-#ifndef V_AHEAD
-#define V_AHEAD 1
-#endif
-    if (V_AHEAD && t == kAheadThread) prefetch_ahead(a.encode, &maps.w, n, first, start);
-    __syncwarp();
     serve(a.encode, m, maps, n, first);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");

@@ -9,7 +9,6 @@ MIB = 1 << 20
 MAX_GATHER_BYTES = 96 * MIB  # gathered activations of one chunk
 MAX_ENTRY_BYTES = 128 * MIB  # non-zeros of a threshold chunk, or dense TopK scores
 MAX_TOPK_BYTES = 152 * MIB  # scores and selected entries of a TopK chunk
-CACHED_SCORE_BYTES = 40 * MIB  # TopK scores that L2 still holds when they are read
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
 COUNTER_STRIDE = 32  # ints between the counters of two tokens: a cache line
@@ -51,9 +50,7 @@ def plan_chunks(
     rows = MAX_GATHER_BYTES // (d_model * itemsize)
     rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
     if topk:
-        # At least two tiles of the encoder, or reading W_enc again would decide.
-        cached = max(CACHED_SCORE_BYTES // (4 * d_sae), 2 * CHUNK_ALIGN)
-        rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae), cached)
+        rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae))
     if rows < 1:
         raise ValueError(
             f"steering: d_model={d_model}, d_sae={d_sae}, max_clamps={max_clamps}: one "
