@@ -33,7 +33,7 @@ from typing import Any
 from facts import environment, results_file
 
 BATCHES = (64, 256, 1)
-ROUNDS, EAGER_ROUNDS = 10, 2
+ROUNDS, EAGER_ROUNDS = 24, 2
 HF_BATCH, HF_TOKENS = 64, 128
 TOGETHER = ("stock", "one", "four")
 EAGER_SECONDS = 100  # at most

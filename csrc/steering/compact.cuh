@@ -82,14 +82,14 @@ __device__ __forceinline__ void note_token(const CompactArgs& a, int i, int t,
   a.lines[i * kLine + kRow] = a.index[t];
 }
 
-// Of the first kCompactThreads threads, each `threads` in a row copy one token
-// to row i of x: token t, none where t < 0. `squares` has room for a float of
-// each of their warps.
+// Of the first kCompactThreads threads, each `threads` (a power of two) in a
+// row copy one token to row i of x: token t, none where t < 0. `squares` has
+// room for a float of each of their warps.
 template <typename T>
 __device__ void gather_together(const CompactArgs& a, const T* hidden,
                                 const T* residual, T* x, int t, int i,
                                 float limit, float* squares, int threads) {
-  const int own = threadIdx.x % threads, warp = threadIdx.x / 32;
+  const int own = threadIdx.x & (threads - 1), warp = threadIdx.x / 32;
   if (t >= 0) {
     const T* r =
         residual == nullptr ? nullptr : residual + t * a.residual_stride;

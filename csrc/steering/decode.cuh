@@ -170,10 +170,11 @@ __device__ void fill_window(float* window, const DecodeArgs& a,
 // takes every eighth feature, so the order is again that of the features. Not
 // inlined: it would cost the usual path registers.
 template <typename T>
-__device__ __noinline__ Partial
-gather_windows(const DecodeArgs& a, const int64_t* own, int n, const int* row,
-               int64_t i, float* window, const T* x, const T* w_dec,
-               int column) {
+__device__ __noinline__ Partial gather_windows(const DecodeArgs& a,
+                                               const int64_t* own, int n,
+                                               const int* row, int64_t i,
+                                               float* window, const T* x,
+                                               const T* w_dec, int column) {
   Partial sum = {};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int f0 = 0; f0 < a.num_features; f0 += kWindow) {
@@ -242,8 +243,8 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs& a,
 // token's latency, few for many tokens.
 template <typename T, int Ahead>
 __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
-    decode_kernel(const __grid_constant__ DecodeArgs a, const T* x, const T* w_dec, T* hidden,
-                  T* residual) {
+    decode_kernel(const __grid_constant__ DecodeArgs a, const T* x,
+                  const T* w_dec, T* hidden, T* residual) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
   float* scratch =

@@ -81,12 +81,14 @@ __device__ void gather_active(const CompactArgs& a, EncodeMemory& m,
                               float limit) {
   float* squares = reinterpret_cast<float*>(m.sums);
   const int blocks = gridDim.x;
-  const int threads = n > blocks ? kConsumers / 2 : kConsumers;
-  const int step = n > blocks ? 2 * blocks : blocks;
+  const bool pairs = n > blocks;
+  const int threads = pairs ? kConsumers / 2 : kConsumers;
+  const int mine = pairs && threadIdx.x >= kConsumers / 2 ? blocks : 0;
 #pragma unroll 1
-  for (int first = blockIdx.x; first < n; first += step) {
-    const int i = first + static_cast<int>(threadIdx.x) / threads * blocks;
-    if (i < n && threadIdx.x % threads == 0) a.lines[i * kLine] = 0;
+  for (int first = blockIdx.x; first < n;
+       first += pairs ? 2 * blocks : blocks) {
+    const int i = first + mine;
+    if (i < n && (threadIdx.x & (threads - 1)) == 0) a.lines[i * kLine] = 0;
     gather_together(a, hidden, residual, x, i < n ? m.tokens[i] : -1, i, limit,
                     squares, threads);
     sync_threads<kCompactThreads>();

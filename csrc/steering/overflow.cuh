@@ -11,8 +11,8 @@ namespace vllm_steering {
 
 // window[f - f0] = activation of a threshold SAE's features, a warp each.
 template <typename T>
-__device__ void encode_window(float* window, const DecodeArgs& a,
-                                           const T* x, int f0) {
+__device__ void encode_window(float* window, const DecodeArgs& a, const T* x,
+                              int f0) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* w_enc = static_cast<const T*>(a.w_enc);
   const int end = min(kWindow, a.num_features - f0);
@@ -31,8 +31,8 @@ __device__ void encode_window(float* window, const DecodeArgs& a,
 }
 
 // The same for a TopK SAE, whose scores are all there.
-__device__ void score_window(float* window, const DecodeArgs& a,
-                                          int64_t i, int f0) {
+__device__ void score_window(float* window, const DecodeArgs& a, int64_t i,
+                             int f0) {
   const float* p = a.scores + i * a.num_features + f0;
   const auto kth = static_cast<unsigned long long>(a.kth[i]);
   const bool relu = a.meta[kTopkRelu] != 0;

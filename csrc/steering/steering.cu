@@ -133,8 +133,8 @@ EncodeMaps encode_maps(const Tensor& x, const Tensor& w_enc) {
 void front(Tensor index, Tensor flags, Tensor table, Tensor meta,
            Tensor norm_limit, Tensor hidden, std::optional<Tensor> residual,
            Tensor x, Tensor tokens, Tensor lines, Tensor count, Tensor w_enc,
-           Tensor b_enc, Tensor threshold, Tensor out,
-           Tensor w_dec, Tensor sync, int64_t gate) {
+           Tensor b_enc, Tensor threshold, Tensor out, Tensor w_dec,
+           Tensor sync, int64_t gate) {
   FrontArgs a = {};
   a.compact = compact_args(index, flags, table, meta, norm_limit, hidden,
                            residual, x, tokens, lines, count, 0, gate);
@@ -291,7 +291,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       " int base) -> ()");
   m.def(
       "decode(Tensor table, Tensor meta, Tensor count, Tensor lines,"
-      " Tensor(a!) entries, Tensor? scores, Tensor kth, Tensor(b!) coef, Tensor "
+      " Tensor(a!) entries, Tensor? scores, Tensor kth, Tensor(b!) coef, "
+      "Tensor "
       "x,"
       " Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor w_dec,"
       " Tensor b_dec, Tensor(c!) hidden, Tensor(d!)? residual, int base,"

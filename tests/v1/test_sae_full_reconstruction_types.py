@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +39,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 D_SAE = 16
 FULL, DELTA, ADDITIVE = EXTRA_ARGS_KEYS
 POST = HookPoint.POST_BLOCK
+BIG = SiteInfo(3, POST, 8, 4096)
 
 
 def module(name: str, *layers: int, kind: str = "sae", digest: str = "") -> ModuleInfo:
@@ -481,6 +484,40 @@ def test_nesting_beyond_any_recursion_limit_is_refused() -> None:
     assert refusal(one(DELTA, clamps=deep)).parameter == f"{DELTA}[0].clamps[0]"
     while deep:
         deep = deep.pop()
+
+
+def test_the_same_json_is_parsed_once() -> None:
+    def asked() -> dict[str, Any]:
+        specs = [{"module_name": "one", "clamps": {"post_block": {"3": [entry(2)]}}}]
+        return {FULL: specs, "other_key": object()}
+
+    assert parse(asked()) is parse(asked())
+    # An equal configuration may hold other weights by the time that it is another.
+    again = config(*CONFIG.modules.values())
+    assert parse(asked(), again) == parse(asked())
+    assert parse(asked(), again) is not parse(asked())
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), np.array([1.0])])
+def test_what_equals_a_number_is_not_taken_for_it(value: Any) -> None:
+    specs = [{"module_name": "one", "clamps": {"post_block": {"3": [entry(2)]}}}]
+    assert parse({FULL: specs}) is not None
+    specs[0]["clamps"]["post_block"]["3"][0]["value"] = value  # type: ignore[index]
+    error = refusal({FULL: specs})
+    assert str(error.parameter).endswith(".value")
+
+
+def test_long_requests_are_not_kept() -> None:
+    wide = config(dataclasses.replace(CONFIG.modules["one"], sites=(BIG,)))
+    wide = dataclasses.replace(wide, max_clamps=2000)
+    specs = [
+        {
+            "module_name": "one",
+            "clamps": {"post_block": {"3": [entry(f) for f in range(2000)]}},
+        }
+    ]
+    assert parse({FULL: specs}, wide) == parse({FULL: specs}, wide)
+    assert parse({FULL: specs}, wide) is not parse({FULL: specs}, wide)
 
 
 def test_sampling_params_fold_the_fields_into_extra_args() -> None:

@@ -9,6 +9,8 @@ Whatever a client sends, the only exception is `VLLMValidationError`; its
 
 from __future__ import annotations
 
+import functools
+import marshal
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +50,9 @@ from vllm.exceptions import VLLMValidationError
 
 # Longest excerpt of a client's value or key in a message.
 MAX_SHOWN = 60
+# Parsed requests that are kept, and the longest one in marshalled bytes.
+MAX_KEPT = 256
+MAX_KEPT_BYTES = 16 << 10
 # No model has more digits than this in a layer index; bounds int() of a client's
 # string, which raises on very long ones.
 MAX_LAYER_DIGITS = 9
@@ -82,14 +87,56 @@ def parse_steering_request(
         return None
     if config is None:
         raise _refusal(asked[0], NOT_CONFIGURED)
+    given = {key: extra_args[key] for key in asked}
+    return _parsed_before(given, config) or _parse(given, config)
+
+
+def _parse(given: Mapping[str, Any], config: SteeringConfig) -> SteeringRequest:
     draft = _Draft(config)
-    for key in asked:
-        specs = extra_args[key]
+    for key, specs in given.items():
         if not isinstance(specs, (list, tuple)):
             raise _bad(key, specs, "a list of specs")
         for position, spec in enumerate(specs):
             _SPEC_PARSERS[key](draft, f"{key}[{position}]", spec)
     return draft.finish()
+
+
+def _parsed_before(
+    given: Mapping[str, Any], config: SteeringConfig
+) -> SteeringRequest | None:
+    """The request that the same JSON gave before, or None: parse it.
+
+    A request is parsed wherever it passes, and many requests ask for the same.
+    """
+    try:
+        # Exact types only, so True is not 1; version 2 has no references.
+        data = marshal.dumps(dict(given), 2)
+    except ValueError:  # dataclasses, numbers of other libraries, deep nests
+        return None
+    if len(data) > MAX_KEPT_BYTES:
+        return None
+    try:
+        return _parse_data(data, _Same(config))
+    except VLLMValidationError:
+        return None  # the message is to show the client's own values
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to another one of the same configuration object, whatever it holds."""
+
+    config: SteeringConfig
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.config is self.config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+
+@functools.lru_cache(maxsize=MAX_KEPT)
+def _parse_data(data: bytes, same: _Same) -> SteeringRequest:
+    return _parse(marshal.loads(data), same.config)
 
 
 def _is_asked(specs: Any) -> bool:

@@ -9,6 +9,7 @@ Import these names from `vllm.config.sae_steering_types`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,6 +110,10 @@ class SiteEdit:
     clamps: tuple[SAEClampEntry, ...]
 
 
+def _memo() -> Any:
+    return field(default_factory=dict, init=False, repr=False, compare=False)
+
+
 # One canonical group of specs: what one module does in one `SpecPhase`.
 Group = tuple[str, SpecPhase]
 
@@ -127,8 +132,12 @@ class SteeringRequest:
     sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
     vectors: Mapping[Group, float]
     modules: Mapping[str, ModuleInfo]
+    # What the methods have found: one object serves many requests.
+    _edits: dict[tuple[Tier, TokenPhase], tuple[SiteEdit, ...]] = _memo()
+    _digests: dict[TokenPhase, str | None] = _memo()
+    _row_keys: dict[tuple[Tier, TokenPhase], str | None] = _memo()
 
-    @property
+    @functools.cached_property
     def module_digests(self) -> dict[str, str]:
         """`module_fingerprint` of every module that the request names."""
         return {name: module_fingerprint(m) for name, m in self.modules.items()}
@@ -156,6 +165,12 @@ class SteeringRequest:
         Sorted by layer, hook and the order in which the site's slots run (for modules
         not placed, registration order); every (module, site) occurs once.
         """
+        found = self._edits.get((tier, phase))
+        if found is None:
+            found = self._edits[tier, phase] = self._merged(tier, phase)
+        return found
+
+    def _merged(self, tier: Tier, phase: TokenPhase) -> tuple[SiteEdit, ...]:
         order = {name: position for position, name in enumerate(self.modules)}
         merged: dict[tuple[int, int, int], SiteEdit] = {}
         for edit in self._applying(tier, phase):
@@ -170,15 +185,21 @@ class SteeringRequest:
 
     def digest(self, phase: TokenPhase) -> str | None:
         """`hash_steering_config` of this request with its own module digests."""
-        return hash_steering_config(self, phase, self.module_digests)
+        if phase not in self._digests:
+            digest = hash_steering_config(self, phase, self.module_digests)
+            self._digests[phase] = digest
+        return self._digests[phase]
 
     def row_key(self, tier: Tier, phase: TokenPhase) -> str | None:
         """Key of the row that holds a tier's edits in a phase (hex), or None.
 
         Requests with equal keys can share a row; the phase is not in the key.
         """
-        edits = self.edits(tier, phase)
-        return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
+        if (tier, phase) not in self._row_keys:
+            edits = self.edits(tier, phase)
+            blocks = [_tier_block(tier, edits, self.module_digests)] if edits else []
+            self._row_keys[tier, phase] = _hash(blocks)
+        return self._row_keys[tier, phase]
 
     def _applying(self, tier: Tier, phase: TokenPhase) -> Iterable[SiteEdit]:
         if tier is Tier.ADDITIVE:
