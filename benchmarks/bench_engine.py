@@ -2,6 +2,7 @@
 """What steering costs a whole engine: decode and prefill, beside stock vLLM.
 
     python benchmarks/bench_engine.py [--out FILE] [--budget SECONDS]
+        [--engines stock,one] [--batches 64,prefill]
 
 A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 (16384 x 2304) of which about 100 features fire per token. Stages, each a process:
@@ -27,12 +28,15 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from facts import environment, results_file
 
-BATCHES = (64, 256, 1)
+BATCHES = (64, 256, 1)  # of decoding
+PREFILL = "prefill"
+ALL_BATCHES = (*map(str, BATCHES), PREFILL)
 ROUNDS, EAGER_ROUNDS = 24, 2
 HF_BATCH, HF_TOKENS = 64, 128
 TOGETHER = ("stock", "one", "four")
@@ -73,18 +77,24 @@ class Report:
 # ---- what each stage's process does ---------------------------------------------
 
 
-def run_eager(root: Path, deadline: float, report: Report) -> None:
+def run_eager(
+    root: Path, deadline: float, report: Report, batches: Sequence[str]
+) -> None:
     """Calibrate on an eager engine, then time it."""
     from engine_calibration import calibrate
     from engine_modes import modes_of, start
 
     engine = start(root, "eager")
     report.add(calibrate(root, engine))
-    measure(modes_of("eager", engine), EAGER_ROUNDS, deadline, report)
+    measure(modes_of("eager", engine), EAGER_ROUNDS, deadline, report, batches)
 
 
 def run_engines(
-    root: Path, deadline: float, report: Report, names: tuple[str, ...]
+    root: Path,
+    deadline: float,
+    report: Report,
+    names: Sequence[str],
+    batches: Sequence[str],
 ) -> None:
     """Start the engines, as many as there is time for, and let them take turns."""
     from engine_modes import modes_of, start
@@ -93,8 +103,8 @@ def run_engines(
     took = 0.0
     for name in names:
         begin = time.time()
-        # The first one also imported everything, about 20 s, which measuring takes.
-        if modes and begin + took + MEASURE_SECONDS > deadline:
+        # Half: the first one also imported everything and compiled the most.
+        if modes and begin + took / 2 + MEASURE_SECONDS > deadline:
             print(f"engine {name}: no time to start it", flush=True)
             break
         try:
@@ -102,29 +112,35 @@ def run_engines(
         except Exception:
             traceback.print_exc()
             continue
-        took = time.time() - begin
+        took = max(took, time.time() - begin)
         print(f"engine {name}: started in {took:.0f} s", flush=True)
     if not modes:
         raise RuntimeError("no engine could be started")
-    measure(modes, ROUNDS, deadline, report)
+    measure(modes, ROUNDS, deadline, report, batches)
 
 
-def measure(modes: list[Any], rounds: int, deadline: float, report: Report) -> None:
-    """Decode at every batch size, then prefill; time is shared out evenly."""
+def measure(
+    modes: list[Any],
+    rounds: int,
+    deadline: float,
+    report: Report,
+    batches: Sequence[str],
+) -> None:
+    """Decode at every batch size, or prefill; time is shared out evenly."""
     from engine_modes import PREFILL_COUNT, PREFILL_LENGTH
     from engine_timing import interleave, summarize
     from engine_windows import decode_window, prefill_window
 
-    todo: list[int | None] = [*BATCHES, None]
-    for done, batch in enumerate(todo):
+    for done, asked in enumerate(batches):
         begin = time.time()
-        until = begin + (deadline - begin) / (len(todo) - done)
-        if batch is None:
-            phase, batch = "prefill", PREFILL_COUNT
+        until = begin + (deadline - begin) / (len(batches) - done)
+        if asked == PREFILL:
+            phase, batch = PREFILL, PREFILL_COUNT
             tokens = PREFILL_COUNT * PREFILL_LENGTH
             found = interleave(modes, prefill_window, rounds, until)
         else:
-            phase, tokens = "decode", batch
+            phase, batch = "decode", int(asked)
+            tokens = batch
 
             def window(mode: Any, seed: int, batch: int = batch) -> Any:
                 return decode_window(mode, batch, seed)
@@ -189,18 +205,21 @@ def run_hf(root: Path, deadline: float, report: Report) -> None:
             break
 
 
-def run_stage(stage: str, root: Path, deadline: float) -> None:
+def run_stage(
+    stage: str, root: Path, deadline: float, engines: str, batches: str
+) -> None:
     """The body of a stage's process; does not return."""
     report = Report(root / f"{stage}.json")
     code = 0
     try:
         if stage == "eager":
-            run_eager(root, deadline, report)
+            run_eager(root, deadline, report, batches.split(","))
         elif stage == "hf":
             run_hf(root, deadline, report)
         else:
             _, _, name = stage.partition("-")
-            run_engines(root, deadline, report, (name,) if name else TOGETHER)
+            names = (name or engines).split(",")
+            run_engines(root, deadline, report, names, batches.split(","))
     except Exception:
         traceback.print_exc()
         code = 1
@@ -216,8 +235,11 @@ def run_stage(stage: str, root: Path, deadline: float) -> None:
 class Bench:
     """Runs stages, merges their rows, and writes the result file after each."""
 
-    def __init__(self, root: Path, out: Path | None, budget: float):
+    def __init__(
+        self, root: Path, out: Path | None, budget: float, engines: str, batches: str
+    ):
         self.root, self.out = root, out
+        self.engines, self.batches = engines, batches
         self.end = time.time() + budget
         self.rows: list[Row] = []
         self.environment: Row = {}
@@ -231,6 +253,7 @@ class Bench:
         else:
             command = [sys.executable, __file__, "--stage", stage]
             command += ["--root", str(self.root), "--deadline", str(end)]
+            command += ["--engines", self.engines, "--batches", self.batches]
             env = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")
             try:
                 code = subprocess.run(command, env=env, timeout=end - begin + 15)
@@ -257,9 +280,11 @@ class Bench:
         from engine_modes import MODES
 
         have = [row["mode"] for row in self.rows if "phase" in row]
-        want = len(BATCHES) + 1
+        want = len(self.batches.split(","))
         return [
-            name for name in TOGETHER if any(have.count(m) < want for m in MODES[name])
+            name
+            for name in self.engines.split(",")
+            if any(have.count(mode) < want for mode in MODES[name])
         ]
 
     def write(self) -> None:
@@ -319,20 +344,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: results/<gpu>.json")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all")
     parser.add_argument("--root", type=Path, help="working directory")
+    parser.add_argument(
+        "--engines", default=",".join(TOGETHER), help="of %(default)s, in this order"
+    )
+    parser.add_argument("--batches", default=",".join(ALL_BATCHES), help="%(default)s")
+    parser.add_argument("--no-hf", action="store_true", help="no Hugging Face stage")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
-        run_stage(args.stage, args.root, args.deadline)
+        run_stage(args.stage, args.root, args.deadline, args.engines, args.batches)
     root = args.root or Path(tempfile.mkdtemp(prefix="bench-engine-"))
     from engine_modes import CONFIG
 
     (root / "model").mkdir(parents=True, exist_ok=True)
     (root / "model" / "config.json").write_text(json.dumps(CONFIG))
-    bench = Bench(root, args.out, args.budget)
-    bench.run("eager", min(time.time() + EAGER_SECONDS, bench.end - HF_SECONDS))
-    bench.run("engines", bench.end - HF_SECONDS)
-    bench.run("hf", bench.end)
+    bench = Bench(root, args.out, args.budget, args.engines, args.batches)
+    engines_end = bench.end - (0 if args.no_hf else HF_SECONDS)
+    bench.run("eager", min(time.time() + EAGER_SECONDS, engines_end))
+    bench.run("engines", engines_end)
+    if not args.no_hf:
+        bench.run("hf", bench.end)
     for name in bench.missing():
         bench.run(f"alone-{name}", bench.end)
     for row in [*bench.rows, *targets(bench.rows)]:

@@ -143,10 +143,14 @@ class SteeringRequest:
         return {name: module_fingerprint(m) for name, m in self.modules.items()}
 
     def to_extra_args(self) -> dict[str, Any]:
-        """The canonical specs in JSON types, under `EXTRA_ARGS_KEYS`.
+        """The canonical specs in JSON types, under `EXTRA_ARGS_KEYS`; not to be edited.
 
         Parsing the result gives an equal request; absent tiers have no key.
         """
+        return dict(self._extra_args)
+
+    @functools.cached_property
+    def _extra_args(self) -> dict[str, Any]:
         args: dict[str, Any] = {}
         for key, tier in ((FULL_KEY, Tier.FULL), (DELTA_KEY, Tier.DELTA)):
             groups = self.sae_edits.get(tier)

@@ -32,10 +32,13 @@ REGISTRY_ENV = "VLLM_STEERING_REGISTRY"
 _READ: dict[str, tuple[int, int]] = {}
 
 
-def active_steering_config(vllm_config: Any) -> SteeringConfig | None:
+def active_steering_config(
+    vllm_config: Any, *, in_core: bool = False
+) -> SteeringConfig | None:
     """`get_steering_config` of a `VllmConfig`, without rebuilding it per request.
 
-    Replacing `additional_config["steering"]["resolved"]` replaces the result.
+    Replacing `additional_config["steering"]["resolved"]` replaces the result. The
+    engine core (`in_core`), which publishes, does not look for what others did.
     """
     global _LAST
     additional_config = vllm_config.additional_config
@@ -44,7 +47,8 @@ def active_steering_config(vllm_config: Any) -> SteeringConfig | None:
     steering = additional_config.get("steering")
     if steering is None:
         return None
-    _follow_registry(vllm_config, steering)
+    if not in_core:
+        _follow_registry(vllm_config, steering)
     resolved, config = _LAST
     if resolved is not steering["resolved"]:
         resolved = steering["resolved"]

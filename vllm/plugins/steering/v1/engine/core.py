@@ -61,7 +61,7 @@ def _make_preprocess_add_request(stock: Callable[..., Any]) -> Callable[..., Any
                 # In-process clients share the object between the n requests of a
                 # prompt, so the engine writes into its own copy.
                 params = copy.copy(params)
-                config = active_steering_config(self.vllm_config)
+                config = active_steering_config(self.vllm_config, in_core=True)
                 params.extra_args = admitted_extra_args(args, config, request.resumable)
                 request.sampling_params = params
                 made, wave = stock(self, request)
@@ -77,7 +77,7 @@ def check_still_admitted(request: Any, vllm_config: Any) -> None:
     admitted_under = getattr(request, ADMITTED_UNDER, None)
     if admitted_under is None:
         return
-    config = active_steering_config(vllm_config)
+    config = active_steering_config(vllm_config, in_core=True)
     if config is admitted_under:
         return
     args = request.sampling_params.extra_args or {}

@@ -93,7 +93,7 @@ class SteeringModules:
     @property
     def config(self) -> SteeringConfig:
         """The configuration that requests are admitted under."""
-        config = active_steering_config(self.core.vllm_config)
+        config = active_steering_config(self.core.vllm_config, in_core=True)
         return config  # type: ignore[return-value]
 
     def in_use(self, name: str) -> int:
