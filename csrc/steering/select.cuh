@@ -53,11 +53,10 @@ struct Scores {
   int d_sae;
 };
 
-// Calls visit(f, score, i) for this thread's share of the scores; i counts up
-// in an order that the compiler knows. Which thread has which score is of no
-// matter.
-template <typename Visit>
-__device__ __forceinline__ void each_score(const Scores& s, Visit&& visit) {
+// Order bits of the largest score of each of this thread's groups. Which group
+// a score belongs to is of no matter.
+__device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
+                                             const Scores& s) {
   int done = 0;
   if (s.d_sae % 4 == 0 && (reinterpret_cast<uintptr_t>(s.p) & 15) == 0) {
     constexpr int kAhead = 8;
@@ -74,15 +73,17 @@ __device__ __forceinline__ void each_score(const Scores& s, Visit&& visit) {
       for (int u = 0; u < kAhead; ++u) {
         const int at = q + u * kSelectThreads;
         if (at >= quads) continue;
-        visit(4 * at, v[u].x, 4 * u);
-        visit(4 * at + 1, v[u].y, 4 * u + 1);
-        visit(4 * at + 2, v[u].z, 4 * u + 2);
-        visit(4 * at + 3, v[u].w, 4 * u + 3);
+        const float most[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          unsigned& own = top[(u * 4 + c) % kGroupsPerThread];
+          own = max(own, order_bits(most[c]));
+        }
       }
     }
   }
   for (int f = done + threadIdx.x; f < s.d_sae; f += kSelectThreads)
-    visit(f, s.p[f], 0);
+    top[0] = max(top[0], order_bits(s.p[f]));
 }
 
 // Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero
@@ -91,10 +92,7 @@ __device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
   unsigned top[kGroupsPerThread] = {};
   for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
   if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
-  each_score(s, [&](int, float p, int i) {
-    unsigned& own = top[i % kGroupsPerThread];
-    own = max(own, order_bits(p));
-  });
+  group_maxima(top, s);
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroupsPerThread; ++g)
@@ -196,12 +194,14 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
     __syncthreads();
     bound_scores(m, s, k);
     const unsigned bound = static_cast<unsigned>(m.bound) << 21;
-    each_score(s, [&](int f, float score, int) {
+#pragma unroll 8
+    for (int f = threadIdx.x; f < d_sae; f += kSelectThreads) {
+      const float score = s.p[f];
       if (order_bits(score) >= bound) {
         const int slot = atomicAdd(&m.candidates, 1);
         if (slot < kCandidates) m.keys[slot] = sort_key(score, f);
       }
-    });
+    }
     __syncthreads();
     if (m.candidates <= kCandidates) {
       rank_candidates(m, a, own, m.candidates, k, relu);
