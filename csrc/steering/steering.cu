@@ -291,10 +291,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       " int base) -> ()");
   m.def(
       "decode(Tensor table, Tensor meta, Tensor count, Tensor lines,"
-      " Tensor(a!) entries, Tensor? scores, Tensor kth, Tensor(b!) coef, "
-      "Tensor "
-      "x,"
-      " Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor w_dec,"
+      " Tensor(a!) entries, Tensor? scores, Tensor kth, Tensor(b!) coef,"
+      " Tensor x, Tensor w_enc, Tensor b_enc, Tensor threshold, Tensor w_dec,"
       " Tensor b_dec, Tensor(c!) hidden, Tensor(d!)? residual, int base,"
       " bool delta, bool many) -> ()");
 }
