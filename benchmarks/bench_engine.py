@@ -338,22 +338,36 @@ def targets(rows: list[Row]) -> list[Row]:
     return found
 
 
+def some_of(names: Sequence[str]) -> dict[str, Any]:
+    """`add_argument` options of a choice of names, between commas; default: all."""
+
+    def check(given: str) -> str:
+        if unknown := [name for name in given.split(",") if name not in names]:
+            raise argparse.ArgumentTypeError(
+                f"{unknown[0]!r} is none of {', '.join(names)}"
+            )
+        return given
+
+    return {"type": check, "default": ",".join(names), "help": "some of %(default)s"}
+
+
 def main() -> None:
     """Run the stages one after another; print what came out and how long it took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: results/<gpu>.json")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all")
     parser.add_argument("--root", type=Path, help="working directory")
-    parser.add_argument(
-        "--engines", default=",".join(TOGETHER), help="of %(default)s, in this order"
-    )
-    parser.add_argument("--batches", default=",".join(ALL_BATCHES), help="%(default)s")
+    parser.add_argument("--engines", **some_of(TOGETHER))
+    parser.add_argument("--batches", **some_of(ALL_BATCHES))
     parser.add_argument("--no-hf", action="store_true", help="no Hugging Face stage")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
         run_stage(args.stage, args.root, args.deadline, args.engines, args.batches)
+    whole = args.engines == ",".join(TOGETHER) and args.batches == ",".join(ALL_BATCHES)
+    if (args.no_hf or not whole) and not args.out:
+        parser.error("a part of the benchmark needs --out: results/ holds whole runs")
     root = args.root or Path(tempfile.mkdtemp(prefix="bench-engine-"))
     from engine_modes import CONFIG
 
