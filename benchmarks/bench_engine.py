@@ -206,20 +206,24 @@ def run_hf(root: Path, deadline: float, report: Report) -> None:
 
 
 def run_stage(
-    stage: str, root: Path, deadline: float, engines: str, batches: str
+    stage: str,
+    root: Path,
+    deadline: float,
+    engines: Sequence[str],
+    batches: Sequence[str],
 ) -> None:
     """The body of a stage's process; does not return."""
     report = Report(root / f"{stage}.json")
     code = 0
     try:
         if stage == "eager":
-            run_eager(root, deadline, report, batches.split(","))
+            run_eager(root, deadline, report, batches)
         elif stage == "hf":
             run_hf(root, deadline, report)
         else:
             _, _, name = stage.partition("-")
-            names = (name or engines).split(",")
-            run_engines(root, deadline, report, names, batches.split(","))
+            names = (name,) if name else engines
+            run_engines(root, deadline, report, names, batches)
     except Exception:
         traceback.print_exc()
         code = 1
@@ -236,7 +240,12 @@ class Bench:
     """Runs stages, merges their rows, and writes the result file after each."""
 
     def __init__(
-        self, root: Path, out: Path | None, budget: float, engines: str, batches: str
+        self,
+        root: Path,
+        out: Path | None,
+        budget: float,
+        engines: Sequence[str],
+        batches: Sequence[str],
     ):
         self.root, self.out = root, out
         self.engines, self.batches = engines, batches
@@ -253,7 +262,8 @@ class Bench:
         else:
             command = [sys.executable, __file__, "--stage", stage]
             command += ["--root", str(self.root), "--deadline", str(end)]
-            command += ["--engines", self.engines, "--batches", self.batches]
+            command += ["--engines", ",".join(self.engines)]
+            command += ["--batches", ",".join(self.batches)]
             env = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")
             try:
                 code = subprocess.run(command, env=env, timeout=end - begin + 15)
@@ -280,10 +290,10 @@ class Bench:
         from engine_modes import MODES
 
         have = [row["mode"] for row in self.rows if "phase" in row]
-        want = len(self.batches.split(","))
+        want = len(self.batches)
         return [
             name
-            for name in self.engines.split(",")
+            for name in self.engines
             if any(have.count(mode) < want for mode in MODES[name])
         ]
 
@@ -338,17 +348,18 @@ def targets(rows: list[Row]) -> list[Row]:
     return found
 
 
-def some_of(names: Sequence[str]) -> dict[str, Any]:
+def some_of(names: tuple[str, ...]) -> dict[str, Any]:
     """`add_argument` options of a choice of names, between commas; default: all."""
 
-    def check(given: str) -> str:
-        if unknown := [name for name in given.split(",") if name not in names]:
-            raise argparse.ArgumentTypeError(
-                f"{unknown[0]!r} is none of {', '.join(names)}"
-            )
-        return given
+    listed = ",".join(names)
 
-    return {"type": check, "default": ",".join(names), "help": "some of %(default)s"}
+    def split(given: str) -> tuple[str, ...]:
+        chosen = tuple(given.split(","))
+        if unknown := [name for name in chosen if name not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {listed}")
+        return chosen
+
+    return {"type": split, "default": names, "help": f"some of {listed}"}
 
 
 def main() -> None:
@@ -365,8 +376,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage:
         run_stage(args.stage, args.root, args.deadline, args.engines, args.batches)
-    whole = args.engines == ",".join(TOGETHER) and args.batches == ",".join(ALL_BATCHES)
-    if (args.no_hf or not whole) and not args.out:
+    whole = (args.engines, args.batches, args.no_hf) == (TOGETHER, ALL_BATCHES, False)
+    if not whole and not args.out:
         parser.error("a part of the benchmark needs --out: results/ holds whole runs")
     root = args.root or Path(tempfile.mkdtemp(prefix="bench-engine-"))
     from engine_modes import CONFIG

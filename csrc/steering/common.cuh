@@ -85,7 +85,8 @@ __device__ __forceinline__ float clamp_delta(int code, float value, float f) {
   return (kind == kScale ? f * value : value) - f;
 }
 
-__device__ __forceinline__ int warp_sum(int x) {
+template <typename N>
+__device__ __forceinline__ N warp_sum(N x) {
   for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
   return x;
 }

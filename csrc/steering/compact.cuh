@@ -71,8 +71,7 @@ __device__ float gather_row(const T* hidden, const T* residual, T* x,
       store8(x + d, h[u]);
     }
   }
-  for (int d = 16; d > 0; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-  return square;
+  return warp_sum(square);
 }
 
 // The i-th active token is t, unless its norm is past the limit.

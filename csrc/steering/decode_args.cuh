@@ -34,7 +34,7 @@ struct DecodeArgs {
 };
 
 // The longest list that is sorted; longer ones go window by window.
-__device__ __forceinline__ int sorted_max(const DecodeArgs& a) {
+__host__ __device__ __forceinline__ int sorted_max(const DecodeArgs& a) {
   return min(kSortMax, a.capacity);
 }
 

@@ -24,8 +24,7 @@ __device__ void encode_window(float* window, const DecodeArgs& a, const T* x,
 #pragma unroll
       for (int j = 0; j < 8; ++j) p += to_float(w.at[j]) * to_float(v.at[j]);
     }
-    for (int d = 16; d > 0; d >>= 1) p += __shfl_xor_sync(~0u, p, d);
-    p += a.b_enc[f0 + f];
+    p = warp_sum(p) + a.b_enc[f0 + f];
     if (lane == 0 && p > fmaxf(a.threshold[f0 + f], 0.f)) window[f] = p;
   }
 }

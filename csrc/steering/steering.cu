@@ -217,7 +217,7 @@ void launch_decode(DecodeArgs a, bool many, const Tensor& entries,
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
     launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
            stream, a, data<float>(coef), data<T>(w_dec), data<T>(hidden), out);
-    if (a.num_features <= std::min(kSortMax, a.capacity)) return;
+    if (a.num_features <= sorted_max(a)) return;
     a.long_only = true;
   }
   if (a.rows <= kFewTokens)

@@ -102,7 +102,7 @@ def _parse(given: Mapping[str, Any], config: SteeringConfig) -> SteeringRequest:
 
 
 def _parsed_before(
-    given: Mapping[str, Any], config: SteeringConfig
+    given: dict[str, Any], config: SteeringConfig
 ) -> SteeringRequest | None:
     """The request that the same JSON gave before, or None: parse it.
 
@@ -110,7 +110,7 @@ def _parsed_before(
     """
     try:
         # Exact types only, so True is not 1; version 2 has no references.
-        data = marshal.dumps(dict(given), 2)
+        data = marshal.dumps(given, 2)
     except ValueError:  # dataclasses, numbers of other libraries, deep nests
         return None
     if len(data) > MAX_KEPT_BYTES:

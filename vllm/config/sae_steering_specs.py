@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
 
@@ -110,8 +110,20 @@ class SiteEdit:
     clamps: tuple[SAEClampEntry, ...]
 
 
-def _memo() -> Any:
-    return field(default_factory=dict, init=False, repr=False, compare=False)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _found_once(method: _Method) -> _Method:
+    """A method of `SteeringRequest` that keeps what it found for its arguments."""
+
+    @functools.wraps(method)
+    def kept(self: SteeringRequest, *args: Any) -> Any:
+        key = (method.__name__, *args)
+        if key not in self._found:
+            self._found[key] = method(self, *args)
+        return self._found[key]
+
+    return cast(_Method, kept)
 
 
 # One canonical group of specs: what one module does in one `SpecPhase`.
@@ -132,10 +144,10 @@ class SteeringRequest:
     sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
     vectors: Mapping[Group, float]
     modules: Mapping[str, ModuleInfo]
-    # What the methods have found: one object serves many requests.
-    _edits: dict[tuple[Tier, TokenPhase], tuple[SiteEdit, ...]] = _memo()
-    _digests: dict[TokenPhase, str | None] = _memo()
-    _row_keys: dict[tuple[Tier, TokenPhase], str | None] = _memo()
+    # What `_found_once` keeps: one object serves many requests.
+    _found: dict[tuple[Any, ...], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @functools.cached_property
     def module_digests(self) -> dict[str, str]:
@@ -163,18 +175,13 @@ class SteeringRequest:
             ]
         return args
 
-    def edits(self, tier: Tier, phase: TokenPhase) -> tuple[SiteEdit, ...]:
+    @_found_once
+    def edits(self, tier: Tier, phase: TokenPhase, /) -> tuple[SiteEdit, ...]:
         """The edits of a tier for the tokens of a phase.
 
         Sorted by layer, hook and the order in which the site's slots run (for modules
         not placed, registration order); every (module, site) occurs once.
         """
-        found = self._edits.get((tier, phase))
-        if found is None:
-            found = self._edits[tier, phase] = self._merged(tier, phase)
-        return found
-
-    def _merged(self, tier: Tier, phase: TokenPhase) -> tuple[SiteEdit, ...]:
         order = {name: position for position, name in enumerate(self.modules)}
         merged: dict[tuple[int, int, int], SiteEdit] = {}
         for edit in self._applying(tier, phase):
@@ -187,23 +194,19 @@ class SteeringRequest:
             merged[key] = edit
         return tuple(merged[key] for key in sorted(merged))
 
-    def digest(self, phase: TokenPhase) -> str | None:
+    @_found_once
+    def digest(self, phase: TokenPhase, /) -> str | None:
         """`hash_steering_config` of this request with its own module digests."""
-        if phase not in self._digests:
-            digest = hash_steering_config(self, phase, self.module_digests)
-            self._digests[phase] = digest
-        return self._digests[phase]
+        return hash_steering_config(self, phase, self.module_digests)
 
-    def row_key(self, tier: Tier, phase: TokenPhase) -> str | None:
+    @_found_once
+    def row_key(self, tier: Tier, phase: TokenPhase, /) -> str | None:
         """Key of the row that holds a tier's edits in a phase (hex), or None.
 
         Requests with equal keys can share a row; the phase is not in the key.
         """
-        if (tier, phase) not in self._row_keys:
-            edits = self.edits(tier, phase)
-            blocks = [_tier_block(tier, edits, self.module_digests)] if edits else []
-            self._row_keys[tier, phase] = _hash(blocks)
-        return self._row_keys[tier, phase]
+        edits = self.edits(tier, phase)
+        return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
 
     def _applying(self, tier: Tier, phase: TokenPhase) -> Iterable[SiteEdit]:
         if tier is Tier.ADDITIVE:

@@ -32,6 +32,13 @@ from vllm.config.steering import Activation, Tier  # noqa: E402
 from vllm.model_executor.layers import (  # noqa: E402
     sae_full_reconstruction_kernel as kernel,
 )
+from vllm.model_executor.layers.steering_kernels.plan import (  # noqa: E402
+    ENTRY_BYTES,
+)
+from vllm.model_executor.layers.steering_kernels.workspace import (  # noqa: E402
+    align,
+    uses_topk,
+)
 from vllm.model_executor.layers.steering_state import (  # noqa: E402
     ClampKind,
     SAESlot,
@@ -204,6 +211,17 @@ def test_thousands_of_non_zeros_are_summed(tokens: int) -> None:
     run_and_check(slot, make_step(tokens, 64, with_rows(slot), Tier.FULL), tokens)
 
 
+def narrow_workspace(
+    slot: SAESlot, tokens: int, capacity: int
+) -> kernel.SteeringWorkspace:
+    """A workspace whose lists have room for `capacity` entries a token."""
+    workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
+    scores = tokens * slot.weights.d_sae_capacity * 4 if uses_topk(slot) else 0
+    held = align(scores) + tokens * capacity * ENTRY_BYTES
+    workspace._shared = workspace._shared[:held]
+    return workspace
+
+
 @pytest.mark.parametrize("activation", KINDS)
 def test_tokens_past_the_capacity_take_the_overflow_path(
     activation: Activation,
@@ -211,11 +229,8 @@ def test_tokens_past_the_capacity_take_the_overflow_path(
     slot = make_slot(90, 40, activation, l0=8, k=8)
     rows = with_rows(slot)
     step = make_step(11, 11, rows, Tier.FULL)
-    workspace = kernel.SteeringWorkspace(11, [slot], DEVICE)
-    # Room for seven entries a token: some of the tokens overflow, some do not.
-    scores = -(-11 * 90 * 4 // 256) * 256 if activation is Activation.TOPK else 0
-    workspace._shared = workspace._shared[: scores + 11 * 7 * 8]
-    run_and_check(slot, step, 11, workspace=workspace)
+    # Some of the tokens overflow, some do not.
+    run_and_check(slot, step, 11, workspace=narrow_workspace(slot, 11, 7))
 
 
 @compiled_only
@@ -226,10 +241,7 @@ def test_overflow_spans_windows_slices_and_the_longer_pipeline(
 ) -> None:
     slot = make_slot(5000, 328, activation, l0=50, k=50)
     step = make_step(tokens, tokens, with_rows(slot), Tier.FULL)
-    workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
-    scores = -(-tokens * 5000 * 4 // 256) * 256 if activation is Activation.TOPK else 0
-    workspace._shared = workspace._shared[: scores + tokens * 50 * 8]
-    run_and_check(slot, step, tokens, workspace=workspace)
+    run_and_check(slot, step, tokens, workspace=narrow_workspace(slot, tokens, 50))
 
 
 @compiled_only
