@@ -4,6 +4,7 @@
 Under `ROWS_KEY`, which no client may set, in JSON types:
 
     {"prefill": {"digest": hex or None,     # prefix-cache key of the phase
+                 "read": hex or None,       # what is read; in no key
                  "additive": hex or None,   # row key of each tier, see
                  "delta": hex or None,      # SteeringRequest.row_key
                  "full": hex or None},
@@ -79,7 +80,10 @@ def admitted_extra_args(
         return args
     rows: dict[str, dict[str, str | None]] = {}
     for phase in TOKEN_PHASES:
-        rows[phase] = {"digest": steering.digest(phase)}
+        rows[phase] = {
+            "digest": steering.digest(phase),
+            "read": steering.read_digest(phase),
+        }
         for tier in Tier:
             rows[phase][tier.name.lower()] = steering.row_key(tier, phase)
     args[ROWS_KEY] = rows

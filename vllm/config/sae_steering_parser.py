@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.config.sae_readout_parser import parse_reads
+from vllm.config.sae_readout_specs import READOUT_KEY, SiteRead
 from vllm.config.sae_steering_specs import (
     ADDITIVE_KEY,
     CLAMP_KINDS,
@@ -96,6 +98,9 @@ def _parse(given: Mapping[str, Any], config: SteeringConfig) -> SteeringRequest:
     for key, specs in given.items():
         if not isinstance(specs, (list, tuple)):
             raise _bad(key, specs, "a list of specs")
+        if key == READOUT_KEY:
+            draft.reads = parse_reads(specs, key, config)
+            continue
         for position, spec in enumerate(specs):
             _SPEC_PARSERS[key](draft, f"{key}[{position}]", spec)
     return draft.finish()
@@ -387,6 +392,7 @@ class _Draft:
     features: set[tuple[Tier, str, Site, int]] = field(default_factory=set)
     num_clamps: dict[tuple[Tier, Site], int] = field(default_factory=dict)
     reconstructed_by: dict[Site, str] = field(default_factory=dict)
+    reads: tuple[SiteRead, ...] = ()
 
     def add_site(self, tier: Tier, group: Group, clamps: _SiteClamps) -> None:
         """Merge one site of a spec, refusing what the request already has there."""
@@ -473,8 +479,9 @@ class _Draft:
         vectors = {group: scales[group] for group in sorted(scales, key=rank)}
         named = {name for groups in self.sae.values() for name, _ in groups}
         named.update(name for name, _ in self.scales)
+        named.update(read.module for read in self.reads)
         modules = {n: m for n, m in self.config.modules.items() if n in named}
-        return SteeringRequest(sae_edits, vectors, modules)
+        return SteeringRequest(sae_edits, vectors, modules, self.reads)
 
 
 def _site_edits(

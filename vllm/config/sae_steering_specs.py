@@ -16,6 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
+from vllm.config.sae_readout_specs import (
+    READOUT_KEY,
+    SiteRead,
+    read_key,
+    reads_to_json,
+)
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
 
 ClampKindName = Literal["absolute", "additive", "scale"]
@@ -32,7 +38,7 @@ SPEC_PHASES: tuple[SpecPhase, ...] = ("both", "prefill", "decode")
 FULL_KEY = "sae_full_reconstruction_specs"
 DELTA_KEY = "sae_clamp_specs"
 ADDITIVE_KEY = "steering_vector_specs"
-EXTRA_ARGS_KEYS = (FULL_KEY, DELTA_KEY, ADDITIVE_KEY)
+EXTRA_ARGS_KEYS = (FULL_KEY, DELTA_KEY, ADDITIVE_KEY, READOUT_KEY)
 
 # Feature, kind, value, only_if_active.
 _CLAMP_RECORD = struct.Struct("<QBf?")
@@ -139,11 +145,13 @@ class SteeringRequest:
             in canonical order.
         vectors: scale of each (vector module, phase), in canonical order.
         modules: every module that is named, in registration order.
+        reads: what is read, in canonical order; not part of any digest.
     """
 
     sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
     vectors: Mapping[Group, float]
     modules: Mapping[str, ModuleInfo]
+    reads: tuple[SiteRead, ...] = ()
     # What `_found_once` keeps: one object serves many requests.
     _found: dict[tuple[Any, ...], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -173,6 +181,8 @@ class SteeringRequest:
                 {"module_name": name, "scale": scale, "phase": phase}
                 for (name, phase), scale in self.vectors.items()
             ]
+        if self.reads:
+            args[READOUT_KEY] = reads_to_json(self.reads)
         return args
 
     @_found_once
@@ -207,6 +217,16 @@ class SteeringRequest:
         """
         edits = self.edits(tier, phase)
         return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
+
+    @_found_once
+    def read_digest(self, phase: TokenPhase, /) -> str | None:
+        """Identifies what is read in a phase, weights included (hex), or None."""
+        key = read_key(self.reads, phase)
+        if key is None:
+            return None
+        names = sorted({read.module for read in self.reads})
+        digests = [self.module_digests[name].encode() for name in names]
+        return _hash([_block("read", key.encode(), *digests)])
 
     def _applying(self, tier: Tier, phase: TokenPhase) -> Iterable[SiteEdit]:
         if tier is Tier.ADDITIVE:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.config.sae_features import SAEFeatures
+from vllm.config.sae_readout_specs import SAEReadoutSpec, SAEStopEntry
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
@@ -31,7 +33,10 @@ __all__ = [
     "EXTRA_ARGS_KEYS",
     "SAEClampEntry",
     "SAEClampSpec",
+    "SAEFeatures",
     "SAEFullReconstructionSpec",
+    "SAEReadoutSpec",
+    "SAEStopEntry",
     "SiteEdit",
     "SteeringRequest",
     "SteeringSamplingParams",
@@ -63,7 +68,7 @@ def fold_into_extra_args(
 
 
 class SteeringSamplingParams(SamplingParams):
-    """`SamplingParams` with the three steering fields, folded into `extra_args`.
+    """`SamplingParams` with the steering fields, folded into `extra_args`.
 
     The fields are read once, at construction, and are None afterwards: on the wire
     this is an ordinary `SamplingParams`, which every process can decode.
@@ -72,6 +77,7 @@ class SteeringSamplingParams(SamplingParams):
     sae_full_reconstruction_specs: Any = None
     sae_clamp_specs: Any = None
     steering_vector_specs: Any = None
+    sae_readout_specs: Any = None
 
     def __post_init__(self) -> None:
         specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
@@ -80,4 +86,5 @@ class SteeringSamplingParams(SamplingParams):
         self.sae_full_reconstruction_specs = None
         self.sae_clamp_specs = None
         self.steering_vector_specs = None
+        self.sae_readout_specs = None
         super().__post_init__()

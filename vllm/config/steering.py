@@ -186,12 +186,16 @@ class SteeringConfig:
     `max_clamps` bounds the clamps per site and request (K). `slots` are the engine's
     slots, held and spare; a slot's id is its position. Requests that name a module in
     `draining` are refused: it waits for its last request, to be removed or replaced.
+    `readout`: whether requests may read features, from `first_read_layer` on (the last
+    pipeline stage).
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     max_clamps: int = DEFAULT_MAX_CLAMPS
     slots: tuple[SlotInfo, ...] = ()
     draining: frozenset[str] = frozenset()
+    readout: bool = True
+    first_read_layer: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
@@ -200,6 +204,8 @@ class SteeringConfig:
             "max_clamps": self.max_clamps,
             "slots": [slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
+            "readout": self.readout,
+            "first_read_layer": self.first_read_layer,
         }
 
     @classmethod
@@ -212,6 +218,8 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
+            data.get("readout", True),
+            data.get("first_read_layer", 0),
         )
 
 

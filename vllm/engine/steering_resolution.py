@@ -5,6 +5,7 @@
                                    "skip_token_ids": [...] | None,
                                    "norm_guard": float | None, "sites": [...]}},
      "max_clamps": 64,
+     "readout": True,
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
      "module_roots": ["/srv/saes", "hf:"]}
@@ -40,7 +41,14 @@ from vllm.logger import init_logger
 logger = init_logger(__name__)
 
 ROOT = "additional_config.steering"
-TOP_FIELDS = ("modules", "max_clamps", "spare", "module_roots", "resolved")
+TOP_FIELDS = (
+    "modules",
+    "max_clamps",
+    "readout",
+    "spare",
+    "module_roots",
+    "resolved",
+)
 MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
 SPARE_FIELDS = ("layer", "hook", "width", "count", "vectors")
 MAX_CLAMPS_LIMIT = 4096
@@ -78,13 +86,41 @@ def resolve_steering(vllm_config: Any) -> None:
         logger.info("Steering module %s: %s", name, describe(modules[name]))
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
     check_module_roots(steering.get("module_roots", []))
-    config = start_up_slots(SteeringConfig(modules, max_clamps), spare)
+    config = SteeringConfig(
+        modules,
+        max_clamps,
+        readout=_readout(steering.get("readout", True)),
+        first_read_layer=first_read_layer(vllm_config),
+    )
+    config = start_up_slots(config, spare)
     resolved = config.to_json()
     vllm_config.additional_config = {
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
     assign_registry(vllm_config)
+
+
+def _readout(value: Any) -> bool:
+    if type(value) is not bool:
+        raise SteeringConfigError(
+            f"{ROOT}.readout: found {shown(value)}, expected true or false"
+        )
+    return value
+
+
+def first_read_layer(vllm_config: Any) -> int:
+    """The first layer whose features can be read: that of the last pipeline stage.
+
+    Only that stage's output reaches the scheduler.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return 0
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return get_pp_indices(layers, stages - 1, stages)[0]
 
 
 def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:

@@ -28,8 +28,15 @@ def apply_layer_sae_full_reconstruction(
 def apply_sae_full_reconstruction(
     hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
 ) -> None:
-    """The full tier at a site. A token's row names one module, so order is free."""
+    """Reading and the full tier at a site.
+
+    Reading sees the stream that the full tier is given. A token's row of the full tier
+    names one module, so the order of the slots is free.
+    """
     site = get_site(site_name)
+    for slot in site.saes:
+        if slot.reads is not None:
+            site.backend.read_features(slot, hidden, residual)
     for slot in site.saes:
         site.backend.full_reconstruction(slot, hidden, residual)
 

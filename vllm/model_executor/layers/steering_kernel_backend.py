@@ -12,6 +12,7 @@ from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
     write_flags,
 )
+from vllm.model_executor.layers.steering_kernels.readout import read_features
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
 
@@ -48,6 +49,11 @@ class KernelBackend:
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual)
+
+    def read_features(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        read_features(slot, self.step, self.workspace, hidden, residual)
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
 
 class ClampKind(IntEnum):
@@ -179,6 +180,9 @@ class StepState(nn.Module):
             tokens have row 0.
         flags: int32 `[max_tokens]`, bit b set where the token's id is in skip set b.
         skip_bits: int32 `[vocab_size]`, the flag word of every token id.
+        read_index: int32 `[max_tokens]`, the row of every token in the slots' reading
+            tables; 0: not read.
+        reading: whether some token of the step is read; the host's.
         bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
             edit and whose id is in a skip set; read for metrics only.
     """
@@ -186,6 +190,7 @@ class StepState(nn.Module):
     index: torch.Tensor
     flags: torch.Tensor
     skip_bits: torch.Tensor
+    read_index: torch.Tensor
     bypassed: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
@@ -197,6 +202,9 @@ class StepState(nn.Module):
         self.register_buffer("index", index, persistent=False)
         flags = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("flags", flags, persistent=False)
+        read_index = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.register_buffer("read_index", read_index, persistent=False)
+        self.reading = False
         bypassed = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("bypassed", bypassed, persistent=False)
 
@@ -221,6 +229,8 @@ class SAESlot(nn.Module):
         device = weights.W_enc.device
         self.delta = ClampTable(num_rows, max_clamps, device)
         self.full = ClampTable(num_rows, max_clamps, device)
+        # None where the engine reads no features.
+        self.reads: ReadBuffers | None = None
 
 
 class VectorSlot(nn.Module):

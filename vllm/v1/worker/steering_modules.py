@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.steering import (
     Activation,
     ModuleInfo,
@@ -38,6 +39,7 @@ from vllm.model_executor.layers.steering_families import (
     attach_site,
     find_decoder_layers,
 )
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
 
@@ -110,6 +112,7 @@ class SiteModules:
         max_clamps: int,
         d_model: int,
         dtype: torch.dtype,
+        readable: bool = False,
     ):
         self.layers = layers
         self.step = step
@@ -118,6 +121,7 @@ class SiteModules:
         self.d_model = d_model
         self.dtype = dtype
         self.device = step.index.device
+        self.readable = readable
         self.skip_sets = SkipSets(step.skip_bits.shape[0])
         self.sites: dict[SiteKey, SteeringSite] = {}
         self.places: dict[int, Place] = {}
@@ -126,6 +130,7 @@ class SiteModules:
         self._bound: dict[Tier, dict[tuple[str, SiteKey], tuple[BoundTable, int]]] = {
             tier: {} for tier in Tier
         }
+        self._read_slots: dict[tuple[str, SiteKey], int] = {}
 
     def table_of(self, tier: Tier) -> TableOf:
         """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
@@ -143,6 +148,19 @@ class SiteModules:
             if table is not None:
                 found[id(table)] = table
         return list(found.values())
+
+    def read_slot(self, read: SiteRead) -> int | None:
+        """The slot that holds what a request reads; None: not on this rank."""
+        key = SiteKey(read.layer, read.hook)
+        return self._read_slots.get((read.module, key))
+
+    def read_buffers(self) -> dict[int, ReadBuffers]:
+        """The reading buffers of this rank's SAE slots, by slot."""
+        return {
+            at: place.slot.reads
+            for at, place in self.places.items()
+            if isinstance(place, SAEPlace) and place.slot.reads is not None
+        }
 
     @property
     def nbytes(self) -> int:
@@ -181,6 +199,10 @@ class SiteModules:
         if slot.threshold:
             kinds |= {Activation.RELU, Activation.JUMPRELU}
         sae = SAESlot(weights, self.num_rows, self.max_clamps, frozenset(kinds))
+        if self.readable:
+            sae.reads = ReadBuffers(
+                self.num_rows, self.step.max_tokens, slot.width, self.device
+            )
         tables = {
             Tier.DELTA: BoundTable(sae.delta),
             Tier.FULL: BoundTable(sae.full),
@@ -240,6 +262,9 @@ class SiteModules:
                 where = (place.table, place.row)
                 self._bound[Tier.ADDITIVE][module.name, key] = where
                 continue
+            if place.slot.reads is not None:
+                place.slot.reads.set_scale(scales.get(at))
+                self._read_slots[module.name, key] = at
             for tier in SAE_TIERS:
                 place.tables[tier].unit_scale = scales.get(at)
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
@@ -250,9 +275,12 @@ class SiteModules:
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
                 self._bound[tier].pop((module.name, key), None)
+            self._read_slots.pop((module.name, key), None)
             if isinstance(place, SAEPlace):
                 for table in place.tables.values():
                     table.reset()
+                if place.slot.reads is not None:
+                    place.slot.reads.packed.zero_()
 
     def set_meta(self, module: ModuleInfo) -> None:
         """Write the scalars of a module's slots; its weights are in place."""
@@ -303,7 +331,9 @@ def build_site_modules(
     """
     layers = find_decoder_layers(model)
     step = StepState(max_tokens, device, vocab_size)
-    modules = SiteModules(layers, step, num_rows, config.max_clamps, d_model, dtype)
+    modules = SiteModules(
+        layers, step, num_rows, config.max_clamps, d_model, dtype, config.readout
+    )
     places = modules.make_places(dict(enumerate(config.slots)))
     modules.places.update(sorted(places.items()))
     for module in config.modules.values():
@@ -340,9 +370,9 @@ def make_backend(
 ) -> SteeringBackend:
     """The device's way to compute the tiers."""
     if device.type == "cpu":
-        from vllm.model_executor.layers.steering_reference import ReferenceBackend
+        from vllm.model_executor.layers.steering_readout import ReadingReferenceBackend
 
-        return ReferenceBackend(step)
+        return ReadingReferenceBackend(step)
     from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 
     saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]

@@ -30,6 +30,7 @@ from vllm.v1.worker.steering_index import (
 )
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
+from vllm.v1.worker.steering_readout import SteeringReadout
 from vllm.v1.worker.steering_tables import write_rows
 
 logger = init_logger(__name__)
@@ -45,6 +46,7 @@ class SteeringRuntime:
         max_tokens: tokens that a forward can have, padding included.
         dtype, device: of the model's activations.
         vocab_size: bound of token ids, for the skip sets.
+        sends_output: whether this rank's output goes to the scheduler.
         d_model: width of the residual stream.
     """
 
@@ -59,6 +61,7 @@ class SteeringRuntime:
         device: torch.device,
         vocab_size: int,
         d_model: int,
+        sends_output: bool = True,
     ):
         if not config.slots:
             config = start_up_slots(config)
@@ -73,6 +76,7 @@ class SteeringRuntime:
             config, model, num_rows, max_tokens, dtype, device, vocab_size, d_model
         )
         self.step = self.modules.step
+        self.readout = SteeringReadout(self.modules, self.step, num_rows, sends_output)
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
@@ -122,6 +126,7 @@ class SteeringRuntime:
             decode=self._acquire(request, "decode"),
         )
         self._step_index.hold(req_id, rows)
+        self.readout.resume_request(req_id, request.reads)
 
     def _acquire(self, request: SteeringRequest, phase: TokenPhase) -> tuple[int, ...]:
         rows = [0] * len(Tier)
@@ -137,6 +142,7 @@ class SteeringRuntime:
         if held is None:
             return
         self._step_index.drop(req_id)
+        self.readout.park_request(req_id)
         for tier in Tier:
             self.managers[tier].release(held.prefill[tier])
             self.managers[tier].release(held.decode[tier])
@@ -152,21 +158,32 @@ class SteeringRuntime:
         if not self._rows:
             self.clear_step()
             return
+        bypasses = self._prepare_edits(view)
+        reads = self.readout.prepare_step(view)
+        backend = self.modules.backend
+        if backend and (bypasses or reads):
+            tokens = int(view.num_scheduled[: len(view.req_ids)].sum())
+            backend.write_flags(view.token_ids[:tokens])
+
+    def _prepare_edits(self, view: BatchView) -> bool:
+        """Write what edits the step; whether a tier does that bypasses tokens."""
         index = self._step_index
         changed = index.update(view)
         if index.rows is None:
-            self.clear_step()
-            return
+            self._clear_edits()
+            return False
         self._write_rows()
         if changed or not self._written_tokens:
             self._write_index(index.rows)
         self.steered_tokens += index.steered
-        backend = self.modules.backend
-        if backend and index.steered[[Tier.DELTA, Tier.FULL]].any():
-            backend.write_flags(view.token_ids[: index.rows.shape[1]])
+        return bool(index.steered[[Tier.DELTA, Tier.FULL]].any())
 
     def clear_step(self) -> None:
         """Unsteered step, dummy run or capture: every token has row 0."""
+        self.readout.clear_step()
+        self._clear_edits()
+
+    def _clear_edits(self) -> None:
         if self._written_tokens:
             self.step.index.zero_()
             self._index_host[:, : self._written_tokens] = 0
@@ -207,3 +224,4 @@ class SteeringRuntime:
             assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
+        self.readout.check_integrity()

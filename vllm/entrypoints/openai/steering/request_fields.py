@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
+from vllm.config.sae_readout_specs import READOUT_KEY, SAEReadoutSpec
 from vllm.config.sae_steering_specs import (
     ADDITIVE_KEY,
     CLAMP_KINDS,
@@ -23,6 +24,7 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.sae_steering_types import fold_into_extra_args
 from vllm.config.steering import HOOK_ALIASES
+from vllm.config.steering_reader import json_schema
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -91,6 +93,15 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         {"scale": {"type": "number", "default": 1.0}},
         [],
     ),
+}
+
+
+FIELD_SCHEMAS[READOUT_KEY] = {
+    "anyOf": [
+        {"type": "array", "items": json_schema(SAEReadoutSpec)},
+        {"type": "null"},
+    ],
+    "description": "Return SAE feature activations; see docs/features/reading.md.",
 }
 
 

@@ -16,12 +16,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_admission import ROWS_KEY, admitted_extra_args
+from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.steering import SteeringConfig
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.plugins.steering.seam import wrap
+from vllm.plugins.steering.v1.core.sched.scheduler import READS_ATTRIBUTE
+from vllm.v1.engine.steering_reads import RequestReads
 
 logger = init_logger(__name__)
 
@@ -63,13 +68,42 @@ def _make_preprocess_add_request(stock: Callable[..., Any]) -> Callable[..., Any
                 params = copy.copy(params)
                 config = active_steering_config(self.vllm_config, in_core=True)
                 params.extra_args = admitted_extra_args(args, config, request.resumable)
+                reads = () if config is None else reads_of(params, config)
+                if any(read.reads("prefill") for read in reads):
+                    # As with prompt log-probabilities: what is read is computed.
+                    params.skip_reading_prefix_cache = True
                 request.sampling_params = params
                 made, wave = stock(self, request)
                 setattr(made, ADMITTED_UNDER, config)
+                if reads and config is not None:
+                    setattr(made, READS_ATTRIBUTE, request_reads(made, reads, config))
                 return made, wave
         return stock(self, request)
 
     return preprocess_add_request
+
+
+def reads_of(params: Any, config: SteeringConfig) -> tuple[SiteRead, ...]:
+    """What an admitted request reads."""
+    request = parse_steering_request(params.extra_args, config)
+    return () if request is None else request.reads
+
+
+def request_reads(
+    request: Any, reads: tuple[SiteRead, ...], config: SteeringConfig
+) -> RequestReads:
+    """The scheduler's state of a request that reads."""
+    modules = [config.modules[read.module] for read in reads]
+    pairs = list(zip(modules, reads, strict=True))
+    slots = [module.slot_at(read.hook, read.layer) for module, read in pairs]
+    sites = [module.site(read.hook, read.layer) for module, read in pairs]
+    return RequestReads(
+        reads,
+        tuple(-1 if slot is None else slot for slot in slots),
+        tuple(0 if site is None else site.d_sae for site in sites),
+        request.num_prompt_tokens,
+        request.sampling_params.min_tokens,
+    )
 
 
 def check_still_admitted(request: Any, vllm_config: Any) -> None:
