@@ -28,7 +28,7 @@ from vllm.config.steering import (
     get_steering_config,
     site_name,
 )
-from vllm.entrypoints.steering.fit import Fit, judge, measure
+from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.model_executor.layers.steering import (
     SAESlot,
     SiteKey,
