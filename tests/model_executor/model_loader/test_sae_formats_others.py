@@ -127,7 +127,10 @@ def test_gemma_scope_2_without_a_configuration_has_its_layer_in_the_path(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input"}, "a point of a layer"),
+        (
+            {"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input"},
+            "a point of a layer",
+        ),
         ({"hf_hook_point_out": "model.layers.9.mlp.output"}, "transcoder"),
         ({"affine_connection": True}, "affine_connection: expected false"),
         ({"architecture": "topk"}, "architecture: expected jump_relu"),

@@ -245,7 +245,7 @@ def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
         ({"d_out": 4}, "d_out: expected nothing"),
         ({"activation_fn": "tanh-relu"}, "activation_fn: expected relu or topk"),
         (
-            {"metadata": {"hook_name": "blocks.3.attn.hook_z"}},
+            {"metadata": {"hook_name": "blocks.3.attn.hook_q"}},
             "hook_name: expected a point of a layer",
         ),
         ({"d_in": D + 1}, f"d_in: expected {D}.*found {D + 1}"),
