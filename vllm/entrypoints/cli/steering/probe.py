@@ -85,12 +85,20 @@ class _Recorder:
         """Plain requests have no use for the bypass flags."""
 
     def full_reconstruction(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
         self._record(hidden, residual)
 
     def sae_clamp(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
         """Sees what `full_reconstruction` sees."""
 
