@@ -2,8 +2,10 @@
 """SAE full reconstruction: the stream becomes what the SAE says it is.
 
 `x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]`: Golden Gate Claude
-(Templeton et al. 2024) with the error term dropped. `steering_reference` defines it;
-a GPU backend computes the same.
+(Templeton et al. 2024) with the error term dropped. A transcoder reads `x` at one point
+and its output, with `W_skip x` added where it has a skip connection, replaces what the
+MLP writes at another (Dunefsky et al. 2024, Paulo et al. 2025). `steering_reference`
+defines it; a GPU backend computes the same.
 """
 
 from __future__ import annotations
@@ -19,26 +21,36 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 
 def apply_layer_sae_full_reconstruction(
-    site: SteeringSite, hidden: torch.Tensor, residual: torch.Tensor | None
+    site: SteeringSite,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
-    """Full reconstruction alone at a site; `hidden`, `residual` `[T, D]`, in place."""
-    torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, site.name)
+    """Full reconstruction alone at a site, in place.
+
+    Arguments as of `apply_layer_steering`.
+    """
+    torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, site.name, source)
 
 
 def apply_sae_full_reconstruction(
-    hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    site_name: str,
+    source: torch.Tensor | None = None,
 ) -> None:
     """Reading and the full tier at a site.
 
-    Reading sees the stream that the full tier is given. A token's row of the full tier
+    Reading sees what the full tier's encoders are given. A token's row of the full tier
     names one module, so the order of the slots is free.
     """
     site = get_site(site_name)
+    read = (hidden, residual) if source is None else (source, None)
     for slot in site.saes:
         if slot.reads is not None:
-            site.backend.read_features(slot, hidden, residual)
+            site.backend.read_features(slot, *read)
     for slot in site.saes:
-        site.backend.full_reconstruction(slot, hidden, residual)
+        site.backend.full_reconstruction(slot, hidden, residual, source)
 
 
 direct_register_custom_op(
