@@ -98,7 +98,7 @@ def sae_clamp(
     the encoder; a threshold activation reads the clamped features' rows only.
     """
     if uses_threshold(slot):
-        _check(hidden, residual, slot.weights.d_model)
+        _check(hidden, residual, slot.weights.d_in)
         gated = uses_topk(slot)
         if hidden.shape[0] == 0:
             return
@@ -143,7 +143,7 @@ def _pipeline(
     topk: bool,
 ) -> None:
     """The four stages, chunk after chunk."""
-    _check(hidden, residual, slot.weights.d_model)
+    _check(hidden, residual, slot.weights.d_in)
     tokens = hidden.shape[0]
     if tokens == 0:
         return
@@ -203,7 +203,7 @@ def warm_up(
             d_model = (
                 slot.directions.shape[1]
                 if isinstance(slot, VectorSlot)
-                else slot.weights.d_model
+                else slot.weights.d_in
             )
             shape = (tokens, d_model)
             hidden = torch.zeros(shape, dtype=dtype, device=step.index.device)

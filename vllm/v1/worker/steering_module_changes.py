@@ -95,7 +95,7 @@ class HotModules:
                 if isinstance(place, VectorPlace):
                     change.weights[at] = load_vectors(change.new, site)
                     continue
-                staged = SAEWeights(site.d_sae, site.d_model, self.modules.dtype, CPU)
+                staged = SAEWeights.for_site(site, self.modules.dtype, CPU)
                 load_site(change.new, site, staged)
                 change.weights[at] = staged
                 change.scales[at] = unit_scale(change.new, staged)
@@ -163,6 +163,7 @@ class HotModules:
             },
             # Waits for the step in flight; asked for every few seconds at most.
             "bypassed_tokens": int(self.runtime.step.bypassed),
+            "saturated_tokens": int(self.runtime.step.saturated),
             "bytes": self.modules.nbytes,
             "modules": list(self.runtime.config.modules),
         }
@@ -233,7 +234,7 @@ class SteeringWorkerMixin:
     vllm_config: Any
     model_runner: Any
     # Made when the modules first change.
-    steering_hot_modules: HotModules | None = None
+    steering_module_changes: HotModules | None = None
 
     def change_steering_modules(
         self, verb: str, config: dict[str, Any] | None = None, name: str = ""
@@ -272,7 +273,7 @@ class SteeringWorkerMixin:
         runtime: SteeringRuntime | None = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
-        if self.steering_hot_modules is None:
+        if self.steering_module_changes is None:
             context = self.vllm_config.compilation_config.static_forward_context
-            self.steering_hot_modules = HotModules(runtime, context)
-        return self.steering_hot_modules
+            self.steering_module_changes = HotModules(runtime, context)
+        return self.steering_module_changes
