@@ -65,7 +65,12 @@ def poison(workspace: kernel.SteeringWorkspace) -> None:
     """Fill the scratch memory with NaN patterns, so that stale reads show."""
     for arena in (workspace._x, workspace._shared, workspace._coef):
         arena.fill_(0xFF)
-    for counter in (workspace.tokens, workspace.nnz, workspace.kth, workspace.count):
+    for counter in (
+        workspace.tokens,
+        workspace.records,
+        workspace.kth,
+        workspace.count,
+    ):
         counter.fill_(-7)
 
 

@@ -63,14 +63,23 @@ def run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> lis
     return outputs
 
 
-def check(output: Any, sae: DenseSAE, module: str, edits: Any = None, **asked: Any):
-    prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
-    model = models.build("gemma2")
-    seen = activations(model, prompt, answer, {SITE: sae}, edits)[SITE]
-    record = output.prompt_sae_features[module]["post_block.1"]
-    assert_reads(record, seen[: len(prompt)], 0, **asked)
-    record = output.outputs[0].sae_features[module]["post_block.1"]
-    assert_reads(record, seen[len(prompt) :], len(prompt), **asked)
+def check(
+    output: Any, sae: DenseSAE, module: str, edits: Any = None, **asked: Any
+) -> None:
+    """Every answer of the output, and its prompt, has the entries it should."""
+    prompt, model = output.prompt_token_ids, models.build("gemma2")
+    for answer in output.outputs:
+        tokens = list(answer.token_ids)
+        seen = activations(model, prompt, tokens, {SITE: sae}, edits)[SITE]
+        for features, first, expected in (
+            (output.prompt_sae_features, 0, seen[: len(prompt)]),
+            (answer.sae_features, len(prompt), seen[len(prompt) :]),
+        ):
+            if all(acts is None for acts in expected):
+                assert features == {}
+            else:
+                record = features[module]["post_block.1"]
+                assert_reads(record, expected, first, **asked)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -161,13 +170,7 @@ def test_several_answers_to_one_prompt_each_have_their_own_entries(llm: LLM) -> 
     )  # fmt: skip
     (output,) = run(llm, PROMPTS[:1], [params])
     assert len({tuple(answer.token_ids) for answer in output.outputs}) > 1
-    model = models.build("gemma2")
-    for answer in output.outputs:
-        seen = activations(
-            model, PROMPTS[0], list(answer.token_ids), {SITE: SAES["relu"]}
-        )
-        record = answer.sae_features["relu"]["post_block.1"]
-        assert_reads(record, seen[SITE][6:], 6, top_k=4)
+    check(output, SAES["relu"], "relu", top_k=4)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -175,7 +178,11 @@ def test_chunks_preemption_and_drafts_leave_each_position_once(
     model_root: Path, tmp_path: Path, drafts: bool
 ) -> None:
     path = save_sae(tmp_path / "sae", {SITE: SAES["jumprelu"]})
-    options: dict[str, Any] = {"num_gpu_blocks_override": 12, "block_size": 16}
+    options: dict[str, Any] = {
+        "num_gpu_blocks_override": 16,
+        "block_size": 16,
+        "max_model_len": 96,
+    }
     if drafts:
         options["speculative_config"] = {
             "method": "ngram",
@@ -183,14 +190,15 @@ def test_chunks_preemption_and_drafts_leave_each_position_once(
             "prompt_lookup_max": 3,
             "prompt_lookup_min": 1,
         }
-    prompts = [[3 + (at * step) % 17 for at in range(40)] for step in (1, 2, 3, 5)]
+    steps_of_prompts = (1, 2, 3, 5, 7, 11, 13, 4)
+    prompts = [[3 + at * by % 17 for at in range(30)] for by in steps_of_prompts]
     with (
         engine("gemma2", model_root, {"jumprelu": path}, max_num_batched_tokens=32,
                enable_chunked_prefill=True, **options) as llm,
         steps_of(llm) as steps,
     ):  # fmt: skip
         specs = read("jumprelu", top_k=4)
-        outputs = run(llm, prompts, [ask(24, sae_readout_specs=specs)] * 4)
+        outputs = run(llm, prompts, [ask(32, sae_readout_specs=specs)] * 8)
     assert steps.chunks and steps.preempted
     assert not drafts or steps.accepted < steps.drafted
     for output in outputs:
