@@ -21,7 +21,7 @@ from vllm.entrypoints.cli.steering.probe import WINDOW, windows
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODEL, SAE = str(EXAMPLE / "model"), str(EXAMPLE / "sae")
 sys.path.insert(0, str(EXAMPLE))
 corpus: Any = importlib.import_module("corpus")
