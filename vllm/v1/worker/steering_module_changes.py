@@ -95,7 +95,7 @@ class ModuleChanges:
                 if isinstance(place, VectorPlace):
                     change.weights[at] = load_vectors(change.new, site)
                     continue
-                staged = SAEWeights(site.d_sae, site.d_model, self.modules.dtype, CPU)
+                staged = SAEWeights.for_site(site, self.modules.dtype, CPU)
                 load_site(change.new, site, staged)
                 change.weights[at] = staged
                 change.scales[at] = unit_scale(change.new, staged)
@@ -163,6 +163,7 @@ class ModuleChanges:
             },
             # Waits for the step in flight; asked for every few seconds at most.
             "bypassed_tokens": int(self.runtime.step.bypassed),
+            "saturated_tokens": int(self.runtime.step.saturated),
             "bytes": self.modules.nbytes,
             "modules": list(self.runtime.config.modules),
         }
