@@ -231,6 +231,7 @@ class SteeringConfig:
     `max_clamps` bounds the clamps per site and request (K). `slots` are the engine's
     slots, held and spare; a slot's id is its position. Requests that name a module in
     `draining` are refused: it waits for its last request, to be removed or replaced.
+    `version` counts the changes since start-up.
     `readout`: whether requests may read features, from `first_read_layer` on (the last
     pipeline stage).
     """
@@ -239,6 +240,7 @@ class SteeringConfig:
     max_clamps: int = DEFAULT_MAX_CLAMPS
     slots: tuple[SlotInfo, ...] = ()
     draining: frozenset[str] = frozenset()
+    version: int = 0
     readout: bool = True
     first_read_layer: int = 0
 
@@ -249,6 +251,7 @@ class SteeringConfig:
             "max_clamps": self.max_clamps,
             "slots": [slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
+            "version": self.version,
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
@@ -263,8 +266,9 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
-            data.get("readout", True),
-            data.get("first_read_layer", 0),
+            version=data.get("version", 0),
+            readout=data.get("readout", True),
+            first_read_layer=data.get("first_read_layer", 0),
         )
 
 

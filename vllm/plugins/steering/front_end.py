@@ -10,14 +10,20 @@ from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes, serving
 from vllm.plugins.steering.v1.core import kv_cache_utils
 from vllm.plugins.steering.v1.core.sched import scheduler
-from vllm.plugins.steering.v1.engine import core, input_processor, output_processor
+from vllm.plugins.steering.v1.engine import (
+    core,
+    core_client,
+    input_processor,
+    output_processor,
+)
 
 SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (arg_utils.MODULE, arg_utils.install),
     (input_processor.MODULE, input_processor.install),
     (core.MODULE, core.install),
-    (outputs.MODULE, outputs.install),
+    (core_client.MODULE, core_client.install),
     (output_processor.MODULE, output_processor.install),
+    (outputs.MODULE, outputs.install),
     (scheduler.MODULE, scheduler.install),
     (kv_cache_utils.MODULE, kv_cache_utils.install),
     (carrying_routes.COMPLETION, carrying_routes.install_completion),

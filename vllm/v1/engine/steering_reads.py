@@ -9,7 +9,9 @@ whether a stop condition holds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -17,10 +19,17 @@ import numpy as np
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_readout_step import ReadRequest, StepReadout
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.steering import SteeringConfig
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 # Where an engine's output carries the rows of a request to the front end.
 PAYLOAD_KEY = "sae_readout"
 STOP_PREFIX = "sae:"
+# On a `Request`: its `RequestReads`; None where it reads nothing.
+READS_ATTRIBUTE = "sae_reads"
 
 # (position of the first row, for each read its rows or None).
 Chunk = tuple[int, list[bytes | None]]
@@ -112,6 +121,34 @@ class RequestReads:
             return None
         chunks, self.chunks = self.chunks, []
         return msgspec.msgpack.encode((self.d_sae, chunks))
+
+
+def reads_of(
+    extra_args: Mapping[str, Any] | None, config: SteeringConfig | None
+) -> tuple[SiteRead, ...]:
+    """What a request with these `extra_args` reads."""
+    request = parse_steering_request(extra_args, config)
+    return () if request is None else request.reads
+
+
+def request_reads(request: Request, config: SteeringConfig) -> RequestReads | None:
+    """The scheduler's state of an admitted request; None: it reads nothing."""
+    params = request.sampling_params
+    assert params is not None
+    reads = reads_of(params.extra_args, config)
+    if not reads:
+        return None
+    modules = [config.modules[read.module] for read in reads]
+    slots, d_sae = [], []
+    for module, read in zip(modules, reads, strict=True):
+        slot = module.slot_at(read.hook, read.layer)
+        site = module.site(read.hook, read.layer)
+        assert slot is not None and site is not None, "a read site has no slot"
+        slots.append(slot)
+        d_sae.append(site.d_sae)
+    return RequestReads(
+        reads, tuple(slots), tuple(d_sae), request.num_prompt_tokens, params.min_tokens
+    )
 
 
 def unpack(payload: bytes) -> tuple[list[int], list[Chunk]]:

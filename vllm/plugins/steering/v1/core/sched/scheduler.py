@@ -26,8 +26,6 @@ from vllm.v1.engine.steering_reads import (
 )
 
 MODULE = "vllm.v1.core.sched.scheduler"
-# On a `Request`: its `RequestReads`.
-READS_ATTRIBUTE = "sae_reads"
 
 
 def install() -> None:
@@ -70,7 +68,7 @@ def take_step(
         request = scheduler.requests.get(own.req_id)
         if request is None or request.is_finished():
             continue
-        reads = vars(request).get(READS_ATTRIBUTE)
+        reads = request.sae_reads
         if reads is None or _is_dropped(request):
             continue
         at = model_runner_output.req_id_to_index[own.req_id]
