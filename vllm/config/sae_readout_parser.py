@@ -45,7 +45,7 @@ def parse_reads(
         spec = _READER.read(given, at)
         module = _module(f"{at}.module_name", spec.module_name, config)
         for where, site in _sites(f"{at}.sites", spec, module):
-            read = _site_read(at, spec, module, site)
+            read = _site_read(at, spec, module, site, config)
             key = (module.name, site.hook.value, site.layer)
             if key in found:
                 raise refusal(
@@ -122,7 +122,11 @@ def _sites(
 
 
 def _site_read(
-    path: str, spec: SAEReadoutSpec, module: ModuleInfo, site: SiteInfo
+    path: str,
+    spec: SAEReadoutSpec,
+    module: ModuleInfo,
+    site: SiteInfo,
+    config: SteeringConfig,
 ) -> SiteRead:
     if (spec.top_k is None) == (spec.features is None):
         has = "neither" if spec.top_k is None else "both"
@@ -148,6 +152,14 @@ def _site_read(
         _stops(f"{path}.stop_if", spec.stop_if or [], site),
         spec.phase,
     )
+    # Table rows are those of clamp tables; see `ReadBuffers`.
+    room = 3 * config.max_clamps - 2
+    if len(read.explicit) > room:
+        raise refusal(
+            f"{path}.features",
+            f"found {len(read.explicit)} features with those that stop_if watches, "
+            f"expected at most {room} where max_clamps is {config.max_clamps}",
+        )
     if read.num_values > MAX_READ:
         raise refusal(
             f"{path}.stop_if",

@@ -20,10 +20,13 @@ NOT_READ = -1
 class ReadBuffers(nn.Module):
     """What reads at one slot: the rows of requests, and the results of a step.
 
+    The table has the shape of a `ClampTable` of `max_clamps` clamps, whose columns 0
+    and 1 say "active" and "no clamps", so the stages that find and encode the active
+    tokens take one for the other.
+
     Buffers:
-        packed: int32 `[R, 4 + 64]`: active, 0, top_k, count, then `count` feature
-            indices, ascending. Row 0 is all zeros: not read. Columns 0 and 1 are those
-            of a `ClampTable` without clamps.
+        packed: int32 `[R, 2 + 3K]`: active, 0, top_k, count, then `count` feature
+            indices, ascending. Row 0 is all zeros: not read.
         out: int32 `[max_tokens, 130]`, rows as `vllm.config.sae_features` has them;
             a token that was not read has -1 in column 0.
         scale: float32 `[F]`, what a native activation is multiplied by.
@@ -34,11 +37,17 @@ class ReadBuffers(nn.Module):
     scale: torch.Tensor
 
     def __init__(
-        self, num_rows: int, max_tokens: int, d_sae: int, device: torch.device
+        self,
+        num_rows: int,
+        max_clamps: int,
+        max_tokens: int,
+        d_sae: int,
+        device: torch.device,
     ):
         super().__init__()
+        self.max_clamps = max_clamps
         i32 = torch.int32
-        table = torch.zeros(num_rows, TABLE_HEAD + MAX_READ, dtype=i32, device=device)
+        table = torch.zeros(num_rows, 2 + 3 * max_clamps, dtype=i32, device=device)
         self.register_buffer("packed", table, persistent=False)
         out = torch.full((max_tokens, OUT_WIDTH), NOT_READ, dtype=i32, device=device)
         self.register_buffer("out", out, persistent=False)

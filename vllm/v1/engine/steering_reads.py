@@ -131,12 +131,14 @@ def reads_of(
     return () if request is None else request.reads
 
 
-def request_reads(request: Request, config: SteeringConfig) -> RequestReads | None:
+def request_reads(
+    request: Request, config: SteeringConfig | None
+) -> RequestReads | None:
     """The scheduler's state of an admitted request; None: it reads nothing."""
     params = request.sampling_params
     assert params is not None
     reads = reads_of(params.extra_args, config)
-    if not reads:
+    if config is None or not reads:
         return None
     modules = [config.modules[read.module] for read in reads]
     slots, d_sae = [], []

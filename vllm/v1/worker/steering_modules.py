@@ -201,7 +201,11 @@ class SiteModules:
         sae = SAESlot(weights, self.num_rows, self.max_clamps, frozenset(kinds))
         if self.readable:
             sae.reads = ReadBuffers(
-                self.num_rows, self.step.max_tokens, slot.width, self.device
+                self.num_rows,
+                self.max_clamps,
+                self.step.max_tokens,
+                slot.width,
+                self.device,
             )
         tables = {
             Tier.DELTA: BoundTable(sae.delta),

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vllm.config.sae_readout_specs import MAX_READ, SiteRead, read_key
+from vllm.config.sae_readout_specs import SiteRead, read_key
 from vllm.config.sae_readout_step import ReadRequest, StepReadout
 from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_read_state import (
@@ -147,12 +147,13 @@ class SteeringReadout:
             for at, widths in self._tables.items():
                 if widths.pop(row, None) is not None:
                     # What the row's last holder read here must not stay.
-                    pending.setdefault(at, {})[row] = empty_row()
+                    pending.setdefault(at, {})[row] = encode_row(None, buffers[at])
             for read in self._reads[row]:
                 slot = self.places.read_slot(read)
                 if slot is not None:
                     self._tables.setdefault(slot, {})[row] = read.width
-                    pending.setdefault(slot, {})[row] = encode_row(read)
+                    packed = encode_row(read, buffers[slot])
+                    pending.setdefault(slot, {})[row] = packed
         for at, rows in pending.items():
             _upload(buffers[at].packed, rows)
 
@@ -206,16 +207,12 @@ class SteeringReadout:
         assert self._index.holders == set(self._rows), "the reading index disagrees"
 
 
-def empty_row() -> np.ndarray:
-    """int32 table row that reads nothing."""
-    return np.zeros(TABLE_HEAD + MAX_READ, dtype=np.int32)
-
-
-def encode_row(read: SiteRead) -> np.ndarray:
-    """int32 table row of what `read` asks."""
-    row = empty_row()
-    row[0], row[2], row[3] = 1, read.top_k, len(read.explicit)
-    row[TABLE_HEAD : TABLE_HEAD + len(read.explicit)] = read.explicit
+def encode_row(read: SiteRead | None, buffers: ReadBuffers) -> np.ndarray:
+    """int32 table row of what `read` asks; None: nothing is read."""
+    row = np.zeros(buffers.packed.shape[1], dtype=np.int32)
+    if read is not None:
+        row[0], row[2], row[3] = 1, read.top_k, len(read.explicit)
+        row[TABLE_HEAD : TABLE_HEAD + len(read.explicit)] = read.explicit
     return row
 
 

@@ -3,10 +3,10 @@
 
 The edits a branch would make: `RequestState` keeps `Readings` as it keeps
 log-probabilities (here the state of a request that reads is made an instance of a
-subclass, and that of any other is stock's). `process_outputs` puts the refusal into the queue of a
-request that the engine core has refused for its steering, and aborts the other samples
-of its prompt. Servers answer 409 then; without it they answer 500 and give no reason.
-A client without queues finds the reason in `stop_reason`.
+subclass, and that of any other is stock's). `process_outputs` puts the refusal into the
+queue of a request that the engine core has refused for its steering, and aborts the
+other samples of its prompt. Servers answer 409 then; without it they answer 500 and
+give no reason. A client without queues finds the reason in `stop_reason`.
 """
 
 from __future__ import annotations
