@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, Literal
 
+from vllm.config.steering_kept import KeptParses
+
 
 class HookPoint(str, Enum):
     """A point of a decoder layer where the residual stream can be read and edited.
@@ -176,6 +178,7 @@ class ModuleInfo:
 
 
 DEFAULT_MAX_CLAMPS = 64
+DEFAULT_MAX_SPECS = 64
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,8 @@ class SteeringConfig:
     """The resolved steering configuration of one engine.
 
     `modules` keeps registration order, which is the order of the delta tier.
-    `max_clamps` bounds the clamps per site and request (K). `slots` are the engine's
+    `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
+    request. `slots` are the engine's
     slots, held and spare; a slot's id is its position. Requests that name a module in
     `draining` are refused: it waits for its last request, to be removed or replaced.
     """
@@ -192,6 +196,11 @@ class SteeringConfig:
     max_clamps: int = DEFAULT_MAX_CLAMPS
     slots: tuple[SlotInfo, ...] = ()
     draining: frozenset[str] = frozenset()
+    max_specs: int = DEFAULT_MAX_SPECS
+    # Requests that were parsed under this configuration.
+    parsed: KeptParses = field(
+        default_factory=KeptParses, init=False, repr=False, compare=False
+    )
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
@@ -200,6 +209,7 @@ class SteeringConfig:
             "max_clamps": self.max_clamps,
             "slots": [slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
+            "max_specs": self.max_specs,
         }
 
     @classmethod
@@ -212,6 +222,7 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
+            data.get("max_specs", DEFAULT_MAX_SPECS),
         )
 
 

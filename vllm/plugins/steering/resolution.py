@@ -24,7 +24,6 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 import vllm.envs as envs
-from vllm.config.sae_steering_parser import shown
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
     HOOK_ALIASES,
@@ -33,6 +32,7 @@ from vllm.config.steering import (
     SlotInfo,
     SteeringConfig,
 )
+from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
 from vllm.plugins.steering.active import assign_registry

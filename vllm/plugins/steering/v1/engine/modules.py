@@ -15,9 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from vllm.config.sae_steering_parser import shown
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import (
     NoRoomError,
     free_slots,
