@@ -15,12 +15,12 @@ from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
-from vllm.plugins.steering.resolution import (
+from vllm.engine.steering_resolution import (
     SteeringConfigError,
     refuse_unsupported_features,
     resolve_steering,
 )
+from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 

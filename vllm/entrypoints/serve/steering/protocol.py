@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.config.sae_steering_parser import shown
+from vllm.config.steering_checks import shown
 from vllm.entrypoints.serve.steering.access import RequestRefused
 
 MAX_BODY_BYTES = 256 << 10

@@ -18,9 +18,9 @@ from typing import Any
 
 from vllm.config.sae_steering_admission import ROWS_KEY, admitted_extra_args
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
-from vllm.plugins.steering.active import active_steering_config
 from vllm.plugins.steering.seam import wrap
 
 logger = init_logger(__name__)
@@ -28,7 +28,7 @@ logger = init_logger(__name__)
 MODULE = "vllm.v1.engine.core"
 # On a `Request`: the configuration that it was admitted under.
 ADMITTED_UNDER = "steering_config"
-# On an `EngineCore`: its `SteeringModules`, made when first asked for.
+# On an `EngineCore`: its `SteeringRegistry`, made when first asked for.
 REGISTRY = "steering_registry"
 _OURS = (*EXTRA_ARGS_KEYS, ROWS_KEY)
 
@@ -121,12 +121,12 @@ def _make_collective_rpc(stock: Callable[..., Any]) -> Callable[..., Any]:
         if method != "steering_modules":
             return stock(self, method, timeout, args, kwargs)
         # Deferred: only engines whose modules change need the loaders here.
-        from vllm.plugins.steering.v1.engine.modules import SteeringModules
         from vllm.v1.engine.core import EngineCoreProc
+        from vllm.v1.engine.steering_registry import SteeringRegistry
 
         registry = self.__dict__.get(REGISTRY)
         if registry is None:
-            registry = self.__dict__[REGISTRY] = SteeringModules(self)
+            registry = self.__dict__[REGISTRY] = SteeringRegistry(self)
         result = registry.call(*args, **(kwargs or {}))
         if not isinstance(result, Future):
             return [result]

@@ -25,13 +25,13 @@ from vllm.config.steering_slots import (
     with_module,
     without_module,
 )
-from vllm.logger import init_logger
-from vllm.plugins.steering.active import active_steering_config, publish
-from vllm.plugins.steering.resolution import (
+from vllm.engine.steering_active_config import active_steering_config, publish
+from vllm.engine.steering_resolution import (
     SteeringConfigError,
     check_against_model,
     inspect_for_model,
 )
+from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
@@ -45,7 +45,7 @@ def refusal(status: int, error: str, field: str | None = None, **more: Any) -> R
     return {"status": status, "error": error, "field": field, **more}
 
 
-class SteeringModules:
+class SteeringRegistry:
     """Registers, replaces and removes the modules of one engine.
 
     Args:

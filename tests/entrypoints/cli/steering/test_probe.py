@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm.entrypoints.steering.__main__ import main
-from vllm.entrypoints.steering.fit import Fit, judge, measure
-from vllm.entrypoints.steering.probe import WINDOW, windows
+from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
+from vllm.entrypoints.cli.steering.main import main
+from vllm.entrypoints.cli.steering.probe import WINDOW, windows
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 

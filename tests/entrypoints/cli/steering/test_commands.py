@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm.entrypoints.steering.__main__ import main
+from vllm.entrypoints.cli.steering.main import main
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 D, F = 8, 24

@@ -27,7 +27,7 @@ from vllm.config.steering import (
     SiteInfo,
     get_steering_config,
 )
-from vllm.entrypoints.steering.fit import Fit, judge, measure
+from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.model_executor.layers.steering import (
     SAESlot,
     SiteKey,

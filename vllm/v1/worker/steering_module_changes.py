@@ -233,7 +233,7 @@ class SteeringWorkerMixin:
     vllm_config: Any
     model_runner: Any
     # Made when the modules first change.
-    steering_hot_modules: HotModules | None = None
+    steering_module_changes: HotModules | None = None
 
     def change_steering_modules(
         self, verb: str, config: dict[str, Any] | None = None, name: str = ""
@@ -272,7 +272,7 @@ class SteeringWorkerMixin:
         runtime: SteeringRuntime | None = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
-        if self.steering_hot_modules is None:
+        if self.steering_module_changes is None:
             context = self.vllm_config.compilation_config.static_forward_context
-            self.steering_hot_modules = HotModules(runtime, context)
-        return self.steering_hot_modules
+            self.steering_module_changes = HotModules(runtime, context)
+        return self.steering_module_changes

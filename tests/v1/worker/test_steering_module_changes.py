@@ -39,7 +39,7 @@ from vllm.entrypoints.steering import (
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCoreProc
-from vllm.v1.worker.steering_hot_modules import HotModules
+from vllm.v1.worker.steering_module_changes import HotModules
 
 pytestmark = pytest.mark.engine
 
@@ -326,7 +326,7 @@ def test_a_failure_restores_what_was_there(
         for b in slot.weights.buffers()
     ]
 
-    import vllm.v1.worker.steering_hot_modules as hot
+    import vllm.v1.worker.steering_module_changes as hot
 
     fill = hot._fill
 

@@ -34,8 +34,8 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
+from vllm.engine.steering_active_config import assign_registry
 from vllm.logger import init_logger
-from vllm.plugins.steering.active import assign_registry
 
 logger = init_logger(__name__)
 
