@@ -19,9 +19,9 @@ from enum import Enum
 from typing import Any, Generic, SupportsFloat, SupportsIndex, TypeVar
 
 import msgspec
+import msgspec.inspect as mi
 import numpy as np
 import torch
-from msgspec import inspect as mi
 
 from vllm.config.steering_checks import bad, key_path, refusal
 
