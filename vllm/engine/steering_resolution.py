@@ -5,6 +5,7 @@
                                    "skip_token_ids": [...] | None,
                                    "norm_guard": float | None, "sites": [...]}},
      "max_clamps": 64,
+     "max_specs": 64,
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
      "module_roots": ["/srv/saes", "hf:"]}
@@ -26,6 +27,7 @@ from typing import Any, get_args
 import vllm.envs as envs
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
+    DEFAULT_MAX_SPECS,
     HOOK_ALIASES,
     FeatureUnits,
     ModuleInfo,
@@ -40,10 +42,18 @@ from vllm.logger import init_logger
 logger = init_logger(__name__)
 
 ROOT = "additional_config.steering"
-TOP_FIELDS = ("modules", "max_clamps", "spare", "module_roots", "resolved")
+TOP_FIELDS = (
+    "modules",
+    "max_clamps",
+    "max_specs",
+    "spare",
+    "module_roots",
+    "resolved",
+)
 MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
 SPARE_FIELDS = ("layer", "hook", "width", "count", "vectors")
 MAX_CLAMPS_LIMIT = 4096
+MAX_SPECS_LIMIT = 4096
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -71,14 +81,21 @@ def resolve_steering(vllm_config: Any) -> None:
     refuse_unsupported_features(vllm_config)
     if "resolved" in steering:
         return
-    max_clamps = _max_clamps(steering.get("max_clamps", DEFAULT_MAX_CLAMPS))
+    limits = {
+        "max_clamps": (DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT),
+        "max_specs": (DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT),
+    }
+    given_limits = {
+        key: _integer(f"{ROOT}.{key}", steering.get(key, default), 1, most)
+        for key, (default, most) in limits.items()
+    }
     modules: dict[str, ModuleInfo] = {}
     for name, given in _object(f"{ROOT}.modules", steering.get("modules", {})).items():
         modules[name] = inspect_for_model(name, given, vllm_config.model_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
     check_module_roots(steering.get("module_roots", []))
-    config = start_up_slots(SteeringConfig(modules, max_clamps), spare)
+    config = start_up_slots(SteeringConfig(modules, **given_limits), spare)
     resolved = config.to_json()
     vllm_config.additional_config = {
         **additional,
@@ -219,15 +236,6 @@ def _object(
             raise SteeringConfigError(
                 f"{path}: unknown field {shown(key)}, expected {known}"
             )
-    return value
-
-
-def _max_clamps(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_CLAMPS_LIMIT:
-        raise SteeringConfigError(
-            f"{ROOT}.max_clamps: found {shown(value)}, expected an integer in "
-            f"1..{MAX_CLAMPS_LIMIT}"
-        )
     return value
 
 
