@@ -41,6 +41,7 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.steering import (
     HOOK_ALIASES,
+    HOOK_NAMES,
     HookPoint,
     ModuleInfo,
     ModuleKind,
@@ -214,9 +215,7 @@ def _layer(path: str, key: int | str) -> int:
 def _hook(path: str, key: str) -> HookPoint:
     if key in HOOK_ALIASES:
         return HOOK_ALIASES[key]
-    raise refusal(
-        path, f"unknown hook {shown(key)}, expected one of {', '.join(HOOK_ALIASES)}"
-    )
+    raise refusal(path, f"unknown hook {shown(key)}, expected one of {HOOK_NAMES}")
 
 
 def _covered_site(
