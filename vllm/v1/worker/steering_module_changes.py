@@ -163,6 +163,7 @@ class HotModules:
             },
             # Waits for the step in flight; asked for every few seconds at most.
             "bypassed_tokens": int(self.runtime.step.bypassed),
+            "saturated_tokens": int(self.runtime.step.saturated),
             "bytes": self.modules.nbytes,
             "modules": list(self.runtime.config.modules),
         }

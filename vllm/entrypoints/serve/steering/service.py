@@ -66,7 +66,8 @@ class SteeringModulesService:
         """Modules with memory and requests, free slots, rows and tokens."""
         listed = await self.call("list", {})
         stats = await self.call("stats", {})
-        shown = ("rows_in_use", "steered_tokens", "bypassed_tokens", "bytes")
+        counts = ("steered_tokens", "bypassed_tokens", "saturated_tokens")
+        shown = ("rows_in_use", *counts, "bytes")
         return {
             "modules": listed["modules"],
             "free_slots": listed["free_slots"],
