@@ -84,21 +84,17 @@ def resolve_steering(vllm_config: Any) -> None:
     refuse_unsupported_features(vllm_config)
     if "resolved" in steering:
         return
-    limits = {
-        "max_clamps": (DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT),
-        "max_specs": (DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT),
-    }
-    given_limits = {
-        key: _integer(f"{ROOT}.{key}", steering.get(key, default), 1, most)
-        for key, (default, most) in limits.items()
-    }
+    max_clamps = _limit(steering, "max_clamps", DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT)
+    max_specs = _limit(steering, "max_specs", DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT)
     modules: dict[str, ModuleInfo] = {}
     for name, given in _object(f"{ROOT}.modules", steering.get("modules", {})).items():
         modules[name] = inspect_for_model(name, given, vllm_config.model_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
     check_module_roots(steering.get("module_roots", []))
-    config = start_up_slots(SteeringConfig(modules, **given_limits), spare)
+    config = start_up_slots(
+        SteeringConfig(modules, max_clamps, max_specs=max_specs), spare
+    )
     resolved = config.to_json()
     vllm_config.additional_config = {
         **additional,
@@ -252,6 +248,10 @@ def _object(
                 f"{path}: unknown field {shown(key)}, expected {known}"
             )
     return value
+
+
+def _limit(steering: dict[str, Any], key: str, default: int, most: int) -> int:
+    return _integer(f"{ROOT}.{key}", steering.get(key, default), 1, most)
 
 
 def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:
