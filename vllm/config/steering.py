@@ -232,15 +232,16 @@ class SteeringConfig:
 
     `modules` keeps registration order, which is the order of the delta tier.
     `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
-    request. `slots` are the engine's
-    slots, held and spare; a slot's id is its position. Requests that name a module in
-    `draining` are refused: it waits for its last request, to be removed or replaced.
+    request. `slots` are the engine's slots, held and spare; a slot's id is its
+    position. Requests that name a module in `draining` are refused: it waits for its
+    last request, to be removed or replaced. `version` counts the changes since start-up.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     max_clamps: int = DEFAULT_MAX_CLAMPS
     slots: tuple[SlotInfo, ...] = ()
     draining: frozenset[str] = frozenset()
+    version: int = 0
     max_specs: int = DEFAULT_MAX_SPECS
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
@@ -254,6 +255,7 @@ class SteeringConfig:
             "max_clamps": self.max_clamps,
             "slots": [slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
+            "version": self.version,
             "max_specs": self.max_specs,
         }
 
@@ -267,6 +269,7 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
+            data.get("version", 0),
             data.get("max_specs", DEFAULT_MAX_SPECS),
         )
 
