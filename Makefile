@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv demo test lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv demo test test-all lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -33,7 +33,11 @@ demo: venv
 golden-gate-train: venv
 	$(PYTHON) examples/golden_gate/train.py
 
+# Breadth that is marked `slow` is left to `test-all`.
 test: venv
+	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: venv
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 lint: venv

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom: config <- layers <- managers <- mixin <- plugins, and
-entrypoints import config only. Read from the source, imports inside functions too."""
+"""Who may import whom: config <- layers <- managers <- mixin <- engine <- plugins,
+and entrypoints import config only. Read from the source, with imports inside functions.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,11 @@ LEVELS: list[tuple[str, str]] = [
     ("vllm.model_executor.model_loader.", "loader"),
     ("vllm.v1.worker.steering_model_runner_mixin", "mixin"),
     ("vllm.v1.worker.", "managers"),
+    ("vllm.engine.", "engine"),
+    ("vllm.v1.engine.", "engine"),
     # The command-line tool reads SAE files; no server and no engine imports it.
-    ("vllm.entrypoints.steering", "tool"),
+    ("vllm.entrypoints.cli.steering", "tool"),
+    ("vllm.entrypoints.steering.__main__", "tool"),
     ("vllm.entrypoints.", "entrypoints"),
     ("vllm.plugins.", "plugins"),
 ]
@@ -29,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loader": {"config", "layers", "loader"},
     "managers": {"config", "layers", "loader", "managers"},
     "mixin": {"config", "layers", "loader", "managers", "mixin"},
+    "engine": {"config", "layers", "loader", "managers", "mixin", "engine"},
     "entrypoints": {"config", "entrypoints"},
     "tool": {"config", "layers", "loader", "tool"},
     "plugins": {level for _, level in LEVELS} - {"tool"},

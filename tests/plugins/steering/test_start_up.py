@@ -15,12 +15,12 @@ from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
-from vllm.plugins.steering.resolution import (
+from vllm.engine.steering_resolution import (
     SteeringConfigError,
     refuse_unsupported_features,
     resolve_steering,
 )
+from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
@@ -117,7 +117,17 @@ def test_a_layer_the_model_lacks_is_refused(vllm_config: Any, tmp_path: Path) ->
 def test_another_width_is_refused(vllm_config: Any, tmp_path: Path) -> None:
     path = write_sae(tmp_path / "sae", d_model=48)
     message = refusal(vllm_config, {"modules": {"bridge": str(path)}})
-    for part in ("bridge", "d_model 48", f"expected {models.HIDDEN}"):
+    for part in ("bridge", "d_in 48", f"expected {models.HIDDEN}"):
+        assert part in message
+
+
+def test_a_point_that_no_family_supports_is_refused(
+    vllm_config: Any, tmp_path: Path
+) -> None:
+    path = write_sae(tmp_path / "sae")
+    site = {"path": str(path), "sites": ["blocks.1.attn.hook_z"]}
+    message = refusal(vllm_config, {"modules": {"bridge": site}})
+    for part in ("bridge", "attn_z.1", "expected one of post_attn, post_block"):
         assert part in message
 
 

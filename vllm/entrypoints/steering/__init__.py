@@ -5,7 +5,7 @@
 register, replace, list and unregister modules of an `LLM`.
 """
 
-from vllm.entrypoints.steering.hot_modules import (
+from vllm.entrypoints.steering.offline import (
     SteeringModuleError,
     list_modules,
     register_module,

@@ -280,4 +280,4 @@ def test_no_body_makes_a_server_error(
         made = answer.json()["module"]["name"]
         assert client.delete(f"{URL}/{made}").status_code == 200
     assert names(client) == ["first"]
-    assert worker(llm).steering_hot_modules.staged is None
+    assert worker(llm).steering_module_changes.staged is None

@@ -16,7 +16,7 @@ from typing import Any
 
 import vllm
 from vllm.config.sae_steering_parser import shown
-from vllm.plugins.steering.resolution import SteeringConfigError, resolve_steering
+from vllm.engine.steering_resolution import SteeringConfigError, resolve_steering
 from vllm.plugins.steering.seam import (
     BOUND,
     SUPPORTED_VLLM,

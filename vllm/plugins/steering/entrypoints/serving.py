@@ -13,8 +13,8 @@ from typing import Any
 
 from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
-from vllm.plugins.steering.active import active_steering_config
 from vllm.plugins.steering.seam import wrap
 
 _OPENAI = "vllm.entrypoints.openai"

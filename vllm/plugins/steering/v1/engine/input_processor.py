@@ -17,7 +17,7 @@ from vllm.config.sae_steering_admission import (
     refuse_streaming_input,
 )
 from vllm.config.sae_steering_parser import parse_steering_request
-from vllm.plugins.steering.active import active_steering_config
+from vllm.engine.steering_active_config import active_steering_config
 from vllm.plugins.steering.seam import wrap
 from vllm.sampling_params import SamplingParams
 

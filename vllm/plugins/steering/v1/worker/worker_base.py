@@ -34,7 +34,7 @@ def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def extend_worker(worker: type) -> None:
     """Give the worker's class the method that changes modules."""
-    from vllm.v1.worker.steering_hot_modules import SteeringWorkerMixin
+    from vllm.v1.worker.steering_module_changes import SteeringWorkerMixin
 
     if not issubclass(worker, SteeringWorkerMixin):
         worker.__bases__ = (*worker.__bases__, SteeringWorkerMixin)

@@ -33,7 +33,7 @@ def poisoner() -> Any:
 
     def poison(worker: Any) -> None:
         """Make the next copy into a slot fail, on the second rank only."""
-        import vllm.v1.worker.steering_hot_modules as hot
+        import vllm.v1.worker.steering_module_changes as hot
 
         if worker.rank != 1:
             return

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steering configuration of a running engine, in every process that needs it.
+
+Modules come and go, and the engine core decides. Its answer to each change holds the
+new configuration, which the front end that asked takes over. Several API server
+processes of one engine tell each other through a file (`steering_shared_config.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config.steering import SteeringConfig, get_steering_config
+from vllm.config.steering_replies import Json
+from vllm.engine.steering_shared_config import shared_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# The resolved JSON that was read last, and what it stands for. Holding the JSON
+# keeps its identity from being reused.
+_LAST: tuple[Json | None, SteeringConfig | None] = (None, None)
+
+
+def active_steering_config(vllm_config: VllmConfig) -> SteeringConfig | None:
+    """`get_steering_config` of a `VllmConfig`, without rebuilding it per request.
+
+    Replacing `additional_config["steering"]["resolved"]` replaces the result.
+    """
+    global _LAST
+    steering = _section(vllm_config)
+    if steering is None:
+        return None
+    shared = shared_config(vllm_config.parallel_config)
+    if shared is not None:
+        _take(steering, shared.read_if_changed())
+    resolved, config = _LAST
+    if resolved is not steering["resolved"]:
+        resolved = steering["resolved"]
+        config = get_steering_config(vllm_config.additional_config)
+        _LAST = (resolved, config)
+    return config
+
+
+def publish(vllm_config: VllmConfig, config: SteeringConfig) -> None:
+    """Make `config` what the engine core admits requests under."""
+    vllm_config.additional_config["steering"]["resolved"] = config.to_json()
+
+
+def take_over(vllm_config: VllmConfig, resolved: Json | None) -> None:
+    """Follow the engine core, in a front end.
+
+    Args:
+        vllm_config: of the front end.
+        resolved: the configuration in an answer of the engine core. One that is older
+            than what the front end has is passed over.
+    """
+    steering = _section(vllm_config)
+    if steering is None or resolved is None:
+        return
+    _take(steering, resolved)
+    shared = shared_config(vllm_config.parallel_config)
+    if shared is not None:
+        shared.keep(steering["resolved"])
+
+
+def _section(vllm_config: VllmConfig) -> Json | None:
+    additional_config = vllm_config.additional_config
+    if not isinstance(additional_config, dict):
+        return None
+    return additional_config.get("steering")
+
+
+def _take(steering: Json, resolved: Json | None) -> None:
+    if resolved is not None and resolved["version"] > steering["resolved"]["version"]:
+        steering["resolved"] = resolved

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of `vllm-steering` and `python -m vllm.entrypoints.steering`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand is one function."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-steering",
+        description="Look at steering modules, convert them, measure their fit.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect", help="Show sites, folds, memory and digest without loading."
+    )
+    inspect.add_argument("--json", action="store_true", help="Print JSON.")
+    convert = commands.add_parser(
+        "convert", help="Fold an SAE and write it as a native directory."
+    )
+    probe = commands.add_parser(
+        "probe",
+        help="Run a model on text and measure the SAE's fit at its sites.",
+        description="Measures FVU (fraction of variance unexplained) and L0 at each "
+        "site, beside what the module declares. Exit status: 0 when nothing "
+        "disagrees; 1 when a warning is printed, or the module or model is refused.",
+    )
+    for command in (inspect, convert, probe):
+        command.add_argument(
+            "path",
+            metavar="PATH",
+            help="A local path, or hf:owner/repo[/sub/path][@revision].",
+        )
+        command.add_argument(
+            "--site",
+            dest="sites",
+            action="append",
+            metavar="HOOK.LAYER",
+            help="Name the site of a module that does not say its own, or select "
+            "one of several; for example post_block.20. May be repeated.",
+        )
+    _add_probe_arguments(probe)
+    convert.add_argument("out", metavar="OUT", help="The directory to write.")
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="Of the two matrices; everything else stays float32.",
+    )
+    return parser
+
+
+def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
+    probe.add_argument(
+        "--model", required=True, metavar="M", help="The model, as for vLLM."
+    )
+    probe.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to read; a built-in one otherwise."
+    )
+    probe.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="Read at most this many tokens of the text (default: %(default)s).",
+    )
+    probe.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="Of the model and of the SAE's matrices.",
+    )
+    probe.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer >= 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 1 for a module or model that is refused, and for a probe that
+        warns; else 0.
+    """
+    args = make_parser().parse_args(argv)
+    # Deferred, so that --help does not import torch.
+    from vllm.entrypoints.cli.steering import commands
+
+    try:
+        if args.command == "probe":
+            from vllm.entrypoints.cli.steering.probe import probe
+
+            return probe(
+                args.path,
+                args.model,
+                text_file=args.text,
+                max_tokens=args.max_tokens,
+                sites=args.sites,
+                dtype=args.dtype,
+                as_json=args.json,
+            )
+        if args.command == "inspect":
+            commands.inspect(args.path, args.sites, as_json=args.json)
+        else:
+            commands.convert(args.path, args.out, args.sites, args.dtype)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
