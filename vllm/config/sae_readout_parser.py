@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strict parser of `sae_readout_specs`: JSON or structs to `SiteRead`s."""
+"""Checks `sae_readout_specs` against an engine: typed specs to `SiteRead`s."""
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from collections.abc import Sequence
 
 from vllm.config.sae_readout_specs import (
     MAX_READ,
@@ -15,24 +15,22 @@ from vllm.config.sae_readout_specs import (
 )
 from vllm.config.steering import HOOK_ALIASES, ModuleInfo, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
-from vllm.config.steering_reader import Reader
-
-_READER = Reader(SAEReadoutSpec)
 
 
-def parse_reads(
-    specs: list[Any] | tuple[Any, ...], path: str, config: SteeringConfig
+def check_reads(
+    path: str, specs: Sequence[SAEReadoutSpec], config: SteeringConfig
 ) -> tuple[SiteRead, ...]:
     """Every site that a request reads, in canonical order.
 
     Args:
-        specs: what the client sent under `path`.
+        path: the field that holds the specs.
+        specs: typed, and not yet checked against the engine.
         config: what the engine was started with.
 
     Raises:
         VLLMValidationError: `parameter` is the path of the first bad field.
     """
-    if not config.readout:
+    if specs and not config.readout:
         raise refusal(
             path,
             "this engine reads no features, it was started with "
@@ -40,9 +38,8 @@ def parse_reads(
         )
     found: dict[tuple[str, str, int], SiteRead] = {}
     total = 0
-    for position, given in enumerate(specs):
+    for position, spec in enumerate(specs):
         at = f"{path}[{position}]"
-        spec = _READER.read(given, at)
         module = _module(f"{at}.module_name", spec.module_name, config)
         for where, site in _sites(f"{at}.sites", spec, module):
             read = _site_read(at, spec, module, site, config)

@@ -18,12 +18,11 @@ import msgspec
 from vllm.config.steering import HookPoint
 from vllm.config.steering_reader import expects
 
-READOUT_KEY = "sae_readout_specs"
-
 # Values that one request reads for one token at one site, and at all its sites.
 MAX_READ = 64
 MAX_READ_PER_TOKEN = 1024
 MAX_STOPS = 8
+MAX_FLOAT32 = 3.4028235e38
 
 ReadPhase = Literal["both", "prefill", "decode"]
 
@@ -47,7 +46,14 @@ class SAEStopEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """End the request once `feature_idx` is above `above` on a generated token."""
 
     feature_idx: _Index
-    above: float
+    above: Annotated[
+        float,
+        expects(
+            "a finite number within the range of float32",
+            ge=-MAX_FLOAT32,
+            le=MAX_FLOAT32,
+        ),
+    ]
 
 
 _Stops = Annotated[

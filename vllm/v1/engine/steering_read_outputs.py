@@ -15,7 +15,8 @@ from vllm.config.sae_features import (
     join,
     to_record,
 )
-from vllm.config.sae_readout_specs import READOUT_KEY, SiteRead
+from vllm.config.sae_readout_specs import SiteRead
+from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
 from vllm.v1.engine.steering_reads import unpack
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.config.sae_readout_specs import READOUT_KEY
+from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
