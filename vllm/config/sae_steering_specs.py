@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes: the specs of the three tiers and of reading, one definition of each.
+"""What a user writes: the specs of the tiers and of reading, one definition of each.
 
 The structs below are the dataclasses of the Python interface, the parser of every
 surface (`vllm.config.steering_reader` reads by their annotations), and the JSON schema
