@@ -250,7 +250,7 @@ def test_draining_refuses_new_requests_and_waits_for_the_old(
     ask = ("unregister", {"name": "hot", "drain": True})
     (reply,) = llm.collective_rpc(METHOD, args=ask)
     assert (reply.outcome, reply.in_use) == (Outcome.DRAINING, 1)
-    with pytest.raises(VLLMValidationError, match="being removed"):
+    with pytest.raises(VLLMValidationError, match="being removed or replaced"):
         llm.llm_engine.add_request("s", {"prompt_token_ids": IDS}, steered("hot"))
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
