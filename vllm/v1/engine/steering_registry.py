@@ -10,6 +10,7 @@ between two steps in the thread that schedules, so calls are serialised; only
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from vllm.engine.steering_resolution import (
     inspect_for_model,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
 
 logger = init_logger(__name__)
 
@@ -134,7 +136,10 @@ class SteeringRegistry:
         name = options.pop("name", None)
         try:
             module = inspect_for_model(
-                name, options, self.core.vllm_config.model_config
+                name,
+                options,
+                self.core.vllm_config.model_config,
+                module_inspector().inspect,
             )
         except SteeringConfigError as error:
             return refusal(400, str(error), "path")
@@ -235,6 +240,12 @@ class SteeringRegistry:
 
     def _workers(self, *args: Any) -> list[Reply]:
         return self.core.model_executor.collective_rpc(WORKER_METHOD, args=args)
+
+
+@functools.cache
+def module_inspector() -> ModuleInspector:
+    """This process's inspector; it starts a helper process when it is first used."""
+    return ModuleInspector()
 
 
 def first_error(replies: list[Reply]) -> Reply | None:
