@@ -35,7 +35,10 @@ pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 4
 LAST = models.LAYERS - 1
-HOOKS = [hook.value for hook in HookPoint]
+HOOKS = [
+    hook.value
+    for hook in (HookPoint.PRE_ATTN, HookPoint.POST_ATTN, HookPoint.POST_BLOCK)
+]
 SITES: list[Site] = [(layer, hook) for layer in (0, 1, LAST) for hook in HOOKS]
 
 

@@ -39,6 +39,7 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.steering import (
     HOOK_ALIASES,
+    HOOK_NAMES,
     HookPoint,
     ModuleInfo,
     ModuleKind,
@@ -355,9 +356,7 @@ def _hook(path: str, key: Any) -> HookPoint:
         return key
     if type(key) is str and key in HOOK_ALIASES:
         return HOOK_ALIASES[key]
-    raise _refusal(
-        path, f"unknown hook {shown(key)}, expected one of {', '.join(HOOK_ALIASES)}"
-    )
+    raise _refusal(path, f"unknown hook {shown(key)}, expected one of {HOOK_NAMES}")
 
 
 def _covered_site(

@@ -13,27 +13,33 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, Literal
 
+from vllm.config.steering_points import (
+    HOOK_ALIASES,
+    HOOK_NAMES,
+    RESIDUAL_HOOKS,
+    HookPoint,
+    parse_site,
+    site_name,
+)
 
-class HookPoint(str, Enum):
-    """A point of a decoder layer where the residual stream can be read and edited.
-
-    The values are this project's names; `parse_hook` also takes the
-    TransformerLens names. Each is exactly the tensor that a Hugging Face model
-    shows at that point: block input, stream after attention, block output.
-    """
-
-    PRE_ATTN = "pre_attn"
-    POST_ATTN = "post_attn"
-    POST_BLOCK = "post_block"
-
-
-HOOK_ALIASES: dict[str, HookPoint] = {
-    "resid_pre": HookPoint.PRE_ATTN,
-    "resid_mid": HookPoint.POST_ATTN,
-    "resid_post": HookPoint.POST_BLOCK,
-    "post_mlp": HookPoint.POST_BLOCK,
-    **{hook.value: hook for hook in HookPoint},
-}
+__all__ = [
+    "DEFAULT_MAX_CLAMPS",
+    "HOOK_ALIASES",
+    "HOOK_NAMES",
+    "RESIDUAL_HOOKS",
+    "Activation",
+    "FeatureUnits",
+    "HookPoint",
+    "ModuleInfo",
+    "ModuleKind",
+    "SiteInfo",
+    "SlotInfo",
+    "SteeringConfig",
+    "Tier",
+    "get_steering_config",
+    "parse_site",
+    "site_name",
+]
 
 
 class Activation(str, Enum):
@@ -58,25 +64,70 @@ FeatureUnits = Literal["native", "unit_decoder"]
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """One site of a module.
+    """One site of a module: what it reads, what it writes, and its encoder.
 
-    `d_sae` is the number of directions: F features of an SAE, 1 for a vector.
-    `k` and `topk_relu` (clip the selected pre-activations at zero) are set for
-    TopK only.
+    `hook` is the point that the site reads, of width `d_in`; requests name the site by
+    it. An SAE writes to the same point (`hook_out` and `d_out` are None). A transcoder
+    writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`.
+    `d_sae` is the number of directions: F features of an SAE, 1 for a vector. `k` and
+    `topk_relu` (clip the selected pre-activations at zero) are set for TopK only.
     """
 
     layer: int
     hook: HookPoint
-    d_model: int
+    d_in: int
     d_sae: int
     activation: Activation = Activation.RELU
     k: int | None = None
     topk_relu: bool = True
+    hook_out: HookPoint | None = None
+    d_out: int | None = None
+    has_skip: bool = False
 
     @property
     def name(self) -> str:
-        """`layer.hook`, as messages and metrics show it."""
-        return f"{self.layer}.{self.hook.value}"
+        """`hook.layer`, as messages and metrics show it."""
+        return site_name(self.hook, self.layer)
+
+    @property
+    def out_hook(self) -> HookPoint:
+        """The point that the site writes."""
+        return self.hook if self.hook_out is None else self.hook_out
+
+    @property
+    def out_width(self) -> int:
+        """Width of the point that the site writes."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the site writes another point than it reads."""
+        return self.out_hook is not self.hook
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only; the inverse of `from_json`."""
+        return {
+            **asdict(self),
+            "hook": self.hook.value,
+            "activation": self.activation.value,
+            "hook_out": None if self.hook_out is None else self.hook_out.value,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SiteInfo:
+        """Rebuild what `to_json` wrote."""
+        return cls(
+            **{
+                **data,
+                "hook": HookPoint(data["hook"]),
+                "activation": Activation(data["activation"]),
+                "hook_out": _hook_or_none(data.get("hook_out")),
+            }
+        )
+
+
+def _hook_or_none(value: str | None) -> HookPoint | None:
+    return None if value is None else HookPoint(value)
 
 
 @dataclass(frozen=True)
@@ -84,8 +135,9 @@ class SlotInfo:
     """Room for one module at one site; held by a module, or spare.
 
     `width` is the number of directions that fit: features of an SAE, 1 for a vector.
-    `topk` and `threshold` say which activations the slot can compute. Slots of a site
-    run in the order in which the configuration lists them.
+    `topk` and `threshold` say which activations the slot can compute. `hook_out` and
+    `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
+    the order in which the configuration lists them.
     """
 
     layer: int
@@ -94,15 +146,20 @@ class SlotInfo:
     width: int
     topk: bool = True
     threshold: bool = True
+    hook_out: HookPoint | None = None
+    has_skip: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
-        return {**asdict(self), "hook": self.hook.value}
+        hook_out = None if self.hook_out is None else self.hook_out.value
+        return {**asdict(self), "hook": self.hook.value, "hook_out": hook_out}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SlotInfo:
         """Rebuild what `to_json` wrote."""
-        return cls(**{**data, "hook": HookPoint(data["hook"])})
+        hook_out = _hook_or_none(data.get("hook_out"))
+        hook = HookPoint(data["hook"])
+        return cls(**{**data, "hook": hook, "hook_out": hook_out})
 
 
 @dataclass(frozen=True)
@@ -145,10 +202,7 @@ class ModuleInfo:
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
         data = asdict(self)
-        data["sites"] = [
-            {**s, "hook": s["hook"].value, "activation": s["activation"].value}
-            for s in data["sites"]
-        ]
+        data["sites"] = [site.to_json() for site in self.sites]
         if data["skip_token_ids"] is not None:
             data["skip_token_ids"] = list(data["skip_token_ids"])
         data["slots"] = None if self.slots is None else list(self.slots)
@@ -158,16 +212,7 @@ class ModuleInfo:
     def from_json(cls, data: Mapping[str, Any]) -> ModuleInfo:
         """Rebuild what `to_json` wrote."""
         fields = dict(data)
-        fields["sites"] = tuple(
-            SiteInfo(
-                **{
-                    **s,
-                    "hook": HookPoint(s["hook"]),
-                    "activation": Activation(s["activation"]),
-                }
-            )
-            for s in fields["sites"]
-        )
+        fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
         if fields.get("skip_token_ids") is not None:
             fields["skip_token_ids"] = tuple(fields["skip_token_ids"])
         if fields.get("slots") is not None:

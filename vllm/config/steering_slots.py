@@ -31,12 +31,23 @@ def own_slot(module: ModuleInfo, site: SiteInfo) -> SlotInfo:
     is_topk = site.activation is Activation.TOPK
     if module.kind == "vectors":
         return SlotInfo(site.layer, site.hook, "vectors", 1)
-    return SlotInfo(site.layer, site.hook, "sae", site.d_sae, is_topk, not is_topk)
+    return SlotInfo(
+        layer=site.layer,
+        hook=site.hook,
+        kind="sae",
+        width=site.d_sae,
+        topk=is_topk,
+        threshold=not is_topk,
+        hook_out=site.hook_out,
+        has_skip=site.has_skip,
+    )
 
 
 def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
     """Whether a slot can hold a site of a module."""
     if (slot.kind, slot.layer, slot.hook) != (module.kind, site.layer, site.hook):
+        return False
+    if (slot.hook_out, slot.has_skip) != (site.hook_out, site.has_skip):
         return False
     is_topk = site.activation is Activation.TOPK
     can_compute = slot.topk if is_topk else slot.threshold
@@ -142,11 +153,16 @@ def skip_set(module: ModuleInfo) -> tuple[int, ...]:
 def module_bytes(module: ModuleInfo, item_bytes: int) -> int:
     """Bytes of a module's weights, all sites, in a dtype of `item_bytes`."""
     if module.kind == "vectors":
-        return sum(4 * site.d_model for site in module.sites)
-    return sum(
-        2 * site.d_sae * site.d_model * item_bytes + 8 * site.d_sae + 4 * site.d_model
-        for site in module.sites
-    )
+        return sum(4 * site.d_in for site in module.sites)
+    return sum(site_bytes(site, item_bytes) for site in module.sites)
+
+
+def site_bytes(site: SiteInfo, item_bytes: int) -> int:
+    """Bytes of an SAE's or a transcoder's weights in a dtype of `item_bytes`."""
+    elements = site.d_sae * (site.d_in + site.out_width)
+    if site.has_skip:
+        elements += site.d_in * site.out_width
+    return elements * item_bytes + 4 * (2 * site.d_sae + site.out_width)
 
 
 def _has_vectors(module: ModuleInfo, site: SiteInfo, slots: list[SlotInfo]) -> bool:
@@ -161,4 +177,7 @@ def _needed(module: ModuleInfo, site: SiteInfo) -> str:
     where = f'{{"layer": {site.layer}, "hook": "{site.hook.value}", '
     if module.kind == "vectors":
         return where + '"vectors": 1}'
+    if site.is_transcoder:
+        where += f'"hook_out": "{site.out_hook.value}", '
+        where += '"skip": true, ' if site.has_skip else ""
     return where + f'"width": {site.d_sae}}}'

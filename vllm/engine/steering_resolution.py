@@ -28,7 +28,10 @@ from vllm.config.sae_steering_parser import shown
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
     HOOK_ALIASES,
+    HOOK_NAMES,
+    RESIDUAL_HOOKS,
     FeatureUnits,
+    HookPoint,
     ModuleInfo,
     SlotInfo,
     SteeringConfig,
@@ -128,11 +131,23 @@ def check_against_model(module: ModuleInfo, model_config: Any) -> None:
                 f"{prefix}: site {site.name}: found layer {site.layer}, expected "
                 f"0..{num_layers - 1} ({model_config.model})"
             )
-        if site.d_model != width:
+        for hook in (site.hook, site.out_hook):
+            refuse_point(f"{prefix}: site {site.name}", hook)
+        if site.d_in != width:
             raise SteeringConfigError(
-                f"{prefix}: site {site.name}: found d_model {site.d_model}, expected "
+                f"{prefix}: site {site.name}: found d_in {site.d_in}, expected "
                 f"{width}, the hidden size of {model_config.model}"
             )
+
+
+def refuse_point(where: str, hook: HookPoint) -> None:
+    """Raise for a point that no model family has yet."""
+    if hook not in RESIDUAL_HOOKS:
+        known = ", ".join(sorted(RESIDUAL_HOOKS))
+        raise SteeringConfigError(
+            f"{where}: found {hook.value}, which no model family supports, expected "
+            f"one of {known}"
+        )
 
 
 def special_token_ids(model_config: Any) -> tuple[int, ...]:
@@ -210,7 +225,7 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
 
 def describe(module: ModuleInfo) -> str:
     """One line for the log: kind, sites, widths and digest."""
-    sites = ", ".join(f"{s.name} ({s.d_sae} x {s.d_model})" for s in module.sites)
+    sites = ", ".join(f"{s.name} ({s.d_sae} x {s.d_in})" for s in module.sites)
     return f"{module.kind}, {sites}, digest {module.digest[:12]}, from {module.path}"
 
 
@@ -252,9 +267,9 @@ def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:
         hook = given.get("hook")
         if type(hook) is not str or hook not in HOOK_ALIASES:
             raise SteeringConfigError(
-                f"{where}.hook: found {shown(hook)}, expected one of "
-                f"{', '.join(HOOK_ALIASES)}"
+                f"{where}.hook: found {shown(hook)}, expected one of {HOOK_NAMES}"
             )
+        refuse_point(f"{where}.hook", HOOK_ALIASES[hook])
         if ("width" in given) == ("vectors" in given):
             raise SteeringConfigError(f"{where}: expected either width or vectors")
         if "vectors" in given:

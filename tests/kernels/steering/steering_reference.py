@@ -83,7 +83,7 @@ def fill_slot(
     """Put a new random SAE into an existing slot: same addresses, other values."""
     w = slot.weights
     w.clear()
-    d_model = w.d_model
+    d_model = w.d_in
     generator = torch.Generator(DEVICE).manual_seed(int(torch.randint(1 << 30, ())))
 
     def normal(*shape: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ def run_and_check(
 ) -> torch.Tensor:
     """Apply a tier to a fresh random stream, compare, return what it wrote."""
     dtype = slot.weights.W_enc.dtype
-    before = make_stream(tokens, slot.weights.d_model, dtype, two_streams)
+    before = make_stream(tokens, slot.weights.d_in, dtype, two_streams)
     settle(slot, step, tier, stream(*before))
     hidden = before[0].clone()
     residual = None if before[1] is None else before[1].clone()

@@ -50,7 +50,7 @@ def canonical(weights: SAEWeights, site: SiteInfo, x: torch.Tensor) -> torch.Ten
 def new_weights(site: SiteInfo, spare: int = 0) -> SAEWeights:
     """Empty fp32 buffers for a site."""
     size = site.d_sae + spare
-    return SAEWeights(size, site.d_model, torch.float32, torch.device("cpu"))
+    return SAEWeights(size, site.d_in, torch.float32, torch.device("cpu"))
 
 
 def loaded(module: ModuleInfo) -> SAEWeights:

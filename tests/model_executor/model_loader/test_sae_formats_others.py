@@ -73,7 +73,7 @@ def test_gemma_scope_is_jumprelu_without_an_input_bias(
 
 def test_gemma_scope_has_its_layer_in_the_path(tmp_path: Path) -> None:
     path = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/l0_71")
-    assert inspect_module("m", str(path)).sites[0].name == "20.post_block"
+    assert inspect_module("m", str(path)).sites[0].name == "post_block.20"
 
 
 @pytest.mark.parametrize("folder", ["sae", "layer_4/width_16k/average_l0_71"])
@@ -84,7 +84,7 @@ def test_gemma_scope_without_its_kind_in_its_path_needs_a_site(
     with pytest.raises(ValueError, match="expected a layer, found none; name the site"):
         inspect_module("m", str(path))
     module = inspect_module("m", str(path), sites=["post_block.4"])
-    assert module.sites[0].name == "4.post_block"
+    assert module.sites[0].name == "post_block.4"
     assert torch.equal(loaded(module).b_dec, b_dec)
 
 
@@ -126,7 +126,7 @@ def test_gemma_scope_2_is_jumprelu_with_lower_case_names(tmp_path: Path) -> None
     path = gemma_scope_2(tmp_path)
     p = pre_activations(subtract=False)
     close(reconstruct(path), decode(p.relu() * (p > threshold.double())))
-    assert inspect_module("m", str(path)).sites[0].name == "9.post_block"
+    assert inspect_module("m", str(path)).sites[0].name == "post_block.9"
 
 
 def test_gemma_scope_2_without_a_configuration_has_its_layer_in_the_path(
@@ -134,13 +134,16 @@ def test_gemma_scope_2_without_a_configuration_has_its_layer_in_the_path(
 ) -> None:
     path = gemma_scope_2(tmp_path / "resid_post/layer_17_width_16k_l0_small")
     (path / "config.json").unlink()
-    assert inspect_module("m", str(path)).sites[0].name == "17.post_block"
+    assert inspect_module("m", str(path)).sites[0].name == "post_block.17"
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input"}, "residual"),
+        (
+            {"hf_hook_point_in": "model.layers.9.self_attn.o_proj.input"},
+            "a point of a layer",
+        ),
         ({"hf_hook_point_out": "model.layers.9.mlp.output"}, "transcoder"),
         ({"affine_connection": True}, "affine_connection: expected false"),
         ({"architecture": "topk"}, "architecture: expected jump_relu"),
@@ -254,7 +257,7 @@ def test_sparsify_selects_the_k_largest_after_relu(tmp_path: Path) -> None:
     path = sparsify(tmp_path / "layers.6")
     p = pre_activations(subtract=True).relu()
     close(reconstruct(path), decode(p * topk_mask(p, K)))
-    assert inspect_module("m", str(path)).sites[0].name == "6.post_block"
+    assert inspect_module("m", str(path)).sites[0].name == "post_block.6"
 
 
 @pytest.mark.parametrize(
@@ -360,7 +363,7 @@ def test_a_dictionary_without_a_layer_needs_a_site(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a layer, found none; name the site"):
         inspect_module("m", str(path))
     module = inspect_module("m", str(path), sites=["blocks.3.hook_resid_pre"])
-    assert module.sites[0].name == "3.pre_attn"
+    assert module.sites[0].name == "pre_attn.3"
 
 
 @pytest.mark.parametrize("name", ["CrossCoder", "IdentityDict", None])
@@ -399,8 +402,8 @@ def test_qwen_scope_selects_the_k_of_its_name(tmp_path: Path) -> None:
 def test_a_qwen_scope_repository_has_one_site_per_file(tmp_path: Path) -> None:
     root = qwen_scope(tmp_path / f"SAE-Res-Qwen3-8B-Base-W64K-L0_{K}", (10, 2))
     module = inspect_module("m", str(root))
-    assert [site.name for site in module.sites] == ["2.post_block", "10.post_block"]
-    chosen = inspect_module("m", str(root), sites=["10.post_block"])
+    assert [site.name for site in module.sites] == ["post_block.2", "post_block.10"]
+    chosen = inspect_module("m", str(root), sites=["post_block.10"])
     weights = new_weights(chosen.sites[0])
     load_site(chosen, chosen.sites[0], weights)
     p = pre_activations(subtract=False)
@@ -432,4 +435,4 @@ def test_goodfire_is_relu_without_an_input_bias(
     torch.save(state, path)
     close(reconstruct(path), decode(pre_activations(subtract=False).relu()))
     (site,) = inspect_module("m", str(tmp_path)).sites
-    assert (site.name, site.activation) == ("19.post_block", Activation.RELU)
+    assert (site.name, site.activation) == ("post_block.19", Activation.RELU)

@@ -209,7 +209,7 @@ def test_the_hook_name_gives_layer_and_hook(
     metadata = {"hook_name": f"blocks.11.hook_{name}"}
     save(tmp_path, base_tensors(), "standard", metadata=metadata)
     (site,) = inspect_module("m", str(tmp_path)).sites
-    assert (site.layer, site.hook, site.d_model, site.d_sae) == (11, hook, D, F)
+    assert (site.layer, site.hook, site.d_in, site.d_sae) == (11, hook, D, F)
 
 
 def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
     }
     write_json(tmp_path / "cfg.json", cfg)
     (site,) = inspect_module("m", str(tmp_path)).sites
-    assert (site.name, site.activation, site.k) == ("7.pre_attn", Activation.TOPK, K)
+    assert (site.name, site.activation, site.k) == ("pre_attn.7", Activation.TOPK, K)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
         ({"d_out": 4}, "d_out: expected nothing"),
         ({"activation_fn": "tanh-relu"}, "activation_fn: expected relu or topk"),
         (
-            {"metadata": {"hook_name": "blocks.3.attn.hook_z"}},
-            "hook_name: expected a point of the residual stream",
+            {"metadata": {"hook_name": "blocks.3.attn.hook_q"}},
+            "hook_name: expected a point of a layer",
         ),
         ({"d_in": D + 1}, f"d_in: expected {D}.*found {D + 1}"),
         ({"d_sae": True}, "d_sae: expected an integer >= 1, found True"),

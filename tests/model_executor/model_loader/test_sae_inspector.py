@@ -46,7 +46,7 @@ def sparse_vectors(path: Path, size: int) -> str:
     """A valid safetensors file of one vector whose data is a hole."""
     shape = [size // 4]
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({"layers.3.post_block": entry}).encode()
+    header = json.dumps({"post_block.3": entry}).encode()
     with path.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         stream.truncate(8 + len(header) + size)

@@ -46,7 +46,7 @@ def native(path: Path, **metadata: Any) -> Path:
 
 def rewrite(path: Path, name: str, value: torch.Tensor | None) -> None:
     """Replace or drop one tensor of a native directory's only file."""
-    file = path / "3.post_block.safetensors"
+    file = path / "post_block.3.safetensors"
     tensors = load_file(file)
     tensors.pop(name)
     if value is not None:
@@ -77,7 +77,7 @@ def test_a_native_directory_round_trips_bit_for_bit(
     load_site(module, module.sites[0], weights)
     for name, value in tensors.items():
         assert torch.equal(getattr(weights, name), value), name
-    stored = load_file(tmp_path / "3.post_block.safetensors")
+    stored = load_file(tmp_path / "post_block.3.safetensors")
     assert {name: value.dtype for name, value in stored.items()} == {
         name: value.dtype for name, value in tensors.items()
     }
@@ -104,7 +104,7 @@ def test_a_native_directory_states_all_that_was_written(tmp_path: Path) -> None:
     assert module.skip_token_ids == (0, 2)
     layout = read_layout("m", str(tmp_path))
     assert layout.model == "tiny"
-    assert layout.declared["3.post_block"] == {"fvu": 0.2, "l0": 31}
+    assert layout.declared["post_block.3"] == {"fvu": 0.2, "l0": 31}
 
 
 def test_each_site_loads_its_own_tensors(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_each_site_loads_its_own_tensors(tmp_path: Path) -> None:
         (lambda m: m.update(version=2), "version: expected 1, found 2"),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m.update(sites=[]), "sites: expected a list of at least one"),
-        (lambda m: m["sites"].append(m["sites"][0]), "3.post_block appears twice"),
-        (lambda m: m["sites"][0].update(hook="mlp"), "hook: expected one of resid_pre"),
+        (lambda m: m["sites"].append(m["sites"][0]), "post_block.3 appears twice"),
+        (lambda m: m["sites"][0].update(hook="mlp"), "hook: expected one of pre_attn"),
         (lambda m: m["sites"][0].update(layer=-1), "layer: expected an integer >= 0"),
         (lambda m: m["sites"][0].update(layer=True), "layer: expected an integer >= 0"),
         (lambda m: m["sites"][0].update(d_sae=F + 1), "W_enc: expected shape"),
@@ -165,7 +165,7 @@ def test_save_native_refuses_a_threshold_that_would_not_apply(
 
 
 def test_save_native_refuses_a_tensor_of_another_shape(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3.post_block: b_dec: expected floating \[8"):
+    with pytest.raises(ValueError, match=r"post_block.3: b_dec: expected floating \[8"):
         save_native(tmp_path, {SITE: {**sae_tensors(), "b_dec": torch.zeros(D + 1)}})
 
 
@@ -185,7 +185,7 @@ def test_headers_are_checked_without_loading(
     tmp_path: Path, name: str, value: torch.Tensor | None, message: str
 ) -> None:
     rewrite(native(tmp_path), name, value)
-    prefix = rf"^steering module 'm' \(.*\): 3.post_block.safetensors: {message}"
+    prefix = rf"^steering module 'm' \(.*\): post_block.3.safetensors: {message}"
     with pytest.raises(ValueError, match=prefix) as error:
         inspect_module("m", str(tmp_path))
     assert "\n" not in str(error.value)
@@ -237,7 +237,7 @@ def test_a_path_with_nothing_there_is_refused(tmp_path: Path) -> None:
         ({"skip_token_ids": [True]}, "skip_token_ids: expected token ids"),
         ({"norm_guard": 0}, "norm_guard: expected a finite positive number, found 0"),
         ({"norm_guard": 3.0}, "norm_guard: expected a module with a reference_norm"),
-        ({"sites": ["mlp.3"]}, "sites: expected a point of the residual stream"),
+        ({"sites": ["mlp.3"]}, "sites: expected a point of a layer"),
         ({"sites": []}, "sites: expected distinct sites"),
     ],
 )
@@ -269,7 +269,9 @@ def test_buffers_that_do_not_fit_are_refused(
 ) -> None:
     module = inspect_module("m", str(native(tmp_path)))
     weights = SAEWeights(d_sae, d_model, torch.float32, torch.device("cpu"))
-    with pytest.raises(ValueError, match=f"expected d_model {d_model} and d_sae of at"):
+    with pytest.raises(
+        ValueError, match=f"expected d_in {d_model}, d_out {d_model}, .* d_sae of at"
+    ):
         load_site(module, module.sites[0], weights)
 
 
@@ -395,13 +397,17 @@ def test_what_an_author_claims_does_not_change_the_digest(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "site"),
     [
-        ("20.post_block", (20, HookPoint.POST_BLOCK)),
         ("post_block.20", (20, HookPoint.POST_BLOCK)),
+        ("20.post_block", (20, HookPoint.POST_BLOCK)),
+        ("blocks.3.attn.hook_z", (3, HookPoint.ATTN_Z)),
+        ("blocks.3.ln2.hook_normalized", (3, HookPoint.MLP_IN)),
+        ("mlp_out.3", (3, HookPoint.MLP_OUT)),
         ("layers.0.resid_mid", (0, HookPoint.POST_ATTN)),
         ("blocks.7.hook_resid_pre", (7, HookPoint.PRE_ATTN)),
         ("model.language_model.layers.9.output", (9, HookPoint.POST_BLOCK)),
         ("transformer.h.3", (3, HookPoint.POST_BLOCK)),
-        ("blocks.7.hook_mlp_out", None),
+        ("blocks.7.hook_mlp_out", (7, HookPoint.MLP_OUT)),
+        ("blocks.7.mlp.hook_post", None),
         ("layers.5.mlp", None),
         ("-1.post_block", None),
         ("٣.post_block", None),
@@ -423,10 +429,12 @@ def test_a_list_of_sites_selects_among_several(tmp_path: Path) -> None:
     other = (9, HookPoint.PRE_ATTN)
     save_native(tmp_path, {SITE: sae_tensors(0), other: sae_tensors(50)})
     module = inspect_module("m", str(tmp_path), sites=["resid_pre.9"])
-    assert [site.name for site in module.sites] == ["9.pre_attn"]
+    assert [site.name for site in module.sites] == ["pre_attn.9"]
     assert torch.equal(loaded(module).b_dec, sae_tensors(50)["b_dec"])
-    with pytest.raises(ValueError, match="sites: expected one of 3.post_block, 9.pre"):
-        inspect_module("m", str(tmp_path), sites=["4.post_block"])
+    with pytest.raises(
+        ValueError, match="sites: expected one of post_block.3, pre_attn.9"
+    ):
+        inspect_module("m", str(tmp_path), sites=["post_block.4"])
 
 
 def save_sae_lens(path: Path, layer: int, seed: int) -> None:
@@ -445,7 +453,7 @@ def test_subdirectories_of_one_format_are_the_sites_of_one_module(
     save_sae_lens(tmp_path / "b", layer=2, seed=0)
     save_sae_lens(tmp_path / "a", layer=6, seed=50)
     module = inspect_module("m", str(tmp_path))
-    assert [site.name for site in module.sites] == ["2.post_block", "6.post_block"]
+    assert [site.name for site in module.sites] == ["post_block.2", "post_block.6"]
     weights = new_weights(module.sites[1])
     load_site(module, module.sites[1], weights)
     assert torch.equal(weights.W_enc, sae_tensors(50)["W_enc"])
@@ -454,7 +462,7 @@ def test_subdirectories_of_one_format_are_the_sites_of_one_module(
 def test_two_subdirectories_for_one_site_are_refused(tmp_path: Path) -> None:
     save_sae_lens(tmp_path / "a", layer=2, seed=0)
     save_sae_lens(tmp_path / "b", layer=2, seed=50)
-    with pytest.raises(ValueError, match="b: 2.post_block is also in a/sae_weights"):
+    with pytest.raises(ValueError, match="b: post_block.2 is also in a/sae_weights"):
         inspect_module("m", str(tmp_path))
 
 

@@ -42,13 +42,13 @@ def test_a_safetensors_file_has_one_vector_per_site(tmp_path: Path) -> None:
     ("tensors", "metadata", "message"),
     [
         ({"happy": tensor(D, seed=0)}, None, "happy: expected one tensor for each"),
-        ({"2.pre_attn": tensor(1, D, seed=0)}, None, "2.pre_attn: expected a vector"),
+        ({"pre_attn.2": tensor(1, D, seed=0)}, None, "pre_attn.2: expected a vector"),
         (
-            {"2.pre_attn": tensor(D, seed=0), "2.resid_pre": tensor(D, seed=1)},
+            {"pre_attn.2": tensor(D, seed=0), "resid_pre.2": tensor(D, seed=1)},
             None,
             "expected one tensor for each site",
         ),
-        ({"2.pre_attn": torch.ones(D).int()}, None, "2.pre_attn: expected a floating"),
+        ({"pre_attn.2": torch.ones(D).int()}, None, "pre_attn.2: expected a floating"),
         (VECTORS, {"format": "other"}, "format: expected 'vllm-steering-vectors'"),
         ({}, None, "expected steering vectors, found none"),
     ],
@@ -65,14 +65,14 @@ def test_a_file_that_is_not_of_vectors_is_refused(
 
 
 def test_a_vector_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    save_file({"2.pre_attn": torch.full((D,), torch.nan)}, tmp_path / "v.safetensors")
+    save_file({"pre_attn.2": torch.full((D,), torch.nan)}, tmp_path / "v.safetensors")
     module = inspect_module("m", str(tmp_path / "v.safetensors"))
-    with pytest.raises(ValueError, match="2.pre_attn: expected finite"):
+    with pytest.raises(ValueError, match="pre_attn.2: expected finite"):
         load_vectors(module, module.sites[0])
 
 
 def test_vectors_are_no_sae(tmp_path: Path) -> None:
-    save_file({"2.pre_attn": torch.ones(D)}, tmp_path / "v.safetensors")
+    save_file({"pre_attn.2": torch.ones(D)}, tmp_path / "v.safetensors")
     module = inspect_module("m", str(tmp_path / "v.safetensors"))
     with pytest.raises(ValueError, match="expected an SAE, found a steering vector"):
         load_site(module, module.sites[0], new_weights(module.sites[0]))
@@ -97,7 +97,7 @@ def test_a_control_vector_is_added_to_the_output_of_its_layers(tmp_path: Path) -
     names = ["direction.11", "direction.3"]
     path = control_vector(tmp_path / "happy.gguf", "controlvector", names)
     module = inspect_module("m", str(path))
-    assert [site.name for site in module.sites] == ["3.post_block", "11.post_block"]
+    assert [site.name for site in module.sites] == ["post_block.3", "post_block.11"]
     assert torch.equal(load_vectors(module, module.sites[0]), tensor(D, seed=1))
     assert torch.equal(load_vectors(module, module.sites[1]), tensor(D, seed=0))
 

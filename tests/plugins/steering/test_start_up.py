@@ -117,7 +117,17 @@ def test_a_layer_the_model_lacks_is_refused(vllm_config: Any, tmp_path: Path) ->
 def test_another_width_is_refused(vllm_config: Any, tmp_path: Path) -> None:
     path = write_sae(tmp_path / "sae", d_model=48)
     message = refusal(vllm_config, {"modules": {"bridge": str(path)}})
-    for part in ("bridge", "d_model 48", f"expected {models.HIDDEN}"):
+    for part in ("bridge", "d_in 48", f"expected {models.HIDDEN}"):
+        assert part in message
+
+
+def test_a_point_that_no_family_supports_is_refused(
+    vllm_config: Any, tmp_path: Path
+) -> None:
+    path = write_sae(tmp_path / "sae")
+    site = {"path": str(path), "sites": ["blocks.1.attn.hook_z"]}
+    message = refusal(vllm_config, {"modules": {"bridge": site}})
+    for part in ("bridge", "attn_z.1", "expected one of post_attn, post_block"):
         assert part in message
 
 

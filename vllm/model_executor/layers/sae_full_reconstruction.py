@@ -2,8 +2,10 @@
 """SAE full reconstruction: the stream becomes what the SAE says it is.
 
 `x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]`: Golden Gate Claude
-(Templeton et al. 2024) with the error term dropped. `steering_reference` defines it;
-a GPU backend computes the same.
+(Templeton et al. 2024) with the error term dropped. A transcoder reads `x` at one point
+and its output, with `W_skip x` added where it has a skip connection, replaces what the
+MLP writes at another (Dunefsky et al. 2024, Paulo et al. 2025). `steering_reference`
+defines it; a GPU backend computes the same.
 """
 
 from __future__ import annotations
@@ -19,19 +21,28 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 
 def apply_layer_sae_full_reconstruction(
-    site: SteeringSite, hidden: torch.Tensor, residual: torch.Tensor | None
+    site: SteeringSite,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
-    """Full reconstruction alone at a site; `hidden`, `residual` `[T, D]`, in place."""
-    torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, site.name)
+    """Full reconstruction alone at a site, in place.
+
+    Arguments as of `apply_layer_steering`.
+    """
+    torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, site.name, source)
 
 
 def apply_sae_full_reconstruction(
-    hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    site_name: str,
+    source: torch.Tensor | None = None,
 ) -> None:
     """The full tier at a site. A token's row names one module, so order is free."""
     site = get_site(site_name)
     for slot in site.saes:
-        site.backend.full_reconstruction(slot, hidden, residual)
+        site.backend.full_reconstruction(slot, hidden, residual, source)
 
 
 direct_register_custom_op(

@@ -181,7 +181,7 @@ def _pipeline(
     topk: bool,
 ) -> None:
     """The four stages, chunk after chunk."""
-    _check(hidden, residual, slot.weights.d_model)
+    _check(hidden, residual, slot.weights.d_in)
     tokens = hidden.shape[0]
     if tokens == 0:
         return
@@ -241,7 +241,7 @@ def warm_up(
             d_model = (
                 slot.directions.shape[1]
                 if isinstance(slot, VectorSlot)
-                else slot.weights.d_model
+                else slot.weights.d_in
             )
             shape = (tokens, d_model)
             hidden = torch.zeros(shape, dtype=dtype, device=step.index.device)

@@ -2,7 +2,8 @@
 """The SAE delta tier: clamp features and keep what the SAE does not explain.
 
 `x' = x + sum_c (g_c - f_c) W_dec[c]` is Templeton et al. 2024, "Scaling
-Monosemanticity", with the SAE's error term added back.
+Monosemanticity", with the SAE's error term added back. For a transcoder `x` is what the
+MLP truly wrote, and `f` comes from what it read.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 
 def apply_sae_clamp(
-    hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    site_name: str,
+    source: torch.Tensor | None = None,
 ) -> None:
     """The delta tier at a site, module after module in registration order."""
     site = get_site(site_name)
     for slot in site.saes:
-        site.backend.sae_clamp(slot, hidden, residual)
+        site.backend.sae_clamp(slot, hidden, residual, source)
 
 
 direct_register_custom_op(

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from vllm.config.steering import Activation, HookPoint, Tier
+from vllm.config.steering import Activation, HookPoint, Tier, site_name
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
@@ -61,25 +61,35 @@ class SiteKey:
     @property
     def name(self) -> str:
         """The key under which the forward context knows the site."""
-        return f"steering.{self.layer}.{self.hook.value}"
+        return f"steering.{site_name(self.hook, self.layer)}"
 
 
 class SteeringBackend(Protocol):
     """What computes the tiers on a device; one per worker, shared by its sites.
 
-    Each call edits `hidden [T, D]` and `residual [T, D]` (None for single-stream
-    layers) in place for the slot's active tokens and touches no other token's bits.
+    Each call edits `hidden [T, d_out]` and `residual [T, d_out]` (None where the point
+    is one tensor) in place for the slot's active tokens and touches no other token's
+    bits. `source [T, d_in]` is what a transcoder's encoder reads; None for an SAE,
+    which reads the point that it writes.
     """
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
         """Before a forward: `flags[t] = skip_bits[token_ids[t]]`, 0 for unknown ids."""
 
     def full_reconstruction(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None: ...
 
     def sae_clamp(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None: ...
 
     def steering_vectors(
@@ -127,26 +137,39 @@ def get_site(name: str) -> SteeringSite:
 
 
 def apply_layer_steering(
-    site: SteeringSite, hidden: torch.Tensor, residual: torch.Tensor | None
+    site: SteeringSite,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
-    """Edit the residual stream at a site, in place: additive, delta, then full.
+    """Edit the activations at a site, in place: additive, delta, then full.
 
-    The stream is `hidden + residual` (`hidden` alone where `residual` is None), both
-    `[T, D]`. An edited token is written back exactly (`residual := x'`,
-    `hidden := 0`); another token's bits do not change.
+    They are `hidden + residual` (`hidden` alone where `residual` is None), both
+    `[T, d_out]`. An edited token is written back exactly (`residual := x'`,
+    `hidden := 0`); another token's bits do not change. `source [T, d_in]` is what the
+    encoders of a transcoder's site read; None: they read what they edit.
     """
     name = site.name
     if site.has_vectors:
         torch.ops.vllm.apply_steering_vectors(hidden, residual, name)
     if site.has_saes:
-        torch.ops.vllm.apply_sae_clamp(hidden, residual, name)
-        torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name)
+        torch.ops.vllm.apply_sae_clamp(hidden, residual, name, source)
+        torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name, source)
 
 
 def edits_in_place(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    site_name: str,
+    source: torch.Tensor | None = None,
+) -> None:
+    """The fake of both SAE tiers' ops: nothing is returned, shapes do not change."""
+
+
+def edits_vectors_in_place(
     hidden: torch.Tensor, residual: torch.Tensor | None, site_name: str
 ) -> None:
-    """The fake of every tier's op: nothing is returned, shapes do not change."""
+    """The fake of the additive tier's op; as `edits_in_place`."""
 
 
 def apply_steering_vectors(
@@ -162,5 +185,5 @@ direct_register_custom_op(
     op_name="apply_steering_vectors",
     op_func=apply_steering_vectors,
     mutates_args=["hidden", "residual"],
-    fake_impl=edits_in_place,
+    fake_impl=edits_vectors_in_place,
 )

@@ -158,14 +158,18 @@ def _sae_tokens(
     step: StepState,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Slices of (tokens, rows, stream) that an SAE tier edits."""
+    """Slices of (tokens, rows, what the encoder reads) that an SAE tier edits."""
     index = step.index[tier, : hidden.shape[0]]
     tokens = select_tokens(table, index, step, slot.weights)
     dtype = _compute_dtype(slot.weights.W_enc)
     slices = []
     for part in tokens.split(TOKEN_SLICE):
-        x = gather_stream(part, hidden, residual).to(dtype)
+        if source is None:
+            x = gather_stream(part, hidden, residual).to(dtype)
+        else:
+            x = source[part].to(dtype)
         keep = within_norm(slot.weights, x)
         if not keep.all():
             part, x = part[keep], x[keep]
@@ -179,16 +183,24 @@ def full_reconstruction(
     step: StepState,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
-    """`x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]`, in place."""
+    """`x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]`, in place.
+
+    A transcoder's `f` comes from `source`, and `W_skip source` is added.
+    """
     weights, table = slot.weights, slot.full
     dtype = _compute_dtype(weights.W_dec)
-    for tokens, rows, x in _sae_tokens(slot, table, Tier.FULL, step, hidden, residual):
+    for tokens, rows, x in _sae_tokens(
+        slot, table, Tier.FULL, step, hidden, residual, source
+    ):
         acts = encode(weights, x)
         features = table.feature[rows].long()
         changes = clamp_changes(table, rows, acts.gather(1, features))
         acts.scatter_add_(1, features, changes)
-        out = weights.b_dec.to(dtype).expand(x.shape).clone()
+        out = weights.b_dec.to(dtype).repeat(x.shape[0], 1)
+        if weights.W_skip is not None:
+            out += x @ weights.W_skip.to(dtype).T
         for start in range(0, weights.d_sae_capacity, FEATURE_SLICE):
             part = slice(start, start + FEATURE_SLICE)
             out += acts[:, part] @ weights.W_dec[part].to(dtype)
@@ -200,18 +212,23 @@ def sae_clamp(
     step: StepState,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
-    """`x' = x + sum_c (g_c - f_c) W_dec[c]`, in place.
+    """`x' = x + sum_c (g_c - f_c) W_dec[c]`, in place; `f` of `source` if given.
 
     `clamp_activations` says what of the encoder is read.
     """
     weights, table = slot.weights, slot.delta
     dtype = _compute_dtype(weights.W_dec)
-    for tokens, rows, x in _sae_tokens(slot, table, Tier.DELTA, step, hidden, residual):
+    for tokens, rows, x in _sae_tokens(
+        slot, table, Tier.DELTA, step, hidden, residual, source
+    ):
         changes = clamp_changes(table, rows, clamp_activations(weights, table, rows, x))
         used, place = table.feature[rows].long().unique(return_inverse=True)
         coefficients = x.new_zeros(x.shape[0], used.numel())
         coefficients.scatter_add_(1, place, changes)
+        if source is not None:
+            x = gather_stream(tokens, hidden, residual).to(dtype)
         out = x + coefficients @ weights.W_dec[used].to(dtype)
         write_stream(tokens, out, hidden, residual)
 
@@ -252,14 +269,22 @@ class ReferenceBackend:
         self.step.bypassed += ((rows != 0).any(0) & (flags != 0)).sum()
 
     def full_reconstruction(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
-        full_reconstruction(slot, self.step, hidden, residual)
+        full_reconstruction(slot, self.step, hidden, residual, source)
 
     def sae_clamp(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
-        sae_clamp(slot, self.step, hidden, residual)
+        sae_clamp(slot, self.step, hidden, residual, source)
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None

@@ -92,18 +92,21 @@ class ClampTable(nn.Module):
 
 
 class SAEWeights(nn.Module):
-    """One canonical SAE: `p = x W_enc^T + b_enc`, `f = act(p)`, `x' = f W_dec + b_dec`.
+    """One canonical SAE or transcoder: `p = x W_enc^T + b_enc`, `f = act(p)`,
+    `y = f W_dec + b_dec (+ W_skip x)`.
 
     Buffers (F is the slot's capacity; features past `d_sae` can never fire):
-        W_enc, W_dec: `[F, D]` in the model's dtype, rows are features.
+        W_enc: `[F, d_in]` in the model's dtype, rows are features.
+        W_dec: `[F, d_out]`, likewise.
         b_enc, threshold: float32 `[F]`; `f = p` where `p > max(threshold, 0)`.
-        b_dec: float32 `[D]`.
+        b_dec: float32 `[d_out]`.
+        W_skip: `[d_out, d_in]` in the model's dtype, or None: no skip connection.
         meta: int32, columns of `MetaField`.
-        norm_limit: float32 `[1]`; a token with a larger L2 norm is left untouched
-            (infinity: no limit).
+        norm_limit: float32 `[1]`; a token whose `x` has a larger L2 norm is left
+            untouched (infinity: no limit).
 
-    TopK keeps the k largest `p` (ties: lowest index), clipped at zero if TOPK_RELU;
-    its threshold is unused.
+    An SAE has `d_out = d_in` and writes where it reads. TopK keeps the k largest `p`
+    (ties: lowest index), clipped at zero if TOPK_RELU; its threshold is unused.
     """
 
     W_enc: torch.Tensor
@@ -111,34 +114,55 @@ class SAEWeights(nn.Module):
     threshold: torch.Tensor
     W_dec: torch.Tensor
     b_dec: torch.Tensor
+    W_skip: torch.Tensor | None
     meta: torch.Tensor
     norm_limit: torch.Tensor
 
     def __init__(
-        self, d_sae: int, d_model: int, dtype: torch.dtype, device: torch.device
+        self,
+        d_sae: int,
+        d_in: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        d_out: int | None = None,
+        has_skip: bool = False,
     ):
         super().__init__()
         self.d_sae_capacity = d_sae
-        self.d_model = d_model
+        self.d_in = d_in
+        self.d_out = d_in if d_out is None else d_out
         f32 = torch.float32
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "W_enc": ((d_sae, d_model), dtype),
+            "W_enc": ((d_sae, d_in), dtype),
             "b_enc": ((d_sae,), f32),
             "threshold": ((d_sae,), f32),
-            "W_dec": ((d_sae, d_model), dtype),
-            "b_dec": ((d_model,), f32),
+            "W_dec": ((d_sae, self.d_out), dtype),
+            "b_dec": ((self.d_out,), f32),
             "meta": ((len(MetaField),), torch.int32),
             "norm_limit": ((1,), f32),
         }
+        if has_skip:
+            shapes["W_skip"] = ((self.d_out, d_in), dtype)
+        else:
+            self.register_buffer("W_skip", None, persistent=False)
         for name, (shape, kind) in shapes.items():
             tensor = torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, tensor, persistent=False)
         self.clear()
 
+    @classmethod
+    def for_site(
+        cls, site: SiteInfo, dtype: torch.dtype, device: torch.device
+    ) -> SAEWeights:
+        """Empty buffers that exactly fit a site."""
+        return cls(site.d_sae, site.d_in, dtype, device, site.out_width, site.has_skip)
+
     def clear(self) -> None:
         """Make every feature silent: an empty slot edits nothing it could emit."""
         for tensor in (self.W_enc, self.W_dec, self.b_dec, self.meta):
             tensor.zero_()
+        if self.W_skip is not None:
+            self.W_skip.zero_()
         self.b_enc.fill_(float("-inf"))
         self.threshold.fill_(float("inf"))
         self.norm_limit.fill_(float("inf"))
@@ -156,6 +180,9 @@ class SAEWeights(nn.Module):
         self.b_enc[d_sae:].fill_(float("-inf"))
         self.threshold[d_sae:].fill_(float("inf"))
         self.b_dec.copy_(staged.b_dec)
+        if self.W_skip is not None:
+            assert staged.W_skip is not None
+            self.W_skip.copy_(staged.W_skip)
 
     def set_meta(
         self, site: SiteInfo, skip_mask: int, norm_limit: float | None
@@ -205,7 +232,8 @@ class SAESlot(nn.Module):
     """One SAE at one site, with its rows for the delta and full tiers.
 
     `activations` lists the kinds of module that the slot may ever hold; a slot with
-    TopK and a threshold activation decides by `meta` on the device.
+    TopK and a threshold activation decides by `meta` on the device. `reads_source`
+    says that it is a transcoder's: its encoder reads another point than it writes.
     """
 
     def __init__(
@@ -214,9 +242,11 @@ class SAESlot(nn.Module):
         num_rows: int,
         max_clamps: int,
         activations: frozenset[Activation],
+        reads_source: bool = False,
     ):
         super().__init__()
         self.weights = weights
+        self.reads_source = reads_source
         self.activations = activations
         device = weights.W_enc.device
         self.delta = ClampTable(num_rows, max_clamps, device)

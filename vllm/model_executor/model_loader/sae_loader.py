@@ -327,7 +327,7 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
     Args:
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
-        into: buffers with `d_model` equal and at least `d_sae` features, on any
+        into: buffers of the site's widths with at least `d_sae` features, on any
             device. Features past `d_sae` and `meta` are left as they are.
 
     Raises:
@@ -337,12 +337,7 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
     with _open_site(module, site) as (location, layout):
         if not isinstance(layout, SAELayout):
             raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
-        capacity = (into.d_sae_capacity, into.d_model)
-        if site.d_model != into.d_model or site.d_sae > into.d_sae_capacity:
-            raise LayoutError(
-                f"{site.name}: expected d_model {capacity[1]} and d_sae of at most "
-                f"{capacity[0]}, found d_model {site.d_model} and d_sae {site.d_sae}"
-            )
+        _check_room(site, into)
         with (
             open_tensors(_file(location, layout)) as tensors,
             tqdm(
@@ -354,6 +349,18 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
             ) as bar,
         ):
             fold_sae(layout, tensors, into, bar.update)
+
+
+def _check_room(site: SiteInfo, into: SAEWeights) -> None:
+    room = (into.d_in, into.d_out, into.W_skip is not None)
+    found = (site.d_in, site.out_width, site.has_skip)
+    if found != room or site.d_sae > into.d_sae_capacity:
+        raise LayoutError(
+            f"{site.name}: expected d_in {room[0]}, d_out {room[1]}, skip connection "
+            f"{room[2]} and d_sae of at most {into.d_sae_capacity}, found d_in "
+            f"{found[0]}, d_out {found[1]}, skip connection {found[2]} and d_sae "
+            f"{site.d_sae}"
+        )
 
 
 def load_vectors(module: ModuleInfo, site: SiteInfo) -> torch.Tensor:

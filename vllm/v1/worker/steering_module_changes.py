@@ -95,7 +95,7 @@ class HotModules:
                 if isinstance(place, VectorPlace):
                     change.weights[at] = load_vectors(change.new, site)
                     continue
-                staged = SAEWeights(site.d_sae, site.d_model, self.modules.dtype, CPU)
+                staged = SAEWeights.for_site(site, self.modules.dtype, CPU)
                 load_site(change.new, site, staged)
                 change.weights[at] = staged
                 change.scales[at] = unit_scale(change.new, staged)

@@ -49,8 +49,8 @@ def test_inspect_shows_sites_folds_and_digest(
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
     assert inspect_module("m", str(path)).digest in out
-    assert "2.post_attn" in out
-    assert "d_model 8, d_sae 24, jumprelu" in out
+    assert "post_attn.2" in out
+    assert "d_in 8, d_sae 24, jumprelu" in out
     assert "gate into threshold and W_enc" in out
     assert "input bias into b_enc" in out
 
@@ -80,7 +80,7 @@ def test_convert_writes_the_folded_sae(tmp_path: Path) -> None:
     path = gated(tmp_path / "sae")
     assert main(["convert", str(path), str(tmp_path / "out")]) == 0
     source = load_file(path / "sae_weights.safetensors")
-    found = load_file(tmp_path / "out/2.post_attn.safetensors")
+    found = load_file(tmp_path / "out/post_attn.2.safetensors")
     gain = source["r_mag"].exp()
     torch.testing.assert_close(found["W_enc"], source["W_enc"].T * gain[:, None])
     torch.testing.assert_close(
@@ -97,7 +97,7 @@ def test_convert_to_16_bit_changes_the_matrices_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["convert", str(path), str(out), "--dtype", "bfloat16"]
     assert main([*arguments, "--site", "post_block.7"]) == 0
-    found = load_file(out / "7.post_block.safetensors")
+    found = load_file(out / "post_block.7.safetensors")
     kinds = {name: value.dtype for name, value in found.items()}
     assert kinds.pop("W_enc") == kinds.pop("W_dec") == torch.bfloat16
     assert set(kinds.values()) == {torch.float32}

@@ -21,7 +21,7 @@ from vllm.entrypoints.cli.steering.probe import WINDOW, windows
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODEL, SAE = str(EXAMPLE / "model"), str(EXAMPLE / "sae")
 sys.path.insert(0, str(EXAMPLE))
 corpus: Any = importlib.import_module("corpus")
@@ -73,7 +73,7 @@ def test_the_demo_fits_as_hugging_face_and_its_readme_say(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     l0, fvu, bypassed = oracle
-    site = probed(capsys, SAE, "--text", text)["1.post_block"]
+    site = probed(capsys, SAE, "--text", text)["post_block.1"]
     assert site["fit"]["fvu"] == pytest.approx(fvu, rel=1e-3)
     assert site["fit"]["l0"] == pytest.approx(l0, rel=1e-3)
     assert site["bypassed"] == bypassed > 1
@@ -82,7 +82,7 @@ def test_the_demo_fits_as_hugging_face_and_its_readme_say(
     assert abs(site["fit"]["fvu"] - stated["fvu"]) < 0.02
     assert site["warnings"] == []
     # The same SAE at other layers, which it was not trained on.
-    assert set(site["nearby"]) == {"0.post_block", "2.post_block", "3.post_block"}
+    assert set(site["nearby"]) == {"post_block.0", "post_block.2", "post_block.3"}
     assert min(site["nearby"].values()) > 3 * site["fit"]["fvu"]
 
 
@@ -92,8 +92,8 @@ def test_a_wrong_layer_is_flagged_and_the_right_one_named(
     text: str, layer: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--text", text, "--site", f"post_block.{layer}"]
-    site = probed(capsys, SAE, *arguments, status=1)[f"{layer}.post_block"]
-    assert "fits 1.post_block better" in site["warnings"][-1]
+    site = probed(capsys, SAE, *arguments, status=1)[f"post_block.{layer}"]
+    assert "fits post_block.1 better" in site["warnings"][-1]
     hopeless = any("explains next to nothing" in line for line in site["warnings"])
     assert hopeless == (layer == 3)
 
@@ -119,15 +119,15 @@ def test_every_site_is_held_against_its_own_claims(
     assert main(["probe", str(native), "--text", text, *common]) == 1
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:4]}
-    assert rows["1.post_block"][3::2] == ["0.025", "13"]
-    assert rows["2.pre_attn"][:3] == rows["1.post_block"][:3]
-    assert rows["2.pre_attn"][3::2] == ["0.025", "100"]
-    assert float(rows["1.post_attn"][2]) > 2 * float(rows["1.post_block"][2])
-    assert rows["1.post_attn"][5] == "-"
+    assert rows["post_block.1"][3::2] == ["0.025", "13"]
+    assert rows["pre_attn.2"][:3] == rows["post_block.1"][:3]
+    assert rows["pre_attn.2"][3::2] == ["0.025", "100"]
+    assert float(rows["post_attn.1"][2]) > 2 * float(rows["post_block.1"][2])
+    assert rows["post_attn.1"][5] == "-"
     warnings = [line for line in lines if line.startswith("warning: ")]
-    assert not [line for line in warnings if "1.post_block: " in line]
-    assert [line for line in warnings if "2.pre_attn: L0" in line]
-    assert [line for line in warnings if "1.post_attn: FVU" in line]
+    assert not [line for line in warnings if "post_block.1: " in line]
+    assert [line for line in warnings if "pre_attn.2: L0" in line]
+    assert [line for line in warnings if "post_attn.1: FVU" in line]
 
 
 @pytest.mark.engine
@@ -233,12 +233,12 @@ def test_a_site_is_judged_by_its_claims_and_its_surroundings(
     nearby: dict[str, float],
     expected: str | None,
 ) -> None:
-    found = judge("1.post_block", Fit(100, *fit), declared, nearby)
+    found = judge("post_block.1", Fit(100, *fit), declared, nearby)
     if expected is None:
         assert found == []
     else:
         (warning,) = found
-        assert warning.startswith("1.post_block: ") and expected in warning
+        assert warning.startswith("post_block.1: ") and expected in warning
 
 
 def test_every_prompt_begins_as_the_text_does() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
+from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
@@ -46,10 +47,7 @@ def describe_folds(layout: SAELayout) -> list[str]:
 
 def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
     """Memory of one site's weights with matrices of `itemsize` bytes an element."""
-    if kind == "vectors":
-        return 4 * site.d_model
-    matrices = 2 * site.d_sae * site.d_model * itemsize
-    return matrices + 4 * (2 * site.d_sae + site.d_model)
+    return 4 * site.d_in if kind == "vectors" else sae_bytes(site, itemsize)
 
 
 def report(module: ModuleInfo, layout: ModuleLayout) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
         activation = shown["activation"] + (f" k={shown['k']}" if shown["k"] else "")
         size = shown["bytes_16_bit"] / 2**20
         print(
-            f"{shown['name']:15}d_model {shown['d_model']}, d_sae {shown['d_sae']}, "
+            f"{shown['name']:15}d_in {shown['d_in']}, d_sae {shown['d_sae']}, "
             f"{activation}, {size:.1f} MiB in 16 bit"
         )
         for fold in shown["folds"]:
@@ -114,7 +112,7 @@ class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
     def __getitem__(self, key: SiteName) -> Mapping[str, Any]:
         site = self._sites[key]
         cpu = torch.device("cpu")
-        weights = SAEWeights(site.d_sae, site.d_model, self._dtype, cpu)
+        weights = SAEWeights.for_site(site, self._dtype, cpu)
         load_site(self._module, site, weights)
         content: dict[str, Any] = {
             "W_enc": weights.W_enc,
@@ -124,6 +122,10 @@ class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
             "activation": site.activation,
             **self._declared.get(site.name, {}),
         }
+        if site.is_transcoder:
+            content["hook_out"] = site.out_hook
+        if weights.W_skip is not None:
+            content["W_skip"] = weights.W_skip
         if site.activation is Activation.JUMPRELU:
             content["threshold"] = weights.threshold
         if site.activation is Activation.TOPK:

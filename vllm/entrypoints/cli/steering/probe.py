@@ -26,6 +26,7 @@ from vllm.config.steering import (
     ModuleInfo,
     SiteInfo,
     get_steering_config,
+    site_name,
 )
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.model_executor.layers.steering import (
@@ -84,12 +85,20 @@ class _Recorder:
         """Plain requests have no use for the bypass flags."""
 
     def full_reconstruction(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
         self._record(hidden, residual)
 
     def sae_clamp(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
         """Sees what `full_reconstruction` sees."""
 
@@ -210,7 +219,7 @@ def install_recorders(
         if key in recorders or key.layer not in layers:
             continue
         device = weights[next(iter(weights))].W_enc.device
-        slot = VectorSlot(1, module.sites[0].d_model, 1, 1, device)
+        slot = VectorSlot(1, module.sites[0].d_in, 1, 1, device)
         recorders[key] = _Recorder()
         step = StepState(1, device)
         site = SteeringSite(key, [], slot, step, recorders[key])
@@ -317,9 +326,7 @@ def _probe_site(
         fit=fit,
         bypassed=read.numel() - fit.tokens,
         declared=declared,
-        nearby={
-            f"{key.layer}.{key.hook.value}": near.fvu for key, near in fits.items()
-        },
+        nearby={site_name(key.hook, key.layer): near.fvu for key, near in fits.items()},
     )
 
 

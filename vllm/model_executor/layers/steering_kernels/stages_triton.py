@@ -48,12 +48,12 @@ def compact(run: Run, base: int) -> None:
         tokens,
         base,
         buffers.plan.rows,
-        D=weights.d_model,
+        D=weights.d_in,
         HAS_RESIDUAL=residual is not None,
         GATE=run.gate,
         PER_PROGRAM=per_program,
         SCAN=256 if tokens <= 256 else 1024,
-        BLOCK_D=min(next_power_of_2(weights.d_model), 2048),
+        BLOCK_D=min(next_power_of_2(weights.d_in), 2048),
         num_warps=4,
         **pdl_options(hidden.device),
     )
@@ -81,7 +81,7 @@ def encode(run: Run, base: int) -> None:
     rows = buffers.plan.rows
     plan = plan_encode(rows, item)
     multiprocessors, has_tma, _ = device_facts(weights.W_enc.device)
-    tma = has_tma and item == 2 and weights.d_model * item % 16 == 0
+    tma = has_tma and item == 2 and weights.d_in * item % 16 == 0
     *operands, tiles = _operands(slot, buffers, plan, tma)
     work = cdiv(weights.d_sae_capacity, plan.block_f) * cdiv(rows, tiles[-1])
     resident = multiprocessors * plan.programs_per_sm
@@ -96,7 +96,7 @@ def encode(run: Run, base: int) -> None:
         rows,
         weights.d_sae_capacity,
         buffers.plan.capacity,
-        D=weights.d_model,
+        D=weights.d_in,
         BF=plan.block_f,
         BK=plan.block_k,
         BT_NARROW=tiles[0],
@@ -166,8 +166,8 @@ def combine(run: Run, base: int) -> None:
     hidden, residual = run.hidden, run.residual
     weights = run.slot.weights
     rows = buffers.plan.rows
-    block_d = min(next_power_of_2(weights.d_model), COMBINE_SLICE)
-    work = rows * cdiv(weights.d_model, block_d)
+    block_d = min(next_power_of_2(weights.d_in), COMBINE_SLICE)
+    work = rows * cdiv(weights.d_in, block_d)
     combine_kernel[(min(work, device_facts(hidden.device)[0] * 12),)](
         run.index,
         table.packed,
@@ -194,7 +194,7 @@ def combine(run: Run, base: int) -> None:
         rows,
         weights.d_sae_capacity,
         buffers.plan.capacity,
-        D=weights.d_model,
+        D=weights.d_in,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         DELTA=run.tier is Tier.DELTA,

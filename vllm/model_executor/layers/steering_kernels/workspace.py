@@ -75,7 +75,7 @@ class SteeringWorkspace:
                 plan = self.plan(slot, max_tokens, topk)
                 rows = max(rows, plan.rows)
                 item = w.W_enc.element_size()
-                x_bytes = max(x_bytes, plan.rows * w.d_model * item)
+                x_bytes = max(x_bytes, plan.rows * w.d_in * item)
                 coef_bytes = max(coef_bytes, plan.rows * slot.full.max_clamps * 4)
                 shared = self._shared_bytes(slot, max_tokens, topk)
                 shared_bytes = max(shared_bytes, shared)
@@ -101,7 +101,7 @@ class SteeringWorkspace:
         w = slot.weights
         return plan_chunks(
             tokens,
-            w.d_model,
+            w.d_in,
             w.d_sae_capacity,
             slot.full.max_clamps,
             w.W_enc.element_size(),
@@ -150,7 +150,7 @@ class SteeringWorkspace:
         scores_shape = (plan.rows, w.d_sae_capacity) if topk else (1, 1)
         return StageBuffers(
             plan,
-            view(self._x, w.W_enc.dtype, plan.rows, w.d_model),
+            view(self._x, w.W_enc.dtype, plan.rows, w.d_in),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),

@@ -95,30 +95,39 @@ def check_sae(layout: SAELayout, tensors: TensorFile) -> None:
     Raises:
         LayoutError: naming file, tensor, what was expected and what was found.
     """
-    F, D = layout.site.d_sae, layout.site.d_model
-    for matrix in (layout.W_enc, layout.W_dec):
-        _info_of(tensors, matrix.name)
-        _expect(tensors, matrix.name, ((D, F) if matrix.features_last else (F, D),))
+    F, d_in, d_out = layout.site.d_sae, layout.site.d_in, layout.site.out_width
+    _expect_matrix(tensors, layout.W_enc, F, d_in)
+    _expect_matrix(tensors, layout.W_dec, F, d_out)
+    if layout.W_skip is not None:
+        _expect_matrix(tensors, layout.W_skip, d_out, d_in)
     gate = layout.gate
     encoder_biases = (gate.r_mag, gate.b_mag, gate.b_gate) if gate else (layout.b_enc,)
     for name in encoder_biases:
         if name is not None:
             _expect(tensors, name, ((F,),))
     if layout.b_dec is not None:
-        _expect(tensors, layout.b_dec, ((D,),))
+        _expect(tensors, layout.b_dec, ((d_out,),))
     if isinstance(layout.threshold, str):
         _expect(tensors, layout.threshold, ((F,), (1,), ()))
 
 
+def _expect_matrix(
+    tensors: TensorFile, matrix: Matrix, rows: int, columns: int
+) -> None:
+    _info_of(tensors, matrix.name)
+    shape = (columns, rows) if matrix.features_last else (rows, columns)
+    _expect(tensors, matrix.name, (shape,))
+
+
 def check_vector(layout: VectorLayout, tensors: TensorFile) -> None:
     """As `check_sae`, for a steering vector `[D]`."""
-    _expect(tensors, layout.tensor, ((layout.site.d_model,),))
+    _expect(tensors, layout.tensor, ((layout.site.d_in,),))
 
 
 def sae_bytes(layout: SAELayout, tensors: TensorFile) -> int:
     """Bytes of the two matrices, for the progress bar."""
     return sum(
-        matrix_shape(tensors, m)[0] * layout.site.d_model * _itemsize(tensors, m)
+        math.prod(matrix_shape(tensors, m)) * _itemsize(tensors, m)
         for m in (layout.W_enc, layout.W_dec)
     )
 
@@ -155,11 +164,11 @@ def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
 
 
 def _chunks(
-    tensors: TensorFile, matrix: Matrix, d_model: int, device: torch.device
+    tensors: TensorFile, matrix: Matrix, device: torch.device
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Feature ranges of a matrix as fp32 `[f, D]` on the device."""
-    n, _ = matrix_shape(tensors, matrix)
-    step = max(1, CHUNK_BYTES // (4 * d_model))
+    n, width = matrix_shape(tensors, matrix)
+    step = max(1, CHUNK_BYTES // (4 * width))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         yield rows, _read_rows(tensors, matrix, rows, device)
@@ -190,7 +199,7 @@ def fold_sae(
     Raises:
         LayoutError: a NaN or infinity, also one made by rounding to `into`'s dtype.
     """
-    F, D = layout.site.d_sae, layout.site.d_model
+    F = layout.site.d_sae
     device = into.W_enc.device
 
     def small(name: str | None, size: int, default: float = 0.0) -> torch.Tensor:
@@ -198,12 +207,12 @@ def fold_sae(
             return torch.full((size,), default, device=device)
         return read_vector(tensors, name).to(device).expand(size).clone()
 
-    b_dec = small(layout.b_dec, D)
+    b_dec = small(layout.b_dec, layout.site.out_width)
     into.b_dec.copy_(b_dec * layout.b_dec_scale)
     _check_finite(into.b_dec, f"{tensors.label}: {layout.b_dec}")
 
     norms = torch.ones(F, device=device)
-    for rows, W in _chunks(tensors, layout.W_dec, D, device):
+    for rows, W in _chunks(tensors, layout.W_dec, device):
         W *= layout.W_dec_scale
         if layout.unit_decoder_rows:
             # A dead feature may have a zero row; it then contributes nothing.
@@ -224,7 +233,7 @@ def fold_sae(
         b_enc = small(layout.b_enc, F)
         threshold = _threshold(layout, small, F, device)
     b_enc *= norms * layout.b_enc_scale
-    for rows, W in _chunks(tensors, layout.W_enc, D, device):
+    for rows, W in _chunks(tensors, layout.W_enc, device):
         W *= row_scale[rows, None]
         into.W_enc[rows].copy_(W)
         stored = into.W_enc[rows]
@@ -233,6 +242,7 @@ def fold_sae(
             W.copy_(stored)
             b_enc[rows] -= W @ into.b_dec
         progress(W.numel() * _itemsize(tensors, layout.W_enc))
+    _copy_skip(layout.W_skip, tensors, into)
 
     for name, target, value in (
         ("b_enc", into.b_enc, b_enc),
@@ -240,6 +250,15 @@ def fold_sae(
     ):
         _check_finite(value, f"{tensors.label}: folded {name}")
         target[:F].copy_(value)
+
+
+def _copy_skip(matrix: Matrix | None, tensors: TensorFile, into: SAEWeights) -> None:
+    if matrix is None or into.W_skip is None:
+        return
+    for rows, W in _chunks(tensors, matrix, into.W_skip.device):
+        into.W_skip[rows].copy_(W)
+        what = f"{tensors.label}: {matrix.name}"
+        _check_finite(into.W_skip[rows], what)
 
 
 def _threshold(

@@ -16,7 +16,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm.config.steering import HOOK_ALIASES, HookPoint, ModuleKind, SiteInfo
+from vllm.config.steering import (
+    HOOK_NAMES,
+    HookPoint,
+    ModuleKind,
+    SiteInfo,
+    parse_site,
+    site_name,
+)
 
 MAX_CONFIG_BYTES = 4 << 20
 # A module has a subdirectory a site; a directory of more entries is something else.
@@ -28,11 +35,6 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 class LayoutError(ValueError):
     """A module's files cannot be used. The message is one line, without the name."""
-
-
-def site_name(layer: int, hook: HookPoint) -> str:
-    """The one spelling of a site in messages: `hook.layer`."""
-    return f"{hook.value}.{layer}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Location:
         """
         if stated and self.given and stated != self.given:
             raise LayoutError(
-                f"{where}: the files say {site_name(*stated)}, but sites names "
-                f"{site_name(*self.given)}; leave sites out, or correct it"
+                f"{where}: the files say {site_name(*stated[::-1])}, but sites names "
+                f"{site_name(*self.given[::-1])}; leave sites out, or correct it"
             )
         if (site := stated or self.given) is None:
             raise LayoutError(
@@ -100,7 +102,10 @@ class Location:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored matrix; `features_last` says that it is `[D, F]`, not `[F, D]`."""
+    """A stored matrix; `features_last` says that it is `[D, F]`, not `[F, D]`.
+
+    For `W_skip` it says `[d_in, d_out]`, not `[d_out, d_in]`.
+    """
 
     name: str
     features_last: bool = False
@@ -126,7 +131,8 @@ class SAELayout:
         b_enc = n * b_enc_scale * b_enc - W_enc b_dec  (canonical W_enc and b_dec),
     the last term only if `subtract_b_dec`: the encoder reads `x - b_dec`. `threshold`
     (a tensor, one number, or its logarithm) applies to the canonical pre-activation
-    and is multiplied by `threshold_scale`.
+    and is multiplied by `threshold_scale`. A transcoder may have `W_skip`, which is
+    taken as it is.
     """
 
     site: SiteInfo
@@ -145,6 +151,7 @@ class SAELayout:
     W_dec_scale: float = 1.0
     b_dec_scale: float = 1.0
     threshold_scale: float = 1.0
+    W_skip: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -287,7 +294,6 @@ class Fields:
         return Fields(value, f"{self.where}: {key}")
 
 
-_TRANSFORMER_LENS = re.compile(r"blocks\.([0-9]{1,9})\.hook_(resid_(?:pre|mid|post))")
 _HF_BLOCK = re.compile(
     r"(?:model\.|transformer\.|language_model\.)*(?:layers|h)\.([0-9]{1,9})"
     r"(?:\.output)?"
@@ -297,30 +303,20 @@ _HF_BLOCK = re.compile(
 def parse_site_name(text: str) -> tuple[int, HookPoint] | None:
     """`(layer, hook)` from any of the names in use, or None.
 
-    Takes `20.post_block`, `post_block.20` and `layers.20.post_block` (aliases of the
-    hook included), `blocks.20.hook_resid_post`, and a Hugging Face block
-    (`model.layers.20`), whose output is `post_block`.
+    Takes what `parse_site` takes, and a Hugging Face block (`model.layers.20`), whose
+    output is `post_block`.
     """
-    if match := _TRANSFORMER_LENS.fullmatch(text):
-        return int(match[1]), HOOK_ALIASES[match[2]]
     if match := _HF_BLOCK.fullmatch(text):
         return int(match[1]), HookPoint.POST_BLOCK
-    parts = text.removeprefix("layers.").split(".")
-    if len(parts) != 2:
-        return None
-    layer, hook = parts if parts[0].isdecimal() else parts[::-1]
-    if re.fullmatch(r"[0-9]{1,9}", layer) and hook in HOOK_ALIASES:
-        return int(layer), HOOK_ALIASES[hook]
-    return None
+    return parse_site(text)
 
 
 def need_site(text: str, where: str) -> tuple[int, HookPoint]:
-    """As `parse_site_name`, but a name that is no residual-stream point is an error."""
+    """As `parse_site_name`, but a name that is no point of a layer is an error."""
     if (site := parse_site_name(text)) is None:
         raise LayoutError(
-            f"{where}: expected a point of the residual stream such as "
-            f"blocks.5.hook_resid_post (resid_pre, resid_mid, resid_post), "
-            f"found {text!r}"
+            f"{where}: expected a point of a layer such as post_block.5 or "
+            f"blocks.5.hook_resid_post (points: {HOOK_NAMES}), found {text!r}"
         )
     return site
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native directory: `manifest.json` and one safetensors file per site.
 
-Tensors are canonical already (`W_enc [F, D]`, `b_enc`, `threshold` for JumpReLU,
-`W_dec [F, D]`, `b_dec`), so loading folds nothing and a round trip keeps every bit.
+Tensors are canonical already (`W_enc [F, d_in]`, `b_enc`, `threshold` for JumpReLU,
+`W_dec [F, d_out]`, `b_dec`, and `W_skip [d_out, d_in]` where a transcoder has one), so
+loading folds nothing and a round trip keeps every bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm.config.steering import HOOK_ALIASES, Activation, HookPoint, SiteInfo
+from vllm.config.steering import (
+    HOOK_ALIASES,
+    HOOK_NAMES,
+    Activation,
+    HookPoint,
+    SiteInfo,
+    site_name,
+)
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -30,12 +38,16 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
 FORMAT = "vllm-sae"
 VERSION = 1
 MANIFEST = "manifest.json"
-_TENSORS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+_TENSORS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec", "W_skip")
+_OPTIONAL_TENSORS = ("threshold", "W_skip")
 _SITE_KEYS = frozenset(
     [
         "layer",
         "hook",
         "d_model",
+        "hook_out",
+        "d_out",
+        "has_skip",
         "d_sae",
         "activation",
         "k",
@@ -118,9 +130,9 @@ def _read_skip_token_ids(fields: Fields) -> tuple[int, ...] | None:
 
 def _read_site(fields: Fields) -> SAELayout:
     _refuse_unknown(fields, _SITE_KEYS)
-    hook = fields.text("hook")
-    if hook not in HOOK_ALIASES:
-        raise fields.fail("hook", f"one of {', '.join(HOOK_ALIASES)}")
+    hook = _read_hook(fields, "hook")
+    if hook is None:
+        raise fields.fail("hook", f"one of {HOOK_NAMES}")
     activation = fields.text("activation")
     if activation not in [a.value for a in Activation]:
         raise fields.fail("activation", f"one of {', '.join(Activation)}")
@@ -130,20 +142,35 @@ def _read_site(fields: Fields) -> SAELayout:
     is_topk = activation == Activation.TOPK
     site = SiteInfo(
         layer=fields.need_integer("layer"),
-        hook=HOOK_ALIASES[hook],
-        d_model=fields.need_integer("d_model", 1),
+        hook=hook,
+        d_in=fields.need_integer("d_model", 1),
         d_sae=fields.need_integer("d_sae", 1),
         activation=Activation(activation),
         k=fields.need_integer("k", 1) if is_topk else None,
         topk_relu=fields.boolean("topk_relu", True),
+        hook_out=_read_hook(fields, "hook_out"),
+        d_out=fields.integer("d_out", 1),
+        has_skip=fields.boolean("has_skip", False),
     )
+    if not site.is_transcoder and (site.out_width != site.d_in or site.has_skip):
+        raise fields.fail("hook_out", "another point than hook, with d_out or has_skip")
     return SAELayout(
         site=site,
         file=file,
         W_enc=Matrix("W_enc"),
         W_dec=Matrix("W_dec"),
         threshold="threshold" if activation == Activation.JUMPRELU else None,
+        W_skip=Matrix("W_skip") if site.has_skip else None,
     )
+
+
+def _read_hook(fields: Fields, key: str) -> HookPoint | None:
+    name = fields.text(key)
+    if name is None:
+        return None
+    if name not in HOOK_ALIASES:
+        raise fields.fail(key, f"one of {HOOK_NAMES}")
+    return HOOK_ALIASES[name]
 
 
 def save_native(
@@ -162,7 +189,9 @@ def save_native(
         sites: `(layer, hook)` -> `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`,
             `b_dec [D]`, `threshold [F]` for JumpReLU (all floating), and optional
             `activation` (default: jumprelu with a threshold, else relu), `k`,
-            `topk_relu`, and what the author measured: `fvu`, `l0`.
+            `topk_relu`, and what the author measured: `fvu`, `l0`. A transcoder has
+            `hook_out`, `W_enc [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]` and may
+            have `W_skip [d_out, d_in]`.
         reference_norm: typical L2 norm of the model's activations at these sites.
         skip_token_ids: tokens to leave untouched; None for the model's bos, eos, pad.
         norm_guard: leave tokens with a norm above this multiple of `reference_norm`.
@@ -175,7 +204,8 @@ def save_native(
     root.mkdir(parents=True, exist_ok=True)
     entries = []
     for (layer, hook), content in sites.items():
-        name = f"{layer}.{HOOK_ALIASES[str(getattr(hook, 'value', hook))].value}"
+        point = HOOK_ALIASES[str(getattr(hook, "value", hook))]
+        name = site_name(point, layer)
         tensors = {
             key: content[key].detach().cpu().contiguous()
             for key in _TENSORS
@@ -190,16 +220,20 @@ def save_native(
                 f"{name}: threshold: expected with jumprelu and nothing else, found "
                 f"activation {Activation(activation).value}"
             )
-        F, D = tensors["W_dec"].shape
+        F, D = tensors["W_enc"].shape
         entry: dict[str, Any] = {
             "layer": layer,
-            "hook": name.split(".", 1)[1],
+            "hook": point.value,
             "d_model": D,
             "d_sae": F,
             "activation": Activation(activation).value,
             "file": f"{name}.safetensors",
             "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
         }
+        if content.get("hook_out") is not None:
+            entry["hook_out"] = HookPoint(content["hook_out"]).value
+            entry["d_out"] = tensors["W_dec"].shape[1]
+            entry["has_skip"] = "W_skip" in tensors
         for key in ("k", "topk_relu", "fvu", "l0"):
             if content.get(key) is not None:
                 entry[key] = content[key]
@@ -224,17 +258,20 @@ def save_native(
 
 def _check_shapes(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     for key in _TENSORS:
-        if key not in tensors and key != "threshold":
+        if key not in tensors and key not in _OPTIONAL_TENSORS:
             raise ValueError(f"{name}: {key}: expected a tensor, found none")
-    if tensors["W_dec"].dim() != 2:
-        raise ValueError(f"{name}: W_dec: expected a matrix [F, D]")
-    F, D = tensors["W_dec"].shape
+    for key in ("W_enc", "W_dec"):
+        if tensors[key].dim() != 2:
+            raise ValueError(f"{name}: {key}: expected a matrix [F, D]")
+    F, d_out = tensors["W_dec"].shape
+    d_in = tensors["W_enc"].shape[1]
     shapes = {
-        "W_enc": (F, D),
+        "W_enc": (F, d_in),
         "b_enc": (F,),
         "threshold": (F,),
-        "W_dec": (F, D),
-        "b_dec": (D,),
+        "W_dec": (F, d_out),
+        "b_dec": (d_out,),
+        "W_skip": (d_out, d_in),
     }
     for key, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():

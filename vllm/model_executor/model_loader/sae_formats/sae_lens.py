@@ -70,7 +70,7 @@ def read(location: Location) -> ModuleLayout:
         site = SiteInfo(
             layer=layer,
             hook=hook,
-            d_model=D,
+            d_in=D,
             d_sae=F,
             activation=_ACTIVATION[architecture],
             k=k,

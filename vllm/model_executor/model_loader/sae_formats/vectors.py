@@ -91,6 +91,6 @@ def _layout(
             raise LayoutError(
                 f"{tensors.label}: {name}: expected a vector, found shape {list(shape)}"
             )
-        site = SiteInfo(layer=layer, hook=hook, d_model=shape[0], d_sae=1)
+        site = SiteInfo(layer=layer, hook=hook, d_in=shape[0], d_sae=1)
         sites.append(VectorLayout(site, tensors.label, name))
     return ModuleLayout(kind="vectors", sites=tuple(sites), model=model)

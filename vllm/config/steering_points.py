@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The points of a decoder layer that can be read and edited, and how they are spelled.
+
+A site is one point of one layer. Its canonical spelling is `hook.layer`, for example
+`post_block.20`; `parse_site` also accepts `layer.hook` and the names that
+TransformerLens gives.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+
+class HookPoint(str, Enum):
+    """A point of a decoder layer.
+
+    Each is exactly the tensor that a Hugging Face model shows there:
+
+    - `pre_attn`, `post_attn`, `post_block`: the residual stream `[T, D]` at the block's
+      input, after attention is added, and at the block's output.
+    - `attn_z`: input of attention's output projection, `[T, heads * head_dim]`.
+    - `attn_out`, `mlp_out`: what the sublayer adds to the stream, `[T, D]`; after the
+      sublayer's post-norm in families that have one.
+    - `mlp_in`: what the MLP reads, after its norm, `[T, D]`.
+    """
+
+    PRE_ATTN = "pre_attn"
+    POST_ATTN = "post_attn"
+    POST_BLOCK = "post_block"
+    ATTN_Z = "attn_z"
+    ATTN_OUT = "attn_out"
+    MLP_IN = "mlp_in"
+    MLP_OUT = "mlp_out"
+
+
+RESIDUAL_HOOKS = frozenset(
+    {HookPoint.PRE_ATTN, HookPoint.POST_ATTN, HookPoint.POST_BLOCK}
+)
+
+# Every accepted spelling. The names with "hook" in them are TransformerLens's.
+HOOK_ALIASES: dict[str, HookPoint] = {
+    **{hook.value: hook for hook in HookPoint},
+    "post_mlp": HookPoint.POST_BLOCK,
+    "resid_pre": HookPoint.PRE_ATTN,
+    "resid_mid": HookPoint.POST_ATTN,
+    "resid_post": HookPoint.POST_BLOCK,
+    "hook_resid_pre": HookPoint.PRE_ATTN,
+    "hook_resid_mid": HookPoint.POST_ATTN,
+    "hook_resid_post": HookPoint.POST_BLOCK,
+    "z": HookPoint.ATTN_Z,
+    "hook_z": HookPoint.ATTN_Z,
+    "attn.hook_z": HookPoint.ATTN_Z,
+    "hook_attn_out": HookPoint.ATTN_OUT,
+    "hook_mlp_in": HookPoint.MLP_IN,
+    "mlp.hook_in": HookPoint.MLP_IN,
+    "ln2.hook_normalized": HookPoint.MLP_IN,
+    "hook_mlp_out": HookPoint.MLP_OUT,
+    "mlp.hook_out": HookPoint.MLP_OUT,
+}
+
+# For messages: the canonical names, without the aliases.
+HOOK_NAMES = ", ".join(hook.value for hook in HookPoint)
+
+_LAYER = re.compile(r"[0-9]{1,9}")
+
+
+def site_name(hook: HookPoint, layer: int) -> str:
+    """The canonical spelling of a site, `hook.layer`."""
+    return f"{hook.value}.{layer}"
+
+
+def parse_site(text: str) -> tuple[int, HookPoint] | None:
+    """`(layer, hook)` of a site's name, or None if it is none.
+
+    Accepts `post_block.20`, `20.post_block`, `layers.20.post_block` and
+    `blocks.20.hook_resid_post`, with any alias of the hook.
+    """
+    name = text.removeprefix("layers.").removeprefix("blocks.")
+    layer, _, hook = name.partition(".")
+    if not _LAYER.fullmatch(layer):
+        hook, _, layer = name.rpartition(".")
+    if not _LAYER.fullmatch(layer) or hook not in HOOK_ALIASES:
+        return None
+    return int(layer), HOOK_ALIASES[hook]
