@@ -5,6 +5,21 @@ Everything is computed for the active tokens of a step only, in float32 (float64
 where the caller passes float64 weights, as the oracle does), and rounded once to the
 model's dtype. Weights are read in slices, so that no full-width float32 copy of a
 half-precision weight ever exists.
+
+What is written is finite, whatever a request asks for. Every backend does the same:
+
+1. *Input.* A token whose stream `x` has a float32 norm `||x||_2` that is not finite is
+   left alone by every tier, and is not counted. A component that is NaN or infinite
+   makes the norm so; a component beyond 2^64 overflows its square.
+2. *Coefficients.* The change `g_c - f_c` of a clamp is computed in float32 and limited
+   to `+-COEFFICIENT_LIMIT`. A steering vector's scale is such a change.
+3. *Output.* The sum `x'` is limited to `+-STREAM_LIMIT` of the model's dtype,
+   component by component, before its one rounding. A component that is NaN (partial
+   sums overflowed both ways) becomes `-STREAM_LIMIT`, as `fmin(fmax(x', -limit),
+   limit)` makes it.
+
+`StepState.saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
+is not counted: what it changes ends in rule 3, unless the direction is zero there.
 """
 
 from __future__ import annotations
@@ -13,7 +28,10 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import (
+    COEFFICIENT_LIMIT,
+    NO_NORM_LIMIT,
     ONLY_IF_ACTIVE,
+    STREAM_LIMIT,
     ClampKind,
     ClampTable,
     MetaField,
@@ -66,7 +84,7 @@ def encode_features(
 def clamp_changes(
     table: ClampTable, rows: torch.Tensor, active: torch.Tensor
 ) -> torch.Tensor:
-    """`g_c - f_c` of every clamp of every token, zero past the row's count.
+    """`g_c - f_c` of every clamp of every token, limited; zero past the row's count.
 
     Args:
         rows: int64 `[n]`, each token's row.
@@ -76,6 +94,7 @@ def clamp_changes(
     kind = code & (ONLY_IF_ACTIVE - 1)
     change = torch.where(kind == ClampKind.ABSOLUTE, value - active, value)
     change = torch.where(kind == ClampKind.SCALE, active * value - active, change)
+    change = change.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
     skipped = ((code & ONLY_IF_ACTIVE) != 0) & (active == 0)
     return torch.where(_used(table, rows) & ~skipped, change, 0.0)
 
@@ -123,9 +142,11 @@ def select_tokens(
     return active.nonzero().squeeze(1)
 
 
-def within_norm(weights: SAEWeights, x: torch.Tensor) -> torch.Tensor:
-    """bool `[n]`: the norm guard's verdict on `x [n, D]`."""
-    return x.norm(dim=1) <= weights.norm_limit
+def within_norm(
+    x: torch.Tensor, limit: torch.Tensor | float = NO_NORM_LIMIT
+) -> torch.Tensor:
+    """bool `[n]`: whether the norm of `x [n, D]` is finite and within the limit."""
+    return x.norm(dim=1).float() <= limit
 
 
 def gather_stream(
@@ -142,8 +163,14 @@ def write_stream(
     x: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    step: StepState,
 ) -> None:
-    """Write the edited stream back exactly; the one rounding."""
+    """Write the edited stream back exactly, saturated; the one rounding."""
+    limit = STREAM_LIMIT[hidden.dtype]
+    within = (x.abs() <= limit).all(dim=1)
+    if not within.all():
+        step.saturated += (~within).sum()
+        x = x.nan_to_num(-limit, limit, -limit).clamp(-limit, limit)
     if residual is None:
         hidden[tokens] = x.to(hidden.dtype)
         return
@@ -170,7 +197,7 @@ def _sae_tokens(
             x = gather_stream(part, hidden, residual).to(dtype)
         else:
             x = source[part].to(dtype)
-        keep = within_norm(slot.weights, x)
+        keep = within_norm(x, slot.weights.norm_limit)
         if not keep.all():
             part, x = part[keep], x[keep]
         if part.numel():
@@ -204,7 +231,7 @@ def full_reconstruction(
         for start in range(0, weights.d_sae_capacity, FEATURE_SLICE):
             part = slice(start, start + FEATURE_SLICE)
             out += acts[:, part] @ weights.W_dec[part].to(dtype)
-        write_stream(tokens, out, hidden, residual)
+        write_stream(tokens, out, hidden, residual, step)
 
 
 def sae_clamp(
@@ -230,7 +257,7 @@ def sae_clamp(
         if source is not None:
             x = gather_stream(tokens, hidden, residual).to(dtype)
         out = x + coefficients @ weights.W_dec[used].to(dtype)
-        write_stream(tokens, out, hidden, residual)
+        write_stream(tokens, out, hidden, residual, step)
 
 
 def steering_vectors(
@@ -243,15 +270,17 @@ def steering_vectors(
     table = slot.table
     index = step.index[Tier.ADDITIVE, : hidden.shape[0]]
     tokens = select_tokens(table, index, step)
+    x = gather_stream(tokens, hidden, residual).to(slot.directions.dtype)
+    keep = within_norm(x)
+    tokens, x = tokens[keep], x[keep]
     if not tokens.numel():
         return
     rows = index[tokens].long()
-    x = gather_stream(tokens, hidden, residual).to(slot.directions.dtype)
     features = table.feature[rows].long()
     none = torch.zeros(features.shape, dtype=x.dtype, device=x.device)
     coefficients = none.new_zeros(x.shape[0], slot.directions.shape[0])
     coefficients.scatter_add_(1, features, clamp_changes(table, rows, none))
-    write_stream(tokens, x + coefficients @ slot.directions, hidden, residual)
+    write_stream(tokens, x + coefficients @ slot.directions, hidden, residual, step)
 
 
 class ReferenceBackend:

@@ -16,6 +16,20 @@ from torch import nn
 
 from vllm.config.steering import Activation, SiteInfo, Tier
 
+# The largest component that a tier writes back, by the model's dtype. Two of them add
+# up without overflow, and a norm over 2^16 such components has a sum of squares that
+# float32 holds, so that whatever reads the stream next stays finite.
+STREAM_LIMIT = {
+    torch.bfloat16: 2.0**56,
+    torch.float32: 2.0**56,
+    torch.float16: 2.0**15,
+}
+# The largest coefficient of a direction (see `steering_reference`). A thousand such
+# clamps of directions with components below 2^20 add up in float32.
+COEFFICIENT_LIMIT = 2.0**96
+# `SAEWeights.norm_limit` without a norm guard: any norm that float32 holds.
+NO_NORM_LIMIT = torch.finfo(torch.float32).max
+
 
 class ClampKind(IntEnum):
     """How a clamp turns a feature's activation `f` into `g` (low bits of a code).
@@ -103,7 +117,7 @@ class SAEWeights(nn.Module):
         W_skip: `[d_out, d_in]` in the model's dtype, or None: no skip connection.
         meta: int32, columns of `MetaField`.
         norm_limit: float32 `[1]`; a token whose `x` has a larger L2 norm is left
-            untouched (infinity: no limit).
+            untouched (`NO_NORM_LIMIT`: only one whose norm float32 does not hold).
 
     An SAE has `d_out = d_in` and writes where it reads. TopK keeps the k largest `p`
     (ties: lowest index), clipped at zero if TOPK_RELU; its threshold is unused.
@@ -165,7 +179,7 @@ class SAEWeights(nn.Module):
             self.W_skip.zero_()
         self.b_enc.fill_(float("-inf"))
         self.threshold.fill_(float("inf"))
-        self.norm_limit.fill_(float("inf"))
+        self.norm_limit.fill_(NO_NORM_LIMIT)
 
     def copy_from(self, staged: SAEWeights) -> None:
         """Take over the weights of an SAE of at most this capacity, in place.
@@ -195,7 +209,7 @@ class SAEWeights(nn.Module):
         meta[MetaField.TOPK_RELU] = int(site.topk_relu)
         meta[MetaField.SKIP_MASK] = skip_mask
         self.meta.copy_(torch.tensor(meta, dtype=torch.int32))
-        self.norm_limit.fill_(float("inf") if norm_limit is None else norm_limit)
+        self.norm_limit.fill_(NO_NORM_LIMIT if norm_limit is None else norm_limit)
 
 
 class StepState(nn.Module):
@@ -208,12 +222,15 @@ class StepState(nn.Module):
         skip_bits: int32 `[vocab_size]`, the flag word of every token id.
         bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
             edit and whose id is in a skip set; read for metrics only.
+        saturated: int64 `[1]`, write-backs since start-up with a component at
+            `STREAM_LIMIT`: one for each token, site and tier; read for metrics only.
     """
 
     index: torch.Tensor
     flags: torch.Tensor
     skip_bits: torch.Tensor
     bypassed: torch.Tensor
+    saturated: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
         super().__init__()
@@ -224,8 +241,9 @@ class StepState(nn.Module):
         self.register_buffer("index", index, persistent=False)
         flags = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("flags", flags, persistent=False)
-        bypassed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.register_buffer("bypassed", bypassed, persistent=False)
+        for name in ("bypassed", "saturated"):
+            counter = torch.zeros(1, dtype=torch.int64, device=device)
+            self.register_buffer(name, counter, persistent=False)
 
 
 class SAESlot(nn.Module):

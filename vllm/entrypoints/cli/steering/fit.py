@@ -53,7 +53,7 @@ def measure(weights: SAEWeights, x: torch.Tensor) -> Fit:
         ValueError: no token counts, or all of them are the same.
     """
     x = x.to(torch.float32)
-    x = x[within_norm(weights, x)]
+    x = x[within_norm(x, weights.norm_limit)]
     if not x.shape[0]:
         raise ValueError("norm_guard: every token's norm is past it")
     error = active = 0.0

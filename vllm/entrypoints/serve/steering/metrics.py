@@ -45,6 +45,10 @@ class SteeringMetrics:
             "bypassed_tokens",
             "Tokens of those that the SAE tiers left alone for their id.",
         )
+        self.saturated = _gauge(
+            "saturated_tokens",
+            "Tokens whose edited stream was limited to stay finite, per site and tier.",
+        )
         self.memory = _gauge("bytes", "Device bytes of steering buffers.", "rank")
         _REFUSED = Counter(
             PREFIX + "refused_requests",
@@ -66,6 +70,7 @@ class SteeringMetrics:
             for phase, tokens in phases.items():
                 self.tokens.labels(tier, phase).set(tokens)
         self.bypassed.set(found["bypassed_tokens"])
+        self.saturated.set(found["saturated_tokens"])
         for rank, size in enumerate(found["bytes"]):
             self.memory.labels(str(rank)).set(size)
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever one request asks for, nobody else's bits change: before, beside, after.
+
+Every batch of a test has the same shape, so that plain requests can be compared bit
+for bit: only what their neighbours ask for differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from steering_testing import models
+from steering_testing.engine import DELTA, FULL, VECTORS, engine, generate, params
+from steering_testing.oracle import Greedy
+from steering_testing.reference import random_sae
+from steering_testing.requests import Modules, prompt, vector
+
+from vllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.engine
+
+D_SAE, BLOCK, LENGTHS = 96, 32, (5, 40, 70, 33, 12, 64)
+PLAIN = (0, 3)  # of the batch; the others are steered
+SITES = [(0, "pre_attn"), (1, "post_block"), (2, "post_attn")]
+LARGEST = 3e38
+OPTIONS: dict[str, Any] = {
+    # Room for little more than one batch: blocks go from request to request.
+    "num_gpu_blocks_override": 16,
+    "block_size": BLOCK,
+    "max_model_len": 128,
+    "max_num_seqs": len(LENGTHS),
+}
+# vLLM starts no Gemma in float16.
+BREADTH = [
+    (family, dtype)
+    for family in models.FAMILIES
+    for dtype in ("float32", "bfloat16", "float16")
+    if not (family.startswith("gemma") and dtype == "float16")
+]
+QUICK = [("llama", "float16"), ("gpt2", "float32")]
+
+
+def modules() -> Modules:
+    """SAEs of both kinds and a vector, at a site of every hook."""
+    saes = {
+        kind: {at: random_sae(D_SAE, models.HIDDEN, kind, 7) for at in SITES}
+        for kind in ("jumprelu", "topk")
+    }
+    return Modules(saes, {"v": {at: vector(5) for at in SITES}})
+
+
+def entry(feature: int, kind: str, value: float) -> dict[str, Any]:
+    return {"feature_idx": feature, "kind": kind, "value": value}
+
+
+def spec(module: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same clamps at every site of a module."""
+    clamps: dict[str, dict[int, Any]] = {}
+    for layer, hook in SITES:
+        clamps.setdefault(hook, {})[layer] = entries
+    return {"module_name": module, "clamps": clamps}
+
+
+FLOOD: list[dict[str, Any]] = [
+    {FULL: [spec("jumprelu", [entry(3, "scale", LARGEST), entry(4, "scale", -1e38)])]},
+    {FULL: [spec("topk", [entry(at, "absolute", LARGEST) for at in range(64)])]},
+    {DELTA: [spec("topk", [entry(9, "additive", -LARGEST)])]},
+    {
+        VECTORS: [{"module_name": "v", "scale": LARGEST}],
+        DELTA: [spec("jumprelu", [entry(2, "additive", 1e30)])],
+        FULL: [spec("topk", [entry(1, "absolute", 1e6)])],
+    },
+]
+
+
+def batch(llm: LLM, asked: list[dict[str, Any]]) -> list[Greedy]:
+    """One batch with these specs in its steered places."""
+    steered = iter(asked)
+    sampling: list[SamplingParams] = [
+        params(4) if at in PLAIN else params(4, **next(steered))
+        for at in range(len(LENGTHS))
+    ]
+    prompts = [prompt(at, length) for at, length in enumerate(LENGTHS)]
+    llm.reset_prefix_cache()
+    return generate(llm, prompts, sampling)
+
+
+def plain_bits(found: list[Greedy]) -> list[tuple[list[int], list[float]]]:
+    return [(found[at].tokens, found[at].logprobs) for at in PLAIN]
+
+
+def assert_finite(found: list[Greedy]) -> None:
+    scores = [score for result in found for score in result.logprobs]
+    assert all(math.isfinite(score) for score in scores), scores
+
+
+NOTHING: list[dict[str, Any]] = [{}] * 4
+
+
+def check_flood(llm: LLM) -> None:
+    before = batch(llm, NOTHING)
+    for _ in range(3):
+        beside = batch(llm, FLOOD)
+        assert_finite(beside)
+        assert plain_bits(beside) == plain_bits(before)
+    after = batch(llm, NOTHING)
+    assert after == before
+    stats = llm.llm_engine.engine_core.engine_core.collective_rpc(
+        "steering_modules", args=("stats", {})
+    )
+    assert stats[0]["saturated_tokens"] > 0, "nothing was tested"
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in BREADTH
+    ],
+)
+def test_a_flood_of_poison_stays_with_those_who_ask(
+    family: str, dtype: str, model_root: Path, tmp_path: Path
+) -> None:
+    paths = modules().save(tmp_path)
+    with engine(family, model_root, paths, dtype=dtype, **OPTIONS) as llm:
+        check_flood(llm)
+
+
+@pytest.fixture(scope="module")
+def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    paths = modules().save(tmp_path_factory.mktemp("modules"))
+    with engine("gemma2", model_root, paths, dtype="bfloat16", **OPTIONS) as llm:
+        yield llm
+
+
+values = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    """Any accepted request over the three tiers."""
+    asked: dict[str, Any] = {}
+    for key in draw(st.sets(st.sampled_from([FULL, DELTA, VECTORS]), min_size=1)):
+        if key == VECTORS:
+            one = {"module_name": "v", "scale": draw(values)}
+        else:
+            features = st.lists(st.integers(0, D_SAE - 1), min_size=1, unique=True)
+            kinds = st.sampled_from(["absolute", "additive", "scale"])
+            entries = [
+                entry(feature, draw(kinds), draw(values))
+                for feature in draw(features)[:64]
+            ]
+            one = spec(draw(st.sampled_from(["jumprelu", "topk"])), entries)
+        one["phase"] = draw(st.sampled_from(["both", "prefill", "decode"]))
+        asked[key] = [one]
+    return asked
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(asked=st.lists(requests(), min_size=4, max_size=4))
+def test_no_accepted_request_changes_a_neighbour(
+    llm: LLM, asked: list[dict[str, Any]]
+) -> None:
+    before = batch(llm, NOTHING)
+    beside = batch(llm, asked)
+    assert_finite(beside)
+    assert plain_bits(beside) == plain_bits(before)
+    assert batch(llm, NOTHING) == before
