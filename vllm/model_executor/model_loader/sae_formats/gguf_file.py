@@ -135,7 +135,7 @@ class GGUFFile:
         dtype, code = _DTYPES[kind]
         if not math.prod(shape):
             return torch.empty(shape, dtype=dtype)
-        array = np.memmap(
+        array: np.ndarray = np.memmap(
             self._path, code, mode="r", offset=self._start + offset, shape=shape
         )
         array = array[start:stop] if axis == 0 else array[:, start:stop]

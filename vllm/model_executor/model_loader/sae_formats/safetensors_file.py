@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class SafetensorsFile:
         assert info.dtype is not None
         if not math.prod(info.shape):
             return torch.empty(info.shape, dtype=info.dtype)
-        array = np.memmap(
+        array: np.ndarray = np.memmap(
             self._path,
             _NUMPY[info.stored_as],
             mode="r",
@@ -84,7 +84,7 @@ class SafetensorsFile:
         return value if info.shape else value.reshape(())
 
 
-def _sizes(value: Any, length: int | None = None) -> bool:
+def _sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
     """Whether a value is a list of sizes, of this length if one is given."""
     return (
         isinstance(value, list)

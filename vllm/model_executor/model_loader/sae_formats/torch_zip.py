@@ -299,7 +299,7 @@ class TorchZipFile:
         dtype, code = _STORAGES[value.storage.kind]
         if not elements:
             return torch.empty(value.shape, dtype=dtype)
-        flat = np.memmap(
+        flat: np.ndarray = np.memmap(
             self._path, dtype=code, mode="r", offset=offset, shape=(elements,)
         )
         item_bytes = flat.itemsize
