@@ -39,7 +39,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 D_SAE = 16
-FULL, DELTA, ADDITIVE = EXTRA_ARGS_KEYS
+FULL, DELTA, ADDITIVE, READOUT = EXTRA_ARGS_KEYS
 POST = HookPoint.POST_BLOCK
 BIG = SiteInfo(3, POST, 8, 4096)
 

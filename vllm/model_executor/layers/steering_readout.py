@@ -33,7 +33,7 @@ def read_features(
             continue
         x = reference.gather_stream(tokens, hidden, residual)
         x = x.to(torch.promote_types(weights.W_enc.dtype, torch.float32))
-        keep = reference.within_norm(weights, x)
+        keep = reference.within_norm(x, weights.norm_limit)
         tokens, x = tokens[keep], x[keep]
         if tokens.numel():
             acts = reference.encode(weights, x)
