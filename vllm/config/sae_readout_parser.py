@@ -13,7 +13,13 @@ from vllm.config.sae_readout_specs import (
     SAEStopEntry,
     SiteRead,
 )
-from vllm.config.steering import HOOK_ALIASES, ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering import (
+    HOOK_ALIASES,
+    HOOK_NAMES,
+    ModuleInfo,
+    SiteInfo,
+    SteeringConfig,
+)
 from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
 
 
@@ -99,8 +105,7 @@ def _sites(
         if name not in HOOK_ALIASES:
             raise refusal(
                 hook_path,
-                f"unknown hook {shown(name)}, expected one of "
-                f"{', '.join(HOOK_ALIASES)}",
+                f"unknown hook {shown(name)}, expected one of {', '.join(HOOK_NAMES)}",
             )
         if not layers:
             raise refusal(hook_path, "is empty, expected at least one layer")

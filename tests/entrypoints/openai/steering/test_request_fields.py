@@ -44,6 +44,7 @@ SPECS = {
     "sae_full_reconstruction_specs": [{"module_name": "a", "clamps": {"x": None}}],
     "sae_clamp_specs": [{"module_name": "b"}],
     "steering_vector_specs": [{"module_name": "c", "scale": 2.5}],
+    "sae_readout_specs": [{"module_name": "d", "top_k": 2}],
 }
 CARRIERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "completions": (CompletionRequest, {"prompt": "hello"}),
