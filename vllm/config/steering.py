@@ -231,12 +231,14 @@ class SteeringConfig:
     `max_clamps` bounds the clamps per site and request (K). `slots` are the engine's
     slots, held and spare; a slot's id is its position. Requests that name a module in
     `draining` are refused: it waits for its last request, to be removed or replaced.
+    `version` counts the changes since start-up.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     max_clamps: int = DEFAULT_MAX_CLAMPS
     slots: tuple[SlotInfo, ...] = ()
     draining: frozenset[str] = frozenset()
+    version: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
@@ -245,6 +247,7 @@ class SteeringConfig:
             "max_clamps": self.max_clamps,
             "slots": [slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
+            "version": self.version,
         }
 
     @classmethod
@@ -257,6 +260,7 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
+            data.get("version", 0),
         )
 
 

@@ -37,12 +37,12 @@ from vllm.config.steering import (
     SteeringConfig,
 )
 from vllm.config.steering_slots import start_up_slots
-from vllm.engine.steering_active_config import assign_registry
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
+from vllm.engine.steering_shared_config import prepare_sharing
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -92,7 +92,7 @@ def resolve_steering(vllm_config: Any) -> None:
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
-    assign_registry(vllm_config)
+    prepare_sharing(vllm_config.parallel_config)
 
 
 def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:

@@ -23,7 +23,7 @@ from vllm.entrypoints.pooling.classify.api_router import router as classify  # n
 from vllm.entrypoints.pooling.embed.api_router import router as embed  # noqa: E402
 from vllm.entrypoints.pooling.pooling.api_router import router as pooling  # noqa: E402
 from vllm.entrypoints.pooling.scoring.api_router import router as scoring  # noqa: E402
-from vllm.entrypoints.serve.utils.server_utils import (  # noqa: E402
+from vllm.entrypoints.serve.exception_handling.register import (  # noqa: E402
     init_exception_handler,
 )
 
@@ -78,12 +78,21 @@ def test_every_pooling_route_refuses_the_fields_with_400(
 
 @pytest.mark.engine
 def test_specs_in_pooling_parameters_are_refused(model_root: Path) -> None:
-    options = {"runner": "pooling", "convert": "embed"}
+    # A pooling engine wants some tokenizer.
+    tokenizer = Path(__file__).parents[4] / "examples/golden_gate/model"
+    options: dict[str, Any] = {
+        "runner": "pooling",
+        "convert": "embed",
+        "skip_tokenizer_init": False,
+    }
+    options["tokenizer"] = str(tokenizer)
     with engine("llama", model_root, None, **options) as llm:
-        prompt = {"prompt_token_ids": [1, 5, 6]}
-        steered = PoolingParams(extra_kwargs={FULL: SPECS})
+        prompt, core = {"prompt_token_ids": [1, 5, 6]}, llm.llm_engine
+        steered = PoolingParams(task="embed", extra_kwargs={FULL: SPECS})
         with pytest.raises(VLLMValidationError, match=f"extra_kwargs.{FULL}"):
-            llm.embed([prompt], pooling_params=steered, use_tqdm=False)
-        other = PoolingParams(extra_kwargs={"mine": 1})
-        [output] = llm.embed([prompt], pooling_params=other, use_tqdm=False)
-        assert len(output.outputs.embedding) == 64
+            core.add_request("steered", prompt, steered)
+        other = PoolingParams(task="embed", extra_kwargs={"mine": 1})
+        core.add_request("other", prompt, other)
+        [output] = core.step()
+        assert output.request_id == "other"
+        assert output.outputs.data.shape == (64,)

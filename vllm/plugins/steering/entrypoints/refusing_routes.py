@@ -77,7 +77,11 @@ REFUSING = (
             (
                 "pooling",
                 "/pooling",
-                ("PoolingCompletionRequest", "PoolingChatRequest", "IOProcessorRequest"),
+                (
+                    "PoolingCompletionRequest",
+                    "PoolingChatRequest",
+                    "IOProcessorRequest",
+                ),
             ),
             (
                 "classify",
