@@ -34,10 +34,9 @@ def refuse_pooling(extra_kwargs: Mapping[str, Any] | None) -> None:
     """Raise when a pooling request (embed, classify, score, …) asks for steering."""
     for key in (*EXTRA_ARGS_KEYS, ROWS_KEY):
         if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
-            raise VLLMValidationError(
-                f"extra_kwargs.{key}: pooling requests cannot be steered, expected no "
-                "such key",
-                parameter=f"extra_kwargs.{key}",
+            raise refusal(
+                f"extra_kwargs.{key}",
+                "pooling requests cannot be steered, expected no such key",
             )
 
 
