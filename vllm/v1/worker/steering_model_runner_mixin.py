@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
 from vllm.config.steering import get_steering_config
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
@@ -101,7 +102,8 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
             if req_id not in present:
                 steering.park_request(req_id)
         for new in scheduler_output.scheduled_new_reqs:
-            steering.add_request(new.req_id, new.sampling_params)
+            embedded = embedded_positions(new)
+            steering.add_request(new.req_id, new.sampling_params, embedded)
         for req_id in () if stays else steering.parked:
             if req_id in present:
                 steering.resume_request(req_id)
@@ -140,7 +142,8 @@ class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
         if self.steering is None:
             return
         for new in scheduler_output.scheduled_new_reqs:
-            self.steering.add_request(new.req_id, new.sampling_params)
+            embedded = embedded_positions(new)
+            self.steering.add_request(new.req_id, new.sampling_params, embedded)
 
     def prepare_steering(self, batch: InputBatch) -> None:
         """Write the step's index after `prepare_inputs`."""
