@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import vllm.envs as envs
@@ -103,19 +103,25 @@ def resolve_steering(vllm_config: Any) -> None:
     prepare_sharing(vllm_config.parallel_config)
 
 
-def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:
+def inspect_for_model(
+    name: Any,
+    given: Any,
+    model_config: Any,
+    inspect: Callable[..., ModuleInfo] | None = None,
+) -> ModuleInfo:
     """The module as described by its files, checked against the model.
 
     Args:
         name: the module's name.
         given: its path, or an object with `path` and `MODULE_OPTIONS`.
         model_config: vLLM's `ModelConfig`.
+        inspect: None for `inspect_module`, which reads the files in this process.
     """
     from vllm.model_executor.model_loader.sae_loader import inspect_module
 
     path, options = _module_form(name, given)
     try:
-        module = inspect_module(name, path, **options)
+        module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
         raise SteeringConfigError(str(error)) from error
     check_against_model(module, model_config)
