@@ -49,7 +49,14 @@ from vllm.config.steering import (
     SteeringConfig,
     Tier,
 )
-from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
+from vllm.config.steering_checks import (
+    ModuleChangedError,
+    bad,
+    key_path,
+    listing,
+    refusal,
+    shown,
+)
 from vllm.config.steering_reader import Reader, packed
 
 # No model has more digits than this in a layer index; bounds int() of a client's
@@ -193,7 +200,11 @@ def _module(
             path,
             f'module {shown(name)} is of kind "{module.kind}", expected {accepted}',
         )
-    raise refusal(path, f"module {shown(name)} is being removed, expected {accepted}")
+    raise ModuleChangedError(
+        f"{path}: module {shown(name)} is being removed or replaced, expected "
+        f"{accepted}",
+        path,
+    )
 
 
 def _layer(path: str, key: int | str) -> int:

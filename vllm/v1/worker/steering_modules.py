@@ -22,7 +22,7 @@ from vllm.config.steering import (
     SteeringConfig,
     Tier,
 )
-from vllm.config.steering_slots import module_bytes, skip_set
+from vllm.config.steering_slots import module_bytes, skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
     SAESlot,
@@ -194,7 +194,7 @@ class SiteModules:
             the sites that are new.
         """
         made = []
-        self.places.update(sorted(places.items()))
+        self.places = dict(sorted({**self.places, **places}.items()))
         backend = make_backend(self.step, self.places, self.dtype, self.device)
         for key in dict.fromkeys(place.key for place in places.values()):
             site = self.sites.get(key)
@@ -202,30 +202,35 @@ class SiteModules:
                 site = SteeringSite(key, (), None, self.step, backend)
                 self.sites[key] = site
                 made.append(site)
-            for place in places.values():
-                if place.key != key:
-                    continue
-                if isinstance(place, SAEPlace):
-                    site.saes.append(place.slot)
-                else:
-                    site.vectors = place.slot
+            self._fill_site(site)
         for site in made:
             attach_site(self.layers[site.key.layer], site)
-        for site in self.sites.values():
-            site.backend = backend
-        self.backend = backend
+        self._use(backend)
         return made
 
     def detach(self, ids: set[int]) -> None:
         """Take slots away again; a site without slots edits nothing."""
-        for at in ids & set(self.places):
-            place = self.places.pop(at)
-            site = self.sites[place.key]
-            if isinstance(place, SAEPlace):
-                kept = [slot for slot in site.saes if slot is not place.slot]
-                site.saes = nn.ModuleList(kept)
-            elif site.vectors is place.slot:
-                site.vectors = None
+        gone = [self.places.pop(at) for at in ids if at in self.places]
+        for key in {place.key for place in gone}:
+            self._fill_site(self.sites[key])
+
+    def shrink(self) -> None:
+        """Give back the working memory that slots needed which are gone."""
+        if self.places:
+            self._use(make_backend(self.step, self.places, self.dtype, self.device))
+
+    def _fill_site(self, site: SteeringSite) -> None:
+        """Give a site its slots, in the order of their ids."""
+        places = [place for place in self.places.values() if place.key == site.key]
+        saes = [place.slot for place in places if isinstance(place, SAEPlace)]
+        stacks = [place.slot for place in places if isinstance(place, VectorPlace)]
+        site.saes = nn.ModuleList(saes)
+        site.vectors = stacks[0] if stacks else None
+
+    def _use(self, backend: SteeringBackend) -> None:
+        for site in self.sites.values():
+            site.backend = backend
+        self.backend = backend
 
     def bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
         """Have a module's rows written to its slots.
@@ -304,8 +309,8 @@ def build_site_modules(
     layers = find_decoder_layers(model)
     step = StepState(max_tokens, device, vocab_size)
     modules = SiteModules(layers, step, num_rows, config.max_clamps, d_model, dtype)
-    places = modules.make_places(dict(enumerate(config.slots)))
-    modules.places.update(sorted(places.items()))
+    places = modules.make_places(slots_of(config))
+    modules.places = places
     for module in config.modules.values():
         scales: dict[int, np.ndarray | None] = {}
         for site, at in modules.own_sites(module):
