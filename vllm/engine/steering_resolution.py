@@ -39,6 +39,11 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
+from vllm.engine.steering_kv_connectors import (
+    BLOCK_HASH_CONNECTORS,
+    MULTI_CONNECTOR,
+    unsafe_kv_connector,
+)
 from vllm.engine.steering_shared_config import prepare_sharing
 from vllm.logger import init_logger
 
@@ -206,10 +211,11 @@ def _ids(value: Any) -> set[int]:
 
 
 def refuse_unsupported_features(vllm_config: Any) -> None:
-    """Raise when the engine uses a feature that reorders or splits a step's tokens.
+    """Raise when the engine uses a feature under which steering would be wrong.
 
     The per-token index assumes that a forward's tokens are the step's tokens in
-    batch order, whole on every rank.
+    batch order, whole on every rank. KV may be shared only by requests that are
+    steered alike.
     """
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
@@ -227,6 +233,9 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
             vllm_config.cache_config.kv_sharing_fast_prefill
         ),
         "the Rust front end (VLLM_USE_RUST_FRONTEND=1)": envs.VLLM_USE_RUST_FRONTEND,
+        "pooling models (--runner pooling)": (
+            vllm_config.model_config.runner_type == "pooling"
+        ),
     }
     for feature, in_use in refused.items():
         if in_use:
@@ -234,6 +243,14 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
                 f"steering does not support {feature}: switch it off, or start "
                 "without steering modules"
             )
+    connector = unsafe_kv_connector(vllm_config.kv_transfer_config)
+    if connector is not None:
+        raise SteeringConfigError(
+            f"kv_transfer_config.kv_connector: found {connector}, which does not key "
+            "KV by vLLM's block hashes, so steered and plain requests would read each "
+            f"other's; expected one of {', '.join(BLOCK_HASH_CONNECTORS)}, or "
+            f"{MULTI_CONNECTOR} of these"
+        )
 
 
 def describe(module: ModuleInfo) -> str:

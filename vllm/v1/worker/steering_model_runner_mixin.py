@@ -15,6 +15,7 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.config.steering import get_steering_config
+from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
@@ -81,7 +82,8 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
             if req_id not in present:
                 steering.park_request(req_id)
         for new in scheduler_output.scheduled_new_reqs:
-            steering.add_request(new.req_id, new.sampling_params)
+            embedded = embedded_positions(new)
+            steering.add_request(new.req_id, new.sampling_params, embedded)
         for req_id in () if stays else steering.parked:
             if req_id in present:
                 steering.resume_request(req_id)
@@ -120,7 +122,8 @@ class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
         if self.steering is None:
             return
         for new in scheduler_output.scheduled_new_reqs:
-            self.steering.add_request(new.req_id, new.sampling_params)
+            embedded = embedded_positions(new)
+            self.steering.add_request(new.req_id, new.sampling_params, embedded)
 
     def prepare_steering(self, batch: InputBatch) -> None:
         """Write the step's index after `prepare_inputs`."""

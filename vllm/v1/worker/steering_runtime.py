@@ -24,6 +24,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
+from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_index import (
     BatchView,
     RequestRows,
@@ -77,6 +78,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these, prompts with positions that have no token id.
+        self._embedded: dict[str, np.ndarray] = {}
         self._step_index = StepIndex(len(Tier))
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
@@ -94,13 +97,24 @@ class SteeringRuntime:
         """Requests that hold rows."""
         return list(self._rows)
 
-    def add_request(self, req_id: str, params: SamplingParams | None) -> None:
-        """Take the rows of a request that enters the batch for the first time."""
+    def add_request(
+        self,
+        req_id: str,
+        params: SamplingParams | None,
+        embedded: np.ndarray | None = None,
+    ) -> None:
+        """Take the rows of a request that enters the batch for the first time.
+
+        `embedded` is what `embedded_positions` says of its prompt.
+        """
         self.remove_request(req_id)
         request = self._parse(req_id, params)
-        if request is not None:
-            self._requests[req_id] = request
-            self.resume_request(req_id)
+        if request is None:
+            return
+        self._requests[req_id] = request
+        if embedded is not None:
+            self._embedded[req_id] = embedded
+        self.resume_request(req_id)
 
     def _parse(
         self, req_id: str, params: SamplingParams | None
@@ -146,6 +160,7 @@ class SteeringRuntime:
         """Forget a finished or aborted request; unknown ids are ignored."""
         self.park_request(req_id)
         self._requests.pop(req_id, None)
+        self._embedded.pop(req_id, None)
 
     def prepare_step(self, view: BatchView) -> None:
         """Write the index, the rows and the bypass flags of a step, before its
@@ -164,7 +179,8 @@ class SteeringRuntime:
         self.steered_tokens += index.steered
         backend = self.modules.backend
         if backend and index.steered[[Tier.DELTA, Tier.FULL]].any():
-            backend.write_flags(view.token_ids[: index.rows.shape[1]])
+            tokens = index.rows.shape[1]
+            backend.write_flags(known_token_ids(view, tokens, self._embedded))
 
     def clear_step(self) -> None:
         """Unsteered step, dummy run or capture: every token has row 0."""
