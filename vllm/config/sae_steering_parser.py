@@ -17,6 +17,7 @@ import msgspec
 
 from vllm.config.sae_readout_parser import check_reads
 from vllm.config.sae_readout_specs import SiteRead
+from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_request import (
     HOOK_ORDER,
     Group,
@@ -84,7 +85,8 @@ def parse_steering_request(
     """Check what a request asks for and return its canonical form.
 
     Args:
-        extra_args: `SamplingParams.extra_args`; only `EXTRA_ARGS_KEYS` are read.
+        extra_args: `SamplingParams.extra_args`; `EXTRA_ARGS_KEYS` are read, and keys
+            that are nearly one of them refused.
         config: what the engine was started with; None when without steering.
 
     Returns:
@@ -95,6 +97,7 @@ def parse_steering_request(
     """
     if not isinstance(extra_args, Mapping):
         return None
+    refuse_misspelt(extra_args, "extra_args.")
     given = {
         key: extra_args[key]
         for key in EXTRA_ARGS_KEYS

@@ -18,6 +18,7 @@ from vllm.config.sae_steering_types import (
 )
 from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_slots import start_up_slots
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -126,7 +127,7 @@ class SteeringRuntime:
             return None
         try:
             return parse_steering_request(params.extra_args, self.config)
-        except ValueError:
+        except (ValueError, VLLMValidationError):
             # The engine admits a request only after this same check, so this is a
             # defect, not a client's error; a worker must survive it all the same.
             logger.exception("steering: request %s was admitted unparsable", req_id)
