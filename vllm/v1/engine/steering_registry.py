@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from vllm.config.sae_steering_parser import shown
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering_checks import shown
 from vllm.config.steering_replies import Json, ModuleReply, Outcome, RefusedCall
 from vllm.config.steering_slots import (
     NoRoomError,

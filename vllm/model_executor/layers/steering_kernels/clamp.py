@@ -163,6 +163,7 @@ def clamp_kernel(
             w = tl.load(w_dec + at + col, mask=(col < D) & there, other=0.0)
             out += scale * w.to(tl.float32)
     write_stream(
-        out, hidden, hidden_stride, residual, residual_stride, t, col, col < D,
-        HAS_RESIDUAL,
+        out=out, hidden=hidden, hidden_stride=hidden_stride, residual=residual,
+        residual_stride=residual_stride, t=t, col=col, mask=col < D,
+        HAS_RESIDUAL=HAS_RESIDUAL,
     )  # fmt: skip
