@@ -62,7 +62,7 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     """What the module's author measured: its card, and the features in `?index=3,7`."""
     try:
         service = _service(request, mutation=False)
-        check_field("name", name)
+        check_name(name)
         indices = parse_indices(request.query_params.get("index"))
         path = await service.path_of(name)
         found = await asyncio.to_thread(of_features, path, indices)

@@ -61,6 +61,7 @@ async function connect() {
     server.reads = paths === null || paths.includes("/v1/steering/encode");
     $("server").textContent = `${server.model}: ${server.modules.length} module(s)`;
     $("text-form").hidden = !server.reads;
+    $("keys").open = false;
     showModules();
   } catch (error) {
     $("server").textContent = "Not connected";
