@@ -3,6 +3,8 @@
 // bundles.h makes them from tensors and checks them.
 #pragma once
 
+#include <type_traits>
+
 #include "pack.cuh"
 #include "records.cuh"
 
@@ -26,6 +28,7 @@ struct Step {
   const int* index;  // [tokens]
   const int* flags;  // [tokens]
   ClampTable table;
+  unsigned long long* saturated;  // write-backs that were limited
 };
 
 // The residual stream: hidden + residual, or hidden alone.
@@ -35,6 +38,27 @@ struct Stream {
   int64_t hidden_stride, residual_stride;
   int tokens;
 };
+
+// The largest component that is written back.
+template <typename T>
+constexpr float kStreamLimit = power_of_2(
+    std::is_same_v<T, __half> ? kStreamLimitFloat16 : kStreamLimitBfloat16);
+
+// A component that may be written: within the limit, the lower one for NaN.
+// `over` becomes true where that changes it.
+template <typename T>
+__device__ __forceinline__ float saturate(float x, bool& over) {
+  constexpr float kLimit = kStreamLimit<T>;
+  over |= !(fabsf(x) <= kLimit);
+  return fminf(fmaxf(x, -kLimit), kLimit);
+}
+
+// Counts a token once, however many of its components were limited, and by
+// whichever thread.
+__device__ __forceinline__ void count_saturated(bool over, int* counted,
+                                                unsigned long long* total) {
+  if (over && atomicExch(counted, 1) == 0) atomicAdd(total, 1ull);
+}
 
 // Scratch memory of one chunk of at most `rows` active tokens.
 template <typename T>

@@ -125,6 +125,8 @@ inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
       check(get(step, kFlags, "flags"), "flags", i32, {kAny}, e);
   const Tensor& table =
       check(get(step, kTable, "table"), "table", i32, {kAny, kAny}, e, true);
+  const Tensor& saturated = check(get(step, kSaturated, "saturated"),
+                                  "saturated", ScalarType::Long, {1}, e);
   check_length(index, tokens, "index");
   check_length(flags, tokens, "flags");
   STD_TORCH_CHECK(table.size(1) >= 2 && (table.size(1) - 2) % 3 == 0,
@@ -133,7 +135,8 @@ inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
   return {data<int>(index),
           data<int>(flags),
           {data<int>(table), table.stride(0),
-           static_cast<int>((table.size(1) - 2) / 3)}};
+           static_cast<int>((table.size(1) - 2) / 3)},
+          data<unsigned long long>(saturated)};
 }
 
 // `topk`: with scores and the k-th keys.

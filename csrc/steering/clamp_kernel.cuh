@@ -97,15 +97,19 @@ struct TokenStream {
     return sum;
   }
 
-  __device__ __forceinline__ void write(unsigned d,
+  // True where a component was limited.
+  __device__ __forceinline__ bool write(unsigned d,
                                         const float (&value)[8]) const {
     Pack8<T> out;
+    bool over = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      out.two[i] = pack2<T>(value[2 * i], value[2 * i + 1]);
+      out.two[i] = pack2<T>(saturate<T>(value[2 * i], over),
+                            saturate<T>(value[2 * i + 1], over));
     *reinterpret_cast<uint4*>((kTwo ? residual : hidden) + d) = out.raw;
     if constexpr (kTwo)
       *reinterpret_cast<uint4*>(hidden + d) = make_uint4(0, 0, 0, 0);
+    return over;
   }
 };
 
@@ -288,6 +292,30 @@ __device__ __forceinline__ bool resolve_clamps(
   return within;
 }
 
+// Whether float32 holds the norm of the token's stream.
+template <typename T, bool kTwo>
+__device__ __forceinline__ bool has_finite_norm(
+    const TokenStream<T, kTwo>& stream) {
+  __shared__ float norms[kClampWarps];
+  float square = 0.f;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
+    const Pack8<T> x = stream.combine(i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 two = unpack2<T>(x.two[k]);
+      square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
+    }
+  }
+  square = float_warp_sum(square);
+  if (threadIdx.x % 32 == 0) norms[threadIdx.x / 32] = square;
+  __syncthreads();
+  float total = 0.f;
+#pragma unroll 1
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) total += norms[w];
+  return isfinite(total);
+}
+
 // Starts copying the clamps of a table row; entries past the count become
 // clamps that add 0. Without an encoder an entry has its g - f at once.
 template <bool kEncodes, typename T>
@@ -333,11 +361,13 @@ __device__ __forceinline__ void load_head(const ClampArgs<T, W>& a, uint64_t t,
   head->norm_limit = __int_as_float(limit);
 }
 
-// x' of the thread's columns, once the deltas are known.
+// Writes x' of the thread's columns, once the deltas are known; true where a
+// component was limited.
 template <typename T, typename W, bool kEncodes, bool kTwo>
-__device__ __forceinline__ void add_rows(const TokenStream<T, kTwo>& stream,
+__device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
                                          const StagedRow& row,
                                          RowRing<T, W>& ring) {
+  bool over = false;
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
     Pack8<T> x;
@@ -355,8 +385,9 @@ __device__ __forceinline__ void add_rows(const TokenStream<T, kTwo>& stream,
 #pragma unroll 1
     for (int c = 0; c < row.count; c += RowRing<T, W>::kBatch)
       ring.add(acc, row, c);
-    stream.write(i * 8, acc);
+    over |= stream.write(i * 8, acc);
   }
+  return over;
 }
 
 template <typename T, typename W, bool kEncodes, bool kTwo>
@@ -364,6 +395,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
     clamp_kernel(const __grid_constant__ ClampArgs<T, W> a) {
   extern __shared__ uint4 shared[];
   __shared__ StagedRow::Head head;
+  __shared__ int counted;
   const uint64_t t = blockIdx.x;
   // Nothing of the kernel before is read yet, only moved into L2.
   if (threadIdx.x == 0) prefetch_line(a.step.index + t);
@@ -389,6 +421,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   // The table first: the addresses of everything else depend on it.
   load_clamps<kEncodes>(a.weights, from, row);
   if (threadIdx.x == blockDim.x - 1) load_head<kEncodes>(a, t, from, &head);
+  if (threadIdx.x == 0) counted = 0;
   stream.request();
   commit_copies();
   __syncthreads();
@@ -406,8 +439,11 @@ __global__ void __launch_bounds__(kClampThreads, 2)
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) ring.request(row);
       wait_copies<2>();  // all but the ring
+      within = has_finite_norm(stream);
     }
-    if (within) add_rows<T, W, kEncodes>(stream, row, ring);
+    if (within)
+      count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,
+                      a.step.saturated);
   }
   wait_copies<0>();  // none may land after the block has gone
 }

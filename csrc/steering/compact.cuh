@@ -80,6 +80,7 @@ __device__ __forceinline__ void note_token(const Workspace<T>& ws,
                                            bool within) {
   ws.records[i].token = within ? t : -1;
   ws.records[i].row = step.index[t];
+  ws.records[i].saturated = 0;
 }
 
 // Of the first kCompactThreads threads, each `threads` (a power of two) in a

@@ -11,6 +11,12 @@ enum Meta { kDSae = 0, kUsesTopk = 1, kK = 2, kTopkRelu = 3, kSkipMask = 4 };
 // layers/steering_state.py: ClampKind, and ONLY_IF_ACTIVE.
 enum ClampCode { kAbsolute = 0, kAdditive = 1, kScale = 2, kOnlyIfActive = 4 };
 
+// layers/steering_state.py: exponents of two of STREAM_LIMIT, by the model's
+// dtype, and of COEFFICIENT_LIMIT.
+constexpr int kStreamLimitBfloat16 = 56;
+constexpr int kStreamLimitFloat16 = 15;
+constexpr int kCoefficientLimit = 96;
+
 // steering_kernels/plan.py: RECORD_INTS, COMPACT_ENCODE_TOKENS.
 constexpr int kRecordInts = 32;
 constexpr int kCompactEncodeTokens = 256;
@@ -35,7 +41,7 @@ enum WorkspaceField {
   kKth = 6,
   kCoef = 7,
 };
-enum StepField { kIndex = 0, kFlags = 1, kTable = 2 };
+enum StepField { kIndex = 0, kFlags = 1, kTable = 2, kSaturated = 3 };
 enum StreamField { kHidden = 0, kResidual = 1 };
 
 }  // namespace vllm_steering

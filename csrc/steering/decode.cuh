@@ -21,6 +21,7 @@ struct DecodeArgs {
   Stream<T> stream;
   Workspace<T> ws;
   ClampTable table;
+  unsigned long long* saturated;
   bool resolved;   // ws.coef holds g - f of the clamps already
   bool delta;      // add to x: no entries, no b_dec
   bool long_only;  // only lists that are not sorted: another kernel has those

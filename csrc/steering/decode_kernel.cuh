@@ -72,7 +72,7 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
 template <typename T>
 __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
                              float* sums, const T* x, T* hidden, T* residual,
-                             int first) {
+                             int* counted, int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
@@ -86,6 +86,9 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w)
       total += sums[w * kColumns + threadIdx.x];
+    bool over = false;
+    total = saturate<T>(total, over);
+    count_saturated(over, counted, a.saturated);
     if (residual != nullptr) {
       residual[c] = from_float<T>(total);
       hidden[c] = from_float<T>(0.f);
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
   for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
     const int64_t i = work % n;
     const int64_t* own = a.ws.entries + i * a.ws.capacity;
-    const TokenRecord* record = a.ws.records + i;
+    TokenRecord* record = a.ws.records + i;
     const int token = record->token;
     const int listed = a.delta ? 0 : record->listed;
     const EntryLoads mine = load_entries(own, room);
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
                            d_model);
       else
         sum = gather_windows(a, own, listed, row, i, scratch, column);
-      finish_slice(sum, a, scratch, x, h, r, first);
+      finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
     }
   }
 }

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   for (int work = blockIdx.x * kDecodeWarps + threadIdx.x / 32;
        work < n * slices; work += warps) {
     const int64_t i = work % n;
-    const TokenRecord* record = a.ws.records + i;
+    TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;
     if (token < 0 || listed > sorted_max(a)) continue;
     const int column = work / n * kColumns + (threadIdx.x & 31) * 8;
@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     gather_clamps(acc, row, a.ws.coef + i * row.max_clamps, listed, columns,
                   d_model);
     if (column >= d_model) continue;
+    bool over = false;
     Pack8<T> out, zero;
     zero.raw = make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -82,8 +83,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       float total = a.weights.b_dec[column + j];
 #pragma unroll
       for (int u = 0; u < kDecodeWarps; ++u) total += acc[u][j];
-      out.at[j] = from_float<T>(total);
+      out.at[j] = from_float<T>(saturate<T>(total, over));
     }
+    count_saturated(over, &record->saturated, a.saturated);
     T* h = a.stream.hidden + token * a.stream.hidden_stride + column;
     if (a.stream.residual != nullptr) {
       store8(a.stream.residual + token * a.stream.residual_stride + column,

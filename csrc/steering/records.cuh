@@ -8,12 +8,20 @@
 
 namespace vllm_steering {
 
+// 2^n, for 0 <= n < 128.
+__host__ __device__ constexpr float power_of_2(int n) {
+  float power = 1.f;
+  for (int i = 0; i < n; ++i) power *= 2.f;
+  return power;
+}
+
 // An active token, in a cache line of its own, or the atomics of a whole tile
 // would queue for a few lines.
 struct alignas(4 * kRecordInts) TokenRecord {
-  int listed;  // non-zeros found so far
-  int token;   // id in the step, -1: past the norm limit
-  int row;     // of the clamp table
+  int listed;     // non-zeros found so far
+  int token;      // id in the step, -1: past the norm limit
+  int row;        // of the clamp table
+  int saturated;  // whether the token has been counted as saturated
 };
 static_assert(sizeof(TokenRecord) == 4 * kRecordInts);
 
@@ -43,12 +51,14 @@ struct ClampTable {
   }
 };
 
-// g - f of one clamp.
+// g - f of one clamp, limited.
 __device__ __forceinline__ float clamp_delta(int code, float value, float f) {
   if (code >= kOnlyIfActive && f == 0.f) return 0.f;
   const int kind = code & 3;
-  if (kind == kAdditive) return value;
-  return (kind == kScale ? f * value : value) - f;
+  const float delta =
+      kind == kAdditive ? value : (kind == kScale ? f * value : value) - f;
+  constexpr float kLimit = power_of_2(kCoefficientLimit);
+  return fminf(fmaxf(delta, -kLimit), kLimit);
 }
 
 // g - f of clamp c of a row.

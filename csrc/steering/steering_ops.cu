@@ -134,8 +134,8 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     using T = decltype(type);
     const auto b =
         make_bundles<T>(step, weights, stream, workspace, topk, base);
-    const DecodeArgs<T> a = {b.weights, b.stream, b.ws, b.step.table,
-                             topk,      delta,    false};
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
+                             b.step.saturated, topk,     delta, false};
     launch_decode(a, many && !delta, multiprocessors(stream[kHidden]),
                   stream_of(stream[kHidden]));
   });

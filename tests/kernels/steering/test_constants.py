@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm.model_executor.layers.steering_kernels import bundles, plan
 from vllm.model_executor.layers.steering_state import (
+    COEFFICIENT_LIMIT,
     ONLY_IF_ACTIVE,
+    STREAM_LIMIT,
     ClampKind,
     MetaField,
 )
@@ -27,6 +31,18 @@ BUNDLES = {
 def plain(name: str) -> str:
     """`kTopkRelu`, `TOPK_RELU`, `topk_relu` alike."""
     return name.replace("_", "").lower()
+
+
+def test_triton_limits_what_the_reference_limits() -> None:
+    """Read as text, since the module needs Triton to be imported."""
+    text = (Path(plan.__file__).parent / "clamp.py").read_text()
+    found = dict(re.findall(r"(\w+LIMIT\w*) = tl\.constexpr\(2\.0\*\*(\d+)\)", text))
+    assert {name: 2.0 ** int(power) for name, power in found.items()} == {
+        "COEFFICIENT_LIMIT": COEFFICIENT_LIMIT,
+        "STREAM_LIMIT": STREAM_LIMIT[torch.bfloat16],
+        "STREAM_LIMIT_FLOAT16": STREAM_LIMIT[torch.float16],
+    }
+    assert STREAM_LIMIT[torch.float32] == STREAM_LIMIT[torch.bfloat16]
 
 
 def stated_enums() -> dict[str, dict[str, int]]:
@@ -60,6 +76,10 @@ def test_a_bundle_has_its_tensors_in_the_order_of_python(bundle: str) -> None:
 
 def test_every_number_of_the_header_has_its_python_twin() -> None:
     twins = {plain(k): v for k, v in vars(plan).items() if isinstance(v, int)}
+    twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        twins[f"streamlimit{name}"] = int(math.log2(STREAM_LIMIT[dtype]))
     numbers = stated_numbers()
     assert numbers
     assert numbers == {name: twins[name] for name in numbers}

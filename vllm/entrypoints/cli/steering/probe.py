@@ -107,6 +107,11 @@ class _Recorder:
     ) -> None:
         self._record(hidden, residual)
 
+    def read_features(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        """Nobody reads features of a probe."""
+
     def _record(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         stream = hidden if residual is None else hidden + residual
         self.streams.append(stream.clone())

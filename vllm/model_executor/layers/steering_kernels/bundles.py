@@ -24,7 +24,7 @@ WEIGHTS_FIELDS = (
 WORKSPACE_FIELDS = (
     "x", "records", "count", "sync", "entries", "scores", "kth", "coef",
 )  # fmt: skip
-STEP_FIELDS = ("index", "flags", "table")
+STEP_FIELDS = ("index", "flags", "table", "saturated")
 STREAM_FIELDS = ("hidden", "residual")
 
 
@@ -36,7 +36,7 @@ def weights_bundle(weights: SAEWeights) -> Tensors:
 
 def step_bundle(step: StepState, index: torch.Tensor, table: ClampTable) -> Tensors:
     """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`."""
-    return [index, step.flags, table.packed]
+    return [index, step.flags, table.packed, step.saturated]
 
 
 def stream_bundle(hidden: torch.Tensor, residual: torch.Tensor | None) -> Tensors:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps, write_stream
-from .compact import D_SAE, RECORD_INTS, pdl_wait
+from .compact import D_SAE, RECORD_INTS, SATURATED, pdl_wait
 from .resolve import entry_feature, entry_value
 from .select import RELU_FIELD, load_keys
 
@@ -104,6 +104,7 @@ def combine_kernel(
     b_dec,
     hidden,
     residual,
+    saturated,
     hidden_stride,
     residual_stride,
     table_stride,
@@ -165,9 +166,13 @@ def combine_kernel(
                 out += start.to(tl.float32)
             else:
                 out += tl.load(b_dec + col, mask=col < D, other=0.0)
-            write_stream(
+            over = write_stream(
                 out=out, hidden=hidden, hidden_stride=hidden_stride,
                 residual=residual, residual_stride=residual_stride,
                 t=token.to(tl.int64), col=col, mask=col < D,
                 HAS_RESIDUAL=HAS_RESIDUAL,
             )  # fmt: skip
+            if over > 0:
+                counted = records + i * RECORD_INTS + SATURATED
+                if tl.atomic_xchg(counted, 1) == 0:
+                    tl.atomic_add(saturated, 1)

@@ -19,6 +19,7 @@ SKIP_MASK = tl.constexpr(4)
 # Ints between two tokens' counters: a cache line each, or the atomics of a whole tile
 # would queue for a few lines.
 RECORD_INTS = tl.constexpr(32)
+SATURATED = tl.constexpr(3)  # its int in a record
 
 
 @triton.jit
@@ -135,3 +136,4 @@ def compact_kernel(
                     BLOCK_D=BLOCK_D,
                 )
                 tl.store(tokens + i, tl.where(norm <= limit, start + j, -1))
+                tl.store(records + i * RECORD_INTS + SATURATED, 0)
