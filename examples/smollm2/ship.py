@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import labels
 import torch
 from data import WIDTH
 from sae import JumpReLU
@@ -48,13 +49,13 @@ def main() -> None:
         "card": summary(chosen),
         **{key: rounded(facts[key]) for key in ("max", "p50", "frequency")},
         "contexts": contexts(facts, tokenizer),
-        "promoted": {
-            str(i): tokenizer.batch_decode(row.unsqueeze(1))
-            for i, row in enumerate(facts["promoted"][:, :5])
-        },
     }
     (options.module / "evidence.json").write_text(
         json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    )
+    names = labels.make(facts, tokenizer)
+    (options.module / "labels.json").write_text(
+        json.dumps(names, ensure_ascii=False, indent=0) + "\n"
     )
     (options.module / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 

@@ -71,7 +71,9 @@ def test_every_import_of_a_script_is_a_file_that_exports_the_name() -> None:
             exported = (FOLDER / file).read_text()
             for name in names.replace("\n", " ").split(","):
                 if name := name.strip():
-                    assert re.search(rf"export [\w*\s]+[ ]{re.escape(name)}\W", exported), name
+                    assert re.search(
+                        rf"export [\w*\s]+[ ]{re.escape(name)}\W", exported
+                    ), name
 
 
 def test_the_text_of_a_server_is_never_parsed_as_html() -> None:
