@@ -385,14 +385,17 @@ class _Draft:
     vector_paths: dict[str, str] = field(default_factory=dict)
     features: set[tuple[Tier, str, Site, int]] = field(default_factory=set)
     num_clamps: dict[tuple[Tier, Site], int] = field(default_factory=dict)
-    reconstructed_by: dict[Site, str] = field(default_factory=dict)
+    # By site and the point that is written: a transcoder is not an SAE that reads
+    # the same point.
+    reconstructed_by: dict[tuple[Site, HookPoint], str] = field(default_factory=dict)
 
     def add_site(self, tier: Tier, group: Group, clamps: _SiteClamps) -> None:
         """Merge one site of a spec, refusing what the request already has there."""
         name, _ = group
         site = (clamps.site.hook, clamps.site.layer)
         if tier is Tier.FULL:
-            owner = self.reconstructed_by.setdefault(site, name)
+            written = (site, clamps.site.out_hook)
+            owner = self.reconstructed_by.setdefault(written, name)
             if owner != name:
                 raise _refusal(
                     clamps.path,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
-from vllm.config.steering import get_steering_config
+from vllm.config.steering import get_steering_config, point_widths
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
@@ -50,7 +50,7 @@ class SteeringModelRunnerMixin:
             dtype=model_config.dtype,
             device=self.device,
             vocab_size=model_config.get_vocab_size(),
-            d_model=model_config.get_hidden_size(),
+            widths=point_widths(model_config),
         )
         context = compilation.static_forward_context
         for key, site in self.steering.modules.sites.items():

@@ -16,7 +16,7 @@ from vllm.config.sae_steering_types import (
     TokenPhase,
     parse_steering_request,
 )
-from vllm.config.steering import SteeringConfig, Tier
+from vllm.config.steering import PointWidths, SteeringConfig, Tier
 from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -45,7 +45,7 @@ class SteeringRuntime:
         max_tokens: tokens that a forward can have, padding included.
         dtype, device: of the model's activations.
         vocab_size: bound of token ids, for the skip sets.
-        d_model: width of the residual stream.
+        widths: of the points of the model's layers.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SteeringRuntime:
         dtype: torch.dtype,
         device: torch.device,
         vocab_size: int,
-        d_model: int,
+        widths: PointWidths,
     ):
         if not config.slots:
             config = start_up_slots(config)
@@ -70,7 +70,7 @@ class SteeringRuntime:
             Tier.FULL: SAEFullReconstructionManager(num_rows),
         }
         self.modules: SiteModules = build_site_modules(
-            config, model, num_rows, max_tokens, dtype, device, vocab_size, d_model
+            config, model, num_rows, max_tokens, dtype, device, vocab_size, widths
         )
         self.step = self.modules.step
         # Specs of every request that the worker knows; rows of those in the batch.
