@@ -8,10 +8,12 @@ import dataclasses
 import json
 import math
 import random
+import time
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -544,3 +546,100 @@ def test_copies_of_sampling_params_keep_the_specs(copied: Any) -> None:
 def test_a_spec_given_in_both_places_is_refused() -> None:
     with pytest.raises(VLLMValidationError, match=DELTA):
         SteeringSamplingParams(extra_args=one(DELTA), sae_clamp_specs=[])
+
+
+@pytest.mark.parametrize(
+    "scalar",
+    [np.int64, np.uint8, np.array, torch.tensor, lambda i: torch.arange(9)[i]],
+    ids=["int64", "uint8", "0-d array", "0-d tensor", "argmax"],
+)
+def test_integers_of_numpy_and_torch_are_integers(scalar: Any) -> None:
+    spec = SAEClampSpec("one", [SAEClampEntry(scalar(3), "scale", 2.0)])
+    assert parse({DELTA: [spec]}) == parse(one(DELTA, clamps=[entry(3, "scale", 2.0)]))
+
+
+@pytest.mark.parametrize("scalar", [np.float32, np.float64, np.int8, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(scalar: Any) -> None:
+    given = one(DELTA, clamps=[entry(3, "scale", scalar(2))])
+    assert parse(given) == parse(one(DELTA, clamps=[entry(3, "scale", 2.0)]))
+
+
+def test_a_layer_of_numpy_is_a_layer() -> None:
+    by_numpy = {np.arange(3)[1]: [entry()]}
+    specs = [{"module_name": "wide", "clamps": {HookPoint.POST_BLOCK: by_numpy}}]
+    same = [{"module_name": "wide", "clamps": {"post_block": {"1": [entry()]}}}]
+    assert parse({DELTA: specs}) == parse({DELTA: same})
+
+
+@pytest.mark.parametrize(
+    "scalar",
+    [torch.tensor(True), np.True_, torch.tensor([3]), np.array([3]), torch.tensor(3.0),
+     np.float64(3), 3.0, "3"],
+)  # fmt: skip
+def test_what_is_no_integer_is_no_feature(scalar: Any) -> None:
+    error = refusal(one(DELTA, clamps=[entry(scalar)]))
+    assert error.parameter == f"{DELTA}[0].clamps[0].feature_idx"
+
+
+@pytest.mark.parametrize(
+    ("specs", "path"),
+    [
+        ({"module_name": "one"}, FULL),
+        (SAEFullReconstructionSpec("one"), FULL),
+        ([{"module_name": "one", "clamps": entry()}], f"{FULL}[0].clamps"),
+        (
+            [SAEFullReconstructionSpec("one", SAEClampEntry(1, "scale", 1.0))],
+            f"{FULL}[0].clamps",
+        ),
+        (
+            [{"module_name": "wide", "clamps": {"post_block": {"1": entry()}}}],
+            f"{FULL}[0].clamps.post_block.1",
+        ),
+    ],
+)
+def test_one_object_where_a_list_is_expected_says_what_to_write(
+    specs: Any, path: str
+) -> None:
+    error = refusal({FULL: specs})
+    assert error.parameter == path
+    assert "write [...] around it" in str(error)
+
+
+def test_specs_are_counted_before_they_are_read() -> None:
+    many = [{"module_name": "one"}] * (CONFIG.max_specs + 1)
+    error = refusal({FULL: many[:-1], ADDITIVE: [object()]})
+    assert f"found {len(many)} specs" in str(error)
+    wider = dataclasses.replace(CONFIG, max_specs=len(many))
+    assert parse({FULL: many}, wider) is not None
+
+
+def test_sites_and_clamps_are_counted_before_they_are_read() -> None:
+    layers = {str(layer): [object()] for layer in range(2000)}
+    error = refusal({FULL: [{"module_name": "one", "clamps": {"post_block": layers}}]})
+    assert "sites" in str(error)
+    entries = {"3": [object()] * 5000}
+    error = refusal({FULL: [{"module_name": "one", "clamps": {"post_block": entries}}]})
+    assert "clamps" in str(error)
+
+
+def test_the_largest_request_is_read_in_milliseconds() -> None:
+    """The server's event loop waits for it (a limit far above what is measured)."""
+    sites = tuple(SiteInfo(layer, POST, 8, 4096) for layer in range(64))
+    wide = config(dataclasses.replace(CONFIG.modules["wide"], sites=sites))
+    wide = dataclasses.replace(wide, max_clamps=64)
+    clamps = [
+        {"post_block": {str(layer): [entry(f) for f in range(64)]}}
+        for layer in range(64)
+    ]
+    specs = {FULL: [{"module_name": "wide", "clamps": c} for c in clamps]}
+    started = time.process_time()
+    request = parse(specs, wide)
+    assert request.digest("prefill") == request.digest("decode")
+    assert time.process_time() - started < 0.5
+
+
+def test_the_cache_of_requests_is_bounded() -> None:
+    fresh = config(*CONFIG.modules.values())
+    for value in range(300):
+        parse(one(DELTA, clamps=[entry(1, "scale", value)]), fresh)
+    assert len(fresh.parsed) == 256

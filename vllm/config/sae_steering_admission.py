@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine writes into a request's `extra_args` when it admits it.
 
-Under `ROWS_KEY`, which no client may set, in JSON types:
+Under `ROWS_KEY`, which no client may set, the prefix-cache digest (hex) of each phase;
+None where the phase is not steered:
 
-    {"prefill": {"digest": hex or None,     # prefix-cache key of the phase
-                 "additive": hex or None,   # row key of each tier, see
-                 "delta": hex or None,      # SteeringRequest.row_key
-                 "full": hex or None},
-     "decode": {...}}
+    {"prefill": digest, "decode": digest}
 
 The canonical specs stand beside it, so a worker parses them without being able to
-fail, and takes one row for each distinct row key.
+fail.
 """
 
 from __future__ import annotations
@@ -19,13 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.config.sae_steering_parser import parse_steering_request
-from vllm.config.sae_steering_specs import (
-    EXTRA_ARGS_KEYS,
-    TOKEN_PHASES,
-    SteeringRequest,
-)
-from vllm.config.steering import SteeringConfig, Tier
-from vllm.exceptions import VLLMValidationError
+from vllm.config.sae_steering_request import SteeringRequest
+from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, TOKEN_PHASES
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_checks import refusal
 
 ROWS_KEY = "steering_rows"
 
@@ -33,10 +27,7 @@ ROWS_KEY = "steering_rows"
 def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""
     if isinstance(extra_args, Mapping) and ROWS_KEY in extra_args:
-        raise VLLMValidationError(
-            f"{ROWS_KEY}: is reserved for the engine, expected no such key",
-            parameter=ROWS_KEY,
-        )
+        raise refusal(ROWS_KEY, "is reserved for the engine, expected no such key")
 
 
 def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) -> None:
@@ -47,9 +38,8 @@ def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) ->
     """
     if steering is not None and resumable:
         key = next(iter(steering.to_extra_args()))
-        raise VLLMValidationError(
-            f"{key}: steering does not support streaming input (resumable requests)",
-            parameter=key,
+        raise refusal(
+            key, "steering does not support streaming input (resumable requests)"
         )
 
 
@@ -77,12 +67,7 @@ def admitted_extra_args(
     args = canonical_extra_args(extra_args, steering)
     if steering is None or args is None:
         return args
-    rows: dict[str, dict[str, str | None]] = {}
-    for phase in TOKEN_PHASES:
-        rows[phase] = {"digest": steering.digest(phase)}
-        for tier in Tier:
-            rows[phase][tier.name.lower()] = steering.row_key(tier, phase)
-    args[ROWS_KEY] = rows
+    args[ROWS_KEY] = {phase: steering.digest(phase) for phase in TOKEN_PHASES}
     return args
 
 
@@ -91,4 +76,4 @@ def phase_digests(extra_args: Mapping[str, Any]) -> tuple[str | None, str | None
     rows = extra_args.get(ROWS_KEY)
     if rows is None:
         return None, None
-    return rows["prefill"]["digest"], rows["decode"]["digest"]
+    return rows["prefill"], rows["decode"]

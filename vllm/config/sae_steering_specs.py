@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request asks for: specs of the three tiers, and their canonical form.
+"""What a user writes: the specs of the three tiers, one definition of each.
 
-The specs are what a user writes. `SteeringRequest` is what
-`vllm.config.sae_steering_parser.parse_steering_request` makes of them: merged,
-sorted, in range, and resolved to the sites that each tier edits in each phase.
-Import these names from `vllm.config.sae_steering_types`.
+The structs below are the dataclasses of the Python interface, the parser of every
+surface (`vllm.config.steering_reader` reads by their annotations), and the JSON schema
+of the HTTP fields. Import them from `vllm.config.sae_steering_types`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
-from vllm.config.steering import HookPoint, ModuleInfo, Tier
+import msgspec
+from msgspec import Meta
+
+from vllm.config.steering import HOOK_ALIASES
+from vllm.config.steering_reader import expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
 CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
@@ -29,19 +27,20 @@ TOKEN_PHASES: tuple[TokenPhase, ...] = ("prefill", "decode")
 SpecPhase = Literal["both", "prefill", "decode"]
 SPEC_PHASES: tuple[SpecPhase, ...] = ("both", "prefill", "decode")
 
-FULL_KEY = "sae_full_reconstruction_specs"
-DELTA_KEY = "sae_clamp_specs"
-ADDITIVE_KEY = "steering_vector_specs"
-EXTRA_ARGS_KEYS = (FULL_KEY, DELTA_KEY, ADDITIVE_KEY)
+# Written as people write it; float32 rounds it to its own largest number.
+MAX_FLOAT32 = 3.4028235e38
 
-# Feature, kind, value, only_if_active.
-_CLAMP_RECORD = struct.Struct("<QBf?")
+ModuleName = Annotated[str, Meta(description="Name of a module the server has loaded.")]
+Number = Annotated[
+    float,
+    expects(
+        "a finite number within the range of float32", ge=-MAX_FLOAT32, le=MAX_FLOAT32
+    ),
+]
+FeatureIndex = Annotated[int, expects("a feature index, an integer from 0 on", ge=0)]
 
-HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
 
-
-@dataclass(frozen=True)
-class SAEClampEntry:
+class SAEClampEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One feature clamped at one site.
 
     With `f` the feature's activation, the clamp makes it `value` (absolute),
@@ -49,289 +48,97 @@ class SAEClampEntry:
     tokens where `f != 0`. `value` is in the module's `feature_units`.
     """
 
-    feature_idx: int
+    feature_idx: FeatureIndex
     kind: ClampKindName
-    value: float
+    value: Number
     only_if_active: bool = False
 
 
-# {hook: {layer: [entry, ...]}}, or the bare list when the module has one site.
-Clamps = (
-    Mapping[str, Mapping[int, Sequence[SAEClampEntry]]]
-    | Mapping[str, Mapping[str, Sequence[SAEClampEntry]]]
-    | Sequence[SAEClampEntry]
-)
+Entries = Annotated[list[SAEClampEntry], expects("a list of clamp entries")]
+Layers = Annotated[
+    dict[Annotated[int | str, expects('a layer index such as 20 or "20"')], Entries],
+    expects("{layer: [entry, ...]}"),
+]
+Hook = Annotated[str, Meta(extra_json_schema={"enum": list(HOOK_ALIASES)})]
+SiteClamps = Annotated[
+    dict[Hook, Layers] | Entries,
+    expects(
+        "{hook: {layer: [entry, ...]}}",
+        description="{hook: {layer: [entry, ...]}}; a list of entries for a module "
+        "that has one site.",
+    ),
+]
 
 
-@dataclass(frozen=True)
-class SAEFullReconstructionSpec:
+class SAEFullReconstructionSpec(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True
+):
     """Replace the stream by the SAE's reconstruction of it, features clamped.
 
     Empty `clamps` reconstruct every site of the module; otherwise exactly the
     listed sites are reconstructed (a listed site may have an empty list).
     """
 
-    module_name: str
-    clamps: Clamps = field(default_factory=dict)
+    module_name: ModuleName
+    clamps: SiteClamps = {}
     phase: SpecPhase = "both"
 
 
-@dataclass(frozen=True)
-class SAEClampSpec:
+class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Add what the clamps change (delta tier); the SAE's error term is kept.
 
     `clamps` names at least one site, and at least one entry for each.
     """
 
-    module_name: str
-    clamps: Clamps
+    module_name: ModuleName
+    clamps: SiteClamps
     phase: SpecPhase = "both"
 
 
-@dataclass(frozen=True)
-class SteeringVectorSpec:
+class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Add `scale` times the named module's vectors, at every site it has."""
 
-    module_name: str
-    scale: float = 1.0
+    module_name: ModuleName
+    scale: Number = 1.0
     phase: SpecPhase = "both"
 
 
-@dataclass(frozen=True)
-class SiteEdit:
-    """What one module does at one site: its clamps, sorted by feature.
+class SteeringFields(msgspec.Struct, kw_only=True):
+    """The steering of a request: fields of an HTTP body, keys of `extra_args`."""
 
-    The additive tier's edit is one additive clamp of direction 0 by the scale.
-    """
-
-    module: str
-    hook: HookPoint
-    layer: int
-    clamps: tuple[SAEClampEntry, ...]
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _found_once(method: _Method) -> _Method:
-    """A method of `SteeringRequest` that keeps what it found for its arguments."""
-
-    @functools.wraps(method)
-    def kept(self: SteeringRequest, *args: Any) -> Any:
-        key = (method.__name__, *args)
-        if key not in self._found:
-            self._found[key] = method(self, *args)
-        return self._found[key]
-
-    return cast(_Method, kept)
+    sae_full_reconstruction_specs: Annotated[
+        Annotated[list[SAEFullReconstructionSpec], expects("a list of specs")] | None,
+        Meta(
+            description="Replace the residual stream by the SAE's reconstruction of "
+            "it, with the given features clamped. Without clamps, every site of the "
+            "module."
+        ),
+    ] = None
+    sae_clamp_specs: Annotated[
+        Annotated[list[SAEClampSpec], expects("a list of specs")] | None,
+        Meta(
+            description="Add what clamping the given features changes; the SAE's "
+            "error is kept."
+        ),
+    ] = None
+    steering_vector_specs: Annotated[
+        Annotated[list[SteeringVectorSpec], expects("a list of specs")] | None,
+        Meta(description="Add a steering vector, times the scale."),
+    ] = None
 
 
-# One canonical group of specs: what one module does in one `SpecPhase`.
-Group = tuple[str, SpecPhase]
+EXTRA_ARGS_KEYS = SteeringFields.__struct_fields__
+FULL_KEY, DELTA_KEY, ADDITIVE_KEY = EXTRA_ARGS_KEYS
+SPEC_TYPES: dict[str, type[msgspec.Struct]] = {
+    FULL_KEY: SAEFullReconstructionSpec,
+    DELTA_KEY: SAEClampSpec,
+    ADDITIVE_KEY: SteeringVectorSpec,
+}
 
 
-@dataclass(frozen=True)
-class SteeringRequest:
-    """The canonical form of a request's steering; built by the parser only.
-
-    Attributes:
-        sae_edits: for the delta and full tiers, the edits of each (module, phase)
-            in canonical order.
-        vectors: scale of each (vector module, phase), in canonical order.
-        modules: every module that is named, in registration order.
-    """
-
-    sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
-    vectors: Mapping[Group, float]
-    modules: Mapping[str, ModuleInfo]
-    # What `_found_once` keeps: one object serves many requests.
-    _found: dict[tuple[Any, ...], Any] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    @functools.cached_property
-    def module_digests(self) -> dict[str, str]:
-        """`module_fingerprint` of every module that the request names."""
-        return {name: module_fingerprint(m) for name, m in self.modules.items()}
-
-    def to_extra_args(self) -> dict[str, Any]:
-        """The canonical specs in JSON types, under `EXTRA_ARGS_KEYS`; not to be edited.
-
-        Parsing the result gives an equal request; absent tiers have no key.
-        """
-        return dict(self._extra_args)
-
-    @functools.cached_property
-    def _extra_args(self) -> dict[str, Any]:
-        args: dict[str, Any] = {}
-        for key, tier in ((FULL_KEY, Tier.FULL), (DELTA_KEY, Tier.DELTA)):
-            groups = self.sae_edits.get(tier)
-            if groups:
-                args[key] = [_spec_json(group, groups[group]) for group in groups]
-        if self.vectors:
-            args[ADDITIVE_KEY] = [
-                {"module_name": name, "scale": scale, "phase": phase}
-                for (name, phase), scale in self.vectors.items()
-            ]
-        return args
-
-    @_found_once
-    def edits(self, tier: Tier, phase: TokenPhase, /) -> tuple[SiteEdit, ...]:
-        """The edits of a tier for the tokens of a phase.
-
-        Sorted by layer, hook and the order in which the site's slots run (for modules
-        not placed, registration order); every (module, site) occurs once.
-        """
-        order = {name: position for position, name in enumerate(self.modules)}
-        merged: dict[tuple[int, int, int], SiteEdit] = {}
-        for edit in self._applying(tier, phase):
-            slot = self.modules[edit.module].slot_at(edit.hook, edit.layer)
-            place = order[edit.module] if slot is None else slot
-            key = (edit.layer, HOOK_ORDER[edit.hook], place)
-            if key in merged:
-                clamps = sorted_clamps((*merged[key].clamps, *edit.clamps))
-                edit = SiteEdit(edit.module, edit.hook, edit.layer, clamps)
-            merged[key] = edit
-        return tuple(merged[key] for key in sorted(merged))
-
-    @_found_once
-    def digest(self, phase: TokenPhase, /) -> str | None:
-        """`hash_steering_config` of this request with its own module digests."""
-        return hash_steering_config(self, phase, self.module_digests)
-
-    @_found_once
-    def row_key(self, tier: Tier, phase: TokenPhase, /) -> str | None:
-        """Key of the row that holds a tier's edits in a phase (hex), or None.
-
-        Requests with equal keys can share a row; the phase is not in the key.
-        """
-        edits = self.edits(tier, phase)
-        return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
-
-    def _applying(self, tier: Tier, phase: TokenPhase) -> Iterable[SiteEdit]:
-        if tier is Tier.ADDITIVE:
-            yield from self._vector_edits(phase)
-            return
-        for (_, spec_phase), edits in self.sae_edits.get(tier, {}).items():
-            if spec_phase in ("both", phase):
-                yield from edits
-
-    def _vector_edits(self, phase: TokenPhase) -> Iterable[SiteEdit]:
-        for name, module in self.modules.items():
-            scales = [
-                scale
-                for (owner, spec_phase), scale in self.vectors.items()
-                if owner == name and spec_phase in ("both", phase)
-            ]
-            if scales:
-                clamp = SAEClampEntry(0, "additive", add_scales(scales))
-                for site in module.sites:
-                    yield SiteEdit(name, site.hook, site.layer, (clamp,))
-
-
-def round_to_fp32(value: float) -> float:
-    """`value` as fp32 holds it, `-0.0` as `0.0`; OverflowError beyond its range."""
-    return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
-
-
-def add_scales(scales: Sequence[float]) -> float:
-    """Sum rounded once to fp32, so that the order of the terms cannot matter."""
-    return round_to_fp32(sum(sorted(scales)))
-
-
-def sorted_clamps(clamps: Iterable[SAEClampEntry]) -> tuple[SAEClampEntry, ...]:
-    """Clamps in canonical order; a site holds a feature at most once."""
-    return tuple(sorted(clamps, key=lambda clamp: clamp.feature_idx))
-
-
-def module_fingerprint(module: ModuleInfo) -> str:
-    """Identifies what a module does: its content digest and its bypassed tokens.
-
-    The bypassed ids are not in the content digest, because the default depends on
-    the model that the module is loaded for.
-    """
-    skipped = module.skip_token_ids
-    ids = "default" if skipped is None else ",".join(map(str, sorted(skipped)))
-    return f"{module.digest}/skip={ids}"
-
-
-def hash_steering_config(
-    request: SteeringRequest, phase: TokenPhase, module_digests: Mapping[str, str]
-) -> str | None:
-    """SHA-256 (hex) of everything that edits the tokens of a phase, or None.
-
-    Covers the tiers, sites, clamps and the named modules' digests, and not the
-    phase itself: a request steered alike in both phases has one digest. Blocks
-    are length-prefixed and tagged, so no two contents share an encoding.
-
-    Args:
-        request: the canonical request.
-        phase: whose edits to hash.
-        module_digests: digest of every module that the request names.
-    """
-    blocks = []
-    for tier in Tier:
-        edits = request.edits(tier, phase)
-        if edits:
-            blocks.append(_tier_block(tier, edits, module_digests))
-    return _hash(blocks)
-
-
-def _hash(blocks: Sequence[bytes]) -> str | None:
-    if not blocks:
-        return None
-    return hashlib.sha256(_block("vllm.steering.v1", *blocks)).hexdigest()
-
-
-def _block(tag: str, *parts: bytes) -> bytes:
-    """A tag and its parts, each preceded by its length."""
-    head = tag.encode()
-    out = [struct.pack("<IQ", len(head), len(parts)), head]
-    for part in parts:
-        out += [struct.pack("<Q", len(part)), part]
-    return b"".join(out)
-
-
-def _tier_block(
-    tier: Tier, edits: Sequence[SiteEdit], module_digests: Mapping[str, str]
-) -> bytes:
-    return _block(
-        f"tier.{tier.name.lower()}",
-        *(_edit_block(edit, module_digests[edit.module]) for edit in edits),
-    )
-
-
-def _edit_block(edit: SiteEdit, module_digest: str) -> bytes:
-    return _block(
-        "edit",
-        edit.module.encode("utf-8", "surrogatepass"),
-        module_digest.encode(),
-        edit.hook.value.encode(),
-        struct.pack("<Q", edit.layer),
-        b"".join(_clamp_record(clamp) for clamp in edit.clamps),
-    )
-
-
-def _clamp_record(clamp: SAEClampEntry) -> bytes:
-    """Fixed width, so that a list of records needs no lengths."""
-    kind = CLAMP_KINDS.index(clamp.kind)
-    return _CLAMP_RECORD.pack(
-        clamp.feature_idx, kind, clamp.value, clamp.only_if_active
-    )
-
-
-def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:
-    clamps: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for edit in edits:
-        layers = clamps.setdefault(edit.hook.value, {})
-        layers[str(edit.layer)] = [
-            {
-                "feature_idx": clamp.feature_idx,
-                "kind": clamp.kind,
-                "value": clamp.value,
-                "only_if_active": clamp.only_if_active,
-            }
-            for clamp in edit.clamps
-        ]
-    name, phase = group
-    return {"module_name": name, "clamps": clamps, "phase": phase}
+def field_schemas() -> dict[str, dict[str, Any]]:
+    """The JSON schema of each HTTP field."""
+    schemas = json_schema(SteeringFields)["properties"]
+    for schema in schemas.values():
+        schema.pop("default")
+    return schemas

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_request import (
+    SiteEdit,
+    SteeringRequest,
+    hash_steering_config,
+    module_fingerprint,
+)
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     SAEClampEntry,
     SAEClampSpec,
     SAEFullReconstructionSpec,
-    SiteEdit,
-    SteeringRequest,
     SteeringVectorSpec,
     TokenPhase,
-    hash_steering_config,
-    module_fingerprint,
 )
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -62,22 +66,24 @@ def fold_into_extra_args(
     return {**(extra_args or {}), **given} if given else extra_args
 
 
-class SteeringSamplingParams(SamplingParams):
-    """`SamplingParams` with the three steering fields, folded into `extra_args`.
+def _fold_fields(self: Any) -> None:
+    specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
+    self.extra_args = fold_into_extra_args(self.extra_args, specs)
+    for key in EXTRA_ARGS_KEYS:
+        setattr(self, key, None)
+    SamplingParams.__post_init__(self)
 
-    The fields are read once, at construction, and are None afterwards: on the wire
-    this is an ordinary `SamplingParams`, which every process can decode.
-    """
 
-    sae_full_reconstruction_specs: Any = None
-    sae_clamp_specs: Any = None
-    steering_vector_specs: Any = None
+_DOC = """`SamplingParams` with the steering fields, folded into `extra_args`.
 
-    def __post_init__(self) -> None:
-        specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
-        extra_args: dict[str, Any] | None = self.extra_args  # type: ignore[has-type]
-        self.extra_args = fold_into_extra_args(extra_args, specs)
-        self.sae_full_reconstruction_specs = None
-        self.sae_clamp_specs = None
-        self.steering_vector_specs = None
-        super().__post_init__()
+The fields are read once, at construction, and are None afterwards: on the wire this is
+an ordinary `SamplingParams`, which every process can decode.
+"""
+# The fields of `SteeringFields`, after those of `SamplingParams`.
+SteeringSamplingParams: Any = msgspec.defstruct(
+    "SteeringSamplingParams",
+    [(key, Any, None) for key in EXTRA_ARGS_KEYS],
+    bases=(SamplingParams,),
+    module=__name__,
+    namespace={"__post_init__": _fold_fields, "__doc__": _DOC},
+)

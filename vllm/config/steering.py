@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, Literal
 
+from vllm.config.steering_kept import KeptParses
 from vllm.config.steering_points import (
     HOOK_ALIASES,
     HOOK_NAMES,
@@ -26,6 +27,7 @@ from vllm.config.steering_points import (
 
 __all__ = [
     "DEFAULT_MAX_CLAMPS",
+    "DEFAULT_MAX_SPECS",
     "HOOK_ALIASES",
     "HOOK_NAMES",
     "RESIDUAL_HOOKS",
@@ -230,6 +232,7 @@ class ModuleInfo:
 
 
 DEFAULT_MAX_CLAMPS = 64
+DEFAULT_MAX_SPECS = 64
 
 
 @dataclass(frozen=True)
@@ -237,15 +240,22 @@ class SteeringConfig:
     """The resolved steering configuration of one engine.
 
     `modules` keeps registration order, which is the order of the delta tier.
-    `max_clamps` bounds the clamps per site and request (K). `slots` are the engine's
-    slots, held and spare; a slot's id is its position. Requests that name a module in
-    `draining` are refused: it waits for its last request, to be removed or replaced.
+    `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
+    request. `slots` are the engine's slots, held and spare; a slot's id is its
+    position. Requests that name a module in `draining` are refused: it waits for its
+    last request, to be removed or replaced. `version` counts the changes since start-up.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     max_clamps: int = DEFAULT_MAX_CLAMPS
     slots: tuple[SlotInfo, ...] = ()
     draining: frozenset[str] = frozenset()
+    version: int = 0
+    max_specs: int = DEFAULT_MAX_SPECS
+    # Requests that were parsed under this configuration.
+    parsed: KeptParses = field(
+        default_factory=KeptParses, init=False, repr=False, compare=False
+    )
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""
@@ -254,6 +264,8 @@ class SteeringConfig:
             "max_clamps": self.max_clamps,
             "slots": [slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
+            "version": self.version,
+            "max_specs": self.max_specs,
         }
 
     @classmethod
@@ -266,6 +278,8 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
+            data.get("version", 0),
+            data.get("max_specs", DEFAULT_MAX_SPECS),
         )
 
 

@@ -1,114 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steering configuration of a running engine, in every process that needs it.
 
-Modules come and go, and the engine core decides. It publishes the configuration in a
-small file (the registry) that every API server process of the engine stats when a
-request asks for steering. No file means that nothing has changed since start-up.
+Modules come and go, and the engine core decides. Its answer to each change holds the
+new configuration, which the front end that asked takes over. Several API server
+processes of one engine tell each other through a file (`steering_shared_config.py`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import uuid
-from contextlib import suppress
-from multiprocessing.util import Finalize
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.steering import SteeringConfig, get_steering_config
+from vllm.config.steering_replies import Json
+from vllm.engine.steering_shared_config import shared_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # The resolved JSON that was read last, and what it stands for. Holding the JSON
 # keeps its identity from being reused.
-_LAST: tuple[Any, SteeringConfig | None] = (None, None)
-
-# An attribute of `VllmConfig`, which reaches the engine core with it. It may not be in
-# `additional_config`, which vLLM hashes into its compile-cache key.
-REGISTRY_ATTRIBUTE = "steering_registry"
-# Where the process that starts several API servers leaves the path for them.
-REGISTRY_ENV = "VLLM_STEERING_REGISTRY"
-
-# Registry path -> what identifies the version that was read last.
-_READ: dict[str, tuple[int, int]] = {}
+_LAST: tuple[Json | None, SteeringConfig | None] = (None, None)
 
 
-def active_steering_config(
-    vllm_config: Any, *, in_core: bool = False
-) -> SteeringConfig | None:
+def active_steering_config(vllm_config: VllmConfig) -> SteeringConfig | None:
     """`get_steering_config` of a `VllmConfig`, without rebuilding it per request.
 
-    Replacing `additional_config["steering"]["resolved"]` replaces the result. The
-    engine core (`in_core`), which publishes, does not look for what others did.
+    Replacing `additional_config["steering"]["resolved"]` replaces the result.
     """
     global _LAST
-    additional_config = vllm_config.additional_config
-    if not isinstance(additional_config, dict):
-        return None
-    steering = additional_config.get("steering")
+    steering = _section(vllm_config)
     if steering is None:
         return None
-    if not in_core:
-        _follow_registry(vllm_config, steering)
+    shared = shared_config(vllm_config.parallel_config)
+    if shared is not None:
+        _take(steering, shared.read_if_changed())
     resolved, config = _LAST
     if resolved is not steering["resolved"]:
         resolved = steering["resolved"]
-        config = get_steering_config(additional_config)
+        config = get_steering_config(vllm_config.additional_config)
         _LAST = (resolved, config)
     return config
 
 
-def assign_registry(vllm_config: Any) -> None:
-    """Choose where the engine of this configuration will publish its modules."""
-    parallel = vllm_config.parallel_config
-    one_of_several = parallel._api_process_count > 1
-    path = os.environ.get(REGISTRY_ENV)
-    if not (one_of_several and parallel._api_process_rank >= 0 and path):
-        name = f"vllm-steering-{uuid.uuid4().hex}.json"
-        path = os.path.join(tempfile.gettempdir(), name)
-        if one_of_several:
-            os.environ[REGISTRY_ENV] = path
-        # Not left to the engine core, which may be killed when a server stops.
-        Finalize(None, _remove, (path,), exitpriority=1)
-    object.__setattr__(vllm_config, REGISTRY_ATTRIBUTE, path)
+def publish(vllm_config: VllmConfig, config: SteeringConfig) -> None:
+    """Make `config` what the engine core admits requests under."""
+    vllm_config.additional_config["steering"]["resolved"] = config.to_json()
 
 
-def publish(vllm_config: Any, config: SteeringConfig, *, to_others: bool) -> None:
-    """Make `config` the engine's configuration, here and in its front ends.
+def take_over(vllm_config: VllmConfig, resolved: Json | None) -> None:
+    """Follow the engine core, in a front end.
 
     Args:
-        vllm_config: of the engine core.
-        config: what requests are admitted under from now on.
-        to_others: whether front ends run in other processes.
+        vllm_config: of the front end.
+        resolved: the configuration in an answer of the engine core. One that is older
+            than what the front end has is passed over.
     """
-    resolved = config.to_json()
-    path = getattr(vllm_config, REGISTRY_ATTRIBUTE, None)
-    if path is not None and to_others:
-        fresh = f"{path}.{os.getpid()}"
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w") as file:
-            json.dump(resolved, file)
-        os.replace(fresh, path)
-    vllm_config.additional_config["steering"]["resolved"] = resolved
-
-
-def _remove(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _follow_registry(vllm_config: Any, steering: dict[str, Any]) -> None:
-    """Take over what the engine core has published since the last look."""
-    path = getattr(vllm_config, REGISTRY_ATTRIBUTE, None)
-    if path is None:
+    steering = _section(vllm_config)
+    if steering is None or resolved is None:
         return
-    try:
-        found = os.stat(path)
-        version = (found.st_ino, found.st_mtime_ns)
-        if _READ.get(path) == version:
-            return
-        with open(path) as file:
-            resolved = json.load(file)
-    except FileNotFoundError:
-        return
-    _READ[path] = version
-    steering["resolved"] = resolved
+    _take(steering, resolved)
+    shared = shared_config(vllm_config.parallel_config)
+    if shared is not None:
+        shared.keep(steering["resolved"])
+
+
+def _section(vllm_config: VllmConfig) -> Json | None:
+    additional_config = vllm_config.additional_config
+    if not isinstance(additional_config, dict):
+        return None
+    return additional_config.get("steering")
+
+
+def _take(steering: Json, resolved: Json | None) -> None:
+    if resolved is not None and resolved["version"] > steering["resolved"]["version"]:
+        steering["resolved"] = resolved

@@ -5,6 +5,7 @@
                                    "skip_token_ids": [...] | None,
                                    "norm_guard": float | None, "sites": [...]}},
      "max_clamps": 64,
+     "max_specs": 64,
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
      "module_roots": ["/srv/saes", "hf:"]}
@@ -24,9 +25,9 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 import vllm.envs as envs
-from vllm.config.sae_steering_parser import shown
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
+    DEFAULT_MAX_SPECS,
     HOOK_ALIASES,
     HOOK_NAMES,
     FeatureUnits,
@@ -36,17 +37,26 @@ from vllm.config.steering import (
     SteeringConfig,
     point_widths,
 )
+from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
-from vllm.engine.steering_active_config import assign_registry
+from vllm.engine.steering_shared_config import prepare_sharing
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
 ROOT = "additional_config.steering"
-TOP_FIELDS = ("modules", "max_clamps", "spare", "module_roots", "resolved")
+TOP_FIELDS = (
+    "modules",
+    "max_clamps",
+    "max_specs",
+    "spare",
+    "module_roots",
+    "resolved",
+)
 MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
 SPARE_FIELDS = ("layer", "hook", "hook_out", "skip", "width", "count", "vectors")
 MAX_CLAMPS_LIMIT = 4096
+MAX_SPECS_LIMIT = 4096
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -74,20 +84,23 @@ def resolve_steering(vllm_config: Any) -> None:
     refuse_unsupported_features(vllm_config)
     if "resolved" in steering:
         return
-    max_clamps = _max_clamps(steering.get("max_clamps", DEFAULT_MAX_CLAMPS))
+    max_clamps = _limit(steering, "max_clamps", DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT)
+    max_specs = _limit(steering, "max_specs", DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT)
     modules: dict[str, ModuleInfo] = {}
     for name, given in _object(f"{ROOT}.modules", steering.get("modules", {})).items():
         modules[name] = inspect_for_model(name, given, vllm_config.model_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
     check_module_roots(steering.get("module_roots", []))
-    config = start_up_slots(SteeringConfig(modules, max_clamps), spare)
+    config = start_up_slots(
+        SteeringConfig(modules, max_clamps, max_specs=max_specs), spare
+    )
     resolved = config.to_json()
     vllm_config.additional_config = {
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
-    assign_registry(vllm_config)
+    prepare_sharing(vllm_config.parallel_config)
 
 
 def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:
@@ -241,13 +254,8 @@ def _object(
     return value
 
 
-def _max_clamps(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_CLAMPS_LIMIT:
-        raise SteeringConfigError(
-            f"{ROOT}.max_clamps: found {shown(value)}, expected an integer in "
-            f"1..{MAX_CLAMPS_LIMIT}"
-        )
-    return value
+def _limit(steering: dict[str, Any], key: str, default: int, most: int) -> int:
+    return _integer(f"{ROOT}.{key}", steering.get(key, default), 1, most)
 
 
 def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:

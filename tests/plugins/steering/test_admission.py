@@ -150,7 +150,7 @@ def test_the_reserved_key_is_refused_by_the_front_end(llm: LLM) -> None:
 
 
 def test_the_reserved_key_of_a_raw_client_is_dropped(core: Any) -> None:
-    forged = {phase: {"digest": "forged"} for phase in ("prefill", "decode")}
+    forged = dict.fromkeys(("prefill", "decode"), "forged")
     plain, _ = core.preprocess_add_request(raw(SamplingParams()))
     request, _ = core.preprocess_add_request(
         raw(SamplingParams(extra_args={ROWS_KEY: forged}))
@@ -159,14 +159,13 @@ def test_the_reserved_key_of_a_raw_client_is_dropped(core: Any) -> None:
     assert request.block_hashes == plain.block_hashes
 
 
-def test_the_admitted_request_holds_specs_and_row_keys(core: Any) -> None:
+def test_the_admitted_request_holds_specs_and_digests(core: Any) -> None:
     params = greedy(**clamp(phase="decode"))
     request, _ = core.preprocess_add_request(raw(params))
     rows = request.sampling_params.extra_args[ROWS_KEY]
     assert set(rows) == {"prefill", "decode"}
-    assert set(rows["prefill"].values()) == {None}
-    assert rows["decode"]["full"] is not None
-    assert rows["decode"]["delta"] is None
+    assert rows["prefill"] is None
+    assert len(bytes.fromhex(rows["decode"])) == 32
     assert ROWS_KEY not in params.extra_args
 
 

@@ -24,7 +24,7 @@ def registered() -> None:
 
 
 def request(prefill: str | None, decode: str | None, **kwargs: Any) -> Request:
-    rows = {"prefill": {"digest": prefill}, "decode": {"digest": decode}}
+    rows = {"prefill": prefill, "decode": decode}
     steered = prefill or decode
     params = SamplingParams(extra_args={ROWS_KEY: rows} if steered else None)
     made = Request("r", list(range(PROMPT)), params, None, **kwargs)

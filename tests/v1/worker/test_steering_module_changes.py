@@ -29,6 +29,7 @@ from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 from steering_testing.requests import prompt, vector
 
 from vllm import LLM
+from vllm.config.steering_replies import METHOD, Outcome
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     list_modules,
@@ -39,7 +40,8 @@ from vllm.entrypoints.steering import (
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCoreProc
-from vllm.v1.worker.steering_module_changes import HotModules
+from vllm.v1.engine.steering_refusals import refusal_in
+from vllm.v1.worker.steering_module_changes import ModuleChanges
 
 pytestmark = pytest.mark.engine
 
@@ -245,14 +247,14 @@ def test_draining_refuses_new_requests_and_waits_for_the_old(
     register_module(llm, "hot", paths["jumprelu"])
     llm.llm_engine.add_request("r", {"prompt_token_ids": IDS}, steered("hot"))
     ask = ("unregister", {"name": "hot", "drain": True})
-    (reply,) = llm.collective_rpc("steering_modules", args=ask)
-    assert (reply["status"], reply["in_use"]) == (202, 1)
+    (reply,) = llm.collective_rpc(METHOD, args=ask)
+    assert (reply.outcome, reply.in_use) == (Outcome.DRAINING, 1)
     with pytest.raises(VLLMValidationError, match="being removed"):
         llm.llm_engine.add_request("s", {"prompt_token_ids": IDS}, steered("hot"))
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-    (reply,) = llm.collective_rpc("steering_modules", args=ask)
-    assert reply["status"] == 200
+    (reply,) = llm.collective_rpc(METHOD, args=ask)
+    assert reply.outcome is Outcome.DONE
     assert list(list_modules(llm)) == ["first"]
 
 
@@ -260,7 +262,7 @@ def test_a_drain_can_be_given_up(llm: LLM, paths: dict[str, str]) -> None:
     register_module(llm, "hot", paths["jumprelu"])
     llm.llm_engine.add_request("r", {"prompt_token_ids": IDS}, steered("hot"))
     for action, extra in (("unregister", {"drain": True}), ("release", {})):
-        llm.collective_rpc("steering_modules", args=(action, {"name": "hot", **extra}))
+        llm.collective_rpc(METHOD, args=(action, {"name": "hot", **extra}))
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     check(llm, "hot", KINDS["jumprelu"])
@@ -276,15 +278,29 @@ def admit_late(llm: LLM) -> tuple[Any, Any, int]:
     return core, request, wave
 
 
-def test_a_request_admitted_before_a_replacement_is_refused_alone(
+def test_a_request_admitted_before_a_replacement_runs_under_the_new_module(
     llm: LLM, paths: dict[str, str]
 ) -> None:
     register_module(llm, "hot", paths["jumprelu"])
     core, request, wave = admit_late(llm)
+    stale = list(request.block_hashes)
     replace_module(llm, "hot", paths["other"])
-    with pytest.raises(VLLMValidationError, match="replaced"):
-        core.add_request(request, wave)
+    core.add_request(request, wave)
+    _, fresh, _ = admit_late(llm)
+    assert request.block_hashes == fresh.block_hashes != stale
+    assert request.sampling_params.extra_args == fresh.sampling_params.extra_args
+    core.abort_requests([request.request_id])
     check(llm, "hot", KINDS["other"])
+
+
+def test_a_request_admitted_before_a_removal_is_refused_alone(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    core, request, wave = admit_late(llm)
+    unregister_module(llm, "hot")
+    with pytest.raises(VLLMValidationError, match="'hot'"):
+        core.add_request(request, wave)
 
 
 def test_a_server_answers_such_a_request_and_goes_on(
@@ -301,6 +317,10 @@ def test_a_server_answers_such_a_request_and_goes_on(
     _, answer = server.output_queue.get_nowait()
     (output,) = answer.outputs
     assert (output.request_id, output.finish_reason) == ("late", FinishReason.ERROR)
+    refusal = refusal_in(output.stop_reason)
+    assert refusal is not None
+    assert refusal.http_status == 409
+    assert "'hot'" in refusal.message
 
 
 class Broken(Exception):
@@ -342,8 +362,8 @@ def test_a_failure_restores_what_was_there(
     elif verb == "copy":
         monkeypatch.setattr(hot, "_fill", fill_and_fail)
     else:
-        calls = iter([fail, HotModules._bind])
-        monkeypatch.setattr(HotModules, "_bind", lambda *args: next(calls)(*args))
+        calls = iter([fail, ModuleChanges._bind])
+        monkeypatch.setattr(ModuleChanges, "_bind", lambda *args: next(calls)(*args))
     with pytest.raises(SteeringModuleError, match="injected; nothing was changed"):
         replace_module(llm, "hot", paths["topk"])
     monkeypatch.undo()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.config.steering import ModuleInfo
+from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
+from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -22,11 +24,11 @@ class SteeringModuleError(ValueError):
     wrong, and `in_use` the number of requests that are in the way.
     """
 
-    def __init__(self, reply: dict[str, Any]):
-        super().__init__(reply["error"])
-        self.status: int = reply["status"]
-        self.field: str | None = reply.get("field")
-        self.in_use: int | None = reply.get("in_use")
+    def __init__(self, reply: ModuleReply):
+        super().__init__(reply.error)
+        self.status = HTTP_STATUS[reply.outcome]
+        self.field = reply.field
+        self.in_use = reply.in_use
 
 
 def register_module(
@@ -51,8 +53,8 @@ def register_module(
         SteeringModuleError: bad module, no free slot that fits, or a name in use.
     """
     inspected = _call(llm, "inspect", {"name": name, "path": path, **options})
-    payload = {"module": inspected["module"], "replace": replace}
-    return ModuleInfo.from_json(_call(llm, "register", payload)["module"])
+    payload = {"module": inspected.module, "replace": replace}
+    return ModuleInfo.from_json(_call(llm, "register", payload).module or {})
 
 
 def replace_module(llm: LLM, name: str, path: str, **options: Any) -> ModuleInfo:
@@ -71,17 +73,13 @@ def unregister_module(llm: LLM, name: str) -> None:
 
 def list_modules(llm: LLM) -> dict[str, ModuleInfo]:
     """The engine's modules, in registration order."""
-    found = map(ModuleInfo.from_json, map(_info, _call(llm, "list", {})["modules"]))
-    return {module.name: module for module in found}
+    config = _call(llm, "list", {}).config
+    return {} if config is None else SteeringConfig.from_json(config).modules
 
 
-def _info(listed: dict[str, Any]) -> dict[str, Any]:
-    extra = ("weight_bytes", "requests", "draining")
-    return {key: value for key, value in listed.items() if key not in extra}
-
-
-def _call(llm: LLM, action: str, payload: dict[str, Any]) -> dict[str, Any]:
-    (reply,) = llm.collective_rpc("steering_modules", args=(action, payload))
-    if reply["status"] != 200:
+def _call(llm: LLM, action: str, payload: Json) -> ModuleReply:
+    (answer,) = llm.collective_rpc(METHOD, args=(action, payload))
+    reply = as_reply(answer)
+    if reply.outcome is not Outcome.DONE:
         raise SteeringModuleError(reply)
     return reply

@@ -8,12 +8,19 @@ from collections.abc import Callable
 from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes, serving
 from vllm.plugins.steering.v1.core import kv_cache_utils
-from vllm.plugins.steering.v1.engine import core, input_processor
+from vllm.plugins.steering.v1.engine import (
+    core,
+    core_client,
+    input_processor,
+    output_processor,
+)
 
 SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (arg_utils.MODULE, arg_utils.install),
     (input_processor.MODULE, input_processor.install),
     (core.MODULE, core.install),
+    (core_client.MODULE, core_client.install),
+    (output_processor.MODULE, output_processor.install),
     (kv_cache_utils.MODULE, kv_cache_utils.install),
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),

@@ -17,8 +17,11 @@ import vllm
 
 SUPPORTED_VLLM = "0.32"
 
+# A stock function, or what takes its place.
+Stock = Callable[..., Any]
+
 # Every seam bound in this process: target -> the stock function it wraps.
-BOUND: dict[str, Callable[..., Any]] = {}
+BOUND: dict[str, Stock] = {}
 
 
 class SeamError(RuntimeError):
@@ -46,9 +49,7 @@ def resolve(target: str) -> tuple[Any, str, Any]:
         ) from error
 
 
-def check_signature(
-    target: str, function: Callable[..., Any], parameters: tuple[str, ...]
-) -> None:
+def check_signature(target: str, function: Stock, parameters: tuple[str, ...]) -> None:
     """Raise `SeamError` unless `function` takes exactly `parameters`, in order."""
     found = tuple(inspect.signature(function).parameters)
     if found != parameters:
@@ -61,7 +62,7 @@ def check_signature(
 def wrap(
     target: str,
     parameters: tuple[str, ...],
-    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+    make: Callable[[Stock], Stock],
 ) -> None:
     """Replace the stock function at `target` by `make(stock)`, once per process.
 
@@ -81,3 +82,21 @@ def wrap(
     functools.update_wrapper(replacement, stock)
     setattr(owner, name, replacement)
     BOUND[target] = stock
+
+
+def declare(target: str, attribute: str) -> None:
+    """Give a stock class one more attribute, None until somebody sets it.
+
+    Raises:
+        SeamError: there is no such class, or it has the attribute already.
+    """
+    name = f"{target}.{attribute}"
+    if name in BOUND:
+        return
+    _, _, owner = resolve(target)
+    if attribute in vars(owner):
+        raise SeamError(
+            f"steering seam {name}: exists in vLLM {vllm.__version__} already"
+        )
+    setattr(owner, attribute, None)
+    BOUND[name] = owner

@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine core's registry: modules that come and go while requests run.
 
-Reached as `collective_rpc("steering_modules", args=(action, payload))`, which every
-client of an engine has, and handled here instead of in the workers. All of it runs
-between two steps in the thread that schedules, so calls are serialised; only
-`inspect`, which reads whole files, runs beside.
+Reached as `collective_rpc(METHOD, args=(action, payload))`, which every client of an
+engine has, and handled here instead of in the workers. All of it runs between two
+steps in the thread that schedules, so calls are serialised; only `inspect`, which
+reads whole files, runs beside.
+
+Each data-parallel rank has an engine core, hence a registry, of its own. One rank
+changes at once. Several change together in phases, which `steering_ranks.py` drives:
+`close` refuses new requests for the module, `prepare` puts the change in place in the
+workers, then `finish` admits requests under it, or `rollback` undoes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm.config.sae_steering_parser import shown
+from msgspec.structs import replace
+
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering_checks import shown
+from vllm.config.steering_replies import Json, ModuleReply, Outcome, RefusedCall
 from vllm.config.steering_slots import (
     NoRoomError,
     free_slots,
@@ -33,75 +42,94 @@ from vllm.engine.steering_resolution import (
 )
 from vllm.logger import init_logger
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request
+
 logger = init_logger(__name__)
 
-METHOD = "steering_modules"
 WORKER_METHOD = "change_steering_modules"
-Reply = dict[str, Any]
+# A change that nobody finished for so long was given up by who asked for it.
+PREPARED_LIMIT_S = 600.0
+
+# From the payload of a change to the configuration after it.
+Plan = Callable[[Json], SteeringConfig]
 
 
-def refusal(status: int, error: str, field: str | None = None, **more: Any) -> Reply:
-    """What a caller gets instead of a result; `status` is an HTTP status."""
-    return {"status": status, "error": error, "field": field, **more}
+@dataclasses.dataclass(frozen=True)
+class PreparedChange:
+    """A change that the workers have made and requests do not see yet."""
+
+    ident: str
+    name: str
+    after: SteeringConfig
+    since: float
 
 
 class SteeringRegistry:
-    """Registers, replaces and removes the modules of one engine.
+    """Registers, replaces and removes the modules of one engine core."""
 
-    Args:
-        core: the `EngineCore`.
-    """
-
-    def __init__(self, core: Any):
+    def __init__(self, core: EngineCore):
         self.core = core
         self.lock = threading.Lock()
         self.inspector = ThreadPoolExecutor(1, "steering-inspect")
+        self.prepared: PreparedChange | None = None
 
-    def call(self, action: Any, payload: Any = None) -> Reply | Future[Reply]:
+    def call(
+        self, action: str, payload: Json | None = None
+    ) -> ModuleReply | Future[ModuleReply]:
         """Run an action.
 
         Args:
             action: `list`, `stats`, `inspect` {name, path and options}, `register`
                 {module, replace, drain}, `unregister` {name, drain}, or `release`
-                {name}, which ends a drain.
+                {name}, which ends a drain. `register` and `unregister` with a `phase`
+                (`close`, or `prepare` with a `change` id), then `finish` or
+                `rollback` {change}, do a change step by step.
             payload: the action's argument, a JSON object.
-
-        Returns:
-            `status` (200; 202: still draining, ask again; else refused) and the
-            result, or `error`, `field`, and `in_use` where requests are in the way.
         """
-        actions: dict[str, Callable[[dict[str, Any]], Reply | Future[Reply]]] = {
+        actions: dict[str, Callable[[Json], ModuleReply]] = {
             "list": self._list,
             "stats": self._stats,
-            "inspect": self._inspect,
-            "register": self._register,
-            "unregister": self._unregister,
+            "register": lambda p: self._change(p["module"]["name"], p, self._with),
+            "unregister": lambda p: self._change(p.get("name"), p, self._without),
+            "finish": self._finish,
+            "rollback": self._rollback,
             "release": self._release,
         }
-        if type(action) is not str or action not in actions:
-            known = ", ".join(actions)
-            return refusal(400, f"found {shown(action)}, expected {known}", "action")
-        if self.config is None:
-            return refusal(409, "this engine was started without steering")
-        if self.core.vllm_config.parallel_config.data_parallel_size > 1:
-            return refusal(409, "modules cannot change under data parallelism")
-        if action == "inspect":
-            return self._inspect(payload or {})
-        with self.lock:
-            return actions[action](payload or {})
+        try:
+            if active_steering_config(self.core.vllm_config) is None:
+                raise RefusedCall(
+                    Outcome.CONFLICT, "this engine was started without steering"
+                )
+            if action == "inspect":
+                return self.inspector.submit(self._inspect, dict(payload or {}))
+            if action not in actions:
+                known = ", ".join(("inspect", *actions))
+                raise RefusedCall(
+                    Outcome.INVALID,
+                    f"found {shown(action)}, expected {known}",
+                    "action",
+                )
+            with self.lock:
+                reply = actions[action](payload or {})
+        except RefusedCall as refused:
+            reply = refused.reply
+        config = active_steering_config(self.core.vllm_config)
+        return replace(reply, config=None if config is None else config.to_json())
 
     @property
     def config(self) -> SteeringConfig:
         """The configuration that requests are admitted under."""
-        config = active_steering_config(self.core.vllm_config, in_core=True)
-        return config  # type: ignore[return-value]
+        config = active_steering_config(self.core.vllm_config)
+        return config or SteeringConfig()
 
     def in_use(self, name: str) -> int:
         """Requests that run or wait and name the module."""
         requests = self.core.scheduler.requests.values()
         return sum(not r.is_finished() and name in named_modules(r) for r in requests)
 
-    def _list(self, payload: dict[str, Any]) -> Reply:
+    def _list(self, payload: Json) -> ModuleReply:
         config = self.config
         item_bytes = self.core.vllm_config.model_config.dtype.itemsize
         modules = [
@@ -114,135 +142,180 @@ class SteeringRegistry:
             for name, module in config.modules.items()
         ]
         free = [{"id": i, **slot.to_json()} for i, slot in free_slots(config).items()]
-        return {"status": 200, "modules": modules, "free_slots": free}
+        listing = {"modules": modules, "free_slots": free}
+        return ModuleReply(outcome=Outcome.DONE, listing=listing)
 
-    def _stats(self, payload: dict[str, Any]) -> Reply:
+    def _stats(self, payload: Json) -> ModuleReply:
         replies = self._workers("stats")
         if error := first_error(replies):
-            return refusal(500, error["error"])
+            raise RefusedCall(Outcome.FAILED, error["error"])
         # Every rank has the same rows and tokens; bytes are per rank.
-        return {
-            "status": 200,
+        stats = {
             **replies[0]["stats"],
             "bytes": [reply["stats"]["bytes"] for reply in replies],
         }
+        return ModuleReply(outcome=Outcome.DONE, stats=stats)
 
-    def _inspect(self, payload: dict[str, Any]) -> Reply | Future[Reply]:
-        return self.inspector.submit(self._inspected, dict(payload))
-
-    def _inspected(self, options: dict[str, Any]) -> Reply:
+    def _inspect(self, options: Json) -> ModuleReply:
         name = options.pop("name", None)
         try:
             module = inspect_for_model(
                 name, options, self.core.vllm_config.model_config
             )
         except SteeringConfigError as error:
-            return refusal(400, str(error), "path")
+            text = str(error)
         except Exception as error:
             logger.exception("Steering: inspecting %s failed", shown(name))
-            text = " ".join(str(error).split()) or type(error).__name__
-            return refusal(400, f"cannot be inspected: {text}", "path")
-        return {"status": 200, "module": module.to_json()}
+            cause = " ".join(str(error).split()) or type(error).__name__
+            text = f"cannot be inspected: {cause}"
+        else:
+            return ModuleReply(outcome=Outcome.DONE, module=module.to_json())
+        return RefusedCall(Outcome.INVALID, text, "path").reply
 
-    def _register(self, payload: dict[str, Any]) -> Reply:
+    def _change(self, name: object, payload: Json, plan: Plan) -> ModuleReply:
+        """Register or unregister a module, at once or one phase of it."""
+        after = plan(payload)
+        assert isinstance(name, str)  # the plan is for a module of this name
+        phase = payload.get("phase")
+        waiting = self._wait_for(name, bool(payload.get("drain")), phase == "close")
+        if waiting is not None:
+            return waiting
+        if phase == "close":
+            return ModuleReply(outcome=Outcome.DONE)
+        self._prepare(name, after, payload.get("change", ""))
+        if phase == "prepare":
+            return ModuleReply(outcome=Outcome.DONE)
+        return self._finish(payload)
+
+    def _with(self, payload: Json) -> SteeringConfig:
+        """The configuration with the payload's module in it."""
         module = ModuleInfo.from_json(payload["module"])
         name, config = module.name, self.config
         if name in config.modules and not payload.get("replace"):
-            return refusal(
-                409,
+            raise RefusedCall(
+                Outcome.CONFLICT,
                 f"module {shown(name)} is registered already, expected replace=true "
                 "or another name",
                 "name",
             )
-        vllm_config = self.core.vllm_config
+        model_config = self.core.vllm_config.model_config
         try:
-            check_against_model(module, vllm_config.model_config)
-            may_add = vllm_config.model_config.enforce_eager
-            after = with_module(config, module, may_add)
+            check_against_model(module, model_config)
+            return with_module(config, module, model_config.enforce_eager)
         except NoRoomError as error:
-            return refusal(409, f"module {shown(name)}: {error}", "path")
+            text = f"module {shown(name)}: {error}"
+            raise RefusedCall(Outcome.CONFLICT, text, "path") from error
         except SteeringConfigError as error:
-            return refusal(400, str(error), "path")
-        if name in config.modules:
-            waiting = self._wait_for(name, bool(payload.get("drain")))
-            if waiting is not None:
-                return waiting
-        after = dataclasses.replace(after, draining=config.draining - {name})
-        return self._change(after, name)
+            raise RefusedCall(Outcome.INVALID, str(error), "path") from error
 
-    def _unregister(self, payload: dict[str, Any]) -> Reply:
+    def _without(self, payload: Json) -> SteeringConfig:
+        """The configuration without the payload's module."""
         name, config = payload.get("name"), self.config
         if type(name) is not str or name not in config.modules:
             known = ", ".join(shown(n) for n in config.modules) or "none is loaded"
-            return refusal(
-                404, f"found {shown(name)}, expected a module: {known}", "name"
+            raise RefusedCall(
+                Outcome.UNKNOWN,
+                f"found {shown(name)}, expected a module: {known}",
+                "name",
             )
-        waiting = self._wait_for(name, bool(payload.get("drain")))
-        if waiting is not None:
-            return waiting
-        return self._change(without_module(config, name), name)
+        return without_module(config, name)
 
-    def _release(self, payload: dict[str, Any]) -> Reply:
-        name, config = payload.get("name"), self.config
-        if name in config.draining:
-            self._publish(
-                dataclasses.replace(config, draining=config.draining - {name})
-            )
-        return {"status": 200}
+    def _wait_for(self, name: str, drain: bool, close: bool) -> ModuleReply | None:
+        """What to answer while requests use the module; None when none does.
 
-    def _wait_for(self, name: str, drain: bool) -> Reply | None:
-        """What to answer while requests use the module; None when none does."""
+        Args:
+            name: of the module.
+            drain: whether the caller waits.
+            close: whether to refuse new requests for it even if none uses it now.
+        """
         in_use = self.in_use(name)
-        if not in_use:
-            return None
-        if not drain:
-            return refusal(
-                409,
+        if in_use and not drain:
+            raise RefusedCall(
+                Outcome.CONFLICT,
                 f"module {shown(name)} is in use by {in_use} request(s), expected "
                 "none, or drain=true to wait for them",
                 "name",
                 in_use=in_use,
             )
-        config = self.config
-        if name not in config.draining:
-            self._publish(
-                dataclasses.replace(config, draining=config.draining | {name})
-            )
-        return {"status": 202, "in_use": in_use}
+        if in_use or close:
+            self._set_draining(name, True)
+        if not in_use:
+            return None
+        return ModuleReply(outcome=Outcome.DRAINING, in_use=in_use)
 
-    def _change(self, after: SteeringConfig, name: str) -> Reply:
-        """Bring every rank to `after`, or leave every rank as it was."""
+    def _release(self, payload: Json) -> ModuleReply:
+        self._set_draining(payload.get("name"), False)
+        return ModuleReply(outcome=Outcome.DONE)
+
+    def _set_draining(self, name: object, draining: bool) -> None:
+        config = self.config
+        if name not in config.modules or (name in config.draining) == draining:
+            return
+        changed = config.draining ^ {str(name)}
+        self._publish(dataclasses.replace(config, draining=changed))
+
+    def _prepare(self, name: str, after: SteeringConfig, ident: str) -> None:
+        """Bring every worker to `after`, or leave every worker as it was."""
+        other = self.prepared
+        if other is not None:
+            if time.monotonic() - other.since < PREPARED_LIMIT_S:
+                raise RefusedCall(
+                    Outcome.CONFLICT,
+                    f"another change of modules, of {shown(other.name)}, is under way: "
+                    "try again when it has ended",
+                    "name",
+                )
+            logger.error("Steering: a change of %s was given up", shown(other.name))
+            self._undo()
         for_workers = dataclasses.replace(after, draining=frozenset()).to_json()
         error = first_error(self._workers("stage", for_workers, name))
         if error is None:
             error = first_error(self._workers("commit"))
         if error is not None:
             self._workers("rollback")
-            status = 400 if error.get("refused") else 500
-            return refusal(status, f"{error['error']}; nothing was changed", "path")
-        self._publish(after)
+            outcome = Outcome.INVALID if error.get("refused") else Outcome.FAILED
+            raise RefusedCall(outcome, f"{error['error']}; nothing was changed", "path")
+        self.prepared = PreparedChange(ident, name, after, time.monotonic())
+
+    def _finish(self, payload: Json) -> ModuleReply:
+        """Admit requests under the prepared change."""
+        done = self.prepared
+        if done is None or done.ident != payload.get("change", ""):
+            raise RefusedCall(Outcome.FAILED, "no such change is prepared", "change")
+        self.prepared = None
+        draining = self.config.draining - {done.name}
+        self._publish(dataclasses.replace(done.after, draining=draining))
         if error := first_error(self._workers("finish")):
             logger.error("Steering: freeing slots failed: %s", error["error"])
-        module = after.modules.get(name)
-        return {"status": 200, "module": None if module is None else module.to_json()}
+        module = done.after.modules.get(done.name)
+        info = None if module is None else module.to_json()
+        return ModuleReply(outcome=Outcome.DONE, module=info)
+
+    def _rollback(self, payload: Json) -> ModuleReply:
+        """Undo the prepared change, if it is the caller's."""
+        if self.prepared is not None and self.prepared.ident == payload.get("change"):
+            self._undo()
+        return ModuleReply(outcome=Outcome.DONE)
+
+    def _undo(self) -> None:
+        self.prepared = None
+        if error := first_error(self._workers("rollback")):
+            logger.error("Steering: undoing a change failed: %s", error["error"])
 
     def _publish(self, config: SteeringConfig) -> None:
-        # Deferred: this module may be what the engine core's seam is waiting for.
-        from vllm.v1.engine.core import EngineCoreProc
+        version = self.config.version + 1
+        publish(self.core.vllm_config, dataclasses.replace(config, version=version))
 
-        to_others = isinstance(self.core, EngineCoreProc)
-        publish(self.core.vllm_config, config, to_others=to_others)
-
-    def _workers(self, *args: Any) -> list[Reply]:
+    def _workers(self, *args: object) -> list[Json]:
         return self.core.model_executor.collective_rpc(WORKER_METHOD, args=args)
 
 
-def first_error(replies: list[Reply]) -> Reply | None:
+def first_error(replies: list[Json]) -> Json | None:
     """The first reply of a rank that is not ok."""
     return next((reply for reply in replies if not reply["ok"]), None)
 
 
-def named_modules(request: Any) -> set[str]:
+def named_modules(request: Request) -> set[str]:
     """The modules that an admitted request names."""
     params = request.sampling_params
     if params is None or not params.extra_args:

@@ -59,7 +59,7 @@ class StagedModule:
     committed: bool = False
 
 
-class HotModules:
+class ModuleChanges:
     """One worker's side of registering, replacing and removing a module.
 
     Args:
@@ -234,12 +234,12 @@ class SteeringWorkerMixin:
     vllm_config: Any
     model_runner: Any
     # Made when the modules first change.
-    steering_module_changes: HotModules | None = None
+    steering_module_changes: ModuleChanges | None = None
 
     def change_steering_modules(
         self, verb: str, config: dict[str, Any] | None = None, name: str = ""
     ) -> dict[str, Any]:
-        """Run one verb of `HotModules`; never raises.
+        """Run one verb of `ModuleChanges`; never raises.
 
         Args:
             verb: stage, commit, finish, rollback or stats.
@@ -250,15 +250,18 @@ class SteeringWorkerMixin:
             `ok`; `error`, one line, when not; `stats` for stats.
         """
         try:
-            hot = self._hot_modules()
+            changes = self._changes()
             if verb == "stage":
-                hot.stage(SteeringConfig.from_json(config or {}), name)
+                changes.stage(SteeringConfig.from_json(config or {}), name)
             elif verb == "stats":
-                return {"ok": True, "stats": hot.stats()}
+                return {"ok": True, "stats": changes.stats()}
             else:
-                {"commit": hot.commit, "finish": hot.finish, "rollback": hot.rollback}[
-                    verb
-                ]()
+                verbs = {
+                    "commit": changes.commit,
+                    "finish": changes.finish,
+                    "rollback": changes.rollback,
+                }
+                verbs[verb]()
         except (ValueError, torch.OutOfMemoryError) as error:
             text = " ".join(str(error).split())
             return {"ok": False, "refused": True, "error": text}
@@ -269,11 +272,11 @@ class SteeringWorkerMixin:
             return {"ok": False, "refused": False, "error": text}
         return {"ok": True}
 
-    def _hot_modules(self) -> HotModules:
+    def _changes(self) -> ModuleChanges:
         runtime: SteeringRuntime | None = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
         if self.steering_module_changes is None:
             context = self.vllm_config.compilation_config.static_forward_context
-            self.steering_module_changes = HotModules(runtime, context)
+            self.steering_module_changes = ModuleChanges(runtime, context)
         return self.steering_module_changes

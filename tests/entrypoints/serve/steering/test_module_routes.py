@@ -281,3 +281,26 @@ def test_no_body_makes_a_server_error(
         assert client.delete(f"{URL}/{made}").status_code == 200
     assert names(client) == ["first"]
     assert worker(llm).steering_module_changes.staged is None
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b'{"name": "a", "path": "/x", "name": "b"}', "'name' is given twice"),
+        (b'{"name": "a", "path": "/x", "skip_token_ids": [-0]}', "-0"),
+        (b'{"name": "a", "path": "/x", "skip_token_ids": 3}', "found 3"),
+    ],
+)
+def test_a_body_with_two_meanings_is_refused(
+    client: TestClient, body: bytes, found: str
+) -> None:
+    refused = client.post(URL, content=body)
+    assert refused.status_code == 400
+    assert found in error(refused)["message"]
+
+
+def test_the_schema_is_the_definition(client: TestClient) -> None:
+    operation = client.get("/openapi.json").json()["paths"][URL]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["name", "path"]
+    assert schema["properties"]["replace"] == {"type": "boolean", "default": False}

@@ -170,7 +170,7 @@ def test_a_drain_waits_refuses_newcomers_and_then_removes(url: str, root: Path) 
     # Those that came while it drained were refused, the others were waited for.
     served = [response for response in done if response.status_code == 200]
     assert {len(tokens(response)) for response in served} == {LONG}
-    assert {response.status_code for response in done} <= {200, 400}
+    assert {response.status_code for response in done} <= {200, 400, 409}
 
 
 def test_strangers_change_nothing(url: str, root: Path) -> None:
@@ -196,8 +196,8 @@ def test_requests_race_with_replacements_and_no_one_fails_but_them(
         assert answer.status_code == 201, answer.text
     for thread in threads:
         thread.join()
-    # 400: refused in the front end; 500: vLLM's answer to a request-scoped error.
-    assert {response.status_code for response in found} <= {200, 400, 500}
+    # 400: refused in the front end; 409: the engine says that the module changes.
+    assert {response.status_code for response in found} <= {200, 400, 409}
     assert len(tokens(ask(url, "hot"))) == 4
     assert remove(url).status_code == 200
 

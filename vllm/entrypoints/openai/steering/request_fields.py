@@ -13,85 +13,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from vllm.config.sae_steering_specs import (
-    ADDITIVE_KEY,
-    CLAMP_KINDS,
-    DELTA_KEY,
-    EXTRA_ARGS_KEYS,
-    FULL_KEY,
-    SPEC_PHASES,
-)
+from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, field_schemas
 from vllm.config.sae_steering_types import fold_into_extra_args
-from vllm.config.steering import HOOK_ALIASES
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-_ENTRIES = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "properties": {
-            "feature_idx": {"type": "integer", "minimum": 0},
-            "kind": {"enum": list(CLAMP_KINDS)},
-            "value": {"type": "number"},
-            "only_if_active": {"type": "boolean", "default": False},
-        },
-        "required": ["feature_idx", "kind", "value"],
-        "additionalProperties": False,
-    },
-}
-_CLAMPS = {
-    "description": "{hook: {layer: [entry, ...]}}; a list of entries for a module "
-    "that has one site.",
-    "anyOf": [
-        {
-            "type": "object",
-            "propertyNames": {"enum": list(HOOK_ALIASES)},
-            "additionalProperties": {
-                "type": "object",
-                "additionalProperties": _ENTRIES,
-            },
-        },
-        _ENTRIES,
-    ],
-}
-_PHASE = {"enum": list(SPEC_PHASES), "default": "both"}
-_NAME = {"type": "string", "description": "Name of a module the server has loaded."}
-
-
-def _specs(
-    description: str, properties: dict[str, Any], required: list[str]
-) -> dict[str, Any]:
-    spec = {
-        "type": "object",
-        "properties": {"module_name": _NAME, **properties, "phase": _PHASE},
-        "required": ["module_name", *required],
-        "additionalProperties": False,
-    }
-    return {
-        "anyOf": [{"type": "array", "items": spec}, {"type": "null"}],
-        "description": description,
-    }
-
-
-FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
-    FULL_KEY: _specs(
-        "Replace the residual stream by the SAE's reconstruction of it, with the "
-        "given features clamped. Without clamps, every site of the module.",
-        {"clamps": _CLAMPS},
-        [],
-    ),
-    DELTA_KEY: _specs(
-        "Add what clamping the given features changes; the SAE's error is kept.",
-        {"clamps": _CLAMPS},
-        ["clamps"],
-    ),
-    ADDITIVE_KEY: _specs(
-        "Add a steering vector, times the scale.",
-        {"scale": {"type": "number", "default": 1.0}},
-        [],
-    ),
-}
+FIELD_SCHEMAS = field_schemas()
 
 
 def declare_fields(model: type[BaseModel]) -> None:

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vllm.config.sae_steering_parser import shown
+from vllm.config.steering_checks import shown
 
 KEY_ENV = "VLLM_STEERING_API_KEY"
 # For servers whose own `--api-key` takes the Authorization header.

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_BODY_BYTES,
-    check_field,
+    REGISTER_SCHEMA,
+    check_name,
     parse_flag,
     parse_register,
 )
@@ -30,7 +31,15 @@ async def list_steering_modules(request: Request) -> JSONResponse:
         return _refused(error)
 
 
-@router.post(PATH)
+@router.post(
+    PATH,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": REGISTER_SCHEMA}},
+        }
+    },
+)
 async def register_steering_module(request: Request) -> JSONResponse:
     """Load a module, or replace one.
 
@@ -51,7 +60,7 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
     """Remove a module; `?drain=true` waits for the requests that name it."""
     try:
         service = _service(request, mutation=True)
-        check_field("name", name)
+        check_name(name)
         drain = parse_flag("drain", request.query_params.get("drain"))
         await service.unregister(name, drain, request.is_disconnected)
     except RequestRefused as error:

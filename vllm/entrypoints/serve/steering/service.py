@@ -8,10 +8,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
+from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
-METHOD = "steering_modules"
 DRAIN_POLL_S = 0.1
 DRAIN_LIMIT_S = 600.0
 
@@ -39,44 +40,34 @@ class SteeringModulesService:
         self.engine = engine
 
     @property
-    def steering(self) -> dict[str, Any] | None:
+    def steering(self) -> Json | None:
         """`additional_config.steering` of the engine; None: started without."""
         additional = self.engine.vllm_config.additional_config
         return additional.get("steering") if isinstance(additional, dict) else None
 
-    async def call(self, action: str, payload: dict[str, Any]) -> dict[str, Any]:
+    async def call(self, action: str, payload: Json) -> ModuleReply:
         """One action of the engine's registry.
 
         Raises:
-            RequestRefused: with the registry's own status and message.
+            RequestRefused: the registry refuses; its message, and the status for it.
         """
         if self.steering is None:
             raise RequestRefused(409, "this server was started without steering")
-        (reply,) = await self.engine.collective_rpc(METHOD, args=(action, payload))
-        if reply["status"] >= 400:
-            raise RequestRefused(
-                reply["status"],
-                reply["error"],
-                reply.get("field"),
-                reply.get("in_use"),
-            )
+        (answer,) = await self.engine.collective_rpc(METHOD, args=(action, payload))
+        reply = as_reply(answer)
+        if reply.refused:
+            status = HTTP_STATUS[reply.outcome]
+            raise RequestRefused(status, reply.error, reply.field, reply.in_use)
         return reply
 
-    async def list(self) -> dict[str, Any]:
+    async def list(self) -> Json:
         """Modules with memory and requests, free slots, rows and tokens."""
-        listed = await self.call("list", {})
-        stats = await self.call("stats", {})
-        counts = ("steered_tokens", "bypassed_tokens", "saturated_tokens")
-        shown = ("rows_in_use", *counts, "bytes")
-        return {
-            "modules": listed["modules"],
-            "free_slots": listed["free_slots"],
-            **{key: stats[key] for key in shown},
-        }
+        listed = (await self.call("list", {})).listing or {}
+        stats = (await self.call("stats", {})).stats or {}
+        # The modules themselves, not their names.
+        return {**stats, **listed}
 
-    async def register(
-        self, request: RegisterRequest, is_gone: IsGone
-    ) -> dict[str, Any]:
+    async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; the module as the engine has it."""
         roots = (self.steering or {}).get("module_roots", ())
         # Links are resolved off the event loop: a root may be a slow network folder.
@@ -84,12 +75,12 @@ class SteeringModulesService:
         described = {**request.options, "name": request.name, "path": path}
         inspected = await self.call("inspect", described)
         payload = {
-            "module": inspected["module"],
+            "module": inspected.module,
             "replace": request.replace,
             "drain": request.drain,
         }
         reply = await self._drained("register", request.name, payload, is_gone)
-        return reply["module"]
+        return reply.module or {}
 
     async def unregister(self, name: str, drain: bool, is_gone: IsGone) -> None:
         """Remove a module."""
@@ -97,9 +88,9 @@ class SteeringModulesService:
         await self._drained("unregister", name, payload, is_gone)
 
     async def _drained(
-        self, action: str, name: str, payload: dict[str, Any], is_gone: IsGone
-    ) -> dict[str, Any]:
-        """Repeat an action until no request is in its way (status 202).
+        self, action: str, name: str, payload: Json, is_gone: IsGone
+    ) -> ModuleReply:
+        """Repeat an action until no request is in its way.
 
         A caller that goes away, or waits too long, ends the drain: the module takes
         requests again.
@@ -109,17 +100,17 @@ class SteeringModulesService:
         try:
             while True:
                 reply = await self.call(action, payload)
-                if reply["status"] == 200:
+                if reply.outcome is Outcome.DONE:
                     draining = False
                     return reply
                 draining = True
                 if time.monotonic() > deadline:
                     raise RequestRefused(
                         409,
-                        f"module {name!r} is still in use by {reply['in_use']} "
+                        f"module {name!r} is still in use by {reply.in_use} "
                         f"request(s) after {DRAIN_LIMIT_S:g} s",
                         "name",
-                        reply["in_use"],
+                        reply.in_use,
                     )
                 if await is_gone():
                     raise RequestRefused(408, "the caller went away", "drain")

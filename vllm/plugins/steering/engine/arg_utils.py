@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import vllm
-from vllm.config.sae_steering_parser import shown
+from vllm.config.steering_checks import shown
 from vllm.engine.steering_resolution import SteeringConfigError, resolve_steering
 from vllm.plugins.steering.seam import (
     BOUND,

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API server processes share a configuration through a file that is theirs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm.config.parallel import ParallelConfig
+from vllm.engine.steering_shared_config import (
+    FILE,
+    SHARED_ENV,
+    SharedConfig,
+    prepare_sharing,
+    shared_config,
+)
+
+
+def configuration(version: int) -> dict[str, Any]:
+    return {"version": version, "modules": [version]}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def test_another_process_reads_each_version_once(directory: Path) -> None:
+    writer, reader = SharedConfig(str(directory)), SharedConfig(str(directory))
+    assert reader.read_if_changed() is None
+    for version in (1, 2):
+        writer.keep(configuration(version))
+        assert reader.read_if_changed() == configuration(version)
+        assert reader.read_if_changed() is None
+
+
+def test_nothing_is_written_before_the_first_change(directory: Path) -> None:
+    SharedConfig(str(directory)).keep(configuration(0))
+    assert list(directory.iterdir()) == []
+
+
+def test_an_older_configuration_replaces_no_newer_one(directory: Path) -> None:
+    shared = SharedConfig(str(directory))
+    shared.keep(configuration(3))
+    shared.keep(configuration(2))
+    assert json.loads((directory / FILE).read_text())["version"] == 3
+    assert [path.name for path in directory.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_cleaner_removed_is_written_again(directory: Path, whole: bool) -> None:
+    shared = SharedConfig(str(directory))
+    shared.keep(configuration(1))
+    if whole:
+        shutil.rmtree(directory)
+    else:
+        (directory / FILE).unlink()
+    assert shared.read_if_changed() is None
+    shared.keep(configuration(1))
+    assert SharedConfig(str(directory)).read_if_changed() == configuration(1)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_a_directory_that_others_may_enter_is_not_used(directory: Path) -> None:
+    SharedConfig(str(directory)).keep(configuration(1))
+    directory.chmod(0o777)
+    assert SharedConfig(str(directory)).read_if_changed() is None
+    with pytest.raises(PermissionError, match="only this user"):
+        SharedConfig(str(directory)).keep(configuration(2))
+
+
+@pytest.mark.parametrize("linked", ["directory", "file"])
+def test_a_link_is_not_followed(directory: Path, tmp_path: Path, linked: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (elsewhere / FILE).write_text(json.dumps(configuration(9)))
+    if linked == "directory":
+        directory.rmdir()
+        directory.symlink_to(elsewhere)
+    else:
+        (directory / FILE).symlink_to(elsewhere / FILE)
+    assert SharedConfig(str(directory)).read_if_changed() is None
+
+
+def test_only_one_of_several_servers_shares(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    monkeypatch.setenv(SHARED_ENV, str(directory))
+    parallel = ParallelConfig()
+    assert shared_config(parallel) is None
+    parallel._api_process_count = 2
+    assert shared_config(parallel) is not None
+    parallel._api_process_rank = -1  # the process that starts the servers
+    assert shared_config(parallel) is None
+
+
+def test_the_parent_makes_a_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SHARED_ENV, raising=False)
+    prepare_sharing(ParallelConfig())
+    assert SHARED_ENV not in os.environ
+    parent = ParallelConfig(_api_process_count=2, _api_process_rank=-1)
+    prepare_sharing(parent)
+    made = Path(os.environ[SHARED_ENV])
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    shutil.rmtree(made)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a refusal is worded: the field's path, what was found, what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+# Longest excerpt of a client's value or key in a message.
+MAX_SHOWN = 60
+# Longest list of names in a message.
+MAX_LISTED = 10
+
+
+def shown(value: Any) -> str:
+    """A short, printable, ASCII excerpt of any client value; never raises."""
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        if isinstance(value, int) and value.bit_length() > 128:
+            return f"an integer of {value.bit_length()} bits"
+        # ascii() of the excerpt only: the whole value may be megabytes, and lone
+        # surrogates could not be sent back in an HTTP response.
+        if isinstance(value, (str, bytes)) and len(value) > MAX_SHOWN:
+            return f"{ascii(value[:MAX_SHOWN])}..."
+        return ascii(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def refusal(path: str, reason: str) -> VLLMValidationError:
+    """An error about the field at `path`."""
+    return VLLMValidationError(f"{path}: {reason}", parameter=path)
+
+
+def bad(path: str, value: Any, accepted: str) -> VLLMValidationError:
+    """An error about a value that the field at `path` does not take."""
+    return refusal(path, f"found {shown(value)}, expected {accepted}")
+
+
+def key_path(path: str, key: Any) -> str:
+    """Path of a mapping's entry; keys that are not plain words are quoted."""
+    plain = type(key) is int and key.bit_length() <= 64
+    if type(key) is str and len(key) <= MAX_SHOWN and key.isascii():
+        plain = key.replace("_", "").isalnum()
+    if not plain:
+        return f"{path}[{shown(key)}]"
+    return f"{path}.{key}" if path else str(key)
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first of some names, for a message."""
+    if not names:
+        return "none is loaded"
+    left = len(names) - MAX_LISTED
+    more = f" and {left} more" if left > 0 else ""
+    return ", ".join(shown(name) for name in names[:MAX_LISTED]) + more

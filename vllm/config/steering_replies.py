@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine core answers when somebody lists or changes modules.
+
+`collective_rpc(METHOD, args=(action, payload))` reaches the engine core through every
+client of an engine. It answers with a `ModuleReply`, which says what happened in the
+engine's terms; HTTP statuses and exceptions are made where they are needed.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+METHOD = "steering_modules"
+
+Json = dict[str, Any]
+
+
+class Outcome(str, Enum):
+    """How a call ended."""
+
+    DONE = "done"
+    # Requests still use the module: ask again.
+    DRAINING = "draining"
+    # The call, a file or an option is not valid.
+    INVALID = "invalid"
+    # There is no such module.
+    UNKNOWN = "unknown"
+    # The name is taken, requests are in the way, no slot fits, or another change runs.
+    CONFLICT = "conflict"
+    # A rank failed for another reason.
+    FAILED = "failed"
+
+
+class ModuleReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer of one rank, or of all of them together.
+
+    Attributes:
+        outcome: what happened; everything but `DONE` and `DRAINING` is a refusal.
+        error: one line, for a refusal.
+        field: the field of the call that is wrong, or None.
+        in_use: the number of requests in the way, or None.
+        module: `ModuleInfo.to_json` of the module in question.
+        listing: `modules` and `free_slots`, for `list`.
+        stats: rows, tokens and bytes, for `stats`.
+        config: `SteeringConfig.to_json` that the engine admits requests under now.
+    """
+
+    outcome: Outcome
+    error: str = ""
+    field: str | None = None
+    in_use: int | None = None
+    module: Json | None = None
+    listing: Json | None = None
+    stats: Json | None = None
+    config: Json | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether nothing was done."""
+        return self.outcome not in (Outcome.DONE, Outcome.DRAINING)
+
+
+def as_reply(answer: object) -> ModuleReply:
+    """The reply in what a client received: messages between processes are dicts."""
+    return msgspec.convert(answer, ModuleReply)
+
+
+class RefusedCall(Exception):
+    """A call that the engine refuses; `reply` says why."""
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        error: str,
+        field: str | None = None,
+        in_use: int | None = None,
+    ):
+        super().__init__(error)
+        self.reply = ModuleReply(
+            outcome=outcome, error=error, field=field, in_use=in_use
+        )

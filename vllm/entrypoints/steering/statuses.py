@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP status of each outcome of a call of the registry."""
+
+from vllm.config.steering_replies import Outcome
+
+HTTP_STATUS: dict[Outcome, int] = {
+    Outcome.DONE: 200,
+    Outcome.DRAINING: 202,
+    Outcome.INVALID: 400,
+    Outcome.UNKNOWN: 404,
+    Outcome.CONFLICT: 409,
+    Outcome.FAILED: 500,
+}

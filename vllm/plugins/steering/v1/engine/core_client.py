@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.v1.engine.core_client`: what front ends do with module changes.
+
+The edits a branch would make: `collective_rpc_async` calls the registries of all
+data-parallel ranks as one, where stock answers with the first rank's reply, and the
+synchronous client takes over the configuration in the reply.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config.steering_replies import METHOD, Json, as_reply
+from vllm.engine.steering_active_config import take_over
+from vllm.plugins.steering.seam import Stock, wrap
+from vllm.v1.engine.steering_ranks import call_registries
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core_client import AsyncMPClient, SyncMPClient
+
+MODULE = "vllm.v1.engine.core_client"
+PARAMETERS = ("self", "method", "timeout", "args", "kwargs")
+
+
+def install() -> None:
+    """Call the registries where clients call workers."""
+    wrap(f"{MODULE}:AsyncMPClient.collective_rpc_async", PARAMETERS, _make_async)
+    wrap(f"{MODULE}:SyncMPClient.collective_rpc", PARAMETERS, _make_sync)
+
+
+def _make_async(stock: Stock) -> Stock:
+    async def collective_rpc_async(
+        self: AsyncMPClient,
+        method: object,
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: Json | None = None,
+    ) -> list:
+        if method != METHOD:
+            return await stock(self, method, timeout, args, kwargs)
+        action, payload = args
+        return [await call_registries(self, action, payload)]
+
+    return collective_rpc_async
+
+
+def _make_sync(stock: Stock) -> Stock:
+    def collective_rpc(
+        self: SyncMPClient,
+        method: object,
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: Json | None = None,
+    ) -> list:
+        answers = stock(self, method, timeout, args, kwargs)
+        if method == METHOD:
+            take_over(self.vllm_config, as_reply(answers[0]).config)
+        return answers
+
+    return collective_rpc

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A front end's call of the steering registries of all data-parallel ranks.
+
+Every rank has an engine core of its own. A change happens on all of them or on none:
+all refuse new requests for the module, all put it in place, and only when each has
+succeeded do they admit requests under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from vllm.config.steering_replies import (
+    METHOD,
+    Json,
+    ModuleReply,
+    Outcome,
+    as_reply,
+)
+from vllm.engine.steering_active_config import take_over
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+# Asks every rank; the replies are in the order of the ranks.
+Ask = Callable[[str, Json], Awaitable[list[ModuleReply]]]
+CHANGES = ("register", "unregister")
+
+
+async def call_registries(
+    client: AsyncMPClient, action: str, payload: Json
+) -> ModuleReply:
+    """Run an action of `SteeringRegistry.call` on every rank that the client manages.
+
+    Returns:
+        One reply for all. Counts are summed, `bytes` is a list over all workers.
+    """
+
+    engines = client.core_engines
+
+    async def one(engine: bytes, action: str, payload: Json) -> ModuleReply:
+        call = (METHOD, None, (action, payload), None)
+        try:
+            (answer,) = await client._call_utility_async(
+                "collective_rpc", *call, engine=engine
+            )
+        except Exception as error:
+            # The other ranks must hear of it, so that they stay alike.
+            if len(engines) == 1:
+                raise
+            return ModuleReply(outcome=Outcome.FAILED, error=str(error))
+        return as_reply(answer)
+
+    async def ask(action: str, payload: Json) -> list[ModuleReply]:
+        calls = [one(engine, action, payload) for engine in engines]
+        return list(await asyncio.gather(*calls))
+
+    if action == "inspect":
+        # The files are the same for every rank.
+        reply = await one(engines[0], action, payload)
+    elif action in CHANGES and len(engines) > 1:
+        # Not left half done when the caller is cancelled.
+        change = asyncio.create_task(change_together(ask, action, payload))
+        reply = await asyncio.shield(change)
+    else:
+        reply = merged(await ask(action, payload))
+    take_over(client.vllm_config, reply.config)
+    return reply
+
+
+async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
+    """Register or unregister a module on every rank, or on none."""
+    change = {**payload, "change": uuid.uuid4().hex}
+    name = payload["module"]["name"] if action == "register" else payload["name"]
+    closed = merged(await ask(action, {**change, "phase": "close"}))
+    if closed.outcome is Outcome.DRAINING:
+        return closed
+    if closed.refused:
+        return await _give_up(ask, name, closed)
+    prepared = merged(await ask(action, {**change, "phase": "prepare"}))
+    if prepared.outcome is not Outcome.DONE:
+        await ask("rollback", change)
+        return await _give_up(ask, name, prepared)
+    return merged(await ask("finish", change))
+
+
+async def _give_up(ask: Ask, name: str, refusal: ModuleReply) -> ModuleReply:
+    """Let every rank serve the module again, and answer with the refusal."""
+    released = merged(await ask("release", {"name": name}))
+    return replace(refusal, config=released.config)
+
+
+def merged(replies: Sequence[ModuleReply]) -> ModuleReply:
+    """One reply for those of all ranks.
+
+    A refusal stands for all, named by its rank where there are several. The
+    configuration is that of the first rank, whose changes are in one order.
+    """
+    first = replies[0]
+    for rank, reply in enumerate(replies):
+        if reply.refused:
+            where = f"data-parallel rank {rank}: " if len(replies) > 1 else ""
+            error = where + reply.error
+            return replace(reply, error=error, config=first.config)
+    waiting = [reply for reply in replies if reply.outcome is Outcome.DRAINING]
+    if waiting:
+        in_use = sum(reply.in_use or 0 for reply in waiting)
+        return replace(waiting[0], in_use=in_use, config=first.config)
+    return replace(
+        first,
+        listing=_sum_listings([reply.listing for reply in replies]),
+        stats=_sum_stats([reply.stats for reply in replies]),
+    )
+
+
+def _sum_listings(listings: Sequence[Json | None]) -> Json | None:
+    """The first rank's modules, with the requests and drains of all."""
+    given = [listing for listing in listings if listing is not None]
+    if not given:
+        return None
+    modules = [
+        {
+            **rows[0],
+            "requests": sum(row["requests"] for row in rows),
+            "draining": any(row["draining"] for row in rows),
+        }
+        for rows in zip(*(listing["modules"] for listing in given), strict=False)
+    ]
+    return {**given[0], "modules": modules}
+
+
+def _sum_stats(stats: Sequence[Json | None]) -> Json | None:
+    """Counts of all ranks added up; lists one behind the other."""
+    given = [one for one in stats if one is not None]
+    return _added(given) if given else None
+
+
+def _added(values: Sequence[Json]) -> Json:
+    total: Json = {}
+    for key, first in values[0].items():
+        column = [value[key] for value in values]
+        if isinstance(first, dict):
+            total[key] = _added(column)
+        elif isinstance(first, (int, float)):
+            total[key] = sum(column)
+        elif key == "bytes":
+            total[key] = [item for items in column for item in items]
+        else:
+            total[key] = first
+    return total

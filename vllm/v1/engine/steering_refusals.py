@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the engine core refuses one steered request, and says why.
+
+A front end checks each request, so the core refuses only what a change of modules has
+overtaken: the module is being removed or replaced, or is gone. The reason travels as
+the `stop_reason` of an output whose `finish_reason` is `error`.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+
+PREFIX = "steering: "
+
+
+class ModuleChangedError(VLLMValidationError, GracefulHTTPError):
+    """A module that the request names has changed meanwhile: HTTP 409."""
+
+    def __init__(self, message: str, parameter: str | None = None):
+        Exception.__init__(self, message)
+        self.message = message
+        self.parameter = parameter
+        self.value = None
+        self.http_status = HTTPStatus.CONFLICT
+
+
+def stop_reason_of(error: VLLMValidationError) -> str:
+    """The refusal as a `stop_reason`."""
+    return PREFIX + json.dumps([str(error.args[0]), error.parameter])
+
+
+def refusal_in(stop_reason: int | str | None) -> ModuleChangedError | None:
+    """The refusal that `stop_reason_of` wrote; None: another stop reason."""
+    if not isinstance(stop_reason, str) or not stop_reason.startswith(PREFIX):
+        return None
+    message, parameter = json.loads(stop_reason.removeprefix(PREFIX))
+    return ModuleChangedError(message, parameter)
