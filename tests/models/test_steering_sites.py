@@ -4,9 +4,9 @@ Face with hooks around the float64 mathematics says it."""
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 from steering_testing import models, oracle
+from steering_testing.cases import CASES, LAST, TRANSFORMERS_CASES, Case
 from steering_testing.engine import assert_same, engine, generate, params, runner
 from steering_testing.reference import Clamp, random_sae, random_transcoder
-from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs, vector
+from steering_testing.requests import SPECIAL, Ask, Modules, prompt, specs, vector
 
 from vllm import LLM
 from vllm.config.steering import HookPoint
@@ -24,7 +25,6 @@ from vllm.model_executor.layers.steering import SiteKey, SteeringSite, StepState
 from vllm.model_executor.layers.steering_attach import SteeredLayer, attach_site
 from vllm.model_executor.layers.steering_families import (
     FAMILIES,
-    MODELS,
     DecoderLayer,
     hugging_face_family,
     points_of,
@@ -34,65 +34,7 @@ from vllm.model_executor.layers.steering_reference import ReferenceBackend
 pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 4
-LAST = models.LAYERS - 1
-RESIDUAL = ("pre_attn", "post_attn", "post_block")
-SUBLAYER = ("attn_z", "attn_out", "mlp_in", "mlp_out")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, and the class of the decoder layer that runs it.
-
-    `lacks` are the points that its layers do not have; `z` is the width of `attn_z`.
-    """
-
-    family: str
-    layer_class: str
-    options: tuple[tuple[str, Any], ...] = ()
-    lacks: tuple[str, ...] = ()
-    z: int = models.HIDDEN
-
-    @property
-    def hooks(self) -> list[str]:
-        return [hook for hook in (*RESIDUAL, *SUBLAYER) if hook not in self.lacks]
-
-    def sites(self) -> list[Site]:
-        """Residual points of three layers, the others of two."""
-        return [
-            (layer, hook)
-            for layer in (0, 1, LAST)
-            for hook in self.hooks
-            if hook in RESIDUAL or layer > 0
-        ]
-
-    def width(self, hook: str) -> int:
-        return self.z if hook == "attn_z" else models.HIDDEN
-
-
-# Every line of the family table has a case here, or a test below fails.
-CASES = {
-    "gemma2": Case("gemma2", f"{MODELS}.gemma2.Gemma2DecoderLayer"),
-    "gemma3": Case("gemma3", f"{MODELS}.gemma3.Gemma3DecoderLayer"),
-    "llama": Case("llama", f"{MODELS}.llama.LlamaDecoderLayer"),
-    "phi3": Case("phi3", f"{MODELS}.llama.LlamaDecoderLayer"),
-    "mistral": Case("mistral", f"{MODELS}.mistral.MistralDecoderLayer"),
-    "qwen2": Case("qwen2", f"{MODELS}.qwen2.Qwen2DecoderLayer"),
-    "qwen2_moe": Case("qwen2_moe", f"{MODELS}.qwen2_moe.Qwen2MoeDecoderLayer"),
-    "qwen3": Case("qwen3", f"{MODELS}.qwen3.Qwen3DecoderLayer", z=128),
-    "qwen3_moe": Case("qwen3_moe", f"{MODELS}.qwen3_moe.Qwen3MoeDecoderLayer"),
-    "gpt_oss": Case("gpt_oss", f"{MODELS}.gpt_oss.TransformerBlock"),
-    "gpt2": Case("gpt2", f"{MODELS}.gpt2.GPT2Block"),
-}
-BACKEND = (("model_impl", "transformers"),)
-TRANSFORMERS_CASES = {
-    f"transformers-{family}": Case(
-        family, f"transformers.models.{family}.modeling_{family}.{layer}", BACKEND
-    )
-    for family, layer in (
-        ("llama", "LlamaDecoderLayer"),
-        ("gemma2", "Gemma2DecoderLayer"),
-    )
-}
+ROOT = Path(__file__).parents[2]
 # These run in `make test`; the others are breadth.
 QUICK = {"gemma2", "qwen3"}
 
@@ -229,6 +171,12 @@ def test_every_point_of_a_compiled_engine_equals_hugging_face(
 
 def test_every_family_of_the_table_has_a_case_here() -> None:
     assert set(FAMILIES) == {case.layer_class for case in CASES.values()}
+
+
+def test_the_table_in_the_docs_is_the_one_that_the_cases_make() -> None:
+    page = (ROOT / "docs/features/models.md").read_text()
+    made = runpy.run_path(str(ROOT / "tools/conformance_table.py"))["table"]()
+    assert made in page, "run tools/conformance_table.py --write"
 
 
 def test_every_tiny_model_has_a_case_here() -> None:

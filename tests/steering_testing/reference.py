@@ -89,10 +89,13 @@ def full(sae: DenseSAE, clamps: list[Clamp], x: torch.Tensor) -> torch.Tensor:
 
 
 def delta(
-    sae: DenseSAE, clamps: list[Clamp], x: torch.Tensor, read: torch.Tensor
+    sae: DenseSAE,
+    clamps: list[Clamp],
+    x: torch.Tensor,
+    read: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x [D]` moved by what the clamps change in the features of `read`."""
-    acts = sae.encode(read)
+    """`x [D]` moved by what the clamps change in the features of `read`, or of `x`."""
+    acts = sae.encode(x if read is None else read)
     return x + (clamped(acts, clamps) - acts) @ sae.W_dec
 
 

@@ -243,7 +243,7 @@ class SteeringConfig:
     `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
     request. `slots` are the engine's slots, held and spare; a slot's id is its
     position. Requests that name a module in `draining` are refused: it waits for its
-    last request, to be removed or replaced. `version` counts the changes since start-up.
+    last request, to be removed or replaced. `version` counts the changes so far.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)

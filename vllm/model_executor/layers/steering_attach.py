@@ -123,13 +123,14 @@ def _steered_layer(module: nn.Module, family: LayerFamily) -> SteeredLayer:
     if not isinstance(module, SteeredLayer):
         module.steering_pre_attn = None
         module.steering_post_block = None
-        _become(module, lambda stock: _steered_layer_class(stock, family))
+        stock, forward = _take_forward(module)
+        module.__class__ = _steered_layer_class(stock, forward, family)
     return cast(SteeredLayer, module)
 
 
 def _steered_norm(module: nn.Module) -> SteeredNorm:
     if not isinstance(module, SteeredNorm):
-        _become(module, _steered_norm_class)
+        module.__class__ = _steered_norm_class(*_take_forward(module))
     return cast(SteeredNorm, module)
 
 
@@ -148,16 +149,22 @@ def _steered_sublayer(module: nn.Module, norm: nn.Module | None) -> SteeredSubla
         module.steering_shares_input = False
         module.steering_norm = ()
         if norm is not None:
-            stock = cast(Any, type(norm)).forward
-            module.steering_norm = (functools.partial(stock, norm),)
-            _become(norm, _pass_through_class)
-        _become(module, _steered_sublayer_class)
+            stock, forward = _take_forward(norm)
+            module.steering_norm = (functools.partial(forward, norm),)
+            norm.__class__ = _pass_through_class(stock)
+        module.__class__ = _steered_sublayer_class(*_take_forward(module))
     return cast(SteeredSublayer, module)
 
 
-def _become(module: nn.Module, steered: Callable[[Any], type]) -> None:
+def _take_forward(module: nn.Module) -> tuple[Any, Callable[..., Any]]:
+    """A module's class, and the forward that a steered subclass is to call.
+
+    vLLM's Transformers backend binds rewritten forwards to modules; such a one comes
+    off its module, or the subclass's forward would never run.
+    """
     stock: Any = type(module)
-    module.__class__ = steered(stock)
+    bound = vars(module).pop("forward", None)
+    return stock, stock.forward if bound is None else bound.__func__
 
 
 def _named(steered: type, stock: Any) -> type:
@@ -185,9 +192,12 @@ def _edit(
 
 
 @functools.cache
-def _steered_layer_class(stock: Any, family: LayerFamily) -> type:
+def _steered_layer_class(
+    stock: Any, forward: Callable[..., Any], family: LayerFamily
+) -> type:
     """The subclass of `stock` whose forward edits its input and its output."""
-    names = list(inspect.signature(stock.forward).parameters)[1:]
+    stock_forward = forward
+    names = list(inspect.signature(forward).parameters)[1:]
     hidden_at = names.index(family.hidden)
     residual_at = names.index(family.residual) if family.residual else None
 
@@ -202,7 +212,7 @@ def _steered_layer_class(stock: Any, family: LayerFamily) -> type:
                 if residual_at is not None:
                     residual = argument(residual_at, args, kwargs)
                 _edit(self.steering_pre_attn, hidden, residual)
-            out = stock.forward(self, *args, **kwargs)
+            out = stock_forward(self, *args, **kwargs)
             if self.steering_post_block is not None:
                 if residual_at is not None:
                     _edit(self.steering_post_block, out[0], out[1])
@@ -215,15 +225,16 @@ def _steered_layer_class(stock: Any, family: LayerFamily) -> type:
 
 
 @functools.cache
-def _steered_norm_class(stock: Any) -> type:
+def _steered_norm_class(stock: Any, forward: Callable[..., Any]) -> type:
     """The subclass of a norm that edits the stream before it is normalised."""
+    stock_forward = forward
 
     class Steered(SteeredNorm, stock):  # type: ignore[misc, valid-type]
         def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
             _edit(self.steering_post_attn, x, residual)
             if residual is None:
-                return stock.forward(self, x)
-            return stock.forward(self, x, residual)
+                return stock_forward(self, x)
+            return stock_forward(self, x, residual)
 
     return _named(Steered, stock)
 
@@ -240,9 +251,10 @@ def _pass_through_class(stock: Any) -> type:
 
 
 @functools.cache
-def _steered_sublayer_class(stock: Any) -> type:
+def _steered_sublayer_class(stock: Any, forward: Callable[..., Any]) -> type:
     """The subclass of `stock` that edits its first argument and its first result."""
-    first = list(inspect.signature(stock.forward).parameters)[1]
+    stock_forward = forward
+    first = list(inspect.signature(forward).parameters)[1]
 
     class Steered(SteeredSublayer, stock):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -254,9 +266,9 @@ def _steered_sublayer_class(stock: Any) -> type:
                     x = x.clone()
                 _edit(self.steering_in, x)
             if args:
-                out = stock.forward(self, x, *args[1:], **kwargs)
+                out = stock_forward(self, x, *args[1:], **kwargs)
             else:
-                out = stock.forward(self, **{**kwargs, first: x})
+                out = stock_forward(self, **{**kwargs, first: x})
             return self._steered_output(x, out)
 
         def _steered_output(self, x: torch.Tensor, out: Any) -> Any:
