@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv demo test test-all lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo test test-all lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -27,6 +27,14 @@ $(VENV)/.linked: $(STAMP) pyproject.toml $(OVERLAY)
 	$(PYTHON) tools/link_overlay.py --vllm-metadata
 	touch $@
 
+# Triton for tests that interpret its kernels on a CPU, where vLLM does not see it.
+triton: $(VENV)/.triton
+
+$(VENV)/.triton: $(STAMP) requirements/triton.lock
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps \
+	  --target $(VENV)/triton -r requirements/triton.lock
+	touch $@
+
 demo: venv
 	$(PYTHON) examples/golden_gate/demo.py
 
@@ -34,10 +42,10 @@ golden-gate-train: venv
 	$(PYTHON) examples/golden_gate/train.py
 
 # Breadth that is marked `slow` is left to `test-all`.
-test: venv
+test: venv triton
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: venv
+test-all: venv triton
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 lint: venv

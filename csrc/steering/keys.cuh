@@ -3,7 +3,7 @@
 // for a larger score and, at equal scores, for a lower feature.
 #pragma once
 
-#include "common.cuh"
+#include <cstdint>
 
 namespace vllm_steering {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every binding needs between torch and a kernel: checks, stream, launch.
+// What every binding needs between torch and a kernel: errors, stream, launch.
 // libtorch stable ABI only, so one build serves every torch from 2.10 on.
 #pragma once
 
@@ -29,11 +29,6 @@ inline cudaStream_t stream_of(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-template <typename T>
-T* data(const Tensor& t) {
-  return reinterpret_cast<T*>(t.data_ptr());
-}
-
 inline int multiprocessors(const Tensor& t) {
   static int known[64] = {};
   const int device = t.get_device_index();
@@ -48,7 +43,7 @@ inline int multiprocessors(const Tensor& t) {
 template <typename... Params, typename... Args>
 void launch_with(cudaLaunchAttribute* attributes, int count,
                  void (*kernel)(Params...), int blocks, int threads, int smem,
-                 cudaStream_t stream, Args... args) {
+                 cudaStream_t stream, const Args&... args) {
   if (smem > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(
                    kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
@@ -60,45 +55,28 @@ void launch_with(cudaLaunchAttribute* attributes, int count,
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
-             "launch");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch");
 }
 
 // Launches so that the kernel's prologue may overlap the end of the one before.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
-            cudaStream_t stream, Args... args) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+            cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(&overlap, major >= 9 ? 1 : 0, kernel, blocks, threads, smem,
-              stream, args...);
+  launch_with(&overlap, 1, kernel, blocks, threads, smem, stream, args...);
 }
 
 // Launches blocks that wait for one another: all of them run, or none. Two such
 // grids never hold a part of the multiprocessors each.
 template <typename... Params, typename... Args>
 void launch_together(void (*kernel)(Params...), int blocks, int threads,
-                     int smem, cudaStream_t stream, Args... args) {
+                     int smem, cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute together;
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   launch_with(&together, 1, kernel, blocks, threads, smem, stream, args...);
-}
-
-// Calls f with a value of the tensor's element type.
-template <typename F>
-void for_type(const Tensor& t, F&& f) {
-  if (t.scalar_type() == ScalarType::BFloat16) {
-    f(__nv_bfloat16{});
-  } else {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half,
-                    "steering: the CUDA kernels take bfloat16 and float16");
-    f(__half{});
-  }
 }
 
 }  // namespace vllm_steering

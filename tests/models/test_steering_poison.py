@@ -22,6 +22,7 @@ from steering_testing.reference import random_sae
 from steering_testing.requests import Modules, prompt, vector
 
 from vllm import LLM, SamplingParams
+from vllm.config.steering_replies import METHOD
 
 pytestmark = pytest.mark.engine
 
@@ -112,9 +113,9 @@ def check_flood(llm: LLM) -> None:
     after = batch(llm, NOTHING)
     assert after == before
     stats = llm.llm_engine.engine_core.engine_core.collective_rpc(
-        "steering_modules", args=("stats", {})
+        METHOD, args=("stats", {})
     )
-    assert stats[0]["saturated_tokens"] > 0, "nothing was tested"
+    assert stats[0].stats["saturated_tokens"] > 0, "nothing was tested"
 
 
 @pytest.mark.parametrize(

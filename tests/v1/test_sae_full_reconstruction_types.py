@@ -39,7 +39,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 D_SAE = 16
-FULL, DELTA, ADDITIVE = EXTRA_ARGS_KEYS
+FULL, DELTA, ADDITIVE, READOUT = EXTRA_ARGS_KEYS
 POST = HookPoint.POST_BLOCK
 BIG = SiteInfo(3, POST, 8, 4096)
 
@@ -643,3 +643,42 @@ def test_the_cache_of_requests_is_bounded() -> None:
     for value in range(300):
         parse(one(DELTA, clamps=[entry(1, "scale", value)]), fresh)
     assert len(fresh.parsed) == 256
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("sae_full_reconstruction_spec", FULL),
+        ("SAE_full_reconstruction_specs", FULL),
+        ("full_reconstruction_specs", FULL),
+        ("sae_full_recon_specs", FULL),
+        ("sae-clamp-specs", DELTA),
+        ("sae_clamps", DELTA),
+        ("steering_vectors", ADDITIVE),
+        ("steering", ADDITIVE),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_right_name(key: str, meant: str) -> None:
+    for configured in (CONFIG, None):
+        error = refusal({key: [{"module_name": "one"}]}, configured)
+        assert error.parameter == f"extra_args.{key}"
+        assert f"expected {meant}" in str(error)
+    with pytest.raises(VLLMValidationError, match=meant):
+        SteeringSamplingParams(extra_args={key: 1})
+
+
+@pytest.mark.parametrize(
+    "key", ["kv_transfer_params", "seed", "specs", "clamp", "x" * 99, 3, "saelens"]
+)
+def test_other_keys_are_nobodys_business(key: Any) -> None:
+    assert parse({key: 1}) is None
+
+
+def test_specs_without_the_plugin_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other,another")
+    with pytest.raises(VLLMValidationError, match="VLLM_PLUGINS=other,another"):
+        SteeringSamplingParams(sae_clamp_specs=[SAEClampSpec("one", [])])
+    assert SteeringSamplingParams(max_tokens=3).max_tokens == 3
+    monkeypatch.setenv("VLLM_PLUGINS", "other,steering")
+    params = SteeringSamplingParams(sae_clamp_specs=[SAEClampSpec("one", [])])
+    assert DELTA in params.extra_args

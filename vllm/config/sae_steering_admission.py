@@ -30,6 +30,16 @@ def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
         raise refusal(ROWS_KEY, "is reserved for the engine, expected no such key")
 
 
+def refuse_pooling(extra_kwargs: Mapping[str, Any] | None) -> None:
+    """Raise when a pooling request (embed, classify, score, …) asks for steering."""
+    for key in (*EXTRA_ARGS_KEYS, ROWS_KEY):
+        if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
+            raise refusal(
+                f"extra_kwargs.{key}",
+                "pooling requests cannot be steered, expected no such key",
+            )
+
+
 def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) -> None:
     """Raise when a request with streaming input is steered.
 

@@ -15,6 +15,9 @@ from typing import Any, cast
 
 import msgspec
 
+from vllm.config.sae_readout_parser import check_reads
+from vllm.config.sae_readout_specs import SiteRead
+from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_request import (
     HOOK_ORDER,
     Group,
@@ -29,6 +32,7 @@ from vllm.config.sae_steering_specs import (
     DELTA_KEY,
     EXTRA_ARGS_KEYS,
     FULL_KEY,
+    READOUT_KEY,
     SPEC_PHASES,
     SPEC_TYPES,
     TOKEN_PHASES,
@@ -49,7 +53,14 @@ from vllm.config.steering import (
     SteeringConfig,
     Tier,
 )
-from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
+from vllm.config.steering_checks import (
+    ModuleChangedError,
+    bad,
+    key_path,
+    listing,
+    refusal,
+    shown,
+)
 from vllm.config.steering_reader import Reader, packed
 
 # No model has more digits than this in a layer index; bounds int() of a client's
@@ -74,7 +85,8 @@ def parse_steering_request(
     """Check what a request asks for and return its canonical form.
 
     Args:
-        extra_args: `SamplingParams.extra_args`; only `EXTRA_ARGS_KEYS` are read.
+        extra_args: `SamplingParams.extra_args`; `EXTRA_ARGS_KEYS` are read, and keys
+            that are nearly one of them refused.
         config: what the engine was started with; None when without steering.
 
     Returns:
@@ -85,6 +97,7 @@ def parse_steering_request(
     """
     if not isinstance(extra_args, Mapping):
         return None
+    refuse_misspelt(extra_args, "extra_args.")
     given = {
         key: extra_args[key]
         for key in EXTRA_ARGS_KEYS
@@ -162,6 +175,7 @@ def _parse(given: Mapping[str, Any], config: SteeringConfig) -> SteeringRequest:
         draft.add_sae_spec(Tier.DELTA, f"{DELTA_KEY}[{position}]", delta)
     for position, vector in enumerate(fields.steering_vector_specs or ()):
         draft.add_vector_spec(f"{ADDITIVE_KEY}[{position}]", vector)
+    draft.reads = check_reads(READOUT_KEY, fields.sae_readout_specs or (), config)
     return draft.finish()
 
 
@@ -193,7 +207,11 @@ def _module(
             path,
             f'module {shown(name)} is of kind "{module.kind}", expected {accepted}',
         )
-    raise refusal(path, f"module {shown(name)} is being removed, expected {accepted}")
+    raise ModuleChangedError(
+        f"{path}: module {shown(name)} is being removed or replaced, expected "
+        f"{accepted}",
+        path,
+    )
 
 
 def _layer(path: str, key: int | str) -> int:
@@ -286,6 +304,7 @@ class _Draft:
     # By site and the point that is written: a transcoder is not an SAE that reads
     # the same point.
     reconstructed_by: dict[tuple[Site, HookPoint], str] = field(default_factory=dict)
+    reads: tuple[SiteRead, ...] = ()
 
     def add_sae_spec(
         self,
@@ -405,8 +424,9 @@ class _Draft:
         vectors = {group: scales[group] for group in sorted(scales, key=rank)}
         named = {name for groups in self.sae.values() for name, _ in groups}
         named.update(name for name, _ in self.scales)
+        named.update(read.module for read in self.reads)
         modules = {n: m for n, m in self.config.modules.items() if n in named}
-        return SteeringRequest(sae_edits, vectors, modules)
+        return SteeringRequest(sae_edits, vectors, modules, self.reads)
 
 
 def _site_edits(

@@ -17,11 +17,13 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from vllm.config.sae_readout_specs import SiteRead, reads_to_json
 from vllm.config.sae_steering_specs import (
     ADDITIVE_KEY,
     CLAMP_KINDS,
     DELTA_KEY,
     FULL_KEY,
+    READOUT_KEY,
     SAEClampEntry,
     SpecPhase,
     TokenPhase,
@@ -76,11 +78,13 @@ class SteeringRequest:
             in canonical order.
         vectors: scale of each (vector module, phase), in canonical order.
         modules: every module that is named, in registration order.
+        reads: what is read, in canonical order; not part of any digest.
     """
 
     sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
     vectors: Mapping[Group, float]
     modules: Mapping[str, ModuleInfo]
+    reads: tuple[SiteRead, ...] = ()
     # What `_found_once` keeps: one object serves many requests.
     _found: dict[tuple[Any, ...], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -110,6 +114,8 @@ class SteeringRequest:
                 {"module_name": name, "scale": scale, "phase": phase}
                 for (name, phase), scale in self.vectors.items()
             ]
+        if self.reads:
+            args[READOUT_KEY] = reads_to_json(self.reads)
         return args
 
     @_found_once

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes: the specs of the three tiers, one definition of each.
+"""What a user writes: the specs of the tiers and of reading, one definition of each.
 
 The structs below are the dataclasses of the Python interface, the parser of every
 surface (`vllm.config.steering_reader` reads by their annotations), and the JSON schema
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.steering import HOOK_ALIASES
 from vllm.config.steering_reader import expects, json_schema
 
@@ -125,14 +126,22 @@ class SteeringFields(msgspec.Struct, kw_only=True):
         Annotated[list[SteeringVectorSpec], expects("a list of specs")] | None,
         Meta(description="Add a steering vector, times the scale."),
     ] = None
+    sae_readout_specs: Annotated[
+        Annotated[list[SAEReadoutSpec], expects("a list of specs")] | None,
+        Meta(
+            description="Return the activations of SAE features of the request's own "
+            "tokens, and end it when one of them fires."
+        ),
+    ] = None
 
 
 EXTRA_ARGS_KEYS = SteeringFields.__struct_fields__
-FULL_KEY, DELTA_KEY, ADDITIVE_KEY = EXTRA_ARGS_KEYS
+FULL_KEY, DELTA_KEY, ADDITIVE_KEY, READOUT_KEY = EXTRA_ARGS_KEYS
 SPEC_TYPES: dict[str, type[msgspec.Struct]] = {
     FULL_KEY: SAEFullReconstructionSpec,
     DELTA_KEY: SAEClampSpec,
     ADDITIVE_KEY: SteeringVectorSpec,
+    READOUT_KEY: SAEReadoutSpec,
 }
 
 

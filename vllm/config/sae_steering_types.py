@@ -13,6 +13,10 @@ from typing import Any
 
 import msgspec
 
+import vllm.envs as envs
+from vllm.config.sae_features import SAEFeatures
+from vllm.config.sae_readout_specs import SAEReadoutSpec, SAEStopEntry
+from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import (
     SiteEdit,
@@ -28,14 +32,17 @@ from vllm.config.sae_steering_specs import (
     SteeringVectorSpec,
     TokenPhase,
 )
-from vllm.exceptions import VLLMValidationError
+from vllm.config.steering_checks import refusal
 from vllm.sampling_params import SamplingParams
 
 __all__ = [
     "EXTRA_ARGS_KEYS",
     "SAEClampEntry",
     "SAEClampSpec",
+    "SAEFeatures",
     "SAEFullReconstructionSpec",
+    "SAEReadoutSpec",
+    "SAEStopEntry",
     "SiteEdit",
     "SteeringRequest",
     "SteeringSamplingParams",
@@ -47,6 +54,9 @@ __all__ = [
     "parse_steering_request",
 ]
 
+# The name of our entry point, as `VLLM_PLUGINS` lists it.
+PLUGIN = "steering"
+
 
 def fold_into_extra_args(
     extra_args: dict[str, Any] | None, specs: dict[str, Any]
@@ -57,17 +67,32 @@ def fold_into_extra_args(
         VLLMValidationError: a key is given in both places.
     """
     given = {key: value for key, value in specs.items() if value is not None}
+    refuse_misspelt(extra_args or (), "extra_args.")
     for key in given:
         if extra_args and extra_args.get(key) is not None:
-            raise VLLMValidationError(
-                f"{key}: given as a field and in extra_args, expected one of them",
-                parameter=key,
+            raise refusal(
+                key, "given as a field and in extra_args, expected one of them"
             )
     return {**(extra_args or {}), **given} if given else extra_args
 
 
+def refuse_without_plugin(specs: dict[str, Any]) -> None:
+    """Raise when specs are given and `VLLM_PLUGINS` keeps steering from loading."""
+    loaded = envs.VLLM_PLUGINS
+    if loaded is None or PLUGIN in loaded:
+        return
+    for key, value in specs.items():
+        if value is not None:
+            raise refusal(
+                key,
+                f"the environment variable VLLM_PLUGINS={','.join(loaded)} keeps "
+                f'steering from loading, expected "{PLUGIN}" in it, or no VLLM_PLUGINS',
+            )
+
+
 def _fold_fields(self: Any) -> None:
     specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
+    refuse_without_plugin(specs)
     self.extra_args = fold_into_extra_args(self.extra_args, specs)
     for key in EXTRA_ARGS_KEYS:
         setattr(self, key, None)

@@ -143,7 +143,8 @@ class SlotInfo:
     `width` is the number of directions that fit: features of an SAE, 1 for a vector.
     `topk` and `threshold` say which activations the slot can compute. `hook_out` and
     `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
-    the order in which the configuration lists them.
+    the order in which the configuration lists them. A slot that was `added` to a
+    running engine goes with the module that it was made for.
     """
 
     layer: int
@@ -154,6 +155,7 @@ class SlotInfo:
     threshold: bool = True
     hook_out: HookPoint | None = None
     has_skip: bool = False
+    added: bool = False
 
     @property
     def out_hook(self) -> HookPoint:
@@ -242,16 +244,20 @@ class SteeringConfig:
     `modules` keeps registration order, which is the order of the delta tier.
     `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
     request. `slots` are the engine's slots, held and spare; a slot's id is its
-    position. Requests that name a module in `draining` are refused: it waits for its
-    last request, to be removed or replaced. `version` counts the changes so far.
+    position, and None is one that is gone. Requests that name a module in `draining`
+    are refused: it waits for its last request, to be removed or replaced. `version`
+    counts the changes since start-up. `readout`: whether requests may read features,
+    of layers from `first_read_layer` on (the last pipeline stage).
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     max_clamps: int = DEFAULT_MAX_CLAMPS
-    slots: tuple[SlotInfo, ...] = ()
+    slots: tuple[SlotInfo | None, ...] = ()
     draining: frozenset[str] = frozenset()
     version: int = 0
     max_specs: int = DEFAULT_MAX_SPECS
+    readout: bool = True
+    first_read_layer: int = 0
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
@@ -262,17 +268,21 @@ class SteeringConfig:
         return {
             "modules": [module.to_json() for module in self.modules.values()],
             "max_clamps": self.max_clamps,
-            "slots": [slot.to_json() for slot in self.slots],
+            "slots": [slot and slot.to_json() for slot in self.slots],
             "draining": sorted(self.draining),
             "version": self.version,
             "max_specs": self.max_specs,
+            "readout": self.readout,
+            "first_read_layer": self.first_read_layer,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SteeringConfig:
         """Rebuild what `to_json` wrote."""
         modules = [ModuleInfo.from_json(module) for module in data["modules"]]
-        slots = tuple(SlotInfo.from_json(slot) for slot in data.get("slots", ()))
+        slots = tuple(
+            slot and SlotInfo.from_json(slot) for slot in data.get("slots", ())
+        )
         return cls(
             {m.name: m for m in modules},
             data["max_clamps"],
@@ -280,6 +290,8 @@ class SteeringConfig:
             frozenset(data.get("draining", ())),
             data.get("version", 0),
             data.get("max_specs", DEFAULT_MAX_SPECS),
+            data.get("readout", True),
+            data.get("first_read_layer", 0),
         )
 
 

@@ -4,14 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
 # Longest excerpt of a client's value or key in a message.
 MAX_SHOWN = 60
 # Longest list of names in a message.
 MAX_LISTED = 10
+
+
+class ModuleChangedError(VLLMValidationError, GracefulHTTPError):
+    """A module that a request names is changing, or has changed: HTTP 409."""
+
+    def __init__(self, message: str, parameter: str | None = None):
+        Exception.__init__(self, message)
+        self.message = message
+        self.parameter = parameter
+        self.value = None
+        self.http_status = HTTPStatus.CONFLICT
 
 
 def shown(value: Any) -> str:

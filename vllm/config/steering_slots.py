@@ -7,6 +7,7 @@ its own and then adds the spare ones; later modules take free slots that fit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -70,7 +71,12 @@ def start_up_slots(
 def free_slots(config: SteeringConfig) -> dict[int, SlotInfo]:
     """Slots that no module holds, by id."""
     held = {slot for m in config.modules.values() for slot in m.slots or ()}
-    return {at: slot for at, slot in enumerate(config.slots) if at not in held}
+    return {at: slot for at, slot in slots_of(config).items() if at not in held}
+
+
+def slots_of(config: SteeringConfig) -> dict[int, SlotInfo]:
+    """The slots that there are, by id."""
+    return {at: slot for at, slot in enumerate(config.slots) if slot is not None}
 
 
 def with_module(
@@ -94,11 +100,11 @@ def with_module(
     others = {n: m for n, m in config.modules.items() if n != module.name}
     free = free_slots(replace(config, modules=others))
     own = set(old.slots or ()) if old else set()
-    slots, placed, needed = list(config.slots), [], []
+    slots, placed, needed = slots_of(config), [], []
     for site in module.sites:
         held = [
             at
-            for at, slot in enumerate(slots)
+            for at, slot in slots.items()
             if (slot.layer, slot.hook) == (site.layer, site.hook) and at not in free
         ]
         last = max(held, default=-1)
@@ -111,8 +117,9 @@ def with_module(
             del free[best]
             placed.append(best)
         elif may_add_slots and not _has_vectors(module, site, slots):
-            placed.append(len(slots))
-            slots.append(own_slot(module, site))
+            new = next(at for at in itertools.count(last + 1) if at not in slots)
+            placed.append(new)
+            slots[new] = replace(own_slot(module, site), added=True)
         else:
             needed.append(_needed(module, site))
     if needed:
@@ -122,17 +129,26 @@ def with_module(
         )
     module = replace(module, slots=tuple(placed))
     modules = {n: module if n == module.name else m for n, m in config.modules.items()}
-    result = replace(
-        config, modules={**modules, module.name: module}, slots=tuple(slots)
-    )
+    result = _with_slots(config, {**modules, module.name: module}, slots)
     check_skip_sets(result)
     return result
 
 
 def without_module(config: SteeringConfig, name: str) -> SteeringConfig:
-    """`config` without a module; its slots are free."""
+    """`config` without a module; its slots are free, or gone if they were added."""
     modules = {n: m for n, m in config.modules.items() if n != name}
-    return replace(config, modules=modules, draining=config.draining - {name})
+    result = _with_slots(config, modules, slots_of(config))
+    return replace(result, draining=config.draining - {name})
+
+
+def _with_slots(
+    config: SteeringConfig, modules: dict[str, ModuleInfo], slots: dict[int, SlotInfo]
+) -> SteeringConfig:
+    """`config` with these, less the added slots that no module holds any more."""
+    held = {at for module in modules.values() for at in module.slots or ()}
+    kept = {at: slot for at, slot in slots.items() if at in held or not slot.added}
+    ids = range(max(kept, default=-1) + 1)
+    return replace(config, modules=modules, slots=tuple(kept.get(at) for at in ids))
 
 
 def check_skip_sets(config: SteeringConfig) -> None:
@@ -165,11 +181,13 @@ def site_bytes(site: SiteInfo, item_bytes: int) -> int:
     return elements * item_bytes + 4 * (2 * site.d_sae + site.out_width)
 
 
-def _has_vectors(module: ModuleInfo, site: SiteInfo, slots: list[SlotInfo]) -> bool:
+def _has_vectors(
+    module: ModuleInfo, site: SiteInfo, slots: dict[int, SlotInfo]
+) -> bool:
     """Whether a vector's site has a stack of vectors, which cannot grow."""
     return module.kind == "vectors" and any(
         (slot.kind, slot.layer, slot.hook) == ("vectors", site.layer, site.hook)
-        for slot in slots
+        for slot in slots.values()
     )
 
 

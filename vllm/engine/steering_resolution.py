@@ -6,6 +6,7 @@
                                    "norm_guard": float | None, "sites": [...]}},
      "max_clamps": 64,
      "max_specs": 64,
+     "readout": True,
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
      "module_roots": ["/srv/saes", "hf:"]}
@@ -21,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import vllm.envs as envs
@@ -39,6 +40,11 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
+from vllm.engine.steering_kv_connectors import (
+    BLOCK_HASH_CONNECTORS,
+    MULTI_CONNECTOR,
+    unsafe_kv_connector,
+)
 from vllm.engine.steering_shared_config import prepare_sharing
 from vllm.logger import init_logger
 
@@ -49,6 +55,7 @@ TOP_FIELDS = (
     "modules",
     "max_clamps",
     "max_specs",
+    "readout",
     "spare",
     "module_roots",
     "resolved",
@@ -93,7 +100,14 @@ def resolve_steering(vllm_config: Any) -> None:
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
     check_module_roots(steering.get("module_roots", []))
     config = start_up_slots(
-        SteeringConfig(modules, max_clamps, max_specs=max_specs), spare
+        SteeringConfig(
+            modules,
+            max_clamps,
+            max_specs=max_specs,
+            readout=_readout(steering.get("readout", True)),
+            first_read_layer=first_read_layer(vllm_config),
+        ),
+        spare,
     )
     resolved = config.to_json()
     vllm_config.additional_config = {
@@ -103,19 +117,47 @@ def resolve_steering(vllm_config: Any) -> None:
     prepare_sharing(vllm_config.parallel_config)
 
 
-def inspect_for_model(name: Any, given: Any, model_config: Any) -> ModuleInfo:
+def _readout(value: Any) -> bool:
+    if type(value) is not bool:
+        raise SteeringConfigError(
+            f"{ROOT}.readout: found {shown(value)}, expected true or false"
+        )
+    return value
+
+
+def first_read_layer(vllm_config: Any) -> int:
+    """The first layer whose features can be read: that of the last pipeline stage.
+
+    Only that stage's output reaches the scheduler.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return 0
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return get_pp_indices(layers, stages - 1, stages)[0]
+
+
+def inspect_for_model(
+    name: Any,
+    given: Any,
+    model_config: Any,
+    inspect: Callable[..., ModuleInfo] | None = None,
+) -> ModuleInfo:
     """The module as described by its files, checked against the model.
 
     Args:
         name: the module's name.
         given: its path, or an object with `path` and `MODULE_OPTIONS`.
         model_config: vLLM's `ModelConfig`.
+        inspect: None for `inspect_module`, which reads the files in this process.
     """
     from vllm.model_executor.model_loader.sae_loader import inspect_module
 
     path, options = _module_form(name, given)
     try:
-        module = inspect_module(name, path, **options)
+        module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
         raise SteeringConfigError(str(error)) from error
     check_against_model(module, model_config)
@@ -204,10 +246,11 @@ def _ids(value: Any) -> set[int]:
 
 
 def refuse_unsupported_features(vllm_config: Any) -> None:
-    """Raise when the engine uses a feature that reorders or splits a step's tokens.
+    """Raise when the engine uses a feature under which steering would be wrong.
 
     The per-token index assumes that a forward's tokens are the step's tokens in
-    batch order, whole on every rank.
+    batch order, whole on every rank. KV may be shared only by requests that are
+    steered alike.
     """
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
@@ -225,6 +268,9 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
             vllm_config.cache_config.kv_sharing_fast_prefill
         ),
         "the Rust front end (VLLM_USE_RUST_FRONTEND=1)": envs.VLLM_USE_RUST_FRONTEND,
+        "pooling models (--runner pooling)": (
+            vllm_config.model_config.runner_type == "pooling"
+        ),
     }
     for feature, in_use in refused.items():
         if in_use:
@@ -232,6 +278,14 @@ def refuse_unsupported_features(vllm_config: Any) -> None:
                 f"steering does not support {feature}: switch it off, or start "
                 "without steering modules"
             )
+    connector = unsafe_kv_connector(vllm_config.kv_transfer_config)
+    if connector is not None:
+        raise SteeringConfigError(
+            f"kv_transfer_config.kv_connector: found {connector}, which does not key "
+            "KV by vLLM's block hashes, so steered and plain requests would read each "
+            f"other's; expected one of {', '.join(BLOCK_HASH_CONNECTORS)}, or "
+            f"{MULTI_CONNECTOR} of these"
+        )
 
 
 def describe(module: ModuleInfo) -> str:

@@ -49,6 +49,7 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow when interpreted")
 
 APPLY = {Tier.FULL: kernel.full_reconstruction, Tier.DELTA: kernel.sae_clamp}
+SHAPES = [(97, 50)] if INTERPRETED else [(97, 50), (130, 33), (64, 16)]
 KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
 
 
@@ -65,7 +66,12 @@ def poison(workspace: kernel.SteeringWorkspace) -> None:
     """Fill the scratch memory with NaN patterns, so that stale reads show."""
     for arena in (workspace._x, workspace._shared, workspace._coef):
         arena.fill_(0xFF)
-    for counter in (workspace.tokens, workspace.nnz, workspace.kth, workspace.count):
+    for counter in (
+        workspace.tokens,
+        workspace.records,
+        workspace.kth,
+        workspace.count,
+    ):
         counter.fill_(-7)
 
 
@@ -101,7 +107,7 @@ def with_rows(slot: SAESlot, tier: Tier = Tier.FULL, clamps: int = 4) -> list[in
 
 @pytest.mark.parametrize("tier", [Tier.FULL, Tier.DELTA])
 @pytest.mark.parametrize("activation", KINDS)
-@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize("tokens", [19] if INTERPRETED else [1, 7, 33])
 @pytest.mark.parametrize("two_streams", [True, False])
 def test_a_mixed_batch_equals_the_float64_reference(
     tier: Tier, activation: Activation, tokens: int, two_streams: bool
@@ -112,7 +118,7 @@ def test_a_mixed_batch_equals_the_float64_reference(
 
 
 @pytest.mark.parametrize("activation", KINDS)
-@pytest.mark.parametrize("shape", [(97, 50), (130, 33), (64, 16)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_odd_sizes_and_every_dtype_equal_the_reference(
     activation: Activation, shape: tuple[int, int], dtype: torch.dtype
@@ -198,7 +204,7 @@ def test_tokens_past_the_norm_limit_pass_through(
     run_and_check(slot, make_step(24, 24, [2], tier), 24, tier)
 
 
-@pytest.mark.parametrize("l0", [150, 300])
+@pytest.mark.parametrize("l0", [150] if INTERPRETED else [150, 300])
 def test_hundreds_of_non_zeros_are_summed(l0: int) -> None:
     slot = make_slot(600, 32, l0=l0)
     run_and_check(slot, make_step(5, 5, with_rows(slot), Tier.FULL), 5)
@@ -257,7 +263,7 @@ def test_steps_with_more_tokens_than_multiprocessors(
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("k", [1, 5, 40, 64])
+@pytest.mark.parametrize("k", [5] if INTERPRETED else [1, 5, 40, 64])
 def test_topk_keeps_exactly_k_with_or_without_clipping(relu: bool, k: int) -> None:
     slot = make_slot(64, 32, Activation.TOPK, k=k, topk_relu=relu)
     run_and_check(slot, make_step(6, 6, with_rows(slot), Tier.FULL), 6)

@@ -64,7 +64,9 @@ def gemma_scope(path: Path, save: Any = np.savez) -> Path:
 def test_gemma_scope_is_jumprelu_without_an_input_bias(
     tmp_path: Path, save: Any
 ) -> None:
-    path = gemma_scope(tmp_path / "layer_20/width_16k/average_l0_71", save)
+    path = gemma_scope(
+        tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/l0_71", save
+    )
     p = pre_activations(subtract=False)
     close(reconstruct(path), decode(p.relu() * (p > threshold.double())))
 
@@ -74,13 +76,24 @@ def test_gemma_scope_has_its_layer_in_the_path(tmp_path: Path) -> None:
     assert inspect_module("m", str(path)).sites[0].name == "post_block.20"
 
 
-def test_gemma_scope_without_a_layer_in_its_path_needs_a_site(tmp_path: Path) -> None:
-    path = gemma_scope(tmp_path / "sae")
+@pytest.mark.parametrize("folder", ["sae", "layer_4/width_16k/average_l0_71"])
+def test_gemma_scope_without_its_kind_in_its_path_needs_a_site(
+    tmp_path: Path, folder: str
+) -> None:
+    path = gemma_scope(tmp_path / folder)
     with pytest.raises(ValueError, match="expected a layer, found none; name the site"):
         inspect_module("m", str(path))
     module = inspect_module("m", str(path), sites=["post_block.4"])
     assert module.sites[0].name == "post_block.4"
     assert torch.equal(loaded(module).b_dec, b_dec)
+
+
+def test_a_site_that_contradicts_the_path_is_refused(tmp_path: Path) -> None:
+    path = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/l0_71")
+    inspect_module("m", str(path), sites=["resid_post.20"])
+    message = "the files say post_block.20, but sites names post_block.4"
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(path), sites=["post_block.4"])
 
 
 @pytest.mark.parametrize("kind", ["gemma-scope-2b-pt-mlp", "gemma-scope-2b-pt-att"])

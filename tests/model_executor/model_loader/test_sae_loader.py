@@ -378,8 +378,6 @@ def test_the_digest_changes_with_every_option_that_has_an_effect(
         {"skip_token_ids": []},
         {"skip_token_ids": [1]},
         {"norm_guard": 2.0},
-        {"sites": ["pre_attn.3"]},
-        {"sites": ["post_block.4"]},
     ]
     assert len({digest(path, **option) for option in options}) == len(options)
     edit_manifest(path, lambda m: m.update(reference_norm=4.0))
@@ -420,6 +418,11 @@ def test_a_site_has_several_names(
     text: str, site: tuple[int, HookPoint] | None
 ) -> None:
     assert parse_site_name(text) == site
+
+
+def test_a_site_that_the_files_do_not_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected one of .*post_block.*, found '4.re"):
+        inspect_module("m", str(native(tmp_path)), sites=["4.resid_pre"])
 
 
 def test_a_list_of_sites_selects_among_several(tmp_path: Path) -> None:
@@ -474,7 +477,7 @@ def test_a_module_that_changed_since_it_was_inspected_is_refused(
 
 
 def test_a_module_survives_json_and_still_loads(tmp_path: Path) -> None:
-    module = inspect_module("m", str(native(tmp_path)), sites=["resid_pre.4"])
+    module = inspect_module("m", str(native(tmp_path)), sites=["resid_post.3"])
     again = ModuleInfo.from_json(json.loads(json.dumps(module.to_json())))
     assert again == module
     assert torch.equal(loaded(again).W_dec, sae_tensors()["W_dec"])

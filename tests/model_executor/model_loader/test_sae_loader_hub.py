@@ -48,6 +48,13 @@ def test_a_hub_path_is_read_from_the_cache_and_pinned(hub: Path, revision: str) 
     [
         ("hf:owner", r"expected hf:owner/repo\["),
         ("hf:owner/repo/../x", r"expected hf:owner/repo\["),
+        ("hf:owner/repo//etc", r"expected hf:owner/repo\[.* relative sub-path"),
+        ("hf:owner/repo/layer_3//etc", r"expected hf:owner/repo\["),
+        ("hf:owner/repo/./layer_3", r"expected hf:owner/repo\["),
+        ("hf:owner/repo/layer_*", r"expected hf:owner/repo\["),
+        ("hf:../repo/layer_3", r"expected hf:owner/repo\["),
+        ("hf:owner/repo/layer_3@../../x", r"expected hf:owner/repo\["),
+        ("owner/repo", "a repository of the Hugging Face Hub is written hf:owner/repo"),
         ("hf:owner/missing", "cannot be fetched from the Hub"),
         ("hf:owner/repo/layer_4", "the repository has no layer_4"),
         ("hf:owner/repo@gone", "cannot be fetched from the Hub"),
@@ -58,3 +65,12 @@ def test_a_hub_path_that_gives_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         inspect_module("m", path)
+
+
+def test_a_link_that_leaves_the_repository_is_not_followed(
+    hub: Path, tmp_path: Path
+) -> None:
+    save_native(tmp_path / "elsewhere", {(3, "resid_post"): TENSORS})
+    (hub / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="the repository has no out"):
+        inspect_module("m", "hf:owner/repo/out")

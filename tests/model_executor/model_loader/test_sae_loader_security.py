@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,8 @@ from vllm.model_executor.model_loader.sae_loader import (
 )
 
 W, b_enc, b_dec = tensor(F, D, seed=0), tensor(F, seed=1), tensor(D, seed=2)
+
+RES = "gemma-scope-2b-pt-res/layer_1"
 
 
 class Payload:
@@ -71,7 +75,9 @@ def refused(path: Path, message: str) -> None:
 def test_a_torch_file_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     path = dictionary(tmp_path / "m", {**good_state(), "x": Payload(marker)})
-    refused(path, "ae.pt: cannot be read: UnpicklingError")
+    refused(
+        path, "ae.pt: expected a state dict .* found a call of posix.mkdir; it was n"
+    )
     assert not marker.exists()
 
 
@@ -86,20 +92,20 @@ def test_a_bare_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_an_npz_member_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     objects = np.array([Payload(marker)], dtype=object)
-    path = gemma_scope(tmp_path / "layer_1", threshold=objects)
+    path = gemma_scope(tmp_path / RES, threshold=objects)
     refused(path, "threshold: expected numbers, found pickled Python objects")
     assert not marker.exists()
 
 
 def test_an_npz_that_inflates_a_thousandfold_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "layer_1"
-    path.mkdir()
+    path = tmp_path / RES
+    path.mkdir(parents=True)
     np.savez_compressed(path / "params.npz", W_enc=np.zeros((1024, 4096), np.float32))
     refused(path, "params.npz: inflates from .* expected at most 8 times")
 
 
 def test_an_npz_whose_shape_is_not_its_size_is_refused(tmp_path: Path) -> None:
-    path = gemma_scope(tmp_path / "layer_1")
+    path = gemma_scope(tmp_path / RES)
     header = io.BytesIO()
     declared = {"descr": "<f4", "fortran_order": False, "shape": (1 << 30, 1 << 10)}
     np.lib.format.write_array_header_1_0(header, declared)
@@ -140,7 +146,9 @@ def test_a_torch_tensor_without_dense_data_is_refused(
     tmp_path: Path, value: torch.Tensor
 ) -> None:
     path = dictionary(tmp_path, {**good_state(), "decoder.weight": value})
-    refused(path, "decoder.weight: expected a dense tensor")
+    refused(
+        path, "ae.pt: expected a state dict of tensors and plain data, found a call"
+    )
 
 
 def test_a_torch_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
@@ -160,6 +168,128 @@ def test_an_oversized_configuration_is_refused(tmp_path: Path) -> None:
     path = dictionary(tmp_path, good_state())
     (path / "config.json").write_bytes(b" " * (5 << 20))
     refused(path, "config.json: expected at most 4194304 bytes")
+
+
+def quickly_refused(path: Path, message: str) -> None:
+    start = time.monotonic()
+    refused(path, message)
+    assert time.monotonic() - start < 1
+
+
+def torch_file(path: Path, pickled: bytes) -> Path:
+    """A directory of dictionary_learning whose `ae.pt` holds these pickled bytes."""
+    dictionary(path, {})
+    with zipfile.ZipFile(path / "ae.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/version", "3\n")
+        archive.writestr("a/byteorder", "little")
+    return path
+
+
+def test_a_torch_file_whose_key_takes_hours_to_hash_is_refused(tmp_path: Path) -> None:
+    key: tuple[Any, ...] = ()
+    for _ in range(60):
+        key = (key, key)
+    path = torch_file(tmp_path / "m", pickled_dict(key))
+    quickly_refused(path, "expected a state dict .*, found a key of type tuple")
+
+
+def pickled_dict(key: Any) -> bytes:
+    """`{key: 1}` without making it here: a dict would hash the key."""
+    inner = pickle.dumps(key, protocol=2)
+    return b"\x80\x02}" + inner[2:-1] + b"K\x01s."
+
+
+def test_a_torch_file_that_refers_to_one_long_tuple_often_is_refused(
+    tmp_path: Path,
+) -> None:
+    many = b"(" + b"K\x01" * 100_000 + b"tq\x01"
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00h\x01h\x01tR"
+    path = torch_file(tmp_path / "m", b"\x80\x02]" + many + call * 10_000 + b"e.")
+    quickly_refused(path, "ae.pt: data.pkl: a tensor is malformed")
+
+
+def test_a_torch_file_with_a_large_pickle_is_refused(tmp_path: Path) -> None:
+    path = torch_file(tmp_path / "m", pickle.dumps({"x": "y" * (2 << 20)}))
+    quickly_refused(path, "data.pkl: expected at most 1048576 bytes, found 20")
+
+
+def test_a_zip_file_with_very_many_members_is_refused(tmp_path: Path) -> None:
+    path = gemma_scope(tmp_path / RES)
+    with zipfile.ZipFile(path / "params.npz", "w") as archive:
+        for i in range(20_000):
+            archive.writestr(f"{i}.npy", b"")
+    quickly_refused(path, "params.npz: lists members in [0-9]+ bytes, expected at most")
+
+
+def gguf_header(*parts: bytes, values: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, values) + b"".join(parts)
+
+
+@pytest.mark.parametrize("element", [0, 8, 9])
+def test_a_gguf_array_of_huge_declared_length_is_refused(
+    tmp_path: Path, element: int
+) -> None:
+    array = struct.pack("<Q1sIIQ", 1, b"k", 9, element, 1 << 50)
+    (tmp_path / "v.gguf").write_bytes(gguf_header(array, values=1) + b"\0" * 4096)
+    quickly_refused(tmp_path / "v.gguf", "declares [0-9]+ bytes where the header has")
+
+
+def test_a_gguf_with_very_many_values_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "v.gguf").write_bytes(gguf_header(values=1 << 60) + b"\0" * (1 << 20))
+    quickly_refused(tmp_path / "v.gguf", "declares [0-9]+ bytes where the header has")
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v.gguf"])
+def test_a_sparse_file_of_a_terabyte_is_refused(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as stream:
+        stream.truncate(1 << 40)
+    quickly_refused(tmp_path / name, "expected at most 137438953472 bytes, found 109")
+
+
+@pytest.mark.parametrize("name", ["params.npz", "v.safetensors", "ae.pt", "cfg.json"])
+def test_a_git_lfs_pointer_is_refused_and_says_what_to_do(
+    tmp_path: Path, name: str
+) -> None:
+    if name == "v.safetensors":
+        path = victim = tmp_path / name
+    elif name == "params.npz":
+        path = gemma_scope(tmp_path / RES)
+        victim = path / name
+    else:
+        path = dictionary(tmp_path, good_state())
+        victim = path / name.replace("cfg", "config")
+    victim.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    quickly_refused(path, f"{victim.name}: .*found a git-lfs pointer.* `git lfs pull`")
+
+
+def test_an_integer_of_very_many_digits_is_refused(tmp_path: Path) -> None:
+    path = make_native(tmp_path)
+    text = (path / "manifest.json").read_text()
+    huge = text.replace('"layer": 1', f'"layer": {"9" * 100_000}')
+    assert huge != text
+    (path / "manifest.json").write_text(huge)
+    quickly_refused(path, "manifest.json: .*an integer has 100000 digits, expected at")
+
+
+def test_a_directory_of_very_many_entries_is_refused(tmp_path: Path) -> None:
+    for i in range(5000):
+        (tmp_path / str(i)).touch()
+    quickly_refused(tmp_path, "expected a directory of at most 4096 entries")
+
+
+@pytest.mark.parametrize("stored", [3, 7])
+def test_a_k_in_the_weights_that_differs_from_the_configuration_is_refused(
+    tmp_path: Path, stored: int
+) -> None:
+    state = {k: v for k, v in good_state().items() if k != "bias"}
+    dictionary(tmp_path, {**state, "b_dec": b_dec, "k": torch.tensor(stored)})
+    trainer = {"dict_class": "AutoEncoderTopK", "layer": 1, "k": 7}
+    write_json(tmp_path / "config.json", {"trainer": trainer})
+    if stored == 7:
+        assert inspect_module("m", str(tmp_path)).sites[0].k == 7
+    else:
+        refused(tmp_path, "k: expected 3, which ae.pt has for k, found 7")
 
 
 def make_native(root: Path) -> Path:
@@ -188,7 +318,7 @@ MAKERS: list[Callable[[Path], Path]] = [
     make_native,
     make_vectors,
     make_gguf,
-    lambda root: gemma_scope(root / "layer_1"),
+    lambda root: gemma_scope(root / RES),
     lambda root: dictionary(root / "d", good_state()),
 ]
 

@@ -14,8 +14,14 @@ import torch
 import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
+from vllm.config import KVTransferConfig
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.steering_kv_connectors import (
+    BLOCK_HASH_CONNECTORS,
+    MULTI_CONNECTOR,
+)
 from vllm.engine.steering_resolution import (
     SteeringConfigError,
     refuse_unsupported_features,
@@ -235,6 +241,7 @@ def test_a_wrong_field_is_refused_by_its_path(
             "sequence parallelism",
         ),
         ("cache_config", {"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
+        ("model_config", {"runner_type": "pooling"}, "pooling models"),
     ],
 )
 def test_an_unsupported_feature_is_refused_by_name(
@@ -305,3 +312,66 @@ def test_a_module_given_twice_is_refused() -> None:
 def test_what_is_no_module_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="found"):
         parse_module(bad)
+
+
+def kv_config(name: str, *children: str, path: str | None = None) -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector=name,
+        kv_role="kv_both",
+        kv_connector_module_path=path,
+        kv_connector_extra_config={
+            "connectors": [
+                {"kv_connector": child, "kv_role": "kv_both"} for child in children
+            ]
+        },
+    )
+
+
+TOKEN_KEYED = sorted(
+    set(KVConnectorFactory._registry) - {*BLOCK_HASH_CONNECTORS, MULTI_CONNECTOR}
+)
+
+
+@pytest.mark.parametrize(
+    ("connector", "named"),
+    [
+        *((kv_config(name), name) for name in TOKEN_KEYED),
+        (kv_config("Mine", path="my.module"), "Mine (my.module)"),
+        # A class of one's own that has an allowed name.
+        (kv_config("OffloadingConnector", path="x"), "OffloadingConnector (x)"),
+        (
+            kv_config(MULTI_CONNECTOR, "OffloadingConnector", "ExampleConnector"),
+            "ExampleConnector in MultiConnector",
+        ),
+    ],
+    ids=str,
+)
+def test_a_kv_connector_that_does_not_key_by_block_hash_is_refused(
+    vllm_config: Any, connector: KVTransferConfig, named: str
+) -> None:
+    config = copy.copy(vllm_config)
+    config.kv_transfer_config = connector
+    with pytest.raises(SteeringConfigError, match="block hashes") as caught:
+        refuse_unsupported_features(config)
+    assert f"found {named}," in str(caught.value)
+    assert "OffloadingConnector" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "connector",
+    [
+        *map(kv_config, BLOCK_HASH_CONNECTORS),
+        kv_config(MULTI_CONNECTOR, *BLOCK_HASH_CONNECTORS),
+    ],
+    ids=str,
+)
+def test_a_kv_connector_that_keys_by_block_hash_is_allowed(
+    vllm_config: Any, connector: KVTransferConfig
+) -> None:
+    config = copy.copy(vllm_config)
+    config.kv_transfer_config = connector
+    refuse_unsupported_features(config)
+
+
+def test_every_allowed_kv_connector_is_of_this_vllm() -> None:
+    assert set(BLOCK_HASH_CONNECTORS) < set(KVConnectorFactory._registry)

@@ -30,6 +30,7 @@ from steering_testing.requests import prompt, vector
 
 from vllm import LLM
 from vllm.config.steering_replies import METHOD, Outcome
+from vllm.engine.steering_active_config import active_steering_config
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     list_modules,
@@ -249,7 +250,7 @@ def test_draining_refuses_new_requests_and_waits_for_the_old(
     ask = ("unregister", {"name": "hot", "drain": True})
     (reply,) = llm.collective_rpc(METHOD, args=ask)
     assert (reply.outcome, reply.in_use) == (Outcome.DRAINING, 1)
-    with pytest.raises(VLLMValidationError, match="being removed"):
+    with pytest.raises(VLLMValidationError, match="being removed or replaced"):
         llm.llm_engine.add_request("s", {"prompt_token_ids": IDS}, steered("hot"))
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
@@ -465,3 +466,32 @@ def test_an_engine_without_steering_says_so(model_root: Path) -> None:
         pytest.raises(SteeringModuleError, match="started without steering"),
     ):
         register_module(llm, "hot", "nowhere")
+
+
+def test_an_eager_engine_gives_the_memory_of_its_slots_back(
+    model_root: Path, paths: dict[str, str], tmp_path: Path
+) -> None:
+    sites = {(0, "pre_attn"): KINDS["wide"], SITE: KINDS["wide"]}
+    path = save_sae(tmp_path / "new", sites)
+    spare = [{"layer": LAYER, "hook": HOOK, "width": 96}]
+    with engine(FAMILY, model_root, {"first": paths["other"]}, {"spare": spare}) as llm:
+        modules = runner(llm).steering.modules
+        sizes = []
+        for _ in range(3):
+            register_module(llm, "hot", paths["jumprelu"])
+            register_module(llm, "new", path)
+            register_module(llm, "push", paths["vector"])
+            replace_module(llm, "new", paths["relu"])
+            unregister_module(llm, "hot")
+            for name in ("new", "push"):
+                unregister_module(llm, name)
+            sizes.append(modules.nbytes)
+        assert sizes[0] == sizes[1] == sizes[2]
+        # Both start-up slots are there, and nothing else.
+        assert sorted(modules.places) == [0, 1]
+        config = active_steering_config(llm.llm_engine.vllm_config)
+        assert config is not None
+        assert [slot is not None for slot in config.slots] == [True, True]
+        register_module(llm, "hot", paths["jumprelu"])
+        check(llm, "hot", KINDS["jumprelu"])
+        check(llm, "first", KINDS["other"])

@@ -39,8 +39,16 @@ def apply_sae_full_reconstruction(
     site_name: str,
     source: torch.Tensor | None = None,
 ) -> None:
-    """The full tier at a site. A token's row names one module, so order is free."""
+    """Reading and the full tier at a site.
+
+    Reading sees what the full tier's encoders are given. A token's row of the full tier
+    names one module, so the order of the slots is free.
+    """
     site = get_site(site_name)
+    read = (hidden, residual) if source is None else (source, None)
+    for slot in site.saes:
+        if slot.reads is not None:
+            site.backend.read_features(slot, *read)
     for slot in site.saes:
         site.backend.full_reconstruction(slot, hidden, residual, source)
 

@@ -21,15 +21,13 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_kernels import stages_cuda
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
-from vllm.model_executor.layers.steering_kernels.plan import next_power_of_2
-from vllm.model_executor.layers.steering_kernels.run import Run, pdl_options
+from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
     uses_threshold,
     uses_topk,
 )
 from vllm.model_executor.layers.steering_state import (
-    ClampTable,
     SAESlot,
     StepState,
     VectorSlot,
@@ -38,7 +36,6 @@ from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:
     from vllm.model_executor.layers.steering_kernels import stages_triton
-    from vllm.model_executor.layers.steering_kernels.clamp import clamp_kernel
 
 __all__ = [
     "SteeringWorkspace",
@@ -101,8 +98,14 @@ def sae_clamp(
     the encoder; a threshold activation reads the clamped features' rows only.
     """
     if uses_threshold(slot):
-        w = slot.weights
-        _clamp(slot.delta, Tier.DELTA, step, slot, w.W_dec, hidden, residual)
+        _check(hidden, residual, slot.weights.d_in)
+        gated = uses_topk(slot)
+        if hidden.shape[0] == 0:
+            return
+        if _takes_clamp(slot, hidden, residual):
+            stages_cuda.clamp(slot, step, gated, hidden, residual)
+        else:
+            stages_triton.clamp(slot, step, gated, hidden, residual)
     if uses_topk(slot):
         _pipeline(slot, step, workspace, hidden, residual, Tier.DELTA, topk=True)
 
@@ -114,61 +117,20 @@ def steering_vectors(
     residual: torch.Tensor | None,
 ) -> None:
     """Add the row's sum of scaled directions (`slot.table`), in place."""
-    _clamp(slot.table, Tier.ADDITIVE, step, None, slot.directions, hidden, residual)
+    _check(hidden, residual, slot.directions.shape[1])
+    if hidden.shape[0] == 0:
+        return
+    if _takes_clamp(slot, hidden, residual):
+        stages_cuda.add_vectors(slot, step, hidden, residual)
+    else:
+        stages_triton.add_vectors(slot, step, hidden, residual)
 
 
-def _clamp(
-    table: ClampTable,
-    tier: Tier,
-    step: StepState,
-    slot: SAESlot | None,
-    directions: torch.Tensor,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-) -> None:
-    d_model = directions.shape[1]
-    _check(hidden, residual, d_model)
-    tokens = hidden.shape[0]
-    if tokens == 0:
-        return
-    gated = slot is not None and uses_topk(slot)
-    if extension_is_built() and stages_cuda.takes_clamp(
-        table, slot, directions, hidden, residual
-    ):
-        stages_cuda.clamp(
-            table, step.index[tier], step.flags, slot, gated, directions, hidden,
-            residual,
-        )  # fmt: skip
-        return
-    weights = None if slot is None else slot.weights
-    unused = step.flags  # an argument that the kernel does not read
-    row_d = next_power_of_2(d_model)
-    clamp_kernel[(tokens,)](
-        step.index[tier],
-        step.flags,
-        table.packed,
-        unused if weights is None else weights.meta,
-        unused if weights is None else weights.norm_limit,
-        unused if weights is None else weights.W_enc,
-        unused if weights is None else weights.b_enc,
-        unused if weights is None else weights.threshold,
-        directions,
-        hidden,
-        hidden if residual is None else residual,
-        hidden.stride(0),
-        0 if residual is None else residual.stride(0),
-        table.packed.stride(0),
-        D=d_model,
-        HAS_RESIDUAL=residual is not None,
-        ENCODES=weights is not None,
-        GATED=gated,
-        MAX_CLAMPS=table.max_clamps,
-        NC=8,
-        BLOCK_D=min(row_d, 512),
-        ROW_D=row_d,
-        num_warps=4 if row_d <= 1024 else 8,
-        **pdl_options(hidden.device),
-    )
+def _takes_clamp(
+    slot: SAESlot | VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> bool:
+    """Whether the extension's clamp kernel is there and fits."""
+    return extension_is_built() and stages_cuda.takes_clamp(slot, hidden, residual)
 
 
 def _pipeline(
@@ -206,8 +168,8 @@ def _pipeline(
     rows = buffers.plan.rows
     for base in range(0, buffers.plan.num_chunks * rows, rows):
         if cuda:
-            if stages_cuda.takes_front(run):
-                stages_cuda.front(run)
+            if stages_cuda.takes_compact_encode(run):
+                stages_cuda.compact_encode(run)
             else:
                 stages_cuda.compact(run, base)
                 stages_cuda.encode(run, base)

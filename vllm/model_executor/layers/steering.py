@@ -102,6 +102,11 @@ class SteeringBackend(Protocol):
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None: ...
 
+    def read_features(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        """Write the read tokens' rows to `slot.reads`; the stream is left alone."""
+
 
 class SteeringSite(nn.Module):
     """One `(layer, hook)` of the model, with the modules that may edit there.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers import sae_readout_kernel as readout
 from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
     write_flags,
@@ -36,6 +37,7 @@ class KernelBackend:
         device = step.index.device
         self.workspace = kernel.SteeringWorkspace(step.max_tokens, saes, device)
         kernel.warm_up(saes, vectors, step, self.workspace, dtype)
+        readout.warm_up(saes, step, self.workspace, dtype)
         warm_up_flags(step)
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
@@ -60,6 +62,11 @@ class KernelBackend:
     ) -> None:
         assert source is None, "the constructor refuses transcoders"
         kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual)
+
+    def read_features(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        readout.read_features(slot, self.step, self.workspace, hidden, residual)
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
 # The largest component that a tier writes back, by the model's dtype. Two of them add
 # up without overflow, and a norm over 2^16 such components has a sum of squares that
@@ -220,6 +221,9 @@ class StepState(nn.Module):
             tokens have row 0.
         flags: int32 `[max_tokens]`, bit b set where the token's id is in skip set b.
         skip_bits: int32 `[vocab_size]`, the flag word of every token id.
+        read_index: int32 `[max_tokens]`, the row of every token in the slots' reading
+            tables; 0: not read.
+        reading: whether some token of the step is read; the host's.
         bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
             edit and whose id is in a skip set; read for metrics only.
         saturated: int64 `[1]`, write-backs since start-up with a component at
@@ -229,6 +233,7 @@ class StepState(nn.Module):
     index: torch.Tensor
     flags: torch.Tensor
     skip_bits: torch.Tensor
+    read_index: torch.Tensor
     bypassed: torch.Tensor
     saturated: torch.Tensor
 
@@ -241,6 +246,9 @@ class StepState(nn.Module):
         self.register_buffer("index", index, persistent=False)
         flags = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("flags", flags, persistent=False)
+        read_index = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.register_buffer("read_index", read_index, persistent=False)
+        self.reading = False
         for name in ("bypassed", "saturated"):
             counter = torch.zeros(1, dtype=torch.int64, device=device)
             self.register_buffer(name, counter, persistent=False)
@@ -269,6 +277,8 @@ class SAESlot(nn.Module):
         device = weights.W_enc.device
         self.delta = ClampTable(num_rows, max_clamps, device)
         self.full = ClampTable(num_rows, max_clamps, device)
+        # None where the engine reads no features.
+        self.reads: ReadBuffers | None = None
 
 
 class VectorSlot(nn.Module):

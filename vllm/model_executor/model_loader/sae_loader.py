@@ -12,9 +12,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,12 @@ __all__ = ["inspect_module", "load_site", "load_vectors", "read_layout", "save_n
 
 DIGEST_DOMAIN = "vllm-steering-module-v1"
 _HASH_BLOCK = 4 << 20
-_HF_PATH = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]*?))?/?(?:@([\w./-]+))?")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HF_PATH = re.compile(
+    rf"hf:({_REPOSITORY.pattern})(?:/([^@]*?))?/?(?:@([\w-][\w./-]*))?"
+)
+# One step of a path in a repository, or of a revision: no way up, pattern or root.
+_STEP = re.compile(r"(?!\.{1,2}$)[\w.:+=, -]+")
 
 
 @contextmanager
@@ -70,14 +75,26 @@ def _resolve(path: str) -> tuple[Location, str]:
     Raises:
         LayoutError: nothing there, or the Hugging Face Hub cannot give it.
     """
-    if not path.startswith("hf:"):
-        root = Path(path)
-        if not root.exists():
-            raise LayoutError("no such file or directory")
-        return Location(root, str(root.absolute())), path
-    if (match := _HF_PATH.fullmatch(path)) is None or ".." in path.split("/"):
-        raise LayoutError("expected hf:owner/repo[/sub/path][@revision]")
-    repo, sub, revision = match.groups()
+    if path.startswith("hf:"):
+        return _resolve_hub(path)
+    root = Path(path)
+    if not root.exists():
+        hint = ""
+        if _REPOSITORY.fullmatch(path):
+            hint = f"; a repository of the Hugging Face Hub is written hf:{path}"
+        raise LayoutError(f"no such file or directory{hint}")
+    return Location(root, str(root.absolute())), path
+
+
+def _resolve_hub(path: str) -> tuple[Location, str]:
+    """As `_resolve`, for `hf:owner/repo[/sub/path][@revision]`."""
+    match = _HF_PATH.fullmatch(path)
+    repo, sub, revision = match.groups() if match else ("", "", "")
+    steps = _parts(sub) + _parts(revision)
+    if match is None or not all(_STEP.fullmatch(step) for step in steps):
+        raise LayoutError(
+            "expected hf:owner/repo[/sub/path][@revision] with a relative sub-path"
+        )
     # Deferred: local modules need no Hub client.
     from huggingface_hub import snapshot_download
 
@@ -92,11 +109,17 @@ def _resolve(path: str) -> tuple[Location, str]:
     except Exception as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise LayoutError(f"cannot be fetched from the Hub: {detail}") from error
-    root = snapshot / sub if sub else snapshot
-    if not root.exists():
+    root = snapshot.joinpath(*_parts(sub))
+    # A snapshot's files are links into the repository's cache, two levels up.
+    cache = snapshot.parent.parent.resolve()
+    if not root.exists() or not root.resolve().is_relative_to(cache):
         raise LayoutError(f"the repository has no {sub}")
     location = f"{repo}/{sub}" if sub else repo
     return Location(root, f"hf:{location}"), f"hf:{location}@{snapshot.name}"
+
+
+def _parts(sub: str | None) -> list[str]:
+    return sub.split("/") if sub else []
 
 
 def _file(location: Location, entry: SAELayout | VectorLayout) -> Path:
@@ -149,8 +172,8 @@ def inspect_module(
         feature_units: what a clamp's value means; part of the digest.
         skip_token_ids: tokens to leave untouched; None for what the module states.
         norm_guard: multiple of the module's reference norm; None likewise.
-        sites: e.g. `["post_block.20"]`: names the site of a module that has one,
-            selects among those of a module that has several.
+        sites: e.g. `["post_block.20"]`: names the site of a module whose files do not
+            say theirs, selects among those of a module that has several.
 
     Returns:
         The module; `path` has its Hub revision pinned, and `digest` is a SHA-256
@@ -159,28 +182,75 @@ def inspect_module(
     Raises:
         ValueError: one line with module, file, tensor, expected and found.
     """
+    options = ModuleOptions(feature_units, skip_token_ids, norm_guard, sites)
+    return inspect_files(name, locate(name, path), options)
+
+
+@dataclass(frozen=True)
+class ModuleOptions:
+    """What an operator says about a module; see `inspect_module`."""
+
+    feature_units: FeatureUnits = "native"
+    skip_token_ids: Sequence[int] | None = None
+    norm_guard: float | None = None
+    sites: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class LocatedModule:
+    """A module's files, found. `path` is as given, `pinned` with its Hub revision."""
+
+    path: str
+    pinned: str
+    location: Location
+
+
+def locate(name: str, path: str) -> LocatedModule:
+    """Find a module's files, fetching them from the Hub if the path says so.
+
+    Raises:
+        ValueError: as `inspect_module`.
+    """
     with _named(name, path):
         location, pinned = _resolve(path)
-        fmt, layout = _read_layout(location, sites)
+        return LocatedModule(path, pinned, location)
+
+
+def inspect_files(
+    name: str,
+    found: LocatedModule,
+    options: ModuleOptions,
+    before_hashing: Callable[[int], None] = lambda size: None,
+) -> ModuleInfo:
+    """As `inspect_module`, for files that `locate` has found.
+
+    Args:
+        before_hashing: told the bytes of the weight files once all headers are checked.
+    """
+    with _named(name, found.path):
+        location = found.location
+        fmt, layout = _read_layout(location, options.sites)
+        skip_token_ids, norm_guard = options.skip_token_ids, options.norm_guard
         if skip_token_ids is None:
             skip_token_ids = layout.skip_token_ids
         if norm_guard is None:
             norm_guard = layout.norm_guard
-        _check_options(layout, feature_units, skip_token_ids, norm_guard)
-        options = {
-            "feature_units": feature_units,
+        _check_options(layout, options.feature_units, skip_token_ids, norm_guard)
+        hashed = {
+            "feature_units": options.feature_units,
             "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),
             "norm_guard": norm_guard,
             "reference_norm": layout.reference_norm,
         }
+        before_hashing(sum(p.stat().st_size for p in _weight_files(location, layout)))
         return ModuleInfo(
             name=name,
             kind=layout.kind,
-            path=pinned,
+            path=found.pinned,
             format=fmt.name,
-            digest=_digest(location, layout, options),
+            digest=_digest(location, layout, hashed),
             sites=tuple(entry.site for entry in layout.sites),
-            feature_units=feature_units,
+            feature_units=options.feature_units,
             skip_token_ids=None if skip_token_ids is None else tuple(skip_token_ids),
             norm_guard=norm_guard,
             reference_norm=layout.reference_norm,
@@ -213,9 +283,13 @@ def _check_options(
         )
 
 
+def _weight_files(location: Location, layout: ModuleLayout) -> list[Path]:
+    return sorted({_file(location, entry) for entry in layout.sites})
+
+
 def _digest(location: Location, layout: ModuleLayout, options: dict) -> str:
     """SHA-256 of options, folds and weight files, each block prefixed by its length."""
-    files = sorted({_file(location, entry) for entry in layout.sites})
+    files = _weight_files(location, layout)
     folds = [asdict(entry) for entry in layout.sites]
     text = json.dumps({"options": options, "folds": folds}, sort_keys=True)
     digest = hashlib.sha256()

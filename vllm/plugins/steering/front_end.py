@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vllm.plugins.steering import outputs
 from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes, serving
 from vllm.plugins.steering.v1.core import kv_cache_utils
+from vllm.plugins.steering.v1.core.sched import scheduler
 from vllm.plugins.steering.v1.engine import (
     core,
     core_client,
@@ -21,6 +23,8 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (core.MODULE, core.install),
     (core_client.MODULE, core_client.install),
     (output_processor.MODULE, output_processor.install),
+    (outputs.MODULE, outputs.install),
+    (scheduler.MODULE, scheduler.install),
     (kv_cache_utils.MODULE, kv_cache_utils.install),
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),

@@ -9,22 +9,11 @@ the `stop_reason` of an output whose `finish_reason` is `error`.
 from __future__ import annotations
 
 import json
-from http import HTTPStatus
 
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.config.steering_checks import ModuleChangedError
+from vllm.exceptions import VLLMValidationError
 
 PREFIX = "steering: "
-
-
-class ModuleChangedError(VLLMValidationError, GracefulHTTPError):
-    """A module that the request names has changed meanwhile: HTTP 409."""
-
-    def __init__(self, message: str, parameter: str | None = None):
-        Exception.__init__(self, message)
-        self.message = message
-        self.parameter = parameter
-        self.value = None
-        self.http_status = HTTPStatus.CONFLICT
 
 
 def stop_reason_of(error: VLLMValidationError) -> str:

@@ -15,6 +15,7 @@ workers, then `finish` admits requests under it, or `rollback` undoes it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from vllm.engine.steering_resolution import (
     inspect_for_model,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -160,7 +162,10 @@ class SteeringRegistry:
         name = options.pop("name", None)
         try:
             module = inspect_for_model(
-                name, options, self.core.vllm_config.model_config
+                name,
+                options,
+                self.core.vllm_config.model_config,
+                module_inspector().inspect,
             )
         except SteeringConfigError as error:
             text = str(error)
@@ -308,6 +313,12 @@ class SteeringRegistry:
 
     def _workers(self, *args: object) -> list[Json]:
         return self.core.model_executor.collective_rpc(WORKER_METHOD, args=args)
+
+
+@functools.cache
+def module_inspector() -> ModuleInspector:
+    """This process's inspector; it starts a helper process when it is first used."""
+    return ModuleInspector()
 
 
 def first_error(replies: list[Json]) -> Json | None:

@@ -14,12 +14,16 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
 from vllm.config.steering import get_steering_config, point_widths
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
@@ -51,6 +55,7 @@ class SteeringModelRunnerMixin:
             device=self.device,
             vocab_size=model_config.get_vocab_size(),
             widths=point_widths(model_config),
+            sends_output=get_tensor_model_parallel_rank() == 0,
         )
         context = compilation.static_forward_context
         for key, site in self.steering.modules.sites.items():
@@ -60,6 +65,22 @@ class SteeringModelRunnerMixin:
         """Dummy runs, profiling and capture steer nothing."""
         if self.steering is not None:
             self.steering.clear_step()
+
+    def take_steering_readout(self) -> StepReadout | None:
+        """What the step at hand has read; its copy to the host is under way."""
+        return None if self.steering is None else self.steering.readout.take_step()
+
+    @staticmethod
+    def attach_steering_readout(
+        output: ModelRunnerOutput, readout: StepReadout | None
+    ) -> None:
+        """Send what was read with the step's output.
+
+        Its arrays are complete when the output is: the copies precede those of the
+        sampled tokens on the device.
+        """
+        if readout is not None:
+            setattr(output, READOUT_ATTRIBUTE, readout)
 
 
 class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
@@ -81,7 +102,8 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
             if req_id not in present:
                 steering.park_request(req_id)
         for new in scheduler_output.scheduled_new_reqs:
-            steering.add_request(new.req_id, new.sampling_params)
+            embedded = embedded_positions(new)
+            steering.add_request(new.req_id, new.sampling_params, embedded)
         for req_id in () if stays else steering.parked:
             if req_id in present:
                 steering.resume_request(req_id)
@@ -120,7 +142,8 @@ class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
         if self.steering is None:
             return
         for new in scheduler_output.scheduled_new_reqs:
-            self.steering.add_request(new.req_id, new.sampling_params)
+            embedded = embedded_positions(new)
+            self.steering.add_request(new.req_id, new.sampling_params, embedded)
 
     def prepare_steering(self, batch: InputBatch) -> None:
         """Write the step's index after `prepare_inputs`."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm.config.steering import ModuleInfo, SteeringConfig, Tier
-from vllm.config.steering_slots import skip_set
+from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
@@ -86,9 +86,9 @@ class ModuleChanges:
         before = self.runtime.config
         old, new = before.modules.get(name), config.modules.get(name)
         change = StagedModule(before, config, old, new)
-        known = len(before.slots)
-        ids = range(known, len(config.slots))
-        change.added = self.modules.make_places({at: config.slots[at] for at in ids})
+        known = slots_of(before)
+        fresh = {at: slot for at, slot in slots_of(config).items() if at not in known}
+        change.added = self.modules.make_places(fresh)
         if change.new is not None:
             for site, at in self.modules.own_sites(change.new):
                 place = change.added.get(at) or self.modules.places[at]
@@ -120,8 +120,13 @@ class ModuleChanges:
         self._synchronize()
 
     def finish(self) -> None:
-        """The change stands on every rank: silence the slots that it freed."""
+        """The change stands on every rank: silence the slots that it freed, and give
+        back the memory of those that are gone."""
         change, self.staged = self._change(), None
+        gone = set(slots_of(change.before)) - set(slots_of(change.after))
+        if gone:
+            self.modules.detach(gone)
+            self.modules.shrink()
         if change.old is not None:
             left = self._ids(change.old) - set(change.weights)
             self.modules.clear_slots(left)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.steering import (
     Activation,
     ModuleInfo,
@@ -23,7 +24,7 @@ from vllm.config.steering import (
     SteeringConfig,
     Tier,
 )
-from vllm.config.steering_slots import module_bytes, skip_set
+from vllm.config.steering_slots import module_bytes, skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
     SAESlot,
@@ -39,6 +40,7 @@ from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
     find_decoder_layers,
 )
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
 
@@ -115,6 +117,7 @@ class SiteModules:
         max_clamps: int,
         widths: PointWidths,
         dtype: torch.dtype,
+        readable: bool = False,
     ):
         self.layers = layers
         self.step = step
@@ -123,6 +126,7 @@ class SiteModules:
         self.widths = widths
         self.dtype = dtype
         self.device = step.index.device
+        self.readable = readable
         self.skip_sets = SkipSets(step.skip_bits.shape[0])
         self.sites: dict[SiteKey, SteeringSite] = {}
         self.places: dict[int, Place] = {}
@@ -131,6 +135,7 @@ class SiteModules:
         self._bound: dict[Tier, dict[tuple[str, SiteKey], tuple[BoundTable, int]]] = {
             tier: {} for tier in Tier
         }
+        self._read_slots: dict[tuple[str, SiteKey], int] = {}
 
     def table_of(self, tier: Tier) -> TableOf:
         """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
@@ -148,6 +153,19 @@ class SiteModules:
             if table is not None:
                 found[id(table)] = table
         return list(found.values())
+
+    def read_slot(self, read: SiteRead) -> int | None:
+        """The slot that holds what a request reads; None: not on this rank."""
+        key = SiteKey(read.layer, read.hook)
+        return self._read_slots.get((read.module, key))
+
+    def read_buffers(self) -> dict[int, ReadBuffers]:
+        """The reading buffers of this rank's SAE slots, by slot."""
+        return {
+            at: place.slot.reads
+            for at, place in self.places.items()
+            if isinstance(place, SAEPlace) and place.slot.reads is not None
+        }
 
     @property
     def nbytes(self) -> int:
@@ -201,6 +219,14 @@ class SiteModules:
             frozenset(kinds),
             reads_source=slot.hook_out is not None,
         )
+        if self.readable:
+            sae.reads = ReadBuffers(
+                self.num_rows,
+                self.max_clamps,
+                self.step.max_tokens,
+                slot.width,
+                self.device,
+            )
         tables = {
             Tier.DELTA: BoundTable(sae.delta),
             Tier.FULL: BoundTable(sae.full),
@@ -214,7 +240,7 @@ class SiteModules:
             the sites that are new.
         """
         made = []
-        self.places.update(sorted(places.items()))
+        self.places = dict(sorted({**self.places, **places}.items()))
         backend = make_backend(self.step, self.places, self.dtype, self.device)
         for key in dict.fromkeys(place.key for place in places.values()):
             site = self.sites.get(key)
@@ -222,30 +248,35 @@ class SiteModules:
                 site = SteeringSite(key, (), None, self.step, backend)
                 self.sites[key] = site
                 made.append(site)
-            for place in places.values():
-                if place.key != key:
-                    continue
-                if isinstance(place, SAEPlace):
-                    site.saes.append(place.slot)
-                else:
-                    site.vectors = place.slot
+            self._fill_site(site)
         for site in made:
             attach_site(self.layers[site.key.layer], site)
-        for site in self.sites.values():
-            site.backend = backend
-        self.backend = backend
+        self._use(backend)
         return made
 
     def detach(self, ids: set[int]) -> None:
         """Take slots away again; a site without slots edits nothing."""
-        for at in ids & set(self.places):
-            place = self.places.pop(at)
-            site = self.sites[place.key]
-            if isinstance(place, SAEPlace):
-                kept = [slot for slot in site.saes if slot is not place.slot]
-                site.saes = nn.ModuleList(kept)
-            elif site.vectors is place.slot:
-                site.vectors = None
+        gone = [self.places.pop(at) for at in ids if at in self.places]
+        for key in {place.key for place in gone}:
+            self._fill_site(self.sites[key])
+
+    def shrink(self) -> None:
+        """Give back the working memory that slots needed which are gone."""
+        if self.places:
+            self._use(make_backend(self.step, self.places, self.dtype, self.device))
+
+    def _fill_site(self, site: SteeringSite) -> None:
+        """Give a site its slots, in the order of their ids."""
+        places = [place for place in self.places.values() if place.key == site.key]
+        saes = [place.slot for place in places if isinstance(place, SAEPlace)]
+        stacks = [place.slot for place in places if isinstance(place, VectorPlace)]
+        site.saes = nn.ModuleList(saes)
+        site.vectors = stacks[0] if stacks else None
+
+    def _use(self, backend: SteeringBackend) -> None:
+        for site in self.sites.values():
+            site.backend = backend
+        self.backend = backend
 
     def bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
         """Have a module's rows written to its slots.
@@ -260,6 +291,9 @@ class SiteModules:
                 where = (place.table, place.row)
                 self._bound[Tier.ADDITIVE][module.name, key] = where
                 continue
+            if place.slot.reads is not None:
+                place.slot.reads.set_scale(scales.get(at))
+                self._read_slots[module.name, key] = at
             for tier in SAE_TIERS:
                 place.tables[tier].unit_scale = scales.get(at)
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
@@ -270,9 +304,12 @@ class SiteModules:
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
                 self._bound[tier].pop((module.name, key), None)
+            self._read_slots.pop((module.name, key), None)
             if isinstance(place, SAEPlace):
                 for table in place.tables.values():
                     table.reset()
+                if place.slot.reads is not None:
+                    place.slot.reads.packed.zero_()
 
     def set_meta(self, module: ModuleInfo) -> None:
         """Write the scalars of a module's slots; its weights are in place."""
@@ -323,9 +360,11 @@ def build_site_modules(
     """
     layers = find_decoder_layers(model)
     step = StepState(max_tokens, device, vocab_size)
-    modules = SiteModules(layers, step, num_rows, config.max_clamps, widths, dtype)
-    places = modules.make_places(dict(enumerate(config.slots)))
-    modules.places.update(sorted(places.items()))
+    modules = SiteModules(
+        layers, step, num_rows, config.max_clamps, widths, dtype, config.readout
+    )
+    places = modules.make_places(slots_of(config))
+    modules.places = places
     for module in config.modules.values():
         scales: dict[int, np.ndarray | None] = {}
         for site, at in modules.own_sites(module):
@@ -360,9 +399,9 @@ def make_backend(
 ) -> SteeringBackend:
     """The device's way to compute the tiers."""
     if device.type == "cpu":
-        from vllm.model_executor.layers.steering_reference import ReferenceBackend
+        from vllm.model_executor.layers.steering_readout import ReadingReferenceBackend
 
-        return ReferenceBackend(step)
+        return ReadingReferenceBackend(step)
     from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 
     saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]

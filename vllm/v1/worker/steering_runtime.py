@@ -18,11 +18,13 @@ from vllm.config.sae_steering_types import (
 )
 from vllm.config.steering import PointWidths, SteeringConfig, Tier
 from vllm.config.steering_slots import start_up_slots
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
+from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_index import (
     BatchView,
     RequestRows,
@@ -30,6 +32,7 @@ from vllm.v1.worker.steering_index import (
 )
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
+from vllm.v1.worker.steering_readout import SteeringReadout
 from vllm.v1.worker.steering_tables import write_rows
 
 logger = init_logger(__name__)
@@ -46,6 +49,7 @@ class SteeringRuntime:
         dtype, device: of the model's activations.
         vocab_size: bound of token ids, for the skip sets.
         widths: of the points of the model's layers.
+        sends_output: whether this rank's output goes to the scheduler.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class SteeringRuntime:
         device: torch.device,
         vocab_size: int,
         widths: PointWidths,
+        sends_output: bool = True,
     ):
         if not config.slots:
             config = start_up_slots(config)
@@ -73,9 +78,12 @@ class SteeringRuntime:
             config, model, num_rows, max_tokens, dtype, device, vocab_size, widths
         )
         self.step = self.modules.step
+        self.readout = SteeringReadout(self.modules, self.step, num_rows, sends_output)
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these, prompts with positions that have no token id.
+        self._embedded: dict[str, np.ndarray] = {}
         self._step_index = StepIndex(len(Tier))
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
@@ -93,13 +101,24 @@ class SteeringRuntime:
         """Requests that hold rows."""
         return list(self._rows)
 
-    def add_request(self, req_id: str, params: SamplingParams | None) -> None:
-        """Take the rows of a request that enters the batch for the first time."""
+    def add_request(
+        self,
+        req_id: str,
+        params: SamplingParams | None,
+        embedded: np.ndarray | None = None,
+    ) -> None:
+        """Take the rows of a request that enters the batch for the first time.
+
+        `embedded` is what `embedded_positions` says of its prompt.
+        """
         self.remove_request(req_id)
         request = self._parse(req_id, params)
-        if request is not None:
-            self._requests[req_id] = request
-            self.resume_request(req_id)
+        if request is None:
+            return
+        self._requests[req_id] = request
+        if embedded is not None:
+            self._embedded[req_id] = embedded
+        self.resume_request(req_id)
 
     def _parse(
         self, req_id: str, params: SamplingParams | None
@@ -108,7 +127,7 @@ class SteeringRuntime:
             return None
         try:
             return parse_steering_request(params.extra_args, self.config)
-        except ValueError:
+        except (ValueError, VLLMValidationError):
             # The engine admits a request only after this same check, so this is a
             # defect, not a client's error; a worker must survive it all the same.
             logger.exception("steering: request %s was admitted unparsable", req_id)
@@ -122,6 +141,7 @@ class SteeringRuntime:
             decode=self._acquire(request, "decode"),
         )
         self._step_index.hold(req_id, rows)
+        self.readout.resume_request(req_id, request.reads)
 
     def _acquire(self, request: SteeringRequest, phase: TokenPhase) -> tuple[int, ...]:
         rows = [0] * len(Tier)
@@ -137,6 +157,7 @@ class SteeringRuntime:
         if held is None:
             return
         self._step_index.drop(req_id)
+        self.readout.park_request(req_id)
         for tier in Tier:
             self.managers[tier].release(held.prefill[tier])
             self.managers[tier].release(held.decode[tier])
@@ -145,6 +166,7 @@ class SteeringRuntime:
         """Forget a finished or aborted request; unknown ids are ignored."""
         self.park_request(req_id)
         self._requests.pop(req_id, None)
+        self._embedded.pop(req_id, None)
 
     def prepare_step(self, view: BatchView) -> None:
         """Write the index, the rows and the bypass flags of a step, before its
@@ -152,21 +174,32 @@ class SteeringRuntime:
         if not self._rows:
             self.clear_step()
             return
+        bypasses = self._prepare_edits(view)
+        reads = self.readout.prepare_step(view)
+        backend = self.modules.backend
+        if backend and (bypasses or reads):
+            tokens = int(view.num_scheduled[: len(view.req_ids)].sum())
+            backend.write_flags(known_token_ids(view, tokens, self._embedded))
+
+    def _prepare_edits(self, view: BatchView) -> bool:
+        """Write what edits the step; whether a tier does that bypasses tokens."""
         index = self._step_index
         changed = index.update(view)
         if index.rows is None:
-            self.clear_step()
-            return
+            self._clear_edits()
+            return False
         self._write_rows()
         if changed or not self._written_tokens:
             self._write_index(index.rows)
         self.steered_tokens += index.steered
-        backend = self.modules.backend
-        if backend and index.steered[[Tier.DELTA, Tier.FULL]].any():
-            backend.write_flags(view.token_ids[: index.rows.shape[1]])
+        return bool(index.steered[[Tier.DELTA, Tier.FULL]].any())
 
     def clear_step(self) -> None:
         """Unsteered step, dummy run or capture: every token has row 0."""
+        self.readout.clear_step()
+        self._clear_edits()
+
+    def _clear_edits(self) -> None:
         if self._written_tokens:
             self.step.index.zero_()
             self._index_host[:, : self._written_tokens] = 0
@@ -207,3 +240,4 @@ class SteeringRuntime:
             assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
+        self.readout.check_integrity()

@@ -29,6 +29,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
 )
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest  # noqa: E402
+from vllm.entrypoints.openai.steering import request_fields  # noqa: E402
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import (  # noqa: E402
     GenerateRequest,
 )
@@ -44,6 +45,7 @@ SPECS = {
     "sae_full_reconstruction_specs": [{"module_name": "a", "clamps": {"x": None}}],
     "sae_clamp_specs": [{"module_name": "b"}],
     "steering_vector_specs": [{"module_name": "c", "scale": 2.5}],
+    "sae_readout_specs": [{"module_name": "d", "top_k": 2}],
 }
 CARRIERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "completions": (CompletionRequest, {"prompt": "hello"}),
@@ -249,3 +251,57 @@ def test_realtime_events_refuse_the_fields(event: str) -> None:
     message = {"type": event, "model": "m", "sae_clamp_specs": SPECS["sae_clamp_specs"]}
     with pytest.raises(VLLMValidationError, match="sae_clamp_specs"):
         asyncio.run(connection.handle_event(message))
+
+
+@pytest.mark.parametrize("route", CARRIERS)
+def test_a_misspelt_field_is_refused_with_the_right_name(route: str) -> None:
+    model, body = CARRIERS[route]
+    for misspelt in ({"sae_clamp_spec": []}, {"vllm_xargs": {"sae_clamp_spec": 1}}):
+        with pytest.raises(VLLMValidationError, match="expected sae_clamp_specs"):
+            model.model_validate({**body, **misspelt}).to_sampling_params(16, {})
+
+
+class Sent:
+    """A request whose body was read before."""
+
+    def __init__(self, body: bytes):
+        self.sent = body
+
+    async def body(self) -> bytes:
+        return self.sent
+
+
+SPEC = b'{"module_name": "a", "clamps": [{"feature_idx": %s}]%s}'
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (
+            b'{"sae_clamp_specs": [%s]}' % (SPEC % (b"-0", b"")),
+            "sae_clamp_specs[0].clamps[0].feature_idx",
+        ),
+        (
+            b'{"sae_clamp_specs": [%s]}' % (SPEC % (b"0", b', "module_name": "b"')),
+            "sae_clamp_specs[0].module_name",
+        ),
+        (b'{"sae_clamp_specs": [], "x": 1, "sae_clamp_specs": []}', "sae_clamp_specs"),
+    ],
+)
+def test_a_body_with_two_meanings_is_refused(body: bytes, path: str) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        asyncio.run(request_fields.refuse_ambiguous_body(Sent(body)))
+    assert caught.value.parameter == path
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "-0, -0]", "sae_clamp_specs": [{"clamps": [{"value": -0.0}]}]}',
+        b'{"x": {"a": 1, "a": -0}, "sae_clamp_specs": null}',
+        b'{"prompt": "a", "prompt": "b"}',
+        b"",
+    ],
+)
+def test_the_rest_of_a_body_is_not_looked_at(body: bytes) -> None:
+    asyncio.run(request_fields.refuse_ambiguous_body(Sent(body)))

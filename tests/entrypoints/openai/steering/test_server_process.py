@@ -26,7 +26,7 @@ pytestmark = pytest.mark.server
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
 MODULE = "golden-gate"
-FULL, DELTA, VECTORS = EXTRA_ARGS_KEYS
+FULL, DELTA, VECTORS, READOUT = EXTRA_ARGS_KEYS
 PROMPT = "The chef stirs the tomato soup."
 MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 24
@@ -325,6 +325,27 @@ def test_a_nan_in_the_body_is_400(http: httpx.Client, route: str) -> None:
     headers = {"content-type": "application/json"}
     reply = http.post(route, content=content, headers=headers)
     assert_refused(reply, f"{CLAMP}.value")
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_a_body_with_two_meanings_is_400(http: httpx.Client, route: str) -> None:
+    asked = {FULL: [spec(clamps=[entry(feature_idx=0)])]}
+    content = json.dumps({"model": MODEL_NAME, **BODIES[route], **asked})
+    headers = {"content-type": "application/json"}
+    minus = content.replace('"feature_idx": 0', '"feature_idx": -0')
+    assert_refused(
+        http.post(route, content=minus, headers=headers), f"{CLAMP}.feature_idx"
+    )
+    twice = content.replace('"kind"', '"kind": "scale", "kind"')
+    assert_refused(http.post(route, content=twice, headers=headers), f"{CLAMP}.kind")
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_a_misspelt_field_is_400_with_the_right_name(
+    http: httpx.Client, route: str
+) -> None:
+    body = {"model": MODEL_NAME, **BODIES[route], FULL[:-1]: [spec()]}
+    assert_refused(http.post(route, json=body), FULL[:-1])
 
 
 def test_the_openai_client_shows_the_path(client: openai.OpenAI) -> None:

@@ -110,6 +110,15 @@ class _Recorder:
     ) -> None:
         self._record(hidden, residual)
 
+    def read_features(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        """Nobody reads features of a probe."""
+
     def _record(
         self,
         hidden: torch.Tensor,

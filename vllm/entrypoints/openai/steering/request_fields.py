@@ -8,13 +8,17 @@ request's sampling parameters are validated, so every surface gives the same err
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
+from starlette.requests import Request
 
+from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, field_schemas
 from vllm.config.sae_steering_types import fold_into_extra_args
+from vllm.config.strict_json import refuse_ambiguous_fields
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -90,8 +94,23 @@ def specs_of(request: BaseModel) -> dict[str, Any]:
     return {name: getattr(request, name, None) for name in EXTRA_ARGS_KEYS}
 
 
+def refuse_misspelt_fields(request: BaseModel) -> None:
+    """Refuse a field that is nearly one of ours; vLLM's models drop unknown fields."""
+    refuse_misspelt(request.model_extra or ())
+
+
+async def refuse_ambiguous_body(raw_request: Request | None) -> None:
+    """Refuse duplicate keys and `-0` in the steering of the body that was sent."""
+    if raw_request is None:
+        return
+    # Read before, when the request was made of it, and kept.
+    with suppress(RuntimeError, ValueError, RecursionError):
+        refuse_ambiguous_fields(await raw_request.body(), EXTRA_ARGS_KEYS)
+
+
 def carry_specs(request: BaseModel, params: SamplingParams) -> None:
     """Fold the request's steering into the `extra_args` of its new parameters."""
+    refuse_misspelt_fields(request)
     params.extra_args = fold_into_extra_args(params.extra_args, specs_of(request))
 
 
@@ -101,8 +120,10 @@ def refuse_beam_search(request: BaseModel) -> None:
     Beams are separate engine requests whose prompts hold the tokens generated so
     far, so those tokens would be steered as prompt.
     """
+    refuse_misspelt_fields(request)
     specs = specs_of(request)
     xargs = getattr(request, "vllm_xargs", None) or {}
+    refuse_misspelt(xargs, "vllm_xargs.")
     for name in EXTRA_ARGS_KEYS:
         if specs[name] or xargs.get(name):
             raise VLLMValidationError(

@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from vllm.config.steering import FeatureUnits
 from vllm.config.steering_checks import shown
 from vllm.config.steering_reader import Reader, expects, json_schema
-from vllm.config.strict_json import StrictJSONError, strict_loads
+from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.exceptions import VLLMValidationError
 
@@ -86,9 +86,9 @@ def parse_register(body: bytes) -> RegisterRequest:
         RequestRefused: 400, naming the field, what was found and what is accepted.
     """
     try:
-        return _REGISTER.read(strict_loads(body))
-    except StrictJSONError as error:
-        raise RequestRefused(400, f"body: {error}") from None
+        data = marked_loads(body)
+        refuse_ambiguous("", data)
+        return _REGISTER.read(data)
     except VLLMValidationError as error:
         raise RequestRefused(400, error.args[0], top_field(error)) from None
     except (ValueError, RecursionError):

@@ -16,14 +16,20 @@ from .compact import SKIP_MASK, USES_TOPK, pdl_wait
 ADDITIVE = tl.constexpr(1)  # layers/steering_state.py, ClampKind and ONLY_IF_ACTIVE
 SCALE = tl.constexpr(2)
 ONLY_IF_ACTIVE = tl.constexpr(4)
+COEFFICIENT_LIMIT = tl.constexpr(2.0**96)  # of steering_state.py, as STREAM_LIMIT
+STREAM_LIMIT = tl.constexpr(2.0**56)
+STREAM_LIMIT_FLOAT16 = tl.constexpr(2.0**15)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # float32's maximum
 
 
 @triton.jit
 def clamp_delta(code, value, f):
-    """`g - f` of a block of clamps, given the activations `f`."""
+    """`g - f` of a block of clamps, limited, given the activations `f`."""
     kind = code & 3
     scaled = tl.where(kind == SCALE, f * value - f, value - f)
     delta = tl.where(kind == ADDITIVE, value, scaled)
+    delta = tl.where(delta <= COEFFICIENT_LIMIT, delta, COEFFICIENT_LIMIT)
+    delta = tl.where(delta >= -COEFFICIENT_LIMIT, delta, -COEFFICIENT_LIMIT)
     return tl.where((code >= ONLY_IF_ACTIVE) & (f == 0.0), 0.0, delta)
 
 
@@ -71,14 +77,23 @@ def write_stream(
     mask,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """The exact write-back: residual := out, hidden := 0 (hidden := out when alone)."""
+    """The exact write-back: residual := out, hidden := 0 (hidden := out when alone).
+
+    Components are limited first; returns how many that changed. NaN takes the lower
+    limit.
+    """
     dtype = hidden.dtype.element_ty
+    limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
+    over = tl.sum((mask & ~(tl.abs(out) <= limit)).to(tl.int32), 0)
+    out = tl.where(out >= -limit, out, -limit)
+    out = tl.where(out <= limit, out, limit)
     if HAS_RESIDUAL:
         tl.store(residual + t * residual_stride + col, out.to(dtype), mask=mask)
         zero = tl.zeros(out.shape, dtype)
         tl.store(hidden + t * hidden_stride + col, zero, mask=mask)
     else:
         tl.store(hidden + t * hidden_stride + col, out.to(dtype), mask=mask)
+    return over
 
 
 @triton.jit
@@ -94,6 +109,7 @@ def clamp_kernel(
     w_dec,
     hidden,
     residual,
+    saturated,
     hidden_stride,
     residual_stride,
     table_stride,
@@ -129,8 +145,10 @@ def clamp_kernel(
         if GATED and tl.load(meta + USES_TOPK) != 0:
             return
         limit = tl.load(norm_limit)
-        if not (tl.sqrt(tl.sum(x * x, 0)) <= limit):
-            return
+    else:
+        limit = LARGEST
+    if not (tl.sqrt(tl.sum(x * x, 0)) <= limit):
+        return
     count = tl.load(row_ptr + 1)
     out = x
     for first in range(0, count, NC):
@@ -162,7 +180,10 @@ def clamp_kernel(
             scale = tl.sum(tl.where(tl.arange(0, NC) == j, delta, 0.0), 0)
             w = tl.load(w_dec + at + col, mask=(col < D) & there, other=0.0)
             out += scale * w.to(tl.float32)
-    write_stream(
-        out, hidden, hidden_stride, residual, residual_stride, t, col, col < D,
-        HAS_RESIDUAL,
+    over = write_stream(
+        out=out, hidden=hidden, hidden_stride=hidden_stride, residual=residual,
+        residual_stride=residual_stride, t=t, col=col, mask=col < D,
+        HAS_RESIDUAL=HAS_RESIDUAL,
     )  # fmt: skip
+    if over > 0:
+        tl.atomic_add(saturated, 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps, write_stream
-from .compact import COUNTER_STRIDE, D_SAE, pdl_wait
+from .compact import D_SAE, RECORD_INTS, SATURATED, pdl_wait
 from .resolve import entry_feature, entry_value
 from .select import RELU_FIELD, load_keys
 
@@ -91,7 +91,7 @@ def combine_kernel(
     meta,
     count,
     tokens,
-    nnz,
+    records,
     entries,
     kth,
     coef,
@@ -104,6 +104,7 @@ def combine_kernel(
     b_dec,
     hidden,
     residual,
+    saturated,
     hidden_stride,
     residual_stride,
     table_stride,
@@ -133,7 +134,7 @@ def combine_kernel(
             i64 = tl.cast(i, tl.int64)
             listed = 0
             if not DELTA:
-                listed = tl.load(nnz + i * COUNTER_STRIDE)
+                listed = tl.load(records + i * RECORD_INTS)
             if listed <= capacity:
                 acc = tl.zeros([NB, BD], tl.float32)
                 own = entries + i64 * capacity
@@ -154,16 +155,24 @@ def combine_kernel(
                 out = tl.sum(acc, 0)
             else:
                 out = dense_token(
-                    x + i64 * D, scores + i64 * F, tl.load(kth + i), row_ptr,
-                    w_enc, b_enc, threshold, w_dec, meta, col,
-                    D, MAX_CLAMPS, TOPK, 16, BD, 128,
+                    x_row=x + i64 * D, scores_row=scores + i64 * F,
+                    kth=tl.load(kth + i), row_ptr=row_ptr,
+                    w_enc=w_enc, b_enc=b_enc, threshold=threshold,
+                    w_dec=w_dec, meta=meta, col=col,
+                    D=D, MAX_CLAMPS=MAX_CLAMPS, TOPK=TOPK, NF=16, BD=BD, BK=128,
                 )  # fmt: skip
             if DELTA:
                 start = tl.load(x + i64 * D + col, mask=col < D, other=0.0)
                 out += start.to(tl.float32)
             else:
                 out += tl.load(b_dec + col, mask=col < D, other=0.0)
-            write_stream(
-                out, hidden, hidden_stride, residual, residual_stride,
-                token.to(tl.int64), col, col < D, HAS_RESIDUAL,
+            over = write_stream(
+                out=out, hidden=hidden, hidden_stride=hidden_stride,
+                residual=residual, residual_stride=residual_stride,
+                t=token.to(tl.int64), col=col, mask=col < D,
+                HAS_RESIDUAL=HAS_RESIDUAL,
             )  # fmt: skip
+            if over > 0:
+                counted = records + i * RECORD_INTS + SATURATED
+                if tl.atomic_xchg(counted, 1) == 0:
+                    tl.atomic_add(saturated, 1)

@@ -18,7 +18,8 @@ USES_TOPK = tl.constexpr(1)
 SKIP_MASK = tl.constexpr(4)
 # Ints between two tokens' counters: a cache line each, or the atomics of a whole tile
 # would queue for a few lines.
-COUNTER_STRIDE = tl.constexpr(32)
+RECORD_INTS = tl.constexpr(32)
+SATURATED = tl.constexpr(3)  # its int in a record
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def compact_kernel(
     residual,
     x,
     tokens,
-    nnz,
+    records,
     count,
     hidden_stride,
     residual_stride,
@@ -93,7 +94,7 @@ def compact_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes tokens and x [rows, D] of one chunk, count [1], and zeroed counters nnz.
+    """Writes tokens, x [rows, D] and cleared records of one chunk, and count [1].
 
     GATE: -1 takes any module, 0 only threshold ones, 1 only TopK.
     """
@@ -113,7 +114,7 @@ def compact_kernel(
     on = is_active(index, flags, table, table_stride, skip, own, T)
     if pid == tl.num_programs(0) - 1:
         tl.store(count, before + tl.sum(on, 0))
-    tl.store(nnz + own * COUNTER_STRIDE, 0, mask=own < rows)
+    tl.store(records + own * RECORD_INTS, 0, mask=own < rows)
     place = tl.cumsum(on, 0) - on
     for j in range(PER_PROGRAM):
         mine = tl.arange(0, PER_PROGRAM) == j
@@ -123,15 +124,16 @@ def compact_kernel(
             if (i >= 0) & (i < rows):
                 t = tl.cast(start + j, tl.int64)
                 norm = gather_row(
-                    hidden,
-                    hidden_stride,
-                    residual,
-                    residual_stride,
-                    x,
-                    t,
-                    tl.cast(i, tl.int64),
-                    D,
-                    HAS_RESIDUAL,
-                    BLOCK_D,
+                    hidden=hidden,
+                    hidden_stride=hidden_stride,
+                    residual=residual,
+                    residual_stride=residual_stride,
+                    x=x,
+                    t=t,
+                    i=tl.cast(i, tl.int64),
+                    D=D,
+                    HAS_RESIDUAL=HAS_RESIDUAL,
+                    BLOCK_D=BLOCK_D,
                 )
                 tl.store(tokens + i, tl.where(norm <= limit, start + j, -1))
+                tl.store(records + i * RECORD_INTS + SATURATED, 0)

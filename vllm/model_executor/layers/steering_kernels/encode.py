@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .compact import COUNTER_STRIDE, pdl_wait
+from .compact import RECORD_INTS, pdl_wait
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def emit(
     acc,
     b_enc,
     threshold,
-    nnz,
+    records,
     out,
     f0,
     t0,
@@ -78,7 +78,7 @@ def emit(
     else:
         bar = tl.load(threshold + f, mask=f < F, other=float("inf"))
         fires = (p > tl.maximum(bar, 0.0)[:, None]) & (t[None, :] < n)
-        counter = nnz + t[None, :] * COUNTER_STRIDE + tl.zeros([BF, BT], tl.int32)
+        counter = records + t[None, :] * RECORD_INTS + tl.zeros([BF, BT], tl.int32)
         slot = tl.atomic_add(counter, 1, mask=fires, sem="relaxed")
         bits = p.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         entry = (f.to(tl.int64)[:, None] << 32) | bits
@@ -92,7 +92,7 @@ def encode_walk(
     w,
     b_enc,
     threshold,
-    nnz,
+    records,
     out,
     n,
     F,
@@ -114,8 +114,13 @@ def encode_walk(
         rest = tile % (GROUP * n_f)
         t0 = (first + rest % width) * BT
         f0 = rest // width * BF
-        acc = scores(x, w, f0, t0, n, F, D, BF, BT, BK, TMA)
-        emit(acc, b_enc, threshold, nnz, out, f0, t0, n, F, capacity, BF, BT, DENSE)
+        acc = scores(
+            x=x, w=w, f0=f0, t0=t0, n=n, F=F, D=D, BF=BF, BT=BT, BK=BK, TMA=TMA
+        )
+        emit(
+            acc=acc, b_enc=b_enc, threshold=threshold, records=records, out=out,
+            f0=f0, t0=t0, n=n, F=F, capacity=capacity, BF=BF, BT=BT, DENSE=DENSE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])
@@ -127,7 +132,7 @@ def encode_kernel(
     b_enc,
     threshold,
     count,
-    nnz,
+    records,
     out,
     base,
     rows,
@@ -155,17 +160,20 @@ def encode_kernel(
         return
     if n <= BT_NARROW or BT_WIDE == BT_NARROW:
         encode_walk(
-            x_narrow, w, b_enc, threshold, nnz, out, n, F, capacity,
-            D, BF, BT_NARROW, BK, GROUP, TMA, DENSE,
+            x=x_narrow, w=w, b_enc=b_enc, threshold=threshold, records=records,
+            out=out, n=n, F=F, capacity=capacity, D=D, BF=BF, BT=BT_NARROW,
+            BK=BK, GROUP=GROUP, TMA=TMA, DENSE=DENSE,
         )  # fmt: skip
     elif n <= BT_MIDDLE or BT_WIDE == BT_MIDDLE:
         if BT_MIDDLE != BT_NARROW:
             encode_walk(
-                x_middle, w, b_enc, threshold, nnz, out, n, F, capacity,
-                D, BF, BT_MIDDLE, BK, GROUP, TMA, DENSE,
+                x=x_middle, w=w, b_enc=b_enc, threshold=threshold, records=records,
+                out=out, n=n, F=F, capacity=capacity, D=D, BF=BF, BT=BT_MIDDLE,
+                BK=BK, GROUP=GROUP, TMA=TMA, DENSE=DENSE,
             )  # fmt: skip
     elif BT_WIDE != BT_MIDDLE:
         encode_walk(
-            x_wide, w, b_enc, threshold, nnz, out, n, F, capacity,
-            D, BF, BT_WIDE, BK, GROUP, TMA, DENSE,
+            x=x_wide, w=w, b_enc=b_enc, threshold=threshold, records=records,
+            out=out, n=n, F=F, capacity=capacity, D=D, BF=BF, BT=BT_WIDE,
+            BK=BK, GROUP=GROUP, TMA=TMA, DENSE=DENSE,
         )  # fmt: skip

@@ -11,9 +11,9 @@ MAX_ENTRY_BYTES = 128 * MIB  # non-zeros of a threshold chunk, or dense TopK sco
 MAX_TOPK_BYTES = 152 * MIB  # scores and selected entries of a TopK chunk
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
-COUNTER_STRIDE = 32  # ints between the counters of two tokens: a cache line
+RECORD_INTS = 32  # ints of a token's record: a cache line
 CHUNK_ALIGN = 256  # the widest token tile of the encoder
-FRONT_TOKENS = 256  # the longest step that csrc/steering/front.cuh takes
+COMPACT_ENCODE_TOKENS = 256  # the longest step that one launch compacts and encodes
 
 
 def cdiv(a: int, b: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps
-from .compact import COUNTER_STRIDE, pdl_wait
+from .compact import RECORD_INTS, pdl_wait
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
@@ -89,7 +89,7 @@ def resolve_kernel(
     table,
     count,
     tokens,
-    nnz,
+    records,
     entries,
     coef,
     table_stride,
@@ -108,7 +108,7 @@ def resolve_kernel(
     n = tl.minimum(tl.load(count) - base, rows)
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
         token = tl.load(tokens + i)
-        listed = tl.load(nnz + i * COUNTER_STRIDE)
+        listed = tl.load(records + i * RECORD_INTS)
         if (token >= 0) & (listed <= capacity):
             own = entries + tl.cast(i, tl.int64) * capacity
             sort_entries(own, listed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps
-from .compact import COUNTER_STRIDE, D_SAE, pdl_wait
+from .compact import D_SAE, RECORD_INTS, pdl_wait
 
 K_FIELD = tl.constexpr(2)  # columns of meta: layers/steering_state.py, MetaField
 RELU_FIELD = tl.constexpr(3)
@@ -154,7 +154,7 @@ def select_kernel(
     count,
     tokens,
     scores,
-    nnz,
+    records,
     entries,
     kth,
     coef,
@@ -168,10 +168,10 @@ def select_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """From scores [rows, F]: sorted entries, nnz, kth [rows], coef [rows, MAX_CLAMPS].
+    """From scores [rows, F]: sorted entries and their count, the k-th keys, coef.
 
-    `nnz > capacity` sends a token to the decoder's overflow path, which reads the
-    scores again and selects with `kth`.
+    A count beyond `capacity` sends a token to the decoder's overflow path, which reads
+    the scores again and selects with `kth`.
     """
     pdl_wait(PDL)
     n = tl.minimum(tl.load(count) - base, rows)
@@ -184,7 +184,7 @@ def select_kernel(
             own_scores = scores + tl.cast(i, tl.int64) * F
             own = entries + tl.cast(i, tl.int64) * capacity
             bound = lower_bound(own_scores, d_sae, k, BLOCK)
-            counter = nnz + i * COUNTER_STRIDE
+            counter = records + i * RECORD_INTS
             collect(own_scores, own, counter, bound, d_sae, capacity, BLOCK)
             listed = tl.load(counter, volatile=True)
             tl.debug_barrier()

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_state import SAESlot
+from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
+from .clamp import clamp_kernel
 from .combine import combine_kernel
 from .compact import compact_kernel
 from .encode import encode_kernel
@@ -31,23 +33,23 @@ def compact(run: Run, base: int) -> None:
     tokens = hidden.shape[0]
     per_program = 1 if tokens <= 1024 else 16
     compact_kernel[(cdiv(tokens, per_program),)](
-        run.index,
-        step.flags,
-        table.packed,
-        weights.meta,
-        weights.norm_limit,
-        hidden,
-        hidden if residual is None else residual,
-        buffers.x,
-        workspace.tokens,
-        workspace.nnz,
-        workspace.count,
-        hidden.stride(0),
-        0 if residual is None else residual.stride(0),
-        table.packed.stride(0),
-        tokens,
-        base,
-        buffers.plan.rows,
+        index=run.index,
+        flags=step.flags,
+        table=table.packed,
+        meta=weights.meta,
+        norm_limit=weights.norm_limit,
+        hidden=hidden,
+        residual=hidden if residual is None else residual,
+        x=buffers.x,
+        tokens=workspace.tokens,
+        records=workspace.records,
+        count=workspace.count,
+        hidden_stride=hidden.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        table_stride=table.packed.stride(0),
+        T=tokens,
+        base=base,
+        rows=buffers.plan.rows,
         D=weights.d_in,
         HAS_RESIDUAL=residual is not None,
         GATE=run.gate,
@@ -61,17 +63,18 @@ def compact(run: Run, base: int) -> None:
 
 def _operands(
     slot: SAESlot, buffers: StageBuffers, plan: EncodePlan, tma: bool
-) -> list[Any]:
-    """x for the three token tiles, then W_enc: tensors, or descriptors for TMA."""
-    tiles = (plan.token_tiles * 3)[:3] if len(plan.token_tiles) == 1 else None
-    if tiles is None:
-        tiles = (plan.token_tiles[0], plan.token_tiles[1], plan.token_tiles[-1])
+) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """x by token tile and W_enc, as tensors or TMA descriptors; and the tiles."""
+    first, last = plan.token_tiles[0], plan.token_tiles[-1]
+    middle = plan.token_tiles[1] if len(plan.token_tiles) > 1 else first
+    tiles = (first, middle, last)
+    names = ("x_narrow", "x_middle", "x_wide")
     if not tma:
-        return [buffers.x, buffers.x, buffers.x, slot.weights.W_enc, tiles]
+        return {**dict.fromkeys(names, buffers.x), "w": slot.weights.W_enc}, tiles
     k = plan.block_k
-    x = [TensorDescriptor.from_tensor(buffers.x, [tile, k]) for tile in tiles]
-    w = TensorDescriptor.from_tensor(slot.weights.W_enc, [plan.block_f, k])
-    return [*x, w, tiles]
+    describe = TensorDescriptor.from_tensor
+    x = {n: describe(buffers.x, [t, k]) for n, t in zip(names, tiles, strict=True)}
+    return {**x, "w": describe(slot.weights.W_enc, [plan.block_f, k])}, tiles
 
 
 def encode(run: Run, base: int) -> None:
@@ -82,20 +85,20 @@ def encode(run: Run, base: int) -> None:
     plan = plan_encode(rows, item)
     multiprocessors, has_tma, _ = device_facts(weights.W_enc.device)
     tma = has_tma and item == 2 and weights.d_in * item % 16 == 0
-    *operands, tiles = _operands(slot, buffers, plan, tma)
+    operands, tiles = _operands(slot, buffers, plan, tma)
     work = cdiv(weights.d_sae_capacity, plan.block_f) * cdiv(rows, tiles[-1])
     resident = multiprocessors * plan.programs_per_sm
     encode_kernel[(min(work, resident),)](
-        *operands,
-        weights.b_enc,
-        weights.threshold,
-        workspace.count,
-        workspace.nnz,
-        buffers.scores if topk else buffers.entries,
-        base,
-        rows,
-        weights.d_sae_capacity,
-        buffers.plan.capacity,
+        **operands,
+        b_enc=weights.b_enc,
+        threshold=weights.threshold,
+        count=workspace.count,
+        records=workspace.records,
+        out=buffers.scores if topk else buffers.entries,
+        base=base,
+        rows=rows,
+        F=weights.d_sae_capacity,
+        capacity=buffers.plan.capacity,
         D=weights.d_in,
         BF=plan.block_f,
         BK=plan.block_k,
@@ -120,21 +123,21 @@ def coefficients(run: Run, base: int) -> None:
     clamp_block = min(next_power_of_2(table.max_clamps), 64)
     if run.topk:
         select_kernel[grid](
-            index,
-            table.packed,
-            weights.meta,
-            workspace.count,
-            workspace.tokens,
-            buffers.scores,
-            workspace.nnz,
-            buffers.entries,
-            workspace.kth,
-            buffers.coef,
-            table.packed.stride(0),
-            base,
-            rows,
-            weights.d_sae_capacity,
-            buffers.plan.capacity,
+            index=index,
+            table=table.packed,
+            meta=weights.meta,
+            count=workspace.count,
+            tokens=workspace.tokens,
+            scores=buffers.scores,
+            records=workspace.records,
+            entries=buffers.entries,
+            kth=workspace.kth,
+            coef=buffers.coef,
+            table_stride=table.packed.stride(0),
+            base=base,
+            rows=rows,
+            F=weights.d_sae_capacity,
+            capacity=buffers.plan.capacity,
             MAX_CLAMPS=table.max_clamps,
             CLAMP_BLOCK=clamp_block,
             BLOCK=2048,
@@ -143,17 +146,17 @@ def coefficients(run: Run, base: int) -> None:
         )
         return
     resolve_kernel[grid](
-        index,
-        table.packed,
-        workspace.count,
-        workspace.tokens,
-        workspace.nnz,
-        buffers.entries,
-        buffers.coef,
-        table.packed.stride(0),
-        base,
-        rows,
-        buffers.plan.capacity,
+        index=index,
+        table=table.packed,
+        count=workspace.count,
+        tokens=workspace.tokens,
+        records=workspace.records,
+        entries=buffers.entries,
+        coef=buffers.coef,
+        table_stride=table.packed.stride(0),
+        base=base,
+        rows=rows,
+        capacity=buffers.plan.capacity,
         MAX_CLAMPS=table.max_clamps,
         CLAMP_BLOCK=clamp_block,
         num_warps=4,
@@ -169,31 +172,32 @@ def combine(run: Run, base: int) -> None:
     block_d = min(next_power_of_2(weights.d_in), COMBINE_SLICE)
     work = rows * cdiv(weights.d_in, block_d)
     combine_kernel[(min(work, device_facts(hidden.device)[0] * 12),)](
-        run.index,
-        table.packed,
-        weights.meta,
-        workspace.count,
-        workspace.tokens,
-        workspace.nnz,
-        buffers.entries,
-        workspace.kth,
-        buffers.coef,
-        buffers.x,
-        buffers.scores,
-        weights.W_enc,
-        weights.b_enc,
-        weights.threshold,
-        weights.W_dec,
-        weights.b_dec,
-        hidden,
-        hidden if residual is None else residual,
-        hidden.stride(0),
-        0 if residual is None else residual.stride(0),
-        table.packed.stride(0),
-        base,
-        rows,
-        weights.d_sae_capacity,
-        buffers.plan.capacity,
+        index=run.index,
+        table=table.packed,
+        meta=weights.meta,
+        count=workspace.count,
+        tokens=workspace.tokens,
+        records=workspace.records,
+        entries=buffers.entries,
+        kth=workspace.kth,
+        coef=buffers.coef,
+        x=buffers.x,
+        scores=buffers.scores,
+        w_enc=weights.W_enc,
+        b_enc=weights.b_enc,
+        threshold=weights.threshold,
+        w_dec=weights.W_dec,
+        b_dec=weights.b_dec,
+        hidden=hidden,
+        residual=hidden if residual is None else residual,
+        saturated=run.step.saturated,
+        hidden_stride=hidden.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        table_stride=table.packed.stride(0),
+        base=base,
+        rows=rows,
+        F=weights.d_sae_capacity,
+        capacity=buffers.plan.capacity,
         D=weights.d_in,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
@@ -203,4 +207,80 @@ def combine(run: Run, base: int) -> None:
         BD=block_d,
         num_warps=4,
         **pdl_options(hidden.device),
+    )
+
+
+def _clamp_launch(
+    d_model: int, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> dict[str, Any]:
+    """What both uses of the clamp kernel pass: the stream and the blocks."""
+    row_d = next_power_of_2(d_model)
+    return {
+        "hidden": hidden,
+        "residual": hidden if residual is None else residual,
+        "hidden_stride": hidden.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "D": d_model,
+        "HAS_RESIDUAL": residual is not None,
+        "NC": 8,
+        "BLOCK_D": min(row_d, 512),
+        "ROW_D": row_d,
+        "num_warps": 4 if row_d <= 1024 else 8,
+        **pdl_options(hidden.device),
+    }
+
+
+def clamp(
+    slot: SAESlot,
+    step: StepState,
+    gated: bool,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """The delta tier; `gated`: the slot may hold a TopK module, which is left alone."""
+    weights, table = slot.weights, slot.delta
+    clamp_kernel[(hidden.shape[0],)](
+        index=step.index[Tier.DELTA],
+        flags=step.flags,
+        table=table.packed,
+        meta=weights.meta,
+        norm_limit=weights.norm_limit,
+        w_enc=weights.W_enc,
+        b_enc=weights.b_enc,
+        threshold=weights.threshold,
+        w_dec=weights.W_dec,
+        saturated=step.saturated,
+        table_stride=table.packed.stride(0),
+        ENCODES=True,
+        GATED=gated,
+        MAX_CLAMPS=table.max_clamps,
+        **_clamp_launch(weights.d_in, hidden, residual),
+    )
+
+
+def add_vectors(
+    slot: VectorSlot,
+    step: StepState,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """The additive tier."""
+    table, directions = slot.table, slot.directions
+    unused = step.flags  # an argument that the kernel does not read
+    clamp_kernel[(hidden.shape[0],)](
+        index=step.index[Tier.ADDITIVE],
+        flags=unused,
+        table=table.packed,
+        meta=unused,
+        norm_limit=unused,
+        w_enc=unused,
+        b_enc=unused,
+        threshold=unused,
+        w_dec=directions,
+        saturated=step.saturated,
+        table_stride=table.packed.stride(0),
+        ENCODES=False,
+        GATED=False,
+        MAX_CLAMPS=table.max_clamps,
+        **_clamp_launch(directions.shape[1], hidden, residual),
     )

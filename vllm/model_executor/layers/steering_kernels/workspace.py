@@ -11,7 +11,7 @@ import torch
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .plan import COUNTER_STRIDE, ENTRY_BYTES, MIB, ChunkPlan, plan_chunks
+from .plan import ENTRY_BYTES, MIB, RECORD_INTS, ChunkPlan, plan_chunks
 
 LIMIT_BYTES = 256 * MIB
 
@@ -88,7 +88,7 @@ class SteeringWorkspace:
         # Arrivals and exits of blocks; every launch leaves them zero.
         self.sync = torch.zeros(2, dtype=i32, device=device)
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
-        self.nnz = torch.zeros(rows, COUNTER_STRIDE, dtype=i32, device=device)
+        self.records = torch.zeros(rows, RECORD_INTS, dtype=i32, device=device)
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
         if self.nbytes > LIMIT_BYTES:
             raise ValueError(
@@ -129,7 +129,7 @@ class SteeringWorkspace:
             self.count,
             self.sync,
             self.tokens,
-            self.nnz,
+            self.records,
             self.kth,
         )
         return sum(t.numel() * t.element_size() for t in tensors)

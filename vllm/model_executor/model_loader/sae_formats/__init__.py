@@ -123,9 +123,15 @@ def _children(fmt: Format, location: Location) -> list[Location]:
     """The subdirectories that hold a one-site module of this format, by name."""
     if not location.root.is_dir():
         return []
-    paths = sorted(path for path in location.root.iterdir() if path.is_dir())
     children = (
-        Location(path, f"{location.origin.rstrip('/')}/{path.name}") for path in paths
+        replace(
+            location,
+            root=path,
+            origin=f"{location.origin.rstrip('/')}/{path.name}",
+            given=None,
+        )
+        for path in location.entries()
+        if path.is_dir()
     )
     return [child for child in children if fmt.matches(child)]
 

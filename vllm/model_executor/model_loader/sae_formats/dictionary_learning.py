@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from vllm.config.steering import HOOK_ALIASES, Activation, HookPoint, SiteInfo
-from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
+from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape, need_k
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     Gate,
@@ -85,16 +85,15 @@ def read(location: Location) -> ModuleLayout:
     if name not in CLASSES:
         raise trainer.fail("dict_class", f"one of {', '.join(CLASSES)}")
     kind = CLASSES[name]
-    stated = None if location.given else _site(config, trainer)
-    layer, hook = location.site(stated, f"{CONFIG}: trainer: layer")
+    stated = _site(config, trainer)
+    layer, hook = location.site(stated, f"{CONFIG}: trainer: layer and buffer: io")
     with open_tensors(location.root / WEIGHTS) as tensors:
         F, D = matrix_shape(tensors, kind.W_dec)
+        is_topk = kind.activation is Activation.TOPK
+        k = need_k(trainer, F, tensors) if is_topk else None
     for key, size in (("dict_size", F), ("activation_dim", D)):
         if trainer.integer(key, 1, size) != size:
             raise trainer.fail(key, f"{size}, which {WEIGHTS} has for its decoder")
-    k = None
-    if kind.activation is Activation.TOPK and (k := trainer.need_integer("k", 1)) > F:
-        raise trainer.fail("k", f"at most {F}")
     layout = SAELayout(
         site=SiteInfo(layer, hook, D, F, kind.activation, k),
         file=WEIGHTS,
@@ -117,7 +116,8 @@ def _site(config: Fields, trainer: Fields) -> tuple[int, HookPoint] | None:
         return None
     buffer = config.sub("buffer")
     if buffer.text("io") not in (None, "out"):
-        raise buffer.fail("io", 'out, or sites=["pre_attn.LAYER"] to name the site')
+        # What the submodule reads is a point that only the operator can name.
+        return None
     submodule = trainer.text("submodule_name")
     if submodule is None:
         return layer, HookPoint.POST_BLOCK

@@ -14,6 +14,7 @@ import torch
 
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import (
+    Fields,
     LayoutError,
     Matrix,
     SAELayout,
@@ -70,6 +71,22 @@ def _expect(
         raise LayoutError(
             f"{tensors.label}: {name}: expected shape {expected}, found {list(found)}"
         )
+
+
+def need_k(fields: Fields, d_sae: int, tensors: TensorFile) -> int:
+    """TopK's `k`: from the configuration, and the same as in the weights if they say.
+
+    Raises:
+        LayoutError: absent, more than the features, or the two differ.
+    """
+    k = fields.need_integer("k", 1)
+    if k > d_sae:
+        raise fields.fail("k", f"at most {d_sae}")
+    if (info := tensors.infos.get("k")) is not None and math.prod(info.shape) == 1:
+        stored = read_slice(tensors, "k", 0, 1).item()
+        if stored != k:
+            raise fields.fail("k", f"{stored:g}, which {tensors.label} has for k")
+    return k
 
 
 def check_sae(layout: SAELayout, tensors: TensorFile) -> None:

@@ -28,10 +28,13 @@ from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tenso
 NPZ = "params.npz"
 SAFETENSORS = "params.safetensors"
 CONFIG = "config.json"
-_OTHER_KINDS = re.compile(
-    r"transcoder|crosscoder|embedding|\bclt\b|mlp_out|attn_out|"
-    r"scope[\w.-]*-(?:mlp|att)\b"
+_LAYER = re.compile(r"layer_([0-9]{1,9})(?![0-9])")
+_KIND = re.compile(
+    r"(?<=-)(?:res|mlp|att|transcoders)(?![a-z])|"
+    r"resid_post|mlp_out|attn_out|transcoder|crosscoder|embedding|clt"
 )
+_RESIDUAL_KINDS = ("res", "resid_post")
+_WHERE = "layer_N beside the kind, such as gemma-scope-2b-pt-res or resid_post"
 
 
 def matches_npz(location: Location) -> bool:
@@ -43,16 +46,25 @@ def matches_safetensors(location: Location) -> bool:
 
 
 def _site_of_path(location: Location) -> tuple[int, HookPoint] | None:
-    """The site that a path of Gemma Scope's names; other kinds are refused."""
-    if location.given is not None:
-        return location.given
-    if match := _OTHER_KINDS.search(location.origin):
+    """The site that a path of Gemma Scope's names; None: the path does not say.
+
+    The files of SAEs of the residual stream, of attention and of the MLP look alike,
+    so a layer counts only beside the kind, as in `gemma-scope-2b-pt-res/layer_20` or
+    `resid_post/layer_20_width_16k`.
+
+    Raises:
+        LayoutError: the path names another kind than the residual stream.
+    """
+    layers = _LAYER.findall(location.origin)
+    kinds = _KIND.findall(location.origin)
+    if not layers or not kinds:
+        return None
+    if (kind := kinds[-1]) not in _RESIDUAL_KINDS:
         raise LayoutError(
             f"{location.origin}: expected an SAE of the residual stream, found "
-            f"{match[0]!r} in the path"
+            f"{kind!r} in the path"
         )
-    layers = re.findall(r"layer_([0-9]{1,9})(?![0-9])", location.origin)
-    return (int(layers[-1]), HookPoint.POST_BLOCK) if layers else None
+    return int(layers[-1]), HookPoint.POST_BLOCK
 
 
 def _layout(
@@ -81,7 +93,7 @@ def _layout(
 
 def read_npz(location: Location) -> ModuleLayout:
     """Layout of a Gemma Scope directory."""
-    site = location.site(_site_of_path(location), f"{location.origin}: layer_N")
+    site = location.site(_site_of_path(location), f"{location.origin}: {_WHERE}")
     return _layout(location, NPZ, {"W_enc": "W_enc", "W_dec": "W_dec"}, site, None)
 
 
@@ -103,6 +115,8 @@ def read_safetensors(location: Location) -> ModuleLayout:
             )
         if hook is not None:
             stated = need_site(hook, f"{CONFIG}: hf_hook_point_in")
-    site = location.site(stated or _site_of_path(location), f"{location.origin}: layer")
+    site = location.site(
+        stated or _site_of_path(location), f"{location.origin}: {_WHERE}"
+    )
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
     return _layout(location, SAFETENSORS, names, site, model)

@@ -7,6 +7,7 @@ The layout is plain data; `fold.py` turns it and the tensors into the canonical 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -21,10 +22,15 @@ from vllm.config.steering import (
     ModuleKind,
     SiteInfo,
     parse_site,
+    site_name,
 )
 
 MAX_CONFIG_BYTES = 4 << 20
+# A module has a subdirectory a site; a directory of more entries is something else.
+MAX_ENTRIES = 4096
 MAX_INT32 = 2**31 - 1
+MAX_INTEGER_DIGITS = 40
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class LayoutError(ValueError):
@@ -37,12 +43,14 @@ class Location:
 
     `root` is a directory or a single file; `origin` is the path as it was given,
     which some formats take the layer from. `given` is the site that the operator
-    named, for files that do not say theirs.
+    named, for files that do not say theirs. `listed=False` keeps the names of other
+    files out of messages, for clients who must not see them.
     """
 
     root: Path
     origin: str
     given: tuple[int, HookPoint] | None = None
+    listed: bool = True
 
     def has(self, *names: str) -> bool:
         """Whether the root is a directory that holds all these files."""
@@ -51,7 +59,16 @@ class Location:
     def site(
         self, stated: tuple[int, HookPoint] | None, where: str
     ) -> tuple[int, HookPoint]:
-        """The site that the files state, else the one that the operator named."""
+        """The site that the files state, else the one that the operator named.
+
+        Raises:
+            LayoutError: neither, or the two differ.
+        """
+        if stated and self.given and stated != self.given:
+            raise LayoutError(
+                f"{where}: the files say {site_name(*stated[::-1])}, but sites names "
+                f"{site_name(*self.given[::-1])}; leave sites out, or correct it"
+            )
         if (site := stated or self.given) is None:
             raise LayoutError(
                 f"{where}: expected a layer, found none; name the site, for example "
@@ -59,10 +76,25 @@ class Location:
             )
         return site
 
+    def entries(self) -> list[Path]:
+        """What the directory holds, by name; the file itself for a single file.
+
+        Raises:
+            LayoutError: more entries than any module has.
+        """
+        if not self.root.is_dir():
+            return [self.root]
+        entries = list(itertools.islice(self.root.iterdir(), MAX_ENTRIES + 1))
+        if len(entries) > MAX_ENTRIES:
+            raise LayoutError(f"expected a directory of at most {MAX_ENTRIES} entries")
+        return sorted(entries)
+
     def listing(self) -> str:
         """What is there, for messages."""
+        if not self.listed:
+            return "other files" if self.root.is_dir() else "a file"
         if self.root.is_dir():
-            names = sorted(p.name for p in self.root.iterdir())
+            names = [p.name for p in self.entries()]
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""
             return f"a directory with {', '.join(names[:12]) or 'nothing'}{more}"
         return f"the file {self.root.name}"
@@ -148,6 +180,22 @@ class ModuleLayout:
     declared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+def lfs_pointer(name: str) -> LayoutError:
+    """The error for a file that git-lfs has not fetched."""
+    return LayoutError(
+        f"{name}: expected the file, found a git-lfs pointer to it; run `git lfs pull`"
+    )
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(
+            f"an integer has {len(digits)} digits, expected at most "
+            f"{MAX_INTEGER_DIGITS}"
+        )
+    return int(digits)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file; anything else is a `LayoutError`."""
     try:
@@ -156,8 +204,13 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path.name}: expected at most {MAX_CONFIG_BYTES} bytes of JSON, "
                 f"found {path.stat().st_size}"
             )
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = path.read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise lfs_pointer(path.name)
+        data = json.loads(content.decode(), parse_int=_parse_int)
+    except LayoutError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LayoutError(f"{path.name}: cannot be read as JSON: {detail}") from error
     if not isinstance(data, dict):
@@ -271,20 +324,19 @@ def need_site(text: str, where: str) -> tuple[int, HookPoint]:
 def choose_sites(
     layout: ModuleLayout, names: Sequence[str] | None, where: str
 ) -> ModuleLayout:
-    """Apply the operator's list of sites: it renames a single site, else selects."""
+    """Apply the operator's list of sites, which selects among those of the module.
+
+    A format whose files do not state their site has taken it from the list already.
+    """
     if names is None:
         return layout
     wanted = [need_site(name, "sites") for name in names]
     if not wanted or len(set(wanted)) != len(wanted):
         raise LayoutError(f"sites: expected distinct sites, found {list(names)!r}")
-    if len(layout.sites) == 1:
-        if len(wanted) != 1:
-            raise LayoutError(
-                f"sites: {where} holds one site, found {len(wanted)} in {list(names)!r}"
-            )
-        (layer, hook), only = wanted[0], layout.sites[0]
-        site = replace(only.site, layer=layer, hook=hook)
-        return replace(layout, sites=(replace(only, site=site),))
+    if len(layout.sites) == 1 and len(wanted) != 1:
+        raise LayoutError(
+            f"sites: {where} holds one site, found {len(wanted)} in {list(names)!r}"
+        )
     by_key = {(entry.site.layer, entry.site.hook): entry for entry in layout.sites}
     for name, key in zip(names, wanted, strict=True):
         if key not in by_key:

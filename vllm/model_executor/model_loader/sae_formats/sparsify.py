@@ -67,7 +67,7 @@ def read(location: Location) -> ModuleLayout:
 
 def _site(location: Location) -> tuple[int, HookPoint] | None:
     name = location.origin.rstrip("/").rsplit("/", 1)[-1]
-    if (site := parse_site_name(name)) is not None or location.given is not None:
+    if (site := parse_site_name(name)) is not None:
         return site
     if name.startswith(("layers.", "h.", "embed")):
         raise LayoutError(

@@ -33,11 +33,8 @@ _GOODFIRE_PREFIXES = (("encoder_linear", "decoder_linear"), ("encoder", "decoder
 
 
 def _torch_files(location: Location) -> list[Path]:
-    if location.root.is_dir():
-        files = [p for p in location.root.iterdir() if p.is_file()]
-    else:
-        files = [location.root]
-    return sorted(p for p in files if p.suffix in (".pt", ".pth"))
+    files = location.entries()
+    return [p for p in files if p.suffix in (".pt", ".pth") and p.is_file()]
 
 
 def matches_qwen(location: Location) -> bool:

@@ -21,6 +21,7 @@ _SPEECH = "vllm.entrypoints.speech_to_text"
 _GENERATE = "vllm.entrypoints.scale_out.token_in_token_out.protocol"
 _BATCH = "vllm.entrypoints.launchers.run_batch"
 _REALTIME = f"{_SPEECH}.realtime.connection"
+_POOLING = "vllm.entrypoints.pooling"
 
 
 class Refusing(NamedTuple):
@@ -69,6 +70,49 @@ REFUSING = (
         "vllm.entrypoints.generate.generative_scoring.serving",
         "GenerativeScoringRequest",
         "/generative_scoring",
+    ),
+    *(
+        Refusing(f"{_POOLING}.{module}.protocol", model, route)
+        for module, route, models in (
+            (
+                "pooling",
+                "/pooling",
+                (
+                    "PoolingCompletionRequest",
+                    "PoolingChatRequest",
+                    "IOProcessorRequest",
+                ),
+            ),
+            (
+                "classify",
+                "/classify",
+                ("ClassificationCompletionRequest", "ClassificationChatRequest"),
+            ),
+            (
+                "scoring",
+                "/score",
+                (
+                    "ScoreQueriesDocumentsRequest",
+                    "ScoreQueriesItemsRequest",
+                    "ScoreDataRequest",
+                    "ScoreTextRequest",
+                ),
+            ),
+            ("scoring", "/rerank", ("RerankRequest",)),
+            (
+                "embed",
+                "/v1/embeddings",
+                (
+                    "EmbeddingCompletionRequest",
+                    "EmbeddingChatRequest",
+                    "EmbeddingBatchChatRequest",
+                    "EmbeddingChatInputRequest",
+                    "EmbeddingBatchChatInputRequest",
+                ),
+            ),
+            ("embed", "/v2/embed", ("CohereEmbedRequest",)),
+        )
+        for model in models
     ),
 )
 

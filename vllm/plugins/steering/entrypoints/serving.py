@@ -47,8 +47,12 @@ def check_request(request: Any, vllm_config: Any) -> None:
         request: an OpenAI request, or a raw one with `sampling_params`.
         vllm_config: of the engine that will run it.
     """
-    from vllm.entrypoints.openai.steering.request_fields import specs_of
+    from vllm.entrypoints.openai.steering.request_fields import (
+        refuse_misspelt_fields,
+        specs_of,
+    )
 
+    refuse_misspelt_fields(request)
     params = getattr(request, "sampling_params", None)
     extra_args = getattr(request, "vllm_xargs", None)
     if params is not None:
@@ -63,9 +67,12 @@ def check_request(request: Any, vllm_config: Any) -> None:
 
 
 def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.entrypoints.openai.steering.request_fields import refuse_ambiguous_body
+
     async def checked(self: Any, request: Any, raw_request: Any = None) -> Any:
         try:
             check_request(request, self.engine_client.vllm_config)
+            await refuse_ambiguous_body(raw_request)
         except VLLMValidationError as error:
             from vllm.entrypoints.serve.steering.metrics import count_refusal
 

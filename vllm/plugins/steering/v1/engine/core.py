@@ -11,7 +11,7 @@ The edits a branch would make:
   when modules have changed in between.
 - `_handle_request_preproc_error` tells the client why a steered request was refused.
 - `collective_rpc` gives `METHOD` to the registry, which is an attribute of the core.
-- A `Request` keeps the configuration that it was admitted under.
+- A `Request` keeps the configuration that it was admitted under, and what it reads.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.plugins.steering.seam import Stock, declare, wrap
+from vllm.v1.engine.steering_reads import READS_ATTRIBUTE, reads_of, request_reads
 from vllm.v1.engine.steering_refusals import stop_reason_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _OURS = (*EXTRA_ARGS_KEYS, ROWS_KEY)
 def install() -> None:
     """Admit steering before the engine builds a request; let modules change."""
     declare("vllm.v1.request:Request", "steering_config")
+    declare("vllm.v1.request:Request", READS_ATTRIBUTE)
     declare(f"{MODULE}:EngineCore", "steering_registry")
     core, process = f"{MODULE}:EngineCore", f"{MODULE}:EngineCoreProc"
     wrap(f"{core}.preprocess_add_request", ("self", "request"), _preprocess_add_request)
@@ -73,9 +75,14 @@ def _preprocess_add_request(stock: Stock) -> Stock:
         params.extra_args = admitted_extra_args(
             params.extra_args, config, request.resumable
         )
+        reads = reads_of(params.extra_args, config)
+        if any(read.reads("prefill") for read in reads):
+            # As with prompt log-probabilities: what is read has to be computed.
+            params.skip_reading_prefix_cache = True
         request.sampling_params = params
         made, wave = stock(self, request)
         made.steering_config = config
+        made.sae_reads = request_reads(made, config)
         return made, wave
 
     return preprocess_add_request
@@ -104,6 +111,7 @@ def admit_again(request: Request, vllm_config: VllmConfig) -> None:
     before = params.extra_args or {}
     after = admitted_extra_args(before, config)
     request.steering_config = config
+    request.sae_reads = request_reads(request, config)
     if after is not None and after.get(ROWS_KEY) != before.get(ROWS_KEY):
         # The module has other weights now, so the blocks have other keys.
         params.extra_args = after

@@ -13,12 +13,14 @@ from typing import Any
 
 from vllm.config.sae_steering_admission import (
     canonical_extra_args,
+    refuse_pooling,
     refuse_reserved_key,
     refuse_streaming_input,
 )
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.plugins.steering.seam import wrap
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 
 MODULE = "vllm.v1.engine.input_processor"
@@ -60,6 +62,8 @@ def _make_validate_params(stock: Callable[..., Any]) -> Callable[..., Any]:
             parse_steering_request(
                 params.extra_args, active_steering_config(self.vllm_config)
             )
+        elif isinstance(params, PoolingParams):
+            refuse_pooling(params.extra_kwargs)
         return watermarking
 
     return _validate_params

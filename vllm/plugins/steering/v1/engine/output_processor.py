@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam into `vllm.v1.engine.output_processor`: a refused request says why.
+"""Seam into `vllm.v1.engine.output_processor`: refusals, and what requests have read.
 
-The edit a branch would make: `process_outputs` puts the refusal into the queue of a
-request that the engine core has refused for its steering, and aborts the other samples
-of its prompt. Servers answer 409 then; without it they answer 500 and give no reason.
-A client without queues finds the reason in `stop_reason`.
+The edits a branch would make: `RequestState` keeps `Readings` as it keeps
+log-probabilities (here the state of a request that reads is made an instance of a
+subclass, and that of any other is stock's). `process_outputs` puts the refusal into the
+queue of a request that the engine core has refused for its steering, and aborts the
+other samples of its prompt. Servers answer 409 then; without it they answer 500 and
+give no reason. A client without queues finds the reason in `stop_reason`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm.plugins.steering.seam import Stock, wrap
+from vllm.plugins.steering.seam import Stock, check_signature, resolve, wrap
+from vllm.v1.engine.steering_read_states import follow, take_payloads
 from vllm.v1.engine.steering_refusals import refusal_in
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
 MODULE = "vllm.v1.engine.output_processor"
@@ -27,11 +30,42 @@ PARAMETERS = (
     "iteration_stats",
     "weight_version",
 )
+# Methods of `RequestState` that the state of a reading request overrides.
+OVERRIDDEN = {
+    "_new_completion_output": ("self", "token_ids", "finish_reason", "stop_reason"),
+    "_new_request_output": (
+        "self",
+        "external_req_id",
+        "outputs",
+        "finished",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "error",
+    ),
+}
 
 
 def install() -> None:
-    """Hand refusals to the requests that they concern."""
+    """Hand refusals and what was read to the requests that they concern."""
+    added = ("self", "request", "prompt", "parent_req", "request_index", "queue")
+    wrap(f"{MODULE}:OutputProcessor.add_request", added, _make_add_request)
+    for method, parameters in OVERRIDDEN.items():
+        target = f"{MODULE}:RequestState.{method}"
+        check_signature(target, resolve(target)[2], parameters)
     wrap(f"{MODULE}:OutputProcessor.process_outputs", PARAMETERS, _make)
+
+
+def _make_add_request(stock: Stock) -> Stock:
+    def add_request(
+        self: OutputProcessor,
+        request: EngineCoreRequest,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
+        stock(self, request, *args, **kwargs)
+        follow(self.request_states, request)
+
+    return add_request
 
 
 def _make(stock: Stock) -> Stock:
@@ -41,6 +75,7 @@ def _make(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> OutputProcessorOutput:
+        take_payloads(self.request_states, engine_core_outputs)
         refused = [
             (state, refusal)
             for output in engine_core_outputs

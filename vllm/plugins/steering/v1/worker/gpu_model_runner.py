@@ -7,6 +7,8 @@ and
 - `load_model` ends with `self.load_steering()` (in `CPUModelRunner` too),
 - `_update_states` ends with `self.update_steering_requests(scheduler_output)`,
 - `_prepare_inputs` ends with `self.prepare_steering(num_scheduled_tokens)`,
+- `sample_tokens` begins with `readout = self.take_steering_readout()` and puts it into
+  the `ModelRunnerOutput` that it makes,
 - `_dummy_run` begins with `self.clear_steering_step()`.
 """
 
@@ -52,6 +54,7 @@ def install() -> None:
     wrap(f"{RUNNER}._update_states", states, update_states)
     inputs = ("self", "scheduler_output", "num_scheduled_tokens")
     wrap(f"{RUNNER}._prepare_inputs", inputs, prepare_inputs)
+    wrap(f"{RUNNER}.sample_tokens", ("self", "grammar_output"), sample_tokens)
     wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
 
 
@@ -81,6 +84,22 @@ def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
         return prepared
 
     return _prepare_inputs
+
+
+def sample_tokens(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        readout = self.take_steering_readout()
+        output = stock(self, grammar_output)
+        if isinstance(output, AsyncGPUModelRunnerOutput):
+            self.attach_steering_readout(output._model_runner_output, readout)
+        elif isinstance(output, ModelRunnerOutput):
+            self.attach_steering_readout(output, readout)
+        return output
+
+    return sample_tokens
 
 
 def dummy_run(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ and
 - `finish_requests` ends with `self.finish_steering_requests(scheduler_output)`,
 - `add_requests` ends with `self.add_steering_requests(scheduler_output)`,
 - `prepare_inputs` ends with `self.prepare_steering(input_batch)`,
+- `sample_tokens` begins with `readout = self.take_steering_readout()` and puts it into
+  the `ModelRunnerOutput` that it makes,
 - `_dummy_run` and `capture_model` begin with `self.clear_steering_step()`.
 """
 
@@ -49,6 +51,7 @@ def install() -> None:
     wrap(f"{RUNNER}.add_requests", scheduled, add_requests)
     inputs = (*scheduled, "batch_req_state", "batch_desc", "num_active_loras")
     wrap(f"{RUNNER}.prepare_inputs", inputs, prepare_inputs)
+    wrap(f"{RUNNER}.sample_tokens", ("self", "grammar_output"), sample_tokens)
     wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
     wrap(f"{RUNNER}.capture_model", ("self", "profile_only"), dummy_run)
 
@@ -76,3 +79,16 @@ def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
         return batch
 
     return prepare_inputs
+
+
+def sample_tokens(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        readout = self.take_steering_readout()
+        output = stock(self, grammar_output)
+        if isinstance(output, AsyncOutput):
+            self.attach_steering_readout(output.model_runner_output, readout)
+        return output
+
+    return sample_tokens

@@ -12,7 +12,11 @@
 // a ring in shared memory, where each thread reads only what it copied itself.
 #pragma once
 
-#include "clamp_ops.cuh"
+#include "bundles.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/launch_control.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/tma.cuh"
 
 namespace vllm_steering {
 
@@ -23,12 +27,14 @@ constexpr int kClampGroup = 8;  // clamps that are encoded at a time
 // odd number, so that threads side by side meet different banks.
 constexpr int kRingParts = 8, kRingPitch = kRingParts + 1;
 
+// W: the element type of the directions w_dec.
+template <typename T, typename W>
 struct ClampArgs {
-  const int *index, *flags, *table, *meta;
-  const float *norm_limit, *b_enc, *threshold;
-  // Strides in elements, unsigned: an address is one multiplication.
-  uint32_t table_stride, hidden_stride, residual_stride;
-  int d_model, max_clamps;
+  Step step;
+  Weights<T> weights;  // w_dec unused; without an encoder all of it
+  Stream<T> stream;
+  const W* directions;  // [F, D]
+  int d_model;
   bool gated;  // the slot may hold TopK modules: not this kernel's
 };
 
@@ -78,34 +84,38 @@ struct TokenStream {
   }
 
   // The sum, rounded as the model rounds it.
-  __device__ __forceinline__ Words combine(unsigned i) const {
-    Words sum = {x[i]};
+  __device__ __forceinline__ Pack8<T> combine(unsigned i) const {
+    Pack8<T> sum = {x[i]};
     if constexpr (kTwo) {
-      const Words other = {x[padded_parts(d_model) + i]};
+      const Pack8<T> other = {x[padded_parts(d_model) + i]};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 h = unpack(sum.at[k], T()), r = unpack(other.at[k], T());
-        sum.at[k] = pack(h.x + r.x, h.y + r.y, T());
+        const float2 h = unpack2<T>(sum.two[k]), r = unpack2<T>(other.two[k]);
+        sum.two[k] = pack2<T>(h.x + r.x, h.y + r.y);
       }
     }
     return sum;
   }
 
-  __device__ __forceinline__ void write(unsigned d,
+  // True where a component was limited.
+  __device__ __forceinline__ bool write(unsigned d,
                                         const float (&value)[8]) const {
-    Words out;
+    Pack8<T> out;
+    bool over = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      out.at[i] = pack(value[2 * i], value[2 * i + 1], T());
+      out.two[i] = pack2<T>(saturate<T>(value[2 * i], over),
+                            saturate<T>(value[2 * i + 1], over));
     *reinterpret_cast<uint4*>((kTwo ? residual : hidden) + d) = out.raw;
     if constexpr (kTwo)
       *reinterpret_cast<uint4*>(hidden + d) = make_uint4(0, 0, 0, 0);
+    return over;
   }
 };
 
 // A table row in shared memory, padded with clamps that add 0. `delta` holds
 // the clamp's value until its g - f is known.
-struct ClampRow {
+struct StagedRow {
   struct Head {
     int count;
     bool on;  // the token is steered, its norm aside
@@ -136,7 +146,7 @@ struct RowRing {
   int d_model, d;
   int clamp = 0, half = 0, taken = 0;  // next: clamp to request, half to use
 
-  __device__ __forceinline__ void request(const ClampRow& row) {
+  __device__ __forceinline__ void request(const StagedRow& row) {
     const int inside = d < d_model ? row.count - clamp : 0;
     const auto feature =
         *reinterpret_cast<const Features*>(row.feature + clamp);
@@ -159,21 +169,21 @@ struct RowRing {
   }
 
   // acc += the oldest batch, clamps from `first`; its place goes to a new one.
-  __device__ __forceinline__ void add(float (&acc)[8], const ClampRow& row,
+  __device__ __forceinline__ void add(float (&acc)[8], const StagedRow& row,
                                       int first) {
     wait_copies<1>();
     const auto delta = *reinterpret_cast<const Deltas*>(row.delta + first);
 #pragma unroll
     for (int i = 0; i < kBatch * kParts; ++i) {
       const float scale = delta.at[i / kParts];
-      const Words w = {slots[taken + i]};
+      const Pack8<T> w = {slots[taken + i]};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if constexpr (kParts == 2) {
           float& sum = acc[i % 2 * 4 + k];
-          sum = fmaf(scale, __uint_as_float(w.at[k]), sum);
+          sum = fmaf(scale, __uint_as_float(w.two[k]), sum);
         } else {
-          const float2 two = unpack(w.at[k], T());
+          const float2 two = unpack2<T>(w.two[k]);
           acc[2 * k] = fmaf(scale, two.x, acc[2 * k]);
           acc[2 * k + 1] = fmaf(scale, two.y, acc[2 * k + 1]);
         }
@@ -212,7 +222,7 @@ __device__ __forceinline__ float float_warp_sum(float x) {
 // of columns within a product is free, so lanes load 16 bytes of a row at once.
 template <typename T, bool kTwo>
 __device__ __forceinline__ bool resolve_clamps(
-    const T* w_enc, const TokenStream<T, kTwo>& stream, const ClampRow& row,
+    const T* w_enc, const TokenStream<T, kTwo>& stream, const StagedRow& row,
     RowRing<T, T>& ring) {
   __shared__ float partial[2][kClampWarps * kClampGroup], norms[kClampWarps];
   __shared__ bool within;
@@ -244,10 +254,10 @@ __device__ __forceinline__ bool resolve_clamps(
 #pragma unroll 1
           for (int i = 0; i < 2; ++i) ring.request(row);
         wait_copies<2>();  // all but the ring
-        const Words sum = stream.combine(base / 8 + lane);
+        const Pack8<T> sum = stream.combine(base / 8 + lane);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float2 two = unpack(sum.at[k], T());
+          const float2 two = unpack2<T>(sum.two[k]);
           square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
         }
         columns[lane] = swap_middle(sum.raw);
@@ -282,27 +292,51 @@ __device__ __forceinline__ bool resolve_clamps(
   return within;
 }
 
+// Whether float32 holds the norm of the token's stream.
+template <typename T, bool kTwo>
+__device__ __forceinline__ bool has_finite_norm(
+    const TokenStream<T, kTwo>& stream) {
+  __shared__ float norms[kClampWarps];
+  float square = 0.f;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
+    const Pack8<T> x = stream.combine(i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 two = unpack2<T>(x.two[k]);
+      square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
+    }
+  }
+  square = float_warp_sum(square);
+  if (threadIdx.x % 32 == 0) norms[threadIdx.x / 32] = square;
+  __syncthreads();
+  float total = 0.f;
+#pragma unroll 1
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) total += norms[w];
+  return isfinite(total);
+}
+
 // Starts copying the clamps of a table row; entries past the count become
 // clamps that add 0. Without an encoder an entry has its g - f at once.
-template <bool kEncodes>
-__device__ __forceinline__ void load_clamps(const ClampArgs& a,
-                                            const int* table_row,
-                                            const ClampRow& row) {
-  const int most = a.max_clamps;
+template <bool kEncodes, typename T>
+__device__ __forceinline__ void load_clamps(const Weights<T>& weights,
+                                            const ClampRow& from,
+                                            const StagedRow& row) {
+  const int most = from.max_clamps;
 #pragma unroll 1
   for (int c = threadIdx.x; c < padded_clamps(most); c += blockDim.x) {
-    const int* entry = table_row + 2 + c;  // one round trip for all four loads
+    const int* entry = from.packed + 2 + c;  // one round trip for all loads
     const int feature = load_if(entry, c < most, 0);
     const int code = load_if(entry + most, c < most, kAdditive);
     const int bits = load_if(entry + 2 * most, c < most, 0);
-    const bool inside = c < load_now(table_row + 1);
+    const bool inside = c < load_now(from.packed + 1);
     row.feature[c] = inside ? feature : 0;
     row.code[c] = inside ? code : kAdditive;
     float value = inside ? __int_as_float(bits) : 0.f;
     if constexpr (kEncodes) {
       const bool needs = inside && code != kAdditive;
-      copy_async<4>(row.bias + c, a.b_enc + feature, needs);
-      copy_async<4>(row.threshold + c, a.threshold + feature, needs);
+      copy_async<4>(row.bias + c, weights.b_enc + feature, needs);
+      copy_async<4>(row.threshold + c, weights.threshold + feature, needs);
     } else if (code != kAdditive) {
       value = clamp_delta(code, value, 0.f);
     }
@@ -311,30 +345,32 @@ __device__ __forceinline__ void load_clamps(const ClampArgs& a,
 }
 
 // What the last thread does meanwhile: as a rule its warp loads no clamps.
-template <bool kEncodes>
-__device__ __forceinline__ void load_head(const ClampArgs& a, uint64_t t,
-                                          const int* table_row,
-                                          ClampRow::Head* head) {
+template <bool kEncodes, typename T, typename W>
+__device__ __forceinline__ void load_head(const ClampArgs<T, W>& a, uint64_t t,
+                                          const ClampRow& from,
+                                          StagedRow::Head* head) {
   int blocked = 0, topk = 0, limit = 0;
   if constexpr (kEncodes) {
-    limit = load_now(reinterpret_cast<const int*>(a.norm_limit));
-    topk = load_now(a.meta + kUsesTopk);
-    blocked = load_now(a.flags + t) & load_now(a.meta + kSkipMask);
+    limit = load_now(reinterpret_cast<const int*>(a.weights.norm_limit));
+    topk = load_now(a.weights.meta + kUsesTopk);
+    blocked = load_now(a.step.flags + t) & load_now(a.weights.meta + kSkipMask);
   }
-  const int active = load_now(table_row);
-  head->count = min(load_now(table_row + 1), a.max_clamps);
+  const int active = load_now(from.packed);
+  head->count = min(load_now(from.packed + 1), from.max_clamps);
   head->on = active != 0 && blocked == 0 && !(a.gated && topk != 0);
   head->norm_limit = __int_as_float(limit);
 }
 
-// x' of the thread's columns, once the deltas are known.
+// Writes x' of the thread's columns, once the deltas are known; true where a
+// component was limited.
 template <typename T, typename W, bool kEncodes, bool kTwo>
-__device__ __forceinline__ void add_rows(const TokenStream<T, kTwo>& stream,
-                                         const ClampRow& row,
+__device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
+                                         const StagedRow& row,
                                          RowRing<T, W>& ring) {
+  bool over = false;
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
-    Words x;
+    Pack8<T> x;
     if constexpr (kEncodes)
       x.raw = swap_middle(stream.x[i]);
     else
@@ -342,50 +378,50 @@ __device__ __forceinline__ void add_rows(const TokenStream<T, kTwo>& stream,
     float acc[8];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float2 two = unpack(x.at[k], T());
+      const float2 two = unpack2<T>(x.two[k]);
       acc[2 * k] = two.x;
       acc[2 * k + 1] = two.y;
     }
 #pragma unroll 1
     for (int c = 0; c < row.count; c += RowRing<T, W>::kBatch)
       ring.add(acc, row, c);
-    stream.write(i * 8, acc);
+    over |= stream.write(i * 8, acc);
   }
+  return over;
 }
 
 template <typename T, typename W, bool kEncodes, bool kTwo>
 __global__ void __launch_bounds__(kClampThreads, 2)
-    clamp_kernel(ClampArgs a, const T* w_enc, const W* w_dec, T* hidden,
-                 T* residual) {
+    clamp_kernel(const __grid_constant__ ClampArgs<T, W> a) {
   extern __shared__ uint4 shared[];
-  __shared__ ClampRow::Head head;
+  __shared__ StagedRow::Head head;
+  __shared__ int counted;
   const uint64_t t = blockIdx.x;
   // Nothing of the kernel before is read yet, only moved into L2.
-  if (threadIdx.x == 0)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.index + t));
+  if (threadIdx.x == 0) prefetch_line(a.step.index + t);
   wait_for_previous();
   launch_dependents();
-  const uint32_t index = load_now(a.index + t);
+  const uint32_t index = load_now(a.step.index + t);
   if (index == 0) return;  // row 0 is empty: most launches end here
 
-  const int* table_row =
-      a.table + static_cast<uint64_t>(index) * a.table_stride;
-  const int padded = padded_clamps(a.max_clamps);
+  const ClampRow from = a.step.table.row(index);
+  const int padded = padded_clamps(from.max_clamps);
   uint4* const x = shared + kRingPitch * blockDim.x;
-  ClampRow row;
+  StagedRow row;
   row.feature = reinterpret_cast<int*>(x + 2 * padded_parts(a.d_model));
   row.code = row.feature + padded;
   row.delta = reinterpret_cast<float*>(row.code + padded);
   row.bias = row.delta + padded;
   row.threshold = row.bias + padded;
   row.head = &head;
-  const TokenStream<T, kTwo> stream = {hidden + t * a.hidden_stride,
-                                       residual + t * a.residual_stride, x,
-                                       static_cast<unsigned>(a.d_model)};
+  const TokenStream<T, kTwo> stream = {
+      a.stream.hidden + t * static_cast<uint32_t>(a.stream.hidden_stride),
+      a.stream.residual + t * static_cast<uint32_t>(a.stream.residual_stride),
+      x, static_cast<unsigned>(a.d_model)};
   // The table first: the addresses of everything else depend on it.
-  load_clamps<kEncodes>(a, table_row, row);
-  if (threadIdx.x == blockDim.x - 1)
-    load_head<kEncodes>(a, t, table_row, &head);
+  load_clamps<kEncodes>(a.weights, from, row);
+  if (threadIdx.x == blockDim.x - 1) load_head<kEncodes>(a, t, from, &head);
+  if (threadIdx.x == 0) counted = 0;
   stream.request();
   commit_copies();
   __syncthreads();
@@ -395,16 +431,19 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   if (within) {
     const unsigned own = threadIdx.x * 8;
     RowRing<T, W> ring = {shared + kRingPitch * threadIdx.x,
-                          reinterpret_cast<const char*>(w_dec + own), a.d_model,
-                          static_cast<int>(own)};
+                          reinterpret_cast<const char*>(a.directions + own),
+                          a.d_model, static_cast<int>(own)};
     if constexpr (kEncodes) {
-      within = resolve_clamps(w_enc, stream, row, ring);
+      within = resolve_clamps(a.weights.w_enc, stream, row, ring);
     } else {
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) ring.request(row);
       wait_copies<2>();  // all but the ring
+      within = has_finite_norm(stream);
     }
-    if (within) add_rows<T, W, kEncodes>(stream, row, ring);
+    if (within)
+      count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,
+                      a.step.saturated);
   }
   wait_copies<0>();  // none may land after the block has gone
 }

@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 2: p = x W_enc^T + b_enc on Hopper's tensor cores; only non-zeros
-// leave.
+// The matrix product of the encoder: p = W_enc x^T, operands through shared
+// memory in stages.
 //
 // Features are the rows of the product (128 a tile, 64 for each of two consumer
 // warpgroups) and tokens its columns, so few tokens make a narrow tile and
-// W_enc streams through shared memory once, by bulk copies that two threads
-// request. The active count, known on the device only, picks the tile width.
-// Entries of a token are appended in any order; the decoder sorts them.
+// W_enc streams through shared memory once, by bulk copies that two threads of
+// the last warpgroup request.
 #pragma once
 
-#include "async.cuh"
-#include "emit.cuh"
-#include "wgmma.cuh"
+#include "epilogue.cuh"
+#include "ptx/launch_control.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+#include "scheduler.cuh"
 
 namespace vllm_steering {
 
-constexpr int kTileF = 128;
-constexpr int kTileK = 64;  // one 128-byte swizzle row of 16-bit numbers
-constexpr int kWidths = 5;
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kEncodeThreads = kConsumers + 128;
@@ -34,14 +33,13 @@ struct EncodeMaps {
 };
 
 // The block's shared memory. `operands` begins at a multiple of 1024.
-constexpr int kMaxListed = 256;  // tokens of a step that `tokens` can list
 struct EncodeMemory {
   char operands[4 * (kStageW + 256 * kTileK * 2)];
   uint2 hits[kConsumerWarps * kHitsPerWarp];
   int left[kConsumers];  // hits that a lane has left to the emitters
   uint64_t full[kMaxStages], empty[kMaxStages];
   uint64_t hits_full[kConsumerWarps], hits_empty[kConsumerWarps];
-  uint8_t tokens[kMaxListed];  // for kernels that keep the list here
+  uint8_t tokens[kCompactEncodeTokens];  // for kernels that keep the list here
   int sums[kEncodeThreads / 32];
 };
 constexpr int kEncodeSmem = sizeof(EncodeMemory) + 1024;
@@ -50,12 +48,6 @@ static_assert(kEncodeSmem <= 227 * 1024, "more than a multiprocessor has");
 __device__ __forceinline__ EncodeMemory& encode_memory(char* raw) {
   const uint32_t pad = (1024 - (smem_address(raw) & 1023)) & 1023;
   return *reinterpret_cast<EncodeMemory*>(raw + pad);
-}
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-
-__device__ __forceinline__ uint32_t barrier_at(const uint64_t* bars, int i) {
-  return smem_address(bars + i);
 }
 
 __device__ void init_barriers(EncodeMemory& m) {
@@ -67,44 +59,16 @@ __device__ void init_barriers(EncodeMemory& m) {
     barrier_init(barrier_at(m.hits_full, w), 1);
     barrier_init(barrier_at(m.hits_empty, w), 1);
   }
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// Shared memory descriptor of a K-major tile with 128-byte swizzle.
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
-  return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(64) << 32) |
-         (static_cast<uint64_t>(1) << 16) | ((address & 0x3FFFF) >> 4);
-}
-
-// Walks the tiles of one block: a group of token tiles stays in L2 while the
-// features pass, and the token tile is the fast index, so a tile of W_enc is
-// fetched once.
-struct TileWalk {
-  int n_f, n_t, group;
-  __device__ void at(int tile, int& f, int& t) const {
-    const int first = tile / (group * n_f) * group;
-    const int width = min(n_t - first, group);
-    const int rest = tile % (group * n_f);
-    t = first + rest % width;
-    f = rest / width;
-  }
-  __device__ int tiles() const { return n_f * n_t; }
-};
-
-// Where tile `f` of the features begins its reduction. Blocks that work side by
-// side begin at different columns, or all would read the same lines of x at the
-// same time; the order of a feature's sum depends on the feature alone.
-__device__ __forceinline__ int first_k(int f, int k_tiles) {
-  return f * 7 % k_tiles;
+  barrier_init_fence();
 }
 
 template <int N>
-struct Shape {
+struct Stages {
   static constexpr int kStageX = N * kTileK * 2;
   static constexpr int kFit =
       sizeof(EncodeMemory::operands) / (kStageW + kStageX);
-  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
-  static constexpr int kX0 = kStages * kStageW;  // where the x stages begin
+  static constexpr int kCount = kFit < kMaxStages ? kFit : kMaxStages;
+  static constexpr int kX0 = kCount * kStageW;  // where the x stages begin
 };
 
 // Requests the first `stages` of feature tile blockIdx.x, which fit whatever
@@ -142,7 +106,7 @@ __device__ __forceinline__ void pace(long long start, int stage) {
 template <int N, bool Weights>
 __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
                             int d_model, TileWalk walk, int first) {
-  using S = Shape<N>;
+  using S = Stages<N>;
   constexpr int kBytes = Weights ? kStageW : S::kStageX;
   const int k_tiles = (d_model + kTileK - 1) / kTileK;
   const uint32_t to = smem_address(m.operands) + (Weights ? 0 : S::kX0);
@@ -156,7 +120,7 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
     int k = first_k(f, k_tiles);
 #pragma unroll 1
     for (int step = 0; step < k_tiles; ++step, ++it) {
-      const int s = it % S::kStages, round = it / S::kStages;
+      const int s = it % S::kCount, round = it / S::kCount;
       if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
       if (first > 0 && round == 0) pace(start, it - first);
       if (it >= first) {
@@ -169,8 +133,9 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
 }
 
 // A warp of the last warpgroup: appends the hits that consumers leave.
-__device__ void append_left(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
-                            int width, int n, int emitter) {
+template <typename T>
+__device__ void append_left(const EncodeArgs<T>& a, EncodeMemory& m,
+                            TileWalk walk, int width, int n, int emitter) {
   const int lane = threadIdx.x & 31;
   int round = 0;
   for (int tile = blockIdx.x; tile + static_cast<int>(gridDim.x) < walk.tiles();
@@ -193,41 +158,41 @@ __device__ void append_left(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
 template <typename T, int N>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
                                          int k_tiles, int& it) {
-  using S = Shape<N>;
+  using S = Stages<N>;
   const uint32_t operands = smem_address(m.operands);
   const uint32_t half = threadIdx.x / 128 * 64 * 128;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
 #pragma unroll 1
   for (int k = 0; k < k_tiles; ++k, ++it) {
-    const int s = it % S::kStages;
-    barrier_wait(barrier_at(m.full, s), it / S::kStages & 1);
+    const int s = it % S::kCount;
+    barrier_wait(barrier_at(m.full, s), it / S::kCount & 1);
     const uint64_t w = tile_descriptor(operands + s * kStageW + half);
     const uint64_t x = tile_descriptor(operands + S::kX0 + s * S::kStageX);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kTileK / 16; ++kk)
       Wgmma<T, N>::mma(acc, w + 2 * kk, x + 2 * kk, 1);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    wgmma_commit();
     // The product of the previous stage is done: its buffers may be refilled.
-    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    wgmma_wait<1>();
     if (k > 0 && threadIdx.x % 128 == 0)
-      barrier_arrive(barrier_at(m.empty, (it - 1) % S::kStages));
+      barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
   }
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
   if (k_tiles > 0 && threadIdx.x % 128 == 0)
-    barrier_arrive(barrier_at(m.empty, (it - 1) % S::kStages));
+    barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
 }
 
 // The consumers' walk. It begins with a round without a tile, while the
 // operands are still on their way: that brings the epilogue's code into the
 // instruction cache.
 template <typename T, int N>
-__device__ void consume(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
+__device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, TileWalk walk,
                         int n) {
-  const int k_tiles = (a.d_model + kTileK - 1) / kTileK;
+  const int k_tiles = (a.weights.d_model + kTileK - 1) / kTileK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int row = warp * 16 + lane / 4;
   const uint32_t where = ((lane & 3) * 2) << 8 | row;
@@ -242,13 +207,14 @@ __device__ void consume(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
     int f_tile = walk.n_f, t_tile = 0;  // past the end: no feature fires
     if (real) walk.at(tile, f_tile, t_tile);
     const TilePlace at = {f_tile * kTileF, t_tile * N, n};
-    const LaneFeatures l = load_features(a, at.f0 + row);
+    const LaneFeatures l = load_features(a.weights, at.f0 + row);
     multiply<T, N>(acc, m, real ? k_tiles : 0, it);
     // Not sooner: blocks of the decoder would crowd on the few idle
     // multiprocessors.
     if (real) launch_dependents();
-    if (a.scores != nullptr) {
-      store_scores<N>(a, acc, l, at.f0 + row, at);
+    if (a.ws.scores != nullptr) {
+      store_scores<N>(a.ws.scores, a.weights.num_features, acc, l, at.f0 + row,
+                      at);
       continue;
     }
     const bool keep = real && tile + stride < walk.tiles();
@@ -263,86 +229,38 @@ __device__ void consume(const EncodeArgs& a, EncodeMemory& m, TileWalk walk,
   }
 }
 
-// Calls RUN(N, i) for the narrowest tile width N, the i-th, that holds n
-// tokens.
-#define STEERING_WIDTHS(n, RUN) \
-  if (n <= 8) {                 \
-    RUN(8, 0);                  \
-  } else if (n <= 32) {         \
-    RUN(32, 1);                 \
-  } else if (n <= 64) {         \
-    RUN(64, 2);                 \
-  } else if (n <= 128) {        \
-    RUN(128, 3);                \
-  } else {                      \
-    RUN(256, 4);                \
-  }
-
-__device__ __forceinline__ int tile_width(int n) {
-  return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : 256;
-}
-
-__device__ __forceinline__ TileWalk tile_walk(const EncodeArgs& a, int n) {
-  const int width = tile_width(n);
-  return {(a.num_features + kTileF - 1) / kTileF, (n + width - 1) / width,
-          a.group};
-}
-
 // The last warpgroup: two threads request copies, the other warps append hits.
 // `first` stages of weights have been requested.
-__device__ __forceinline__ void serve(const EncodeArgs& a, EncodeMemory& m,
-                                      const EncodeMaps& maps, int n,
-                                      int first) {
-  const TileWalk walk = tile_walk(a, n);
+template <typename T>
+__device__ __forceinline__ void producer(const EncodeArgs<T>& a,
+                                         EncodeMemory& m,
+                                         const EncodeMaps& maps, int n,
+                                         int first) {
+  const TileWalk walk = tile_walk(a.weights.num_features, n);
+  const int d_model = a.weights.d_model;
   const int emitter = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps - 2;
   if (threadIdx.x == kWeightsThread) {
 #define STEERING_WEIGHTS(N, I) \
-  request_all<N, true>(m, &maps.w, a.d_model, walk, first)
+  request_all<N, true>(m, &maps.w, d_model, walk, first)
     STEERING_WIDTHS(n, STEERING_WEIGHTS)
 #undef STEERING_WEIGHTS
   } else if (threadIdx.x == kTokensThread) {
 #define STEERING_TOKENS(N, I) \
-  request_all<N, false>(m, &maps.x[I], a.d_model, walk, 0)
+  request_all<N, false>(m, &maps.x[I], d_model, walk, 0)
     STEERING_WIDTHS(n, STEERING_TOKENS)
 #undef STEERING_TOKENS
-  } else if (emitter >= 0 && a.scores == nullptr) {
+  } else if (emitter >= 0 && a.ws.scores == nullptr) {
     append_left(a, m, walk, tile_width(n), n, emitter);
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void multiply_all(const EncodeArgs& a,
-                                             EncodeMemory& m, int n) {
-  const TileWalk walk = tile_walk(a, n);
+__device__ __forceinline__ void consumer(const EncodeArgs<T>& a,
+                                         EncodeMemory& m, int n) {
+  const TileWalk walk = tile_walk(a.weights.num_features, n);
 #define STEERING_CONSUME(N, I) consume<T, N>(a, m, walk, n)
   STEERING_WIDTHS(n, STEERING_CONSUME)
 #undef STEERING_CONSUME
-}
-
-#endif
-
-template <typename T>
-__global__ void __launch_bounds__(kEncodeThreads, 1)
-    encode_kernel(EncodeArgs a, const __grid_constant__ EncodeMaps maps) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw[];
-  EncodeMemory& m = encode_memory(raw);
-  if (threadIdx.x == kWeightsThread) {
-    init_barriers(m);
-    for (int i = 0; i < kWidths; ++i) prefetch_map(&maps.x[i]);
-  }
-  __syncthreads();
-  wait_for_previous();
-  const int n = min(*a.count - a.base, a.rows);
-  if (n <= 0) return;
-  if (threadIdx.x >= kConsumers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    serve(a, m, maps, n, 0);
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    multiply_all<T>(a, m, n);
-  }
-#endif
 }
 
 }  // namespace vllm_steering

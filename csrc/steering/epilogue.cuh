@@ -7,7 +7,8 @@
 // already work on it.
 #pragma once
 
-#include "common.cuh"
+#include "bundles.cuh"
+#include "ptx/tma.cuh"
 
 namespace vllm_steering {
 
@@ -18,15 +19,11 @@ constexpr int kHitsPerLane = 16;
 constexpr int kHitsPerWarp = 32 * kHitsPerLane;
 constexpr int kPart = 8;  // accumulators scanned between looks at the buffer
 
+template <typename T>
 struct EncodeArgs {
-  const float* b_enc;      // [F]
-  const float* threshold;  // [F]
-  const int* count;
-  int* lines;         // [rows, kLine]
-  int64_t* entries;   // [rows, capacity], or null
-  float* scores;      // [rows, F], or null: dense output for TopK
-  const char* w_dec;  // rows to prefetch into L2, or null
-  int base, rows, num_features, d_model, capacity, group;
+  Weights<T> weights;
+  Workspace<T> ws;
+  bool eager;  // ask L2 for rows of W_dec
 };
 
 // Bias and bar of the two features whose scores a lane holds (f and f + 8).
@@ -35,17 +32,18 @@ struct LaneFeatures {
   float2 bias, cut;
 };
 
-__device__ __forceinline__ LaneFeatures load_features(const EncodeArgs& a,
+template <typename T>
+__device__ __forceinline__ LaneFeatures load_features(const Weights<T>& w,
                                                       int f) {
   const float inf = __int_as_float(0x7F800000);
   LaneFeatures l = {make_float2(-inf, -inf), make_float2(inf, inf)};
-  if (f < a.num_features) {
-    l.bias.x = a.b_enc[f];
-    l.cut.x = fmaxf(a.threshold[f], 0.f) - l.bias.x;
+  if (f < w.num_features) {
+    l.bias.x = w.b_enc[f];
+    l.cut.x = fmaxf(w.threshold[f], 0.f) - l.bias.x;
   }
-  if (f + 8 < a.num_features) {
-    l.bias.y = a.b_enc[f + 8];
-    l.cut.y = fmaxf(a.threshold[f + 8], 0.f) - l.bias.y;
+  if (f + 8 < w.num_features) {
+    l.bias.y = w.b_enc[f + 8];
+    l.cut.y = fmaxf(w.threshold[f + 8], 0.f) - l.bias.y;
   }
   return l;
 }
@@ -57,33 +55,33 @@ struct TilePlace {
 
 // Appends a lane's hits to their tokens' lists, four atomics in flight at a
 // time.
-__device__ __forceinline__ void append_hits(const EncodeArgs& a,
+template <typename T>
+__device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
                                             const uint2* hits, int own,
                                             TilePlace at) {
   const int most = __reduce_max_sync(~0u, own);
+  const int capacity = a.ws.capacity;
 #pragma unroll 1
   for (int first = 0; first < most; first += 4) {
     uint2 hit[4];
     int slot[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      slot[u] = a.capacity;
+      slot[u] = capacity;
       if (first + u >= own) continue;
       hit[u] = hits[(first + u) * 32];
       const int t = at.t0 + (hit[u].x >> 8);  // columns past n hold junk
-      if (t < at.n) slot[u] = atomicAdd(a.lines + t * kLine, 1);
+      if (t < at.n) slot[u] = atomicAdd(&a.ws.records[t].listed, 1);
     }
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      if (slot[u] >= a.capacity) continue;
+      if (slot[u] >= capacity) continue;
       const int64_t f = at.f0 + (hit[u].x & 0xFF), t = at.t0 + (hit[u].x >> 8);
-      a.entries[t * a.capacity + slot[u]] =
-          f << 32 | static_cast<int64_t>(hit[u].y);
-      if (a.w_dec != nullptr && at.n <= kEagerTokens) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         a.w_dec + f * a.d_model * 2),
-                     "r"(a.d_model * 2));
-      }
+      a.ws.entries[t * capacity + slot[u]] =
+          pack_entry(f, __uint_as_float(hit[u].y));
+      if (a.eager && at.n <= kEagerTokens)
+        prefetch_bytes(a.weights.w_dec + f * a.weights.d_model,
+                       a.weights.d_model * 2);
     }
   }
 }
@@ -142,8 +140,8 @@ __device__ __forceinline__ void note_part(int part, const float (&p)[R],
 // Emits one lane's non-zeros, part by part; the buffer is emptied whenever
 // another part might not fit. With `keep` the last hits stay in it for another
 // warp. Returns how many are left there.
-template <int N>
-__device__ __forceinline__ int emit_hits(const EncodeArgs& a,
+template <int N, typename T>
+__device__ __forceinline__ int emit_hits(const EncodeArgs<T>& a,
                                          const float (&p)[N / 2],
                                          const LaneFeatures& l, uint2* hits,
                                          uint32_t where, TilePlace at,
@@ -172,14 +170,14 @@ __device__ __forceinline__ int emit_hits(const EncodeArgs& a,
 // Stores a lane's scores. The walk is one pointer that moves: with an address
 // for every score the compiler runs out of registers.
 template <int N>
-__device__ __forceinline__ void store_scores(const EncodeArgs& a,
+__device__ __forceinline__ void store_scores(float* scores, int num_features,
                                              const float (&p)[N / 2],
                                              const LaneFeatures& l, int f,
                                              TilePlace at) {
-  const bool upper = f < a.num_features, lower = f + 8 < a.num_features;
-  const int64_t stride = a.num_features;
+  const bool upper = f < num_features, lower = f + 8 < num_features;
+  const int64_t stride = num_features;
   int t = at.t0 + (threadIdx.x & 3) * 2;
-  float* to = a.scores + t * stride + f;
+  float* to = scores + t * stride + f;
 #pragma unroll
   for (int i = 0; i < N / 2; i += 4) {
     if (t < at.n) {

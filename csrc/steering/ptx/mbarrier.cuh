@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asynchronous copies and barriers: mbarriers and tensor copies (sm_90), a
-// barrier of some of a block's warps, and one of all blocks of a grid.
+// Barriers: mbarriers in shared memory (sm_90), a barrier of some of a block's
+// warps, and one of all blocks of a grid.
 #pragma once
-
-#include <cuda.h>
 
 #include <cstdint>
 
@@ -19,11 +17,18 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t barrier_at(const uint64_t* bars, int i) {
+  return smem_address(bars + i);
+}
 
 __device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar),
                "r"(arrivals));
+}
+
+// Makes the initialisations of this thread visible to asynchronous copies.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
@@ -46,26 +51,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
       "@!done bra again;\n}\n" ::"r"(bar),
       "r"(parity)
       : "memory");
-}
-
-// Fetches a tensor map ahead of its first copy.
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-__device__ __forceinline__ void copy_tile(const CUtensorMap* map, uint32_t to,
-                                          uint32_t bar, int k, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::"
-      "bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(bar), "r"(k), "r"(row)
-      : "memory");
-}
-
-// Orders this thread's ordinary accesses with asynchronous copies around it.
-__device__ __forceinline__ void fence_async() {
-  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // Says that this block has come to the barrier. What the block wrote before a
@@ -93,7 +78,5 @@ __device__ __forceinline__ void grid_leave(int* arrivals, int* exits) {
   *arrivals = 0;
   *exits = 0;
 }
-
-#endif
 
 }  // namespace vllm_steering

@@ -6,7 +6,9 @@
 // the few candidates above the bound are ranked exactly.
 #pragma once
 
+#include "bundles.cuh"
 #include "keys.cuh"
+#include "ptx/launch_control.cuh"
 
 namespace vllm_steering {
 
@@ -15,17 +17,12 @@ constexpr int kGroupsPerThread = 4;
 constexpr int kBins = 2048;  // the upper 11 bits of a score
 constexpr int kCandidates = 1024;
 
+// The same for every element type of the model: x and the stream are not read.
 struct SelectArgs {
-  const int* table;
+  ClampTable table;
   const int* meta;
-  const int* count;
-  const float* scores;  // [rows, F]
-  int* lines;           // [rows, kLine]
-  int64_t* entries;     // [rows, capacity], in any order
-  int64_t* kth;         // [rows]
-  float* coef;          // [rows, max_clamps]
-  int64_t table_stride;
-  int base, rows, num_features, capacity, max_clamps;
+  Workspace<void> ws;
+  int num_features;
 };
 
 struct SelectMemory {
@@ -143,8 +140,7 @@ __device__ unsigned long long search_kth(SelectMemory& m, const Scores& s,
 __device__ void append_entry(SelectMemory& m, const SelectArgs& a, int64_t* own,
                              int f, float p) {
   const int slot = atomicAdd(&m.listed, 1);
-  if (slot < a.capacity)
-    own[slot] = static_cast<int64_t>(f) << 32 | __float_as_uint(p);
+  if (slot < a.ws.capacity) own[slot] = pack_entry(f, p);
 }
 
 // Ranks the candidates in shared memory; lists those among the k largest.
@@ -165,32 +161,30 @@ __device__ void rank_candidates(SelectMemory& m, const SelectArgs& a,
 
 // coef = g - f of the token's clamps.
 __device__ void resolve_clamps(const SelectMemory& m, const SelectArgs& a,
-                               const Scores& s, int table_row, int64_t i,
+                               const Scores& s, const ClampRow& row, int64_t i,
                                bool relu) {
-  const int* row = a.table + table_row * a.table_stride;
-  for (int c = threadIdx.x; c < row[1]; c += kSelectThreads) {
-    const int f = row[2 + c];
+  for (int c = threadIdx.x; c < row.count(); c += kSelectThreads) {
+    const int f = row.feature(c);
     const float score = s.p[f];
     const bool chosen = f < s.d_sae && sort_key(score, f) >= m.kth;
     const float act = chosen && (score > 0.f || !relu) ? score : 0.f;
-    const float value = __int_as_float(row[2 + 2 * a.max_clamps + c]);
-    a.coef[i * a.max_clamps + c] =
-        clamp_delta(row[2 + a.max_clamps + c], value, act);
+    a.ws.coef[i * row.max_clamps + c] = clamp_delta(row, c, act);
   }
 }
 
-__global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
+__global__ void __launch_bounds__(kSelectThreads)
+    select_kernel(const __grid_constant__ SelectArgs a) {
   __shared__ SelectMemory m;
   launch_dependents();
   wait_for_previous();
-  const int n = min(*a.count - a.base, a.rows);
+  const int n = a.ws.tokens();
   const int d_sae = a.meta[kDSae], k = min(a.meta[kK], d_sae);
   const bool relu = a.meta[kTopkRelu] != 0;
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
-    int* line = a.lines + i * kLine;
-    if (line[kToken] < 0 || k <= 0) continue;
-    const Scores s = {a.scores + i * a.num_features, d_sae};
-    int64_t* own = a.entries + i * a.capacity;
+    TokenRecord* record = a.ws.records + i;
+    if (record->token < 0 || k <= 0) continue;
+    const Scores s = {a.ws.scores + i * a.num_features, d_sae};
+    int64_t* own = a.ws.entries + i * a.ws.capacity;
     __syncthreads();
     bound_scores(m, s, k);
     const unsigned bound = static_cast<unsigned>(m.bound) << 21;
@@ -213,10 +207,10 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(SelectArgs a) {
       if (threadIdx.x == 0) m.kth = kth;
     }
     __syncthreads();
-    resolve_clamps(m, a, s, line[kRow], i, relu);
+    resolve_clamps(m, a, s, a.table.row(record->row), i, relu);
     if (threadIdx.x == 0) {
-      line[kListed] = m.listed;
-      a.kth[i] = static_cast<int64_t>(m.kth);
+      record->listed = m.listed;
+      a.ws.kth[i] = static_cast<int64_t>(m.kth);
     }
   }
 }

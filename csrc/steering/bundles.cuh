@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an op is given, as kernels see it: raw pointers and sizes, four bundles.
+// bundles.h makes them from tensors and checks them.
+#pragma once
+
+#include <type_traits>
+
+#include "pack.cuh"
+#include "records.cuh"
+
+namespace vllm_steering {
+
+// One SAE; SAEWeights in layers/steering_state.py.
+template <typename T>
+struct Weights {
+  const T* w_enc;          // [F, D]
+  const float* b_enc;      // [F]
+  const float* threshold;  // [F]
+  const T* w_dec;          // [F, D]
+  const float* b_dec;      // [D]
+  const int* meta;
+  const float* norm_limit;
+  int num_features, d_model;
+};
+
+// Rows and flags of the step's tokens, and the clamps of the rows.
+struct Step {
+  const int* index;  // [tokens]
+  const int* flags;  // [tokens]
+  ClampTable table;
+  unsigned long long* saturated;  // write-backs that were limited
+};
+
+// The residual stream: hidden + residual, or hidden alone.
+template <typename T>
+struct Stream {
+  T *hidden, *residual;  // [tokens, D]; residual may be null
+  int64_t hidden_stride, residual_stride;
+  int tokens;
+};
+
+// The largest component that is written back.
+template <typename T>
+constexpr float kStreamLimit = power_of_2(
+    std::is_same_v<T, __half> ? kStreamLimitFloat16 : kStreamLimitBfloat16);
+
+// A component that may be written: within the limit, the lower one for NaN.
+// `over` becomes true where that changes it.
+template <typename T>
+__device__ __forceinline__ float saturate(float x, bool& over) {
+  constexpr float kLimit = kStreamLimit<T>;
+  over |= !(fabsf(x) <= kLimit);
+  return fminf(fmaxf(x, -kLimit), kLimit);
+}
+
+// Counts a token once, however many of its components were limited, and by
+// whichever thread.
+__device__ __forceinline__ void count_saturated(bool over, int* counted,
+                                                unsigned long long* total) {
+  if (over && atomicExch(counted, 1) == 0) atomicAdd(total, 1ull);
+}
+
+// Scratch memory of one chunk of at most `rows` active tokens.
+template <typename T>
+struct Workspace {
+  T* x;                  // [rows, D], the active tokens' stream
+  TokenRecord* records;  // [rows]
+  int* count;            // active tokens of the whole step
+  int* sync;             // counters of a grid's barrier, zero between launches
+  int64_t* entries;      // [rows, capacity]
+  float* scores;         // [rows, F], TopK only, else null
+  int64_t* kth;          // [rows], TopK only
+  float* coef;           // [rows, max_clamps], g - f
+  int rows, capacity;
+  int base;  // active tokens before this chunk
+
+  __device__ __forceinline__ int tokens() const {
+    return min(*count - base, rows);
+  }
+};
+
+}  // namespace vllm_steering

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// Turns the bundles of tensors that an op is given into those that kernels take
+// (bundles.cuh), and checks all of it: number, dtype, shape, layout, alignment,
+// device. A message names the tensor as Python does.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bundles.cuh"
+#include "launch.h"
+
+namespace vllm_steering {
+
+using Tensors = std::vector<Tensor>;
+
+template <typename T>
+T* data(const Tensor& t) {
+  return reinterpret_cast<T*>(t.data_ptr());
+}
+
+constexpr int64_t kAny = -1;  // a size that may be anything
+
+// The device that everything must be on, and the model's element type.
+struct Expected {
+  int device;
+  ScalarType type;
+};
+
+inline const Tensor& get(const Tensors& bundle, size_t i, const char* name) {
+  STD_TORCH_CHECK(i < bundle.size(), "steering: ", name, " is missing");
+  return bundle[i];
+}
+
+// A tensor of `sizes` whose rows are contiguous; all of it unless `strided`.
+inline const Tensor& check(const Tensor& t, const char* name, ScalarType type,
+                           std::vector<int64_t> sizes, const Expected& e,
+                           bool strided = false) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == e.device,
+                  "steering: ", name, " is not on CUDA device ", e.device);
+  STD_TORCH_CHECK(t.scalar_type() == type, "steering: ", name, " has dtype ",
+                  static_cast<int>(t.scalar_type()), ", expected ",
+                  static_cast<int>(type));
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i)
+    fits = sizes[i] == kAny || t.size(i) == sizes[i];
+  STD_TORCH_CHECK(fits, "steering: ", name, " has an unexpected shape");
+  const bool rows =
+      t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1;
+  STD_TORCH_CHECK(
+      strided ? rows : t.is_contiguous(), "steering: ", name,
+      strided ? " has rows that are not contiguous" : " is not contiguous");
+  return t;
+}
+
+inline void check_aligned(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0,
+                  "steering: ", name, " is not 16-byte aligned");
+}
+
+inline void check_length(const Tensor& t, int64_t least, const char* name) {
+  STD_TORCH_CHECK(t.numel() >= least, "steering: ", name, " has ", t.numel(),
+                  " elements, expected at least ", least);
+}
+
+inline Expected expected_of(const Tensors& stream) {
+  const Tensor& hidden = get(stream, kHidden, "hidden");
+  STD_TORCH_CHECK(hidden.is_cuda(), "steering: hidden is not on a CUDA device");
+  const ScalarType type = hidden.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "steering: the CUDA kernels take bfloat16 and float16");
+  return {hidden.get_device_index(), type};
+}
+
+template <typename T>
+Stream<T> make_stream(const Tensors& stream, const Expected& e) {
+  const Tensor& hidden = get(stream, kHidden, "hidden");
+  const int64_t tokens = hidden.size(0), d_model = hidden.size(1);
+  STD_TORCH_CHECK(d_model % 8 == 0 && d_model > 0, "steering: width ", d_model,
+                  " is no multiple of 8");
+  for (size_t i = 0; i < stream.size(); ++i) {
+    const char* name = i == kHidden ? "hidden" : "residual";
+    check(stream[i], name, e.type, {tokens, d_model}, e, true);
+    check_aligned(stream[i], name);
+    STD_TORCH_CHECK(stream[i].stride(0) % 8 == 0, "steering: rows of ", name,
+                    " are not 16-byte aligned");
+  }
+  const bool two = stream.size() > kResidual;
+  return {data<T>(hidden), two ? data<T>(stream[kResidual]) : nullptr,
+          hidden.stride(0), two ? stream[kResidual].stride(0) : 0,
+          static_cast<int>(tokens)};
+}
+
+template <typename T>
+Weights<T> make_weights(const Tensors& w, int64_t d_model, const Expected& e) {
+  const auto f32 = ScalarType::Float;
+  const Tensor& w_enc =
+      check(get(w, kWEnc, "W_enc"), "W_enc", e.type, {kAny, d_model}, e);
+  const int64_t f = w_enc.size(0);
+  const Tensor& w_dec =
+      check(get(w, kWDec, "W_dec"), "W_dec", e.type, {f, d_model}, e);
+  const Tensor& b_enc = check(get(w, kBEnc, "b_enc"), "b_enc", f32, {f}, e);
+  const Tensor& threshold =
+      check(get(w, kThreshold, "threshold"), "threshold", f32, {f}, e);
+  const Tensor& b_dec =
+      check(get(w, kBDec, "b_dec"), "b_dec", f32, {d_model}, e);
+  const Tensor& meta =
+      check(get(w, kMeta, "meta"), "meta", ScalarType::Int, {kAny}, e);
+  const Tensor& norm_limit =
+      check(get(w, kNormLimit, "norm_limit"), "norm_limit", f32, {1}, e);
+  check_length(meta, kSkipMask + 1, "meta");
+  check_aligned(w_enc, "W_enc");
+  check_aligned(w_dec, "W_dec");
+  return {
+      data<T>(w_enc),          data<float>(b_enc),  data<float>(threshold),
+      data<T>(w_dec),          data<float>(b_dec),  data<int>(meta),
+      data<float>(norm_limit), static_cast<int>(f), static_cast<int>(d_model)};
+}
+
+inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
+  const auto i32 = ScalarType::Int;
+  const Tensor& index =
+      check(get(step, kIndex, "index"), "index", i32, {kAny}, e);
+  const Tensor& flags =
+      check(get(step, kFlags, "flags"), "flags", i32, {kAny}, e);
+  const Tensor& table =
+      check(get(step, kTable, "table"), "table", i32, {kAny, kAny}, e, true);
+  const Tensor& saturated = check(get(step, kSaturated, "saturated"),
+                                  "saturated", ScalarType::Long, {1}, e);
+  check_length(index, tokens, "index");
+  check_length(flags, tokens, "flags");
+  STD_TORCH_CHECK(table.size(1) >= 2 && (table.size(1) - 2) % 3 == 0,
+                  "steering: table has rows of ", table.size(1),
+                  " columns, expected 2 + 3 K");
+  return {data<int>(index),
+          data<int>(flags),
+          {data<int>(table), table.stride(0),
+           static_cast<int>((table.size(1) - 2) / 3)},
+          data<unsigned long long>(saturated)};
+}
+
+// `topk`: with scores and the k-th keys.
+template <typename T>
+Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
+                            int max_clamps, bool topk, int64_t base,
+                            const Expected& e) {
+  const auto i32 = ScalarType::Int, i64 = ScalarType::Long;
+  const auto f32 = ScalarType::Float;
+  const Tensor& x =
+      check(get(ws, kX, "x"), "x", e.type, {kAny, weights.d_model}, e);
+  const int64_t rows = x.size(0);
+  check_aligned(x, "x");
+  const Tensor& records = check(get(ws, kRecords, "records"), "records", i32,
+                                {kAny, kRecordInts}, e);
+  check_length(records, rows * kRecordInts, "records");
+  check(get(ws, kCount, "count"), "count", i32, {1}, e);
+  check_length(check(get(ws, kSync, "sync"), "sync", i32, {kAny}, e), 2,
+               "sync");
+  const Tensor& entries =
+      check(get(ws, kEntries, "entries"), "entries", i64, {rows, kAny}, e);
+  check(get(ws, kCoef, "coef"), "coef", f32, {rows, max_clamps}, e);
+  if (topk) {
+    check(get(ws, kScores, "scores"), "scores", f32,
+          {rows, weights.num_features}, e);
+    check_length(check(get(ws, kKth, "kth"), "kth", i64, {kAny}, e), rows,
+                 "kth");
+  }
+  STD_TORCH_CHECK(base >= 0, "steering: base ", base, " is negative");
+  return {data<T>(x),
+          data<TokenRecord>(records),
+          data<int>(ws[kCount]),
+          data<int>(ws[kSync]),
+          data<int64_t>(entries),
+          topk ? data<float>(ws[kScores]) : nullptr,
+          topk ? data<int64_t>(ws[kKth]) : nullptr,
+          data<float>(ws[kCoef]),
+          static_cast<int>(rows),
+          static_cast<int>(entries.size(1)),
+          static_cast<int>(base)};
+}
+
+// All four bundles of an op.
+template <typename T>
+struct Bundles {
+  Step step;
+  Weights<T> weights;
+  Stream<T> stream;
+  Workspace<T> ws;
+};
+
+template <typename T>
+Bundles<T> make_bundles(const Tensors& step, const Tensors& weights,
+                        const Tensors& stream, const Tensors& ws, bool topk,
+                        int64_t base) {
+  const Expected e = expected_of(stream);
+  const Stream<T> s = make_stream<T>(stream, e);
+  const Weights<T> w = make_weights<T>(weights, stream[kHidden].size(1), e);
+  const Step st = make_step(step, s.tokens, e);
+  return {st, w, s,
+          make_workspace<T>(ws, w, st.table.max_clamps, topk, base, e)};
+}
+
+// Calls f with a value of the stream's element type.
+template <typename F>
+void for_type(const Tensors& stream, F&& f) {
+  if (expected_of(stream).type == ScalarType::BFloat16)
+    f(__nv_bfloat16{});
+  else
+    f(__half{});
+}
+
+}  // namespace vllm_steering

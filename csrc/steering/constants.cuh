@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Python and C++ both state. tests/kernels/steering/test_constants.py
+// reads this file and the Python side, and compares them name by name.
+#pragma once
+
+namespace vllm_steering {
+
+// layers/steering_state.py: MetaField, columns of SAEWeights.meta.
+enum Meta { kDSae = 0, kUsesTopk = 1, kK = 2, kTopkRelu = 3, kSkipMask = 4 };
+
+// layers/steering_state.py: ClampKind, and ONLY_IF_ACTIVE.
+enum ClampCode { kAbsolute = 0, kAdditive = 1, kScale = 2, kOnlyIfActive = 4 };
+
+// layers/steering_state.py: exponents of two of STREAM_LIMIT, by the model's
+// dtype, and of COEFFICIENT_LIMIT.
+constexpr int kStreamLimitBfloat16 = 56;
+constexpr int kStreamLimitFloat16 = 15;
+constexpr int kCoefficientLimit = 96;
+
+// steering_kernels/plan.py: RECORD_INTS, COMPACT_ENCODE_TOKENS.
+constexpr int kRecordInts = 32;
+constexpr int kCompactEncodeTokens = 256;
+
+// steering_kernels/bundles.py: the order of the tensors in an op's bundles.
+enum WeightsField {
+  kWEnc = 0,
+  kBEnc = 1,
+  kThreshold = 2,
+  kWDec = 3,
+  kBDec = 4,
+  kMeta = 5,
+  kNormLimit = 6,
+};
+enum WorkspaceField {
+  kX = 0,
+  kRecords = 1,
+  kCount = 2,
+  kSync = 3,
+  kEntries = 4,
+  kScores = 5,
+  kKth = 6,
+  kCoef = 7,
+};
+enum StepField { kIndex = 0, kFlags = 1, kTable = 2, kSaturated = 3 };
+enum StreamField { kHidden = 0, kResidual = 1 };
+
+}  // namespace vllm_steering

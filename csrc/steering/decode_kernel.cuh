@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stages 3 and 4 for few tokens: sort a token's entries, resolve its clamps,
+// gather rows of W_dec.
+//
+//   full:  x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
+//   delta: x' = x + sum_c (g_c - f_c) W_dec[c]
+//
+// A block owns one token and some slices of D; its eight warps take the sorted
+// entries in turn and their partial sums are added in a fixed order, so a
+// token's bits depend neither on the run nor on its batch.
+#pragma once
+
+#include "overflow.cuh"
+
+namespace vllm_steering {
+
+// The number of slots of the sorted list: entries, then clamps.
+__host__ __device__ inline int list_slots(int max_clamps) {
+  return kSortMax + max_clamps;
+}
+
+// Bytes of shared memory: list (feature, weight), then raw entries, a window,
+// or the partial sums, which are needed one after another.
+inline int decode_smem(int max_clamps) {
+  const int sums = kDecodeWarps * kColumns * 4;
+  const int scratch = sums > kWindow * 4 ? sums : kWindow * 4;
+  return list_slots(max_clamps) * 8 + scratch;
+}
+
+// Appends the clamps' corrections behind the entries; returns the new length.
+template <typename T>
+__device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
+                             int64_t i, int2* list, int n) {
+  const int clamps = row.count();
+  if (clamps == 0) return n;
+  for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
+    const int feature = row.feature(c);
+    const float delta =
+        a.resolved ? a.ws.coef[i * row.max_clamps + c]
+                   : clamp_delta(row, c, find_feature(list, n, feature));
+    list[n + c] = make_int2(feature, __float_as_int(delta));
+  }
+  __syncthreads();
+  return n + clamps;
+}
+
+// acc += this warp's entries, `Ahead` rows in flight. Places past the end
+// repeat the last entry with no weight: loads without branches are issued back
+// to back.
+template <int Ahead, typename T>
+__device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
+                                            int n, const T* w_dec, int column,
+                                            int d_model) {
+  const T* columns = w_dec + min(column, d_model - 8);
+#pragma unroll 1
+  for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * Ahead) {
+    Pack8<T> w[Ahead];
+    float weight[Ahead];
+#pragma unroll
+    for (int u = 0; u < Ahead; ++u) {
+      const int at = j + u * kDecodeWarps;
+      const int2 e = list[min(at, n - 1)];
+      weight[u] = at < n ? __int_as_float(e.y) : 0.f;
+      w[u] = load8(columns + static_cast<int64_t>(e.x) * d_model);
+    }
+#pragma unroll
+    for (int u = 0; u < Ahead; ++u) add_row(acc, w[u], weight[u]);
+  }
+}
+
+// Adds the eight partial sums and the base, rounds once, writes back exactly.
+template <typename T>
+__device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
+                             float* sums, const T* x, T* hidden, T* residual,
+                             int* counted, int first) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
+  to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
+  to[1] = make_float4(sum.at[4], sum.at[5], sum.at[6], sum.at[7]);
+  const int c = first + threadIdx.x;
+  const bool inside = c < a.weights.d_model;
+  float total = 0.f;
+  if (inside) total = a.delta ? to_float(x[c]) : a.weights.b_dec[c];
+  __syncthreads();
+  if (inside) {
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w)
+      total += sums[w * kColumns + threadIdx.x];
+    bool over = false;
+    total = saturate<T>(total, over);
+    count_saturated(over, counted, a.saturated);
+    if (residual != nullptr) {
+      residual[c] = from_float<T>(total);
+      hidden[c] = from_float<T>(0.f);
+    } else {
+      hidden[c] = from_float<T>(total);
+    }
+  }
+  __syncthreads();
+}
+
+// Blocks share a token's slices in groups, as many as keep all of them busy:
+// the list is sorted once a group, not once a slice. `Ahead` rows are in flight
+// in a warp, and blocks share a multiprocessor accordingly: many for one
+// token's latency, few for many tokens.
+template <typename T, int Ahead>
+__global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
+    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
+  extern __shared__ __align__(16) char memory[];
+  int2* list = reinterpret_cast<int2*>(memory);
+  float* scratch =
+      reinterpret_cast<float*>(memory + list_slots(a.table.max_clamps) * 8);
+  launch_dependents();
+  wait_for_previous();
+  const int n = a.ws.tokens(), d_model = a.weights.d_model;
+  const int slices = (d_model + kColumns - 1) / kColumns;
+  const int groups =
+      max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
+  const int room = a.delta || a.long_only ? 0 : a.ws.capacity;
+  for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
+    const int64_t i = work % n;
+    const int64_t* own = a.ws.entries + i * a.ws.capacity;
+    TokenRecord* record = a.ws.records + i;
+    const int token = record->token;
+    const int listed = a.delta ? 0 : record->listed;
+    const EntryLoads mine = load_entries(own, room);
+    const bool sorted = listed <= sorted_max(a);
+    if (token < 0 || (a.long_only && sorted)) continue;
+    const ClampRow row = a.table.row(record->row);
+    const T* x = a.ws.x + i * d_model;
+    T* h = a.stream.hidden + token * a.stream.hidden_stride;
+    T* r = a.stream.residual == nullptr
+               ? nullptr
+               : a.stream.residual + token * a.stream.residual_stride;
+    int total = listed;
+    if (sorted) {
+      sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
+      total = append_clamps(a, row, i, list, listed);
+    }
+    for (int slice = work / n; slice < slices; slice += groups) {
+      const int first = slice * kColumns,
+                column = first + (threadIdx.x & 31) * 8;
+      Partial sum = {};
+      if (sorted)
+        gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column,
+                           d_model);
+      else
+        sum = gather_windows(a, own, listed, row, i, scratch, column);
+      finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
+    }
+  }
+}
+
+}  // namespace vllm_steering

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies to shared memory, and loads, that do not wait.
+#pragma once
+
+#include <cstdint>
+
+namespace vllm_steering {
+
+// Loads that stay where they are written, all in flight before the first use.
+// A guard in C++ would make the compiler wait for one after the other.
+__device__ __forceinline__ uint4 load_if(const void* from, bool there) {
+  uint4 v;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n"
+      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
+      " @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(from), "r"(static_cast<int>(there))
+      : "memory");
+  return v;
+}
+
+__device__ __forceinline__ int load_if(const int* from, bool there,
+                                       int otherwise) {
+  int v = otherwise;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n"
+      " @p ld.global.b32 %0, [%1];\n}"
+      : "+r"(v)
+      : "l"(from), "r"(static_cast<int>(there))
+      : "memory");
+  return v;
+}
+
+__device__ __forceinline__ int load_now(const int* from) {
+  return load_if(from, true, 0);
+}
+
+// Copies 16 or 4 bytes, or writes zeros and reads nothing. Through L1, for the
+// blocks of an SM often want the same rows.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(const void* to, const void* from,
+                                           bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "n"(kBytes), "r"(there ? kBytes : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most the `kLeft` groups of copies committed last are under
+// way.
+template <int kLeft>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+}  // namespace vllm_steering

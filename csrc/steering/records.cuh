@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the stages know of a token, and how a row of a clamp table lies.
+#pragma once
+
+#include <cstdint>
+
+#include "constants.cuh"
+
+namespace vllm_steering {
+
+// 2^n, for 0 <= n < 128.
+__host__ __device__ constexpr float power_of_2(int n) {
+  float power = 1.f;
+  for (int i = 0; i < n; ++i) power *= 2.f;
+  return power;
+}
+
+// An active token, in a cache line of its own, or the atomics of a whole tile
+// would queue for a few lines.
+struct alignas(4 * kRecordInts) TokenRecord {
+  int listed;     // non-zeros found so far
+  int token;      // id in the step, -1: past the norm limit
+  int row;        // of the clamp table
+  int saturated;  // whether the token has been counted as saturated
+};
+static_assert(sizeof(TokenRecord) == 4 * kRecordInts);
+
+// A row of a packed clamp table: active, count, then features, codes, values.
+struct ClampRow {
+  const int* packed;
+  int max_clamps;
+
+  __device__ __forceinline__ bool active() const { return packed[0] != 0; }
+  __device__ __forceinline__ int count() const { return packed[1]; }
+  __device__ __forceinline__ int feature(int c) const { return packed[2 + c]; }
+  __device__ __forceinline__ int code(int c) const {
+    return packed[2 + max_clamps + c];
+  }
+  __device__ __forceinline__ float value(int c) const {
+    return __int_as_float(packed[2 + 2 * max_clamps + c]);
+  }
+};
+
+struct ClampTable {
+  const int* packed;
+  int64_t stride;
+  int max_clamps;
+
+  __device__ __forceinline__ ClampRow row(int r) const {
+    return {packed + r * stride, max_clamps};
+  }
+};
+
+// g - f of one clamp, limited.
+__device__ __forceinline__ float clamp_delta(int code, float value, float f) {
+  if (code >= kOnlyIfActive && f == 0.f) return 0.f;
+  const int kind = code & 3;
+  const float delta =
+      kind == kAdditive ? value : (kind == kScale ? f * value : value) - f;
+  constexpr float kLimit = power_of_2(kCoefficientLimit);
+  return fminf(fmaxf(delta, -kLimit), kLimit);
+}
+
+// g - f of clamp c of a row.
+__device__ __forceinline__ float clamp_delta(const ClampRow& row, int c,
+                                             float f) {
+  return clamp_delta(row.code(c), row.value(c), f);
+}
+
+}  // namespace vllm_steering

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which tiles of a product a block works on, in which order, and how wide they
+// are: pure functions.
+#pragma once
+
+namespace vllm_steering {
+
+constexpr int kTileF = 128;  // rows of the product: two warpgroups of 64
+constexpr int kTileK = 64;   // one 128-byte swizzle row of 16-bit numbers
+
+// Widths of a tile in tokens, and how many there are. The active count, known
+// on the device only, picks the narrowest that holds all tokens.
+constexpr int kWidths = 5;
+constexpr int kWidth[kWidths] = {8, 32, 64, 128, 256};
+
+// Calls RUN(N, i) for the narrowest width N, the i-th, that holds n tokens.
+#define STEERING_WIDTHS(n, RUN) \
+  if (n <= 8) {                 \
+    RUN(8, 0);                  \
+  } else if (n <= 32) {         \
+    RUN(32, 1);                 \
+  } else if (n <= 64) {         \
+    RUN(64, 2);                 \
+  } else if (n <= 128) {        \
+    RUN(128, 3);                \
+  } else {                      \
+    RUN(256, 4);                \
+  }
+
+__device__ __forceinline__ int tile_width(int n) {
+  return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : 256;
+}
+
+// Walks the tiles of one block: a group of token tiles stays in L2 while the
+// features pass, and the token tile is the fast index, so a tile of weights is
+// fetched once.
+struct TileWalk {
+  int n_f, n_t, group;
+  __device__ void at(int tile, int& f, int& t) const {
+    const int first = tile / (group * n_f) * group;
+    const int width = min(n_t - first, group);
+    const int rest = tile % (group * n_f);
+    t = first + rest % width;
+    f = rest / width;
+  }
+  __device__ int tiles() const { return n_f * n_t; }
+};
+
+constexpr int kTokenGroup = 8;  // token tiles of a group
+
+__device__ __forceinline__ TileWalk tile_walk(int num_features, int n) {
+  const int width = tile_width(n);
+  return {(num_features + kTileF - 1) / kTileF, (n + width - 1) / width,
+          kTokenGroup};
+}
+
+// Where tile `f` of the features begins its reduction. Blocks that work side by
+// side begin at different columns, or all would read the same lines of x at the
+// same time; the order of a feature's sum depends on the feature alone.
+__device__ __forceinline__ int first_k(int f, int k_tiles) {
+  return f * 7 % k_tiles;
+}
+
+}  // namespace vllm_steering

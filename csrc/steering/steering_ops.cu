@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The stages of full reconstruction as ops: bundles of tensors in, launches
+// out. The order of a bundle's tensors is in constants.cuh.
+#include <algorithm>
+
+#include "checks.h"
+#include "compact_encode_kernel.cuh"
+#include "compact_kernel.cuh"
+#include "decode_kernel.cuh"
+#include "encode_kernel.cuh"
+#include "gather_kernel.cuh"
+#include "select_kernel.cuh"
+#include "sort_kernel.cuh"
+#include "tensor_map.h"
+
+namespace vllm_steering {
+namespace {
+
+template <typename T>
+EncodeMaps encode_maps(const Workspace<T>& ws, const Weights<T>& w) {
+  EncodeMaps maps;
+  maps.w = tensor_map(w.w_enc, w.num_features, w.d_model, kTileF, kTileK);
+  for (int i = 0; i < kWidths; ++i)
+    maps.x[i] = tensor_map(ws.x, ws.rows, w.d_model, kWidth[i], kTileK);
+  return maps;
+}
+
+// Stage 1 of one chunk.
+void compact(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
+             int64_t base, int64_t gate) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b =
+        make_bundles<T>(step, weights, stream, workspace, false, base);
+    const int per_block = tokens_per_block(b.stream.tokens);
+    const int blocks = (b.stream.tokens + per_block - 1) / per_block;
+    const CompactArgs<T> a = {
+        b.step, b.weights, b.stream, b.ws, static_cast<int>(gate), per_block};
+    launch(compact_kernel<T>, blocks, kCompactThreads, 0,
+           stream_of(stream[kHidden]), a);
+  });
+}
+
+// Stage 2 of one chunk.
+void encode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
+            int64_t base, bool topk) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b =
+        make_bundles<T>(step, weights, stream, workspace, topk, base);
+    const int n_f = (b.weights.num_features + kTileF - 1) / kTileF;
+    const int64_t tiles = static_cast<int64_t>(n_f) * ((b.ws.rows + 255) / 256);
+    const int64_t blocks =
+        std::min<int64_t>(tiles, multiprocessors(stream[kHidden]));
+    const EncodeArgs<T> a = {b.weights, b.ws, false};
+    launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads,
+           kEncodeSmem, stream_of(stream[kHidden]), a,
+           encode_maps(b.ws, b.weights));
+  });
+}
+
+// Stages 1 and 2 at once, for a step of at most kCompactEncodeTokens tokens.
+void compact_encode(Tensors step, Tensors weights, Tensors stream,
+                    Tensors workspace, int64_t gate, bool topk) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b = make_bundles<T>(step, weights, stream, workspace, topk, 0);
+    STD_TORCH_CHECK(
+        b.stream.tokens <= kCompactEncodeTokens && b.ws.rows >= b.stream.tokens,
+        "steering: too many tokens for one launch");
+    const CompactEncodeArgs<T> a = {
+        b.step, b.stream, {b.weights, b.ws, true}, static_cast<int>(gate)};
+    launch_together(compact_encode_kernel<T>, multiprocessors(stream[kHidden]),
+                    kEncodeThreads, kEncodeSmem, stream_of(stream[kHidden]), a,
+                    encode_maps(b.ws, b.weights));
+  });
+}
+
+// Stage 3 of TopK SAEs.
+void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
+            int64_t base) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b =
+        make_bundles<T>(step, weights, stream, workspace, true, base);
+    const SelectArgs a = {
+        b.step.table,
+        b.weights.meta,
+        {b.ws.x, b.ws.records, b.ws.count, b.ws.sync, b.ws.entries, b.ws.scores,
+         b.ws.kth, b.ws.coef, b.ws.rows, b.ws.capacity, b.ws.base},
+        b.weights.num_features};
+    const int blocks =
+        std::min(a.ws.rows, 4 * multiprocessors(stream[kHidden]));
+    launch(select_kernel, blocks, kSelectThreads, 0, stream_of(stream[kHidden]),
+           a);
+  });
+}
+
+template <int Ahead, typename T>
+void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
+  const int64_t work =
+      static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_model);
+  const int64_t blocks = std::min<int64_t>(work, 32 / Ahead * processors);
+  launch(decode_kernel<T, Ahead>, static_cast<int>(blocks), kDecodeThreads,
+         decode_smem(a.table.max_clamps), stream, a);
+}
+
+// Few tokens: one kernel. Many: sort once, then gather, then what is too long
+// for that.
+template <typename T>
+void launch_decode(DecodeArgs<T> a, bool many, int processors,
+                   cudaStream_t stream) {
+  if (many) {
+    const int64_t work =
+        static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_model);
+    launch(sort_kernel<T>, std::min(a.ws.rows, 8 * processors), kDecodeThreads,
+           0, stream, a);
+    const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
+    launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
+           stream, a);
+    if (a.weights.num_features <= sorted_max(a)) return;
+    a.long_only = true;
+  }
+  if (a.ws.rows <= kFewTokens)
+    launch_lists<16>(a, processors, stream);
+  else
+    launch_lists<8>(a, processors, stream);
+}
+
+// Stage 4, and stage 3 of threshold SAEs. `many`: sort in a launch of its own.
+void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
+            int64_t base, bool topk, bool delta, bool many) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b =
+        make_bundles<T>(step, weights, stream, workspace, topk, base);
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
+                             b.step.saturated, topk,     delta, false};
+    launch_decode(a, many && !delta, multiprocessors(stream[kHidden]),
+                  stream_of(stream[kHidden]));
+  });
+}
+
+}  // namespace
+}  // namespace vllm_steering
+
+#define STEERING_BUNDLES                                            \
+  "Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, Tensor(b!" \
+  ")[] workspace, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
+  m.def("compact(" STEERING_BUNDLES "int base, int gate) -> ()");
+  m.def("encode(" STEERING_BUNDLES "int base, bool topk) -> ()");
+  m.def("compact_encode(" STEERING_BUNDLES "int gate, bool topk) -> ()");
+  m.def("select(" STEERING_BUNDLES "int base) -> ()");
+  m.def("decode(" STEERING_BUNDLES
+        "int base, bool topk, bool delta, bool many) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
+  m.impl("compact", TORCH_BOX(&vllm_steering::compact));
+  m.impl("encode", TORCH_BOX(&vllm_steering::encode));
+  m.impl("compact_encode", TORCH_BOX(&vllm_steering::compact_encode));
+  m.impl("select", TORCH_BOX(&vllm_steering::select));
+  m.impl("decode", TORCH_BOX(&vllm_steering::decode));
+}

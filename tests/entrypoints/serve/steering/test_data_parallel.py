@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two data-parallel ranks behind two API servers: modules change on both or on none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from steering_testing.modules_http import (
+    KEY,
+    MODULES,
+    ask,
+    register,
+    remove,
+    save_modules,
+    steering_server,
+    tokens,
+)
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+RANKS = (0, 1)
+LONG = 1500  # tokens of an answer that takes the engine seconds
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_modules(tmp_path_factory.mktemp("root").resolve())
+
+
+@pytest.fixture(scope="module")
+def url(
+    model_root: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ("--data-parallel-size", "2", "--api-server-count", "2")
+    with steering_server(model_root, root, log, {}, *arguments) as server:
+        yield server.url
+
+
+def answers(url: str) -> list[list[int]]:
+    """The answer of each rank, asked several times for each API server to get one."""
+    found = [[tokens(ask(url, "hot", 8, rank)) for _ in range(4)] for rank in RANKS]
+    assert all(answer == of_rank[0] for of_rank in found for answer in of_rank)
+    return [of_rank[0] for of_rank in found]
+
+
+def listed(url: str) -> list[dict[str, Any]]:
+    return httpx.get(url + MODULES, headers=KEY, timeout=120).json()["modules"]
+
+
+def test_both_ranks_get_a_module_another_and_none(url: str, root: Path) -> None:
+    assert register(url, root).status_code == 201
+    first = answers(url)
+    assert register(url, root, path=str(root / "two"), replace=True).status_code == 201
+    second = answers(url)
+    assert first[0] == first[1] != second[0] == second[1]
+    assert remove(url).status_code == 200
+    assert [ask(url, "hot", rank=rank).status_code for rank in RANKS] == [400, 400]
+
+
+def test_a_module_that_no_rank_can_load_changes_nothing(url: str, root: Path) -> None:
+    assert register(url, root).status_code == 201
+    before = answers(url)
+    bad = register(url, root, path=str(root / "nan"), replace=True)
+    assert bad.status_code == 400
+    assert "nothing was changed" in bad.json()["error"]["message"]
+    assert answers(url) == before
+    assert remove(url).status_code == 200
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_one_busy_rank_keeps_both_as_they_were(url: str, root: Path, rank: int) -> None:
+    assert register(url, root).status_code == 201
+    before = answers(url)
+    done: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: done.append(ask(url, "hot", LONG, rank)))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not listed(url)[0]["requests"]:
+        assert time.monotonic() < deadline, "the request was never seen"
+    other = {"path": str(root / "two"), "replace": True}
+    busy = register(url, root, **other)
+    assert (busy.status_code, busy.json()["error"]["in_use"]) == (409, 1)
+    assert f"data-parallel rank {rank}" in busy.json()["error"]["message"]
+    # The idle rank has not changed, and serves the module again.
+    idle = 1 - rank
+    assert tokens(ask(url, "hot", 8, idle)) == before[idle]
+    assert register(url, root, drain=True, **other).status_code == 201
+    thread.join()
+    assert len(tokens(done[0])) == LONG
+    after = answers(url)
+    assert after[0] == after[1] != before[0]
+    assert remove(url).status_code == 200

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Python and C++ both state is the same: reads csrc/steering/constants.cuh."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.steering_kernels import bundles, plan
+from vllm.model_executor.layers.steering_state import (
+    COEFFICIENT_LIMIT,
+    ONLY_IF_ACTIVE,
+    STREAM_LIMIT,
+    ClampKind,
+    MetaField,
+)
+
+SOURCE = Path(__file__).parents[3] / "csrc" / "steering" / "constants.cuh"
+BUNDLES = {
+    "WeightsField": bundles.WEIGHTS_FIELDS,
+    "WorkspaceField": bundles.WORKSPACE_FIELDS,
+    "StepField": bundles.STEP_FIELDS,
+    "StreamField": bundles.STREAM_FIELDS,
+}
+
+
+def plain(name: str) -> str:
+    """`kTopkRelu`, `TOPK_RELU`, `topk_relu` alike."""
+    return name.replace("_", "").lower()
+
+
+def test_triton_limits_what_the_reference_limits() -> None:
+    """Read as text, since the module needs Triton to be imported."""
+    text = (Path(plan.__file__).parent / "clamp.py").read_text()
+    found = dict(re.findall(r"(\w+LIMIT\w*) = tl\.constexpr\(2\.0\*\*(\d+)\)", text))
+    assert {name: 2.0 ** int(power) for name, power in found.items()} == {
+        "COEFFICIENT_LIMIT": COEFFICIENT_LIMIT,
+        "STREAM_LIMIT": STREAM_LIMIT[torch.bfloat16],
+        "STREAM_LIMIT_FLOAT16": STREAM_LIMIT[torch.float16],
+    }
+    assert STREAM_LIMIT[torch.float32] == STREAM_LIMIT[torch.bfloat16]
+
+
+def stated_enums() -> dict[str, dict[str, int]]:
+    """Every enum of the header: plain member name to value."""
+    found = re.findall(r"enum (\w+) \{(.*?)\};", SOURCE.read_text(), re.DOTALL)
+    return {
+        name: {plain(m[1:]): int(v) for m, v in re.findall(r"(k\w+) = (\d+)", body)}
+        for name, body in found
+    }
+
+
+def stated_numbers() -> dict[str, int]:
+    found = re.findall(r"constexpr int k(\w+) = (\d+);", SOURCE.read_text())
+    return {plain(name): int(value) for name, value in found}
+
+
+def test_the_columns_of_meta_are_those_of_python() -> None:
+    assert stated_enums()["Meta"] == {plain(f.name): f.value for f in MetaField}
+
+
+def test_the_codes_of_clamps_are_those_of_python() -> None:
+    want = {plain(kind.name): kind.value for kind in ClampKind}
+    assert stated_enums()["ClampCode"] == {**want, "onlyifactive": ONLY_IF_ACTIVE}
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_bundle_has_its_tensors_in_the_order_of_python(bundle: str) -> None:
+    want = {plain(field): i for i, field in enumerate(BUNDLES[bundle])}
+    assert stated_enums()[bundle] == want
+
+
+def test_every_number_of_the_header_has_its_python_twin() -> None:
+    twins = {plain(k): v for k, v in vars(plan).items() if isinstance(v, int)}
+    twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        twins[f"streamlimit{name}"] = int(math.log2(STREAM_LIMIT[dtype]))
+    numbers = stated_numbers()
+    assert numbers
+    assert numbers == {name: twins[name] for name in numbers}

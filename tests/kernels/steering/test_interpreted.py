@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels on a CPU: the tests of this folder under Triton's interpreter.
+
+They run in a process of their own, with the Triton that `make triton` puts beside the
+virtual environment: vLLM's CPU build is not to see it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TRITON = Path(os.environ.get("STEERING_TRITON", Path(sys.prefix) / "triton"))
+LEAST = 60  # tests that must have run, so that skipping all of them is no success
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process"
+)
+@pytest.mark.skipif(not (TRITON / "triton").is_dir(), reason="run `make triton` first")
+def test_the_triton_kernels_equal_the_reference_when_interpreted() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE"]
+    files = sorted(HERE.glob("test_*_gpu.py"))
+    run = subprocess.run(
+        [*command, *map(str, files)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None and int(passed[1]) >= LEAST, run.stdout[-2000:]

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading features on the GPU, against float64 and against plain PyTorch.
+
+`TRITON_INTERPRET=1` runs the small ones on a CPU that has Triton.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from steering_reference import (  # noqa: E402
+    DEVICE,
+    DTYPE,
+    INTERPRETED,
+    activations,
+    make_slot,
+    make_stream,
+    needs_gpu,
+    settle,
+    stream,
+)
+
+from vllm.config.steering import Activation, Tier  # noqa: E402
+from vllm.model_executor.layers import sae_readout_kernel as kernel  # noqa: E402
+from vllm.model_executor.layers.steering_kernels.plan import ChunkPlan  # noqa: E402
+from vllm.model_executor.layers.steering_read_state import (  # noqa: E402
+    NOT_READ,
+    TABLE_HEAD,
+    ReadBuffers,
+)
+from vllm.model_executor.layers.steering_state import (  # noqa: E402
+    MetaField,
+    SAESlot,
+    StepState,
+)
+
+pytestmark = [pytest.mark.gpu, needs_gpu]
+
+KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
+# Row -> (top_k, given features).
+ROWS: dict[int, tuple[int, list[int]]] = {
+    1: (16, []),
+    2: (0, [0, 3, 17, 60]),
+    3: (5, [1, 2]),
+    4: (64, []),
+}
+
+
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs after the extension's stages, where built, and Triton's."""
+    if request.param == "triton":
+        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
+    elif not kernel.extension_is_built():
+        pytest.skip("the CUDA extension is not built")
+
+
+def readable(slot: SAESlot, max_tokens: int) -> ReadBuffers:
+    """Give the slot reading buffers with the rows of `ROWS`."""
+    table = slot.full
+    capacity = slot.weights.d_sae_capacity
+    reads = ReadBuffers(table.num_rows, table.max_clamps, max_tokens, capacity, DEVICE)
+    for row, (top_k, features) in ROWS.items():
+        words = [1, 0, top_k, len(features), *features]
+        reads.packed[row, : len(words)] = torch.tensor(words, dtype=torch.int32)
+    reads.scale.copy_(0.5 + torch.rand(capacity, device=DEVICE))
+    slot.reads = reads
+    return reads
+
+
+def read(
+    slot: SAESlot, tokens: int, rows: list[int], two_streams: bool = True
+) -> tuple[StepState, torch.Tensor]:
+    """Run the kernels on a random stream; the step and the stream `[T, D]`."""
+    step = StepState(tokens + 3, DEVICE)
+    cycle = torch.tensor(rows, dtype=torch.int32).repeat(tokens // len(rows) + 1)
+    step.read_index[:tokens] = cycle[:tokens].to(DEVICE)
+    step.reading = True
+    hidden, residual = make_stream(tokens, slot.weights.d_in, DTYPE, two_streams)
+    x = stream(hidden, residual)
+    # `settle` takes the rows of near ties from a tier: here from reading.
+    step.index[Tier.FULL] = step.read_index
+    settle(slot, step, Tier.FULL, x)
+    step.read_index.copy_(step.index[Tier.FULL])
+    workspace = kernel.SteeringWorkspace(tokens + 3, [slot], DEVICE)
+    before = hidden.clone(), None if residual is None else residual.clone()
+    kernel.read_features(slot, step, workspace, hidden, residual)
+    assert torch.equal(hidden, before[0])
+    assert residual is None or torch.equal(residual, before[1])
+    return step, x
+
+
+def check(slot: SAESlot, step: StepState, x: torch.Tensor) -> None:
+    """Every row of the output holds what its token asks, and no other is written."""
+    reads = slot.reads
+    assert reads is not None
+    out = reads.out.cpu()
+    bits = out.view(torch.float32)
+    acts = activations(slot, x).cpu()
+    values = acts * reads.scale.double().cpu()
+    tolerance = 2e-3
+    for t in range(x.shape[0]):
+        row = int(step.read_index[t])
+        norm = float(x[t].double().norm())
+        if row == 0 or norm > float(slot.weights.norm_limit):
+            assert out[t, 0] == NOT_READ
+            continue
+        top_k, features = ROWS[row]
+        active = int((acts[t] != 0).sum())
+        assert out[t, 0] == active
+        assert out[t, 1] == min(active, top_k)
+        n, first = int(out[t, 1]), 2 + len(features)
+        torch.testing.assert_close(
+            bits[t, 2:first].double(),
+            values[t, features],
+            atol=tolerance,
+            rtol=tolerance,
+        )
+        index = out[t, first : first + n].long()
+        found = bits[t, first + top_k : first + top_k + n].double()
+        assert len(set(index.tolist())) == n
+        torch.testing.assert_close(
+            found, values[t, index], atol=tolerance, rtol=tolerance
+        )
+        assert (found[1:] <= found[:-1]).all()
+        listed = torch.where(acts[t] != 0, values[t], -torch.inf)
+        best = listed.sort(descending=True).values[:n]
+        torch.testing.assert_close(found, best, atol=tolerance, rtol=tolerance)
+    assert (out[x.shape[0] :] == NOT_READ).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("activation", KINDS)
+def test_read_tokens_have_what_they_ask(activation: Activation, tokens: int) -> None:
+    slot = make_slot(128, 64, activation, k=12, l0=20, max_clamps=64)
+    readable(slot, tokens + 3)
+    check(slot, *read(slot, tokens, [1, 0, 2, 3, 4]))
+
+
+def test_a_single_stream_and_a_slot_of_both_kinds() -> None:
+    kinds = frozenset(KINDS)
+    for activation in (Activation.JUMPRELU, Activation.TOPK):
+        slot = make_slot(
+            128, 64, activation, max_clamps=64, capacity=160, activations=kinds
+        )
+        readable(slot, 13)
+        check(slot, *read(slot, 10, [1, 2, 0], two_streams=False))
+
+
+def test_topk_that_keeps_negative_scores() -> None:
+    slot = make_slot(96, 64, Activation.TOPK, k=80, topk_relu=False, max_clamps=64)
+    readable(slot, 9)
+    check(slot, *read(slot, 6, [4, 2, 1]))
+
+
+def test_tokens_past_the_norm_limit_and_flagged_ones_are_left_alone() -> None:
+    slot = make_slot(96, 64, skip_mask=2, norm_limit=8.0, max_clamps=64)
+    reads = readable(slot, 23)
+    step, x = read(slot, 20, [1])
+    check(slot, step, x)
+    norms = x.double().norm(dim=1)
+    assert (norms > 8).any() and (norms <= 8).any()
+    step.flags[:20] = 2
+    reads.out.fill_(NOT_READ)
+    workspace = kernel.SteeringWorkspace(23, [slot], DEVICE)
+    kernel.read_features(slot, step, workspace, x.contiguous(), None)
+    assert (reads.out == NOT_READ).all()
+
+
+@pytest.mark.parametrize("activation", KINDS)
+def test_more_non_zeros_than_a_list_holds(
+    activation: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = kernel.SteeringWorkspace.plan
+
+    def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
+        plan = stock(slot, tokens, topk)
+        return ChunkPlan(plan.rows, plan.num_chunks, kernel.LEAST_CAPACITY)
+
+    monkeypatch.setattr(kernel.SteeringWorkspace, "plan", staticmethod(narrow))
+    slot = make_slot(512, 64, activation, k=300, l0=250, max_clamps=64)
+    readable(slot, 9)
+    step, x = read(slot, 6, [1, 2, 3, 4])
+    check(slot, step, x)
+    assert (slot.reads.out[:6, 0] > kernel.LEAST_CAPACITY).all()
+
+
+def test_lists_of_any_length_give_their_largest() -> None:
+    for l0 in (90, 400, 1500):
+        slot = make_slot(2048, 64, Activation.JUMPRELU, l0=l0, max_clamps=64)
+        readable(slot, 5)
+        check(slot, *read(slot, 2, [1, 4]))
+
+
+def test_equal_activations_are_listed_by_feature() -> None:
+    slot = make_slot(128, 64, Activation.RELU, max_clamps=64)
+    slot.weights.W_enc.zero_()
+    slot.weights.b_enc.fill_(1.5)
+    reads = readable(slot, 4)
+    reads.scale.fill_(2.0)
+    read(slot, 1, [1])
+    assert reads.out[0, 2:18].tolist() == list(range(16))
+    values = reads.out.view(torch.float32)[0, 18:34]
+    assert (values == 3.0).all()
+
+
+def test_a_step_in_which_nobody_reads_writes_nothing() -> None:
+    slot = make_slot(128, 64, max_clamps=64)
+    reads = readable(slot, 8)
+    workspace = kernel.SteeringWorkspace(8, [slot], DEVICE)
+    step = StepState(8, DEVICE)
+    hidden, residual = make_stream(8, 64, DTYPE)
+    kernel.launch(slot, step, workspace, hidden, residual)
+    assert (reads.out == NOT_READ).all()
+    assert slot.weights.meta[MetaField.D_SAE] == 128
+    assert TABLE_HEAD == 4
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_a_captured_step_reads_whoever_reads_when_it_is_replayed() -> None:
+    slot = make_slot(4096, 256, Activation.JUMPRELU, l0=60, max_clamps=64)
+    reads = readable(slot, 64)
+    step = StepState(64, DEVICE)
+    workspace = kernel.SteeringWorkspace(64, [slot], DEVICE)
+    hidden, residual = make_stream(64, 256, DTYPE)
+    kernel.warm_up([slot], step, workspace, DTYPE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.read_features(slot, step, workspace, hidden, residual)
+    graph.replay()
+    assert (reads.out == NOT_READ).all()
+    x = stream(hidden, residual)
+    step.read_index[:64] = torch.tensor([1, 0, 2, 4] * 16, device=DEVICE)
+    step.index[Tier.FULL] = step.read_index
+    settle(slot, step, Tier.FULL, x)
+    step.read_index.copy_(step.index[Tier.FULL])
+    graph.replay()
+    torch.cuda.synchronize()
+    check(slot, step, x)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inspecting a module in a process of its own: same answers, and limits that hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sae_reference import D, F, tensor
+
+from vllm.model_executor.model_loader.sae_inspector import (
+    InspectionLimits,
+    ModuleInspector,
+)
+from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
+
+TENSORS = {
+    "W_enc": tensor(F, D, seed=0),
+    "b_enc": tensor(F, seed=1),
+    "W_dec": tensor(F, D, seed=2),
+    "b_dec": tensor(D, seed=3),
+}
+
+
+@pytest.fixture(scope="module")
+def inspector() -> Iterator[ModuleInspector]:
+    """One helper process for this file's tests."""
+    inspector = ModuleInspector()
+    yield inspector
+    inspector.close()
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    save_native(tmp_path / "good", {(3, "resid_post"): TENSORS})
+    return str(tmp_path / "good")
+
+
+def sparse_vectors(path: Path, size: int) -> str:
+    """A valid safetensors file of one vector whose data is a hole."""
+    shape = [size // 4]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"post_block.3": entry}).encode()
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + size)
+    return str(path)
+
+
+def test_the_answer_is_that_of_inspect_module(
+    inspector: ModuleInspector, good: str
+) -> None:
+    options = {"feature_units": "unit_decoder", "skip_token_ids": [1, 2]}
+    assert inspector.inspect("m", good, **options) == inspect_module(
+        "m", good, **options
+    )
+
+
+def test_a_refusal_is_one_line_without_the_names_of_other_files(
+    inspector: ModuleInspector, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.txt").write_text("x")
+    with pytest.raises(ValueError, match="no known format: found other files") as error:
+        inspector.inspect("m", str(tmp_path))
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="found a directory with secret.txt"):
+        inspect_module("m", str(tmp_path))
+
+
+def test_hashing_has_a_limit_on_time(
+    inspector: ModuleInspector, tmp_path: Path, good: str
+) -> None:
+    path = sparse_vectors(tmp_path / "v.safetensors", 64 << 30)
+    limits = inspector.limits
+    inspector.limits = replace(limits, seconds=2.0, bytes_per_second=1e15)
+    start = time.monotonic()
+    try:
+        with pytest.raises(ValueError, match=r"took more than the 2 s allowed"):
+            inspector.inspect("m", path)
+    finally:
+        inspector.limits = limits
+    assert time.monotonic() - start < 10
+    assert inspector.inspect("m", good).sites
+
+
+def test_a_module_has_a_limit_on_its_size(
+    inspector: ModuleInspector, tmp_path: Path
+) -> None:
+    path = sparse_vectors(tmp_path / "v.safetensors", 1 << 40)
+    with pytest.raises(ValueError, match="expected at most 137438953472 bytes, found"):
+        inspector.inspect("m", path)
+
+
+def test_memory_has_a_limit(
+    inspector: ModuleInspector, tmp_path: Path, good: str
+) -> None:
+    # Four megabytes of JSON become many more of Python objects.
+    (tmp_path / "manifest.json").write_text("[" + "[]," * 1_300_000 + "[]]")
+    limits = inspector.limits
+    inspector.limits = InspectionLimits(memory_bytes=16 << 20)
+    try:
+        with pytest.raises(ValueError, match="needs more than the 16 MiB of memory"):
+            inspector.inspect("m", str(tmp_path))
+    finally:
+        inspector.limits = limits
+    assert inspector.inspect("m", good).sites
+
+
+@pytest.mark.slow
+def test_a_helper_that_was_killed_is_started_again(good: str) -> None:
+    inspector = ModuleInspector()
+    try:
+        inspector.inspect("m", good)
+        assert inspector._process is not None
+        os.kill(inspector._process.pid, signal.SIGKILL)
+        assert inspector.inspect("m", good) == inspect_module("m", good)
+    finally:
+        inspector.close()

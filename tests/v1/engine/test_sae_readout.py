@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading features of a running engine, against Hugging Face with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from steering_testing import models
+from steering_testing.engine import engine, runner, sae_spec, save_sae
+from steering_testing.observe import steps_of
+from steering_testing.reads import activations, assert_reads
+from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
+
+from vllm import LLM, SamplingParams
+
+SITE, EARLIER = (1, "post_block"), (0, "pre_attn")
+PROMPTS = [[5, 9, 33, 71, 12, 40], [7, 3, 3, 90], [11, 24, 60, 61, 62, 63, 64]]
+ACTIVATIONS = ("jumprelu", "relu", "topk")
+
+
+def sae_of(activation: str) -> DenseSAE:
+    sae = random_sae(96, models.HIDDEN, activation, seed=ACTIVATIONS.index(activation))
+    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
+    return sae
+
+
+SAES = {activation: sae_of(activation) for activation in ACTIVATIONS}
+
+
+@pytest.fixture(scope="module")
+def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    root = tmp_path_factory.mktemp("saes")
+    modules = {
+        name: save_sae(root / name, {SITE: sae, EARLIER: sae})
+        for name, sae in SAES.items()
+    }
+    with engine("gemma2", model_root, modules, block_size=16) as found:
+        yield found
+
+
+def ask(max_tokens: int = 6, **extra: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra or None,
+    )
+
+
+def read(module: str, **spec: Any) -> list[dict[str, Any]]:
+    sites = spec.pop("sites", {"post_block": [1]})
+    return [{"module_name": module, "sites": sites, **spec}]
+
+
+def run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    runner(llm).steering.check_integrity()
+    return outputs
+
+
+def check(
+    output: Any, sae: DenseSAE, module: str, edits: Any = None, **asked: Any
+) -> None:
+    """Every answer of the output, and its prompt, has the entries it should."""
+    prompt, model = output.prompt_token_ids, models.build("gemma2")
+    for answer in output.outputs:
+        tokens = list(answer.token_ids)
+        seen = activations(model, prompt, tokens, {SITE: sae}, edits)[SITE]
+        for features, first, expected in (
+            (output.prompt_sae_features, 0, seen[: len(prompt)]),
+            (answer.sae_features, len(prompt), seen[len(prompt) :]),
+        ):
+            if all(acts is None for acts in expected):
+                assert features == {}
+            else:
+                record = features[module]["post_block.1"]
+                assert_reads(record, expected, first, **asked)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_top_activations_are_those_of_hugging_face(llm: LLM, activation: str) -> None:
+    params = [ask(sae_readout_specs=read(activation, top_k=5))] * len(PROMPTS)
+    for output in run(llm, PROMPTS, params):
+        check(output, SAES[activation], activation, top_k=5)
+
+
+def test_given_features_are_returned_active_or_not(llm: LLM) -> None:
+    spec = read("jumprelu", features=[80, 3, 41])
+    for output in run(llm, PROMPTS, [ask(sae_readout_specs=spec)] * 3):
+        check(output, SAES["jumprelu"], "jumprelu", features=[80, 3, 41])
+
+
+def test_reading_sees_the_edits_before_it_and_not_the_reconstruction(llm: LLM) -> None:
+    sae = SAES["jumprelu"]
+    clamp = Clamp(7, "additive", 3.0)
+    specs = {
+        "sae_clamp_specs": [sae_spec("jumprelu", {SITE: [clamp], EARLIER: [clamp]})],
+        "sae_full_reconstruction_specs": [sae_spec("jumprelu", {SITE: [clamp]})],
+        "sae_readout_specs": read("jumprelu", top_k=8),
+    }
+    edits = {
+        EARLIER: [Edit("delta", sae, [clamp])],
+        SITE: [Edit("delta", sae, [clamp]), Edit("full", sae, [clamp])],
+    }
+    for output in run(llm, PROMPTS, [ask(**specs)] * 3):
+        check(output, sae, "jumprelu", edits, top_k=8)
+
+
+def test_reading_changes_no_token_alone_or_beside_others(llm: LLM) -> None:
+    plain = [o.outputs[0] for o in run(llm, PROMPTS, [ask(9)] * 3)]
+    reading = ask(9, sae_readout_specs=read("relu", top_k=64, sites=None))
+    for mix in ([reading] * 3, [ask(9), reading, ask(9)]):
+        outputs = [o.outputs[0] for o in run(llm, PROMPTS, mix)]
+        assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert plain[0].sae_features is None
+
+
+def test_a_prompt_that_is_cached_is_read_and_stays_in_the_cache(llm: LLM) -> None:
+    prompt = [20 + at for at in range(64)]
+    run(llm, [prompt], [ask(2)])
+    (output,) = run(llm, [prompt], [ask(2, sae_readout_specs=read("relu", top_k=4))])
+    assert output.num_cached_tokens == 0
+    check(output, SAES["relu"], "relu", top_k=4)
+    (output,) = run(
+        llm, [prompt], [ask(2, sae_readout_specs=read("relu", top_k=4, phase="decode"))]
+    )
+    assert output.num_cached_tokens > 0
+    assert output.prompt_sae_features == {}
+    record = output.outputs[0].sae_features["relu"]["post_block.1"]
+    assert record.positions.tolist() == [64]
+
+
+def test_skipped_tokens_have_no_entry(llm: LLM) -> None:
+    prompt = [models.BOS, 5, models.EOS, 9]
+    (output,) = run(llm, [prompt], [ask(3, sae_readout_specs=read("topk", top_k=4))])
+    check(output, SAES["topk"], "topk", top_k=4)
+
+
+def test_a_feature_ends_the_request_on_its_own_token(llm: LLM) -> None:
+    (free,) = run(llm, PROMPTS[:1], [ask(12, sae_readout_specs=read("relu", top_k=64))])
+    record = free.outputs[0].sae_features["relu"]["post_block.1"]
+    dense = record.to_dense()
+    # A feature that is strong on the fifth generated token, and not before.
+    feature = int((dense[4] - dense[:4].max(axis=0)).argmax())
+    bound = float((dense[4, feature] + dense[:4, feature].max()) / 2)
+    stop = [{"feature_idx": feature, "above": bound}]
+    spec = read("relu", top_k=2, stop_if=stop)
+    (output,) = run(llm, PROMPTS[:1], [ask(12, sae_readout_specs=spec)])
+    answer = output.outputs[0]
+    assert answer.token_ids == free.outputs[0].token_ids[:5]
+    assert answer.finish_reason == "stop"
+    assert answer.stop_reason == f"sae:relu:post_block.1:{feature}"
+    record = answer.sae_features["relu"]["post_block.1"]
+    assert record.positions.tolist() == [6, 7, 8, 9, 10]
+    late = ask(12, sae_readout_specs=spec)
+    late.min_tokens = 12
+    (output,) = run(llm, PROMPTS[:1], [late])
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_several_answers_to_one_prompt_each_have_their_own_entries(llm: LLM) -> None:
+    params = SamplingParams(
+        n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True, detokenize=False,
+        extra_args={"sae_readout_specs": read("relu", top_k=4)},
+    )  # fmt: skip
+    (output,) = run(llm, PROMPTS[:1], [params])
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) > 1
+    check(output, SAES["relu"], "relu", top_k=4)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_chunks_preemption_and_drafts_leave_each_position_once(
+    model_root: Path, tmp_path: Path, drafts: bool
+) -> None:
+    path = save_sae(tmp_path / "sae", {SITE: SAES["jumprelu"]})
+    options: dict[str, Any] = {
+        "num_gpu_blocks_override": 16,
+        "block_size": 16,
+        "max_model_len": 96,
+    }
+    if drafts:
+        options["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        }
+    steps_of_prompts = (1, 2, 3, 5, 7, 11, 13, 4)
+    prompts = [[3 + at * by % 17 for at in range(30)] for by in steps_of_prompts]
+    with (
+        engine("gemma2", model_root, {"jumprelu": path}, max_num_batched_tokens=32,
+               enable_chunked_prefill=True, **options) as llm,
+        steps_of(llm) as steps,
+    ):  # fmt: skip
+        specs = read("jumprelu", top_k=4)
+        outputs = run(llm, prompts, [ask(32, sae_readout_specs=specs)] * 8)
+    assert steps.chunks and steps.preempted
+    assert not drafts or steps.accepted < steps.drafted
+    for output in outputs:
+        check(output, SAES["jumprelu"], "jumprelu", top_k=4)

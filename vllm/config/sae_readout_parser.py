@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks `sae_readout_specs` against an engine: typed specs to `SiteRead`s."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from vllm.config.sae_readout_specs import (
+    MAX_READ,
+    MAX_READ_PER_TOKEN,
+    SAEReadoutSpec,
+    SAEStopEntry,
+    SiteRead,
+)
+from vllm.config.steering import (
+    HOOK_ALIASES,
+    HOOK_NAMES,
+    ModuleInfo,
+    SiteInfo,
+    SteeringConfig,
+)
+from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
+
+
+def check_reads(
+    path: str, specs: Sequence[SAEReadoutSpec], config: SteeringConfig
+) -> tuple[SiteRead, ...]:
+    """Every site that a request reads, in canonical order.
+
+    Args:
+        path: the field that holds the specs.
+        specs: typed, and not yet checked against the engine.
+        config: what the engine was started with.
+
+    Raises:
+        VLLMValidationError: `parameter` is the path of the first bad field.
+    """
+    if specs and not config.readout:
+        raise refusal(
+            path,
+            "this engine reads no features, it was started with "
+            "additional_config.steering.readout=false",
+        )
+    found: dict[tuple[str, str, int], SiteRead] = {}
+    total = 0
+    for position, spec in enumerate(specs):
+        at = f"{path}[{position}]"
+        module = _module(f"{at}.module_name", spec.module_name, config)
+        for where, site in _sites(f"{at}.sites", spec, module):
+            read = _site_read(at, spec, module, site, config)
+            key = (module.name, site.hook.value, site.layer)
+            if key in found:
+                raise refusal(
+                    where,
+                    f"module {shown(module.name)} is read at {site.name} twice in "
+                    "this request, expected once",
+                )
+            _check_stage(where, module, site, config)
+            found[key] = read
+            total += read.num_values
+            if total > MAX_READ_PER_TOKEN:
+                raise refusal(
+                    where,
+                    f"found {total} values a token in this request so far, expected "
+                    f"at most {MAX_READ_PER_TOKEN} over all sites: read fewer sites "
+                    "or a smaller top_k",
+                )
+    return tuple(sorted(found.values(), key=lambda read: read.order))
+
+
+def _module(path: str, name: str, config: SteeringConfig) -> ModuleInfo:
+    fitting = [
+        module.name
+        for module in config.modules.values()
+        if module.kind == "sae" and module.name not in config.draining
+    ]
+    accepted = f'a module of kind "sae": {listing(fitting)}'
+    module = config.modules.get(name)
+    if module is None:
+        raise bad(path, name, accepted)
+    if module.kind != "sae":
+        raise refusal(
+            path,
+            f'module {shown(name)} is a "{module.kind}" module, expected {accepted}',
+        )
+    if name in config.draining:
+        raise refusal(
+            path, f"module {shown(name)} is being removed, expected {accepted}"
+        )
+    return module
+
+
+def _sites(
+    path: str, spec: SAEReadoutSpec, module: ModuleInfo
+) -> list[tuple[str, SiteInfo]]:
+    """The sites that a spec names, with the path of each."""
+    if spec.sites is None:
+        return [(path, site) for site in module.sites]
+    if not spec.sites:
+        raise refusal(path, "is empty, expected null or at least one hook")
+    found = []
+    for name, layers in spec.sites.items():
+        hook_path = key_path(path, name)
+        if name not in HOOK_ALIASES:
+            raise refusal(
+                hook_path,
+                f"unknown hook {shown(name)}, expected one of {', '.join(HOOK_NAMES)}",
+            )
+        if not layers:
+            raise refusal(hook_path, "is empty, expected at least one layer")
+        for at, layer in enumerate(layers):
+            site = module.site(HOOK_ALIASES[name], layer)
+            where = f"{hook_path}[{at}]"
+            if site is None:
+                covered = listing([site.name for site in module.sites])
+                raise refusal(
+                    where,
+                    f"module {shown(module.name)} does not cover layer {layer} at "
+                    f"{HOOK_ALIASES[name].value}, expected one of its sites: {covered}",
+                )
+            found.append((where, site))
+    return found
+
+
+def _site_read(
+    path: str,
+    spec: SAEReadoutSpec,
+    module: ModuleInfo,
+    site: SiteInfo,
+    config: SteeringConfig,
+) -> SiteRead:
+    if (spec.top_k is None) == (spec.features is None):
+        has = "neither" if spec.top_k is None else "both"
+        raise refusal(path, f"found {has} of top_k and features, expected exactly one")
+    features = tuple(sorted(spec.features or ()))
+    for at, feature in enumerate(spec.features or ()):
+        _check_feature(f"{path}.features[{at}]", feature, site)
+        if features.count(feature) > 1:
+            raise refusal(
+                f"{path}.features", f"feature {feature} is given twice, expected once"
+            )
+    if spec.stop_if and spec.phase == "prefill":
+        raise refusal(
+            f"{path}.stop_if",
+            'generated tokens end a request, expected phase "both" or "decode"',
+        )
+    read = SiteRead(
+        module.name,
+        site.hook,
+        site.layer,
+        spec.top_k or 0,
+        features,
+        _stops(f"{path}.stop_if", spec.stop_if or [], site),
+        spec.phase,
+    )
+    # Table rows are those of clamp tables; see `ReadBuffers`.
+    room = 3 * config.max_clamps - 2
+    if len(read.explicit) > room:
+        raise refusal(
+            f"{path}.features",
+            f"found {len(read.explicit)} features with those that stop_if watches, "
+            f"expected at most {room} where max_clamps is {config.max_clamps}",
+        )
+    if read.num_values > MAX_READ:
+        raise refusal(
+            f"{path}.stop_if",
+            f"found {read.num_values} values a token with the features that stop_if "
+            f"watches, expected at most {MAX_READ} at a site",
+        )
+    return read
+
+
+def _stops(
+    path: str, entries: list[SAEStopEntry], site: SiteInfo
+) -> tuple[tuple[int, float], ...]:
+    found: dict[int, float] = {}
+    for at, entry in enumerate(entries):
+        where = f"{path}[{at}]"
+        _check_feature(f"{where}.feature_idx", entry.feature_idx, site)
+        if entry.feature_idx in found:
+            raise refusal(
+                f"{where}.feature_idx",
+                f"feature {entry.feature_idx} is given twice, expected once",
+            )
+        found[entry.feature_idx] = _bound(f"{where}.above", entry.above)
+    return tuple(sorted(found.items()))
+
+
+def _bound(path: str, value: float) -> float:
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
+    except OverflowError:
+        raise bad(path, value, "a number within the range of float32") from None
+
+
+def _check_feature(path: str, feature: int, site: SiteInfo) -> None:
+    if feature >= site.d_sae:
+        raise bad(path, feature, f"an integer in 0..{site.d_sae - 1}")
+
+
+def _check_stage(
+    path: str, module: ModuleInfo, site: SiteInfo, config: SteeringConfig
+) -> None:
+    """Only the last pipeline stage sends its output to the scheduler."""
+    if site.layer < config.first_read_layer:
+        raise refusal(
+            path,
+            f"module {shown(module.name)} reads layer {site.layer}, which is not on "
+            f"the last pipeline stage, expected layer {config.first_read_layer} or "
+            "higher, or pipeline_parallel_size=1",
+        )

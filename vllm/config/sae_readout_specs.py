@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request asks to read: which features, where, on which tokens.
+
+`SAEReadoutSpec` is what a client writes. `SiteRead` is what the parser makes of it, one
+for each site; it travels to the workers, the scheduler and the front end.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from vllm.config.steering import HookPoint
+from vllm.config.steering_reader import expects
+
+# Values that one request reads for one token at one site, and at all its sites.
+MAX_READ = 64
+MAX_READ_PER_TOKEN = 1024
+MAX_STOPS = 8
+MAX_FLOAT32 = 3.4028235e38
+
+ReadPhase = Literal["both", "prefill", "decode"]
+
+_Name = Annotated[str, expects("a name of at most 256 characters", max_length=256)]
+_Index = Annotated[int, expects("a feature index", ge=0)]
+_Layer = Annotated[int, expects("a layer index", ge=0)]
+_TopK = Annotated[
+    int, expects(f"null or an integer in 1..{MAX_READ}", ge=1, le=MAX_READ)
+]
+_Features = Annotated[
+    list[_Index],
+    expects(
+        f"null or a list of 1 to {MAX_READ} feature indices",
+        min_length=1,
+        max_length=MAX_READ,
+    ),
+]
+
+
+class SAEStopEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """End the request once `feature_idx` is above `above` on a generated token."""
+
+    feature_idx: _Index
+    above: Annotated[
+        float,
+        expects(
+            "a finite number within the range of float32",
+            ge=-MAX_FLOAT32,
+            le=MAX_FLOAT32,
+        ),
+    ]
+
+
+_Stops = Annotated[
+    list[SAEStopEntry],
+    expects(
+        f"null or a list of 1 to {MAX_STOPS} objects with feature_idx and above",
+        min_length=1,
+        max_length=MAX_STOPS,
+    ),
+]
+
+
+class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Return feature activations of the tokens that the request runs.
+
+    Exactly one of `top_k` (the largest activations) and `features` (the given ones) is
+    set. `sites=None` reads every site of the module. `stop_if` ends the request.
+    """
+
+    module_name: _Name
+    sites: dict[str, list[_Layer]] | None = None
+    top_k: _TopK | None = None
+    features: _Features | None = None
+    phase: ReadPhase = "both"
+    stop_if: _Stops | None = None
+
+
+@dataclass(frozen=True)
+class SiteRead:
+    """What a request reads at one site of one module.
+
+    Attributes:
+        top_k: how many of the largest activations; 0: the given features only.
+        features: indices whose activations are returned, ascending; empty with `top_k`.
+        stops: `(feature, bound)` pairs that end the request, ascending.
+    """
+
+    module: str
+    hook: HookPoint
+    layer: int
+    top_k: int
+    features: tuple[int, ...]
+    stops: tuple[tuple[int, float], ...]
+    phase: ReadPhase
+
+    @functools.cached_property
+    def explicit(self) -> tuple[int, ...]:
+        """The features that a worker looks up: asked for, or watched by `stops`."""
+        return tuple(sorted({*self.features, *(f for f, _ in self.stops)}))
+
+    @property
+    def num_values(self) -> int:
+        """Values that one token takes."""
+        return len(self.explicit) + self.top_k
+
+    @property
+    def width(self) -> int:
+        """int32 words of one token's row; see `vllm.config.sae_readout_rows`."""
+        return 2 + len(self.explicit) + 2 * self.top_k
+
+    @property
+    def order(self) -> tuple[str, int, str]:
+        """Sorts the reads of a request; each (module, site) occurs once."""
+        return self.module, self.layer, self.hook.value
+
+    @property
+    def site(self) -> str:
+        """`hook.layer`."""
+        return f"{self.hook.value}.{self.layer}"
+
+    def reads(self, phase: str) -> bool:
+        """Whether tokens of a phase ("prefill" or "decode") are read."""
+        return self.phase in ("both", phase)
+
+    @property
+    def row_key(self) -> bytes:
+        """Identifies what a worker does: equal keys can share a row."""
+        name = self.module.encode("utf-8", "surrogatepass")
+        where = struct.pack("<IIQ", len(name), self.top_k, self.layer)
+        features = struct.pack(f"<{len(self.explicit)}Q", *self.explicit)
+        return where + name + self.hook.value.encode() + b"\0" + features
+
+
+def reads_to_json(reads: tuple[SiteRead, ...]) -> list[dict[str, Any]]:
+    """Specs in JSON types that parse to equal reads, one for all alike sites."""
+    specs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for read in reads:
+        key = (read.module, read.top_k, read.features, read.stops, read.phase)
+        if key not in specs:
+            stops = [{"feature_idx": f, "above": bound} for f, bound in read.stops]
+            specs[key] = {
+                "module_name": read.module,
+                "sites": {},
+                "top_k": read.top_k or None,
+                "features": list(read.features) or None,
+                "phase": read.phase,
+                "stop_if": stops or None,
+            }
+        specs[key]["sites"].setdefault(read.hook.value, []).append(read.layer)
+    return list(specs.values())
+
+
+def read_key(reads: tuple[SiteRead, ...], phase: str) -> str | None:
+    """Key of the row that reads the tokens of a phase (hex); None: none is read."""
+    keys = [read.row_key for read in reads if read.reads(phase)]
+    if not keys:
+        return None
+    digest = hashlib.sha256(b"vllm.steering.read")
+    for key in sorted(keys):
+        digest.update(struct.pack("<Q", len(key)) + key)
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys that look like a steering field and are none: refused with the right name.
+
+vLLM drops unknown fields and ignores unknown `extra_args`, so a misspelt key would
+give unsteered text without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.steering_checks import refusal, shown
+
+# Where the engine writes digests; a client may not set it (see `ROWS_KEY`).
+_RESERVED = "steering_rows"
+_KNOWN = frozenset((*EXTRA_ARGS_KEYS, _RESERVED))
+_LIKENESS = 0.8
+# No field is longer than this; longer keys are not compared.
+_MAX_KEY = 64
+
+
+def refuse_misspelt(keys: Iterable[Any], where: str = "") -> None:
+    """Raise `VLLMValidationError` for the first key that is nearly one of ours.
+
+    Args:
+        keys: of a request's body, or of its `extra_args`.
+        where: path in front of a key in the message, such as `vllm_xargs.`.
+    """
+    for key in keys:
+        if type(key) is str and key not in _KNOWN and _looks_like_ours(key):
+            raise refusal(
+                where + (key if key.isascii() else shown(key)),
+                f"unknown field, expected {_nearest(key)}",
+            )
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("-", "").replace("_", "")
+
+
+_PLAIN = {_plain(name): name for name in EXTRA_ARGS_KEYS}
+
+
+def _looks_like_ours(key: str) -> bool:
+    if len(key) > _MAX_KEY:
+        return False
+    plain = _plain(key)
+    words = key.lower().replace("-", "_").split("_")
+    return (
+        "steering" in plain
+        or words[0] in ("sae", "saes")
+        or bool(difflib.get_close_matches(plain, _PLAIN, 1, _LIKENESS))
+    )
+
+
+def _nearest(key: str) -> str:
+    near = difflib.get_close_matches(_plain(key), _PLAIN, 1, 0.0)
+    return _PLAIN[near[0]] if near else ", ".join(EXTRA_ARGS_KEYS)

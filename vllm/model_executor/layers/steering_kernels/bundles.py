@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA ops are given: bundles of tensors, each in a fixed order.
+
+`csrc/steering/constants.cuh` states the same orders, `checks.h` checks every tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.model_executor.layers.steering_state import (
+    ClampTable,
+    SAEWeights,
+    StepState,
+)
+
+from .run import Run
+
+Tensors = list[torch.Tensor]
+
+WEIGHTS_FIELDS = (
+    "W_enc", "b_enc", "threshold", "W_dec", "b_dec", "meta", "norm_limit",
+)  # fmt: skip
+WORKSPACE_FIELDS = (
+    "x", "records", "count", "sync", "entries", "scores", "kth", "coef",
+)  # fmt: skip
+STEP_FIELDS = ("index", "flags", "table", "saturated")
+STREAM_FIELDS = ("hidden", "residual")
+
+
+def weights_bundle(weights: SAEWeights) -> Tensors:
+    """The tensors of `WEIGHTS_FIELDS`."""
+    w = weights
+    return [w.W_enc, w.b_enc, w.threshold, w.W_dec, w.b_dec, w.meta, w.norm_limit]
+
+
+def step_bundle(step: StepState, index: torch.Tensor, table: ClampTable) -> Tensors:
+    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`."""
+    return [index, step.flags, table.packed, step.saturated]
+
+
+def stream_bundle(hidden: torch.Tensor, residual: torch.Tensor | None) -> Tensors:
+    """The tensors of `STREAM_FIELDS`; one where the stream is one tensor."""
+    return [hidden] if residual is None else [hidden, residual]
+
+
+def run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    """Step, weights, stream and workspace of a pipeline, in the ops' order."""
+    ws, buffers = run.workspace, run.buffers
+    return (
+        step_bundle(run.step, run.index, run.table),
+        weights_bundle(run.slot.weights),
+        stream_bundle(run.hidden, run.residual),
+        [
+            buffers.x, ws.records, ws.count, ws.sync, buffers.entries,
+            buffers.scores, ws.kth, buffers.coef,
+        ],
+    )  # fmt: skip

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading features: the asked-for activations of each read token, and the largest ones.
+
+    out[t] = [num_active, num_listed, values of the given features, top-k list]
+
+It runs on the lists that the encoder makes (`compact` and `encode`, with the reading
+table in the place of a tier's, and `select` for TopK). An activation and its feature
+make one sortable key, larger for a larger value and, at equal values, for a lower
+feature. A token with more non-zeros than its list holds is encoded again, feature block
+after feature block, and keeps the best keys.
+"""
+
+from __future__ import annotations
+
+from vllm.triton_utils import tl, triton
+
+from .compact import D_SAE, RECORD_INTS, USES_TOPK, pdl_wait
+from .resolve import entry_feature, entry_value
+from .select import INDEX_MASK, LAST, RELU_FIELD, load_keys, sort_key
+
+# Columns of a reading table's row: layers/steering_read_state.py.
+TOP_K = tl.constexpr(2)
+COUNT = tl.constexpr(3)
+FEATURES = tl.constexpr(4)
+MAX_READ = tl.constexpr(64)
+BLOCK = tl.constexpr(64)  # entries looked at together
+BLOCK_F = tl.constexpr(16)  # features encoded together on the overflow path
+
+
+@triton.jit
+def key_feature(key):
+    """The feature of a key."""
+    return (key & INDEX_MASK).to(tl.int32) ^ INDEX_MASK
+
+
+@triton.jit
+def key_bits(key):
+    """The bits of a key's float32 value."""
+    bits = (key >> 31).to(tl.int32)
+    return tl.where(bits < 0, bits ^ (-2147483648), ~bits)
+
+
+@triton.jit
+def scaled_keys(f, act, scale, inside):
+    """Keys of activations in the module's units; -1 where not active."""
+    on = inside & (act != 0.0)
+    value = act * tl.load(scale + f, mask=on, other=1.0)
+    return tl.where(on, sort_key(value, f), -1)
+
+
+@triton.jit
+def given_of(f, act, features):
+    """`act` of each given feature within a block, 0 where it is not there."""
+    same = f[None, :] == features[:, None]
+    return tl.sum(tl.where(same, act[None, :], 0.0), 1)
+
+
+@triton.jit
+def keys_from_list(own, n, features, scale):
+    """Turns a token's entries into keys in place; the given features' activations."""
+    given = tl.zeros([MAX_READ], tl.float32)
+    for j in range(0, n, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        e = tl.load(own + at, mask=at < n, other=LAST)
+        f = entry_feature(e)
+        act = tl.where(at < n, entry_value(e), 0.0)
+        given += given_of(f, act, features)
+        tl.store(own + at, scaled_keys(f, act, scale, at < n), mask=at < n)
+    tl.debug_barrier()
+    return given
+
+
+@triton.jit
+def kth_of_list(own, n, k):
+    """The k-th largest of n keys in memory, by its bits from the top."""
+    found = tl.zeros([], tl.int64)
+    for b in range(63):
+        trial = found | (tl.full([], 1, tl.int64) << (62 - b))
+        total = 0
+        for j in range(0, n, 1024):
+            at = j + tl.arange(0, 1024)
+            key = tl.load(own + at, mask=at < n, other=-1)
+            total += tl.sum((key >= trial).to(tl.int32), 0)
+        found = tl.where(total >= k, trial, found)
+    return found
+
+
+@triton.jit
+def keep_best(own, n, k):
+    """Moves the k largest of n keys to the front; returns how many there are."""
+    bound = tl.zeros([], tl.int64)
+    if n > k:
+        bound = kth_of_list(own, n, k)
+    kept = 0
+    for j in range(0, n, 1024):
+        at = j + tl.arange(0, 1024)
+        key = tl.load(own + at, mask=at < n, other=-1)
+        keep = (at < n) & (key >= bound)
+        place = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # places that are written have been read
+        tl.store(own + place, key, mask=keep)
+        tl.debug_barrier()
+        kept += tl.sum(keep.to(tl.int32), 0)
+    return kept
+
+
+@triton.jit
+def write_best(own, n, top_k, features_out, values_out, N: tl.constexpr):
+    """Writes the top_k of n <= N keys, largest first."""
+    i = tl.arange(0, N)
+    key = tl.load(own + i, mask=i < n, other=-1)
+    rank = tl.zeros([N], tl.int32)
+    for j in range(0, n, 16):
+        at = j + tl.arange(0, 16)
+        o = tl.load(own + at, mask=at < n, other=-1)
+        rank += tl.sum((o[None, :] > key[:, None]).to(tl.int32), 1)
+    listed = (i < n) & (rank < top_k)
+    tl.store(features_out + rank, key_feature(key), mask=listed)
+    tl.store(values_out + rank, key_bits(key), mask=listed)
+
+
+@triton.jit
+def block_of_scores(scores_row, f, inside, kth, d_sae, relu):
+    """Activations of a block of features of a TopK token, from its scores."""
+    p = tl.load(scores_row + f, mask=inside, other=0.0)
+    chosen = inside & (load_keys(scores_row, f, d_sae) >= kth)
+    return tl.where(chosen & ((p > 0.0) | (relu == 0)), p, 0.0)
+
+
+@triton.jit
+def block_of_encoder(
+    x_row, w_enc, b_enc, threshold, f, inside, D: tl.constexpr, BK: tl.constexpr
+):
+    """Activations of a block of features of a threshold token, encoded here."""
+    dot = tl.zeros([BLOCK_F, BK], tl.float32)
+    for k in range(0, D, BK):
+        at = k + tl.arange(0, BK)
+        x = tl.load(x_row + at, mask=at < D, other=0.0).to(tl.float32)
+        w_at = f.to(tl.int64)[:, None] * D + at[None, :]
+        mask = inside[:, None] & (at < D)[None, :]
+        w = tl.load(w_enc + w_at, mask=mask, other=0.0)
+        dot += w.to(tl.float32) * x[None, :]
+    p = tl.sum(dot, 1) + tl.load(b_enc + f, mask=inside, other=float("-inf"))
+    bar = tl.load(threshold + f, mask=inside, other=float("inf"))
+    return tl.where(p > tl.maximum(bar, 0.0), p, 0.0)
+
+
+@triton.jit
+def keys_from_all(
+    own,
+    room,
+    x_row,
+    scores_row,
+    kth,
+    features,
+    scale,
+    meta,
+    w_enc,
+    b_enc,
+    threshold,
+    D: tl.constexpr,
+    TOPK: tl.constexpr,
+):
+    """The overflow path: keeps the best keys of all features of one token.
+
+    Returns (keys kept, given features' activations, active features).
+    """
+    d_sae = tl.load(meta + D_SAE)
+    relu = tl.load(meta + RELU_FIELD)
+    given = tl.zeros([MAX_READ], tl.float32)
+    n = 0
+    active = 0
+    for f0 in range(0, d_sae, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        inside = f < d_sae
+        if TOPK:
+            act = block_of_scores(scores_row, f, inside, kth, d_sae, relu)
+        else:
+            act = block_of_encoder(x_row, w_enc, b_enc, threshold, f, inside, D, 128)
+        given += given_of(f, act, features)
+        key = scaled_keys(f, act, scale, inside)
+        keep = key >= 0
+        place = n + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(own + place, key, mask=keep)
+        n += tl.sum(keep.to(tl.int32), 0)
+        active += tl.sum(keep.to(tl.int32), 0)
+        if n > room - BLOCK_F:
+            tl.debug_barrier()
+            n = keep_best(own, n, MAX_READ)
+    tl.debug_barrier()
+    return n, given, active
+
+
+@triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])
+def readout_kernel(
+    index,
+    table,
+    scale,
+    out,
+    meta,
+    count,
+    tokens,
+    records,
+    entries,
+    kth,
+    x,
+    scores,
+    w_enc,
+    b_enc,
+    threshold,
+    table_stride,
+    out_stride,
+    tokens_stride,
+    base,
+    rows,
+    F,
+    capacity,
+    D: tl.constexpr,
+    GATE: tl.constexpr,
+    TOPK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Writes `out` of the read tokens of one chunk."""
+    pdl_wait(PDL)
+    n_tokens = tl.minimum(tl.load(count) - base, rows)
+    if GATE >= 0 and tl.load(meta + USES_TOPK) != GATE:
+        n_tokens = 0
+    place = tl.arange(0, MAX_READ)
+    for i in range(tl.program_id(0), n_tokens, tl.num_programs(0)):
+        token = tl.load(tokens + i * tokens_stride)
+        if token >= 0:
+            i64 = tl.cast(i, tl.int64)
+            row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
+            top_k = tl.load(row_ptr + TOP_K)
+            given_count = tl.load(row_ptr + COUNT)
+            features = tl.load(
+                row_ptr + FEATURES + place, mask=place < given_count, other=-1
+            )
+            own = entries + i64 * capacity
+            n = tl.load(records + i * RECORD_INTS)
+            active = n
+            if n <= capacity:
+                given = keys_from_list(own, n, features, scale)
+            else:
+                n, given, active = keys_from_all(
+                    own, capacity, x + i64 * D, scores + i64 * F, tl.load(kth + i),
+                    features, scale, meta, w_enc, b_enc, threshold, D, TOPK,
+                )  # fmt: skip
+            if n > 1024:
+                n = keep_best(own, n, MAX_READ)
+            to = out + token.to(tl.int64) * out_stride
+            tl.store(to, active)
+            tl.store(to + 1, tl.minimum(active, top_k))
+            wanted = place < given_count
+            unit = tl.load(scale + features, mask=wanted, other=1.0)
+            bits = (given * unit).to(tl.int32, bitcast=True)
+            tl.store(to + 2 + place, bits, mask=wanted)
+            first = to + 2 + given_count
+            if n <= 128:
+                write_best(own, n, top_k, first, first + top_k, 128)
+            else:
+                write_best(own, n, top_k, first, first + top_k, 1024)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a safetensors file through a read-only mapping, header first.
+
+The safetensors package maps a file so that its pages count as this process's own
+memory; here they do not, so that inspecting a large file fits a limit on memory.
+Source: the format's description, https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+
+from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
+from vllm.model_executor.model_loader.sae_formats.tensor_types import (
+    FLOAT_DTYPES,
+    TensorInfo,
+)
+
+# A header of this size names about 10,000 tensors; an SAE has at most ten a site.
+MAX_HEADER_BYTES = 2 << 20
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2"}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2}
+_ITEM_BYTES |= {"BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class SafetensorsFile:
+    """The tensors of a safetensors file; reads are copies."""
+
+    def __init__(self, path: Path):
+        self.label = path.name
+        self._path = path
+        header, self._start = _read_header(path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise LayoutError(f"{path.name}: __metadata__: expected an object")
+        self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
+        self.infos: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        data_bytes = path.stat().st_size - self._start
+        for name, entry in header.items():
+            self._describe(name, entry, data_bytes)
+
+    def _describe(self, name: str, entry: Any, data_bytes: int) -> None:
+        where = f"{self.label}: {name}"
+        if not isinstance(entry, dict):
+            raise LayoutError(f"{where}: expected an object in the header")
+        kind, shape = entry.get("dtype"), entry.get("shape")
+        offsets = entry.get("data_offsets")
+        if not isinstance(kind, str) or not _sizes(shape) or not _sizes(offsets, 2):
+            raise LayoutError(f"{where}: expected dtype, shape and data_offsets")
+        begin, end = offsets
+        item_bytes = _ITEM_BYTES.get(kind)
+        needed = end - begin if item_bytes is None else math.prod(shape) * item_bytes
+        if end - begin != needed or begin > end or end > data_bytes:
+            raise LayoutError(
+                f"{where}: {kind} {shape} at {offsets} does not fit the {data_bytes} "
+                "bytes of data in the file"
+            )
+        self.infos[name] = TensorInfo(tuple(shape), FLOAT_DTYPES.get(kind), kind)
+        self._offsets[name] = self._start + begin
+
+    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
+        """As `TensorFile.read`."""
+        info = self.infos[name]
+        assert info.dtype is not None
+        if not math.prod(info.shape):
+            return torch.empty(info.shape, dtype=info.dtype)
+        array: np.ndarray = np.memmap(
+            self._path,
+            _NUMPY[info.stored_as],
+            mode="r",
+            offset=self._offsets[name],
+            shape=info.shape or (1,),
+        )
+        if info.shape:
+            array = array[start:stop] if axis == 0 else array[:, start:stop]
+        value = torch.from_numpy(np.array(array)).view(info.dtype)
+        return value if info.shape else value.reshape(())
+
+
+def _sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
+    """Whether a value is a list of sizes, of this length if one is given."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and length in (None, len(value))
+        and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the offset where the data begins."""
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise LayoutError(f"{path.name}: too short for a safetensors file")
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise LayoutError(
+                f"{path.name}: safetensors header of {header_bytes} bytes, expected at "
+                f"most {MAX_HEADER_BYTES}"
+            )
+        content = stream.read(header_bytes)
+    if len(content) < header_bytes:
+        raise LayoutError(f"{path.name}: not a safetensors file: its header is cut off")
+    try:
+        header = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        detail = (str(error).splitlines() or [""])[0]
+        raise LayoutError(f"{path.name}: not a safetensors file: {detail}") from error
+    if not isinstance(header, dict):
+        raise LayoutError(f"{path.name}: not a safetensors file: no JSON object")
+    return header, 8 + header_bytes

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every reader of tensor files shares: descriptions, limits and first checks."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    LFS_POINTER,
+    LayoutError,
+    lfs_pointer,
+)
+
+# The largest public SAEs are about 30 GB a file.
+MAX_FILE_BYTES = 128 << 30
+# A directory of this size lists about 10,000 members of a zip file.
+MAX_ZIP_DIRECTORY_BYTES = 1 << 20
+_ZIP_END = struct.Struct("<4s4H2LH")
+_ZIP64_LOCATOR_BYTES = 20
+_ZIP64_END = struct.Struct("<4sQ2H2L4Q")
+
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+FLOATING = frozenset(FLOAT_DTYPES.values())
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype from a header; `dtype` is None for anything but 16-64 bit float,
+    and `stored_as` then says what it is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    stored_as: str
+
+
+class TensorFile(Protocol):
+    """An open tensor file. `label` is its name in messages, `metadata` its strings."""
+
+    label: str
+    infos: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
+        """Elements `start:stop` along `axis`, on the CPU, in the stored dtype."""
+
+
+def check_file(path: Path) -> None:
+    """Refuse a tensor file that is missing, too large, or only a pointer to one.
+
+    Raises:
+        LayoutError: one line that says what to do.
+    """
+    if not path.is_file():
+        raise LayoutError(f"{path.name}: missing")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise LayoutError(
+            f"{path.name}: expected at most {MAX_FILE_BYTES} bytes, found {size}"
+        )
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise lfs_pointer(path.name)
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip file whose list of members is small enough to be read.
+
+    Raises:
+        LayoutError: no zip file, or one whose directory is too large.
+    """
+    size = _zip_directory_bytes(path)
+    if size is None:
+        raise LayoutError(f"{path.name}: expected a zip file, found another format")
+    if size > MAX_ZIP_DIRECTORY_BYTES:
+        raise LayoutError(
+            f"{path.name}: lists members in {size} bytes, expected at most "
+            f"{MAX_ZIP_DIRECTORY_BYTES}"
+        )
+    return zipfile.ZipFile(path)
+
+
+def _zip_directory_bytes(path: Path) -> int | None:
+    """The declared size of a zip file's central directory; None: no zip file."""
+    tail_bytes = min(path.stat().st_size, (1 << 16) + _ZIP_END.size)
+    with path.open("rb") as stream:
+        stream.seek(-tail_bytes, 2)
+        tail = stream.read(tail_bytes)
+        at = tail.rfind(b"PK\5\6")
+        if at < 0 or len(tail) - at < _ZIP_END.size:
+            return None
+        size = _ZIP_END.unpack_from(tail, at)[5]
+        if size != 0xFFFFFFFF:
+            return size
+        end64 = path.stat().st_size - (len(tail) - at) - _ZIP64_LOCATOR_BYTES
+        stream.seek(max(0, end64 - _ZIP64_END.size))
+        record = stream.read(_ZIP64_END.size)
+    if len(record) < _ZIP64_END.size or record[:4] != b"PK\6\6":
+        return None
+    return _ZIP64_END.unpack(record)[8]
+
+
+def stored_member_offset(path: Path, item: zipfile.ZipInfo) -> int:
+    """Where the bytes of an uncompressed zip member begin.
+
+    Raises:
+        LayoutError: the member ends past the end of the file.
+    """
+    with path.open("rb") as raw:
+        raw.seek(item.header_offset)
+        local = raw.read(30)
+    if len(local) < 30:
+        raise LayoutError(f"{path.name}: {item.filename}: its header is cut off")
+    name_bytes, extra_bytes = struct.unpack("<HH", local[26:30])
+    offset = item.header_offset + 30 + name_bytes + extra_bytes
+    if offset + item.file_size > path.stat().st_size:
+        raise LayoutError(
+            f"{path.name}: {item.filename}: its data ends past the end of the file"
+        )
+    return offset

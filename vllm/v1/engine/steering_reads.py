@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what workers have read to what clients get: the scheduler's side.
+
+The scheduler knows which tokens of a step were accepted, so it knows the positions of
+a step's rows. It keeps the rows of a prompt until the request has its first output,
+drops positions that were read before (they are recomputed after preemption), and sees
+whether a stop condition holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from vllm.config.sae_features import NOT_READ, first_firing
+from vllm.config.sae_readout_specs import SiteRead
+from vllm.config.sae_readout_step import ReadRequest, StepReadout
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.steering import SteeringConfig
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+# Where an engine's output carries the rows of a request to the front end.
+PAYLOAD_KEY = "sae_readout"
+STOP_PREFIX = "sae:"
+# On a `Request`: its `RequestReads`; None where it reads nothing.
+READS_ATTRIBUTE = "sae_reads"
+
+# (position of the first row, for each read its rows or None).
+Chunk = tuple[int, list[bytes | None]]
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A stop condition that holds: the token's position, and the stop reason."""
+
+    position: int
+    reason: str
+
+
+@dataclass
+class RequestReads:
+    """What one request reads, and what of it has not been sent yet.
+
+    Attributes:
+        reads: in canonical order.
+        slots: the engine's slot of each of them.
+        d_sae: the number of features at each of them.
+        num_prompt: tokens of the prompt.
+        min_tokens: generated tokens before which nothing ends the request.
+        next_position: the first position that has not been read.
+    """
+
+    reads: tuple[SiteRead, ...]
+    slots: tuple[int, ...]
+    d_sae: tuple[int, ...]
+    num_prompt: int
+    min_tokens: int
+    next_position: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def take(
+        self, step: StepReadout, own: ReadRequest, start: int, accepted: int
+    ) -> Fired | None:
+        """Keep the new rows of a step; the first stop condition that holds, if any.
+
+        Args:
+            step, own: what the step has read, and this request's part of it.
+            start: position of the request's first token in the step.
+            accepted: how many of its tokens count; the rest were rejected drafts.
+        """
+        first = max(self.next_position, start)
+        end = start + accepted
+        if end <= first:
+            return None
+        self.next_position = end
+        offset = own.first_row - step.first_row - start
+        part = slice(offset + first, offset + end)
+        positions = np.arange(first, end)
+        kept: list[bytes | None] = []
+        fired: Fired | None = None
+        for read, slot in zip(self.reads, self.slots, strict=True):
+            rows = step.rows[slot][part, : read.width] if slot in step.rows else None
+            if rows is None or (rows[:, 0] == NOT_READ).all():
+                kept.append(None)
+                continue
+            kept.append(rows.tobytes())
+            if read.stops:
+                fired = self._sooner(fired, read, rows, positions)
+        if any(rows is not None for rows in kept):
+            self.chunks.append((first, kept))
+        return fired
+
+    def _sooner(
+        self,
+        fired: Fired | None,
+        read: SiteRead,
+        rows: np.ndarray,
+        positions: np.ndarray,
+    ) -> Fired | None:
+        # Generated tokens once the token itself is included.
+        generated: np.ndarray = positions - self.num_prompt + 1
+        found = first_firing(read, rows, generated >= max(self.min_tokens, 1))
+        if found is None:
+            return fired
+        row, feature = found
+        position = int(positions[row])
+        if fired is not None and fired.position <= position:
+            return fired
+        reason = f"{STOP_PREFIX}{read.module}:{read.site}:{feature}"
+        return Fired(position, reason)
+
+    def payload(self) -> bytes | None:
+        """What has not been sent yet, for `unpack`; None: nothing."""
+        if not self.chunks:
+            return None
+        chunks, self.chunks = self.chunks, []
+        return msgspec.msgpack.encode((self.d_sae, chunks))
+
+
+def reads_of(
+    extra_args: Mapping[str, Any] | None, config: SteeringConfig | None
+) -> tuple[SiteRead, ...]:
+    """What a request with these `extra_args` reads."""
+    request = parse_steering_request(extra_args, config)
+    return () if request is None else request.reads
+
+
+def request_reads(
+    request: Request, config: SteeringConfig | None
+) -> RequestReads | None:
+    """The scheduler's state of an admitted request; None: it reads nothing."""
+    params = request.sampling_params
+    assert params is not None
+    reads = reads_of(params.extra_args, config)
+    if config is None or not reads:
+        return None
+    modules = [config.modules[read.module] for read in reads]
+    slots, d_sae = [], []
+    for module, read in zip(modules, reads, strict=True):
+        slot = module.slot_at(read.hook, read.layer)
+        site = module.site(read.hook, read.layer)
+        assert slot is not None and site is not None, "a read site has no slot"
+        slots.append(slot)
+        d_sae.append(site.d_sae)
+    return RequestReads(
+        reads, tuple(slots), tuple(d_sae), request.num_prompt_tokens, params.min_tokens
+    )
+
+
+def unpack(payload: bytes) -> tuple[list[int], list[Chunk]]:
+    """`d_sae` of each read, and the chunks in order."""
+    d_sae, chunks = msgspec.msgpack.decode(payload)
+    return d_sae, [(first, kept) for first, kept in chunks]
+
+
+def step_start(
+    num_tokens: int, own: ReadRequest, num_drafts: int, num_generated: int
+) -> tuple[int, int]:
+    """(position of a request's first token in a step, how many tokens count).
+
+    A step that generates ends with the last known token and the drafts after it; of
+    those, as many count as were accepted. Another step is a part of a prompt, whose
+    place the worker knows.
+
+    Args:
+        num_tokens: of the request, before the step's own are appended.
+        own: the request's part of the step.
+        num_drafts: draft tokens among its tokens.
+        num_generated: tokens that the step has generated.
+    """
+    known = own.num_tokens - num_drafts
+    if not num_generated:
+        return own.num_computed, known
+    return num_tokens - known, known + num_generated - 1

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One worker's reading: rows of the requests that read, the step's index, its output.
+
+Reading has rows, an index and tables as the three tiers have, and beside them an
+output: after a forward, `take_step` starts the copy of what the sites have written. No
+one waits for it: it is complete when the sampled tokens are on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from vllm.config.sae_readout_specs import SiteRead, read_key
+from vllm.config.sae_readout_step import ReadRequest, StepReadout
+from vllm.model_executor.layers.steering import StepState
+from vllm.model_executor.layers.steering_read_state import (
+    NOT_READ,
+    TABLE_HEAD,
+    ReadBuffers,
+)
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
+from vllm.v1.worker.steering_manager import RowManager
+
+
+class ReadRowManager(RowManager):
+    """Rows of reading requests; what they read is kept beside."""
+
+
+class Places(Protocol):
+    """Where a worker's slots are; see `SiteModules`."""
+
+    def read_buffers(self) -> Mapping[int, ReadBuffers]:
+        """Buffers of every slot of this rank that can be read, by slot."""
+
+    def read_slot(self, read: SiteRead) -> int | None:
+        """The slot that holds what is read; None: not on this rank."""
+
+
+class SteeringReadout:
+    """The reading state of one worker.
+
+    Args:
+        places: the worker's slots.
+        step: the worker's step state.
+        num_rows: rows of the slots' tables.
+        sends: whether this rank's output goes to the scheduler.
+    """
+
+    def __init__(self, places: Places, step: StepState, num_rows: int, sends: bool):
+        self.places = places
+        self.step = step
+        self.sends = sends
+        self.manager = ReadRowManager(num_rows)
+        self._rows: dict[str, RequestRows] = {}
+        self._reads: dict[int, tuple[SiteRead, ...]] = {}  # by row
+        # By slot: the active rows of its table, and the width of each one's output.
+        self._tables: dict[int, dict[int, int]] = {}
+        self._index = StepIndex(1)
+        self._host: np.ndarray = np.zeros(step.max_tokens, dtype=np.int32)
+        self._written = 0
+        self._requests: tuple[ReadRequest, ...] = ()
+        # Slot -> width of its output, for the rows of the batch at hand.
+        self._widths: dict[int, int] = {}
+        # Tokens that had a row since the worker started, by slot.
+        self.tokens_read: dict[int, int] = {}
+
+    @property
+    def reading(self) -> bool:
+        """Whether some token of the step is read."""
+        return bool(self._requests)
+
+    def resume_request(self, req_id: str, reads: tuple[SiteRead, ...]) -> None:
+        """Take the rows of a request that enters the batch."""
+        if not reads:
+            return
+        rows = RequestRows(
+            self._acquire(reads, "prefill"), self._acquire(reads, "decode")
+        )
+        self._rows[req_id] = rows
+        self._index.hold(req_id, rows)
+
+    def _acquire(self, reads: tuple[SiteRead, ...], phase: str) -> tuple[int]:
+        key = read_key(reads, phase)
+        if key is None:
+            return (0,)
+        row = self.manager.acquire(key, ())
+        self._reads[row] = tuple(read for read in reads if read.reads(phase))
+        return (row,)
+
+    def park_request(self, req_id: str) -> None:
+        """Give back the rows of a request that leaves the batch."""
+        rows = self._rows.pop(req_id, None)
+        if rows is None:
+            return
+        self._index.drop(req_id)
+        self.manager.release(rows.prefill[0])
+        self.manager.release(rows.decode[0])
+
+    def prepare_step(self, view: BatchView) -> bool:
+        """Write the index and the rows of a step; whether any token is read."""
+        if not self._rows:
+            self.clear_step()
+            return False
+        changed = self._index.update(view)
+        rows = self._index.rows
+        if rows is None:
+            self.clear_step()
+            return False
+        self._write_tables()
+        if changed or not self._written:
+            self._write_index(rows[0])
+        self._requests = self._reading_requests(view)
+        self.step.reading = True
+        return True
+
+    def clear_step(self) -> None:
+        """No token is read: an ordinary step, a dummy run or a capture."""
+        self._requests = ()
+        self.step.reading = False
+        if self._written:
+            self.step.read_index.zero_()
+            self._host[: self._written] = 0
+            self._written = 0
+
+    def _reading_requests(self, view: BatchView) -> tuple[ReadRequest, ...]:
+        counts = view.num_scheduled.tolist()
+        computed = view.num_computed.tolist()
+        found, first = [], 0
+        for req_id, count, done in zip(view.req_ids, counts, computed, strict=False):
+            if req_id in self._rows:
+                found.append(ReadRequest(req_id, first, count, done))
+            first += count
+        return tuple(found)
+
+    def _write_tables(self) -> None:
+        changes = self.manager.take_changes()
+        if not changes:
+            return
+        buffers = self.places.read_buffers()
+        pending: dict[int, dict[int, np.ndarray]] = {}
+        for row in changes:
+            for at, widths in self._tables.items():
+                if widths.pop(row, None) is not None:
+                    # What the row's last holder read here must not stay.
+                    pending.setdefault(at, {})[row] = encode_row(None, buffers[at])
+            for read in self._reads[row]:
+                slot = self.places.read_slot(read)
+                if slot is not None:
+                    self._tables.setdefault(slot, {})[row] = read.width
+                    packed = encode_row(read, buffers[slot])
+                    pending.setdefault(slot, {})[row] = packed
+        for at, rows in pending.items():
+            _upload(buffers[at].packed, rows)
+
+    def _write_index(self, rows: np.ndarray) -> None:
+        tokens = len(rows)
+        extent = max(tokens, self._written)
+        self._host[:tokens] = rows
+        self._host[tokens:extent] = 0
+        device = self.step.read_index.device
+        fresh = async_tensor_h2d(self._host[:extent].copy(), device=device)
+        self.step.read_index[:extent].copy_(fresh)
+        self._written = tokens
+        used = np.unique(rows)
+        self._widths = {}
+        for at, table in self._tables.items():
+            widths = [table[row] for row in used.tolist() if row in table]
+            if widths:
+                self._widths[at] = max(widths)
+
+    def take_step(self) -> StepReadout | None:
+        """Start the copy of what the step's sites have written, in stream order."""
+        if not (self._requests and self._widths):
+            return None
+        first = self._requests[0].first_row
+        last = self._requests[-1]
+        part = slice(first, last.first_row + last.num_tokens)
+        buffers = self.places.read_buffers()
+        rows: dict[int, np.ndarray] = {}
+        for at, width in self._widths.items():
+            out = buffers[at].out
+            if self.sends:
+                copy = out[part, :width].contiguous()
+                rows[at] = copy.to("cpu", non_blocking=True, copy=True).numpy()
+            # Tokens of the next step count as not read until they are.
+            out[part, 0].fill_(NOT_READ)
+        requests, self._requests = self._requests, ()
+        if not rows:
+            return None
+        tokens = sum(request.num_tokens for request in requests)
+        for at in rows:
+            self.tokens_read[at] = self.tokens_read.get(at, 0) + tokens
+        return StepReadout(requests, first, rows)
+
+    def check_integrity(self) -> None:
+        """Assert that the manager, the index and the requests agree."""
+        self.manager.check_integrity()
+        held = {
+            row for rows in self._rows.values() for row in (*rows.prefill, *rows.decode)
+        }
+        assert self.manager.rows_in_use == len(held - {0}), "reading rows leaked"
+        assert self._index.holders == set(self._rows), "the reading index disagrees"
+
+
+def encode_row(read: SiteRead | None, buffers: ReadBuffers) -> np.ndarray:
+    """int32 table row of what `read` asks; None: nothing is read."""
+    row = np.zeros(buffers.packed.shape[1], dtype=np.int32)
+    if read is not None:
+        row[0], row[2], row[3] = 1, read.top_k, len(read.explicit)
+        row[TABLE_HEAD : TABLE_HEAD + len(read.explicit)] = read.explicit
+    return row
+
+
+def _upload(packed: torch.Tensor, rows: dict[int, np.ndarray]) -> None:
+    where = np.fromiter(rows, dtype=np.int64, count=len(rows))
+    data = np.stack(list(rows.values()))
+    packed.index_copy_(
+        0,
+        async_tensor_h2d(where, device=packed.device),
+        async_tensor_h2d(data, device=packed.device),
+    )
