@@ -73,7 +73,8 @@ class SteeringModulesService:
         Raises:
             RequestRefused: 404, no module has this name.
         """
-        for module in (await self.call("list", {})).listing["modules"]:
+        listing = (await self.call("list", {})).listing or {}
+        for module in listing["modules"]:
             if module["name"] == name:
                 return module["path"]
         raise RequestRefused(404, f"name: there is no module {name!r}", "name")
