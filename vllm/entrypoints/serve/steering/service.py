@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm.config.sae_labels import FILE_NAME, Labels, labels_of, search
-from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
@@ -97,16 +96,22 @@ class SteeringModulesService:
         self, name: str, query: str, index: int | None, limit: int
     ) -> Sequence[tuple[int, str]]:
         """Labels of a module that hold the query's words, or that of one feature."""
-        modules = (await self.call("list", {})).listing or {}
-        paths = {m["name"]: m["path"] for m in modules.get("modules", ())}
-        if name not in paths:
-            raise RequestRefused(
-                404, f"found {shown(name)}, expected a module: {listing(list(paths))}"
-            )
-        labels = await self.labels.of(paths[name])
+        labels = await self.labels.of(await self.path_of(name))
         if index is not None:
             return [(index, labels[index])] if index in labels else []
         return search(labels, query, limit)
+
+    async def path_of(self, name: str) -> str:
+        """Where a module was loaded from.
+
+        Raises:
+            RequestRefused: 404, no module has this name.
+        """
+        listing = (await self.call("list", {})).listing or {}
+        for module in listing["modules"]:
+            if module["name"] == name:
+                return module["path"]
+        raise RequestRefused(404, f"name: there is no module {name!r}", "name")
 
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; the module as the engine has it."""
