@@ -42,7 +42,7 @@ class Limits:
     requests: int
     concurrency: int
     tolerance: float
-    fault_rate: float = 0.04
+    steps_per_fault: int = 12
 
 
 class Chaos:
@@ -71,6 +71,7 @@ class Chaos:
         self.running: dict[str, Item] = {}
         self.started = 0
         self.version: str | None = None
+        self.bag: list[Callable[[], str]] = []
         self.faults: list[Callable[[], str]] = [
             self._abort,
             self._abort,
@@ -81,6 +82,12 @@ class Chaos:
             self._change_module,
             self._idle,
         ]
+
+    def _next_fault(self) -> Callable[[], str]:
+        """Each in turn, in an order that is shuffled anew every time."""
+        if not self.bag:
+            self.bag = self.rng.sample(self.faults, len(self.faults))
+        return self.bag.pop()
 
     @property
     def core(self) -> Any:
@@ -115,8 +122,8 @@ class Chaos:
                 target = self.rng.randint(1, 3)
             while len(self.running) < target:
                 self._add()
-            if self.rng.random() < limits.fault_rate:
-                self.report.faults[self.rng.choice(self.faults)()] += 1
+            if step % limits.steps_per_fault == 0:
+                self.report.faults[self._next_fault()()] += 1
             self._step(limits)
             step += 1
             if step % 50 == 0:

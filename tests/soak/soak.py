@@ -51,6 +51,7 @@ class Plan:
         margin: how much better a reference's tokens must be than the second best.
         options: of every engine.
         batched_tokens: least tokens of a step, for large batches.
+        exact_shapes: rounding hardly depends on the shape of a batch.
     """
 
     seed: int = 0
@@ -64,6 +65,7 @@ class Plan:
     tolerance: float = 1e-3
     margin: float = 5e-3
     batched_tokens: int = 0
+    steps_per_fault: int = 12
     exact_shapes: bool = True
     options: dict[str, Any] | None = None
 
@@ -103,6 +105,7 @@ def run(plan: Plan, root: Path) -> list[Report]:
         requests=plan.requests // len(plan.profiles),
         concurrency=plan.concurrency,
         tolerance=plan.tolerance,
+        steps_per_fault=plan.steps_per_fault,
     )
     reports = []
     for at, name in enumerate(plan.profiles):
