@@ -50,6 +50,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_namespace_packages(include=["vllm", "vllm.*"]),
+    package_data={"vllm.model_executor.model_loader.sae_formats": ["*.json"]},
     ext_modules=[Extension("vllm._steering_C", [])] if builds_cuda() else [],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import FORMATS, fold
-from vllm.model_executor.model_loader.sae_formats.layout import parse_site_name
+from vllm.model_executor.model_loader.sae_formats.names import parse_site_name
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
