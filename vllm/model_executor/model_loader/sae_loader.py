@@ -25,9 +25,9 @@ from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import (
     Format,
     recognise,
+    saelens_list,
 )
 from vllm.model_executor.model_loader.sae_formats import read_layout as read_files
-from vllm.model_executor.model_loader.sae_formats import saelens_list
 from vllm.model_executor.model_loader.sae_formats.fold import (
     check_sae,
     check_vector,
