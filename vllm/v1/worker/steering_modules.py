@@ -159,6 +159,16 @@ class SiteModules:
         key = SiteKey(read.layer, read.hook)
         return self._read_slots.get((read.module, key))
 
+    def sae_slot(self, module: str, key: SiteKey) -> SAESlot | None:
+        """The slot of an SAE module's site; None: not on this rank."""
+        bound, _ = self._bound[Tier.FULL].get((module, key), (None, 0))
+        slots = (
+            place.slot
+            for place in self.places.values()
+            if isinstance(place, SAEPlace) and place.tables[Tier.FULL] is bound
+        )
+        return next(slots, None)
+
     def read_buffers(self) -> dict[int, ReadBuffers]:
         """The reading buffers of this rank's SAE slots, by slot."""
         return {
