@@ -49,6 +49,13 @@ class SteeringMetrics:
             "saturated_tokens",
             "Tokens whose edited stream was limited to stay finite, per site and tier.",
         )
+        self.read = {
+            "tokens": _gauge(
+                "read_tokens", "Tokens read since start-up, per site.", "module"
+            ),
+            "bytes": _gauge("read_bytes", "Bytes that were read of them.", "module"),
+            "stops": _gauge("read_stops", "Requests that a feature ended.", "module"),
+        }
         self.memory = _gauge("bytes", "Device bytes of steering buffers.", "rank")
         _REFUSED = Counter(
             PREFIX + "refused_requests",
@@ -71,6 +78,9 @@ class SteeringMetrics:
                 self.tokens.labels(tier, phase).set(tokens)
         self.bypassed.set(found["bypassed_tokens"])
         self.saturated.set(found["saturated_tokens"])
+        for module, counts in found["read"].items():
+            for kind, gauge in self.read.items():
+                gauge.labels(module).set(counts[kind])
         for rank, size in enumerate(found["bytes"]):
             self.memory.labels(str(rank)).set(size)
 
