@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
@@ -67,13 +68,33 @@ class SteeringModulesService:
         # The modules themselves, not their names.
         return {**stats, **listed}
 
+    async def get(self, name: str) -> Json:
+        """One module, as `list` has it.
+
+        Raises:
+            RequestRefused: 404, there is no such module.
+        """
+        listed = (await self.call("list", {})).listing or {}
+        modules = {module["name"]: module for module in listed["modules"]}
+        if name not in modules:
+            known = listing(list(modules))
+            raise RequestRefused(
+                404, f"found {shown(name)}, expected a module: {known}", "name"
+            )
+        return modules[name]
+
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; the module as the engine has it."""
         roots = (self.steering or {}).get("module_roots", ())
         # Links are resolved off the event loop: a root may be a slow network folder.
         path = await asyncio.to_thread(allowed_path, request.path, roots)
         described = {**request.options, "name": request.name, "path": path}
-        inspected = await self.call("inspect", described)
+        try:
+            inspected = await self.call("inspect", described)
+        except RequestRefused as error:
+            # Where links lead is not for clients.
+            error.message = error.message.replace(path, request.path)
+            raise
         payload = {
             "module": inspected.module,
             "replace": request.replace,
