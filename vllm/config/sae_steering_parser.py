@@ -301,7 +301,9 @@ class _Draft:
     vector_paths: dict[str, str] = field(default_factory=dict)
     features: dict[tuple[Tier, str, Site], set[int]] = field(default_factory=dict)
     num_clamps: dict[tuple[Tier, Site], int] = field(default_factory=dict)
-    reconstructed_by: dict[Site, str] = field(default_factory=dict)
+    # By site and the point that is written: a transcoder is not an SAE that reads
+    # the same point.
+    reconstructed_by: dict[tuple[Site, HookPoint], str] = field(default_factory=dict)
     reads: tuple[SiteRead, ...] = ()
 
     def add_sae_spec(
@@ -331,7 +333,8 @@ class _Draft:
         info = clamps.site
         site = (info.hook, info.layer)
         if tier is Tier.FULL:
-            owner = self.reconstructed_by.setdefault(site, name)
+            written = (site, clamps.site.out_hook)
+            owner = self.reconstructed_by.setdefault(written, name)
             if owner != name:
                 raise refusal(
                     clamps.path,

@@ -83,6 +83,14 @@ class SteeringModulesService:
             )
         return modules[name]
 
+    async def path_of(self, name: str) -> str:
+        """Where a module was loaded from.
+
+        Raises:
+            RequestRefused: 404, no module has this name.
+        """
+        return (await self.get(name))["path"]
+
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; the module as the engine has it."""
         roots = (self.steering or {}).get("module_roots", ())

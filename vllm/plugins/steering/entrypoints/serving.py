@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_checks import refusal
 from vllm.config.steering_replies import Json
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
@@ -66,7 +68,10 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
     refuse_misspelt_fields(request)
     fields = dict(request)
     params: SamplingParams | None = fields.get("sampling_params")
-    extra_args = fields.get("vllm_xargs") if params is None else params.extra_args
+    extra_args = fields.get("vllm_xargs")
+    if params is not None:
+        extra_args = params.extra_args
+        refuse_reading(extra_args)
     refuse_reserved_key(extra_args)
     given = {
         key: specs for key, specs in specs_of(request).items() if specs is not None
@@ -75,6 +80,16 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
         {**(extra_args or {}), **given}, active_steering_config(vllm_config)
     )
     return {} if steering is None else steering.to_extra_args()
+
+
+def refuse_reading(extra_args: Json | None) -> None:
+    """Raise when a raw request reads features, which its answer cannot carry."""
+    if extra_args and extra_args.get(READOUT_KEY):
+        raise refusal(
+            f"sampling_params.extra_args.{READOUT_KEY}",
+            "the answers of this route carry no features, use /v1/completions, "
+            "/v1/chat/completions, /v1/responses or /v1/steering/encode",
+        )
 
 
 def _make(stock: Stock) -> Stock:
