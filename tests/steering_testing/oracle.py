@@ -43,7 +43,7 @@ def hooked(
     def edit(stream: torch.Tensor, edits: list[Edit]) -> None:
         for at, token_id in enumerate(tokens):
             x = stream[0, at].double()
-            out = edit_token(edits, x, token_id, at < prompt_len)
+            out = edit_token(edits, x, token_id, at, prompt_len)
             if out is not x:
                 stream[0, at] = out.to(stream.dtype)
 

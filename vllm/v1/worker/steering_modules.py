@@ -187,7 +187,8 @@ class SiteModules:
                 places[at] = self._sae_place(key, slot)
         for key, ids in stacks.items():
             n = len(ids)
-            stack = VectorSlot(n, self.d_model, self.num_rows, n, self.device)
+            # A bound takes two places of a row.
+            stack = VectorSlot(n, self.d_model, self.num_rows, 2 * n, self.device)
             table = BoundTable(stack.table)
             for row, at in enumerate(ids):
                 places[at] = VectorPlace(key, stack, table, row)
