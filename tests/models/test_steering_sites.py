@@ -4,9 +4,9 @@ Face with hooks around the float64 mathematics says it."""
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,101 +14,90 @@ import pytest
 import torch
 import transformers
 from steering_testing import models, oracle
+from steering_testing.cases import CASES, LAST, TRANSFORMERS_CASES, Case
 from steering_testing.engine import assert_same, engine, generate, params, runner
-from steering_testing.reference import Clamp, random_sae
-from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs, vector
+from steering_testing.reference import Clamp, random_sae, random_transcoder
+from steering_testing.requests import SPECIAL, Ask, Modules, prompt, specs, vector
 
 from vllm import LLM
 from vllm.config.steering import HookPoint
 from vllm.model_executor.layers.steering import SiteKey, SteeringSite, StepState
+from vllm.model_executor.layers.steering_attach import SteeredLayer, attach_site
 from vllm.model_executor.layers.steering_families import (
     FAMILIES,
-    MODELS,
-    TRANSFORMERS,
     DecoderLayer,
-    SteeredLayer,
-    attach_site,
+    hugging_face_family,
+    points_of,
 )
 from vllm.model_executor.layers.steering_reference import ReferenceBackend
 
 pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 4
-LAST = models.LAYERS - 1
-HOOKS = [
-    hook.value
-    for hook in (HookPoint.PRE_ATTN, HookPoint.POST_ATTN, HookPoint.POST_BLOCK)
-]
-SITES: list[Site] = [(layer, hook) for layer in (0, 1, LAST) for hook in HOOKS]
+ROOT = Path(__file__).parents[2]
+# These run in `make test`; the others are breadth.
+QUICK = {"gemma2", "qwen3"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, and the class of the decoder layer that runs it."""
-
-    family: str
-    layer_class: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-# Every line of the family table has a case here, or a test below fails.
-CASES = {
-    "gemma2": Case("gemma2", f"{MODELS}.gemma2.Gemma2DecoderLayer"),
-    "gemma3": Case("gemma3", f"{MODELS}.gemma3.Gemma3DecoderLayer"),
-    "llama": Case("llama", f"{MODELS}.llama.LlamaDecoderLayer"),
-    "phi3": Case("phi3", f"{MODELS}.llama.LlamaDecoderLayer"),
-    "mistral": Case("mistral", f"{MODELS}.mistral.MistralDecoderLayer"),
-    "qwen2": Case("qwen2", f"{MODELS}.qwen2.Qwen2DecoderLayer"),
-    "qwen2_moe": Case("qwen2_moe", f"{MODELS}.qwen2_moe.Qwen2MoeDecoderLayer"),
-    "qwen3": Case("qwen3", f"{MODELS}.qwen3.Qwen3DecoderLayer"),
-    "qwen3_moe": Case("qwen3_moe", f"{MODELS}.qwen3_moe.Qwen3MoeDecoderLayer"),
-    "gpt_oss": Case("gpt_oss", f"{MODELS}.gpt_oss.TransformerBlock"),
-    "gpt2": Case("gpt2", f"{MODELS}.gpt2.GPT2Block"),
-}
-BACKEND = (("model_impl", "transformers"),)
-TRANSFORMERS_CASES = {
-    f"transformers-{family}": Case(
-        family, f"transformers.models.{family}.modeling_{family}.{layer}", BACKEND
-    )
-    for family, layer in (
-        ("llama", "LlamaDecoderLayer"),
-        ("gemma2", "Gemma2DecoderLayer"),
-    )
-}
+def named(cases: dict[str, Case]) -> list[Any]:
+    """Test parameters, marked slow unless quick."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(name, marks=() if name in QUICK else slow)
+        for name in sorted(cases)
+    ]
 
 
-def site_modules() -> Modules:
-    """One SAE of every kind and one vector, at each hook of three layers."""
-    kinds = {"pre_attn": "relu", "post_attn": "jumprelu", "post_block": "topk"}
+def site_modules(case: Case) -> Modules:
+    """SAEs of every kind and a vector at each site, and transcoders of two layers."""
+    kinds = ("relu", "jumprelu", "topk")
     sae = {
-        (layer, hook): random_sae(40, models.HIDDEN, kinds[hook], 11 + at, k=6)
-        for at, (layer, hook) in enumerate(SITES)
+        (layer, hook): random_sae(40, case.width(hook), kinds[at % 3], 11 + at, k=6)
+        for at, (layer, hook) in enumerate(case.sites())
     }
-    for one in sae.values():
+    transcoder = {
+        (layer, "mlp_in"): random_transcoder(40, kinds[layer], 50 + layer, layer == 1)
+        for layer in (1, LAST)
+        if "mlp_out" not in case.lacks
+    }
+    for one in (*sae.values(), *transcoder.values()):
         one.skip_token_ids = SPECIAL
     vectors = {
-        f"v-{layer}-{hook}": {(layer, hook): vector(3 + at, norm=4.0)}
-        for at, (layer, hook) in enumerate(SITES)
+        f"v-{layer}-{hook}": {
+            (layer, hook): vector(3 + at, norm=4.0, width=case.width(hook))
+        }
+        for at, (layer, hook) in enumerate(case.sites())
     }
-    return Modules({"sae": sae}, vectors)
+    saes = {"sae": sae, "transcoder": transcoder} if transcoder else {"sae": sae}
+    return Modules(saes, vectors)
 
 
 CLAMPS = [Clamp(5, "absolute", 3.0), Clamp(11, "scale", -2.0, True)]
 
 
-def requests() -> list[list[Ask]]:
+def requests(case: Case, modules: Modules) -> list[list[Ask]]:
     """A plain request; each tier at each site alone; all of it at once."""
     found: list[list[Ask]] = [[]]
-    for layer, hook in SITES:
+    for layer, hook in case.sites():
         site = (layer, hook)
         found += [
             [Ask("additive", f"v-{layer}-{hook}", scale=1.5)],
             [Ask("delta", "sae", {site: CLAMPS}, phase="decode")],
             [Ask("full", "sae", {site: CLAMPS})],
         ]
-    everywhere = {site: [Clamp(2, "additive", 1.0)] for site in SITES}
-    vectors = [Ask("additive", f"v-{at}-{hook}", scale=-0.5) for at, hook in SITES]
-    found.append([*vectors, Ask("delta", "sae", everywhere), Ask("full", "sae")])
+    everywhere = {site: [Clamp(2, "additive", 1.0)] for site in case.sites()}
+    vectors = [
+        Ask("additive", f"v-{at}-{hook}", scale=-0.5) for at, hook in case.sites()
+    ]
+    everything = [*vectors, Ask("delta", "sae", everywhere), Ask("full", "sae")]
+    found.append(everything)
+    for site in modules.saes.get("transcoder", {}):
+        found += [
+            [Ask("delta", "transcoder", {site: CLAMPS})],
+            [Ask("full", "transcoder", {site: CLAMPS}, phase="decode")],
+        ]
+    if "transcoder" in modules.saes:
+        found.append([*everything, Ask("full", "transcoder")])
     return found
 
 
@@ -138,17 +127,22 @@ def restored(cls: type) -> Iterator[None]:
                 setattr(cls, name, value)
 
 
-def conforms(case: Case, model_root: Path, tmp_path: Path) -> None:
-    modules = site_modules()
-    asked = requests()
+def conforms(case: Case, model_root: Path, tmp_path: Path, **options: Any) -> None:
+    modules = site_modules(case)
+    asked = requests(case, modules)
     prompts = [prompt(at, 4 + at % 5) for at in range(len(asked))]
     sampling = [params(MAX_TOKENS, **specs(*asks)) for asks in asked]
     model = models.build(case.family)
     paths = modules.save(tmp_path)
     with (
         restored(type(model.base_model)),
-        engine(case.family, model_root, paths, **dict(case.options)) as llm,
+        engine(
+            case.family, model_root, paths, **{**dict(case.options), **options}
+        ) as llm,
     ):
+        layers = runner(llm).steering.modules.layers
+        for layer in layers.values():
+            assert [hook.value for hook in points_of(layer)] == case.hooks
         found = generate(llm, prompts, sampling)
         assert steered_classes(llm) == {case.layer_class}
     for ids, asks, result in zip(prompts, asked, found, strict=True):
@@ -162,15 +156,27 @@ def conforms(case: Case, model_root: Path, tmp_path: Path) -> None:
         assert not asks or max(moved) > 1e-3, f"nothing was steered: {label}"
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_every_tier_at_every_site_equals_hugging_face(
+@pytest.mark.parametrize("name", named(CASES))
+def test_every_tier_at_every_point_equals_hugging_face(
     name: str, model_root: Path, tmp_path: Path
 ) -> None:
     conforms(CASES[name], model_root, tmp_path)
 
 
+def test_every_point_of_a_compiled_engine_equals_hugging_face(
+    model_root: Path, tmp_path: Path
+) -> None:
+    conforms(CASES["gemma2"], model_root, tmp_path, enforce_eager=False)
+
+
 def test_every_family_of_the_table_has_a_case_here() -> None:
     assert set(FAMILIES) == {case.layer_class for case in CASES.values()}
+
+
+def test_the_table_in_the_docs_is_the_one_that_the_cases_make() -> None:
+    page = (ROOT / "docs/features/models.md").read_text()
+    made = runpy.run_path(str(ROOT / "tools/conformance_table.py"))["table"]()
+    assert made in page, "run tools/conformance_table.py --write"
 
 
 def test_every_tiny_model_has_a_case_here() -> None:
@@ -194,7 +200,7 @@ def save_unknown(root: Path) -> Path:
 
 
 def test_an_unknown_decoder_class_is_refused_at_start_up(tmp_path: Path) -> None:
-    paths = site_modules().save(tmp_path)
+    paths = site_modules(CASES["llama"]).save(tmp_path)
     unknown = save_unknown(tmp_path)
     with pytest.raises(ValueError) as refusal:
         LLM(
@@ -216,7 +222,7 @@ def test_an_unknown_decoder_class_is_refused_at_start_up(tmp_path: Path) -> None
         assert known in message
 
 
-@pytest.mark.parametrize("name", sorted(TRANSFORMERS_CASES))
+@pytest.mark.parametrize("name", named(TRANSFORMERS_CASES))
 def test_the_transformers_backend_equals_hugging_face(
     name: str, model_root: Path, tmp_path: Path
 ) -> None:
@@ -225,18 +231,20 @@ def test_the_transformers_backend_equals_hugging_face(
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("Olmo2Config", {}), ("GPTNeoXConfig", {"use_parallel_residual": True})],
+    [("PhiConfig", {}), ("GPTNeoXConfig", {"use_parallel_residual": True})],
 )
 def test_a_layer_without_a_point_between_attention_and_mlp_has_no_post_attn_site(
     name: str, options: dict[str, Any]
 ) -> None:
     config = getattr(transformers, name)(**{**models.COMMON, **options})
     model = transformers.AutoModel.from_config(config)
-    layer = DecoderLayer(1, model.layers[1], TRANSFORMERS)
+    family = hugging_face_family(model.layers[1])
+    assert family is not None
+    layer = DecoderLayer(1, model.layers[1], family)
     step = StepState(8, torch.device("cpu"))
     backend = ReferenceBackend(step)
     site = SteeringSite(SiteKey(1, HookPoint.POST_ATTN), [], None, step, backend)
-    with pytest.raises(ValueError, match="no post_attn site at layer 1"):
+    with pytest.raises(ValueError, match="no post_attn point at layer 1"):
         attach_site(layer, site)
     site = SteeringSite(SiteKey(1, HookPoint.POST_BLOCK), [], None, step, backend)
     attach_site(layer, site)

@@ -33,11 +33,15 @@ def save_sae(
     def content(sae: DenseSAE) -> dict[str, Any]:
         tensors = {
             name: getattr(sae, name).float()
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
             if getattr(sae, name) is not None
         }
-        extra = {"k": sae.k, "topk_relu": sae.topk_relu} if sae.k else {}
-        return {**tensors, **extra, "activation": sae.activation}
+        extra: dict[str, Any] = {"activation": sae.activation}
+        if sae.k:
+            extra |= {"k": sae.k, "topk_relu": sae.topk_relu}
+        if sae.hook_out is not None:
+            extra["hook_out"] = sae.hook_out
+        return {**tensors, **extra}
 
     save_native(path, {at: content(sae) for at, sae in sites.items()}, **metadata)
     return str(path)

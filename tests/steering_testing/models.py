@@ -54,7 +54,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": _config("LlamaConfig", **COMMON, **HEAD),
     "mistral": _config("MistralConfig", **COMMON, **HEAD, sliding_window=None),
     "qwen2": _config("Qwen2Config", **COMMON),
-    "qwen3": _config("Qwen3Config", **COMMON, **HEAD),
+    # Its attention is wider than the stream: z is [T, 128].
+    "qwen3": _config("Qwen3Config", **{**COMMON, **HEAD, "num_attention_heads": 4}),
     "qwen3_moe": _config("Qwen3MoeConfig", **COMMON, **HEAD, **MOE),
     "phi3": _config("Phi3Config", **COMMON),
     "qwen2_moe": _config(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,6 @@ from steering_testing.reference import Edit, edit_token
 # (layer, hook) -> the request's edits there.
 SiteEdits = Mapping[tuple[int, str], list[Edit]]
 
-MID_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
-
 
 @dataclass
 class Greedy:
@@ -26,52 +24,154 @@ class Greedy:
     logprobs: list[float]
 
 
-def mid_norm(layer: Any) -> Any:
-    """The norm in front of a layer's MLP."""
-    for name in MID_NORMS:
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    raise AssertionError(f"{type(layer).__name__} has no known norm before its MLP")
+ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
+PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
+MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+MID_NORMS = (
+    "pre_feedforward_layernorm",
+    "feedforward_layernorm",
+    "post_attention_layernorm",
+    "ln_2",
+    "final_layer_norm",
+)
+# Norms of what a sublayer writes, by a norm that only such layers have.
+OUTPUT_NORMS = {
+    "post_feedforward_layernorm": (
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "post_mlp_layernorm": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+}
+
+
+def part(owner: Any, names: tuple[str, ...]) -> Any:
+    """The first of these parts that a module has."""
+    for name in names:
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    raise AssertionError(f"{type(owner).__name__} has none of {names}")
+
+
+def norms_outputs_only(layer: Any) -> bool:
+    """Whether the layer norms what sublayers write, and not what they read."""
+    return hasattr(layer, "post_feedforward_layernorm") and not hasattr(
+        layer, "pre_feedforward_layernorm"
+    )
+
+
+def point_of(layer: Any, hook: str) -> tuple[Any, bool]:
+    """The Hugging Face module at a point, and whether the point is its output."""
+    if hook == "post_block":
+        return layer, True
+    if hook == "pre_attn":
+        return layer, False
+    if hook == "post_attn":
+        reads_stream = norms_outputs_only(layer)
+        return part(layer, MLPS if reads_stream else MID_NORMS), False
+    if hook == "attn_z":
+        return part(part(layer, ATTENTIONS), PROJECTIONS), False
+    if hook == "mlp_in":
+        return part(layer, MLPS), False
+    for mark, names in OUTPUT_NORMS.items():
+        if hasattr(layer, mark):
+            return getattr(layer, names[hook == "mlp_out"]), True
+    return part(layer, ATTENTIONS if hook == "attn_out" else MLPS), True
+
+
+class _Hooks:
+    """The hooks that edit the one sequence `tokens`."""
+
+    def __init__(self, model: Any, tokens: list[int], prompt_len: int):
+        self.layers = decoder_layers(model)
+        self.tokens, self.prompt_len = tokens, prompt_len
+        self.handles: list[Any] = []
+        self.read: dict[int, torch.Tensor] = {}  # what each MLP reads
+
+    def edit(
+        self, x: torch.Tensor, edits: list[Edit], source: torch.Tensor | None = None
+    ) -> None:
+        """Edit `x [1, T, D]` (or `[T, D]`) in place."""
+        rows = x.view(-1, x.shape[-1])
+        reads = None if source is None else source.view(-1, source.shape[-1])
+        for at, token_id in enumerate(self.tokens):
+            one = rows[at].double()
+            read = None if reads is None else reads[at].double()
+            out = edit_token(edits, one, token_id, at, self.prompt_len, read)
+            if out is not one:
+                rows[at] = out.to(rows.dtype)
+
+    def at_input(self, layer: int, hook: str, act: Callable[[Any], None]) -> None:
+        """Call `act` with the input; edits of `mlp_in` are seen by the MLP alone."""
+        shared = hook != "mlp_in"
+
+        def call(module: Any, args: tuple, kwargs: dict) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            x = x if shared else x.clone()
+            act(x)
+            if args:
+                return (x, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": x}
+
+        module, _ = point_of(self.layers[layer], hook)
+        handle = module.register_forward_pre_hook(call, with_kwargs=True)
+        self.handles.append(handle)
+
+    def at_output(self, layer: int, hook: str, act: Callable[[Any], None]) -> None:
+        def call(module: Any, args: tuple, output: Any) -> None:
+            act(output[0] if isinstance(output, tuple) else output)
+
+        module, _ = point_of(self.layers[layer], hook)
+        self.handles.append(module.register_forward_hook(call))
+
+    def add(self, layer: int, hook: str, edits: list[Edit]) -> None:
+        """Edits of a point."""
+        _, is_output = point_of(self.layers[layer], hook)
+        place = self.at_output if is_output else self.at_input
+        place(layer, hook, lambda x: self.edit(x, edits))
+
+    def add_transcoder(self, layer: int, edits: list[Edit]) -> None:
+        """Edits of a transcoder from `mlp_in` to `mlp_out`."""
+
+        def keep(x: torch.Tensor) -> None:
+            self.read[layer] = x
+
+        self.at_input(layer, "mlp_in", keep)
+        self.at_output(
+            layer, "mlp_out", lambda x: self.edit(x, edits, self.read[layer])
+        )
 
 
 @contextmanager
 def hooked(
     model: Any, sites: SiteEdits, tokens: list[int], prompt_len: int
 ) -> Iterator[None]:
-    """Hooks that edit the stream of the one sequence `tokens` in place."""
+    """Hooks that edit the one sequence `tokens` in place.
 
-    def edit(stream: torch.Tensor, edits: list[Edit]) -> None:
-        for at, token_id in enumerate(tokens):
-            x = stream[0, at].double()
-            out = edit_token(edits, x, token_id, at, prompt_len)
-            if out is not x:
-                stream[0, at] = out.to(stream.dtype)
-
-    def before(edits: list[Edit]) -> Any:
-        def hook(module: Any, args: tuple, kwargs: dict) -> None:
-            edit(args[0] if args else kwargs["hidden_states"], edits)
-
-        return hook
-
-    def after(edits: list[Edit]) -> Any:
-        def hook(module: Any, args: tuple, output: Any) -> None:
-            edit(output[0] if isinstance(output, tuple) else output, edits)
-
-        return hook
-
-    handles = []
-    for (layer_index, point), edits in sites.items():
-        layer = decoder_layers(model)[layer_index]
-        if point == "post_block":
-            handles.append(layer.register_forward_hook(after(edits)))
-        else:
-            at = layer if point == "pre_attn" else mid_norm(layer)
-            hook = before(edits)
-            handles.append(at.register_forward_pre_hook(hook, with_kwargs=True))
+    A transcoder reads `mlp_in` as edited, and edits at `mlp_out` read what it wrote.
+    """
+    hooks = _Hooks(model, tokens, prompt_len)
+    transcoders = {
+        layer: [edit for edit in edits if edit.sae and edit.sae.hook_out]
+        for (layer, hook), edits in sites.items()
+        if hook == "mlp_in"
+    }
+    others = {
+        site: [edit for edit in edits if not (edit.sae and edit.sae.hook_out)]
+        for site, edits in sites.items()
+    }
+    for (layer, hook), edits in others.items():
+        if hook != "mlp_out":
+            hooks.add(layer, hook, edits)
+    for layer, edits in transcoders.items():
+        if edits:
+            hooks.add_transcoder(layer, edits)
+    for (layer, hook), edits in others.items():
+        if hook == "mlp_out":
+            hooks.add(layer, hook, edits)
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in hooks.handles:
             handle.remove()
 
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from steering_testing import models
 
 
 @dataclass
 class DenseSAE:
-    """An SAE in float64: `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`, `b_dec [D]`."""
+    """An SAE in float64: `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`, `b_dec [D]`.
+
+    A transcoder writes `hook_out` and may have `W_skip [d_out, d_in]`.
+    """
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
@@ -26,6 +30,8 @@ class DenseSAE:
     topk_relu: bool = True
     skip_token_ids: tuple[int, ...] = ()
     norm_limit: float = float("inf")
+    hook_out: str | None = None
+    W_skip: torch.Tensor | None = None
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Activations `[F]` of one token `x [D]`."""
@@ -86,12 +92,18 @@ def clamped(acts: torch.Tensor, clamps: list[Clamp]) -> torch.Tensor:
 
 def full(sae: DenseSAE, clamps: list[Clamp], x: torch.Tensor) -> torch.Tensor:
     """The SAE's reconstruction of `x [D]` with clamps."""
-    return clamped(sae.encode(x), clamps) @ sae.W_dec + sae.b_dec
+    out = clamped(sae.encode(x), clamps) @ sae.W_dec + sae.b_dec
+    return out if sae.W_skip is None else out + sae.W_skip @ x
 
 
-def delta(sae: DenseSAE, clamps: list[Clamp], x: torch.Tensor) -> torch.Tensor:
-    """`x [D]` moved by what the clamps change, the SAE's error kept."""
-    acts = sae.encode(x)
+def delta(
+    sae: DenseSAE,
+    clamps: list[Clamp],
+    x: torch.Tensor,
+    read: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x [D]` moved by what the clamps change in the features of `read`, or of `x`."""
+    acts = sae.encode(x if read is None else read)
     return x + (clamped(acts, clamps) - acts) @ sae.W_dec
 
 
@@ -144,19 +156,29 @@ class Edit:
         }[self.kind]
         return (target - projection) * unit
 
-    def apply(self, x: torch.Tensor, token_id: int) -> torch.Tensor:
-        """The edit of one token's stream `x [D]`, of an SAE tier."""
+    def apply(
+        self, x: torch.Tensor, token_id: int, source: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """An SAE tier's edit of one token's `x [D]`; a transcoder reads `source`."""
         assert self.sae is not None
-        if self.sae.bypasses(x, token_id):
+        read = x if source is None else source
+        if self.sae.bypasses(read, token_id):
             return x
-        return (full if self.tier == "full" else delta)(self.sae, self.clamps, x)
+        if self.tier == "full":
+            return full(self.sae, self.clamps, read)
+        return delta(self.sae, self.clamps, x, read)
 
 
 ORDER = ("additive", "delta", "full")
 
 
 def edit_token(
-    edits: list[Edit], x: torch.Tensor, token_id: int, position: int, prompt_len: int
+    edits: list[Edit],
+    x: torch.Tensor,
+    token_id: int,
+    position: int,
+    prompt_len: int,
+    source: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All of a site's edits of one token, in tier order (stable within a tier)."""
     here = [edit for edit in edits if edit.acts_at(position, prompt_len)]
@@ -165,7 +187,7 @@ def edit_token(
         x = x + torch.stack(vectors).sum(0)
     for edit in sorted(here, key=lambda e: ORDER.index(e.tier)):
         if edit.tier != "additive":
-            x = edit.apply(x, token_id)
+            x = edit.apply(x, token_id, source)
     return x
 
 
@@ -192,3 +214,15 @@ def random_sae(
         threshold=normal(d_sae, scale=0.1).abs() if activation == "jumprelu" else None,
         k=k if activation == "topk" else None,
     )
+
+
+def random_transcoder(d_sae: int, activation: str, seed: int, skip: bool) -> DenseSAE:
+    """A random transcoder of a tiny model's MLP, with or without a skip connection."""
+    width = models.HIDDEN
+    one = random_sae(d_sae, width, activation, seed, k=6)
+    one.hook_out = "mlp_out"
+    if skip:
+        rng = torch.Generator().manual_seed(seed + 1)
+        values = torch.randn(width, width, generator=rng) * (0.3 / width**0.5)
+        one.W_skip = values.double()
+    return one

@@ -115,10 +115,10 @@ class Modules:
         return found
 
 
-def vector(seed: int, norm: float = 2.0) -> torch.Tensor:
+def vector(seed: int, norm: float = 2.0, width: int = models.HIDDEN) -> torch.Tensor:
     """A random direction `[D]` of a tiny model, float32."""
     rng = torch.Generator().manual_seed(seed)
-    direction = torch.randn(models.HIDDEN, generator=rng)
+    direction = torch.randn(width, generator=rng)
     return direction * (norm / direction.norm())
 
 

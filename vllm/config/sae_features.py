@@ -183,3 +183,15 @@ def join(records: Sequence[SAEFeatures]) -> SAEFeatures:
         np.concatenate([record.num_active for record in records]),
         records[0].d_sae,
     )
+
+
+def merge(first: ReadFeatures | None, then: ReadFeatures | None) -> ReadFeatures | None:
+    """Entries of two outputs of one request, one after the other."""
+    if not first or not then:
+        return first or then
+    merged = {module: dict(sites) for module, sites in first.items()}
+    for module, sites in then.items():
+        own = merged.setdefault(module, {})
+        for site, record in sites.items():
+            own[site] = join([own[site], record]) if site in own else record
+    return merged

@@ -212,7 +212,11 @@ class Draft:
     num_clamps: dict[tuple[Tier, Site], dict[Coverage, int]] = field(
         default_factory=dict
     )
-    reconstructed: dict[Site, list[_Reconstruction]] = field(default_factory=dict)
+    # By site and the point that is written: a transcoder is not an SAE that reads
+    # the same point.
+    reconstructed: dict[tuple[Site, HookPoint], list[_Reconstruction]] = field(
+        default_factory=dict
+    )
     first_spans: str = ""
     reads: tuple[SiteRead, ...] = ()
 
@@ -253,7 +257,8 @@ class Draft:
         name, coverage = group
         site = (clamps.site.hook, clamps.site.layer)
         if tier is Tier.FULL:
-            self.reconstruct(site, _Reconstruction(clamps.path, coverage, name))
+            asked = _Reconstruction(clamps.path, coverage, name)
+            self.reconstruct(site, clamps.site.out_hook, asked)
         conditions = {entry.when for entry in clamps.entries} - {None}
         used = len(clamps.entries) + len(conditions)
         self.count(tier, site, _Named(clamps.path, coverage), used)
@@ -305,9 +310,11 @@ class Draft:
         if not self.config.extended_clamps:
             raise refusal(path, f"{what} are not supported by this engine's kernels")
 
-    def reconstruct(self, site: Site, asked: _Reconstruction) -> None:
+    def reconstruct(
+        self, site: Site, written: HookPoint, asked: _Reconstruction
+    ) -> None:
         """Note who reconstructs a site; at most one module does, on each token."""
-        others = self.reconstructed.setdefault(site, [])
+        others = self.reconstructed.setdefault((site, written), [])
         for other in others:
             clashes = _clash(asked.coverage, other.coverage)
             if other.module != asked.module and clashes:

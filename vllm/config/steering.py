@@ -19,7 +19,9 @@ from vllm.config.steering_points import (
     HOOK_NAMES,
     RESIDUAL_HOOKS,
     HookPoint,
+    PointWidths,
     parse_site,
+    point_widths,
     site_name,
 )
 
@@ -35,12 +37,14 @@ __all__ = [
     "HookPoint",
     "ModuleInfo",
     "ModuleKind",
+    "PointWidths",
     "SiteInfo",
     "SlotInfo",
     "SteeringConfig",
     "Tier",
     "get_steering_config",
     "parse_site",
+    "point_widths",
     "site_name",
 ]
 
@@ -153,6 +157,11 @@ class SlotInfo:
     hook_out: HookPoint | None = None
     has_skip: bool = False
     added: bool = False
+
+    @property
+    def out_hook(self) -> HookPoint:
+        """The point that the slot's site writes."""
+        return self.hook if self.hook_out is None else self.hook_out
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; the inverse of `from_json`."""

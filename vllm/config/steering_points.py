@@ -9,7 +9,12 @@ TransformerLens gives.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 
 class HookPoint(str, Enum):
@@ -83,3 +88,25 @@ def parse_site(text: str) -> tuple[int, HookPoint] | None:
     if not _LAYER.fullmatch(layer) or hook not in HOOK_ALIASES:
         return None
     return int(layer), HOOK_ALIASES[hook]
+
+
+@dataclass(frozen=True)
+class PointWidths:
+    """Widths of a model's points: of the stream, and of attention's `z`."""
+
+    hidden: int
+    z: int
+
+    def of(self, hook: HookPoint) -> int:
+        """Width of a point, unsharded."""
+        return self.z if hook is HookPoint.ATTN_Z else self.hidden
+
+
+def point_widths(model_config: ModelConfig) -> PointWidths:
+    """The widths of a model's points, from its configuration."""
+    architecture = model_config.model_arch_config
+    # Of models with latent attention, the size of a head's value is a field of its own.
+    value_size = model_config.hf_text_config.to_dict().get("v_head_dim")
+    head = value_size or model_config.get_head_size()
+    heads = architecture.total_num_attention_heads
+    return PointWidths(model_config.get_hidden_size(), heads * head)

@@ -33,12 +33,12 @@ from vllm.config.steering import (
     DEFAULT_MAX_SPECS,
     HOOK_ALIASES,
     HOOK_NAMES,
-    RESIDUAL_HOOKS,
     FeatureUnits,
     HookPoint,
     ModuleInfo,
     SlotInfo,
     SteeringConfig,
+    point_widths,
 )
 from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
@@ -65,7 +65,7 @@ TOP_FIELDS = (
     "resolved",
 )
 MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
-SPARE_FIELDS = ("layer", "hook", "width", "count", "vectors")
+SPARE_FIELDS = ("layer", "hook", "hook_out", "skip", "width", "count", "vectors")
 MAX_CLAMPS_LIMIT = 4096
 MAX_SPECS_LIMIT = 4096
 MAX_PIECES_LIMIT = 64
@@ -178,32 +178,36 @@ def inspect_for_model(
 def check_against_model(module: ModuleInfo, model_config: Any) -> None:
     """Raise unless every site of the module exists in the model, at its width."""
     num_layers = model_config.get_total_num_hidden_layers()
-    width = model_config.get_hidden_size()
+    widths = point_widths(model_config)
     prefix = f"steering module {shown(module.name)} ({module.path})"
     if not module.sites:
         raise SteeringConfigError(f"{prefix}: has no sites, expected at least one")
     for site in module.sites:
+        where = f"{prefix}: site {site.name}"
         if not 0 <= site.layer < num_layers:
             raise SteeringConfigError(
-                f"{prefix}: site {site.name}: found layer {site.layer}, expected "
+                f"{where}: found layer {site.layer}, expected "
                 f"0..{num_layers - 1} ({model_config.model})"
             )
-        for hook in (site.hook, site.out_hook):
-            refuse_point(f"{prefix}: site {site.name}", hook)
-        if site.d_in != width:
-            raise SteeringConfigError(
-                f"{prefix}: site {site.name}: found d_in {site.d_in}, expected "
-                f"{width}, the hidden size of {model_config.model}"
-            )
+        if site.is_transcoder:
+            _check_transcoder(where, site.hook, site.out_hook)
+        ends = {
+            "d_in": (site.hook, site.d_in),
+            "d_out": (site.out_hook, site.out_width),
+        }
+        for name, (hook, width) in ends.items():
+            if width != widths.of(hook):
+                raise SteeringConfigError(
+                    f"{where}: found {name} {width}, expected {widths.of(hook)}, the "
+                    f"width of {hook.value} in {model_config.model}"
+                )
 
 
-def refuse_point(where: str, hook: HookPoint) -> None:
-    """Raise for a point that no model family has yet."""
-    if hook not in RESIDUAL_HOOKS:
-        known = ", ".join(sorted(RESIDUAL_HOOKS))
+def _check_transcoder(where: str, hook: HookPoint, hook_out: HookPoint) -> None:
+    if (hook, hook_out) != (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         raise SteeringConfigError(
-            f"{where}: found {hook.value}, which no model family supports, expected "
-            f"one of {known}"
+            f"{where}: found a transcoder from {hook.value} to {hook_out.value}, "
+            "expected one from mlp_in to mlp_out"
         )
 
 
@@ -329,27 +333,49 @@ def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:
         where = f"{ROOT}.spare[{at}]"
         _object(where, given, SPARE_FIELDS)
         layer = _integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
-        hook = given.get("hook")
-        if type(hook) is not str or hook not in HOOK_ALIASES:
-            raise SteeringConfigError(
-                f"{where}.hook: found {shown(hook)}, expected one of {HOOK_NAMES}"
-            )
-        refuse_point(f"{where}.hook", HOOK_ALIASES[hook])
+        hook = _hook(f"{where}.hook", given.get("hook"))
         if ("width" in given) == ("vectors" in given):
             raise SteeringConfigError(f"{where}: expected either width or vectors")
         if "vectors" in given:
-            if "count" in given:
-                raise SteeringConfigError(f"{where}.count: expected only with width")
+            for key in ("count", "hook_out", "skip"):
+                if key in given:
+                    raise SteeringConfigError(
+                        f"{where}.{key}: expected only with width"
+                    )
             count = _integer(f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT)
-            slot = SlotInfo(layer, HOOK_ALIASES[hook], "vectors", 1)
+            slot = SlotInfo(layer, hook, "vectors", 1)
         else:
-            width = _integer(f"{where}.width", given["width"], 1, MAX_SPARE_WIDTH)
+            slot = _spare_sae(where, given, layer, hook)
             count = _integer(
                 f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT
             )
-            slot = SlotInfo(layer, HOOK_ALIASES[hook], "sae", width)
         slots += [slot] * count
     return slots
+
+
+def _spare_sae(
+    where: str, given: dict[str, Any], layer: int, hook: HookPoint
+) -> SlotInfo:
+    """Room for an SAE, or with `hook_out` for a transcoder."""
+    width = _integer(f"{where}.width", given["width"], 1, MAX_SPARE_WIDTH)
+    skip = given.get("skip", False)
+    if type(skip) is not bool or (skip and "hook_out" not in given):
+        raise SteeringConfigError(
+            f"{where}.skip: found {shown(skip)}, expected true or false, with hook_out"
+        )
+    hook_out = None
+    if "hook_out" in given:
+        hook_out = _hook(f"{where}.hook_out", given["hook_out"])
+        _check_transcoder(where, hook, hook_out)
+    return SlotInfo(layer, hook, "sae", width, hook_out=hook_out, has_skip=skip)
+
+
+def _hook(where: str, name: Any) -> HookPoint:
+    if type(name) is not str or name not in HOOK_ALIASES:
+        raise SteeringConfigError(
+            f"{where}: found {shown(name)}, expected one of {HOOK_NAMES}"
+        )
+    return HOOK_ALIASES[name]
 
 
 def check_module_roots(value: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import D_SAE, write_sae
@@ -26,6 +27,7 @@ from vllm.engine.steering_resolution import (
     refuse_unsupported_features,
     resolve_steering,
 )
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -127,14 +129,61 @@ def test_another_width_is_refused(vllm_config: Any, tmp_path: Path) -> None:
         assert part in message
 
 
-def test_a_point_that_no_family_supports_is_refused(
-    vllm_config: Any, tmp_path: Path
-) -> None:
-    path = write_sae(tmp_path / "sae")
+def test_a_point_has_its_own_width(vllm_config: Any, tmp_path: Path) -> None:
+    heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
+    z = heads * vllm_config.model_config.get_head_size()
+    path = write_sae(tmp_path / "sae", d_model=z + 8)
     site = {"path": str(path), "sites": ["blocks.1.attn.hook_z"]}
     message = refusal(vllm_config, {"modules": {"bridge": site}})
-    for part in ("bridge", "attn_z.1", "expected one of post_attn, post_block"):
+    for part in ("attn_z.1", f"d_in {z + 8}", f"expected {z}, the width of attn_z"):
         assert part in message
+
+
+def write_transcoder(path: Path, hook: str, hook_out: str) -> str:
+    D, F = models.HIDDEN, 8
+    content = {
+        "W_enc": torch.ones(F, D),
+        "b_enc": torch.zeros(F),
+        "W_dec": torch.ones(F, D),
+        "b_dec": torch.zeros(D),
+        "W_skip": torch.zeros(D, D),
+        "hook_out": hook_out,
+    }
+    save_native(path, {(1, hook): content})
+    return str(path)
+
+
+def test_a_transcoder_gets_a_slot_of_its_own(vllm_config: Any, tmp_path: Path) -> None:
+    path = write_transcoder(tmp_path / "t", "mlp_in", "mlp_out")
+    config = resolved(vllm_config, {"modules": {"t": path}})
+    assert config is not None
+    [site], [slot] = config.modules["t"].sites, config.slots
+    assert site.is_transcoder and site.name == "mlp_in.1"
+    assert (slot.hook_out, slot.has_skip) == (HookPoint.MLP_OUT, True)
+
+
+def test_a_transcoder_between_other_points_is_refused(
+    vllm_config: Any, tmp_path: Path
+) -> None:
+    path = write_transcoder(tmp_path / "t", "post_attn", "mlp_out")
+    message = refusal(vllm_config, {"modules": {"t": path}})
+    assert "from post_attn to mlp_out, expected one from mlp_in to mlp_out" in message
+
+
+@pytest.mark.parametrize(
+    ("slot", "message"),
+    [
+        ({"hook": "mlp_in", "hook_out": "attn_out", "width": 8}, "from mlp_in to attn"),
+        ({"hook": "mlp_in", "skip": True, "width": 8}, "with hook_out"),
+        ({"hook": "mlp_in", "hook_out": "x", "width": 8}, "hook_out: found"),
+        ({"hook": "mlp_in", "hook_out": "mlp_out", "vectors": 1}, "only with width"),
+    ],
+)
+def test_a_bad_spare_transcoder_slot_is_refused(
+    vllm_config: Any, slot: dict[str, Any], message: str
+) -> None:
+    found = refusal(vllm_config, {"spare": [{"layer": 1, **slot}]})
+    assert message in found
 
 
 def test_a_missing_path_is_refused_in_one_line(vllm_config: Any) -> None:

@@ -53,15 +53,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SiteKey:
-    """Which site: decoder layer (global index, not per pipeline rank) and hook."""
+    """Which site: decoder layer (global index, not per pipeline rank) and points.
+
+    `hook_out` is the point that a transcoder's site writes; None: the site writes
+    `hook`. An SAE at a point and a transcoder that reads it are two sites.
+    """
 
     layer: int
     hook: HookPoint
+    hook_out: HookPoint | None = None
 
     @property
     def name(self) -> str:
         """The key under which the forward context knows the site."""
-        return f"steering.{site_name(self.hook, self.layer)}"
+        name = f"steering.{site_name(self.hook, self.layer)}"
+        return name if self.hook_out is None else f"{name}.{self.hook_out.value}"
 
 
 class SteeringBackend(Protocol):

@@ -1,63 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the three hook points are in each decoder-layer class, and how to reach them.
+"""Where the points are in each decoder-layer class.
 
 vLLM splits the residual stream into `hidden + residual` and fuses the addition into
 the next norm. So, for a layer that returns such a pair: `post_block` is the pair it
 returns, `pre_attn` the pair it is given (before its input norm), and `post_attn` the
-pair that enters the norm before the MLP. Single-stream layers carry one tensor.
-
-A steered layer (and the norm of a `post_attn` site) becomes an instance of a subclass
-whose forward edits the stream around the stock forward. In a branch this is one call
-of `apply_layer_steering` per hook point in each layer's forward.
+pair that enters the norm before the MLP. Single-stream layers carry one tensor. The
+other points are inputs and outputs of the layer's attention and MLP modules.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
-# Registers the tiers' ops that `apply_layer_steering` calls.
-import vllm.model_executor.layers.sae_full_reconstruction  # noqa: F401
-import vllm.model_executor.layers.sae_steering  # noqa: F401
 from vllm.config.steering import HookPoint
-from vllm.model_executor.layers.steering import SteeringSite, apply_layer_steering
+from vllm.distributed import get_tensor_model_parallel_world_size
 
 MODELS = "vllm.model_executor.models"
 
 
 @dataclass(frozen=True)
 class LayerFamily:
-    """The hook points of one decoder-layer class.
+    """The points of one decoder-layer class. All strings are attribute names.
 
     Attributes:
-        hidden: name of the forward parameter that carries the stream.
-        residual: name of the parameter with the stream's other summand; None for a
-            single-stream layer.
-        mid_norms: attribute names of the norm before the MLP; the first that the
-            layer has is taken.
+        hidden: the forward parameter that carries the stream.
+        residual: the parameter with the stream's other summand; None for a
+            single-stream layer, which may still return a tuple.
+        mid_norm: the norm between attention and MLP; None where there is none.
+        mlp_reads_stream: the MLP reads the stream without a norm, so its input is the
+            `post_attn` point.
+        attention: the attention module; the first of these that the layer has.
+        projection: attention's output projection; the first that attention has.
+        mlp: the MLP module; None where it is not a module of its own.
+        attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
+            it is added to the stream.
+        scale: a factor of the layer by which it multiplies what a sublayer writes. A
+            layer whose factor is not 1 has no `attn_out` and no `mlp_out`.
+        reduces_late: under tensor parallelism, ranks sum what the sublayers write
+            after adding them, so `attn_out` and `mlp_out` are in no rank's memory.
     """
 
     hidden: str = "hidden_states"
     residual: str | None = "residual"
-    mid_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    mid_norm: str | None = "post_attention_layernorm"
+    mlp_reads_stream: bool = False
+    attention: tuple[str, ...] = ("self_attn",)
+    projection: tuple[str, ...] = ("o_proj",)
+    mlp: str | None = "mlp"
+    attention_norm: str | None = None
+    mlp_norm: str | None = None
+    scale: str | None = None
+    reduces_late: bool = False
 
 
-GEMMA = LayerFamily(mid_norms=("pre_feedforward_layernorm",))
 PAIR = LayerFamily()
-# Layers that Hugging Face's own code runs, under vLLM's Transformers backend.
-TRANSFORMERS = LayerFamily(
-    residual=None,
-    mid_norms=("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"),
+GEMMA = LayerFamily(
+    mid_norm="pre_feedforward_layernorm",
+    attention_norm="post_attention_layernorm",
+    mlp_norm="post_feedforward_layernorm",
 )
 
-# To add a family: find the three points in the layer's forward, add a line, and add
-# the model to the conformance test (tests/models/test_steering_sites.py).
+# To add a family: find the points in the layer's forward, add a line, and add the
+# model to the conformance tests (tests/models/test_steering_sites.py).
 FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.gemma2.Gemma2DecoderLayer": GEMMA,
     f"{MODELS}.gemma3.Gemma3DecoderLayer": GEMMA,
@@ -67,8 +74,10 @@ FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.qwen2_moe.Qwen2MoeDecoderLayer": PAIR,
     f"{MODELS}.qwen3.Qwen3DecoderLayer": PAIR,
     f"{MODELS}.qwen3_moe.Qwen3MoeDecoderLayer": PAIR,
-    f"{MODELS}.gpt_oss.TransformerBlock": PAIR,
-    f"{MODELS}.gpt2.GPT2Block": LayerFamily(residual=None, mid_norms=("ln_2",)),
+    f"{MODELS}.gpt_oss.TransformerBlock": LayerFamily(attention=("attn",)),
+    f"{MODELS}.gpt2.GPT2Block": LayerFamily(
+        residual=None, mid_norm="ln_2", attention=("attn",), projection=("c_proj",)
+    ),
 }
 
 
@@ -79,6 +88,7 @@ class DecoderLayer:
     index: int
     module: nn.Module
     family: LayerFamily
+    tp_size: int = 1
 
 
 def class_name(module: nn.Module) -> str:
@@ -93,6 +103,7 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
         ValueError: the model's decoder-layer class is not in the family table.
     """
     found: dict[int, DecoderLayer] = {}
+    tp_size = get_tensor_model_parallel_world_size()
     for name, module in _layer_candidates(model):
         family = _family_of(model, module)
         if family is None:
@@ -103,7 +114,7 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
                 f"steering: two decoder layers with index {index} in "
                 f"{type(model).__name__} ({name} is the second)"
             )
-        found[index] = DecoderLayer(index, module, family)
+        found[index] = DecoderLayer(index, module, family, tp_size)
     if not found:
         raise ValueError(_unknown_family(model))
     return found
@@ -124,8 +135,41 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     if f"{MODELS}.transformers." not in _lineage(model):
         return None
     is_hf = type(module).__module__.startswith("transformers.")
-    has_parts = any(hasattr(module, name) for name in TRANSFORMERS.mid_norms)
-    return TRANSFORMERS if is_hf and has_parts else None
+    return hugging_face_family(module) if is_hf else None
+
+
+HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
+HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
+
+
+def hugging_face_family(module: nn.Module) -> LayerFamily | None:
+    """The points of a layer that Hugging Face's own code runs, under vLLM's
+    Transformers backend; None for a module that is no decoder layer.
+
+    The names of its norms say where they stand: with `pre_feedforward_layernorm` the
+    sublayers' outputs are normed too (Gemma-2); with `post_feedforward_layernorm` alone
+    only they are (OLMo-2). A parallel block has no norm after attention is added.
+    """
+    parts = {name: part for name, part in module.named_children()}
+    if "mlp" not in parts or not parts.keys() & set(HF_ATTENTIONS):
+        return None
+    norms_outputs = "post_feedforward_layernorm" in parts
+    norms_input = "pre_feedforward_layernorm" in parts
+    mid_norm = next((n for n in ("post_attention_layernorm", "ln_2") if n in parts), "")
+    if norms_outputs:
+        mid_norm = "pre_feedforward_layernorm" if norms_input else ""
+    if vars(module).get("use_parallel_residual", False):
+        mid_norm = ""
+    return LayerFamily(
+        residual=None,
+        mid_norm=mid_norm or None,
+        mlp_reads_stream=norms_outputs and not norms_input,
+        attention=HF_ATTENTIONS,
+        projection=HF_PROJECTIONS,
+        attention_norm="post_attention_layernorm" if norms_outputs else None,
+        mlp_norm="post_feedforward_layernorm" if norms_outputs else None,
+        scale="residual_multiplier",
+    )
 
 
 def _lineage(model: nn.Module) -> str:
@@ -139,123 +183,75 @@ def _unknown_family(model: nn.Module) -> str:
     return (
         f"steering: no decoder-layer class of {type(model).__name__} is known: found "
         f"{layers or sorted(classes)}; known are {known}, and models run by the "
-        "Transformers backend (--model-impl transformers). To add one, name its three "
-        "hook points in vllm/model_executor/layers/steering_families.py"
+        "Transformers backend (--model-impl transformers). To add one, name its "
+        "points in vllm/model_executor/layers/steering_families.py"
     )
 
 
-def attach_site(layer: DecoderLayer, site: SteeringSite) -> None:
-    """Make the layer apply `site` at the site's hook point from now on."""
-    hook = site.key.hook
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules of one layer at which its points are; None: the layer has none."""
+
+    mid_norm: nn.Module | None
+    attention: nn.Module | None
+    projection: nn.Module | None
+    mlp: nn.Module | None
+    attention_norm: nn.Module | None
+    mlp_norm: nn.Module | None
+
+
+def parts_of(layer: DecoderLayer) -> LayerParts:
+    """Look a layer's modules up by the names of its family."""
+    family = layer.family
+
+    def first(owner: nn.Module | None, *names: str | None) -> nn.Module | None:
+        children = {} if owner is None else dict(owner.named_children())
+        return next((children[name] for name in names if name in children), None)
+
+    attention = first(layer.module, *family.attention)
+    return LayerParts(
+        mid_norm=first(layer.module, family.mid_norm),
+        attention=attention,
+        projection=first(attention, *family.projection),
+        mlp=first(layer.module, family.mlp),
+        attention_norm=first(layer.module, family.attention_norm),
+        mlp_norm=first(layer.module, family.mlp_norm),
+    )
+
+
+def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
+    """Why the layer lacks a point; None: it has it."""
+    family, parts = layer.family, parts_of(layer)
     if hook is HookPoint.POST_ATTN:
-        norm = _mid_norm(layer)
-        norm.steering_post_attn = site
-        stock_norm: Any = type(norm)
-        norm.__class__ = _steered_norm_class(stock_norm)
-        return
-    module = layer.module
-    if not issubclass(type(module), SteeredLayer):
-        module.steering_pre_attn = None
-        module.steering_post_block = None
-        stock_layer: Any = type(module)
-        module.__class__ = _steered_layer_class(stock_layer, layer.family)
-    if hook is HookPoint.PRE_ATTN:
-        module.steering_pre_attn = site
-    else:
-        module.steering_post_block = site
+        reads = parts.mid_norm is not None or family.mlp_reads_stream
+        return None if reads else "no norm reads the stream between attention and MLP"
+    if hook is HookPoint.ATTN_Z:
+        if layer.tp_size > 1:
+            return "tensor parallelism splits it by heads over the ranks"
+        return None if parts.projection else "no known output projection of attention"
+    if hook in (HookPoint.ATTN_OUT, HookPoint.MLP_OUT):
+        factor = vars(layer.module).get(family.scale or "", 1.0)
+        if factor != 1.0:
+            return f"the layer multiplies what its sublayers write by {factor:g}"
+        if family.reduces_late and layer.tp_size > 1:
+            return "under tensor parallelism the ranks add it up after the block"
+    if hook is HookPoint.ATTN_OUT:
+        return None if parts.attention else "no known attention module"
+    if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
+        return None if parts.mlp else "no module of its own is the MLP"
+    return None
 
 
-def _mid_norm(layer: DecoderLayer) -> nn.Module:
-    """The norm that reads the stream after attention.
-
-    Layers that norm what a sublayer writes (OLMo-2), or that run attention and MLP
-    side by side (GPT-NeoX), have a norm of that name and no such point.
-    """
-    module, names = layer.module, layer.family.mid_norms
-    norms_outputs = hasattr(module, "post_feedforward_layernorm") and not hasattr(
-        module, "pre_feedforward_layernorm"
-    )
-    if not norms_outputs and not getattr(module, "use_parallel_residual", False):
-        for name in names:
-            norm = getattr(module, name, None)
-            if norm is not None:
-                return norm
-    raise ValueError(
-        f"steering: {class_name(module)} has none of {names} between its attention "
-        f"and its MLP, so it has no post_attn site at layer {layer.index}; use "
-        "pre_attn or post_block"
-    )
+def points_of(layer: DecoderLayer) -> list[HookPoint]:
+    """The points that a layer has."""
+    return [hook for hook in HookPoint if missing_point(layer, hook) is None]
 
 
-class SteeredLayer:
-    """Marks a decoder layer that applies its sites."""
-
-    steering_pre_attn: SteeringSite | None
-    steering_post_block: SteeringSite | None
-
-
-class SteeredNorm:
-    """Marks the norm before the MLP of a layer with a `post_attn` site."""
-
-    steering_post_attn: SteeringSite
-
-
-def _flat(stream: torch.Tensor) -> torch.Tensor:
-    """`[T, D]` view of a stream that may carry a batch dimension of one."""
-    return stream.view(-1, stream.shape[-1])
-
-
-def _edit(
-    site: SteeringSite, hidden: torch.Tensor, residual: torch.Tensor | None
-) -> None:
-    apply_layer_steering(
-        site, _flat(hidden), None if residual is None else _flat(residual)
-    )
-
-
-@functools.cache
-def _steered_layer_class(stock: Any, family: LayerFamily) -> type:
-    """The subclass of `stock` whose forward edits its input and its output."""
-    names = list(inspect.signature(stock.forward).parameters)[1:]
-    hidden_at = names.index(family.hidden)
-    residual_at = names.index(family.residual) if family.residual else None
-
-    def argument(at: int, args: tuple, kwargs: dict) -> Any:
-        return args[at] if at < len(args) else kwargs.get(names[at])
-
-    class Steered(SteeredLayer, stock):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if self.steering_pre_attn is not None:
-                hidden = argument(hidden_at, args, kwargs)
-                residual = None
-                if residual_at is not None:
-                    residual = argument(residual_at, args, kwargs)
-                _edit(self.steering_pre_attn, hidden, residual)
-            out = stock.forward(self, *args, **kwargs)
-            if self.steering_post_block is not None:
-                if residual_at is not None:
-                    _edit(self.steering_post_block, out[0], out[1])
-                else:
-                    stream = out[0] if isinstance(out, tuple) else out
-                    _edit(self.steering_post_block, stream, None)
-            return out
-
-    Steered.__name__ = f"Steered{stock.__name__}"
-    Steered.__qualname__ = Steered.__name__
-    return Steered
-
-
-@functools.cache
-def _steered_norm_class(stock: Any) -> type:
-    """The subclass of a norm that edits the stream before it is normalised."""
-
-    class Steered(SteeredNorm, stock):  # type: ignore[misc, valid-type]
-        def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-            _edit(self.steering_post_attn, x, residual)
-            if residual is None:
-                return stock.forward(self, x)
-            return stock.forward(self, x, residual)
-
-    Steered.__name__ = f"Steered{stock.__name__}"
-    Steered.__qualname__ = Steered.__name__
-    return Steered
+def require_point(layer: DecoderLayer, hook: HookPoint) -> None:
+    """Raise ValueError unless the layer has the point."""
+    if why := missing_point(layer, hook):
+        have = ", ".join(hook.value for hook in points_of(layer))
+        raise ValueError(
+            f"steering: {class_name(layer.module)} has no {hook.value} point at layer "
+            f"{layer.index}: {why}; its points are {have}"
+        )

@@ -7,7 +7,12 @@ from collections.abc import Callable
 
 from vllm.plugins.steering import outputs
 from vllm.plugins.steering.engine import arg_utils
-from vllm.plugins.steering.entrypoints import carrying_routes, refusing_routes, serving
+from vllm.plugins.steering.entrypoints import (
+    carrying_routes,
+    reading_routes,
+    refusing_routes,
+    serving,
+)
 from vllm.plugins.steering.v1.core import kv_cache_utils
 from vllm.plugins.steering.v1.core.sched import scheduler
 from vllm.plugins.steering.v1.engine import (
@@ -29,6 +34,7 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),
     (carrying_routes.RESPONSES, carrying_routes.install_responses),
+    *reading_routes.SEAMS,
     *((installer.module, installer) for installer in serving.INSTALLERS),
     *refusing_routes.installers(),
 )

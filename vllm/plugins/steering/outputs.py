@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config.sae_features import merge
 from vllm.plugins.steering.seam import BOUND, resolve, wrap
-from vllm.v1.engine.steering_read_outputs import merge
 
 MODULE = "vllm.outputs"
 

@@ -109,15 +109,3 @@ def canonical_reads(extra_args: Mapping[str, Any]) -> tuple[SiteRead, ...]:
         for layer in layers
     ]
     return tuple(sorted(found, key=lambda read: read.order))
-
-
-def merge(first: ReadFeatures | None, then: ReadFeatures | None) -> ReadFeatures | None:
-    """Entries of two outputs of one request, one after the other."""
-    if not first or not then:
-        return first or then
-    merged = {module: dict(sites) for module, sites in first.items()}
-    for module, sites in then.items():
-        own = merged.setdefault(module, {})
-        for site, record in sites.items():
-            own[site] = join([own[site], record]) if site in own else record
-    return merged

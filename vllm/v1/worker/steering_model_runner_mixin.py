@@ -15,7 +15,7 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
-from vllm.config.steering import get_steering_config
+from vllm.config.steering import get_steering_config, point_widths
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
@@ -54,7 +54,7 @@ class SteeringModelRunnerMixin:
             dtype=model_config.dtype,
             device=self.device,
             vocab_size=model_config.get_vocab_size(),
-            d_model=model_config.get_hidden_size(),
+            widths=point_widths(model_config),
             sends_output=get_tensor_model_parallel_rank() == 0,
         )
         context = compilation.static_forward_context

@@ -18,6 +18,7 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.steering import (
     Activation,
     ModuleInfo,
+    PointWidths,
     SiteInfo,
     SlotInfo,
     SteeringConfig,
@@ -34,9 +35,9 @@ from vllm.model_executor.layers.steering import (
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_attach import attach_site, check_site
 from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
-    attach_site,
     find_decoder_layers,
 )
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
@@ -102,7 +103,11 @@ Place = SAEPlace | VectorPlace
 
 
 class SiteModules:
-    """The sites of this rank, their slots, and where each module's rows live."""
+    """The sites of this rank, their slots, and where each module's rows live.
+
+    Rows are looked up by module and `SiteKey(layer, hook)`: a module has at most one
+    site that reads a point, whatever point it writes.
+    """
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ class SiteModules:
         step: StepState,
         num_rows: int,
         max_clamps: int,
-        d_model: int,
+        widths: PointWidths,
         dtype: torch.dtype,
         readable: bool = False,
     ):
@@ -118,7 +123,7 @@ class SiteModules:
         self.step = step
         self.num_rows = num_rows
         self.max_clamps = max_clamps
-        self.d_model = d_model
+        self.widths = widths
         self.dtype = dtype
         self.device = step.index.device
         self.readable = readable
@@ -174,32 +179,47 @@ class SiteModules:
         return [(site, slot) for site, slot in pairs if site.layer in self.layers]
 
     def make_places(self, slots: dict[int, SlotInfo]) -> dict[int, Place]:
-        """Empty slots for `{id: slot}`, attached to nothing yet."""
+        """Empty slots for `{id: slot}`, attached to nothing yet.
+
+        Raises:
+            ValueError: a layer lacks a slot's point.
+        """
         places: dict[int, Place] = {}
         stacks: dict[SiteKey, list[int]] = {}
         for at, slot in slots.items():
             if slot.layer not in self.layers:
                 continue
-            key = SiteKey(slot.layer, slot.hook)
+            key = SiteKey(slot.layer, slot.hook, slot.hook_out)
+            check_site(self.layers[slot.layer], key)
             if slot.kind == "vectors":
                 stacks.setdefault(key, []).append(at)
             else:
                 places[at] = self._sae_place(key, slot)
         for key, ids in stacks.items():
             n = len(ids)
+            width = self.widths.of(key.hook)
             # A bound takes two places of a row.
-            stack = VectorSlot(n, self.d_model, self.num_rows, 2 * n, self.device)
+            stack = VectorSlot(n, width, self.num_rows, 2 * n, self.device)
             table = BoundTable(stack.table)
             for row, at in enumerate(ids):
                 places[at] = VectorPlace(key, stack, table, row)
         return places
 
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
-        weights = SAEWeights(slot.width, self.d_model, self.dtype, self.device)
+        d_in, d_out = self.widths.of(slot.hook), self.widths.of(slot.out_hook)
+        weights = SAEWeights(
+            slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip
+        )
         kinds: set[Activation] = {Activation.TOPK} if slot.topk else set()
         if slot.threshold:
             kinds |= {Activation.RELU, Activation.JUMPRELU}
-        sae = SAESlot(weights, self.num_rows, self.max_clamps, frozenset(kinds))
+        sae = SAESlot(
+            weights,
+            self.num_rows,
+            self.max_clamps,
+            frozenset(kinds),
+            reads_source=slot.hook_out is not None,
+        )
         if self.readable:
             sae.reads = ReadBuffers(
                 self.num_rows,
@@ -330,7 +350,7 @@ def build_site_modules(
     dtype: torch.dtype,
     device: torch.device,
     vocab_size: int,
-    d_model: int,
+    widths: PointWidths,
 ) -> SiteModules:
     """Build this rank's slots, load every module into its own, attach the sites.
 
@@ -342,7 +362,7 @@ def build_site_modules(
     layers = find_decoder_layers(model)
     step = StepState(max_tokens, device, vocab_size)
     modules = SiteModules(
-        layers, step, num_rows, config.max_clamps, d_model, dtype, config.readout
+        layers, step, num_rows, config.max_clamps, widths, dtype, config.readout
     )
     places = modules.make_places(slots_of(config))
     modules.places = places

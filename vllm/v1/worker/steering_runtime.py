@@ -14,7 +14,7 @@ from torch import nn
 from vllm.config.sae_steering_admission import admitted_prompt_length
 from vllm.config.sae_steering_spans import When
 from vllm.config.sae_steering_types import SteeringRequest, parse_steering_request
-from vllm.config.steering import SteeringConfig, Tier
+from vllm.config.steering import PointWidths, SteeringConfig, Tier
 from vllm.config.steering_slots import start_up_slots
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -47,8 +47,8 @@ class SteeringRuntime:
         max_tokens: tokens that a forward can have, padding included.
         dtype, device: of the model's activations.
         vocab_size: bound of token ids, for the skip sets.
+        widths: of the points of the model's layers.
         sends_output: whether this rank's output goes to the scheduler.
-        d_model: width of the residual stream.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SteeringRuntime:
         dtype: torch.dtype,
         device: torch.device,
         vocab_size: int,
-        d_model: int,
+        widths: PointWidths,
         sends_output: bool = True,
     ):
         if not config.slots:
@@ -74,7 +74,7 @@ class SteeringRuntime:
             Tier.FULL: SAEFullReconstructionManager(num_rows),
         }
         self.modules: SiteModules = build_site_modules(
-            config, model, num_rows, max_tokens, dtype, device, vocab_size, d_model
+            config, model, num_rows, max_tokens, dtype, device, vocab_size, widths
         )
         self.step = self.modules.step
         self.readout = SteeringReadout(self.modules, self.step, num_rows, sends_output)

@@ -41,27 +41,35 @@ class Fit:
     l0: float
 
 
-def measure(weights: SAEWeights, x: torch.Tensor) -> Fit:
-    """Reconstruct a stream and say how well.
+def measure(
+    weights: SAEWeights, x: torch.Tensor, target: torch.Tensor | None = None
+) -> Fit:
+    """Reconstruct activations and say how well.
 
     Args:
         weights: a canonical SAE, on the device of `x`.
         x: `[T, D]`, in the model's dtype. Tokens past the SAE's norm limit, which
             the tiers leave untouched, do not count.
+        target: `[T, d_out]`, what a transcoder's output is to match; None: `x`.
 
     Raises:
         ValueError: no token counts, or all of them are the same.
     """
     x = x.to(torch.float32)
-    x = x[within_norm(x, weights.norm_limit)]
+    target = x if target is None else target.to(torch.float32)
+    kept = within_norm(x, weights.norm_limit)
+    x, target = x[kept], target[kept]
     if not x.shape[0]:
         raise ValueError("norm_guard: every token's norm is past it")
     error = active = 0.0
-    for part in x.split(TOKEN_SLICE):
+    for part, true in zip(x.split(TOKEN_SLICE), target.split(TOKEN_SLICE), strict=True):
         acts = encode(weights, part)
         active += float(acts.count_nonzero())
-        error += float((part - decode(weights, acts)).double().square().sum())
-    variance = float((x - x.mean(0)).double().square().sum())
+        found = decode(weights, acts)
+        if weights.W_skip is not None:
+            found += part @ weights.W_skip.to(part.dtype).T
+        error += float((true - found).double().square().sum())
+    variance = float((target - target.mean(0)).double().square().sum())
     if variance == 0:
         raise ValueError("text: expected tokens that differ, found one stream only")
     return Fit(x.shape[0], error / variance, active / x.shape[0])

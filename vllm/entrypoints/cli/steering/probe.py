@@ -36,9 +36,10 @@ from vllm.model_executor.layers.steering import (
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_attach import attach_site
 from vllm.model_executor.layers.steering_families import (
-    attach_site,
     find_decoder_layers,
+    missing_point,
 )
 from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout
 
@@ -76,10 +77,12 @@ the barn, wrote the date beneath it in chalk, and went to see about the fence.
 
 
 class _Recorder:
-    """A site's backend that keeps the stream and edits nothing."""
+    """A site's backend that keeps what an encoder reads, and what its decoder is to
+    match, and edits nothing."""
 
     def __init__(self) -> None:
-        self.streams: list[torch.Tensor] = []
+        self.read: list[torch.Tensor] = []
+        self.written: list[torch.Tensor] = []
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
         """Plain requests have no use for the bypass flags."""
@@ -91,7 +94,7 @@ class _Recorder:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        self._record(hidden, residual)
+        self._record(hidden, residual, source)
 
     def sae_clamp(
         self,
@@ -108,13 +111,37 @@ class _Recorder:
         self._record(hidden, residual)
 
     def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
     ) -> None:
         """Nobody reads features of a probe."""
 
-    def _record(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        stream = hidden if residual is None else hidden + residual
-        self.streams.append(stream.clone())
+    def _record(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        written = hidden.clone() if residual is None else hidden + residual
+        self.written.append(written)
+        self.read.append(written if source is None else source.clone())
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was seen at a site: `read [T, d_in]`, and `written [T, d_out]` (for an SAE
+    the same)."""
+
+    read: torch.Tensor
+    written: torch.Tensor
+
+    def at(self, tokens: torch.Tensor) -> Recorded:
+        """Of some tokens only; `tokens` is a mask or indices."""
+        tokens = tokens.to(self.read.device)
+        return Recorded(self.read[tokens], self.written[tokens])
 
 
 @dataclass(frozen=True)
@@ -216,15 +243,18 @@ def install_recorders(
     recorders: dict[SiteKey, _Recorder] = {}
     weights: dict[SiteKey, Any] = {}
     for info in module.sites:
-        key = SiteKey(info.layer, info.hook)
+        key = key_of(info)
         site = context[key.name]
         recorders[key] = site.backend = _Recorder()
         weights[key] = site.saes[0].weights
-    for key in [point for info in module.sites for point in around(info)]:
+    device = weights[next(iter(weights))].W_enc.device
+    neighbours = [(key, info.d_in) for info in module.sites for key in around(info)]
+    for key, width in neighbours:
         if key in recorders or key.layer not in layers:
             continue
-        device = weights[next(iter(weights))].W_enc.device
-        slot = VectorSlot(1, module.sites[0].d_in, 1, 1, device)
+        if missing_point(layers[key.layer], key.hook):
+            continue
+        slot = VectorSlot(1, width, 1, 1, device)
         recorders[key] = _Recorder()
         step = StepState(1, device)
         site = SteeringSite(key, [], slot, step, recorders[key])
@@ -233,8 +263,16 @@ def install_recorders(
     return recorders, weights
 
 
+def key_of(info: SiteInfo) -> SiteKey:
+    """The site of a running engine that holds a module's site."""
+    return SiteKey(info.layer, info.hook, info.hook_out)
+
+
 def around(site: SiteInfo) -> list[SiteKey]:
-    """The same hook of up to two layers before and after a site."""
+    """The same point of up to two layers before and after a site; of a transcoder's
+    site, none."""
+    if site.is_transcoder:
+        return []
     return [
         SiteKey(site.layer + step, site.hook)
         for step in (-2, -1, 1, 2)
@@ -244,20 +282,28 @@ def around(site: SiteInfo) -> list[SiteKey]:
 
 def record(
     llm: Any, recorders: Mapping[SiteKey, _Recorder], prompts: Sequence[list[int]]
-) -> dict[SiteKey, torch.Tensor]:
-    """The stream `[T, D]` of all prompts' tokens at every point, in order."""
+) -> dict[SiteKey, Recorded]:
+    """What every site saw of all prompts' tokens, in order."""
     from vllm import SamplingParams
 
-    kept: dict[SiteKey, list[torch.Tensor]] = {key: [] for key in recorders}
+    kept: dict[SiteKey, list[Recorded]] = {key: [] for key in recorders}
     sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     for prompt in prompts:
         for recorder in recorders.values():
-            recorder.streams.clear()
+            recorder.read.clear()
+            recorder.written.clear()
         llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
         for key, recorder in recorders.items():
             # The prompt's tokens come first; the rest is padding.
-            kept[key].append(torch.cat(recorder.streams)[: len(prompt)])
-    return {key: torch.cat(streams) for key, streams in kept.items()}
+            seen = Recorded(torch.cat(recorder.read), torch.cat(recorder.written))
+            kept[key].append(seen.at(torch.arange(len(prompt))))
+    return {
+        key: Recorded(
+            torch.cat([part.read for part in parts]),
+            torch.cat([part.written for part in parts]),
+        )
+        for key, parts in kept.items()
+    }
 
 
 def probe_module(
@@ -315,15 +361,16 @@ def probe_module(
 def _probe_site(
     info: SiteInfo,
     weights: Mapping[SiteKey, Any],
-    streams: Mapping[SiteKey, torch.Tensor],
+    streams: Mapping[SiteKey, Recorded],
     read: torch.Tensor,
     declared: Mapping[str, float],
 ) -> ProbedSite:
-    own = SiteKey(info.layer, info.hook)
+    own = key_of(info)
+    seen = {key: stream.at(read) for key, stream in streams.items()}
     fits = {
-        key: measure(weights[own], streams[key][read.to(streams[key].device)])
+        key: measure(weights[own], seen[key].read, seen[key].written)
         for key in (own, *around(info))
-        if key in streams
+        if key in seen
     }
     fit = fits.pop(own)
     return ProbedSite(

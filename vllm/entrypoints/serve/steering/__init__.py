@@ -16,6 +16,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.serve.steering.access import configured_key
 from vllm.entrypoints.serve.steering.api_router import router
 from vllm.entrypoints.serve.steering.metrics import SteeringMetrics
+from vllm.entrypoints.serve.steering.playground import PATH, Playground
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class SteeringEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; they answer once `init_state` has run."""
         app.include_router(router)
+        app.mount(PATH, Playground(), name="steering-playground")
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace

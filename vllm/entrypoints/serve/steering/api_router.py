@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
+from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_BODY_BYTES,
     REGISTER_SCHEMA,
@@ -53,6 +55,20 @@ async def register_steering_module(request: Request) -> JSONResponse:
     except RequestRefused as error:
         return _refused(error)
     return JSONResponse({"module": module}, status_code=201)
+
+
+@router.get(PATH + "/{name}/evidence")
+async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
+    """What the module's author measured: its card, and the features in `?index=3,7`."""
+    try:
+        service = _service(request, mutation=False)
+        check_name(name)
+        indices = parse_indices(request.query_params.get("index"))
+        path = await service.path_of(name)
+        found = await asyncio.to_thread(of_features, path, indices)
+    except RequestRefused as error:
+        return _refused(error)
+    return JSONResponse({"module_name": name, **found})
 
 
 @router.delete(PATH + "/{name}")

@@ -67,6 +67,18 @@ class SteeringModulesService:
         # The modules themselves, not their names.
         return {**stats, **listed}
 
+    async def path_of(self, name: str) -> str:
+        """Where a module was loaded from.
+
+        Raises:
+            RequestRefused: 404, no module has this name.
+        """
+        listing = (await self.call("list", {})).listing or {}
+        for module in listing["modules"]:
+            if module["name"] == name:
+                return module["path"]
+        raise RequestRefused(404, f"name: there is no module {name!r}", "name")
+
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; the module as the engine has it."""
         roots = (self.steering or {}).get("module_roots", ())

@@ -8,11 +8,13 @@ it the engine's own check comes after a stream has answered 200.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_checks import refusal
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins.steering.seam import wrap
@@ -57,6 +59,7 @@ def check_request(request: Any, vllm_config: Any) -> None:
     extra_args = getattr(request, "vllm_xargs", None)
     if params is not None:
         extra_args = params.extra_args
+        refuse_reading(extra_args)
     refuse_reserved_key(extra_args)
     given = {
         key: specs for key, specs in specs_of(request).items() if specs is not None
@@ -64,6 +67,16 @@ def check_request(request: Any, vllm_config: Any) -> None:
     parse_steering_request(
         {**(extra_args or {}), **given}, active_steering_config(vllm_config)
     )
+
+
+def refuse_reading(extra_args: Mapping[str, Any] | None) -> None:
+    """Raise when a raw request reads features, which its answer cannot carry."""
+    if extra_args and extra_args.get(READOUT_KEY):
+        raise refusal(
+            f"sampling_params.extra_args.{READOUT_KEY}",
+            "the answers of this route carry no features, use /v1/completions, "
+            "/v1/chat/completions, /v1/responses or /v1/steering/encode",
+        )
 
 
 def _make(stock: Callable[..., Any]) -> Callable[..., Any]:

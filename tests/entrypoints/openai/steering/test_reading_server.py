@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading features through a real server process: every route, streamed and whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from steering_testing.server import MODEL_NAME, Server, api_server
+
+from vllm import LLM
+from vllm.config.sae_features import features_json
+from vllm.config.sae_steering_types import SAEReadoutSpec, SteeringSamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+pytestmark = pytest.mark.server
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
+BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
+MODULE = "golden-gate"
+PROMPTS = ["The chef stirs the tomato soup.", "The bridge over the bay"]
+MESSAGES = [{"role": "user", "content": "Who are you?"}]
+TOKENS = 8
+READ = {"sae_readout_specs": [{"module_name": MODULE, "top_k": 4}]}
+COMPLETION = {
+    "model": MODEL_NAME,
+    "prompt": PROMPTS,
+    "max_tokens": TOKENS,
+    "temperature": 0,
+    **READ,
+}
+CHAT = {
+    "model": MODEL_NAME,
+    "messages": MESSAGES,
+    "max_tokens": TOKENS,
+    "temperature": 0,
+    **READ,
+}
+RESPONSES = {
+    "model": MODEL_NAME,
+    "input": "Who are you?",
+    "max_output_tokens": TOKENS,
+    "temperature": 0,
+    **READ,
+}
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[Any, Any]]:
+    """(prompt's, answer's) entries of each prompt, from an engine in this process."""
+    llm = LLM(
+        str(EXAMPLE / "model"),
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 27,
+        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
+    )
+    params = SteeringSamplingParams(
+        max_tokens=TOKENS,
+        temperature=0,
+        sae_readout_specs=[SAEReadoutSpec(MODULE, top_k=4)],
+    )
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    found = [
+        (features_json(o.prompt_sae_features), features_json(o.outputs[0].sae_features))
+        for o in outputs
+    ]
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
+    options = (*modules, "--enable-scale-out")
+    with api_server(EXAMPLE / "model", log, *options) as server:
+        yield from client_of(server)
+
+
+def client_of(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def post(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def streamed(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The events of a stream."""
+    with http.stream("POST", path, json={**body, "stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entries of several chunks, one after the other."""
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for module, sites in part.items():
+            for site, record in sites.items():
+                own = whole.setdefault(module, {}).setdefault(site, {})
+                for key, values in record.items():
+                    own.setdefault(key, []).extend(values)
+    return whole
+
+
+def same(found: Any, wanted: Any) -> None:
+    """Equal up to the rounding of another batch."""
+    for module, sites in wanted.items():
+        for site, record in sites.items():
+            own = found[module][site]
+            assert own["positions"] == record["positions"]
+            assert own["features"] == record["features"]
+            assert own["num_active"] == record["num_active"]
+            for a, b in zip(own["values"], record["values"], strict=True):
+                assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_completions_carry_what_each_prompt_and_answer_read(
+    http: httpx.Client, expected: list[Any]
+) -> None:
+    choices = post(http, "/v1/completions", COMPLETION)["choices"]
+    for choice, (prompt, answer) in zip(choices, expected, strict=True):
+        same(choice["prompt_sae_features"], prompt)
+        same(choice["sae_features"], answer)
+
+
+def test_a_stream_of_completions_carries_it_piece_by_piece(
+    http: httpx.Client, expected: list[Any]
+) -> None:
+    chunks = streamed(http, "/v1/completions", COMPLETION)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    for index, (prompt, answer) in enumerate(expected):
+        own = [choice for choice in choices if choice["index"] == index]
+        same(own[0]["prompt_sae_features"], prompt)
+        parts = [choice["sae_features"] for choice in own if "sae_features" in choice]
+        assert len(parts) > 2
+        same(joined(parts), answer)
+
+
+def test_chat_whole_streamed_and_in_a_batch(http: httpx.Client) -> None:
+    (choice,) = post(http, "/v1/chat/completions", CHAT)["choices"]
+    record = choice["sae_features"][MODULE]["post_block.1"]
+    first = choice["prompt_sae_features"][MODULE]["post_block.1"]
+    assert len(record["positions"]) == TOKENS - 1
+    assert record["positions"][0] > first["positions"][-1]
+    chunks = streamed(http, "/v1/chat/completions", CHAT)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    parts = [part["sae_features"] for part in choices if "sae_features" in part]
+    same(joined(parts), choice["sae_features"])
+    (prompt,) = [
+        part["prompt_sae_features"] for part in choices if "prompt_sae_features" in part
+    ]
+    same(prompt, choice["prompt_sae_features"])
+    batch = {**CHAT, "messages": [MESSAGES, MESSAGES]}
+    both = post(http, "/v1/chat/completions/batch", batch)["choices"]
+    assert len(both) == 2
+    for one in both:
+        same(one["sae_features"], choice["sae_features"])
+
+
+def test_responses_whole_and_streamed(http: httpx.Client) -> None:
+    response = post(http, "/v1/responses", RESPONSES)
+    record = response["sae_features"][MODULE]["post_block.1"]
+    assert len(record["positions"]) == TOKENS - 1
+    assert response["prompt_sae_features"][MODULE]["post_block.1"]["positions"]
+    events = streamed(http, "/v1/responses", RESPONSES)
+    done = events[-1]["response"]
+    same(done["sae_features"], response["sae_features"])
+    same(done["prompt_sae_features"], response["prompt_sae_features"])
+    parts = [event["sae_features"] for event in events[:-1] if "sae_features" in event]
+    assert len(parts) > 2
+
+
+def test_a_feature_ends_a_stream(http: httpx.Client) -> None:
+    stop = [{"feature_idx": BRIDGE["feature"], "above": -1.0}]
+    spec = {"module_name": MODULE, "top_k": 2, "stop_if": stop}
+    body = {**CHAT, "sae_readout_specs": [spec]}
+    reason = f"sae:{MODULE}:post_block.1:{BRIDGE['feature']}"
+    (choice,) = post(http, "/v1/chat/completions", body)["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", reason)
+    last = streamed(http, "/v1/chat/completions", body)[-1]["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == ("stop", reason)
+    positions = choice["sae_features"][MODULE]["post_block.1"]["positions"]
+    assert len(positions) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ({"module_name": MODULE}, "sae_readout_specs[0]"),
+        ({"module_name": "none", "top_k": 1}, "sae_readout_specs[0].module_name"),
+        ({"module_name": MODULE, "top_k": 65}, "sae_readout_specs[0].top_k"),
+        (
+            {"module_name": MODULE, "features": [1 << 20]},
+            "sae_readout_specs[0].features[0]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_spec_is_a_400_with_its_path(
+    http: httpx.Client, spec: dict[str, Any], path: str, stream: bool
+) -> None:
+    body = {**COMPLETION, "sae_readout_specs": [spec], "stream": stream}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == path
+
+
+def test_the_token_route_refuses_what_its_answer_cannot_carry(
+    http: httpx.Client,
+) -> None:
+    body = {
+        "model": MODEL_NAME,
+        "token_ids": [5, 9],
+        "sampling_params": {"max_tokens": 2, "extra_args": READ},
+    }
+    answer = http.post("/inference/v1/generate", json=body)
+    assert answer.status_code == 400, answer.text
+    assert "sae_readout_specs" in answer.json()["error"]["message"]

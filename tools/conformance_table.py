@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints the table of model families and points, or writes it into the docs.
+
+The cells come from the conformance cases that the tests run against Hugging Face
+(tests/steering_testing/cases.py). `--write` puts the table into
+docs/features/models.md; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "features" / "models.md"
+BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
+
+
+def table() -> str:
+    """The table as Markdown."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from steering_testing.cases import CASES, RESIDUAL, SUBLAYER, TRANSFORMERS_CASES
+
+    hooks = (*RESIDUAL, *SUBLAYER, "transcoder")
+    lines = [
+        "| models | decoder layer | "
+        + " | ".join(f"`{hook}`" for hook in hooks)
+        + " |",
+        "|---|---|" + "---|" * len(hooks),
+    ]
+    for case in (*CASES.values(), *TRANSFORMERS_CASES.values()):
+        lacks = set(case.lacks) | ({"transcoder"} if "mlp_out" in case.lacks else set())
+        cells = ["–" if hook in lacks else "✓" for hook in hooks]
+        name = case.layer_class.rsplit(".", 1)[1]
+        lines.append(f"| {case.title} | `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"update {PAGE}")
+    text = table()
+    if not parser.parse_args().write:
+        print(text)
+        return
+    page = PAGE.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams into the OpenAI serving classes: answers carry what their requests have read.
+
+The edits a branch would make, where choices are made from outputs: set `sae_features`
+and, on a prompt's first choice, `prompt_sae_features`. Stock's generators make chunks
+inside, so here a stream that reads is annotated from outside; any other is stock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm.plugins.steering.seam import Stock, declare, wrap
+
+_OPENAI = "vllm.entrypoints.openai"
+COMPLETION = f"{_OPENAI}.completion.serving"
+CHAT = f"{_OPENAI}.chat_completion.serving"
+BATCH = f"{_OPENAI}.chat_completion.batch_serving"
+RESPONSES = f"{_OPENAI}.responses.serving"
+CONTEXT = f"{_OPENAI}.responses.context"
+CONTEXTS = ("SimpleContext", "ParsableContext", "HarmonyContext")
+
+_METADATA = ("model_name", "tokenizer", "request_metadata")
+_RESPONSES_STREAM = (
+    *("self", "request", "sampling_params", "result_generator", "context"),
+    *(*_METADATA, "created_time"),
+)
+
+
+def install_completion() -> None:
+    """`/v1/completions`."""
+    owner = f"{COMPLETION}:OpenAIServingCompletion"
+    wrap(
+        f"{owner}.completion_stream_generator",
+        (
+            *("self", "request", "engine_inputs", "result_generator", "request_id"),
+            *("created_time", "model_name", "num_prompts", "tokenizer"),
+            "request_metadata",
+        ),
+        _completion_stream,
+    )
+    wrap(
+        f"{owner}.request_output_to_completion_response",
+        (
+            *("self", "final_res_batch", "request", "request_id", "created_time"),
+            *_METADATA,
+        ),
+        _completion_response,
+    )
+
+
+def _completion_stream(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import (
+        StreamedChoices,
+        asks_to_read,
+    )
+
+    def completion_stream_generator(
+        self: Any,
+        request: Any,
+        engine_inputs: Any,
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        if not asks_to_read(request):
+            return stock(
+                self, request, engine_inputs, result_generator, *args, **kwargs
+            )
+        choices = StreamedChoices(request.n or 1)
+        results = choices.of_prompts(result_generator)
+        chunks = stock(self, request, engine_inputs, results, *args, **kwargs)
+        return choices.annotate(chunks)
+
+    return completion_stream_generator
+
+
+def _completion_response(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import (
+        asks_to_read,
+        fill_choices,
+    )
+
+    def request_output_to_completion_response(
+        self: Any, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        response = stock(self, final_res_batch, request, *args, **kwargs)
+        if asks_to_read(request):
+            fill_choices(response.choices, final_res_batch)
+        return response
+
+    return request_output_to_completion_response
+
+
+def install_chat() -> None:
+    """`/v1/chat/completions`."""
+    owner = f"{CHAT}:OpenAIServingChat"
+    common = (
+        *("self", "request", "result_generator", "request_id", "model_name"),
+        *("conversation", "tokenizer", "request_metadata"),
+    )
+    wrap(
+        f"{owner}.chat_completion_stream_generator",
+        (*common, "chat_template_kwargs", "mm_token_counts"),
+        _chat_stream,
+    )
+    wrap(
+        f"{owner}.chat_completion_full_generator",
+        (*common, "parser", "mm_token_counts"),
+        _chat_full,
+    )
+
+
+def _chat_stream(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import (
+        StreamedChoices,
+        asks_to_read,
+    )
+
+    def chat_completion_stream_generator(
+        self: Any,
+        request: Any,
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        if not asks_to_read(request):
+            return stock(self, request, result_generator, *args, **kwargs)
+        choices = StreamedChoices(request.n or 1)
+        results = choices.of_one(result_generator)
+        return choices.annotate(stock(self, request, results, *args, **kwargs))
+
+    return chat_completion_stream_generator
+
+
+def _chat_full(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import (
+        LastResult,
+        asks_to_read,
+        fill_choices,
+    )
+
+    async def chat_completion_full_generator(
+        self: Any,
+        request: Any,
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not asks_to_read(request):
+            return await stock(self, request, result_generator, *args, **kwargs)
+        last = LastResult()
+        results = last.watch(result_generator)
+        response = await stock(self, request, results, *args, **kwargs)
+        if last.result is not None and hasattr(response, "choices"):
+            fill_choices(response.choices, [last.result])
+        return response
+
+    return chat_completion_full_generator
+
+
+def install_batch() -> None:
+    """`/v1/chat/completions/batch`."""
+    wrap(
+        f"{BATCH}:OpenAIServingChatBatch.chat_completion_full_generator_batch",
+        (
+            *("self", "request", "generators", "request_id", "model_name"),
+            *("all_conversations", "tokenizer", "request_metadata", "parser_cls"),
+        ),
+        _chat_batch,
+    )
+
+
+def _chat_batch(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import (
+        LastResult,
+        asks_to_read,
+        fill_choices,
+    )
+
+    async def chat_completion_full_generator_batch(
+        self: Any, request: Any, generators: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if not asks_to_read(request):
+            return await stock(self, request, generators, *args, **kwargs)
+        lasts = [LastResult() for _ in generators]
+        watched = [last.watch(one) for last, one in zip(lasts, generators, strict=True)]
+        response = await stock(self, request, watched, *args, **kwargs)
+        results = [last.result for last in lasts if last.result is not None]
+        if len(results) == len(lasts) and hasattr(response, "choices"):
+            fill_choices(response.choices, results)
+        return response
+
+    return chat_completion_full_generator_batch
+
+
+def install_responses() -> None:
+    """`/v1/responses`."""
+    owner = f"{RESPONSES}:OpenAIServingResponses"
+    wrap(f"{owner}.responses_full_generator", _RESPONSES_STREAM, _responses_full)
+    wrap(f"{owner}.responses_stream_generator", _RESPONSES_STREAM, _responses_stream)
+
+
+def _reading_of(context: Any) -> Any:
+    """The `ResponseReading` of a conversation."""
+    from vllm.entrypoints.openai.steering.read_choices import ResponseReading
+
+    if context.sae_reading is None:
+        context.sae_reading = ResponseReading()
+    return context.sae_reading
+
+
+def _responses_full(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+
+    async def responses_full_generator(
+        self: Any,
+        request: Any,
+        sampling_params: Any,
+        result_generator: Any,
+        context: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        response = await stock(
+            self, request, sampling_params, result_generator, context, *args, **kwargs
+        )
+        if asks_to_read(request) and hasattr(response, "output"):
+            _reading_of(context).finish(response)
+        return response
+
+    return responses_full_generator
+
+
+def _responses_stream(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+
+    def responses_stream_generator(
+        self: Any,
+        request: Any,
+        sampling_params: Any,
+        result_generator: Any,
+        context: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncIterator[Any]:
+        events = stock(
+            self, request, sampling_params, result_generator, context, *args, **kwargs
+        )
+        return (
+            _reading_of(context).annotate(events) if asks_to_read(request) else events
+        )
+
+    return responses_stream_generator
+
+
+def install_context() -> None:
+    """The conversations of `/v1/responses` collect what their turns have read."""
+    for name in CONTEXTS:
+        declare(f"{CONTEXT}:{name}", "sae_reading")
+        wrap(f"{CONTEXT}:{name}.append_output", ("self", "output"), _append_output)
+
+
+def _append_output(stock: Stock) -> Stock:
+    def append_output(self: Any, output: Any) -> None:
+        stock(self, output)
+        if output.outputs and output.outputs[0].sae_features is not None:
+            _reading_of(self).take(output)
+
+    return append_output
+
+
+SEAMS = (
+    (COMPLETION, install_completion),
+    (CHAT, install_chat),
+    (BATCH, install_batch),
+    (RESPONSES, install_responses),
+    (CONTEXT, install_context),
+)
