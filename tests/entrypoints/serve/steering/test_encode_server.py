@@ -142,7 +142,7 @@ def test_labels_are_searched(http: httpx.Client) -> None:
 
 def test_what_is_read_is_counted(http: httpx.Client) -> None:
     def count(name: str) -> float:
-        start = f'vllm:steering_read_{name}{{module="{MODULE}"'
+        start = f'vllm:steering_read_{name}_total{{module="{MODULE}"'
         lines = http.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
 
