@@ -67,7 +67,7 @@ def matches_safetensors(location: Location) -> bool:
     return location.has(SAFETENSORS)
 
 
-def _points_of_path(location: Location) -> Points | None:
+def points_of_path(location: Location) -> Points | None:
     """The points that a path of Gemma Scope's names; None: the path does not say.
 
     The files of SAEs of the residual stream, of attention and of the MLP look alike,
@@ -126,7 +126,7 @@ def _layout(
 def read_npz(location: Location) -> ModuleLayout:
     """Layout of a Gemma Scope directory."""
     where = f"{location.origin}: {_WHERE}"
-    points = choose_points(location, _points_of_path(location), where)
+    points = choose_points(location, points_of_path(location), where)
     return _layout(location, NPZ, ("W_enc", "W_dec"), points, None)
 
 
@@ -144,7 +144,7 @@ def read_safetensors(location: Location) -> ModuleLayout:
             stated = need_points(hook, config.text("hf_hook_point_out"), where)
         affine = config.boolean("affine_connection", False)
     where = f"{location.origin}: {_WHERE}"
-    points = choose_points(location, stated or _points_of_path(location), where)
+    points = choose_points(location, stated or points_of_path(location), where)
     layout = _layout(location, SAFETENSORS, ("w_enc", "w_dec"), points, model)
     has_skip = layout.sites[0].site.has_skip
     if affine not in (None, has_skip):
