@@ -35,16 +35,37 @@ NO_NORM_LIMIT = torch.finfo(torch.float32).max
 class ClampKind(IntEnum):
     """How a clamp turns a feature's activation `f` into `g` (low bits of a code).
 
-    absolute: `g = value`; additive: `g = f + value`; scale: `g = f * value`.
+    absolute: `g = value`; additive: `g = f + value`; scale: `g = f * value`. A
+    condition changes nothing; other clamps of the row refer to it.
     """
 
     ABSOLUTE = 0
     ADDITIVE = 1
     SCALE = 2
+    CONDITION = 3
 
 
+# Bits of a clamp code that hold its `ClampKind`.
+KIND_BITS = 3
 # Flag of a clamp code: the clamp acts only where the feature is active (f != 0).
 ONLY_IF_ACTIVE = 4
+
+
+class ClampFlag(IntEnum):
+    """More flags of a clamp code, which a backend may lack (`extended_clamps`)."""
+
+    # Vectors: `f` is the projection on the unit vector `u`, and `u` is what is moved.
+    PROJECTION = 8
+    # Vectors: `value` is in units of the stream's norm.
+    RELATIVE = 16
+    # The clamp acts, or the condition holds, only where `f < value`, or `f > value`.
+    IF_BELOW = 32
+    IF_ABOVE = 64
+
+
+# A code's bits from here on: 1 + the place of the row's condition that the clamp needs
+# (0: none).
+CONDITION_SHIFT = 8
 
 
 class MetaField(IntEnum):
@@ -68,7 +89,8 @@ class ClampTable(nn.Module):
         active: int32 `[R]`, 1 where the row edits at this site.
         count: int32 `[R]`, clamps in the row, 0..K.
         feature: int32 `[R, K]`, direction index of each clamp.
-        code: int32 `[R, K]`, `ClampKind` plus `ONLY_IF_ACTIVE`.
+        code: int32 `[R, K]`, `ClampKind`, `ONLY_IF_ACTIVE`, `ClampFlag`, and the place
+            of a condition (`CONDITION_SHIFT`).
         value: float32 `[R, K]`, in the module's native units.
     """
 
