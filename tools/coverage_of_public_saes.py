@@ -192,7 +192,7 @@ def hugging_face_points(architecture: str) -> frozenset[HookPoint] | None:
 
 def points_of(listed: saelens_list.ListedSAE, sae_id: str) -> Points | None:
     """The points of a listed SAE, as our readers find them in its path or files."""
-    if listed.loader in ("gemma_2", "gemma_3"):
+    if listed.loader in ("gemma_2", "gemma_2_transcoder", "gemma_3"):
         origin = f"hf:{listed.repo}/{listed.path}"
         return gemma_scope.points_of_path(Location(Path(), origin))
     if listed.loader == "mwhanna_transcoder":

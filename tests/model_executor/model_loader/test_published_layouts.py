@@ -172,6 +172,13 @@ CASES = [
     Case("gemma_2", "google/gemma-scope-2b-pt-res", "layer_5/a", npz(), POST),
     Case("gemma_2", "google/gemma-scope-2b-pt-mlp", "layer_5/a", npz(), "mlp_out.5"),
     Case("gemma_2", "google/gemma-scope-2b-pt-att", "layer_5/a", npz(), "attn_z.5"),
+    Case(
+        "gemma_2_transcoder",
+        "google/gemma-scope-2b-pt-transcoders",
+        "layer_5/width_16k/a",
+        npz(),
+        "mlp_in.5",
+    ),
     # SAELens does not scale b_dec with the embeddings.
     Case(
         "gemma_2",
@@ -310,7 +317,9 @@ def read_by_sae_lens(case: Case, root: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(loaders, "hf_hub_download", download)
     monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)
     # Some of its loaders know the published sizes only.
-    sizes = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu"}
+    sizes: dict[str, Any] = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu"}
+    if case.loader == "gemma_2_transcoder":
+        sizes["d_out"] = D
     load = loaders.NAMED_PRETRAINED_SAE_LOADERS[case.loader]
     config, state, _ = load(case.repo, case.path, "cpu", False, sizes)
     config = loaders.handle_config_defaulting(config)

@@ -42,7 +42,11 @@ def test_a_safetensors_file_has_one_vector_per_site(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"happy": tensor(D, seed=0)}, None, "does not say its site: expected 1 in sites"),
+        (
+            {"happy": tensor(D, seed=0)},
+            None,
+            "does not say its site: expected 1 in sites",
+        ),
         ({"pre_attn.2": tensor(1, D, seed=0)}, None, "pre_attn.2: expected a vector"),
         (
             {"pre_attn.2": tensor(D, seed=0), "resid_pre.2": tensor(D, seed=1)},
@@ -155,7 +159,7 @@ def test_rows_of_a_bare_matrix_go_to_the_sites_in_their_order(
 @pytest.mark.parametrize(
     ("shape", "sites", "message"),
     [
-        ((D,), None, "does not say its site: expected 1 in sites"),
+        ((D,), None, "does not say its site: expected 1"),
         ((D,), ["post_block.1", "post_block.2"], "expected 1 in sites.*found 2"),
         ((2, D), ["post_block.1"], "expected 2 in sites.*found 1"),
         ((2, D, 1), ["post_block.1"], "expected a steering vector"),

@@ -51,8 +51,6 @@ _HOOKS = {
     "attn_out": HookPoint.ATTN_Z,
 }
 _REFUSED = {
-    "transcoders": "the transcoders of Gemma Scope read the norm's output before its "
-    "gain; divide the columns of W_enc by the gain and save them as a native directory",
     "crosscoder": "a crosscoder reads several layers",
     "clt": "a cross-layer transcoder writes to several layers",
 }
@@ -86,8 +84,9 @@ def points_of_path(location: Location) -> Points | None:
         return Points(0, HookPoint.PRE_ATTN)
     if not layers or kind is None:
         return None
-    if kind == "transcoder":
-        return transcoder_points(int(layers[-1]))
+    if kind in ("transcoder", "transcoders"):
+        # Those of the first Gemma Scope were trained before the norm's gain.
+        return transcoder_points(int(layers[-1]), before_gain=kind == "transcoders")
     return Points(int(layers[-1]), _HOOKS[kind])
 
 
