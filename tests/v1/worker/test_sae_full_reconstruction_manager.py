@@ -116,11 +116,6 @@ def test_row_zero_is_nobodys() -> None:
     manager.check_integrity()
 
 
-def test_each_tier_has_its_manager() -> None:
-    managers = (SteeringVectorManager, SAEClampManager, SAEFullReconstructionManager)
-    assert [manager.tier for manager in managers] == list(Tier)
-
-
 def test_a_table_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
         SAEFullReconstructionManager(0)
