@@ -154,7 +154,10 @@ def test_dummy_runs_between_steps_change_nothing(llm: LLM) -> None:
     while steps.has_unfinished_requests():
         for output in steps.step():
             tokens = list(output.outputs[0].token_ids)
+        index = runner(llm).steering.step.index
+        assert index.any() or not steps.has_unfinished_requests()
         runner(llm)._dummy_run(1)
+        assert not index.any()
     assert tokens == expected(ids, "both").tokens
     drain(llm)
 

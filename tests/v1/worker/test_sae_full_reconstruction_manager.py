@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
-from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering import HookPoint
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
 from vllm.v1.worker.steering_manager import SteeringVectorManager
