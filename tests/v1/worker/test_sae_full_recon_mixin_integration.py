@@ -75,7 +75,10 @@ def drain(llm: LLM) -> Any:
     """Let the runner hear of every finished request; its steering runtime."""
     generate(llm, [prompt(999, 3)], [params(1)])
     runtime = runner(llm).steering
-    runtime.check_integrity()
+    core = llm.llm_engine.engine_core.engine_core
+    runtime.check_integrity(
+        {*core.scheduler.requests, *core.scheduler.finished_req_ids}
+    )
     return runtime
 
 
