@@ -4,13 +4,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTHON3 ?= python3
 STAMP := $(VENV)/.installed
-OVERLAY := $(shell find vllm -name '*.py' 2>/dev/null)
+OVERLAY := $(shell find vllm -type f -not -name '*.pyc' 2>/dev/null)
 # uv does not read pip's configuration; wheels that pip finds locally count here too.
 export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2>/dev/null)
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo test test-all lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo test test-all soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -47,6 +47,10 @@ test: venv triton
 
 test-all: venv triton
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+# Five minutes of chaos on this machine; `python -m tests.soak --help` for more.
+soak: venv
+	$(PYTHON) -m tests.soak $(SOAK_ARGS)
 
 lint: venv
 	$(PYTHON) -m ruff check .

@@ -15,7 +15,9 @@ from starlette.datastructures import State
 
 from vllm.entrypoints.serve.steering.access import configured_key
 from vllm.entrypoints.serve.steering.api_router import router
+from vllm.entrypoints.serve.steering.encode import EncodeService
 from vllm.entrypoints.serve.steering.metrics import SteeringMetrics
+from vllm.entrypoints.serve.steering.playground import PATH, Playground
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class SteeringEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; they answer once `init_state` has run."""
         app.include_router(router)
+        app.mount(PATH, Playground(), name="steering-playground")
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -43,6 +46,7 @@ class SteeringEndpoints:
             return
         service = SteeringModulesService(engine_client)
         state.steering_modules = service
+        state.steering_encode = EncodeService(engine_client)
         state.steering_api_key = configured_key(args)
         if service.steering is not None:
             state.steering_metrics = SteeringMetrics(service)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page at `/steering/` and the route that tells it about features."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from vllm.entrypoints.serve.steering import SteeringEndpoints
+from vllm.entrypoints.serve.steering.access import RequestRefused
+from vllm.entrypoints.serve.steering.evidence import FILE, of_features, parse_indices
+from vllm.entrypoints.serve.steering.playground import FOLDER
+
+MODULES = "/v1/steering/modules"
+CONTENT = {
+    "card": {"fvu": 0.25},
+    "max": [1.5, 2.5],
+    "contexts": {"1": [["a ", "b", " c"]]},
+    "neuronpedia": "model/site",
+}
+
+
+def files() -> list[Path]:
+    return sorted(FOLDER.iterdir())
+
+
+@pytest.fixture
+def page() -> TestClient:
+    app = FastAPI()
+    SteeringEndpoints().attach_router(app)
+    return TestClient(app)
+
+
+def test_every_file_of_the_page_is_served_without_a_key(page: TestClient) -> None:
+    for path in files():
+        answer = page.get(f"/steering/{path.name}")
+        assert answer.status_code == 200
+        assert answer.content == path.read_bytes()
+    assert page.get("/steering").text == (FOLDER / "index.html").read_text()
+
+
+def test_the_page_may_load_nothing_from_other_hosts(page: TestClient) -> None:
+    policy = page.get("/steering/").headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'; ")
+    for path in files():
+        links = set(re.findall(r"https?://[\w.]+", path.read_text()))
+        # A name space, and a link that the reader may follow.
+        assert links <= {"http://www.w3.org", "https://www.neuronpedia.org"}, path
+
+
+def test_every_id_that_a_script_asks_for_is_in_the_page() -> None:
+    html = (FOLDER / "index.html").read_text()
+    ids = set(re.findall(r'\bid="([\w-]+)"', html))
+    for path in FOLDER.glob("*.js"):
+        asked = re.findall(r'\$\("([\w-]+)"\)', path.read_text())
+        assert set(asked) <= ids, path
+    labels = set(re.findall(r'\bfor="([\w-]+)"', html))
+    assert labels <= ids
+
+
+def test_every_import_of_a_script_is_a_file_that_exports_the_name() -> None:
+    pattern = r'import \{([^}]+)\} from "\./([\w.]+)";'
+    for path in FOLDER.glob("*.js"):
+        for names, file in re.findall(pattern, path.read_text()):
+            exported = (FOLDER / file).read_text()
+            for name in names.replace("\n", " ").split(","):
+                if name := name.strip():
+                    assert re.search(
+                        rf"export [\w*\s]+[ ]{re.escape(name)}\W", exported
+                    ), name
+
+
+def test_the_text_of_a_server_is_never_parsed_as_html() -> None:
+    for path in FOLDER.glob("*.js"):
+        assert not re.search(r"innerHTML|insertAdjacentHTML|eval\(", path.read_text())
+
+
+@pytest.mark.parametrize("path", ["..%2fapi_router.py", "../access.py", "nothing.js"])
+def test_nothing_outside_the_folder_is_served(page: TestClient, path: str) -> None:
+    assert page.get(f"/steering/{path}").status_code == 404
+
+
+def test_the_wheel_holds_the_page() -> None:
+    setup = Path(__file__).parents[4] / "setup.py"
+    assert "serve.steering.static" in setup.read_text()
+
+
+def test_evidence_of_features(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(CONTENT))
+    found = of_features(str(tmp_path), [1, 7])
+    assert found == {
+        "card": {"fvu": 0.25},
+        "features": {
+            "1": {
+                "max": 2.5,
+                "contexts": [["a ", "b", " c"]],
+                "neuronpedia": "model/site",
+            },
+            "7": {"neuronpedia": "model/site"},
+        },
+    }
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / FILE
+    file.write_text(json.dumps(CONTENT))
+    of_features(str(tmp_path), [1])
+    file.write_text(json.dumps({**CONTENT, "max": [1.5, 30.0]}))
+    assert of_features(str(tmp_path), [1])["features"]["1"]["max"] == 30.0
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "hf:owner/repo", "nul\0"])
+def test_no_file_is_no_evidence(path: str) -> None:
+    assert of_features(path, [1]) == {"card": {}, "features": {}}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"max": NaN'])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(RequestRefused, match=FILE) as caught:
+        of_features(str(tmp_path), [0])
+    assert caught.value.status == 500
+
+
+def test_indices() -> None:
+    assert parse_indices("3,457") == [3, 457]
+    assert parse_indices("") == parse_indices(None) == []
+    for bad in ("a", "-1", "1.5", "1,,²", "9" * 10, ",".join(["1"] * 257)):
+        with pytest.raises(RequestRefused, match="index: expected"):
+            parse_indices(bad)
+
+
+def test_the_route_answers_for_modules_of_the_engine(
+    client: TestClient, root: Path
+) -> None:
+    try:
+        (root / "other" / FILE).write_text(json.dumps(CONTENT))
+        answer = client.get(f"{MODULES}/first/evidence?index=0")
+        assert answer.json()["features"]["0"]["max"] == 1.5
+        missing = client.get(f"{MODULES}/nobody/evidence")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["param"] == "name"
+    finally:
+        (root / "other" / FILE).unlink()
+
+
+def test_the_route_needs_the_key_where_there_is_one(client: TestClient) -> None:
+    answer = client.get(
+        f"{MODULES}/first/evidence", headers={"Authorization": "Bearer wrong"}
+    )
+    assert answer.status_code == 401
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_scripts_parse() -> None:
+    import subprocess
+
+    for path in FOLDER.glob("*.js"):
+        command = ["node", "--input-type=module", "--check"]
+        with path.open() as source:
+            subprocess.run(command, stdin=source, check=True)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/steering/`: the playground, a static page that uses the server's own routes.
+
+It holds no data and no key, so it needs none; every request that it makes is
+authenticated like any other.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, stat_result
+from pathlib import Path
+
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+PATH = "/steering"
+# Resolved, because the files of a development install are symbolic links.
+FOLDER = Path(__file__).resolve().parent / "static"
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; "
+        "form-action 'self'; base-uri 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class Playground(StaticFiles):
+    """The files of the page, which may load nothing from other hosts."""
+
+    def __init__(self) -> None:
+        super().__init__(directory=FOLDER, html=True)
+
+    def file_response(
+        self,
+        full_path: str | PathLike[str],
+        stat_result: stat_result,
+        scope: Scope,
+        status_code: int = 200,
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(HEADERS)
+        return response
