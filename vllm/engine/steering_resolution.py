@@ -40,14 +40,15 @@ from vllm.config.steering import (
     SteeringConfig,
     point_widths,
 )
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_private_directory import make_private_directory
 from vllm.config.steering_slots import start_up_slots
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
-from vllm.engine.steering_shared_config import prepare_sharing
+from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -72,10 +73,6 @@ MAX_PIECES_LIMIT = 64
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class SteeringConfigError(ValueError):
-    """The engine cannot start with this steering configuration."""
 
 
 def resolve_steering(vllm_config: Any) -> None:
@@ -122,7 +119,8 @@ def resolve_steering(vllm_config: Any) -> None:
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
-    prepare_sharing(vllm_config.parallel_config)
+    if not is_one_of_several(vllm_config.parallel_config):
+        make_private_directory()
 
 
 def _readout(value: Any) -> bool:
@@ -167,7 +165,8 @@ def inspect_for_model(
     try:
         module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
-        raise SteeringConfigError(str(error)) from error
+        # One line is all that a start-up mistake should print at the end.
+        raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)
