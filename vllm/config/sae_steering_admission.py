@@ -13,24 +13,24 @@ fail.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, TOKEN_PHASES
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
+from vllm.config.steering_json import Json, JsonView
 
 ROWS_KEY = "steering_rows"
 
 
-def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
+def refuse_reserved_key(extra_args: JsonView | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""
     if isinstance(extra_args, Mapping) and ROWS_KEY in extra_args:
         raise refusal(ROWS_KEY, "is reserved for the engine, expected no such key")
 
 
-def refuse_pooling(extra_kwargs: Mapping[str, Any] | None) -> None:
+def refuse_pooling(extra_kwargs: JsonView | None) -> None:
     """Raise when a pooling request (embed, classify, score, …) asks for steering."""
     for key in (*EXTRA_ARGS_KEYS, ROWS_KEY):
         if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
@@ -54,8 +54,8 @@ def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) ->
 
 
 def canonical_extra_args(
-    extra_args: dict[str, Any], steering: SteeringRequest | None
-) -> dict[str, Any] | None:
+    extra_args: Json, steering: SteeringRequest | None
+) -> Json | None:
     """A copy of `extra_args` that holds the canonical specs and nothing reserved."""
     ours = {*EXTRA_ARGS_KEYS, ROWS_KEY}
     args = {key: value for key, value in extra_args.items() if key not in ours}
@@ -65,8 +65,8 @@ def canonical_extra_args(
 
 
 def admitted_extra_args(
-    extra_args: dict[str, Any], config: SteeringConfig | None, resumable: bool = False
-) -> dict[str, Any] | None:
+    extra_args: Json, config: SteeringConfig | None, resumable: bool = False
+) -> Json | None:
     """`extra_args` of a request that the engine admits.
 
     Raises:
@@ -81,7 +81,7 @@ def admitted_extra_args(
     return args
 
 
-def phase_digests(extra_args: Mapping[str, Any]) -> tuple[str | None, str | None]:
+def phase_digests(extra_args: JsonView) -> tuple[str | None, str | None]:
     """The prefill and decode digests of an admitted request; None: not steered."""
     rows = extra_args.get(ROWS_KEY)
     if rows is None:

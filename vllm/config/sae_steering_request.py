@@ -29,6 +29,7 @@ from vllm.config.sae_steering_specs import (
     TokenPhase,
 )
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
+from vllm.config.steering_json import Json
 
 # Feature, kind, value, only_if_active.
 _CLAMP_RECORD = struct.Struct("<QBf?")
@@ -95,7 +96,7 @@ class SteeringRequest:
         """`module_fingerprint` of every module that the request names."""
         return {name: module_fingerprint(m) for name, m in self.modules.items()}
 
-    def to_extra_args(self) -> dict[str, Any]:
+    def to_extra_args(self) -> Json:
         """The canonical specs in JSON types, under `EXTRA_ARGS_KEYS`; not to be edited.
 
         Parsing the result gives an equal request; absent tiers have no key.
@@ -103,8 +104,8 @@ class SteeringRequest:
         return dict(self._extra_args)
 
     @functools.cached_property
-    def _extra_args(self) -> dict[str, Any]:
-        args: dict[str, Any] = {}
+    def _extra_args(self) -> Json:
+        args: Json = {}
         for key, tier in ((FULL_KEY, Tier.FULL), (DELTA_KEY, Tier.DELTA)):
             groups = self.sae_edits.get(tier)
             if groups:
@@ -263,8 +264,8 @@ def _clamp_record(clamp: SAEClampEntry) -> bytes:
     )
 
 
-def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:
-    clamps: dict[str, dict[str, list[dict[str, Any]]]] = {}
+def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> Json:
+    clamps: dict[str, dict[str, list[Json]]] = {}
     for edit in edits:
         layers = clamps.setdefault(edit.hook.value, {})
         layers[str(edit.layer)] = msgspec.to_builtins(edit.clamps)

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from vllm.config.steering import (
     SiteInfo,
     site_name,
 )
+from vllm.config.steering_json import Json, JsonView
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -175,7 +175,7 @@ def _read_hook(fields: Fields, key: str) -> HookPoint | None:
 
 def save_native(
     path: str | Path,
-    sites: Mapping[tuple[int, HookPoint | str], Mapping[str, Any]],
+    sites: Mapping[tuple[int, HookPoint | str], JsonView],
     *,
     reference_norm: float | None = None,
     skip_token_ids: Sequence[int] | None = None,
@@ -221,7 +221,7 @@ def save_native(
                 f"activation {Activation(activation).value}"
             )
         F, D = tensors["W_enc"].shape
-        entry: dict[str, Any] = {
+        entry: Json = {
             "layer": layer,
             "hook": point.value,
             "d_model": D,
@@ -244,7 +244,7 @@ def save_native(
             tensors["W_dec"] = tensors["W_dec"].clone()
         save_file(tensors, root / entry["file"])
         entries.append(entry)
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sites": entries}
+    manifest: Json = {"format": FORMAT, "version": VERSION, "sites": entries}
     optional = {
         "reference_norm": reference_norm,
         "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),
