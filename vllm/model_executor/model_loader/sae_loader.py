@@ -397,5 +397,5 @@ def load_vectors(module: ModuleInfo, site: SiteInfo) -> torch.Tensor:
     with _open_site(module, site) as (location, layout):
         if not isinstance(layout, VectorLayout):
             raise LayoutError(f"{site.name}: expected a steering vector, found an SAE")
-        with open_tensors(_file(location, layout)) as tensors:
-            return read_vector(tensors, layout.tensor)
+        with open_tensors(_file(location, layout)) as found:
+            return read_vector(found, layout.tensor)
