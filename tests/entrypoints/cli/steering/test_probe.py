@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.main import main
+from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe import WINDOW, windows
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODEL, SAE = str(EXAMPLE / "model"), str(EXAMPLE / "sae")
@@ -87,30 +88,23 @@ def test_the_demo_fits_as_hugging_face_and_its_readme_say(
     assert min(site["nearby"].values()) > 3 * site["fit"]["fvu"]
 
 
-def at_layer(path: Path, layer: int) -> str:
-    """The demo's SAE, whose files name another layer than the right one."""
-    shutil.copytree(SAE, path)
-    config = json.loads((path / "cfg.json").read_text())
-    name = config["metadata"]["hook_name"]
-    config["metadata"]["hook_name"] = name.replace("blocks.1.", f"blocks.{layer}.")
-    (path / "cfg.json").write_text(json.dumps(config))
-    return str(path)
-
-
-def test_a_layer_that_the_model_lacks_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["probe", at_layer(tmp_path / "moved", 9), "--model", MODEL]) == 1
-    assert "expected 0..3" in capsys.readouterr().err.splitlines()[-1]
+def test_measuring_elsewhere_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with at_asked_site(SAE, ["resid_post.3"]) as (path, sites):
+        (moved,) = inspect_module("moved", path, sites=sites).sites
+    assert moved.name == "post_block.3"
+    said = capsys.readouterr().err
+    assert "the files say post_block.1; measured at post_block.3" in said
+    with at_asked_site(SAE, ["post_block.1"]) as place:
+        assert place == (SAE, ["post_block.1"])
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_wrong_layer_is_flagged_and_the_right_one_named(
-    text: str, layer: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, layer: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moved = at_layer(tmp_path / "moved", layer)
-    site = probed(capsys, moved, "--text", text, status=1)[f"post_block.{layer}"]
+    arguments = ["--text", text, "--site", f"post_block.{layer}"]
+    site = probed(capsys, SAE, *arguments, status=1)[f"post_block.{layer}"]
     assert "fits post_block.1 better" in site["warnings"][-1]
     hopeless = any("explains next to nothing" in line for line in site["warnings"])
     assert hopeless == (layer == 3)
@@ -152,7 +146,7 @@ def test_every_site_is_held_against_its_own_claims(
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--site", "post_block.9"], "leave sites out"),
+        (["--site", "post_block.9"], "expected 0..3"),
         (["--text", "no such file"], "no such file"),
     ],
 )

@@ -115,7 +115,7 @@ def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
             print(f"{'':15}declared {name} {value:g}")
 
 
-class _LoadedSites(Mapping[SiteName, JsonView]):
+class LoadedSites(Mapping[SiteName, JsonView]):
     """The sites of a module, each loaded when it is asked for."""
 
     def __init__(self, module: ModuleInfo, layout: ModuleLayout, dtype: torch.dtype):
@@ -173,7 +173,7 @@ def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> Non
     layout = read_layout("module", path, sites)
     save_native(
         target,
-        _LoadedSites(module, layout, DTYPES[dtype]),
+        LoadedSites(module, layout, DTYPES[dtype]),
         reference_norm=module.reference_norm,
         skip_token_ids=module.skip_token_ids,
         norm_guard=module.norm_guard,

@@ -25,6 +25,7 @@ from vllm.config.steering import (
     site_name,
 )
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
+from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe_engine import (
     MODULE,
     WINDOW,
@@ -143,7 +144,8 @@ def probe_module(
     """Run `model` on `text` and measure the SAE at `path` at each of its sites.
 
     Args:
-        path, sites: as for `inspect_module`.
+        path, sites: as for `inspect_module`; an SAE of one site may be measured at
+            another one than its files say.
         model: a name or directory, as for vLLM.
         text: what the model reads; nothing is generated.
         max_tokens: of the text, at most.
@@ -154,6 +156,18 @@ def probe_module(
             no token that the module does not leave untouched.
     """
     check_model_path(model)
+    with at_asked_site(path, sites) as (place, asked):
+        return _probe(place, model, text, max_tokens, asked, dtype)
+
+
+def _probe(
+    path: str,
+    model: str,
+    text: str,
+    max_tokens: int,
+    sites: Sequence[str] | None,
+    dtype: str,
+) -> list[ProbedSite]:
     if inspect_module(MODULE, path, sites=sites).kind != "sae":
         raise ValueError(f"{path}: expected an SAE, found steering vectors")
     claims = read_layout(MODULE, path, sites).declared
