@@ -29,10 +29,11 @@ ReadPhase = Literal["both", "prefill", "decode"]
 _Name = Annotated[str, expects("a name of at most 256 characters", max_length=256)]
 _Index = Annotated[int, expects("a feature index", ge=0)]
 _Layer = Annotated[int, expects("a layer index", ge=0)]
-_TopK = Annotated[
+Layers = list[_Layer]
+TopK = Annotated[
     int, expects(f"null or an integer in 1..{MAX_READ}", ge=1, le=MAX_READ)
 ]
-_Features = Annotated[
+Features = Annotated[
     list[_Index],
     expects(
         f"null or a list of 1 to {MAX_READ} feature indices",
@@ -74,9 +75,9 @@ class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     module_name: _Name
-    sites: dict[str, list[_Layer]] | None = None
-    top_k: _TopK | None = None
-    features: _Features | None = None
+    sites: dict[str, Layers] | None = None
+    top_k: TopK | None = None
+    features: Features | None = None
     phase: ReadPhase = "both"
     stop_if: _Stops | None = None
 

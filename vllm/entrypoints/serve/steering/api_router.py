@@ -10,17 +10,20 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
+from vllm.entrypoints.serve.steering.encode import ENCODE_SCHEMA, parse_encode
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_BODY_BYTES,
     REGISTER_SCHEMA,
     check_name,
+    parse_count,
     parse_flag,
     parse_register,
 )
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 router = APIRouter(tags=["steering"])
+LABELS_LIMIT = 1000
 PATH = "/v1/steering/modules"
 
 
@@ -82,6 +85,50 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
     except RequestRefused as error:
         return _refused(error)
     return JSONResponse({"name": name, "deleted": True})
+
+
+@router.get(PATH + "/{name}/features")
+async def search_features(name: str, request: Request) -> JSONResponse:
+    """Labelled features of a module: `?q=` words of the label, or `?index=`.
+
+    At most `limit` (20) of them.
+    """
+    try:
+        service = _service(request, mutation=False)
+        check_name(name)
+        query = request.query_params
+        found = await service.search_labels(
+            name,
+            query.get("q", ""),
+            parse_count("index", query.get("index"), None, 2**31),
+            parse_count("limit", query.get("limit"), 20, LABELS_LIMIT) or 20,
+        )
+    except RequestRefused as error:
+        return _refused(error)
+    listed = [{"feature_idx": feature, "label": label} for feature, label in found]
+    return JSONResponse({"module_name": name, "features": listed})
+
+
+@router.post(
+    "/v1/steering/encode",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": ENCODE_SCHEMA}},
+        }
+    },
+)
+async def encode_texts(request: Request) -> JSONResponse:
+    """Features by token for texts or messages; nothing is generated.
+
+    Needs no steering key: it changes nothing. `--api-key` guards it as it does
+    completions.
+    """
+    try:
+        asked = parse_encode(await _body(request))
+        return JSONResponse(await request.app.state.steering_encode.encode(asked))
+    except RequestRefused as error:
+        return _refused(error)
 
 
 def _service(request: Request, *, mutation: bool) -> SteeringModulesService:

@@ -119,3 +119,16 @@ def parse_flag(key: str, value: str | None) -> bool:
     raise RequestRefused(
         400, f"{key}: found {shown(value)}, expected true or false", key
     )
+
+
+def parse_count(
+    key: str, value: str | None, default: int | None, most: int
+) -> int | None:
+    """A query parameter that is a number from 0 to `most`."""
+    if value is None:
+        return default
+    if value.isascii() and value.isdigit() and len(value) <= 10 and int(value) <= most:
+        return int(value)
+    raise RequestRefused(
+        400, f"{key}: found {shown(value)}, expected an integer in 0..{most}", key
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+from vllm.config.sae_labels import FILE_NAME, Labels, labels_of, search
 from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
@@ -33,11 +35,34 @@ class Engine(Protocol):
     ) -> Any: ...
 
 
+class LabelFiles:
+    """The labels of modules, read once from the files beside them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, Labels]] = {}
+
+    async def of(self, path: str) -> Labels:
+        """The labels beside the module at `path`, read anew when they change."""
+        try:
+            return await asyncio.to_thread(self._read, path)
+        except (OSError, ValueError) as error:
+            raise RequestRefused(409, f"labels: {error}") from None
+
+    def _read(self, path: str) -> Labels:
+        file = Path(path) / FILE_NAME
+        changed = file.stat().st_mtime if file.is_file() else 0.0
+        known = self._known.get(path)
+        if known is None or known[0] != changed:
+            known = self._known[path] = changed, labels_of(path)
+        return known[1]
+
+
 class SteeringModulesService:
     """Lists, registers and removes the modules of the server's engine."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.labels = LabelFiles()
 
     @property
     def steering(self) -> Json | None:
@@ -66,6 +91,15 @@ class SteeringModulesService:
         stats = (await self.call("stats", {})).stats or {}
         # The modules themselves, not their names.
         return {**stats, **listed}
+
+    async def search_labels(
+        self, name: str, query: str, index: int | None, limit: int
+    ) -> Sequence[tuple[int, str]]:
+        """Labels of a module that hold the query's words, or that of one feature."""
+        labels = await self.labels.of(await self.path_of(name))
+        if index is not None:
+            return [(index, labels[index])] if index in labels else []
+        return search(labels, query, limit)
 
     async def path_of(self, name: str) -> str:
         """Where a module was loaded from.

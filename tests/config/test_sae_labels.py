@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels of features: the forms that are read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm.config.sae_labels import labels_of, load_labels, search
+
+ENTRIES = [
+    {"modelId": "m", "layer": "20-res", "index": "5", "description": " the\nbridge "},
+    {"index": 7, "description": "a Bridge at night"},
+    {"index": "5", "description": "another one"},
+]
+EXPECTED = {5: "the bridge", 7: "a Bridge at night"}
+
+
+@pytest.mark.parametrize("form", ["list", "lines", "object"])
+def test_each_form_gives_the_same_labels(form: str, tmp_path: Path) -> None:
+    text = {
+        "list": json.dumps(ENTRIES),
+        "lines": "\n".join(json.dumps(entry) for entry in ENTRIES) + "\n\n",
+        "object": json.dumps({"5": "the bridge", "7": "a Bridge at night"}),
+    }[form]
+    (tmp_path / "labels.json").write_text(text)
+    assert load_labels(tmp_path / "labels.json") == EXPECTED
+    assert labels_of(str(tmp_path)) == EXPECTED
+    assert labels_of(str(tmp_path / "elsewhere")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('[{"description": "x"}]', "index"),
+        ('[{"index": true, "description": "x"}]', "index"),
+        ('[{"index": "-1", "description": "x"}]', "index"),
+        ('[{"index": "\u00b2", "description": "x"}]', "index"),
+        ('[{"index": 1, "description": 2}]', "description"),
+        ("[3]", "entry 0"),
+        ('{"a": "x"}', "entry 'a'"),
+        ("not json", "line 1"),
+        ("[" * 5000, "line 1"),
+    ],
+)
+def test_what_is_no_label_is_refused_by_its_place(
+    text: str, named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "l.json").write_text(text)
+    with pytest.raises(ValueError, match="l.json") as caught:
+        load_labels(tmp_path / "l.json")
+    assert named in str(caught.value) or "nested" in str(caught.value)
+
+
+def test_a_search_wants_every_word() -> None:
+    assert search(EXPECTED, "BRIDGE", 9) == list(EXPECTED.items())
+    assert search(EXPECTED, "night bridge", 9) == [(7, "a Bridge at night")]
+    assert search(EXPECTED, "", 1) == [(5, "the bridge")]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/v1/steering/encode` and the search of labels, on a real server with an API key."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from steering_testing.server import MODEL_NAME, api_server
+
+pytestmark = pytest.mark.server
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
+MODULE = "golden-gate"
+URL = "/v1/steering/encode"
+LABELS = f"/v1/steering/modules/{MODULE}/features"
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    root = tmp_path_factory.mktemp("encode")
+    shutil.copytree(EXAMPLE / "sae", root / "sae")
+    labels = [
+        {"index": "3", "description": "soup"},
+        {"index": "4", "description": "sea"},
+    ]
+    (root / "sae" / "labels.json").write_text(json.dumps(labels))
+    options = ("--steering-modules", f"{MODULE}={root / 'sae'}", "--api-key", "secret")
+    with (
+        api_server(
+            EXAMPLE / "model",
+            root / "log",
+            *options,
+            environment={"VLLM_PLUGINS": "steering"},
+        ) as server,
+        httpx.Client(
+            base_url=server.url,
+            timeout=60,
+            headers={"Authorization": "Bearer secret"},
+        ) as client,
+    ):
+        yield client
+
+
+def encode(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    answer = http.post(URL, json={"module_name": MODULE, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_every_token_of_every_text_is_encoded(http: httpx.Client) -> None:
+    texts = ["The chef stirs the soup.", "The bridge"]
+    found = encode(http, input=texts, top_k=4)
+    assert found["usage"]["prompt_tokens"] == sum(
+        len(entry["token_ids"]) for entry in found["data"]
+    )
+    for text, entry in zip(texts, found["data"], strict=True):
+        assert "".join(entry["tokens"]).endswith(text.lower())
+        record = entry["sae_features"]["post_block.1"]
+        # Bos, which the module leaves alone, has no entry.
+        assert record["positions"] == list(range(1, len(entry["token_ids"])))
+        assert all(len(row) <= 4 for row in record["features"])
+    (alone,) = encode(http, input=texts[0], features=[3, 1])["data"]
+    record = alone["sae_features"]["post_block.1"]
+    assert record["features"][0] == [1, 3]
+
+
+def test_encoding_says_what_completions_read(http: httpx.Client) -> None:
+    text = "The bridge over the bay"
+    (entry,) = encode(http, input=text, top_k=3)["data"]
+    body = {
+        "model": MODEL_NAME,
+        "prompt": text,
+        "max_tokens": 1,
+        "sae_readout_specs": [{"module_name": MODULE, "top_k": 3}],
+    }
+    (choice,) = http.post("/v1/completions", json=body).json()["choices"]
+    assert choice["prompt_sae_features"] == {MODULE: entry["sae_features"]}
+
+
+def test_messages_are_rendered(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "Who are you?"}]
+    (entry,) = encode(http, messages=messages)["data"]
+    assert "who are you" in "".join(entry["tokens"])
+    assert entry["sae_features"]["post_block.1"]["positions"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "input"),
+        ({"input": "a", "messages": [{"role": "user", "content": "b"}]}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["a"] * 65}, "input"),
+        ({"input": "a", "top_k": 0}, "top_k"),
+        ({"input": "a", "top_k": 4, "features": [1]}, None),
+        ({"input": "a", "features": [1 << 30]}, "features[0]"),
+        ({"input": "a", "module_name": "none"}, "module_name"),
+        ({"input": "word " * 400}, "input"),
+        ({"input": "a", "n": 1}, "n"),
+    ],
+)
+def test_what_cannot_be_encoded_is_a_400(
+    http: httpx.Client, body: dict[str, Any], field: str | None
+) -> None:
+    answer = http.post(URL, json={"module_name": MODULE, **body})
+    assert answer.status_code == 400, answer.text
+    if field is not None:
+        assert answer.json()["error"]["param"] == field
+
+
+def test_the_servers_key_is_wanted(http: httpx.Client) -> None:
+    body = {"module_name": MODULE, "input": "a"}
+    for path in (URL, LABELS):
+        answer = httpx.request(
+            "POST" if path == URL else "GET",
+            f"{http.base_url}".rstrip("/") + path,
+            json=body,
+        )
+        assert answer.status_code == 401
+
+
+def test_labels_are_searched(http: httpx.Client) -> None:
+    soup, sea = (
+        {"feature_idx": 3, "label": "soup"},
+        {"feature_idx": 4, "label": "sea"},
+    )
+    assert http.get(LABELS).json()["features"] == [soup, sea]
+    assert http.get(LABELS, params={"q": "SOU"}).json()["features"] == [soup]
+    assert http.get(LABELS, params={"index": 4}).json()["features"] == [sea]
+    assert http.get(LABELS, params={"index": 9}).json()["features"] == []
+    assert http.get(LABELS, params={"limit": "x"}).status_code == 400
+    other = LABELS.replace(MODULE, "none")
+    assert http.get(other).status_code == 404

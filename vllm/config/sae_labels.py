@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the features of an SAE stand for: labels in the form that Neuronpedia exports.
+
+    [{"index": "457", "description": "mentions of bridges", "layer": "20-res-16k"}, ...]
+
+one such object a line, or `{"457": "mentions of bridges", ...}`. A module in a local
+directory has its labels in `labels.json` there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.config.steering_checks import shown
+
+FILE_NAME = "labels.json"
+MAX_BYTES = 256 << 20
+MAX_LABEL = 1000
+
+Labels = dict[int, str]
+
+
+def load_labels(path: str | Path) -> Labels:
+    """The labels in a file, by feature index; the first one of a feature counts.
+
+    Raises:
+        ValueError: not in a form that is known; the message names file and entry.
+    """
+    file = Path(path)
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file}: expected at most {MAX_BYTES} bytes of labels")
+    text = file.read_text()
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{file}: is nested too deep") from None
+    except ValueError:
+        content = [_line(file, at, line) for at, line in _lines(text)]
+    if isinstance(content, Mapping) and "index" not in content:
+        pairs = ((key, key, value) for key, value in content.items())
+        return _collect(file, pairs)
+    entries = content if isinstance(content, list) else [content]
+    return _collect(file, _described(file, entries))
+
+
+def labels_of(path: str) -> Labels:
+    """The labels beside a module's files; empty where there are none."""
+    folder = Path(path)
+    file = folder / FILE_NAME
+    return load_labels(file) if folder.is_dir() and file.is_file() else {}
+
+
+def search(labels: Labels, query: str, limit: int) -> list[tuple[int, str]]:
+    """`(feature, label)` of labels that hold every word of the query, by index."""
+    words = query.lower().split()
+    found = []
+    for feature in sorted(labels):
+        label = labels[feature].lower()
+        if all(word in label for word in words):
+            found.append((feature, labels[feature]))
+            if len(found) == limit:
+                break
+    return found
+
+
+def _lines(text: str) -> Iterable[tuple[int, str]]:
+    return ((at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip())
+
+
+def _line(file: Path, at: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file}: line {at} is not JSON") from None
+
+
+def _described(file: Path, entries: Iterable[Any]) -> Iterable[tuple[str, Any, Any]]:
+    for at, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{file}: entry {at}: found {shown(entry)}, expected an "
+                             "object with index and description")  # fmt: skip
+        label = entry.get("description", entry.get("label"))
+        yield str(at), entry.get("index"), label
+
+
+def _collect(file: Path, entries: Iterable[tuple[str, Any, Any]]) -> Labels:
+    labels: Labels = {}
+    for name, index, label in entries:
+        text = index if isinstance(index, str) else str(index)
+        if isinstance(index, bool) or not text.isascii() or not text.isdigit():
+            raise ValueError(
+                f"{file}: entry {shown(name)}: index: found {shown(index)}, expected "
+                "a feature index"
+            )
+        if not isinstance(label, str):
+            raise ValueError(
+                f"{file}: entry {shown(name)}: description: found {shown(label)}, "
+                "expected a text"
+            )
+        labels.setdefault(int(text[:12]), " ".join(label.split())[:MAX_LABEL])
+    return labels
