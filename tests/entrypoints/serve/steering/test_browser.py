@@ -163,11 +163,11 @@ def test_tokens_are_shaded_and_tell_their_features(page: Page) -> None:
 
 def test_text_finds_the_feature(page: Page) -> None:
     page.open()
-    page.fill("text-a", "the golden gate bridge spans the bay\nthe steel deck crosses")
+    page.fill("text-a", "the rusty golden gate\nthe famous orange tower sways")
     page.fill("text-b", "the chef stirs the tomato soup")
     page.all("#text-form button")[0].click()
     found = page.until(lambda: page.all("#found li"))
-    assert "the bridge" in found[0].text
+    assert any("the bridge" in item.text for item in found)
     assert page.all("#read-tokens span[style*=rgba]")
 
 
