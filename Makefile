@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo demo-tiny test test-browser test-all lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-browser test-all lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -42,6 +42,10 @@ demo: venv
 # A tiny model that ships here; needs no network.
 demo-tiny: venv
 	$(PYTHON) examples/golden_gate/demo.py
+
+# The same model behind a page to play with, http://localhost:8000/steering/
+playground: venv
+	$(PYTHON) examples/smollm2/playground.py
 
 # The playground in a real browser: Debian's `chromium` and `chromium-driver`.
 test-browser: venv

@@ -7,6 +7,7 @@ process of its own and compares its answers.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -102,7 +103,7 @@ def check_plugin() -> Finding:
 
 def check_media() -> Finding:
     """torchvision and the like, where they are, fit torch."""
-    broken = [name for name in MEDIA if find_spec(name) and not _imports(name)]
+    broken = broken_media()
     there = [name for name in MEDIA if find_spec(name)]
     return Finding(
         "torchvision, torchaudio",
@@ -110,8 +111,23 @@ def check_media() -> Finding:
         f"cannot be imported: {', '.join(broken)}"
         if broken
         else ", ".join(there) or "not installed (not needed for text)",
-        f"they are built for another torch: pip uninstall {' '.join(broken)}",
+        "they are built for another torch, and text needs none of them: run "
+        "`vllm-steering doctor --repair`, which uninstalls them",
     )
+
+
+def broken_media() -> list[str]:
+    """Those of `MEDIA` that are installed and cannot be imported."""
+    return [name for name in MEDIA if find_spec(name) and not _imports(name)]
+
+
+def repair_media() -> list[str]:
+    """Uninstall what `broken_media` finds; the names."""
+    if broken := broken_media():
+        command = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes"]
+        subprocess.run([*command, *broken], check=True, stdout=sys.stderr)
+        importlib.invalidate_caches()
+    return broken
 
 
 def _imports(name: str) -> bool:
@@ -161,8 +177,11 @@ def findings(run: bool) -> Iterator[Finding]:
 
 def doctor(*, run: bool = True, repair: bool = False, as_json: bool = False) -> int:
     """Print every finding; 0 when all is well, else 1."""
-    if repair and (made := repair_metadata()):
-        print(f"recorded {made}", file=sys.stderr)
+    if repair:
+        if removed := repair_media():
+            print(f"uninstalled {', '.join(removed)}", file=sys.stderr)
+        if made := repair_metadata():
+            print(f"recorded {made}", file=sys.stderr)
     failed, shown = 0, []
     for finding in findings(run):
         failed += not finding.ok

