@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo demo-tiny playground test test-browser test-all lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-browser test-all soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -61,6 +61,10 @@ test: venv triton
 
 test-all: venv triton
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+# Five minutes of chaos on this machine; `python -m tests.soak --help` for more.
+soak: venv
+	$(PYTHON) -m tests.soak $(SOAK_ARGS)
 
 lint: venv
 	$(PYTHON) -m ruff check .

@@ -50,7 +50,10 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_namespace_packages(include=["vllm", "vllm.*"]),
-    package_data={"vllm.entrypoints.serve.steering.static": ["*"]},
+    package_data={
+        "vllm.entrypoints.serve.steering.static": ["*"],
+        "vllm.model_executor.model_loader.sae_formats": ["*.json"],
+    },
     ext_modules=[Extension("vllm._steering_C", [])] if builds_cuda() else [],
     cmdclass={"build_ext": CMakeBuild},
 )

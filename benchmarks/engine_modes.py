@@ -61,6 +61,7 @@ GRAPHS: dict[str, Any] = {
 
 # SAE module -> the layers of its sites.
 SITE_LAYERS: dict[str, tuple[int, ...]] = {"one": (20,), "four": (5, 10, 15, 20)}
+FULL_KEY = "sae_full_reconstruction_specs"
 CLAMP = {"feature_idx": 11, "kind": "absolute", "value": 1.0}
 
 # Engine -> mode -> clamps of its requests; None asks for no steering.
@@ -154,8 +155,20 @@ def random_prompts(seed: int, count: int, length: int) -> list[dict[str, list[in
     return [{"prompt_token_ids": rng.choices(vocab, k=length)} for _ in range(count)]
 
 
-def sampling(max_tokens: int, specs: list[dict[str, Any]] | None = None) -> Any:
-    """As `LLM.generate` asks: nothing is reported before a request ends."""
+def _extra_args(specs: Any) -> dict[str, Any] | None:
+    if not specs:
+        return None
+    return specs if isinstance(specs, dict) else {FULL_KEY: specs}
+
+
+def sampling(
+    max_tokens: int, specs: list[dict[str, Any]] | dict[str, Any] | None = None
+) -> Any:
+    """As `LLM.generate` asks: nothing is reported before a request ends.
+
+    Args:
+        specs: of full reconstruction, or `extra_args` with all that is asked.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -165,5 +178,5 @@ def sampling(max_tokens: int, specs: list[dict[str, Any]] | None = None) -> Any:
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"sae_full_reconstruction_specs": specs} if specs else None,
+        extra_args=_extra_args(specs),
     )

@@ -73,11 +73,14 @@ class StepProbe:
         times.extend(start.elapsed_time(end) for start, end in self._events)
 
     def steered_tokens(self) -> int:
-        """Tokens that were fully reconstructed since the engine started."""
+        """Tokens that were fully reconstructed, and read, since the engine started."""
         from vllm.config.steering import Tier
 
         steering = getattr(self.runner, "steering", None)
-        return int(steering.steered_tokens[Tier.FULL].sum()) if steering else 0
+        if not steering:
+            return 0
+        read = sum(steering.readout.tokens_read.values())
+        return int(steering.steered_tokens[Tier.FULL].sum()) + read
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Mode:
 
     name: str
     engine: Engine
-    specs: list[dict[str, Any]] | None
+    specs: list[dict[str, Any]] | dict[str, Any] | None
 
 
 @dataclass
@@ -159,12 +162,16 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summarize(
-    found: dict[str, list[Window]], phase: str, batch: int, tokens: int
+    found: dict[str, list[Window]],
+    phase: str,
+    batch: int,
+    tokens: int,
+    baseline: str = "stock",
 ) -> list[dict[str, Any]]:
     """One row per mode, of `tokens` tokens a step.
 
     `tokens_per_s` is of the median step. A ratio is the median over the rounds of
-    (median step of stock / median step of the mode), both of the same round.
+    (median step of the baseline / median step of the mode), both of the same round.
     """
     rows = []
     for name, windows in found.items():
@@ -180,9 +187,9 @@ def summarize(
             row[f"steps_{clock}"] = len(steps)
             if clock == "wall":
                 row["tokens_per_s"] = round(tokens * 1e3 / middle, 1)
-            if "stock" in found:
+            if baseline in found:
                 suffix = "" if clock == "wall" else "_gpu"
-                row |= paired_ratio(found["stock"], windows, clock, suffix)
+                row |= paired_ratio(found[baseline], windows, clock, suffix)
         rows.append(row)
     return rows
 

@@ -115,7 +115,7 @@ def test_chunks_preemption_and_drafts(
         **OPTIONS,
         "enforce_eager": False,
         "max_num_batched_tokens": 24,
-        "num_gpu_blocks_override": 16,
+        "num_gpu_blocks_override": 24,
         "max_model_len": 128,
         "block_size": 16,
         "speculative_config": {

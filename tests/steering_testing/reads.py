@@ -25,10 +25,17 @@ class Capture(Edit):
     tier: str = "delta"
     seen: list[torch.Tensor | None] = field(default_factory=list)
 
-    def apply(self, x: torch.Tensor, token_id: int, in_prompt: bool) -> torch.Tensor:
+    def apply(
+        self,
+        x: torch.Tensor,
+        token_id: int,
+        in_prompt: bool,
+        source: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert self.sae is not None
-        left_alone = self.sae.bypasses(x, token_id)
-        self.seen.append(None if left_alone else self.sae.encode(x))
+        read = x if source is None else source
+        left_alone = self.sae.bypasses(read, token_id)
+        self.seen.append(None if left_alone else self.sae.encode(read))
         return x
 
 

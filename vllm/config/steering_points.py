@@ -43,7 +43,9 @@ RESIDUAL_HOOKS = frozenset(
     {HookPoint.PRE_ATTN, HookPoint.POST_ATTN, HookPoint.POST_BLOCK}
 )
 
-# Every accepted spelling. The names with "hook" in them are TransformerLens's.
+# Every accepted spelling. The names with "hook" in them are TransformerLens's. Two of
+# its names are missing, since they are other tensors than `mlp_in`: `hook_mlp_in` (the
+# stream before the norm) and `ln2.hook_normalized` (the norm's output before its gain).
 HOOK_ALIASES: dict[str, HookPoint] = {
     **{hook.value: hook for hook in HookPoint},
     "post_mlp": HookPoint.POST_BLOCK,
@@ -53,13 +55,14 @@ HOOK_ALIASES: dict[str, HookPoint] = {
     "hook_resid_pre": HookPoint.PRE_ATTN,
     "hook_resid_mid": HookPoint.POST_ATTN,
     "hook_resid_post": HookPoint.POST_BLOCK,
+    "hook_in": HookPoint.PRE_ATTN,
+    "hook_out": HookPoint.POST_BLOCK,
     "z": HookPoint.ATTN_Z,
     "hook_z": HookPoint.ATTN_Z,
     "attn.hook_z": HookPoint.ATTN_Z,
     "hook_attn_out": HookPoint.ATTN_OUT,
-    "hook_mlp_in": HookPoint.MLP_IN,
+    "attn.hook_out": HookPoint.ATTN_OUT,
     "mlp.hook_in": HookPoint.MLP_IN,
-    "ln2.hook_normalized": HookPoint.MLP_IN,
     "hook_mlp_out": HookPoint.MLP_OUT,
     "mlp.hook_out": HookPoint.MLP_OUT,
 }

@@ -44,13 +44,21 @@ def canonical(weights: SAEWeights, site: SiteInfo, x: torch.Tensor) -> torch.Ten
         f = f.relu() if site.topk_relu else f
     else:
         f = p * (p > weights.threshold[:n].double().clamp(min=0))
-    return f @ weights.W_dec[:n].double() + weights.b_dec.double()
+    y = f @ weights.W_dec[:n].double() + weights.b_dec.double()
+    return y if weights.W_skip is None else y + x @ weights.W_skip.double().T
 
 
 def new_weights(site: SiteInfo, spare: int = 0) -> SAEWeights:
     """Empty fp32 buffers for a site."""
-    size = site.d_sae + spare
-    return SAEWeights(size, site.d_in, torch.float32, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return SAEWeights(
+        site.d_sae + spare,
+        site.d_in,
+        torch.float32,
+        cpu,
+        d_out=site.out_width,
+        has_skip=site.has_skip,
+    )
 
 
 def loaded(module: ModuleInfo) -> SAEWeights:

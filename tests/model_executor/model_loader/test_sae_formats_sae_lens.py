@@ -235,13 +235,21 @@ def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
     ("cfg", "message"),
     [
         ({"architecture": "temporal"}, "architecture: expected one that folds"),
-        ({"architecture": "skip_transcoder"}, "architecture: expected one that folds"),
+        ({"architecture": "skip_transcoder"}, "hook_name_out: expected the point"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations: expected"),
         (
             {"normalize_activations": "constant_norm_rescale"},
             "normalize_activations: expected",
         ),
         ({"reshape_activations": "hook_z"}, "reshape_activations: expected none"),
+        (
+            {"metadata": {"hook_name": "blocks.3.ln2.hook_normalized"}},
+            "is not supported: it is the norm's output before its gain",
+        ),
+        (
+            {"metadata": {"hook_name": "blocks.3.hook_mlp_in"}},
+            "is not supported: it is TransformerLens's name for the stream before",
+        ),
         ({"d_out": 4}, "d_out: expected nothing"),
         ({"activation_fn": "tanh-relu"}, "activation_fn: expected relu or topk"),
         (

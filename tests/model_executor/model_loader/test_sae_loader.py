@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import FORMATS, fold
-from vllm.model_executor.model_loader.sae_formats.layout import parse_site_name
+from vllm.model_executor.model_loader.sae_formats.names import parse_site_name
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
@@ -400,7 +400,17 @@ def test_what_an_author_claims_does_not_change_the_digest(tmp_path: Path) -> Non
         ("post_block.20", (20, HookPoint.POST_BLOCK)),
         ("20.post_block", (20, HookPoint.POST_BLOCK)),
         ("blocks.3.attn.hook_z", (3, HookPoint.ATTN_Z)),
-        ("blocks.3.ln2.hook_normalized", (3, HookPoint.MLP_IN)),
+        ("blocks.3.mlp.hook_in", (3, HookPoint.MLP_IN)),
+        ("blocks.3.hook_in", (3, HookPoint.PRE_ATTN)),
+        ("blocks.3.hook_out", (3, HookPoint.POST_BLOCK)),
+        ("blocks.3.ln2.hook_normalized", None),
+        ("blocks.3.hook_mlp_in", None),
+        ("gpt_neox.layers.3", (3, HookPoint.POST_BLOCK)),
+        ("model.language_model.layers.3", (3, HookPoint.POST_BLOCK)),
+        ("model.layers.3.self_attn.o_proj.input", (3, HookPoint.ATTN_Z)),
+        ("model.layers.3.pre_feedforward_layernorm.output", (3, HookPoint.MLP_IN)),
+        ("model.layers.3.post_feedforward_layernorm.output", (3, HookPoint.MLP_OUT)),
+        ("model.layers.3.post_attention_layernorm.output", None),
         ("mlp_out.3", (3, HookPoint.MLP_OUT)),
         ("layers.0.resid_mid", (0, HookPoint.POST_ATTN)),
         ("blocks.7.hook_resid_pre", (7, HookPoint.PRE_ATTN)),

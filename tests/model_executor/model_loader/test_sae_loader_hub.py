@@ -6,10 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from sae_reference import D, F, loaded, tensor
 
+from vllm.model_executor.model_loader.sae_formats import saelens_list
 from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
 
 TENSORS = {
@@ -74,3 +76,66 @@ def test_a_link_that_leaves_the_repository_is_not_followed(
     (hub / "out").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="the repository has no out"):
         inspect_module("m", "hf:owner/repo/out")
+
+
+# SAELens's list
+
+RELEASE = "gemma-scope-2b-pt-res-canonical"
+SAE_ID = "layer_0/width_16k/canonical"
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An offline Hub cache with one SAE of SAELens's list; returns its directory."""
+    repo = tmp_path / "models--google--gemma-scope-2b-pt-res"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(COMMIT)
+    path = repo / "snapshots" / COMMIT / "layer_0/width_16k/average_l0_105"
+    path.mkdir(parents=True)
+    arrays = {name: value.numpy() for name, value in TENSORS.items()}
+    arrays["W_enc"] = arrays["W_enc"].T
+    np.savez(path / "params.npz", threshold=arrays["b_enc"], **arrays)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return path
+
+
+def test_a_listed_sae_is_found_by_release_and_id(listed: Path) -> None:
+    module = inspect_module("m", f"saelens:{RELEASE}/{SAE_ID}")
+    assert module.path == f"saelens:{RELEASE}/{SAE_ID}@{COMMIT}"
+    assert [site.name for site in module.sites] == ["post_block.0"]
+    assert torch.equal(loaded(module).W_enc, TENSORS["W_enc"])
+    again = inspect_module("m", module.path)
+    assert again.digest == module.digest
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gemma-scope-2b-pt-re/x", "no such release of SAELens; did you mean gemma-sc"),
+        (f"{RELEASE}/layer_99", "no such SAE; its ids look like layer_0/width_16k/can"),
+        (
+            "temporal-sae-gemma-2-2b/blocks.12.hook_resid_post",
+            "a temporal SAE reads ea",
+        ),
+        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_0", "cross-layer transcoder"),
+        ("mistral-7b-res-wg/blocks.8.hook_resid_pre", "cannot be fetched from the Hub"),
+    ],
+)
+def test_a_name_that_is_not_in_the_list_is_refused(
+    listed: Path, path: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", f"saelens:{path}")
+
+
+def test_every_release_of_the_list_has_a_path_for_its_own_ids() -> None:
+    for name, row in saelens_list.releases().items():
+        for pattern, template in row.get("rules", ()):
+            places = range(pattern.count("{}"))
+            numbers = [str(100 + i) for i in places]
+            sae_id = pattern.replace("{}", "%s") % tuple(numbers)
+            if row["loader"] in ("temporal", "gemma_2_transcoder") or "clt" in name:
+                continue
+            found = saelens_list.find(name, sae_id)
+            assert found.path == template.format(*numbers)

@@ -176,6 +176,7 @@ def _job(
         "pinned": found.pinned,
         "root": str(found.location.root),
         "origin": found.location.origin,
+        "overrides": asdict(found.location.overrides),
         "options": asdict(options),
         "limits": asdict(limits),
     }

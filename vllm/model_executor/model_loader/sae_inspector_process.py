@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from vllm.model_executor.model_loader.sae_formats.layout import Location
+from vllm.model_executor.model_loader.sae_formats.layout import Location, Overrides
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
     PipeLines,
@@ -108,7 +108,10 @@ def inspect_job(job: Job, limits: InspectionLimits, write_end: int) -> dict[str,
         seconds = limits.hashing_seconds(size)
         os.write(write_end, as_line({"hashing": size, "seconds": seconds}))
 
-    location = Location(Path(job["root"]), job["origin"], listed=False)
+    overrides = Overrides(**job["overrides"])
+    location = Location(
+        Path(job["root"]), job["origin"], listed=False, overrides=overrides
+    )
     found = LocatedModule(job["path"], job["pinned"], location)
     try:
         module = inspect_files(

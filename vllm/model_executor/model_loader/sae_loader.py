@@ -25,6 +25,7 @@ from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import (
     Format,
     recognise,
+    saelens_list,
 )
 from vllm.model_executor.model_loader.sae_formats import read_layout as read_files
 from vllm.model_executor.model_loader.sae_formats.fold import (
@@ -40,6 +41,8 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
     SAELayout,
     VectorLayout,
+)
+from vllm.model_executor.model_loader.sae_formats.names import (
     choose_sites,
     need_site,
 )
@@ -75,6 +78,8 @@ def _resolve(path: str) -> tuple[Location, str]:
     Raises:
         LayoutError: nothing there, or the Hugging Face Hub cannot give it.
     """
+    if path.startswith(saelens_list.PREFIX):
+        return _resolve_listed(path)
     if path.startswith("hf:"):
         return _resolve_hub(path)
     root = Path(path)
@@ -83,7 +88,20 @@ def _resolve(path: str) -> tuple[Location, str]:
         if _REPOSITORY.fullmatch(path):
             hint = f"; a repository of the Hugging Face Hub is written hf:{path}"
         raise LayoutError(f"no such file or directory{hint}")
-    return Location(root, str(root.absolute())), path
+    origin = str(root.absolute())
+    overrides = saelens_list.overrides_of(origin)
+    return Location(root, origin, overrides=overrides), path
+
+
+def _resolve_listed(path: str) -> tuple[Location, str]:
+    """As `_resolve`, for `saelens:RELEASE/SAE_ID[@revision]`."""
+    name, at, revision = path.removeprefix(saelens_list.PREFIX).partition("@")
+    release, _, sae_id = name.partition("/")
+    listed = saelens_list.find(release, sae_id)
+    location, pinned = _resolve_hub(f"hf:{listed.repo}/{listed.path}{at}{revision}")
+    commit = pinned.rpartition("@")[2]
+    location = replace(location, overrides=listed.overrides)
+    return location, f"{saelens_list.PREFIX}{name}@{commit}"
 
 
 def _resolve_hub(path: str) -> tuple[Location, str]:
@@ -101,9 +119,7 @@ def _resolve_hub(path: str) -> tuple[Location, str]:
     try:
         snapshot = Path(
             snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=[sub, f"{sub}/*"] if sub else None,
+                repo, revision=revision, allow_patterns=_patterns(sub) if sub else None
             )
         )
     except Exception as error:
@@ -114,8 +130,16 @@ def _resolve_hub(path: str) -> tuple[Location, str]:
     cache = snapshot.parent.parent.resolve()
     if not root.exists() or not root.resolve().is_relative_to(cache):
         raise LayoutError(f"the repository has no {sub}")
-    location = f"{repo}/{sub}" if sub else repo
-    return Location(root, f"hf:{location}"), f"hf:{location}@{snapshot.name}"
+    origin = f"hf:{repo}/{sub}" if sub else f"hf:{repo}"
+    overrides = saelens_list.overrides_of(origin)
+    return Location(root, origin, overrides=overrides), f"{origin}@{snapshot.name}"
+
+
+def _patterns(sub: str) -> list[str]:
+    """What to fetch for a sub-path: it, what is in it, and files that belong to it."""
+    folder, _, name = sub.rpartition("/")
+    beside = [f"{name.removesuffix('.pt')}_cfg.json", "config.yaml"]
+    return [sub, f"{sub}/*", *(f"{folder}/{n}".lstrip("/") for n in beside)]
 
 
 def _parts(sub: str | None) -> list[str]:
@@ -168,7 +192,8 @@ def inspect_module(
 
     Args:
         name: the module's name, for messages.
-        path: a local file or directory, or `hf:owner/repo[/sub/path][@revision]`.
+        path: a local file or directory, `hf:owner/repo[/sub/path][@revision]`, or
+            `saelens:RELEASE/SAE_ID[@revision]` for what is in SAELens's list.
         feature_units: what a clamp's value means; part of the digest.
         skip_token_ids: tokens to leave untouched; None for what the module states.
         norm_guard: multiple of the module's reference norm; None likewise.

@@ -7,6 +7,8 @@ every tensor. Nothing here differs between the runners.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import nn
@@ -227,8 +229,15 @@ class SteeringRuntime:
         self.step.index[:, :extent].copy_(fresh)
         self._written_tokens = tokens
 
-    def check_integrity(self) -> None:
-        """Assert that the managers and the requests agree on who holds what."""
+    def check_integrity(self, live: Collection[str] | None = None) -> None:
+        """Assert that the managers and the requests agree on who holds what.
+
+        `live` are the ids that the scheduler knows, or has just finished and not yet
+        told the worker about; a request that is none of these was never forgotten.
+        """
+        if live is not None:
+            forgotten = set(self._requests) - set(live)
+            assert not forgotten, f"finished requests are still known: {forgotten}"
         for tier, manager in self.managers.items():
             manager.check_integrity()
             held = {
@@ -239,5 +248,6 @@ class SteeringRuntime:
             }
             assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
+        assert set(self._embedded) <= set(self._requests), "an unknown prompt"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
         self.readout.check_integrity()

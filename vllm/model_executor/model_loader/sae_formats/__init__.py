@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 
 from vllm.config.steering import HookPoint
 from vllm.model_executor.model_loader.sae_formats import (
+    attention_z,
     dictionary_learning,
     gemma_scope,
     llama_scope,
+    llamascopium,
     native,
     sae_lens,
     sparsify,
     torch_files,
+    transcoder_set,
     vectors,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -63,6 +66,12 @@ FORMATS = (
         llama_scope.read,
     ),
     Format(
+        "llamascopium",
+        f"{llamascopium.CONFIG} and {llamascopium.WEIGHTS}",
+        llamascopium.matches,
+        llamascopium.read,
+    ),
+    Format(
         "sparsify",
         f"{sparsify.CONFIG} and {sparsify.WEIGHTS}",
         sparsify.matches,
@@ -73,6 +82,18 @@ FORMATS = (
         f"{dictionary_learning.CONFIG} and {dictionary_learning.WEIGHTS}",
         dictionary_learning.matches,
         dictionary_learning.read,
+    ),
+    Format(
+        "transcoder_set",
+        f"layer_N.safetensors files beside {transcoder_set.CONFIG}",
+        transcoder_set.matches,
+        transcoder_set.read,
+    ),
+    Format(
+        "attention_z",
+        "NAME.pt and NAME_cfg.json",
+        attention_z.matches,
+        attention_z.read,
     ),
     Format(
         "qwen_scope",

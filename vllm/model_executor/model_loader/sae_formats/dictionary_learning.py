@@ -121,9 +121,10 @@ def _site(config: Fields, trainer: Fields) -> tuple[int, HookPoint] | None:
     submodule = trainer.text("submodule_name")
     if submodule is None:
         return layer, HookPoint.POST_BLOCK
-    match = re.match(r"(resid_(?:pre|mid|post))_layer_[0-9]+", submodule)
+    match = re.match(r"(resid_(?:pre|mid|post)|(?:attn|mlp)_out)_layer_", submodule)
     if match is None:
         raise trainer.fail(
-            "submodule_name", "one of the residual stream, such as resid_post_layer_5"
+            "submodule_name",
+            "one such as resid_post_layer_5, attn_out_layer_5 or mlp_out_layer_5",
         )
     return layer, HOOK_ALIASES[match[1]]

@@ -235,6 +235,11 @@ def fold_sae(
     b_enc *= norms * layout.b_enc_scale
     for rows, W in _chunks(tensors, layout.W_enc, device):
         W *= row_scale[rows, None]
+        if layout.centre_input:
+            mean = W.mean(dim=1)
+            W -= mean[:, None]
+            # What the mean of a row adds to W_enc b_dec below.
+            b_enc[rows] -= mean * into.b_dec.sum() * layout.subtract_b_dec
         into.W_enc[rows].copy_(W)
         stored = into.W_enc[rows]
         _check_finite(stored, f"{tensors.label}: {layout.W_enc.name}", rows.start)

@@ -3,15 +3,17 @@
 
 JumpReLU SAEs with `W_enc [D, F]` and `W_dec [F, D]` that do not subtract `b_dec`.
 Gemma Scope's files say nothing about their site: the path does, as in
-`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`.
+`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Gemma Scope 2 has transcoders
+too, with `affine_skip_connection [d_in, d_out]`.
 Source: arXiv:2408.05147, https://huggingface.co/google/gemma-scope
 """
 
 from __future__ import annotations
 
+import math
 import re
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo
+from vllm.config.steering import Activation, HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
@@ -20,20 +22,40 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     Matrix,
     ModuleLayout,
     SAELayout,
-    need_site,
     read_json,
+)
+from vllm.model_executor.model_loader.sae_formats.names import (
+    Points,
+    choose_points,
+    need_points,
+    transcoder_points,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 
 NPZ = "params.npz"
 SAFETENSORS = "params.safetensors"
 CONFIG = "config.json"
+SKIP = "affine_skip_connection"
 _LAYER = re.compile(r"layer_([0-9]{1,9})(?![0-9])")
 _KIND = re.compile(
     r"(?<=-)(?:res|mlp|att|transcoders)(?![a-z])|"
     r"resid_post|mlp_out|attn_out|transcoder|crosscoder|embedding|clt"
 )
-_RESIDUAL_KINDS = ("res", "resid_post")
+# `attn_out` names the folder of Gemma Scope 2's SAEs on the output projection's input.
+_HOOKS = {
+    "res": HookPoint.POST_BLOCK,
+    "mlp": HookPoint.MLP_OUT,
+    "att": HookPoint.ATTN_Z,
+    "resid_post": HookPoint.POST_BLOCK,
+    "mlp_out": HookPoint.MLP_OUT,
+    "attn_out": HookPoint.ATTN_Z,
+}
+_REFUSED = {
+    "transcoders": "the transcoders of Gemma Scope read the norm's output before its "
+    "gain; divide the columns of W_enc by the gain and save them as a native directory",
+    "crosscoder": "a crosscoder reads several layers",
+    "clt": "a cross-layer transcoder writes to several layers",
+}
 _WHERE = "layer_N beside the kind, such as gemma-scope-2b-pt-res or resid_post"
 
 
@@ -45,78 +67,89 @@ def matches_safetensors(location: Location) -> bool:
     return location.has(SAFETENSORS)
 
 
-def _site_of_path(location: Location) -> tuple[int, HookPoint] | None:
-    """The site that a path of Gemma Scope's names; None: the path does not say.
+def _points_of_path(location: Location) -> Points | None:
+    """The points that a path of Gemma Scope's names; None: the path does not say.
 
     The files of SAEs of the residual stream, of attention and of the MLP look alike,
     so a layer counts only beside the kind, as in `gemma-scope-2b-pt-res/layer_20` or
     `resid_post/layer_20_width_16k`.
 
     Raises:
-        LayoutError: the path names another kind than the residual stream.
+        LayoutError: the path names a kind that is refused.
     """
     layers = _LAYER.findall(location.origin)
     kinds = _KIND.findall(location.origin)
-    if not layers or not kinds:
+    kind = kinds[-1] if kinds else None
+    if kind in _REFUSED:
+        raise LayoutError(f"{location.origin}: {kind}: {_REFUSED[kind]}")
+    if kind == "embedding":
+        return Points(0, HookPoint.PRE_ATTN)
+    if not layers or kind is None:
         return None
-    if (kind := kinds[-1]) not in _RESIDUAL_KINDS:
-        raise LayoutError(
-            f"{location.origin}: expected an SAE of the residual stream, found "
-            f"{kind!r} in the path"
-        )
-    return int(layers[-1]), HookPoint.POST_BLOCK
+    if kind == "transcoder":
+        return transcoder_points(int(layers[-1]))
+    return Points(int(layers[-1]), _HOOKS[kind])
 
 
 def _layout(
     location: Location,
     file: str,
-    names: dict[str, str],
-    site: tuple[int, HookPoint],
+    names: tuple[str, str],
+    points: Points,
     model: str | None,
 ) -> ModuleLayout:
+    W_enc, W_dec = Matrix(names[0], features_last=True), Matrix(names[1])
     with open_tensors(location.root / file) as tensors:
-        if "affine_skip_connection" in tensors.infos:
-            raise LayoutError(
-                f"{file}: affine_skip_connection: a transcoder is not an SAE"
-            )
-        W_dec = Matrix(names["W_dec"])
-        F, D = matrix_shape(tensors, W_dec)
+        F, d_in = matrix_shape(tensors, W_enc)
+        _, d_out = matrix_shape(tensors, W_dec)
+        has_skip = SKIP in tensors.infos
+    if has_skip and points.hook_out is None:
+        raise LayoutError(f"{file}: {SKIP}: a transcoder's, but the site is an SAE's")
+    site = points.site(d_in, F, Activation.JUMPRELU, None, d_out, has_skip)
+    # Trained on embeddings before Gemma multiplies them by sqrt(D).
+    is_embedding = points == Points(0, HookPoint.PRE_ATTN)
+    scale = math.sqrt(d_in) if is_embedding else 1.0
     layout = SAELayout(
-        site=SiteInfo(site[0], site[1], D, F, Activation.JUMPRELU),
+        site=site,
         file=file,
-        W_enc=Matrix(names["W_enc"], features_last=True),
+        W_enc=W_enc,
         W_dec=W_dec,
         threshold="threshold",
+        W_enc_scale=1 / scale,
+        W_dec_scale=scale,
+        b_dec_scale=scale,
+        W_skip=Matrix(SKIP, features_last=True) if has_skip else None,
     )
     return ModuleLayout(kind="sae", sites=(layout,), model=model)
 
 
 def read_npz(location: Location) -> ModuleLayout:
     """Layout of a Gemma Scope directory."""
-    site = location.site(_site_of_path(location), f"{location.origin}: {_WHERE}")
-    return _layout(location, NPZ, {"W_enc": "W_enc", "W_dec": "W_dec"}, site, None)
+    where = f"{location.origin}: {_WHERE}"
+    points = choose_points(location, _points_of_path(location), where)
+    return _layout(location, NPZ, ("W_enc", "W_dec"), points, None)
 
 
 def read_safetensors(location: Location) -> ModuleLayout:
     """Layout of a Gemma Scope 2 directory; some releases have no `config.json`."""
-    model = None
-    stated = None
+    model = stated = affine = None
     if location.has(CONFIG):
         config = Fields(read_json(location.root / CONFIG), CONFIG)
         if config.text("architecture") not in (None, "jump_relu"):
             raise config.fail("architecture", "jump_relu")
-        if config.boolean("affine_connection", False):
-            raise config.fail("affine_connection", "false (an SAE has no skip path)")
         model = config.text("model_name")
         hook = config.text("hf_hook_point_in")
-        if config.text("hf_hook_point_out") not in (None, hook):
-            raise config.fail(
-                "hf_hook_point_out", f"{hook!r} (a transcoder is not an SAE)"
-            )
         if hook is not None:
-            stated = need_site(hook, f"{CONFIG}: hf_hook_point_in")
-    site = location.site(
-        stated or _site_of_path(location), f"{location.origin}: {_WHERE}"
-    )
-    names = {"W_enc": "w_enc", "W_dec": "w_dec"}
-    return _layout(location, SAFETENSORS, names, site, model)
+            where = f"{CONFIG}: hf_hook_point_in"
+            stated = need_points(hook, config.text("hf_hook_point_out"), where)
+        affine = config.boolean("affine_connection", False)
+    where = f"{location.origin}: {_WHERE}"
+    points = choose_points(location, stated or _points_of_path(location), where)
+    layout = _layout(location, SAFETENSORS, ("w_enc", "w_dec"), points, model)
+    has_skip = layout.sites[0].site.has_skip
+    if affine not in (None, has_skip):
+        raise LayoutError(
+            f"{CONFIG}: affine_connection: expected {has_skip}, since {SAFETENSORS} "
+            f"{'has' if has_skip else 'has no'} {SKIP}; found {affine}"
+        )
+    return layout

@@ -10,18 +10,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm.config.steering import (
-    HOOK_NAMES,
     HookPoint,
     ModuleKind,
     SiteInfo,
-    parse_site,
     site_name,
 )
 
@@ -38,6 +35,21 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
+class Overrides:
+    """What a list of releases says about an SAE that its own files do not.
+
+    Attributes:
+        normalize: the kind of input normalisation, in SAELens's words.
+        scale: the factor of `expected_average_only_in`.
+        centred: the SAE was trained on a model whose residual stream has mean zero.
+    """
+
+    normalize: str | None = None
+    scale: float | None = None
+    centred: bool = False
+
+
+@dataclass(frozen=True)
 class Location:
     """Where a module's files are.
 
@@ -51,6 +63,7 @@ class Location:
     origin: str
     given: tuple[int, HookPoint] | None = None
     listed: bool = True
+    overrides: Overrides = Overrides()
 
     def has(self, *names: str) -> bool:
         """Whether the root is a directory that holds all these files."""
@@ -131,8 +144,9 @@ class SAELayout:
         b_enc = n * b_enc_scale * b_enc - W_enc b_dec  (canonical W_enc and b_dec),
     the last term only if `subtract_b_dec`: the encoder reads `x - b_dec`. `threshold`
     (a tensor, one number, or its logarithm) applies to the canonical pre-activation
-    and is multiplied by `threshold_scale`. A transcoder may have `W_skip`, which is
-    taken as it is.
+    and is multiplied by `threshold_scale`. `centre_input` makes the encoder read
+    `x - mean(x)`: the mean of each of its rows is taken off. A transcoder may have
+    `W_skip`, which is taken as it is.
     """
 
     site: SiteInfo
@@ -146,6 +160,7 @@ class SAELayout:
     gate: Gate | None = None
     subtract_b_dec: bool = False
     unit_decoder_rows: bool = False
+    centre_input: bool = False
     W_enc_scale: float = 1.0
     b_enc_scale: float = 1.0
     W_dec_scale: float = 1.0
@@ -292,54 +307,3 @@ class Fields:
         if not isinstance(value, dict):
             raise self.fail(key, "an object")
         return Fields(value, f"{self.where}: {key}")
-
-
-_HF_BLOCK = re.compile(
-    r"(?:model\.|transformer\.|language_model\.)*(?:layers|h)\.([0-9]{1,9})"
-    r"(?:\.output)?"
-)
-
-
-def parse_site_name(text: str) -> tuple[int, HookPoint] | None:
-    """`(layer, hook)` from any of the names in use, or None.
-
-    Takes what `parse_site` takes, and a Hugging Face block (`model.layers.20`), whose
-    output is `post_block`.
-    """
-    if match := _HF_BLOCK.fullmatch(text):
-        return int(match[1]), HookPoint.POST_BLOCK
-    return parse_site(text)
-
-
-def need_site(text: str, where: str) -> tuple[int, HookPoint]:
-    """As `parse_site_name`, but a name that is no point of a layer is an error."""
-    if (site := parse_site_name(text)) is None:
-        raise LayoutError(
-            f"{where}: expected a point of a layer such as post_block.5 or "
-            f"blocks.5.hook_resid_post (points: {HOOK_NAMES}), found {text!r}"
-        )
-    return site
-
-
-def choose_sites(
-    layout: ModuleLayout, names: Sequence[str] | None, where: str
-) -> ModuleLayout:
-    """Apply the operator's list of sites, which selects among those of the module.
-
-    A format whose files do not state their site has taken it from the list already.
-    """
-    if names is None:
-        return layout
-    wanted = [need_site(name, "sites") for name in names]
-    if not wanted or len(set(wanted)) != len(wanted):
-        raise LayoutError(f"sites: expected distinct sites, found {list(names)!r}")
-    if len(layout.sites) == 1 and len(wanted) != 1:
-        raise LayoutError(
-            f"sites: {where} holds one site, found {len(wanted)} in {list(names)!r}"
-        )
-    by_key = {(entry.site.layer, entry.site.hook): entry for entry in layout.sites}
-    for name, key in zip(names, wanted, strict=True):
-        if key not in by_key:
-            have = ", ".join(entry.site.name for entry in layout.sites)
-            raise LayoutError(f"sites: expected one of {have}, found {name!r}")
-    return replace(layout, sites=tuple(by_key[key] for key in wanted))

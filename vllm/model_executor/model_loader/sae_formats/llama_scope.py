@@ -5,7 +5,8 @@ Trained on activations scaled to norm sqrt(D): `s = sqrt(D) / average norm`. Fol
 both scales out leaves `W_enc` as it is, divides `b_enc` by the input scale and
 `b_dec` by the output scale, and multiplies `W_dec` by their ratio. The one threshold
 applies after that, to the pre-activation times the norm of the decoder row.
-`encoder.weight` is `[F, D]`, `decoder.weight` `[D, F]`.
+`encoder.weight` is `[F, D]`, `decoder.weight` `[D, F]`. The decoder norms count as in
+llamascopium, the authors' own library; SAELens leaves them out.
 Source: arXiv:2410.20526, https://github.com/OpenMOSS/Language-Model-SAEs
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering import Activation
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
@@ -23,13 +24,18 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     Matrix,
     ModuleLayout,
     SAELayout,
-    need_site,
     read_json,
+)
+from vllm.model_executor.model_loader.sae_formats.names import (
+    choose_points,
+    need_points,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 
 CONFIG = "hyperparams.json"
 WEIGHTS = "checkpoints/final.safetensors"
+W_ENC = Matrix("encoder.weight")
+W_DEC = Matrix("decoder.weight", features_last=True)
 
 
 def matches(location: Location) -> bool:
@@ -41,29 +47,26 @@ def read(location: Location) -> ModuleLayout:
     config = Fields(read_json(location.root / CONFIG), CONFIG)
     if config.boolean("use_glu_encoder", False):
         raise config.fail("use_glu_encoder", "false (a GLU encoder does not fold)")
-    stated = None
-    hook = config.text("hook_point_in")
-    if config.text("hook_point_out") not in (None, hook):
-        raise config.fail("hook_point_out", f"{hook!r} (a transcoder is not an SAE)")
-    if hook is not None:
-        stated = need_site(hook, f"{CONFIG}: hook_point_in")
-    layer, hook_point = location.site(stated, f"{CONFIG}: hook_point_in")
+    stated, hook_in = None, config.text("hook_point_in")
+    if hook_in is not None:
+        where = f"{CONFIG}: hook_point_in"
+        stated = need_points(hook_in, config.text("hook_point_out"), where)
+    points = choose_points(location, stated, f"{CONFIG}: hook_point_in")
     with open_tensors(location.root / WEIGHTS) as tensors:
-        W_dec = Matrix("decoder.weight", features_last=True)
-        F, D = matrix_shape(tensors, W_dec)
+        F, D = matrix_shape(tensors, W_ENC)
         for name in tensors.infos:
             if name.startswith("encoder_glu"):
                 raise LayoutError(f"{WEIGHTS}: {name}: a GLU encoder does not fold")
     for key, size in (("d_sae", F), ("d_model", D)):
         if config.integer(key, 1, size) != size:
-            raise config.fail(key, f"{size}, which {WEIGHTS} has for decoder.weight")
+            raise config.fail(key, f"{size}, which {WEIGHTS} has for encoder.weight")
     activation, k, extra = _activation(config)
     has_b_dec = config.boolean("use_decoder_bias", True)
     layout = SAELayout(
-        site=SiteInfo(layer, hook_point, D, F, activation, k),
+        site=points.site(D, F, activation, k),
         file=WEIGHTS,
-        W_enc=Matrix("encoder.weight"),
-        W_dec=W_dec,
+        W_enc=W_ENC,
+        W_dec=W_DEC,
         b_enc="encoder.bias",
         b_dec="decoder.bias" if has_b_dec else None,
         subtract_b_dec=has_b_dec

@@ -3,13 +3,17 @@
 
 TopK after ReLU; the encoder (`encoder.weight [F, D]`) reads `x - b_dec`, and `W_dec`
 is `[F, D]`. The directory's name is the hook point: `layers.N` (or `h.N`) is the
-output of block N. Source: https://github.com/EleutherAI/sparsify
+output of block N, `layers.N.mlp` that of its MLP. A transcoder (`transcode`) reads what
+the MLP reads, without subtracting `b_dec`, and may have `W_skip [d_out, d_in]`.
+Source: https://github.com/EleutherAI/sparsify
 """
 
 from __future__ import annotations
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo
-from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
+import re
+
+from vllm.config.steering import Activation, HookPoint
+from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape, need_k
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -17,13 +21,22 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     Matrix,
     ModuleLayout,
     SAELayout,
-    parse_site_name,
     read_json,
+)
+from vllm.model_executor.model_loader.sae_formats.names import (
+    Points,
+    choose_points,
+    parse_site_name,
+    transcoder_points,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
+_MODULE = re.compile(
+    r"(?:model\.|transformer\.|gpt_neox\.)*(?:layers|h)\.([0-9]{1,9})\."
+    r"(mlp|self_attn|attn|attention)"
+)
 
 
 def matches(location: Location) -> bool:
@@ -33,44 +46,56 @@ def matches(location: Location) -> bool:
 def read(location: Location) -> ModuleLayout:
     """Layout of a sparsify directory."""
     cfg = Fields(read_json(location.root / CONFIG), CONFIG)
-    refused = {
-        "transcode": "a transcoder is not an SAE",
-        "skip_connection": "an SAE has no skip path",
-        "signed": "selection by magnitude does not fold",
-    }
-    for key, reason in refused.items():
-        if cfg.boolean(key, False):
-            raise cfg.fail(key, f"false ({reason})")
+    if cfg.boolean("signed", False):
+        raise cfg.fail("signed", "false (selection by magnitude does not fold)")
     if cfg.text("activation") not in (None, "topk"):
         raise cfg.fail("activation", "topk")
-    k = cfg.need_integer("k", 1)
-    layer, hook = location.site(_site(location), f"{location.origin}: layers.N")
+    is_transcoder = cfg.boolean("transcode", False)
+    where = f"{location.origin}: layers.N or layers.N.mlp"
+    points = choose_points(location, _points(location, is_transcoder), where)
+    if is_transcoder and points.hook is HookPoint.MLP_IN:
+        points = transcoder_points(points.layer)
+    elif is_transcoder:
+        raise LayoutError(f"{where}: expected a transcoder of an MLP (mlp_in.N)")
+    W_enc, W_dec = Matrix("encoder.weight"), Matrix("W_dec")
     with open_tensors(location.root / WEIGHTS) as tensors:
-        if "W_skip" in tensors.infos:
-            raise LayoutError(f"{WEIGHTS}: W_skip: an SAE has no skip path")
-        W_dec = Matrix("W_dec")
-        F, D = matrix_shape(tensors, W_dec)
-    if cfg.integer("d_in", 1, D) != D:
-        raise cfg.fail("d_in", f"{D}, which {WEIGHTS} has for W_dec")
-    if k > F:
-        raise cfg.fail("k", f"at most {F}")
+        F, d_in = matrix_shape(tensors, W_enc)
+        _, d_out = matrix_shape(tensors, W_dec)
+        has_skip = "W_skip" in tensors.infos
+        k = need_k(cfg, F, tensors)
+    if cfg.integer("d_in", 1, d_in) != d_in:
+        raise cfg.fail("d_in", f"{d_in}, which {WEIGHTS} has for encoder.weight")
+    if cfg.boolean("skip_connection", has_skip) != has_skip:
+        raise cfg.fail("skip_connection", f"what {WEIGHTS} has: W_skip is {has_skip}")
+    if has_skip and not is_transcoder:
+        raise LayoutError(f"{WEIGHTS}: W_skip: an SAE has no skip path")
     layout = SAELayout(
-        site=SiteInfo(layer, hook, D, F, Activation.TOPK, k),
+        site=points.site(d_in, F, Activation.TOPK, k, d_out, has_skip),
         file=WEIGHTS,
-        W_enc=Matrix("encoder.weight"),
+        W_enc=W_enc,
         W_dec=W_dec,
         b_enc="encoder.bias",
-        subtract_b_dec=True,
+        subtract_b_dec=not is_transcoder,
+        W_skip=Matrix("W_skip") if has_skip else None,
     )
     return ModuleLayout(kind="sae", sites=(layout,))
 
 
-def _site(location: Location) -> tuple[int, HookPoint] | None:
+def _points(location: Location, is_transcoder: bool) -> Points | None:
+    """The points that the directory's name stands for; None: it names none."""
     name = location.origin.rstrip("/").rsplit("/", 1)[-1]
+    module = _MODULE.fullmatch(name)
+    if is_transcoder:
+        is_mlp = module is not None and module[2] == "mlp"
+        return transcoder_points(int(module[1])) if module and is_mlp else None
+    if module:
+        is_mlp = module[2] == "mlp"
+        hook = HookPoint.MLP_OUT if is_mlp else HookPoint.ATTN_OUT
+        return Points(int(module[1]), hook)
     if (site := parse_site_name(name)) is not None:
-        return site
-    if name.startswith(("layers.", "h.", "embed")):
+        return Points(*site)
+    if name.startswith(("layers.", "h.", "embed")) and location.given is None:
         raise LayoutError(
-            f"{name}: expected a hook point of the residual stream, such as layers.5"
+            f"{name}: expected a hook point such as layers.5 or layers.5.mlp"
         )
     return None

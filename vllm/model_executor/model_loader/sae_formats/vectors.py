@@ -20,8 +20,8 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     Location,
     ModuleLayout,
     VectorLayout,
-    parse_site_name,
 )
+from vllm.model_executor.model_loader.sae_formats.names import parse_site_name
 from vllm.model_executor.model_loader.sae_formats.tensor_files import (
     TensorFile,
     open_tensors,

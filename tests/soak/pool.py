@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distinct requests of a soak: bounded in number, so that each has a reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steering_testing import models
+from steering_testing.engine import DELTA, FULL, VECTORS, save_sae
+from steering_testing.reference import Clamp, DenseSAE, random_sae
+from steering_testing.requests import SPECIAL, Ask, Modules, Site, specs, vector
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+D_SAE, MAX_PROMPT, MAX_TOKENS = 96, 80, 12
+PRE, POST, MID, LAST = (0, "pre_attn"), (1, "post_block"), (2, "post_attn"), (
+    2,
+    "post_block",
+)  # fmt: skip
+# The module that is replaced and removed while the engine runs, and its versions.
+HOT, VERSIONS = "hot", ("hot0", "hot1")
+SPARE = [{"layer": LAST[0], "hook": LAST[1], "width": D_SAE, "count": 1}]
+LARGEST = 3e38
+
+
+def sae(activation: str, seed: int) -> DenseSAE:
+    found = random_sae(D_SAE, models.HIDDEN, activation, seed)
+    found.skip_token_ids = SPECIAL
+    if found.threshold is not None:
+        # A pre-activation at the threshold falls on either side of it, by rounding.
+        # A small threshold makes that a small difference.
+        found.threshold = found.threshold * 0.05
+    return found
+
+
+def modules() -> Modules:
+    """SAEs of every activation at sites of every hook, and vectors."""
+    return Modules(
+        {
+            "a": {POST: sae("jumprelu", 1), PRE: sae("jumprelu", 2)},
+            "b": {POST: sae("relu", 3), MID: sae("relu", 4)},
+            "t": {POST: sae("topk", 5)},
+        },
+        {
+            "v": {POST: vector(1), PRE: vector(2, norm=1.0)},
+            "w": {MID: vector(3)},
+        },
+    )
+
+
+def save_versions(root: Path) -> dict[str, str]:
+    """Paths of the versions of the module that changes."""
+    kinds = {"hot0": sae("relu", 7), "hot1": sae("jumprelu", 8)}
+    return {name: save_sae(root / name, {LAST: kinds[name]}) for name in VERSIONS}
+
+
+@dataclass
+class Answer:
+    """A completion: its tokens and the log-probability of each."""
+
+    tokens: list[int]
+    scores: list[float]
+
+
+@dataclass
+class Item:
+    """One distinct request.
+
+    Attributes:
+        kind: for the report.
+        version: of the module that changes, if the request names it.
+        reference: what it says alone, one answer for each of its samples.
+    """
+
+    kind: str
+    prompt: list[int]
+    max_tokens: int
+    extra: dict[str, Any]
+    samples: int = 1
+    version: str | None = None
+    reference: list[Answer] = field(default_factory=list)
+
+    def params(self, logprobs: int = 0) -> SamplingParams:
+        """Greedy; several samples are drawn from the best token only."""
+        return SamplingParams(
+            n=self.samples,
+            temperature=0.0 if self.samples == 1 else 0.8,
+            top_k=0 if self.samples == 1 else 1,
+            max_tokens=self.max_tokens,
+            logprobs=logprobs,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=self.extra or None,
+        )
+
+
+def clamps(rng: random.Random, features: range = range(D_SAE)) -> list[Clamp]:
+    """Up to four ordinary clamps of distinct features."""
+    kinds = {"absolute": (0.0, 4.0), "additive": (-2.0, 3.0), "scale": (-1.0, 3.0)}
+    found = []
+    for feature in rng.sample(features, rng.randint(1, 4)):
+        kind = rng.choice(list(kinds))
+        value = round(rng.uniform(*kinds[kind]), 2)
+        found.append(Clamp(feature, kind, value, rng.random() < 0.3))
+    return found
+
+
+def phase(rng: random.Random) -> str:
+    return rng.choice(["both", "both", "prefill", "decode"])
+
+
+SITES: dict[str, list[Site]] = {"a": [POST, PRE], "b": [POST, MID], "t": [POST]}
+
+
+def full(rng: random.Random) -> dict[str, Any]:
+    name = rng.choice(list(SITES))
+    return specs(Ask("full", name, {s: clamps(rng) for s in SITES[name]},
+                     phase=phase(rng)))  # fmt: skip
+
+
+def delta(rng: random.Random) -> dict[str, Any]:
+    name = rng.choice(list(SITES))
+    site = rng.choice(SITES[name])
+    return specs(Ask("delta", name, {site: clamps(rng)}, phase=phase(rng)))
+
+
+def additive(rng: random.Random) -> dict[str, Any]:
+    scale = round(rng.uniform(-2, 2), 2)
+    return specs(Ask("additive", rng.choice("vw"), scale=scale, phase=phase(rng)))
+
+
+def tiers(rng: random.Random) -> dict[str, Any]:
+    """All three tiers of one request, each with its own phase."""
+    return specs(
+        Ask("additive", "v", scale=round(rng.uniform(-1, 1), 2), phase=phase(rng)),
+        Ask("delta", "a", {POST: clamps(rng)}, phase=phase(rng)),
+        Ask("delta", "t", {POST: clamps(rng)}, phase=phase(rng)),
+        Ask("full", "b", {MID: clamps(rng), POST: []}, phase=phase(rng)),
+    )
+
+
+def phases(rng: random.Random) -> dict[str, Any]:
+    """Different edits of the prompt and of the answer."""
+    half = D_SAE // 2
+    return specs(
+        Ask("delta", "b", {POST: clamps(rng, range(half))}, phase="prefill"),
+        Ask("delta", "b", {POST: clamps(rng, range(half, D_SAE))}, phase="decode"),
+    )
+
+
+def poison(rng: random.Random) -> dict[str, Any]:
+    """Absurd values, each of which is accepted."""
+    value = rng.choice([LARGEST, -LARGEST, 1e30])
+    feature = rng.randrange(D_SAE)
+    clamp = [Clamp(feature, rng.choice(["absolute", "additive"]), value)]
+    asked = [
+        specs(Ask("full", "a", {POST: clamp})),
+        specs(Ask("delta", "t", {POST: clamp})),
+        specs(Ask("additive", "v", scale=value)),
+    ]
+    return rng.choice(asked)
+
+
+def hot(rng: random.Random) -> dict[str, Any]:
+    tier = rng.choice(["full", "delta"])
+    return specs(Ask(tier, HOT, {LAST: clamps(rng)}, phase=phase(rng)))
+
+
+def plain(rng: random.Random) -> dict[str, Any]:
+    return {}
+
+
+# Kind -> how often, and what it asks for.
+KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
+    "plain": (5, plain),
+    "full": (4, full),
+    "delta": (3, delta),
+    "additive": (2, additive),
+    "tiers": (3, tiers),
+    "phases": (2, phases),
+    "poison": (2, poison),
+    HOT: (2, hot),
+}
+BAD: list[dict[str, Any]] = [
+    {FULL: [{"module_name": "nobody"}]},
+    {DELTA: [{"module_name": "a", "clamps": {"post_block": {"1": []}}}]},
+    {VECTORS: [{"module_name": "v", "scale": float("nan")}]},
+    {FULL: [{"module_name": "t", "clamps": [{"feature_idx": D_SAE, "kind": "scale",
+                                             "value": 1.0}]}]},
+]  # fmt: skip
+
+
+def make_pool(count: int, seed: int) -> list[Item]:
+    """`count` distinct requests; some share the beginning of their prompts."""
+    rng = random.Random(seed)
+    shared = [ordinary(rng, 40) for _ in range(4)]
+    names = list(KINDS)
+    weights = [KINDS[name][0] for name in names]
+    found = []
+    for at in range(count):
+        (kind,) = rng.choices(names, weights)
+        start = rng.choice(shared) if rng.random() < 0.4 else []
+        ids = [*start, *ordinary(rng, rng.randint(2, MAX_PROMPT - len(start)))]
+        if rng.random() < 0.5:
+            ids[0] = models.BOS
+        samples = rng.choice([2, 3]) if rng.random() < 0.1 else 1
+        version = VERSIONS[at % 2] if kind == HOT else None
+        extra = KINDS[kind][1](rng)
+        found.append(
+            Item(kind, ids, rng.randint(1, MAX_TOKENS), extra, samples, version)
+        )
+    return found
+
+
+def ordinary(rng: random.Random, length: int) -> list[int]:
+    """Random token ids, none of them special."""
+    return [rng.randrange(3, models.VOCAB) for _ in range(length)]
+
+
+def save(root: Path) -> dict[str, str]:
+    """Write the modules that every engine starts with; name -> path."""
+    return modules().save(root)

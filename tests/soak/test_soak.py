@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short chaos run: no wrong token, no exception, no leak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from soak.report import summary
+from soak.soak import Plan, run
+
+pytestmark = pytest.mark.engine
+
+
+def test_any_schedule_says_what_each_request_says_alone(tmp_path: Path) -> None:
+    # Bounded by requests: about 40 seconds on two idle cores.
+    plan = Plan(seed=1, seconds=450, requests=450, distinct=80, steps_per_fault=5)
+    reports = run(plan, tmp_path)
+    text = "\n".join(line for report in reports for line in report.lines())
+    print(text)
+    assert not any(report.failed for report in reports), text
+    squeezed, ahead, drafts = reports
+    for report in reports:
+        assert report.requests >= 150, text
+        assert report.unstable < 30, text
+        for fault in ("abort", "preempt all", "dummy run", "module registered"):
+            assert report.faults[fault] > 0, f"{fault} never happened: {text}"
+    assert squeezed.schedule["preempted"] > squeezed.faults["preempt all"], text
+    assert squeezed.schedule["unfinished_prefills"] > 0, text
+    assert ahead.faults["poison"] > 0, text
+    assert drafts.schedule["accepted"] > 0, text
+    assert "0 wrong tokens" in summary(reports)
