@@ -17,9 +17,16 @@ constexpr int kStreamLimitBfloat16 = 56;
 constexpr int kStreamLimitFloat16 = 15;
 constexpr int kCoefficientLimit = 96;
 
-// steering_kernels/plan.py: RECORD_INTS, COMPACT_ENCODE_TOKENS.
+// steering_kernels/plan.py: RECORD_INTS, LIST_MAX, COMPACT_ENCODE_TOKENS,
+// DENSE_SPLITS.
 constexpr int kRecordInts = 32;
+constexpr int kListMax =
+    512;  // non-zeros of a token that is decoded from a list
 constexpr int kCompactEncodeTokens = 256;
+constexpr int kDenseSplits = 8;
+
+// layers/steering_state.py: SYNC_INTS.
+constexpr int kSyncInts = 8;
 
 // steering_kernels/bundles.py: the order of the tensors in an op's bundles.
 enum WeightsField {
@@ -40,6 +47,7 @@ enum WorkspaceField {
   kScores = 5,
   kKth = 6,
   kCoef = 7,
+  kDense = 8,
 };
 enum StepField { kIndex = 0, kFlags = 1, kTable = 2, kSaturated = 3 };
 enum StreamField { kHidden = 0, kResidual = 1 };

@@ -123,6 +123,7 @@ def sae_spec(
     module: str,
     clamps: Mapping[tuple[int, str], list[Clamp]] | None = None,
     phase: str = "both",
+    spans: list[tuple[str, int, int | None]] | None = None,
 ) -> dict[str, Any]:
     """An SAE spec as a client writes it."""
     sites: dict[str, dict[int, list[dict[str, Any]]]] = {}
@@ -133,10 +134,29 @@ def sae_spec(
                 "kind": clamp.kind,
                 "value": clamp.value,
                 "only_if_active": clamp.only_if_active,
+                **when(clamp),
             }
             for clamp in entries
         ]
-    return {"module_name": module, "clamps": sites, "phase": phase}
+    return {"module_name": module, "clamps": sites, **coverage(phase, spans)}
+
+
+def when(clamp: Clamp) -> dict[str, Any]:
+    """The condition of a clamp, if it has one."""
+    if clamp.when is None:
+        return {}
+    feature, which, bound = clamp.when
+    return {"when": {"feature_idx": feature, which: bound}}
+
+
+def coverage(
+    phase: str, spans: list[tuple[str, int, int | None]] | None
+) -> dict[str, Any]:
+    """Where a spec acts: its phase, or its spans."""
+    if spans is None:
+        return {"phase": phase}
+    keys = ("of", "start", "stop")
+    return {"spans": [dict(zip(keys, span, strict=True)) for span in spans]}
 
 
 def assert_same(

@@ -96,7 +96,7 @@ class _Hooks:
         for at, token_id in enumerate(self.tokens):
             one = rows[at].double()
             read = None if reads is None else reads[at].double()
-            out = edit_token(edits, one, token_id, at < self.prompt_len, read)
+            out = edit_token(edits, one, token_id, at, self.prompt_len, read)
             if out is not one:
                 rows[at] = out.to(rows.dtype)
 

@@ -62,11 +62,19 @@ class Clamp:
     kind: str
     value: float
     only_if_active: bool = False
+    # Feature, "above" or "below", bound.
+    when: tuple[int, str, float] | None = None
 
-    def target(self, f: float) -> float:
-        """What the feature's activation `f` becomes."""
+    def target(self, acts: torch.Tensor) -> float:
+        """What the feature's activation becomes, given all of them."""
+        f = float(acts[self.feature])
         if self.only_if_active and f == 0:
             return f
+        if self.when is not None:
+            read, which, bound = self.when
+            seen = float(acts[read])
+            if not (seen > bound if which == "above" else seen < bound):
+                return f
         return {
             "absolute": self.value,
             "additive": f + self.value,
@@ -78,7 +86,7 @@ def clamped(acts: torch.Tensor, clamps: list[Clamp]) -> torch.Tensor:
     """Activations with the clamps applied."""
     out = acts.clone()
     for clamp in clamps:
-        out[clamp.feature] = clamp.target(float(acts[clamp.feature]))
+        out[clamp.feature] = clamp.target(acts)
     return out
 
 
@@ -112,20 +120,46 @@ class Edit:
     vector: torch.Tensor | None = None
     scale: float = 1.0
     phase: str = "both"
+    kind: str = "add"
+    value: float = 0.0
+    bounds: tuple[float, float] = (0.0, 0.0)
+    relative: bool = False
+    # ("prompt" or "generated", start, stop): instead of the phase.
+    spans: list[tuple[str, int, int | None]] | None = None
+
+    def acts_at(self, position: int, prompt_len: int) -> bool:
+        """Whether the edit applies to the token there."""
+        in_prompt = position < prompt_len
+        if self.spans is None:
+            return self.phase == "both" or (self.phase == "prefill") == in_prompt
+        for of, start, stop in self.spans:
+            if of == "prompt" and position in range(prompt_len)[start:stop]:
+                return True
+            at = position - prompt_len
+            if of == "generated" and at >= start and (stop is None or at < stop):
+                return True
+        return False
+
+    def moved(self, x: torch.Tensor) -> torch.Tensor:
+        """What a vector adds to `x [D]`, which all vectors read."""
+        assert self.vector is not None
+        unit = self.vector / self.vector.norm()
+        size = float(x.norm()) if self.relative else 1.0
+        projection = float(x @ unit)
+        if self.kind == "add":
+            return self.scale * (size * unit if self.relative else self.vector)
+        low, high = (size * bound for bound in self.bounds)
+        target = {
+            "set": size * self.value,
+            "scale": self.scale * projection,
+            "bound": min(max(projection, low), high),
+        }[self.kind]
+        return (target - projection) * unit
 
     def apply(
-        self,
-        x: torch.Tensor,
-        token_id: int,
-        in_prompt: bool,
-        source: torch.Tensor | None = None,
+        self, x: torch.Tensor, token_id: int, source: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The edit of one token's `x [D]`; `source` is what a transcoder reads."""
-        if self.phase != "both" and (self.phase == "prefill") != in_prompt:
-            return x
-        if self.tier == "additive":
-            assert self.vector is not None
-            return x + self.scale * self.vector
+        """An SAE tier's edit of one token's `x [D]`; a transcoder reads `source`."""
         assert self.sae is not None
         read = x if source is None else source
         if self.sae.bypasses(read, token_id):
@@ -142,12 +176,18 @@ def edit_token(
     edits: list[Edit],
     x: torch.Tensor,
     token_id: int,
-    in_prompt: bool,
+    position: int,
+    prompt_len: int,
     source: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All of a site's edits of one token, in tier order (stable within a tier)."""
-    for edit in sorted(edits, key=lambda e: ORDER.index(e.tier)):
-        x = edit.apply(x, token_id, in_prompt, source)
+    here = [edit for edit in edits if edit.acts_at(position, prompt_len)]
+    vectors = [edit.moved(x) for edit in here if edit.tier == "additive"]
+    if vectors:
+        x = x + torch.stack(vectors).sum(0)
+    for edit in sorted(here, key=lambda e: ORDER.index(e.tier)):
+        if edit.tier != "additive":
+            x = edit.apply(x, token_id, source)
     return x
 
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from steering_testing import models
-from steering_testing.engine import DELTA, FULL, VECTORS, sae_spec, save_sae
+from steering_testing.engine import (
+    DELTA,
+    FULL,
+    VECTORS,
+    coverage,
+    sae_spec,
+    save_sae,
+)
 from steering_testing.reference import Clamp, DenseSAE, Edit
 
 Site = tuple[int, str]
@@ -28,16 +35,25 @@ class Ask:
     clamps: Mapping[Site, list[Clamp]] = field(default_factory=dict)
     scale: float = 1.0
     phase: str = "both"
+    kind: str = "add"
+    value: float | None = None
+    bounds: tuple[float, float] | None = None
+    relative: bool = False
+    spans: list[tuple[str, int, int | None]] | None = None
 
     def spec(self) -> dict[str, Any]:
         """As a client writes it."""
-        if self.tier == "additive":
-            return {
-                "module_name": self.module,
-                "scale": self.scale,
-                "phase": self.phase,
-            }
-        return sae_spec(self.module, self.clamps, self.phase)
+        if self.tier != "additive":
+            return sae_spec(self.module, self.clamps, self.phase, self.spans)
+        return {
+            "module_name": self.module,
+            "scale": self.scale,
+            **coverage(self.phase, self.spans),
+            "kind": self.kind,
+            "value": self.value,
+            "bounds": None if self.bounds is None else list(self.bounds),
+            "relative": self.relative,
+        }
 
 
 KEYS = {"additive": VECTORS, "delta": DELTA, "full": FULL}
@@ -81,13 +97,20 @@ class Modules:
                         vector=vector.double(),
                         scale=ask.scale,
                         phase=ask.phase,
+                        kind=ask.kind,
+                        value=ask.value or 0.0,
+                        bounds=ask.bounds or (0.0, 0.0),
+                        relative=ask.relative,
+                        spans=ask.spans,
                     )
                     found.setdefault(site, []).append(edit)
                 continue
             saes = self.saes[ask.module]
             for site in ask.clamps or saes:
                 clamps = list(ask.clamps.get(site, []))
-                edit = Edit(ask.tier, saes[site], clamps, phase=ask.phase)
+                edit = Edit(
+                    ask.tier, saes[site], clamps, phase=ask.phase, spans=ask.spans
+                )
                 found.setdefault(site, []).append(edit)
         return found
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine writes into a request's `extra_args` when it admits it.
 
-Under `ROWS_KEY`, which no client may set, the prefix-cache digest (hex) of each phase;
-None where the phase is not steered:
+Under `ROWS_KEY`, which no client may set, the prefix-cache digest (hex) of each phase,
+or, of a request with spans, of each piece of its schedule; None where not steered:
 
     {"prefill": digest, "decode": digest}
+    {"num_prompt_tokens": 9, "pieces": [[8, digest], [9, digest], [None, digest]]}
+
+A piece goes up to its position; the last one has no end.
 
 The canonical specs stand beside it, so a worker parses them without being able to
 fail.
@@ -17,7 +20,8 @@ from typing import Any
 
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, TOKEN_PHASES
+from vllm.config.sae_steering_spans import TOKEN_PHASES
+from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
 
@@ -65,7 +69,10 @@ def canonical_extra_args(
 
 
 def admitted_extra_args(
-    extra_args: dict[str, Any], config: SteeringConfig | None, resumable: bool = False
+    extra_args: dict[str, Any],
+    config: SteeringConfig | None,
+    num_prompt_tokens: int,
+    resumable: bool = False,
 ) -> dict[str, Any] | None:
     """`extra_args` of a request that the engine admits.
 
@@ -77,13 +84,30 @@ def admitted_extra_args(
     args = canonical_extra_args(extra_args, steering)
     if steering is None or args is None:
         return args
-    args[ROWS_KEY] = {phase: steering.digest(phase) for phase in TOKEN_PHASES}
+    if not steering.has_spans:
+        args[ROWS_KEY] = {phase: steering.digest(phase) for phase in TOKEN_PHASES}
+        return args
+    args[ROWS_KEY] = {
+        "num_prompt_tokens": num_prompt_tokens,
+        "pieces": [
+            [piece.stop, piece.digest] for piece in steering.schedule(num_prompt_tokens)
+        ],
+    }
     return args
 
 
-def phase_digests(extra_args: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The prefill and decode digests of an admitted request; None: not steered."""
+def admitted_schedule(
+    extra_args: Mapping[str, Any], num_prompt_tokens: int
+) -> list[tuple[int | None, str | None]]:
+    """Where each piece of an admitted request stops, and its digest."""
     rows = extra_args.get(ROWS_KEY)
     if rows is None:
-        return None, None
-    return rows["prefill"], rows["decode"]
+        return [(None, None)]
+    if "pieces" in rows:
+        return rows["pieces"]
+    return [(num_prompt_tokens, rows["prefill"]), (None, rows["decode"])]
+
+
+def admitted_prompt_length(extra_args: Mapping[str, Any]) -> int:
+    """The prompt's length of an admitted request with spans; 0 without."""
+    return (extra_args.get(ROWS_KEY) or {}).get("num_prompt_tokens", 0)

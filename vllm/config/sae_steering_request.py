@@ -18,35 +18,62 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from vllm.config.sae_readout_specs import SiteRead, reads_to_json
+from vllm.config.sae_steering_spans import Coverage, When, acts, pieces
 from vllm.config.sae_steering_specs import (
     ADDITIVE_KEY,
     CLAMP_KINDS,
     DELTA_KEY,
     FULL_KEY,
     READOUT_KEY,
+    VECTOR_KINDS,
     SAEClampEntry,
-    SpecPhase,
-    TokenPhase,
+    SAECondition,
+    VectorKind,
 )
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
 
-# Feature, kind, value, only_if_active.
-_CLAMP_RECORD = struct.Struct("<QBf?")
+# Feature, kind, value, only_if_active; the condition's kind (0: none), feature, bound.
+_CLAMP_RECORD = struct.Struct("<QBf?BQf")
+# Kind, relative, value, bounds.
+_VECTOR_RECORD = struct.Struct("<B?fff")
 
 HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
+
+
+@dataclass(frozen=True)
+class VectorAction:
+    """What a vector module does: see `SteeringVectorSpec`.
+
+    `value` is the scale of `add` and `scale`, and the value of `set`.
+    """
+
+    kind: VectorKind
+    value: float = 0.0
+    bounds: tuple[float, float] = (0.0, 0.0)
+    relative: bool = False
+
+    @property
+    def feature_idx(self) -> int:
+        """A vector is the only direction of its module."""
+        return 0
+
+    @property
+    def sums(self) -> bool:
+        """Whether several of these on one vector add up."""
+        return self.kind == "add" and not self.relative
 
 
 @dataclass(frozen=True)
 class SiteEdit:
     """What one module does at one site: its clamps, sorted by feature.
 
-    The additive tier's edit is one additive clamp of direction 0 by the scale.
+    The additive tier's edit is one `VectorAction`.
     """
 
     module: str
     hook: HookPoint
     layer: int
-    clamps: tuple[SAEClampEntry, ...]
+    clamps: tuple[SAEClampEntry, ...] | tuple[VectorAction, ...]
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -65,8 +92,20 @@ def _found_once(method: _Method) -> _Method:
     return cast(_Method, kept)
 
 
-# One canonical group of specs: what one module does in one `SpecPhase`.
-Group = tuple[str, SpecPhase]
+# One canonical group of specs: what one module does where one coverage holds.
+Group = tuple[str, Coverage]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions up to `stop` (None: all others) that are edited alike.
+
+    `digest` is what `hash_steering_config` says of it; None: not edited.
+    """
+
+    stop: int | None
+    when: When
+    digest: str | None
 
 
 @dataclass(frozen=True)
@@ -74,15 +113,15 @@ class SteeringRequest:
     """The canonical form of a request's steering; built by the parser only.
 
     Attributes:
-        sae_edits: for the delta and full tiers, the edits of each (module, phase)
+        sae_edits: for the delta and full tiers, the edits of each (module, coverage)
             in canonical order.
-        vectors: scale of each (vector module, phase), in canonical order.
+        vectors: action of each (vector module, coverage), in canonical order.
         modules: every module that is named, in registration order.
         reads: what is read, in canonical order; not part of any digest.
     """
 
     sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
-    vectors: Mapping[Group, float]
+    vectors: Mapping[Group, VectorAction]
     modules: Mapping[str, ModuleInfo]
     reads: tuple[SiteRead, ...] = ()
     # What `_found_once` keeps: one object serves many requests.
@@ -111,23 +150,51 @@ class SteeringRequest:
                 args[key] = [_spec_json(group, groups[group]) for group in groups]
         if self.vectors:
             args[ADDITIVE_KEY] = [
-                {"module_name": name, "scale": scale, "phase": phase}
-                for (name, phase), scale in self.vectors.items()
+                _vector_json(group, action) for group, action in self.vectors.items()
             ]
         if self.reads:
             args[READOUT_KEY] = reads_to_json(self.reads)
         return args
 
+    @functools.cached_property
+    def coverages(self) -> frozenset[Coverage]:
+        """Where the request's specs act."""
+        groups = [
+            *self.vectors,
+            *(g for found in self.sae_edits.values() for g in found),
+        ]
+        return frozenset(coverage for _, coverage in groups)
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether the schedule is more than prompt and answer."""
+        return not all(isinstance(coverage, str) for coverage in self.coverages)
+
     @_found_once
-    def edits(self, tier: Tier, phase: TokenPhase, /) -> tuple[SiteEdit, ...]:
-        """The edits of a tier for the tokens of a phase.
+    def schedule(self, num_prompt_tokens: int, /) -> tuple[Piece, ...]:
+        """The pieces of a request with this prompt.
+
+        Neighbours differ, except where the prompt ends: a piece always does there.
+        """
+        found: list[Piece] = []
+        for stop, acting in pieces(self.coverages, num_prompt_tokens):
+            digest = self.digest(acting)
+            alike = found and found[-1].digest == digest
+            if alike and found[-1].stop != num_prompt_tokens:
+                found.pop()
+            found.append(Piece(stop, acting, digest))
+        return tuple(found)
+
+    @_found_once
+    def edits(self, tier: Tier, when: When, /) -> tuple[SiteEdit, ...]:
+        """The edits of a tier for the tokens of a phase or a piece.
 
         Sorted by layer, hook and the order in which the site's slots run (for modules
         not placed, registration order); every (module, site) occurs once.
         """
         order = {name: position for position, name in enumerate(self.modules)}
         merged: dict[tuple[int, int, int], SiteEdit] = {}
-        for edit in self._applying(tier, phase):
+        for edit in self._applying(tier, when):
             slot = self.modules[edit.module].slot_at(edit.hook, edit.layer)
             place = order[edit.module] if slot is None else slot
             key = (edit.layer, HOOK_ORDER[edit.hook], place)
@@ -138,38 +205,41 @@ class SteeringRequest:
         return tuple(merged[key] for key in sorted(merged))
 
     @_found_once
-    def digest(self, phase: TokenPhase, /) -> str | None:
+    def digest(self, when: When, /) -> str | None:
         """`hash_steering_config` of this request with its own module digests."""
-        return hash_steering_config(self, phase, self.module_digests)
+        return hash_steering_config(self, when, self.module_digests)
 
     @_found_once
-    def row_key(self, tier: Tier, phase: TokenPhase, /) -> str | None:
-        """Key of the row that holds a tier's edits in a phase (hex), or None.
+    def row_key(self, tier: Tier, when: When, /) -> str | None:
+        """Key of the row that holds a tier's edits there (hex), or None.
 
-        Requests with equal keys can share a row; the phase is not in the key.
+        Requests with equal keys can share a row; when they act is not in the key.
         """
-        edits = self.edits(tier, phase)
+        edits = self.edits(tier, when)
         return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
 
-    def _applying(self, tier: Tier, phase: TokenPhase) -> Iterable[SiteEdit]:
+    def _applying(self, tier: Tier, when: When) -> Iterable[SiteEdit]:
         if tier is Tier.ADDITIVE:
-            yield from self._vector_edits(phase)
+            yield from self._vector_edits(when)
             return
-        for (_, spec_phase), edits in self.sae_edits.get(tier, {}).items():
-            if spec_phase in ("both", phase):
+        for (_, coverage), edits in self.sae_edits.get(tier, {}).items():
+            if acts(coverage, when):
                 yield from edits
 
-    def _vector_edits(self, phase: TokenPhase) -> Iterable[SiteEdit]:
+    def _vector_edits(self, when: When) -> Iterable[SiteEdit]:
         for name, module in self.modules.items():
-            scales = [
-                scale
-                for (owner, spec_phase), scale in self.vectors.items()
-                if owner == name and spec_phase in ("both", phase)
+            acting = [
+                action
+                for (owner, coverage), action in self.vectors.items()
+                if owner == name and acts(coverage, when)
             ]
-            if scales:
-                clamp = SAEClampEntry(0, "additive", add_scales(scales))
+            if acting:
+                action = acting[0]
+                if action.sums:
+                    scales = [one.value for one in acting]
+                    action = VectorAction("add", add_scales(scales))
                 for site in module.sites:
-                    yield SiteEdit(name, site.hook, site.layer, (clamp,))
+                    yield SiteEdit(name, site.hook, site.layer, (action,))
 
 
 def round_to_fp32(value: float) -> float:
@@ -182,7 +252,7 @@ def add_scales(scales: Sequence[float]) -> float:
     return round_to_fp32(sum(sorted(scales)))
 
 
-def sorted_clamps(clamps: Iterable[SAEClampEntry]) -> tuple[SAEClampEntry, ...]:
+def sorted_clamps(clamps: Iterable[Any]) -> tuple[Any, ...]:
     """Clamps in canonical order; a site holds a feature at most once."""
     return tuple(sorted(clamps, key=lambda clamp: clamp.feature_idx))
 
@@ -199,22 +269,22 @@ def module_fingerprint(module: ModuleInfo) -> str:
 
 
 def hash_steering_config(
-    request: SteeringRequest, phase: TokenPhase, module_digests: Mapping[str, str]
+    request: SteeringRequest, when: When, module_digests: Mapping[str, str]
 ) -> str | None:
-    """SHA-256 (hex) of everything that edits the tokens of a phase, or None.
+    """SHA-256 (hex) of everything that edits the tokens of a phase or piece, or None.
 
-    Covers the tiers, sites, clamps and the named modules' digests, and not the
-    phase itself: a request steered alike in both phases has one digest. Blocks
-    are length-prefixed and tagged, so no two contents share an encoding.
+    Covers the tiers, sites, clamps and the named modules' digests, and not where they
+    act: a request steered alike in both phases has one digest. Blocks are
+    length-prefixed and tagged, so no two contents share an encoding.
 
     Args:
         request: the canonical request.
-        phase: whose edits to hash.
+        when: whose edits to hash.
         module_digests: digest of every module that the request names.
     """
     blocks = []
     for tier in Tier:
-        edits = request.edits(tier, phase)
+        edits = request.edits(tier, when)
         if edits:
             blocks.append(_tier_block(tier, edits, module_digests))
     return _hash(blocks)
@@ -223,7 +293,7 @@ def hash_steering_config(
 def _hash(blocks: Sequence[bytes]) -> str | None:
     if not blocks:
         return None
-    return hashlib.sha256(_block("vllm.steering.v1", *blocks)).hexdigest()
+    return hashlib.sha256(_block("vllm.steering.v2", *blocks)).hexdigest()
 
 
 def _block(tag: str, *parts: bytes) -> bytes:
@@ -255,12 +325,47 @@ def _edit_block(edit: SiteEdit, module_digest: str) -> bytes:
     )
 
 
-def _clamp_record(clamp: SAEClampEntry) -> bytes:
-    """Fixed width, so that a list of records needs no lengths."""
+def _clamp_record(clamp: SAEClampEntry | VectorAction) -> bytes:
+    """Fixed width within a tier, so that a list of records needs no lengths."""
+    if isinstance(clamp, VectorAction):
+        kind = VECTOR_KINDS.index(clamp.kind)
+        return _VECTOR_RECORD.pack(kind, clamp.relative, clamp.value, *clamp.bounds)
     kind = CLAMP_KINDS.index(clamp.kind)
     return _CLAMP_RECORD.pack(
-        clamp.feature_idx, kind, clamp.value, clamp.only_if_active
+        clamp.feature_idx,
+        kind,
+        clamp.value,
+        clamp.only_if_active,
+        *_condition_record(clamp.when),
     )
+
+
+def _condition_record(when: SAECondition | None) -> tuple[int, int, float]:
+    if when is None:
+        return 0, 0, 0.0
+    if when.above is not None:
+        return 1, when.feature_idx, when.above
+    return 2, when.feature_idx, when.below or 0.0
+
+
+def _coverage_json(coverage: Coverage) -> dict[str, Any]:
+    if isinstance(coverage, str):
+        return {"phase": coverage}
+    return {"spans": msgspec.to_builtins(coverage)}
+
+
+def _vector_json(group: Group, action: VectorAction) -> dict[str, Any]:
+    name, coverage = group
+    spec: dict[str, Any] = {"module_name": name}
+    if action.kind == "set":
+        spec["value"] = action.value
+    elif action.kind == "bound":
+        spec["bounds"] = list(action.bounds)
+    else:
+        spec["scale"] = action.value
+    if not action.sums:
+        spec |= {"kind": action.kind, "relative": action.relative}
+    return spec | _coverage_json(coverage)
 
 
 def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:
@@ -268,5 +373,5 @@ def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:
     for edit in edits:
         layers = clamps.setdefault(edit.hook.value, {})
         layers[str(edit.layer)] = msgspec.to_builtins(edit.clamps)
-    name, phase = group
-    return {"module_name": name, "clamps": clamps, "phase": phase}
+    name, coverage = group
+    return {"module_name": name, "clamps": clamps} | _coverage_json(coverage)

@@ -14,19 +14,15 @@ import msgspec
 from msgspec import Meta
 
 from vllm.config.sae_readout_specs import SAEReadoutSpec
+from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering import HOOK_ALIASES
 from vllm.config.steering_reader import expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
 CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
 
-# The phase of one token, by its position in the request.
-TokenPhase = Literal["prefill", "decode"]
-TOKEN_PHASES: tuple[TokenPhase, ...] = ("prefill", "decode")
-
-# The phases that a spec can name.
-SpecPhase = Literal["both", "prefill", "decode"]
-SPEC_PHASES: tuple[SpecPhase, ...] = ("both", "prefill", "decode")
+VectorKind = Literal["add", "set", "scale", "bound"]
+VECTOR_KINDS: tuple[VectorKind, ...] = ("add", "set", "scale", "bound")
 
 # Written as people write it; float32 rounds it to its own largest number.
 MAX_FLOAT32 = 3.4028235e38
@@ -41,18 +37,36 @@ Number = Annotated[
 FeatureIndex = Annotated[int, expects("a feature index, an integer from 0 on", ge=0)]
 
 
-class SAEClampEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SAECondition(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """A feature of the same module and site, read on the same token.
+
+    Holds where its activation is strictly above, or strictly below, a bound in the
+    module's `feature_units`. Exactly one of `above` and `below` is given.
+    """
+
+    feature_idx: FeatureIndex
+    above: Number | None = None
+    below: Number | None = None
+
+
+class SAEClampEntry(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """One feature clamped at one site.
 
     With `f` the feature's activation, the clamp makes it `value` (absolute),
     `f + value` (additive) or `f * value` (scale); with `only_if_active`, only on
-    tokens where `f != 0`. `value` is in the module's `feature_units`.
+    tokens where `f != 0`, and with `when`, only where that condition holds. `value`
+    is in the module's `feature_units`.
     """
 
     feature_idx: FeatureIndex
     kind: ClampKindName
     value: Number
     only_if_active: bool = False
+    when: SAECondition | None = None
 
 
 Entries = Annotated[list[SAEClampEntry], expects("a list of clamp entries")]
@@ -71,6 +85,12 @@ SiteClamps = Annotated[
 ]
 
 
+SpanList = Annotated[
+    list[SteeringSpan], expects("a list of spans", max_length=MAX_SPANS)
+]
+Bounds = Annotated[list[Number], expects("[low, high]", min_length=2, max_length=2)]
+
+
 class SAEFullReconstructionSpec(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True
 ):
@@ -83,6 +103,7 @@ class SAEFullReconstructionSpec(
     module_name: ModuleName
     clamps: SiteClamps = {}
     phase: SpecPhase = "both"
+    spans: SpanList | None = None
 
 
 class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,14 +115,27 @@ class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     module_name: ModuleName
     clamps: SiteClamps
     phase: SpecPhase = "both"
+    spans: SpanList | None = None
 
 
 class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Add `scale` times the named module's vectors, at every site it has."""
+    """Edit the stream along the named module's vectors, at every site it has.
+
+    With `v` the vector, `u` its unit vector and `p` the stream's projection on `u`:
+    `add` adds `scale * v`; `set` makes `p` the `value`; `scale` makes it `scale * p`
+    (0 removes the direction); `bound` limits it to `bounds`. With `relative`, `scale`
+    of `add`, `value` and `bounds` are in units of the stream's norm, and `add` adds
+    `scale * norm * u`.
+    """
 
     module_name: ModuleName
     scale: Number = 1.0
     phase: SpecPhase = "both"
+    kind: VectorKind = "add"
+    value: Number | None = None
+    bounds: Bounds | None = None
+    relative: bool = False
+    spans: SpanList | None = None
 
 
 class SteeringFields(msgspec.Struct, kw_only=True):

@@ -21,16 +21,18 @@ from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import (
     SiteEdit,
     SteeringRequest,
+    VectorAction,
     hash_steering_config,
     module_fingerprint,
 )
+from vllm.config.sae_steering_spans import SteeringSpan, TokenPhase
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     SAEClampEntry,
     SAEClampSpec,
+    SAECondition,
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
-    TokenPhase,
 )
 from vllm.config.steering_checks import refusal
 from vllm.sampling_params import SamplingParams
@@ -39,6 +41,7 @@ __all__ = [
     "EXTRA_ARGS_KEYS",
     "SAEClampEntry",
     "SAEClampSpec",
+    "SAECondition",
     "SAEFeatures",
     "SAEFullReconstructionSpec",
     "SAEReadoutSpec",
@@ -46,8 +49,10 @@ __all__ = [
     "SiteEdit",
     "SteeringRequest",
     "SteeringSamplingParams",
+    "SteeringSpan",
     "SteeringVectorSpec",
     "TokenPhase",
+    "VectorAction",
     "fold_into_extra_args",
     "hash_steering_config",
     "module_fingerprint",

@@ -27,6 +27,7 @@ from vllm.config.steering_points import (
 
 __all__ = [
     "DEFAULT_MAX_CLAMPS",
+    "DEFAULT_MAX_PIECES",
     "DEFAULT_MAX_SPECS",
     "HOOK_ALIASES",
     "HOOK_NAMES",
@@ -235,6 +236,7 @@ class ModuleInfo:
 
 DEFAULT_MAX_CLAMPS = 64
 DEFAULT_MAX_SPECS = 64
+DEFAULT_MAX_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,9 @@ class SteeringConfig:
     position, and None is one that is gone. Requests that name a module in `draining`
     are refused: it waits for its last request, to be removed or replaced. `version`
     counts the changes since start-up. `readout`: whether requests may read features,
-    of layers from `first_read_layer` on (the last pipeline stage).
+    of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
+    the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
+    whether the device computes conditions, and more of vectors than adding them.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -258,6 +262,8 @@ class SteeringConfig:
     max_specs: int = DEFAULT_MAX_SPECS
     readout: bool = True
     first_read_layer: int = 0
+    max_pieces: int = DEFAULT_MAX_PIECES
+    extended_clamps: bool = True
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
@@ -272,6 +278,8 @@ class SteeringConfig:
             "draining": sorted(self.draining),
             "version": self.version,
             "max_specs": self.max_specs,
+            "max_pieces": self.max_pieces,
+            "extended_clamps": self.extended_clamps,
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
@@ -292,6 +300,8 @@ class SteeringConfig:
             data.get("max_specs", DEFAULT_MAX_SPECS),
             data.get("readout", True),
             data.get("first_read_layer", 0),
+            data.get("max_pieces", DEFAULT_MAX_PIECES),
+            data.get("extended_clamps", True),
         )
 
 

@@ -6,6 +6,7 @@
                                    "norm_guard": float | None, "sites": [...]}},
      "max_clamps": 64,
      "max_specs": 64,
+     "max_pieces": 8,
      "readout": True,
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
@@ -28,6 +29,7 @@ from typing import Any, get_args
 import vllm.envs as envs
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
+    DEFAULT_MAX_PIECES,
     DEFAULT_MAX_SPECS,
     HOOK_ALIASES,
     HOOK_NAMES,
@@ -38,15 +40,17 @@ from vllm.config.steering import (
     SteeringConfig,
     point_widths,
 )
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_private_directory import make_private_directory
 from vllm.config.steering_slots import start_up_slots
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
-from vllm.engine.steering_shared_config import prepare_sharing
+from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 logger = init_logger(__name__)
 
@@ -55,6 +59,7 @@ TOP_FIELDS = (
     "modules",
     "max_clamps",
     "max_specs",
+    "max_pieces",
     "readout",
     "spare",
     "module_roots",
@@ -64,13 +69,10 @@ MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
 SPARE_FIELDS = ("layer", "hook", "hook_out", "skip", "width", "count", "vectors")
 MAX_CLAMPS_LIMIT = 4096
 MAX_SPECS_LIMIT = 4096
+MAX_PIECES_LIMIT = 64
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class SteeringConfigError(ValueError):
-    """The engine cannot start with this steering configuration."""
 
 
 def resolve_steering(vllm_config: Any) -> None:
@@ -92,6 +94,7 @@ def resolve_steering(vllm_config: Any) -> None:
     if "resolved" in steering:
         return
     max_clamps = _limit(steering, "max_clamps", DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT)
+    max_pieces = _limit(steering, "max_pieces", DEFAULT_MAX_PIECES, MAX_PIECES_LIMIT)
     max_specs = _limit(steering, "max_specs", DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT)
     modules: dict[str, ModuleInfo] = {}
     for name, given in _object(f"{ROOT}.modules", steering.get("modules", {})).items():
@@ -104,6 +107,8 @@ def resolve_steering(vllm_config: Any) -> None:
             modules,
             max_clamps,
             max_specs=max_specs,
+            max_pieces=max_pieces,
+            extended_clamps=current_platform.is_cpu(),
             readout=_readout(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
         ),
@@ -114,7 +119,8 @@ def resolve_steering(vllm_config: Any) -> None:
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
-    prepare_sharing(vllm_config.parallel_config)
+    if not is_one_of_several(vllm_config.parallel_config):
+        make_private_directory()
 
 
 def _readout(value: Any) -> bool:
@@ -159,7 +165,8 @@ def inspect_for_model(
     try:
         module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
-        raise SteeringConfigError(str(error)) from error
+        # One line is all that a start-up mistake should print at the end.
+        raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)
@@ -309,7 +316,8 @@ def _object(
 
 
 def _limit(steering: dict[str, Any], key: str, default: int, most: int) -> int:
-    return _integer(f"{ROOT}.{key}", steering.get(key, default), 1, most)
+    least = 2 if key == "max_pieces" else 1  # prompt and answer
+    return _integer(f"{ROOT}.{key}", steering.get(key, default), least, most)
 
 
 def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:

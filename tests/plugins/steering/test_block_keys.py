@@ -68,7 +68,7 @@ def test_stock_keys_stay_in_front() -> None:
 
 def test_a_straddling_block_equals_no_other() -> None:
     blocks = {
-        steering_block_key(change, 0, 16, prefill, decode)
+        steering_block_key([(change, prefill), (None, decode)], 0, 16)
         for change in (0, 1, 8, 15, 16)
         for prefill in (None, "a", "b")
         for decode in (None, "a", "b")
@@ -83,3 +83,33 @@ def test_kv_events_accept_the_key() -> None:
     (event,) = kv_cache_utils.to_event_extra_keys([key])
     assert event == (key[0][1],)
     assert all(isinstance(part, str) for part in key[0])
+
+
+def test_blocks_are_shared_exactly_where_every_position_is_edited_alike() -> None:
+    """All pairs of small schedules, at every block of four positions."""
+    schedules = [
+        [(first, a), (second, b), (None, c)]
+        for first in range(0, 9, 2)
+        for second in range(first + 1, 10, 3)
+        for a in (None, "x")
+        for b in (None, "x", "y")
+        for c in (None, "x")
+    ]
+
+    def content(schedule: Any, start: int) -> tuple[str | None, ...]:
+        return tuple(
+            next(d for stop, d in schedule if stop is None or at < stop)
+            for at in range(start, start + 4)
+        )
+
+    for start in (0, 4, 8):
+        by_key: dict[Any, set[Any]] = {}
+        by_content: dict[Any, set[Any]] = {}
+        for schedule in schedules:
+            key = steering_block_key(schedule, start, start + 4)
+            edits = content(schedule, start)
+            by_key.setdefault(key, set()).add(edits)
+            by_content.setdefault(edits, set()).add(key)
+        assert all(len(found) == 1 for found in by_key.values())
+        assert all(len(found) == 1 for found in by_content.values())
+        assert len(by_key) > 5

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
+from vllm.v1.worker.steering_index import NO_STOP, BatchView, RequestRows, StepIndex
 
 TIERS = 3
 
@@ -34,7 +34,8 @@ def expected(
         for offset in range(int(view.num_scheduled[at])):
             decodes = view.num_computed[at] + offset >= view.prompt_len[at]
             held = rows_of.get(req_id, RequestRows((0,) * TIERS, (0,) * TIERS))
-            rows = held.decode if decodes else held.prefill
+            position = view.num_computed[at] + offset - view.prompt_len[at]
+            rows = next(rows for stop, rows in held.pieces if position < stop)
             columns.append(rows)
             steered[:, int(decodes)] += [row != 0 for row in rows]
     return np.array(columns, dtype=np.int32).reshape(-1, TIERS).T, steered
@@ -60,9 +61,23 @@ def check(index: StepIndex, view: BatchView, rows_of: dict[str, RequestRows]) ->
     assert np.array_equal(index.steered, steered)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_every_step_of_a_random_schedule_has_the_rows_of_its_tokens(seed: int) -> None:
+def random_rows(rng: random.Random, spans: bool) -> RequestRows:
+    """Rows by phase, or of a schedule that also changes within them."""
+
+    def some() -> tuple[int, ...]:
+        return tuple(rng.choice([0, 0, rng.randint(1, 9)]) for _ in range(TIERS))
+
+    if not spans or rng.random() < 0.5:
+        return RequestRows(some(), some())
+    stops = {0, NO_STOP, *(rng.randint(-6, 9) for _ in range(rng.randint(0, 4)))}
+    return RequestRows(some(), some(), tuple((stop, some()) for stop in sorted(stops)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_every_step_of_a_random_schedule_has_the_rows_of_its_tokens(
+    seed: int, spans: bool
+) -> None:
     rng = random.Random(seed)
     index = StepIndex(TIERS)
     batch: list[Sequence] = []
@@ -72,8 +87,7 @@ def test_every_step_of_a_random_schedule_has_the_rows_of_its_tokens(seed: int) -
         if event < 0.3:
             batch.append(Sequence(f"r{step}", rng.randint(1, 12)))
             if rng.random() < 0.7:
-                held = [rng.choice([0, 0, rng.randint(1, 9)]) for _ in range(6)]
-                rows_of[f"r{step}"] = RequestRows(tuple(held[:3]), tuple(held[3:]))
+                rows_of[f"r{step}"] = random_rows(rng, spans)
                 index.hold(f"r{step}", rows_of[f"r{step}"])
         elif event < 0.4 and batch:
             gone = batch.pop(rng.randrange(len(batch)))

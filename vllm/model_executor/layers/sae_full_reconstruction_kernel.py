@@ -181,6 +181,7 @@ def _pipeline(
             stages_triton.encode(run, base)
             stages_triton.coefficients(run, base)
             stages_triton.combine(run, base)
+            stages_triton.dense(run, base)
 
 
 def warm_up(

@@ -29,9 +29,12 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import (
     COEFFICIENT_LIMIT,
+    CONDITION_SHIFT,
+    KIND_BITS,
     NO_NORM_LIMIT,
     ONLY_IF_ACTIVE,
     STREAM_LIMIT,
+    ClampFlag,
     ClampKind,
     ClampTable,
     MetaField,
@@ -82,21 +85,35 @@ def encode_features(
 
 
 def clamp_changes(
-    table: ClampTable, rows: torch.Tensor, active: torch.Tensor
+    table: ClampTable,
+    rows: torch.Tensor,
+    active: torch.Tensor,
+    norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`g_c - f_c` of every clamp of every token, limited; zero past the row's count.
 
     Args:
         rows: int64 `[n]`, each token's row.
         active: `[n, K]`, activation `f_c` of each clamp's feature.
+        norms: `[n, 1]`, the stream's norm, for relative values.
     """
     code, value = table.code[rows], table.value[rows].to(active.dtype)
-    kind = code & (ONLY_IF_ACTIVE - 1)
+    if norms is not None:
+        value = torch.where((code & ClampFlag.RELATIVE) != 0, value * norms, value)
+    kind = code & KIND_BITS
     change = torch.where(kind == ClampKind.ABSOLUTE, value - active, value)
     change = torch.where(kind == ClampKind.SCALE, active * value - active, change)
     change = change.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
-    skipped = ((code & ONLY_IF_ACTIVE) != 0) & (active == 0)
-    return torch.where(_used(table, rows) & ~skipped, change, 0.0)
+    above = ((code & ClampFlag.IF_ABOVE) == 0) | (active > value)
+    below = ((code & ClampFlag.IF_BELOW) == 0) | (active < value)
+    holds = above & below
+    place = code >> CONDITION_SHIFT
+    if place.any():
+        needed = holds.gather(1, (place.long() - 1).clamp(min=0))
+        holds &= (place == 0) | needed
+    holds &= ((code & ONLY_IF_ACTIVE) == 0) | (active != 0)
+    holds &= (kind != ClampKind.CONDITION) & _used(table, rows)
+    return torch.where(holds, change, 0.0)
 
 
 def _used(table: ClampTable, rows: torch.Tensor) -> torch.Tensor:
@@ -266,7 +283,11 @@ def steering_vectors(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> None:
-    """`x' = x + sum_m scale_m v_m`, in place."""
+    """`x' = x + sum_m scale_m v_m`, in place.
+
+    A clamp with `PROJECTION` acts on the unit vector `u_m` instead: it changes the
+    projection `x . u_m` as any clamp changes an activation. All read the same `x`.
+    """
     table = slot.table
     index = step.index[Tier.ADDITIVE, : hidden.shape[0]]
     tokens = select_tokens(table, index, step)
@@ -277,9 +298,16 @@ def steering_vectors(
         return
     rows = index[tokens].long()
     features = table.feature[rows].long()
-    none = torch.zeros(features.shape, dtype=x.dtype, device=x.device)
-    coefficients = none.new_zeros(x.shape[0], slot.directions.shape[0])
-    coefficients.scatter_add_(1, features, clamp_changes(table, rows, none))
+    projects = (table.code[rows] & ClampFlag.PROJECTION) != 0
+    # Only a projection needs the vector's own norm; a zero vector has no direction.
+    lengths = slot.directions.norm(dim=1)[features]
+    along = (x @ slot.directions.T).gather(1, features) / lengths
+    active = torch.where(projects & (lengths > 0), along, 0.0)
+    changes = clamp_changes(table, rows, active, x.norm(dim=1, keepdim=True))
+    changes = torch.where(projects, changes / lengths, changes).nan_to_num(0.0)
+    changes = changes.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
+    coefficients = x.new_zeros(x.shape[0], slot.directions.shape[0])
+    coefficients.scatter_add_(1, features, changes)
     write_stream(tokens, x + coefficients @ slot.directions, hidden, residual, step)
 
 

@@ -32,19 +32,44 @@ COEFFICIENT_LIMIT = 2.0**96
 NO_NORM_LIMIT = torch.finfo(torch.float32).max
 
 
+# Counters of the GPU kernels in `StepState.sync`.
+SYNC_INTS = 8
+
+
 class ClampKind(IntEnum):
     """How a clamp turns a feature's activation `f` into `g` (low bits of a code).
 
-    absolute: `g = value`; additive: `g = f + value`; scale: `g = f * value`.
+    absolute: `g = value`; additive: `g = f + value`; scale: `g = f * value`. A
+    condition changes nothing; other clamps of the row refer to it.
     """
 
     ABSOLUTE = 0
     ADDITIVE = 1
     SCALE = 2
+    CONDITION = 3
 
 
+# Bits of a clamp code that hold its `ClampKind`.
+KIND_BITS = 3
 # Flag of a clamp code: the clamp acts only where the feature is active (f != 0).
 ONLY_IF_ACTIVE = 4
+
+
+class ClampFlag(IntEnum):
+    """More flags of a clamp code, which a backend may lack (`extended_clamps`)."""
+
+    # Vectors: `f` is the projection on the unit vector `u`, and `u` is what is moved.
+    PROJECTION = 8
+    # Vectors: `value` is in units of the stream's norm.
+    RELATIVE = 16
+    # The clamp acts, or the condition holds, only where `f < value`, or `f > value`.
+    IF_BELOW = 32
+    IF_ABOVE = 64
+
+
+# A code's bits from here on: 1 + the place of the row's condition that the clamp needs
+# (0: none).
+CONDITION_SHIFT = 8
 
 
 class MetaField(IntEnum):
@@ -68,7 +93,8 @@ class ClampTable(nn.Module):
         active: int32 `[R]`, 1 where the row edits at this site.
         count: int32 `[R]`, clamps in the row, 0..K.
         feature: int32 `[R, K]`, direction index of each clamp.
-        code: int32 `[R, K]`, `ClampKind` plus `ONLY_IF_ACTIVE`.
+        code: int32 `[R, K]`, `ClampKind`, `ONLY_IF_ACTIVE`, `ClampFlag`, and the place
+            of a condition (`CONDITION_SHIFT`).
         value: float32 `[R, K]`, in the module's native units.
     """
 
@@ -228,6 +254,9 @@ class StepState(nn.Module):
             edit and whose id is in a skip set; read for metrics only.
         saturated: int64 `[1]`, write-backs since start-up with a component at
             `STREAM_LIMIT`: one for each token, site and tier; read for metrics only.
+        sync: int32 `[SYNC_INTS]`, counters by which blocks of a GPU kernel wait for
+            one another; zero between launches, and a buffer, so that what sleeps and
+            wakes with the model brings them back.
     """
 
     index: torch.Tensor
@@ -236,6 +265,7 @@ class StepState(nn.Module):
     read_index: torch.Tensor
     bypassed: torch.Tensor
     saturated: torch.Tensor
+    sync: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
         super().__init__()
@@ -249,6 +279,8 @@ class StepState(nn.Module):
         read_index = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("read_index", read_index, persistent=False)
         self.reading = False
+        sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
+        self.register_buffer("sync", sync, persistent=False)
         for name in ("bypassed", "saturated"):
             counter = torch.zeros(1, dtype=torch.int64, device=device)
             self.register_buffer(name, counter, persistent=False)

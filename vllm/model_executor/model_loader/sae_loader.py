@@ -85,7 +85,7 @@ def _resolve(path: str) -> tuple[Location, str]:
     root = Path(path)
     if not root.exists():
         hint = ""
-        if _REPOSITORY.fullmatch(path):
+        if _HF_PATH.fullmatch(f"hf:{path}") and not path.startswith("."):
             hint = f"; a repository of the Hugging Face Hub is written hf:{path}"
         raise LayoutError(f"no such file or directory{hint}")
     origin = str(root.absolute())

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_replies import Json, ModuleReply, Outcome, RefusedCall
 from vllm.config.steering_slots import (
     NoRoomError,
@@ -37,7 +37,6 @@ from vllm.config.steering_slots import (
 )
 from vllm.engine.steering_active_config import active_steering_config, publish
 from vllm.engine.steering_resolution import (
-    SteeringConfigError,
     check_against_model,
     inspect_for_model,
 )

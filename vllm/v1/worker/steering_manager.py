@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row allocation: which table row a request's edits of one tier occupy.
 
-A row is one distinct content (the edits of one tier in one phase). Requests with the
-same content share a row by reference count. Tables hold `2 * max_num_seqs + 1` rows
-and a request holds at most two, so `acquire` cannot fail. Everything here depends on
-the sequence of calls alone, so every rank allocates alike whichever layers it owns.
+A row is one distinct content (the edits of one tier in one piece of a schedule).
+Requests with the same content share a row by reference count. Tables hold `max_pieces *
+max_num_seqs + 1` rows and a request has at most `max_pieces`, so `acquire` cannot fail.
+Everything here depends on the sequence of calls alone, so every rank allocates alike
+whichever layers it owns.
 """
 
 from __future__ import annotations

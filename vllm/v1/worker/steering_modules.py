@@ -198,7 +198,8 @@ class SiteModules:
         for key, ids in stacks.items():
             n = len(ids)
             width = self.widths.of(key.hook)
-            stack = VectorSlot(n, width, self.num_rows, n, self.device)
+            # A bound takes two places of a row.
+            stack = VectorSlot(n, width, self.num_rows, 2 * n, self.device)
             table = BoundTable(stack.table)
             for row, at in enumerate(ids):
                 places[at] = VectorPlace(key, stack, table, row)

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.sae_steering_types import (
-    SteeringRequest,
-    TokenPhase,
-    parse_steering_request,
-)
+from vllm.config.sae_steering_admission import admitted_prompt_length
+from vllm.config.sae_steering_spans import When
+from vllm.config.sae_steering_types import SteeringRequest, parse_steering_request
 from vllm.config.steering import PointWidths, SteeringConfig, Tier
 from vllm.config.steering_slots import start_up_slots
 from vllm.exceptions import VLLMValidationError
@@ -28,6 +26,7 @@ from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
 from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_index import (
+    NO_STOP,
     BatchView,
     RequestRows,
     StepIndex,
@@ -70,7 +69,7 @@ class SteeringRuntime:
         if not config.slots:
             config = start_up_slots(config)
         self.config = config
-        num_rows = 2 * max_num_seqs + 1
+        num_rows = config.max_pieces * max_num_seqs + 1
         self.managers: dict[Tier, RowManager] = {
             Tier.ADDITIVE: SteeringVectorManager(num_rows),
             Tier.DELTA: SAEClampManager(num_rows),
@@ -84,6 +83,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these with spans, the prompt's length.
+        self._prompt_len: dict[str, int] = {}
         # Of these, prompts with positions that have no token id.
         self._embedded: dict[str, np.ndarray] = {}
         self._step_index = StepIndex(len(Tier))
@@ -118,6 +119,9 @@ class SteeringRuntime:
         if request is None:
             return
         self._requests[req_id] = request
+        if request.has_spans:
+            assert params is not None and params.extra_args is not None
+            self._prompt_len[req_id] = admitted_prompt_length(params.extra_args)
         if embedded is not None:
             self._embedded[req_id] = embedded
         self.resume_request(req_id)
@@ -138,19 +142,32 @@ class SteeringRuntime:
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
         request = self._requests[req_id]
-        rows = self._rows[req_id] = RequestRows(
-            prefill=self._acquire(request, "prefill"),
-            decode=self._acquire(request, "decode"),
-        )
+        if request.has_spans:
+            rows = self._scheduled_rows(request, self._prompt_len[req_id])
+        else:
+            rows = RequestRows(
+                prefill=self._acquire(request, "prefill"),
+                decode=self._acquire(request, "decode"),
+            )
+        self._rows[req_id] = rows
         self._step_index.hold(req_id, rows)
         self.readout.resume_request(req_id, request.reads)
 
-    def _acquire(self, request: SteeringRequest, phase: TokenPhase) -> tuple[int, ...]:
+    def _scheduled_rows(self, request: SteeringRequest, prompt_len: int) -> RequestRows:
+        """The rows of a request with spans."""
+        schedule = []
+        for piece in request.schedule(prompt_len):
+            stop = NO_STOP if piece.stop is None else piece.stop - prompt_len
+            schedule.append((stop, self._acquire(request, piece.when)))
+        nothing = (0,) * len(Tier)
+        return RequestRows(nothing, nothing, tuple(schedule))
+
+    def _acquire(self, request: SteeringRequest, when: When) -> tuple[int, ...]:
         rows = [0] * len(Tier)
         for tier, manager in self.managers.items():
-            key = request.row_key(tier, phase)
+            key = request.row_key(tier, when)
             if key is not None:
-                rows[tier] = manager.acquire(key, request.edits(tier, phase))
+                rows[tier] = manager.acquire(key, request.edits(tier, when))
         return tuple(rows)
 
     def park_request(self, req_id: str) -> None:
@@ -161,13 +178,14 @@ class SteeringRuntime:
         self._step_index.drop(req_id)
         self.readout.park_request(req_id)
         for tier in Tier:
-            self.managers[tier].release(held.prefill[tier])
-            self.managers[tier].release(held.decode[tier])
+            for row in held.held(tier):
+                self.managers[tier].release(row)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished or aborted request; unknown ids are ignored."""
         self.park_request(req_id)
         self._requests.pop(req_id, None)
+        self._prompt_len.pop(req_id, None)
         self._embedded.pop(req_id, None)
 
     def prepare_step(self, view: BatchView) -> None:
@@ -241,10 +259,7 @@ class SteeringRuntime:
         for tier, manager in self.managers.items():
             manager.check_integrity()
             held = {
-                row
-                for rows in self._rows.values()
-                for row in (rows.prefill[tier], rows.decode[tier])
-                if row
+                row for rows in self._rows.values() for row in rows.held(tier) if row
             }
             assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"

@@ -9,16 +9,28 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
+from vllm.config.sae_steering_types import (
+    SAEClampEntry,
+    SAECondition,
+    SiteEdit,
+    VectorAction,
+)
 from vllm.model_executor.layers.steering import (
     ONLY_IF_ACTIVE,
     ClampKind,
     ClampTable,
     SiteKey,
 )
+from vllm.model_executor.layers.steering_state import CONDITION_SHIFT, ClampFlag
 from vllm.utils.torch_utils import async_tensor_h2d
 
-CLAMP_CODES = {kind.name.lower(): int(kind) for kind in ClampKind}
+CLAMP_CODES = {
+    kind: int(ClampKind[kind.upper()]) for kind in ("absolute", "additive", "scale")
+}
+
+Clamp = SAEClampEntry | VectorAction
+# Feature, code, value: one place of a row.
+Term = tuple[int, int, float]
 
 
 @dataclass
@@ -37,24 +49,53 @@ class BoundTable:
     unit_scale: np.ndarray | None = None
     written: set[int] = field(default_factory=set)
 
-    def encode_row(self, clamps: list[tuple[int, SAEClampEntry]]) -> np.ndarray:
-        """int32 `[2 + 3K]`: the packed row that applies `clamps`."""
-        k = self.table.max_clamps
+    def encode_row(self, clamps: list[tuple[int, Clamp]]) -> np.ndarray:
+        """int32 `[2 + 3K]`: the packed row that applies `clamps`.
+
+        Conditions follow the clamps; clamps with an equal one share it.
+        """
+        places: dict[tuple[int, SAECondition], int] = {}
+        terms: list[Term] = []
+        for feature, clamp in clamps:
+            if isinstance(clamp, VectorAction):
+                terms += _vector_terms(feature, clamp)
+                continue
+            code = CLAMP_CODES[clamp.kind]
+            code |= ONLY_IF_ACTIVE if clamp.only_if_active else 0
+            if clamp.when is not None:
+                key = (feature - clamp.feature_idx, clamp.when)
+                place = places.setdefault(key, len(clamps) + len(places))
+                code |= (place + 1) << CONDITION_SHIFT
+            value = clamp.value
+            if clamp.kind != "scale":
+                value = self._native(feature, value)
+            terms.append((feature, code, value))
+        for offset, when in places:
+            terms.append(self._condition_term(offset + when.feature_idx, when))
+        return self._pack(terms)
+
+    def _condition_term(self, feature: int, when: SAECondition) -> Term:
+        above = when.above is not None
+        bound = (when.above if above else when.below) or 0.0
+        flag = ClampFlag.IF_ABOVE if above else ClampFlag.IF_BELOW
+        return feature, ClampKind.CONDITION | flag, self._native(feature, bound)
+
+    def _pack(self, terms: list[Term]) -> np.ndarray:
+        k, n = self.table.max_clamps, len(terms)
         row: np.ndarray = np.zeros(2 + 3 * k, dtype=np.int32)
-        row[0], row[1] = 1, len(clamps)
-        values = row[2 + 2 * k :].view(np.float32)
-        for at, (feature, entry) in enumerate(clamps):
-            row[2 + at] = feature
-            code = CLAMP_CODES[entry.kind]
-            row[2 + k + at] = code | (ONLY_IF_ACTIVE if entry.only_if_active else 0)
-            values[at] = self._native(feature, entry)
+        row[0], row[1] = 1, n
+        if terms:
+            features, codes, values = zip(*terms, strict=True)
+            row[2 : 2 + n] = features
+            row[2 + k : 2 + k + n] = codes
+            row[2 + 2 * k :].view(np.float32)[:n] = values
         return row
 
-    def _native(self, feature: int, entry: SAEClampEntry) -> float:
-        if self.unit_scale is None or entry.kind == "scale":
-            return entry.value
+    def _native(self, feature: int, value: float) -> float:
+        if self.unit_scale is None:
+            return value
         with np.errstate(over="ignore", divide="ignore"):
-            native = np.float32(entry.value) / self.unit_scale[feature]
+            native = np.float32(value) / self.unit_scale[feature]
         limit = np.finfo(np.float32).max
         return float(np.clip(np.nan_to_num(native), -limit, limit))
 
@@ -75,6 +116,25 @@ class BoundTable:
         )
 
 
+def _vector_terms(feature: int, action: VectorAction) -> list[Term]:
+    """The clamps of a direction that a vector's action stands for."""
+    along = ClampFlag.PROJECTION | (ClampFlag.RELATIVE if action.relative else 0)
+    if action.sums:
+        return [(feature, ClampKind.ADDITIVE, action.value)]
+    if action.kind == "bound":
+        low, high = action.bounds
+        return [
+            (feature, ClampKind.ABSOLUTE | along | ClampFlag.IF_BELOW, low),
+            (feature, ClampKind.ABSOLUTE | along | ClampFlag.IF_ABOVE, high),
+        ]
+    kind = {
+        "add": ClampKind.ADDITIVE,
+        "set": ClampKind.ABSOLUTE,
+        "scale": ClampKind.SCALE,
+    }[action.kind]
+    return [(feature, kind | along, action.value)]
+
+
 # (module, site) -> its bound table and the direction index of its feature 0.
 TableOf = Callable[[str, SiteKey], tuple[BoundTable, int] | None]
 
@@ -91,7 +151,7 @@ def write_rows(
     """
     pending: dict[int, dict[int, np.ndarray]] = {}
     for row, edits in changes.items():
-        merged: dict[int, tuple[BoundTable, list[tuple[int, SAEClampEntry]]]] = {}
+        merged: dict[int, tuple[BoundTable, list[tuple[int, Clamp]]]] = {}
         for edit in edits:
             bound = table_of(edit.module, SiteKey(edit.layer, edit.hook))
             if bound is None:

@@ -16,7 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
-        "inspect", help="Show sites, folds, memory and digest without loading."
+        "inspect", help="Check a module; show its sites, folds, memory and digest."
     )
     inspect.add_argument("--json", action="store_true", help="Print JSON.")
     convert = commands.add_parser(

@@ -90,8 +90,9 @@ def refuse_event_fields(event: Any) -> None:
 def specs_of(request: BaseModel) -> dict[str, Any]:
     """The steering fields of a request, by name; None where not given."""
     # A route whose schema was built before the fields were declared keeps them
-    # among the extra fields, where attribute access finds them all the same.
-    return {name: getattr(request, name, None) for name in EXTRA_ARGS_KEYS}
+    # among the extra fields, which are items of a model all the same.
+    fields = dict(request)
+    return {name: fields.get(name) for name in EXTRA_ARGS_KEYS}
 
 
 def refuse_misspelt_fields(request: BaseModel) -> None:
@@ -122,7 +123,7 @@ def refuse_beam_search(request: BaseModel) -> None:
     """
     refuse_misspelt_fields(request)
     specs = specs_of(request)
-    xargs = getattr(request, "vllm_xargs", None) or {}
+    xargs = dict(request).get("vllm_xargs") or {}
     refuse_misspelt(xargs, "vllm_xargs.")
     for name in EXTRA_ARGS_KEYS:
         if specs[name] or xargs.get(name):

@@ -66,6 +66,15 @@ def read_stream(
 
 
 @triton.jit
+def limited(out, mask, dtype: tl.constexpr):
+    """Components that may be written, and 1 where that changed one (within `mask`)."""
+    limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
+    over = (mask & ~(tl.abs(out) <= limit)).to(tl.int32)
+    out = tl.where(out >= -limit, out, -limit)
+    return tl.where(out <= limit, out, limit), over
+
+
+@triton.jit
 def write_stream(
     out,
     hidden,
@@ -83,17 +92,14 @@ def write_stream(
     limit.
     """
     dtype = hidden.dtype.element_ty
-    limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
-    over = tl.sum((mask & ~(tl.abs(out) <= limit)).to(tl.int32), 0)
-    out = tl.where(out >= -limit, out, -limit)
-    out = tl.where(out <= limit, out, limit)
+    out, over = limited(out, mask, dtype)
     if HAS_RESIDUAL:
         tl.store(residual + t * residual_stride + col, out.to(dtype), mask=mask)
         zero = tl.zeros(out.shape, dtype)
         tl.store(hidden + t * hidden_stride + col, zero, mask=mask)
     else:
         tl.store(hidden + t * hidden_stride + col, out.to(dtype), mask=mask)
-    return over
+    return tl.sum(over, 0)
 
 
 @triton.jit

@@ -14,8 +14,16 @@ from vllm.model_executor.layers.steering_state import SAESlot, StepState, Vector
 from .clamp import clamp_kernel
 from .combine import combine_kernel
 from .compact import compact_kernel
+from .dense import decode_dense_kernel, encode_dense_kernel
 from .encode import encode_kernel
-from .plan import EncodePlan, cdiv, next_power_of_2, plan_encode
+from .plan import (
+    LIST_MAX,
+    EncodePlan,
+    cdiv,
+    next_power_of_2,
+    plan_dense,
+    plan_encode,
+)
 from .resolve import resolve_kernel
 from .run import Run, device_facts, pdl_options
 from .select import select_kernel
@@ -43,6 +51,7 @@ def compact(run: Run, base: int) -> None:
         x=buffers.x,
         tokens=workspace.tokens,
         records=workspace.records,
+        sync=step.sync,
         count=workspace.count,
         hidden_stride=hidden.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
@@ -130,6 +139,7 @@ def coefficients(run: Run, base: int) -> None:
             tokens=workspace.tokens,
             scores=buffers.scores,
             records=workspace.records,
+            sync=run.step.sync,
             entries=buffers.entries,
             kth=workspace.kth,
             coef=buffers.coef,
@@ -138,6 +148,7 @@ def coefficients(run: Run, base: int) -> None:
             rows=rows,
             F=weights.d_sae_capacity,
             capacity=buffers.plan.capacity,
+            LIST_MAX=LIST_MAX,
             MAX_CLAMPS=table.max_clamps,
             CLAMP_BLOCK=clamp_block,
             BLOCK=2048,
@@ -151,12 +162,14 @@ def coefficients(run: Run, base: int) -> None:
         count=workspace.count,
         tokens=workspace.tokens,
         records=workspace.records,
+        sync=run.step.sync,
         entries=buffers.entries,
         coef=buffers.coef,
         table_stride=table.packed.stride(0),
         base=base,
         rows=rows,
         capacity=buffers.plan.capacity,
+        LIST_MAX=LIST_MAX,
         MAX_CLAMPS=table.max_clamps,
         CLAMP_BLOCK=clamp_block,
         num_warps=4,
@@ -174,18 +187,12 @@ def combine(run: Run, base: int) -> None:
     combine_kernel[(min(work, device_facts(hidden.device)[0] * 12),)](
         index=run.index,
         table=table.packed,
-        meta=weights.meta,
         count=workspace.count,
         tokens=workspace.tokens,
         records=workspace.records,
         entries=buffers.entries,
-        kth=workspace.kth,
         coef=buffers.coef,
         x=buffers.x,
-        scores=buffers.scores,
-        w_enc=weights.W_enc,
-        b_enc=weights.b_enc,
-        threshold=weights.threshold,
         w_dec=weights.W_dec,
         b_dec=weights.b_dec,
         hidden=hidden,
@@ -196,15 +203,98 @@ def combine(run: Run, base: int) -> None:
         table_stride=table.packed.stride(0),
         base=base,
         rows=rows,
-        F=weights.d_sae_capacity,
         capacity=buffers.plan.capacity,
+        LIST_MAX=LIST_MAX,
         D=weights.d_in,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         DELTA=run.tier is Tier.DELTA,
-        TOPK=run.topk,
         NB=COMBINE_ROWS,
         BD=block_d,
+        num_warps=4,
+        **pdl_options(hidden.device),
+    )
+
+
+def dense(run: Run, base: int) -> None:
+    """The tokens of a chunk that no list holds, `dense_rows` at a time."""
+    if run.tier is Tier.DELTA or run.buffers.plan.dense_rows == 0:
+        return
+    plan = run.buffers.plan
+    rows = plan.rows if run.topk else plan.dense_rows
+    for first in range(0, plan.rows, rows):
+        if not run.topk:
+            _encode_dense(run, first, rows)
+        _decode_dense(run, first, rows)
+
+
+def _dense_acts(run: Run) -> torch.Tensor:
+    """float32 activations of a chunk of dense tokens; for TopK the scores."""
+    if run.topk:
+        return run.buffers.scores
+    return run.buffers.dense.view(torch.float32)
+
+
+def _encode_dense(run: Run, first: int, rows: int) -> None:
+    weights, acts = run.slot.weights, _dense_acts(run)
+    blocks = plan_dense(weights.W_enc.element_size())
+    device = weights.W_enc.device
+    features = weights.d_sae_capacity
+    work = cdiv(rows, blocks.tokens) * cdiv(features, blocks.features)
+    encode_dense_kernel[(min(work, 2 * device_facts(device)[0]),)](
+        x=run.buffers.x,
+        w_enc=weights.W_enc,
+        b_enc=weights.b_enc,
+        threshold=weights.threshold,
+        records=run.workspace.records,
+        sync=run.step.sync,
+        acts=acts,
+        acts_stride=acts.stride(0),
+        base=first,
+        rows=rows,
+        F=features,
+        D=weights.d_in,
+        BT=blocks.tokens,
+        BF=blocks.features,
+        BK=blocks.reduction,
+        num_warps=4,
+        **pdl_options(device),
+    )
+
+
+def _decode_dense(run: Run, first: int, rows: int) -> None:
+    weights, acts = run.slot.weights, _dense_acts(run)
+    hidden, residual, table = run.hidden, run.residual, run.table
+    blocks = plan_dense(weights.W_dec.element_size())
+    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
+    decode_dense_kernel[(min(work, 2 * device_facts(hidden.device)[0]),)](
+        index=run.index,
+        table=table.packed,
+        meta=weights.meta,
+        tokens=run.workspace.tokens,
+        records=run.workspace.records,
+        sync=run.step.sync,
+        kth=run.workspace.kth,
+        coef=run.buffers.coef,
+        acts=acts,
+        w_dec=weights.W_dec,
+        b_dec=weights.b_dec,
+        hidden=hidden,
+        residual=hidden if residual is None else residual,
+        saturated=run.step.saturated,
+        acts_stride=acts.stride(0),
+        hidden_stride=hidden.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        table_stride=table.packed.stride(0),
+        base=first,
+        rows=rows,
+        D=weights.d_out,
+        HAS_RESIDUAL=residual is not None,
+        MAX_CLAMPS=table.max_clamps,
+        TOPK=run.topk,
+        BT=blocks.tokens,
+        BF=blocks.reduction,
+        BD=blocks.columns,
         num_warps=4,
         **pdl_options(hidden.device),
     )

@@ -9,10 +9,10 @@ KV events want it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm.config.sae_steering_admission import phase_digests
+from vllm.config.sae_steering_admission import admitted_schedule
 from vllm.plugins.steering.seam import BOUND, SeamError, resolve, wrap
 
 MODULE = "vllm.v1.core.kv_cache_utils"
@@ -20,26 +20,31 @@ TARGET = f"{MODULE}:generate_block_hash_extra_keys"
 
 
 def steering_block_key(
-    num_prompt_tokens: int,
-    start: int,
-    end: int,
-    prefill_digest: str | None,
-    decode_digest: str | None,
+    schedule: Sequence[tuple[int | None, str | None]], start: int, end: int
 ) -> tuple[str, str] | None:
     """Key of the tokens `[start, end)` of a request, or None where not steered.
 
-    Prompt tokens are of the prefill phase, all others of the decode phase. A block
-    of both whose digests differ is keyed by both and by where the phase changes, so
-    it equals no uniformly steered block.
+    A block that is edited alike throughout is keyed by that digest. Another one is
+    keyed by its digests and where each begins in the block, so blocks are shared
+    exactly where every position is edited alike.
+
+    Args:
+        schedule: where each piece of the request stops (None: never), and its digest.
+        start, end: positions of the block.
     """
-    if end <= num_prompt_tokens:
-        digest = prefill_digest
-    elif start >= num_prompt_tokens or prefill_digest == decode_digest:
-        digest = decode_digest
-    else:
-        change = num_prompt_tokens - start
-        digest = f"{prefill_digest or 'none'}|{decode_digest or 'none'}@{change}"
-    return None if digest is None else ("steering", digest)
+    parts: list[tuple[int, str | None]] = []
+    first = 0
+    for stop, digest in schedule:
+        last = end if stop is None else min(stop, end)
+        begin = max(first, start)
+        if begin < last and (not parts or parts[-1][1] != digest):
+            parts.append((begin - start, digest))
+        first = last
+    if len(parts) == 1:
+        digest = parts[0][1]
+        return None if digest is None else ("steering", digest)
+    key = "|".join(f"{digest or 'none'}@{offset}" for offset, digest in parts)
+    return ("steering", key) if parts else None
 
 
 def install() -> None:
@@ -78,12 +83,8 @@ def _make_extra_keys(stock: Callable[..., Any]) -> Callable[..., Any]:
         params = request.sampling_params
         if params is None or not params.extra_args:
             return keys, next_mm_idx
-        key = steering_block_key(
-            request.num_prompt_tokens,
-            start_token_idx,
-            end_token_idx,
-            *phase_digests(params.extra_args),
-        )
+        schedule = admitted_schedule(params.extra_args, request.num_prompt_tokens)
+        key = steering_block_key(schedule, start_token_idx, end_token_idx)
         if key is None:
             return keys, next_mm_idx
         return (*(keys or ()), key), next_mm_idx

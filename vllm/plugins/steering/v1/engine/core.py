@@ -29,6 +29,7 @@ from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.plugins.steering.seam import Stock, declare, wrap
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine.steering_reads import READS_ATTRIBUTE, reads_of, request_reads
 from vllm.v1.engine.steering_refusals import stop_reason_of
 
@@ -72,8 +73,11 @@ def _preprocess_add_request(stock: Stock) -> Stock:
         # the engine writes into its own copy.
         params = copy.copy(params)
         config = active_steering_config(self.vllm_config)
+        length = length_from_prompt_token_ids_or_embeds(
+            request.prompt_token_ids, request.prompt_embeds
+        )
         params.extra_args = admitted_extra_args(
-            params.extra_args, config, request.resumable
+            params.extra_args, config, length, request.resumable
         )
         reads = reads_of(params.extra_args, config)
         if any(read.reads("prefill") for read in reads):
@@ -109,7 +113,7 @@ def admit_again(request: Request, vllm_config: VllmConfig) -> None:
         return
     params = request.sampling_params
     before = params.extra_args or {}
-    after = admitted_extra_args(before, config)
+    after = admitted_extra_args(before, config, request.num_prompt_tokens)
     request.steering_config = config
     request.sae_reads = request_reads(request, config)
     if after is not None and after.get(ROWS_KEY) != before.get(ROWS_KEY):

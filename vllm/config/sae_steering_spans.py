@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On which tokens a spec acts: a phase, or spans of the prompt and of the answer.
+
+A request's specs make a piecewise constant schedule over positions. Where a piece ends
+may depend on the prompt's length, so `pieces` takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+
+from vllm.config.steering_checks import bad, refusal
+from vllm.config.steering_reader import expects
+
+# The phase of one token, by its position in the request.
+TokenPhase = Literal["prefill", "decode"]
+TOKEN_PHASES: tuple[TokenPhase, ...] = ("prefill", "decode")
+
+# The phases that a spec can name.
+SpecPhase = Literal["both", "prefill", "decode"]
+SPEC_PHASES: tuple[SpecPhase, ...] = ("both", "prefill", "decode")
+
+MAX_SPANS = 64
+Position = Annotated[int, expects("a position", ge=-(2**31), lt=2**31)]
+
+
+class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tokens of the prompt, or generated ones, as a Python slice takes them.
+
+    `start=-1` of the prompt is its last token; generated tokens count from 0, and
+    have no known end, so neither bound may be negative there.
+    """
+
+    of: Literal["prompt", "generated"]
+    start: Position = 0
+    stop: Position | None = None
+
+
+# The spans of one spec, in canonical order.
+Spans = tuple[SteeringSpan, ...]
+Coverage = SpecPhase | Spans
+# What is asked of a request: a phase, or the coverages that hold at some position.
+When = TokenPhase | frozenset[Coverage]
+
+_OF_PHASE: dict[SpecPhase, Spans] = {
+    "both": (SteeringSpan("prompt"), SteeringSpan("generated")),
+    "prefill": (SteeringSpan("prompt"),),
+    "decode": (SteeringSpan("generated"),),
+}
+
+
+def coverage_of(
+    path: str, phase: SpecPhase, spans: Sequence[SteeringSpan] | None
+) -> Coverage:
+    """Check where a spec acts.
+
+    Raises:
+        VLLMValidationError: both are given, or a span can hold no token.
+    """
+    if spans is None:
+        return phase
+    if phase != "both":
+        raise refusal(f"{path}.phase", "expected either phase or spans")
+    if not spans:
+        raise refusal(f"{path}.spans", "is empty, expected at least one span")
+    for at, span in enumerate(spans):
+        where = f"{path}.spans[{at}]"
+        if span.of == "generated":
+            for name, value in (("start", span.start), ("stop", span.stop)):
+                if value is not None and value < 0:
+                    raise bad(f"{where}.{name}", value, "a generated token, 0 or more")
+        if span.stop is not None and _precedes(span.stop, span.start):
+            raise bad(f"{where}.stop", span.stop, f"more than start={span.start}")
+    return tuple(sorted(set(spans), key=_order))
+
+
+def acts(coverage: Coverage, when: When) -> bool:
+    """Whether a spec of this coverage acts there."""
+    if isinstance(when, str):
+        return coverage in ("both", when)
+    return coverage in when
+
+
+def may_overlap(one: Coverage, other: Coverage) -> bool:
+    """Whether some prompt length lets both act on the same token."""
+    return any(
+        a.of == b.of
+        and not (a.stop is not None and _precedes(a.stop, b.start))
+        and not (b.stop is not None and _precedes(b.stop, a.start))
+        for a in _spans(one)
+        for b in _spans(other)
+    )
+
+
+def boundaries(coverages: Iterable[Coverage]) -> set[tuple[str, int]]:
+    """Where pieces may begin inside the prompt and inside the answer."""
+    return {
+        (span.of, bound)
+        for coverage in coverages
+        for span in _spans(coverage)
+        for bound in (span.start, span.stop)
+        if bound is not None and bound != 0
+    }
+
+
+def pieces(
+    coverages: Iterable[Coverage], num_prompt_tokens: int
+) -> list[tuple[int | None, frozenset[Coverage]]]:
+    """The schedule: where each piece stops (None: never), and what acts in it."""
+    held = [
+        (coverage, [_resolved(span, num_prompt_tokens) for span in _spans(coverage)])
+        for coverage in set(coverages)
+    ]
+    stops = {num_prompt_tokens}
+    for _, intervals in held:
+        for start, stop in intervals:
+            stops.update(bound for bound in (start, stop) if bound is not None)
+    found: list[tuple[int | None, frozenset[Coverage]]] = []
+    first = 0
+    for last in (*sorted(stops - {0}), None):
+        acting = frozenset(
+            coverage
+            for coverage, intervals in held
+            if any(
+                start <= first and (stop is None or first < stop)
+                for start, stop in intervals
+            )
+        )
+        found.append((last, acting))
+        first = last or first
+    return found
+
+
+def _spans(coverage: Coverage) -> Spans:
+    return _OF_PHASE[coverage] if isinstance(coverage, str) else coverage
+
+
+def _order(span: SteeringSpan) -> tuple[str, int, float]:
+    return span.of, span.start, float("inf") if span.stop is None else span.stop
+
+
+def _precedes(stop: int, start: int) -> bool:
+    """Whether what stops there surely ends before what starts there begins."""
+    return (stop < 0) == (start < 0) and stop <= start
+
+
+def _resolved(span: SteeringSpan, length: int) -> tuple[int, int | None]:
+    """The positions of a span, once the prompt's length is known."""
+    if span.of == "prompt":
+        start, stop, _ = slice(span.start, span.stop).indices(length)
+        return start, max(start, stop)
+    return length + span.start, None if span.stop is None else length + span.stop
