@@ -42,17 +42,22 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def check_vllm() -> Finding:
-    """vLLM of a supported release."""
-    import vllm
-    from vllm.plugins.steering.seam import SUPPORTED_VLLM, vllm_is_supported
+def plugin_point() -> importlib.metadata.EntryPoint | None:
+    """The plugin's entry point, as vLLM finds it."""
+    points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return next((point for point in points if point.name == "steering"), None)
 
-    return Finding(
-        "vLLM",
-        vllm_is_supported(),
-        vllm.__version__,
-        f"install vLLM {SUPPORTED_VLLM}.x",
-    )
+
+def check_vllm() -> Finding:
+    """vLLM of the release that the plugin says it supports."""
+    import vllm
+
+    point = plugin_point()
+    if point is None:
+        return Finding("vLLM", True, vllm.__version__)
+    seam = importlib.import_module(f"{point.module}.seam")
+    advice = f"install vLLM {seam.SUPPORTED_VLLM}.x"
+    return Finding("vLLM", seam.vllm_is_supported(), vllm.__version__, advice)
 
 
 def check_metadata() -> Finding:
@@ -88,10 +93,8 @@ def repair_metadata() -> str | None:
 
 def check_plugin() -> Finding:
     """vLLM finds the plugin, and `VLLM_PLUGINS` lets it in."""
-    points = importlib.metadata.entry_points(group="vllm.general_plugins")
-    there = any(point.name == "steering" for point in points)
     allowed = os.environ.get("VLLM_PLUGINS")
-    if not there:
+    if plugin_point() is None:
         return Finding("plugin", False, "no entry point", "pip install vllm-steering")
     if allowed is not None and "steering" not in allowed.split(","):
         return Finding(
