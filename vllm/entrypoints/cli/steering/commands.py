@@ -136,6 +136,8 @@ class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
         }
         if site.is_transcoder:
             content["hook_out"] = site.out_hook
+        if site.before_gain:
+            content["before_gain"] = True
         if weights.W_skip is not None:
             content["W_skip"] = weights.W_skip
         if site.activation is Activation.JUMPRELU:

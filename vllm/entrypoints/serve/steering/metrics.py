@@ -69,6 +69,11 @@ class SteeringMetrics:
             "saturated_tokens",
             "Tokens whose edited stream was limited to stay finite, per site and tier.",
         )
+        self.read = {
+            "tokens": _counter("read_tokens", "Tokens read, for each site.", "module"),
+            "bytes": _counter("read_bytes", "Bytes that were read.", "module"),
+            "stops": _counter("read_stops", "Requests a feature ended.", "module"),
+        }
         self.requests = _counter(
             "requests", "Requests that named the module.", "module", "field"
         )
@@ -81,7 +86,8 @@ class SteeringMetrics:
     def collectors(self) -> tuple[Gauge | Counter, ...]:
         """Everything that is registered with Prometheus."""
         counters = (self.tokens, self.bypassed, self.saturated, self.requests)
-        return (self.modules, self.rows, self.memory, *counters, self.refused)
+        read = self.read.values()
+        return (self.modules, self.rows, self.memory, *counters, *read, self.refused)
 
     def start(self) -> None:
         """Keep the metrics up to date until the event loop ends."""
@@ -98,6 +104,9 @@ class SteeringMetrics:
                 self.totals.follow(self.tokens, tokens, tier, phase)
         self.totals.follow(self.bypassed, found["bypassed_tokens"])
         self.totals.follow(self.saturated, found["saturated_tokens"])
+        for module, counts in found["read"].items():
+            for kind, counter in self.read.items():
+                self.totals.follow(counter, counts[kind], module)
         for rank, size in enumerate(found["bytes"]):
             self.memory.labels(str(rank)).set(size)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import write_stream
+from .clamp import read_stream, write_stream
 from .compact import RECORD_INTS, SATURATED, pdl_wait
 from .resolve import entry_feature, entry_value
 
@@ -37,6 +37,7 @@ def combine_kernel(
     entries,
     coef,
     x,
+    skip,
     w_dec,
     b_dec,
     hidden,
@@ -53,6 +54,8 @@ def combine_kernel(
     HAS_RESIDUAL: tl.constexpr,
     MAX_CLAMPS: tl.constexpr,
     DELTA: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     NB: tl.constexpr,
     BD: tl.constexpr,
     PDL: tl.constexpr,
@@ -87,9 +90,16 @@ def combine_kernel(
                 delta = tl.load(coef + i * MAX_CLAMPS + c, mask=inside, other=0.0)
                 acc = add_rows(acc, w_dec, feature, delta, inside, col, D)
             out = tl.sum(acc, 0)
-            if DELTA:
+            if DELTA and HAS_SOURCE:
+                out += read_stream(
+                    hidden, hidden_stride, residual, residual_stride,
+                    token.to(tl.int64), col, D, HAS_RESIDUAL,
+                )  # fmt: skip
+            elif DELTA:
                 start = tl.load(x + i64 * D + col, mask=col < D, other=0.0)
                 out += start.to(tl.float32)
+            elif HAS_SKIP:
+                out += tl.load(skip + i64 * D + col, mask=col < D, other=0.0)
             else:
                 out += tl.load(b_dec + col, mask=col < D, other=0.0)
             over = write_stream(

@@ -112,6 +112,7 @@ def decode_dense_kernel(
     kth,
     coef,
     acts,
+    skip,
     w_dec,
     b_dec,
     hidden,
@@ -127,6 +128,7 @@ def decode_dense_kernel(
     HAS_RESIDUAL: tl.constexpr,
     MAX_CLAMPS: tl.constexpr,
     TOPK: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
     BD: tl.constexpr,
@@ -160,7 +162,13 @@ def decode_dense_kernel(
             w_at = f.to(tl.int64)[:, None] * D + col[None, :]
             w_mask = (f < d_sae)[:, None] & (col < D)[None, :]
             acc = multiply_acts(acc, act, tl.load(w_dec + w_at, mask=w_mask, other=0.0))
-        out = acc * unit + tl.load(b_dec + col, mask=col < D, other=0.0)[None, :]
+        out = acc * unit
+        if HAS_SKIP:
+            at = skip + which.to(tl.int64)[:, None] * D + col[None, :]
+            mask = there[:, None] & (col < D)[None, :]
+            out += tl.load(at, mask=mask, other=0.0)
+        else:
+            out += tl.load(b_dec + col, mask=col < D, other=0.0)[None, :]
 
         row = tl.load(index + token, mask=there, other=0)
         row_ptr = table + row.to(tl.int64) * table_stride

@@ -64,10 +64,14 @@ def plan_chunks(
     max_clamps: int,
     itemsize: int,
     topk: bool,
+    skip: bool = False,
 ) -> ChunkPlan:
-    """Chunking of a step of `tokens` tokens, so that every region keeps its limit."""
+    """Chunking of a step of `tokens` tokens, so that every region keeps its limit.
+
+    `skip`: a transcoder's skip connection has its outputs beside x, in float32.
+    """
     listed = min(d_sae, LIST_MAX)
-    rows = MAX_GATHER_BYTES // (d_in * itemsize)
+    rows = MAX_GATHER_BYTES // (d_in * itemsize + (4 * d_out if skip else 0))
     rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
     rows = min(rows, MAX_ENTRY_BYTES // (ENTRY_BYTES * listed))
     if topk:

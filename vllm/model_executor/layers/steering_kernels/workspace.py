@@ -27,7 +27,8 @@ LIMIT_BYTES = 256 * MIB
 class StageBuffers:
     """Views of the workspace for one slot and one step.
 
-    x: model's dtype `[rows, D]`, gathered activations.
+    x: model's dtype `[rows, d_in]`, gathered activations.
+    skip: float32 `[rows, d_out]`, `b_dec + W_skip x` (else one unused element).
     scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
         a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
@@ -38,6 +39,7 @@ class StageBuffers:
 
     plan: ChunkPlan
     x: torch.Tensor
+    skip: torch.Tensor
     scores: torch.Tensor
     entries: torch.Tensor
     dense: torch.Tensor
@@ -85,7 +87,9 @@ class SteeringWorkspace:
                 plan = self.plan(slot, max_tokens, topk)
                 rows = max(rows, plan.rows)
                 item = w.W_enc.element_size()
-                x_bytes = max(x_bytes, plan.rows * w.d_in * item)
+                skip_bytes = 4 * w.d_out if w.W_skip is not None else 0
+                gathered = align(plan.rows * w.d_in * item) + plan.rows * skip_bytes
+                x_bytes = max(x_bytes, gathered)
                 coef_bytes = max(coef_bytes, plan.rows * slot.full.max_clamps * 4)
                 shared = self._shared_bytes(slot, max_tokens, topk)
                 shared_bytes = max(shared_bytes, shared)
@@ -115,6 +119,7 @@ class SteeringWorkspace:
             slot.full.max_clamps,
             w.W_enc.element_size(),
             topk,
+            w.W_skip is not None,
         )
 
     @classmethod
@@ -166,10 +171,15 @@ class SteeringWorkspace:
         def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return arena.view(dtype)[: shape[0] * shape[1]].view(shape)
 
+        x_bytes = align(plan.rows * w.d_in * w.W_enc.element_size())
+        skip_shape = (1, 1) if w.W_skip is None else (plan.rows, w.d_out)
+        if w.W_skip is None:
+            x_bytes = 0
         scores_shape = (plan.rows, w.d_sae_capacity) if topk else (1, 1)
         return StageBuffers(
             plan,
             view(self._x, w.W_enc.dtype, plan.rows, w.d_in),
+            view(self._x[x_bytes:], torch.float32, *skip_shape),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
             entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
