@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from vllm.config.sae_features import (
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
+from vllm.config.steering_json import JsonView
 from vllm.v1.engine.steering_reads import Chunk, Payload
 
 
@@ -30,7 +30,7 @@ class Readings:
         num_prompt: tokens of its prompt.
     """
 
-    def __init__(self, extra_args: Mapping[str, Any], num_prompt: int):
+    def __init__(self, extra_args: JsonView, num_prompt: int):
         self.reads = canonical_reads(extra_args)
         self.num_prompt = num_prompt
         self._d_sae: Sequence[int] = ()
@@ -107,7 +107,7 @@ class Readings:
         return found
 
 
-def canonical_reads(extra_args: Mapping[str, Any]) -> tuple[SiteRead, ...]:
+def canonical_reads(extra_args: JsonView) -> tuple[SiteRead, ...]:
     """The reads of canonical specs, in the order in which the engine has them."""
     found = [
         SiteRead(

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 from vllm.config.sae_steering_admission import ROWS_KEY, admitted_extra_args
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_replies import METHOD, Json, ModuleReply
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import METHOD, ModuleReply
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
