@@ -42,11 +42,13 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
+from vllm.engine.steering_config_error import SteeringConfigError
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
+from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import prepare_sharing
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -59,6 +61,8 @@ TOP_FIELDS = (
     "max_clamps",
     "max_specs",
     "max_pieces",
+    "presets",
+    "default_preset",
     "readout",
     "spare",
     "module_roots",
@@ -72,10 +76,6 @@ MAX_PIECES_LIMIT = 64
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class SteeringConfigError(ValueError):
-    """The engine cannot start with this steering configuration."""
 
 
 def resolve_steering(vllm_config: Any) -> None:
@@ -116,6 +116,9 @@ def resolve_steering(vllm_config: Any) -> None:
             first_read_layer=first_read_layer(vllm_config),
         ),
         spare,
+    )
+    config = with_start_up_presets(
+        config, steering.get("presets", {}), steering.get("default_preset")
     )
     resolved = config.to_json()
     vllm_config.additional_config = {

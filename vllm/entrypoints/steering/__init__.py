@@ -7,16 +7,24 @@ register, replace, list and unregister modules of an `LLM`.
 
 from vllm.entrypoints.steering.offline import (
     SteeringModuleError,
+    delete_preset,
     list_modules,
+    put_preset,
     register_module,
+    register_vector,
     replace_module,
+    set_default_preset,
     unregister_module,
 )
 
 __all__ = [
     "SteeringModuleError",
+    "delete_preset",
     "list_modules",
+    "put_preset",
     "register_module",
+    "register_vector",
     "replace_module",
+    "set_default_preset",
     "unregister_module",
 ]

@@ -4,36 +4,34 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
+from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.encode import ENCODE_SCHEMA, parse_encode
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
+from vllm.entrypoints.serve.steering.http import PATH_PREFIX, body, refused, service
 from vllm.entrypoints.serve.steering.protocol import (
-    MAX_BODY_BYTES,
     REGISTER_SCHEMA,
     check_name,
     parse_count,
     parse_flag,
     parse_register,
 )
-from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 router = APIRouter(tags=["steering"])
 LABELS_LIMIT = 1000
-PATH = "/v1/steering/modules"
+PATH = f"{PATH_PREFIX}/modules"
 
 
 @router.get(PATH)
 async def list_steering_modules(request: Request) -> JSONResponse:
     """Every module with its sites, memory and requests; free slots; rows in use."""
     try:
-        return JSONResponse(await _service(request, mutation=False).list())
+        return JSONResponse(await service(request, mutation=False).list())
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
 
 
 @router.post(
@@ -52,11 +50,11 @@ async def register_steering_module(request: Request) -> JSONResponse:
     `norm_guard`, `sites`, `replace`, `drain`. Answers 201 with the module.
     """
     try:
-        service = _service(request, mutation=True)
-        asked = parse_register(await _body(request))
-        module = await service.register(asked, request.is_disconnected)
+        modules = service(request, mutation=True)
+        asked = parse_register(await body(request))
+        module = await modules.register(asked, request.is_disconnected)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"module": module}, status_code=201)
 
 
@@ -64,13 +62,13 @@ async def register_steering_module(request: Request) -> JSONResponse:
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     """What the module's author measured: its card, and the features in `?index=3,7`."""
     try:
-        service = _service(request, mutation=False)
+        modules = service(request, mutation=False)
         check_name(name)
         indices = parse_indices(request.query_params.get("index"))
-        path = await service.path_of(name)
+        path = await modules.path_of(name)
         found = await asyncio.to_thread(of_features, path, indices)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"module_name": name, **found})
 
 
@@ -78,12 +76,12 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
 async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
     """Remove a module; `?drain=true` waits for the requests that name it."""
     try:
-        service = _service(request, mutation=True)
+        modules = service(request, mutation=True)
         check_name(name)
         drain = parse_flag("drain", request.query_params.get("drain"))
-        await service.unregister(name, drain, request.is_disconnected)
+        await modules.unregister(name, drain, request.is_disconnected)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"name": name, "deleted": True})
 
 
@@ -94,17 +92,17 @@ async def search_features(name: str, request: Request) -> JSONResponse:
     At most `limit` (20) of them.
     """
     try:
-        service = _service(request, mutation=False)
+        modules = service(request, mutation=False)
         check_name(name)
         query = request.query_params
-        found = await service.search_labels(
+        found = await modules.search_labels(
             name,
             query.get("q", ""),
             parse_count("index", query.get("index"), None, 2**31),
             parse_count("limit", query.get("limit"), 20, LABELS_LIMIT) or 20,
         )
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     listed = [{"feature_idx": feature, "label": label} for feature, label in found]
     return JSONResponse({"module_name": name, "features": listed})
 
@@ -125,39 +123,7 @@ async def encode_texts(request: Request) -> JSONResponse:
     completions.
     """
     try:
-        asked = parse_encode(await _body(request))
+        asked = parse_encode(await body(request))
         return JSONResponse(await request.app.state.steering_encode.encode(asked))
     except RequestRefused as error:
-        return _refused(error)
-
-
-def _service(request: Request, *, mutation: bool) -> SteeringModulesService:
-    state = request.app.state
-    check_key(request.headers, state.steering_api_key, mutation=mutation)
-    return state.steering_modules
-
-
-async def _body(request: Request) -> bytes:
-    """The request's body, read no further than its limit."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestRefused(
-                413, f"body: expected at most {MAX_BODY_BYTES} bytes, found more"
-            )
-    return bytes(body)
-
-
-def _refused(error: RequestRefused) -> JSONResponse:
-    """OpenAI's form of an error."""
-    content: dict[str, Any] = {
-        "message": error.message,
-        "type": "SteeringModuleError",
-        "param": error.field,
-        "code": error.status,
-    }
-    if error.in_use is not None:
-        content["in_use"] = error.in_use
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse({"error": content}, error.status, headers)
+        return refused(error)

@@ -3,7 +3,8 @@
 
 The edit a branch would make: `create_completion`, `create_chat_completion`,
 `create_responses` and `serve_tokens` begin by checking the request's steering. Without
-it the engine's own check comes after a stream has answered 200.
+it the engine's own check comes after a stream has answered 200. A `model` that names a
+preset is replaced there, and `show_available_models` lists the presets.
 """
 
 from __future__ import annotations
@@ -39,7 +40,20 @@ class Installer:
         wrap(self.target, ("self", "request", "raw_request"), _make)
 
 
-INSTALLERS = tuple(Installer(target) for target in TARGETS)
+class ModelsInstaller:
+    """Binds the list of models."""
+
+    module = "vllm.entrypoints.openai.models.serving"
+
+    def __call__(self) -> None:
+        target = f"{self.module}:OpenAIServingModels.show_available_models"
+        wrap(target, ("self",), _make_show_available_models)
+
+
+INSTALLERS: tuple[Installer | ModelsInstaller, ...] = (
+    *(Installer(target) for target in TARGETS),
+    ModelsInstaller(),
+)
 
 
 def check_request(request: Any, vllm_config: Any) -> None:
@@ -51,7 +65,7 @@ def check_request(request: Any, vllm_config: Any) -> None:
     """
     from vllm.entrypoints.openai.steering.request_fields import (
         refuse_misspelt_fields,
-        specs_of,
+        steering_of,
     )
 
     refuse_misspelt_fields(request)
@@ -61,12 +75,15 @@ def check_request(request: Any, vllm_config: Any) -> None:
         extra_args = params.extra_args
         refuse_reading(extra_args)
     refuse_reserved_key(extra_args)
-    given = {
-        key: specs for key, specs in specs_of(request).items() if specs is not None
-    }
-    parse_steering_request(
-        {**(extra_args or {}), **given}, active_steering_config(vllm_config)
-    )
+    config = active_steering_config(vllm_config)
+    given = {**(extra_args or {}), **steering_of(request)}
+    steering = parse_steering_request(given, config)
+    if steering is not None and getattr(request, "use_beam_search", False):
+        raise refusal(
+            "use_beam_search",
+            "beam search does not support steering, expected use_beam_search=false, no "
+            "specs, and null as steering_preset where the server has a default",
+        )
 
 
 def refuse_reading(extra_args: Mapping[str, Any] | None) -> None:
@@ -80,10 +97,13 @@ def refuse_reading(extra_args: Mapping[str, Any] | None) -> None:
 
 
 def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.entrypoints.openai.steering.presets import select_preset
     from vllm.entrypoints.openai.steering.request_fields import refuse_ambiguous_body
 
     async def checked(self: Any, request: Any, raw_request: Any = None) -> Any:
         try:
+            config = active_steering_config(self.engine_client.vllm_config)
+            select_preset(request, config, self.models.base_model_paths[0].name)
             check_request(request, self.engine_client.vllm_config)
             await refuse_ambiguous_body(raw_request)
         except VLLMValidationError as error:
@@ -94,3 +114,23 @@ def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
         return await stock(self, request, raw_request)
 
     return checked
+
+
+def _make_show_available_models(stock: Callable[..., Any]) -> Callable[..., Any]:
+    async def show_available_models(self: Any) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+        models = await stock(self)
+        config = active_steering_config(self.engine_client.vllm_config)
+        base = self.base_model_paths[0]
+        for name in () if config is None else config.presets:
+            if not self.is_base_model(name):
+                permission = [ModelPermission()]
+                models.data.append(
+                    ModelCard(
+                        id=name, root=base.name, parent=base.name, permission=permission
+                    )
+                )
+        return models
+
+    return show_available_models

@@ -57,11 +57,10 @@ def install() -> None:
 def _make_validate_params(stock: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
         watermarking = stock(self, params, supported_tasks)
-        if isinstance(params, SamplingParams) and params.extra_args:
+        if isinstance(params, SamplingParams):
             refuse_reserved_key(params.extra_args)
-            parse_steering_request(
-                params.extra_args, active_steering_config(self.vllm_config)
-            )
+            config = active_steering_config(self.vllm_config)
+            parse_steering_request(params.extra_args, config)
         elif isinstance(params, PoolingParams):
             refuse_pooling(params.extra_kwargs)
         return watermarking
@@ -73,12 +72,15 @@ def _make_process_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = stock(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and params.extra_args:
-            config = active_steering_config(self.vllm_config)
+        if params is None:
+            return request
+        config = active_steering_config(self.vllm_config)
+        if params.extra_args or (config is not None and config.default_preset):
             steering = parse_steering_request(params.extra_args, config)
-            if steering is not None:
-                refuse_streaming_input(steering, request.resumable)
-                params.extra_args = canonical_extra_args(params.extra_args, steering)
+            refuse_streaming_input(steering, request.resumable)
+            params.extra_args = canonical_extra_args(
+                params.extra_args, steering, config
+            )
         return request
 
     return process_inputs
