@@ -65,7 +65,7 @@ format: venv
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# On a machine with a GPU, beside an installed vLLM: see docs/design/kernels.md.
+# On a machine with a GPU, beside an installed vLLM: see docs/design/kernels_log.md.
 bench:
 	$(PYTHON3) benchmarks/bench_kernels.py
 	$(PYTHON3) benchmarks/bench_engine.py

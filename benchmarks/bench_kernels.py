@@ -37,6 +37,7 @@ TOKENS = [1, 8, 32, 64, 256, 1024, 2048, 8192]
 L0 = 100
 K = 64
 REPLAYS = 31
+DENSE_TOKENS = [1, 8, 64, 256, 2048, 8192]
 
 
 class Timer:
@@ -216,6 +217,20 @@ class Bench:
         us = self.timer(op, stream.restore, floor * 4)
         self.add("cublas_pair", (d_sae, d_model), tokens, us, floor)
 
+    def density(self, shape: tuple[int, int]) -> None:
+        """Half of all features fire, then all of them; beside the dense pair."""
+        slot = make_slot(*shape, Activation.RELU)
+        slot.weights.threshold.zero_()
+        for case, bias in (("half_fire", 0.0), ("all_fire", 30.0)):
+            slot.weights.b_enc.fill_(bias)
+            for tokens in DENSE_TOKENS:
+                self.cublas_pair(slot, tokens)
+                pair = self.rows[-1]["us"]
+                count = shape[0] // 2 if case == "half_fire" else shape[0]
+                self.full(case, slot, tokens, l0=count)
+                row = self.rows[-1]
+                print(case, row["shape"], tokens, "pairs:", round(row["us"] / pair, 2))
+
     def torch_port(self, slot: SAESlot, tokens: int) -> None:
         """Eager: nonzero, float32 encoder, dense decode, index_put."""
         w = slot.weights
@@ -307,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one shape, four sizes")
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--density", action="store_true", help="only that, one shape")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     bench = Bench()
@@ -324,6 +340,10 @@ def main() -> None:
         out.write_text(json.dumps({**old, **facts, "kernel": bench.rows}, indent=1))
 
     with torch.inference_mode():
+        if args.density:
+            bench.density(SHAPES[0])
+            save()
+            return
         run(bench, args.quick, not (args.quick or args.no_baselines), save)
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mixin": {"config", "layers", "loader", "managers", "mixin"},
     "engine": {"config", "layers", "loader", "managers", "mixin", "engine"},
     "entrypoints": {"config", "entrypoints"},
-    "tool": {"config", "layers", "loader", "tool"},
+    "tool": {"config", "layers", "loader", "tool", "entrypoints"},
     "plugins": {level for _, level in LEVELS} - {"tool"},
 }
 

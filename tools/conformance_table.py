@@ -20,7 +20,13 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 def table() -> str:
     """The table as Markdown."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from steering_testing.cases import CASES, RESIDUAL, SUBLAYER, TRANSFORMERS_CASES
+    from steering_testing.cases import (
+        CASES,
+        RESIDUAL,
+        SUBLAYER,
+        TRANSFORMERS_CASES,
+        UNCHECKED,
+    )
 
     hooks = (*RESIDUAL, *SUBLAYER, "transcoder")
     lines = [
@@ -34,6 +40,11 @@ def table() -> str:
         cells = ["–" if hook in lacks else "✓" for hook in hooks]
         name = case.layer_class.rsplit(".", 1)[1]
         lines.append(f"| {case.title} | `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", "In the table of families, and not compared with Hugging Face:", ""]
+    lines += [
+        f"- {title} (`{name.rsplit('.', 1)[1]}`): {why}."
+        for name, (title, why) in UNCHECKED.items()
+    ]
     return "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ struct Workspace {
   T* x;                  // [rows, D], the active tokens' stream
   TokenRecord* records;  // [rows]
   int* count;            // active tokens of the whole step
-  int* sync;             // counters of a grid's barrier, zero between launches
+  int* sync;             // [kSyncInts], SyncField
   int64_t* entries;      // [rows, capacity]
   float* scores;         // [rows, F], TopK only, else null
   int64_t* kth;          // [rows], TopK only

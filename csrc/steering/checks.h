@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bundles.cuh"
+#include "dense.cuh"
 #include "launch.h"
 
 namespace vllm_steering {
@@ -154,8 +155,7 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
                                 {kAny, kRecordInts}, e);
   check_length(records, rows * kRecordInts, "records");
   check(get(ws, kCount, "count"), "count", i32, {1}, e);
-  check_length(check(get(ws, kSync, "sync"), "sync", i32, {kAny}, e), 2,
-               "sync");
+  check(get(ws, kSync, "sync"), "sync", i32, {kSyncInts}, e);
   const Tensor& entries =
       check(get(ws, kEntries, "entries"), "entries", i64, {rows, kAny}, e);
   check(get(ws, kCoef, "coef"), "coef", f32, {rows, max_clamps}, e);
@@ -179,6 +179,24 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
           static_cast<int>(base)};
 }
 
+// The scratch memory of dense tokens, uint8 [rows, bytes of a token].
+template <typename T>
+DenseScratch<T> make_dense_scratch(const Tensors& ws, const Weights<T>& weights,
+                                   const Expected& e) {
+  const Tensor& bytes = check(get(ws, kDense, "dense"), "dense",
+                              ScalarType::Byte, {kAny, kAny}, e);
+  check_aligned(bytes, "dense");
+  const int64_t rows = bytes.size(0), d = weights.d_model;
+  const int64_t padded = (weights.num_features + kTileK - 1) / kTileK * kTileK;
+  const int64_t each = 2 * d + 4 * padded + 4 * kDenseSplits * d;
+  STD_TORCH_CHECK(rows >= 1 && bytes.size(1) >= each, "steering: dense has ",
+                  bytes.size(1), " bytes a token, expected ", each);
+  T* x = data<T>(bytes);
+  T* limbs = x + rows * d;
+  return {x, limbs, reinterpret_cast<float*>(limbs + 2 * rows * padded),
+          static_cast<int>(rows), static_cast<int>(padded)};
+}
+
 // All four bundles of an op.
 template <typename T>
 struct Bundles {
@@ -186,6 +204,7 @@ struct Bundles {
   Weights<T> weights;
   Stream<T> stream;
   Workspace<T> ws;
+  Expected expected;
 };
 
 template <typename T>
@@ -197,7 +216,7 @@ Bundles<T> make_bundles(const Tensors& step, const Tensors& weights,
   const Weights<T> w = make_weights<T>(weights, stream[kHidden].size(1), e);
   const Step st = make_step(step, s.tokens, e);
   return {st, w, s,
-          make_workspace<T>(ws, w, st.table.max_clamps, topk, base, e)};
+          make_workspace<T>(ws, w, st.table.max_clamps, topk, base, e), e};
 }
 
 // Calls f with a value of the stream's element type.

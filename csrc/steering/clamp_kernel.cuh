@@ -307,13 +307,16 @@ __device__ __forceinline__ bool has_finite_norm(
       square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
     }
   }
+  // As a rule every share is far below the bound, and so is their sum.
+  constexpr float kLargest = 3.402823466e38f;
+  if (!__syncthreads_or(!(square <= kLargest / kClampThreads))) return true;
   square = float_warp_sum(square);
   if (threadIdx.x % 32 == 0) norms[threadIdx.x / 32] = square;
   __syncthreads();
   float total = 0.f;
 #pragma unroll 1
   for (unsigned w = 0; w < blockDim.x / 32; ++w) total += norms[w];
-  return isfinite(total);
+  return total <= kLargest;
 }
 
 // Starts copying the clamps of a table row; entries past the count become
@@ -337,8 +340,8 @@ __device__ __forceinline__ void load_clamps(const Weights<T>& weights,
       const bool needs = inside && code != kAdditive;
       copy_async<4>(row.bias + c, weights.b_enc + feature, needs);
       copy_async<4>(row.threshold + c, weights.threshold + feature, needs);
-    } else if (code != kAdditive) {
-      value = clamp_delta(code, value, 0.f);
+    } else {
+      value = clamp_delta(inside ? code : kAdditive, value, 0.f);
     }
     row.delta[c] = value;
   }

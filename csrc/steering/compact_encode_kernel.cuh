@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) {
-      grid_wait(ws.sync, gridDim.x);
-      grid_leave(ws.sync, ws.sync + 1);
+      grid_wait(ws.sync + kArrivals, gridDim.x);
+      grid_leave(ws.sync + kArrivals, ws.sync + kExits);
       fence_async();
     }
     producer(a.encode, m, maps, n, first);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     gather_active(a, m, n, own.limit);
     fence_async();
     sync_threads<kConsumers>();
-    if (t == 0) grid_arrive(ws.sync);
+    if (t == 0) grid_arrive(ws.sync + kArrivals);
     consumer(a.encode, m, n);
   }
 #else

@@ -8,8 +8,15 @@ namespace vllm_steering {
 // layers/steering_state.py: MetaField, columns of SAEWeights.meta.
 enum Meta { kDSae = 0, kUsesTopk = 1, kK = 2, kTopkRelu = 3, kSkipMask = 4 };
 
-// layers/steering_state.py: ClampKind, and ONLY_IF_ACTIVE.
-enum ClampCode { kAbsolute = 0, kAdditive = 1, kScale = 2, kOnlyIfActive = 4 };
+// layers/steering_state.py: ClampKind, and ONLY_IF_ACTIVE. The kernels have no
+// conditions and none of ClampFlag; such rows are refused for them.
+enum ClampCode {
+  kAbsolute = 0,
+  kAdditive = 1,
+  kScale = 2,
+  kCondition = 3,
+  kOnlyIfActive = 4
+};
 
 // layers/steering_state.py: exponents of two of STREAM_LIMIT, by the model's
 // dtype, and of COEFFICIENT_LIMIT.
@@ -17,9 +24,16 @@ constexpr int kStreamLimitBfloat16 = 56;
 constexpr int kStreamLimitFloat16 = 15;
 constexpr int kCoefficientLimit = 96;
 
-// steering_kernels/plan.py: RECORD_INTS, COMPACT_ENCODE_TOKENS.
+// steering_kernels/plan.py: RECORD_INTS, LIST_MAX, COMPACT_ENCODE_TOKENS,
+// DENSE_SPLITS.
 constexpr int kRecordInts = 32;
+constexpr int kListMax =
+    512;  // non-zeros of a token that is decoded from a list
 constexpr int kCompactEncodeTokens = 256;
+constexpr int kDenseSplits = 8;
+
+// layers/steering_state.py: SYNC_INTS.
+constexpr int kSyncInts = 8;
 
 // steering_kernels/bundles.py: the order of the tensors in an op's bundles.
 enum WeightsField {
@@ -40,6 +54,7 @@ enum WorkspaceField {
   kScores = 5,
   kKth = 6,
   kCoef = 7,
+  kDense = 8,
 };
 enum StepField { kIndex = 0, kFlags = 1, kTable = 2, kSaturated = 3 };
 enum StreamField { kHidden = 0, kResidual = 1 };

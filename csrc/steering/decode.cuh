@@ -3,15 +3,13 @@
 // corrections of its clamps behind the entries.
 #pragma once
 
-#include "bundles.cuh"
+#include "dense.cuh"
 #include "ptx/launch_control.cuh"
 
 namespace vllm_steering {
 
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kSortMax =
-    512;  // entries sorted by rank; more go window by window
 constexpr int kColumns = 256;  // columns of D of a block: one warp-wide access
 constexpr int kFewTokens = 8;  // up to here a token's latency counts
 
@@ -22,16 +20,9 @@ struct DecodeArgs {
   Workspace<T> ws;
   ClampTable table;
   unsigned long long* saturated;
-  bool resolved;   // ws.coef holds g - f of the clamps already
-  bool delta;      // add to x: no entries, no b_dec
-  bool long_only;  // only lists that are not sorted: another kernel has those
+  bool resolved;  // ws.coef holds g - f of the clamps already
+  bool delta;     // add to x: no entries, no b_dec
 };
-
-// The longest list that is sorted; longer ones go window by window.
-template <typename T>
-__host__ __device__ __forceinline__ int sorted_max(const DecodeArgs<T>& a) {
-  return min(kSortMax, a.ws.capacity);
-}
 
 inline int decode_slices(int d_model) {
   return (d_model + kColumns - 1) / kColumns;
@@ -53,14 +44,14 @@ __device__ __forceinline__ void add_row(float (&acc)[8], const Pack8<T>& w,
 // A thread's entries of a token's list, requested before their number is known:
 // that saves one of the dependent loads. Places past `room` are not read.
 struct EntryLoads {
-  int64_t at[kSortMax / kDecodeThreads];
+  int64_t at[kListMax / kDecodeThreads];
 };
 
 __device__ __forceinline__ EntryLoads load_entries(const int64_t* own,
                                                    int room) {
   EntryLoads l;
 #pragma unroll
-  for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
+  for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
     const int e = threadIdx.x + u * kDecodeThreads;
     l.at[u] = e < room ? own[e] : 0;
   }
@@ -71,9 +62,9 @@ __device__ __forceinline__ EntryLoads load_entries(const int64_t* own,
 // number of features below its own.
 __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
                              int* features) {
-  int2 mine[kSortMax / kDecodeThreads];
+  int2 mine[kListMax / kDecodeThreads];
 #pragma unroll
-  for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
+  for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
     const int e = threadIdx.x + u * kDecodeThreads;
     mine[u] = make_int2(entry_feature(l.at[u]), static_cast<int>(l.at[u]));
     // Sorts last; rounds n up to a multiple of 4.
@@ -82,7 +73,7 @@ __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
   }
   __syncthreads();
 #pragma unroll
-  for (int u = 0; u < kSortMax / kDecodeThreads; ++u) {
+  for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
     if (threadIdx.x + u * kDecodeThreads >= n) continue;
     int rank = 0;
 #pragma unroll 4

@@ -10,21 +10,19 @@
 // token's bits depend neither on the run nor on its batch.
 #pragma once
 
-#include "overflow.cuh"
+#include "decode.cuh"
 
 namespace vllm_steering {
 
 // The number of slots of the sorted list: entries, then clamps.
 __host__ __device__ inline int list_slots(int max_clamps) {
-  return kSortMax + max_clamps;
+  return kListMax + max_clamps;
 }
 
-// Bytes of shared memory: list (feature, weight), then raw entries, a window,
-// or the partial sums, which are needed one after another.
+// Bytes of shared memory: list (feature, weight), then features to sort or the
+// partial sums, which are needed one after another.
 inline int decode_smem(int max_clamps) {
-  const int sums = kDecodeWarps * kColumns * 4;
-  const int scratch = sums > kWindow * 4 ? sums : kWindow * 4;
-  return list_slots(max_clamps) * 8 + scratch;
+  return list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
 }
 
 // Appends the clamps' corrections behind the entries; returns the new length.
@@ -116,7 +114,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
   const int slices = (d_model + kColumns - 1) / kColumns;
   const int groups =
       max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
-  const int room = a.delta || a.long_only ? 0 : a.ws.capacity;
+  const int room = a.delta ? 0 : a.ws.capacity;
   for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
     const int64_t i = work % n;
     const int64_t* own = a.ws.entries + i * a.ws.capacity;
@@ -124,28 +122,24 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     const int token = record->token;
     const int listed = a.delta ? 0 : record->listed;
     const EntryLoads mine = load_entries(own, room);
-    const bool sorted = listed <= sorted_max(a);
-    if (token < 0 || (a.long_only && sorted)) continue;
+    if (token < 0) continue;
+    if (listed > kListMax) {
+      if (work < n && threadIdx.x == 0) note_dense(a.ws, i);
+      continue;
+    }
     const ClampRow row = a.table.row(record->row);
     const T* x = a.ws.x + i * d_model;
     T* h = a.stream.hidden + token * a.stream.hidden_stride;
     T* r = a.stream.residual == nullptr
                ? nullptr
                : a.stream.residual + token * a.stream.residual_stride;
-    int total = listed;
-    if (sorted) {
-      sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
-      total = append_clamps(a, row, i, list, listed);
-    }
+    sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
+    const int total = append_clamps(a, row, i, list, listed);
     for (int slice = work / n; slice < slices; slice += groups) {
       const int first = slice * kColumns,
                 column = first + (threadIdx.x & 31) * 8;
       Partial sum = {};
-      if (sorted)
-        gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column,
-                           d_model);
-      else
-        sum = gather_windows(a, own, listed, row, i, scratch, column);
+      gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column, d_model);
       finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
     }
   }

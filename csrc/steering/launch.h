@@ -3,6 +3,7 @@
 // libtorch stable ABI only, so one build serves every torch from 2.10 on.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -10,6 +11,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
 
 namespace vllm_steering {
 
@@ -29,6 +32,46 @@ inline cudaStream_t stream_of(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Multiprocessors that the current context may use: a context can have a part
+// of its device, and a grid that must be resident has to fit into it.
+inline int context_multiprocessors(int of_device) {
+#if CUDA_VERSION >= 12040
+  using GetResource =
+      CUresult (*)(CUcontext, CUdevResource*, CUdevResourceType);
+  static GetResource get = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    const auto error = cudaGetDriverEntryPointByVersion(
+        "cuCtxGetDevResource", &found, 12040, cudaEnableDefault, &status);
+    const bool there =
+        error == cudaSuccess && status == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<GetResource>(there ? found : nullptr);
+  }();
+  using GetCurrent = CUresult (*)(CUcontext*);
+  static GetCurrent current = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    const auto error = cudaGetDriverEntryPointByVersion(
+        "cuCtxGetCurrent", &found, 12000, cudaEnableDefault, &status);
+    return reinterpret_cast<GetCurrent>(error == cudaSuccess ? found : nullptr);
+  }();
+  CUcontext context = nullptr;
+  if (get == nullptr || current == nullptr || current(&context) != CUDA_SUCCESS)
+    return of_device;
+  static thread_local CUcontext known = nullptr;
+  static thread_local int count = 0;
+  if (context == known && count > 0) return count;
+  CUdevResource resource;
+  if (get(context, &resource, CU_DEV_RESOURCE_TYPE_SM) != CUDA_SUCCESS)
+    return of_device;
+  known = context;
+  count = static_cast<int>(resource.sm.smCount);
+  return count;
+#else
+  return of_device;
+#endif
+}
+
 inline int multiprocessors(const Tensor& t) {
   static int known[64] = {};
   const int device = t.get_device_index();
@@ -37,7 +80,7 @@ inline int multiprocessors(const Tensor& t) {
     check_cuda(
         cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
         "device attribute");
-  return count;
+  return std::min(count, context_multiprocessors(count));
 }
 
 template <typename... Params, typename... Args>

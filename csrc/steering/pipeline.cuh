@@ -45,9 +45,13 @@ struct EncodeMemory {
 constexpr int kEncodeSmem = sizeof(EncodeMemory) + 1024;
 static_assert(kEncodeSmem <= 227 * 1024, "more than a multiprocessor has");
 
+// Dynamic shared memory from its first multiple of 1024.
+__device__ __forceinline__ char* aligned_memory(char* raw) {
+  return raw + ((1024 - (smem_address(raw) & 1023)) & 1023);
+}
+
 __device__ __forceinline__ EncodeMemory& encode_memory(char* raw) {
-  const uint32_t pad = (1024 - (smem_address(raw) & 1023)) & 1023;
-  return *reinterpret_cast<EncodeMemory*>(raw + pad);
+  return *reinterpret_cast<EncodeMemory*>(aligned_memory(raw));
 }
 
 __device__ void init_barriers(EncodeMemory& m) {

@@ -22,8 +22,19 @@ struct alignas(4 * kRecordInts) TokenRecord {
   int token;      // id in the step, -1: past the norm limit
   int row;        // of the clamp table
   int saturated;  // whether the token has been counted as saturated
+  int dense;      // the n-th record: index of the n-th token that no list holds
 };
 static_assert(sizeof(TokenRecord) == 4 * kRecordInts);
+
+// Counters that blocks share; zero between launches.
+enum SyncField {
+  kArrivals = 0,
+  kExits = 1,
+  kDenseCount = 2,
+  kDenseTicket = 3,
+  kDenseDone = 4,
+  kDenseExits = 5,
+};
 
 // A row of a packed clamp table: active, count, then features, codes, values.
 struct ClampRow {

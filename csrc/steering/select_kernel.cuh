@@ -29,20 +29,9 @@ struct SelectMemory {
   int bins[kBins];
   unsigned long long keys[kCandidates];
   int warp_sums[kSelectThreads / 32];
-  int listed, candidates, bound;
+  int listed, candidates, bound, above;
   unsigned long long kth;
 };
-
-// Sum over the block, of one value a thread.
-__device__ int block_sum(SelectMemory& m, int x) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) m.warp_sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  int total = 0;
-  for (int w = 0; w < kSelectThreads / 32; ++w) total += m.warp_sums[w];
-  return total;
-}
 
 // The scores of one token.
 struct Scores {
@@ -83,18 +72,9 @@ __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
     top[0] = max(top[0], order_bits(s.p[f]));
 }
 
-// Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero
-// where there are fewer than k groups.
-__device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
-  unsigned top[kGroupsPerThread] = {};
-  for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
-  if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
-  group_maxima(top, s);
-  __syncthreads();
-#pragma unroll
-  for (int g = 0; g < kGroupsPerThread; ++g)
-    if (top[g] != 0) atomicAdd(&m.bins[top[g] >> 21], 1);
-  __syncthreads();
+// Finds the bin that holds the k-th from the top: m.bound is the bin, m.above
+// what the bins over it hold. Without so many in all, both stay as they are.
+__device__ void find_bin(SelectMemory& m, int k) {
   // Thread i owns the i-th highest four bins; a scan finds whose hold the k-th.
   constexpr int kOwn = kBins / kSelectThreads;
   const int highest = kBins - 1 - threadIdx.x * kOwn, lane = threadIdx.x % 32;
@@ -112,27 +92,70 @@ __device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
   int before = upto - own;
   if (before < k && upto >= k) {
     for (int b = 0; b < kOwn; ++b) {
-      before += m.bins[highest - b];
-      if (before >= k) {
+      const int here = m.bins[highest - b];
+      if (before + here >= k) {
         m.bound = highest - b;
+        m.above = before;
         break;
       }
+      before += here;
     }
   }
   __syncthreads();
 }
 
-// The k-th largest key by its bits from the top: slow, for very many
-// candidates.
+// Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero
+// where there are fewer than k groups.
+__device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
+  unsigned top[kGroupsPerThread] = {};
+  for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+  if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
+  group_maxima(top, s);
+  __syncthreads();
+#pragma unroll
+  for (int g = 0; g < kGroupsPerThread; ++g)
+    if (top[g] != 0) atomicAdd(&m.bins[top[g] >> 21], 1);
+  __syncthreads();
+  find_bin(m, k);
+}
+
+// Adds one to a thread's bin, if it has one. Where a warp's bins are the same,
+// as when scores tie, one thread adds for all.
+__device__ __forceinline__ void count_in_bin(SelectMemory& m, int bin) {
+  const unsigned mask = __activemask();
+  int same;
+  __match_all_sync(mask, bin, &same);
+  if (bin < 0) return;
+  if (!same)
+    atomicAdd(&m.bins[bin], 1);
+  else if (threadIdx.x % 32 == __ffs(mask) - 1)
+    atomicAdd(&m.bins[bin], __popc(mask));
+}
+
+// The k-th largest key where there are very many candidates: eleven of its bits
+// at a time, by a histogram of the keys that agree with it so far.
 __device__ unsigned long long search_kth(SelectMemory& m, const Scores& s,
                                          int k) {
+  constexpr int kKeyBits = 63, kDigit = 11;
+  static_assert(1 << kDigit == kBins);
   unsigned long long found = 0;
-  for (int b = 62; b >= 0; --b) {
-    const unsigned long long trial = found | 1ull << b;
-    int own = 0;
-    for (int f = threadIdx.x; f < s.d_sae; f += kSelectThreads)
-      own += sort_key(s.p[f], f) >= trial;
-    if (block_sum(m, own) >= k) found = trial;
+#pragma unroll 1
+  for (int top = kKeyBits; top > 0; top -= kDigit) {
+    const int shift = max(top - kDigit, 0);
+    __syncthreads();
+    for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+    __syncthreads();
+    for (int f = threadIdx.x; f < s.d_sae; f += kSelectThreads) {
+      const unsigned long long key = sort_key(s.p[f], f);
+      const bool agrees = key >> top == found >> top;
+      const int digit =
+          static_cast<int>(key >> shift) & ((1 << (top - shift)) - 1);
+      count_in_bin(m, agrees ? digit : -1);
+    }
+    __syncthreads();
+    find_bin(m, k);
+    found |= static_cast<unsigned long long>(m.bound) << shift;
+    k -= m.above;
   }
   return found;
 }

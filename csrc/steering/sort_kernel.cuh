@@ -10,15 +10,19 @@ namespace vllm_steering {
 template <typename T>
 __global__ void __launch_bounds__(kDecodeThreads)
     sort_kernel(const __grid_constant__ DecodeArgs<T> a) {
-  __shared__ int2 list[kSortMax];
-  __shared__ __align__(16) int features[kSortMax];
+  __shared__ int2 list[kListMax];
+  __shared__ __align__(16) int features[kListMax];
   launch_dependents();
   wait_for_previous();
   const int n = a.ws.tokens();
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
     const TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;
-    if (token < 0 || listed > sorted_max(a)) continue;
+    if (token < 0) continue;
+    if (listed > kListMax) {
+      if (threadIdx.x == 0) note_dense(a.ws, i);
+      continue;
+    }
     int64_t* own = a.ws.entries + i * a.ws.capacity;
     __syncthreads();
     sort_entries(load_entries(own, listed), listed, list, features);

@@ -7,6 +7,7 @@
 #include "compact_encode_kernel.cuh"
 #include "compact_kernel.cuh"
 #include "decode_kernel.cuh"
+#include "dense_kernel.cuh"
 #include "encode_kernel.cuh"
 #include "gather_kernel.cuh"
 #include "select_kernel.cuh"
@@ -105,10 +106,9 @@ void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
          decode_smem(a.table.max_clamps), stream, a);
 }
 
-// Few tokens: one kernel. Many: sort once, then gather, then what is too long
-// for that.
+// Tokens that lists hold. Few: one kernel. Many: sort once, then gather.
 template <typename T>
-void launch_decode(DecodeArgs<T> a, bool many, int processors,
+void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
                    cudaStream_t stream) {
   if (many) {
     const int64_t work =
@@ -118,13 +118,36 @@ void launch_decode(DecodeArgs<T> a, bool many, int processors,
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
     launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
            stream, a);
-    if (a.weights.num_features <= sorted_max(a)) return;
-    a.long_only = true;
-  }
-  if (a.ws.rows <= kFewTokens)
+  } else if (a.ws.rows <= kFewTokens) {
     launch_lists<16>(a, processors, stream);
-  else
+  } else {
     launch_lists<8>(a, processors, stream);
+  }
+}
+
+template <typename T>
+DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
+  DenseMaps maps;
+  maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_model, kTileF, kTileK);
+  maps.w_dec = tensor_map(w.w_dec, w.num_features, w.d_model, kTileK, 64);
+  for (int i = 0; i < kDenseWidths; ++i) {
+    maps.x[i] = tensor_map(s.x, s.rows, w.d_model, kWidth[i], kTileK);
+    maps.limbs[i] =
+        tensor_map(s.limbs, 2 * s.rows, s.padded, kWidth[i], kTileK);
+  }
+  return maps;
+}
+
+// Tokens that no list holds: their number is known on the device only.
+template <typename T>
+void launch_dense(const Bundles<T>& b, const DenseScratch<T>& scratch,
+                  bool topk, int processors, cudaStream_t stream) {
+  STD_TORCH_CHECK(b.step.table.max_clamps <= kDenseClamps,
+                  "steering: more than ", kDenseClamps, " clamps a row");
+  const DenseArgs<T> a = {b.weights,        b.stream, b.ws,   b.step.table,
+                          b.step.saturated, topk,     scratch};
+  launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem, stream, a,
+         dense_maps(scratch, b.weights));
 }
 
 // Stage 4, and stage 3 of threshold SAEs. `many`: sort in a launch of its own.
@@ -134,10 +157,17 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     using T = decltype(type);
     const auto b =
         make_bundles<T>(step, weights, stream, workspace, topk, base);
-    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
-                             b.step.saturated, topk,     delta, false};
-    launch_decode(a, many && !delta, multiprocessors(stream[kHidden]),
-                  stream_of(stream[kHidden]));
+    const int processors = multiprocessors(stream[kHidden]);
+    const cudaStream_t on = stream_of(stream[kHidden]);
+    STD_TORCH_CHECK(
+        delta || b.ws.capacity >= std::min(b.weights.num_features, kListMax),
+        "steering: lists of ", b.ws.capacity, " entries are too short");
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws, b.step.table,
+                             b.step.saturated, topk,     delta};
+    launch_decode(a, many && !delta, processors, on);
+    if (delta || b.weights.num_features <= kListMax) return;
+    launch_dense(b, make_dense_scratch(workspace, b.weights, b.expected), topk,
+                 processors, on);
   });
 }
 

@@ -75,7 +75,9 @@ class SiteInfo:
 
     `hook` is the point that the site reads, of width `d_in`; requests name the site by
     it. An SAE writes to the same point (`hook_out` and `d_out` are None). A transcoder
-    writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`.
+    writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`, and
+    `before_gain` that its encoder was trained on `mlp_in` before the norm's gain, which
+    is divided out of `W_enc` when the module is loaded into a layer.
     `d_sae` is the number of directions: F features of an SAE, 1 for a vector. `k` and
     `topk_relu` (clip the selected pre-activations at zero) are set for TopK only.
     """
@@ -90,6 +92,7 @@ class SiteInfo:
     hook_out: HookPoint | None = None
     d_out: int | None = None
     has_skip: bool = False
+    before_gain: bool = False
 
     @property
     def name(self) -> str:

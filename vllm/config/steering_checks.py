@@ -15,6 +15,10 @@ MAX_SHOWN = 60
 MAX_LISTED = 10
 
 
+class SteeringConfigError(ValueError):
+    """The engine cannot start with this steering configuration."""
+
+
 class ModuleChangedError(VLLMValidationError, GracefulHTTPError):
     """A module that a request names is changing, or has changed: HTTP 409."""
 

@@ -18,10 +18,9 @@ from vllm.config.sae_steering_presets import (
 )
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_checks import listing, shown
+from vllm.config.steering_checks import SteeringConfigError, listing, shown
 from vllm.config.steering_replies import Json, Outcome, RefusedCall
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
-from vllm.engine.steering_config_error import SteeringConfigError
 from vllm.exceptions import VLLMValidationError
 
 ROOT = "additional_config.steering"

@@ -40,16 +40,16 @@ from vllm.config.steering import (
     SteeringConfig,
     point_widths,
 )
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_private_directory import make_private_directory
 from vllm.config.steering_slots import start_up_slots
-from vllm.engine.steering_config_error import SteeringConfigError
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
 from vllm.engine.steering_presets import with_start_up_presets
-from vllm.engine.steering_shared_config import prepare_sharing
+from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -125,7 +125,8 @@ def resolve_steering(vllm_config: Any) -> None:
         **additional,
         "steering": {**steering, "resolved": resolved},
     }
-    prepare_sharing(vllm_config.parallel_config)
+    if not is_one_of_several(vllm_config.parallel_config):
+        make_private_directory()
 
 
 def _readout(value: Any) -> bool:
@@ -170,7 +171,8 @@ def inspect_for_model(
     try:
         module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
-        raise SteeringConfigError(str(error)) from error
+        # One line is all that a start-up mistake should print at the end.
+        raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)

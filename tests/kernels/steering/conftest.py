@@ -4,15 +4,32 @@ Triton's interpreter in where vLLM was built for a CPU."""
 
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
     # vLLM's CPU build turns Triton off unless it has a backend of this name. Kernels
     # that the interpreter runs use none.
     from triton.backends import backends
 
     driver = SimpleNamespace(is_active=lambda: False)
     backends.setdefault("cpu", SimpleNamespace(driver=driver, compiler=None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """When interpreted, all but a test's first and last Triton case are slow."""
+    if not INTERPRETED:
+        return
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if "cuda" not in item.name:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same in cases.values():
+        for item in same[1:-1]:
+            item.add_marker(pytest.mark.slow)

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.steering_state import (
     COEFFICIENT_LIMIT,
     ONLY_IF_ACTIVE,
     STREAM_LIMIT,
+    SYNC_INTS,
     ClampKind,
     MetaField,
 )
@@ -76,6 +77,7 @@ def test_a_bundle_has_its_tensors_in_the_order_of_python(bundle: str) -> None:
 
 def test_every_number_of_the_header_has_its_python_twin() -> None:
     twins = {plain(k): v for k, v in vars(plan).items() if isinstance(v, int)}
+    twins["syncints"] = SYNC_INTS
     twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -178,7 +180,7 @@ def test_more_non_zeros_than_a_list_holds(
 
     def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         plan = stock(slot, tokens, topk)
-        return ChunkPlan(plan.rows, plan.num_chunks, kernel.LEAST_CAPACITY)
+        return replace(plan, capacity=kernel.LEAST_CAPACITY)
 
     monkeypatch.setattr(kernel.SteeringWorkspace, "plan", staticmethod(narrow))
     slot = make_slot(512, 64, activation, k=300, l0=250, max_clamps=64)

@@ -11,8 +11,9 @@ import pytest
 
 import vllm.plugins.steering as plugin
 from vllm.config.steering import HookPoint, get_steering_config
+from vllm.config.steering_checks import SteeringConfigError
 from vllm.engine.arg_utils import EngineArgs
-from vllm.engine.steering_resolution import SteeringConfigError, resolve_steering
+from vllm.engine.steering_resolution import resolve_steering
 
 SITE = {"layer": 1, "hook": "resid_post"}
 

@@ -16,6 +16,7 @@ from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
 from vllm.config import KVTransferConfig
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
+from vllm.config.steering_checks import SteeringConfigError
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.engine.steering_kv_connectors import (
@@ -23,7 +24,6 @@ from vllm.engine.steering_kv_connectors import (
     MULTI_CONNECTOR,
 )
 from vllm.engine.steering_resolution import (
-    SteeringConfigError,
     refuse_unsupported_features,
     resolve_steering,
 )

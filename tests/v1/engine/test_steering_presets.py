@@ -28,8 +28,8 @@ from steering_testing.tiers import FAMILY, POST, sae
 
 from vllm import LLM, SamplingParams
 from vllm.config.sae_steering_types import SteeringSamplingParams
+from vllm.config.steering_checks import SteeringConfigError
 from vllm.engine.steering_active_config import active_steering_config
-from vllm.engine.steering_config_error import SteeringConfigError
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.steering.presets import select_preset
 from vllm.entrypoints.steering import (

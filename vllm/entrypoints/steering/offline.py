@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering import ModuleInfo, SteeringConfig, parse_site
 from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
@@ -91,8 +91,8 @@ def register_vector(
     path = f"{folder.name}/vectors.safetensors"
     tensors = {}
     for site, tensor in vectors.items():
-        hook, separator, layer = site.rpartition(".")
-        stored = f"layers.{layer}.{hook}" if separator else site
+        found = parse_site(site)
+        stored = site if found is None else f"layers.{found[0]}.{found[1].value}"
         tensors[stored] = tensor.detach().float().cpu().contiguous().clone()
     save_file(tensors, path)
     return register_module(llm, name, path, replace=replace)

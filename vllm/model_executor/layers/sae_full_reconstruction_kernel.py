@@ -46,20 +46,42 @@ __all__ = [
 ]
 
 
+def _check_rows(name: str, x: torch.Tensor, width: int) -> None:
+    if x.dim() != 2 or x.shape[1] != width or x.stride(1) != 1:
+        raise ValueError(
+            f"steering: {name} has shape {tuple(x.shape)} and strides {x.stride()};"
+            f" expected [tokens, {width}] with contiguous rows"
+        )
+
+
 def _check(hidden: torch.Tensor, residual: torch.Tensor | None, d_model: int) -> None:
     """Raise ValueError unless the stream has the shape that the kernels address."""
-    for name, x in (("hidden", hidden), ("residual", residual)):
-        if x is None:
-            continue
-        if x.dim() != 2 or x.shape[1] != d_model or x.stride(1) != 1:
-            raise ValueError(
-                f"steering: {name} has shape {tuple(x.shape)} and strides {x.stride()};"
-                f" expected [tokens, {d_model}] with contiguous rows"
-            )
+    _check_rows("hidden", hidden, d_model)
+    if residual is not None:
+        _check_rows("residual", residual, d_model)
     if residual is not None and residual.shape != hidden.shape:
         raise ValueError(
             f"steering: residual has shape {tuple(residual.shape)}, expected that of "
             f"hidden, {tuple(hidden.shape)}"
+        )
+
+
+def _check_source(
+    slot: SAESlot, hidden: torch.Tensor, source: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless there is a source exactly where the encoder reads one."""
+    if (source is not None) != slot.reads_source:
+        raise ValueError(
+            f"steering: source given: {source is not None}, but the slot reads one: "
+            f"{slot.reads_source}"
+        )
+    if source is None:
+        return
+    _check_rows("source", source, slot.weights.d_in)
+    if source.shape[0] != hidden.shape[0] or source.dtype != hidden.dtype:
+        raise ValueError(
+            f"steering: source has {source.shape[0]} tokens of {source.dtype}; "
+            f"expected {hidden.shape[0]} of {hidden.dtype}"
         )
 
 
@@ -69,6 +91,7 @@ def full_reconstruction(
     workspace: SteeringWorkspace,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
     """Replace steered tokens by their reconstruction with the row's clamps, in place.
 
@@ -76,13 +99,18 @@ def full_reconstruction(
         slot: the SAE and its rows (`slot.full`).
         step: rows and flags of the step's tokens.
         workspace: built for this slot and at least this many tokens.
-        hidden: `[T, D]`, the model's dtype.
-        residual: `[T, D]`, or None where the stream is one tensor.
+        hidden: `[T, d_out]`, the model's dtype.
+        residual: `[T, d_out]`, or None where the stream is one tensor.
+        source: `[T, d_in]`, what a transcoder's encoder reads; None for an SAE.
     """
+    _check_source(slot, hidden, source)
+    tier = Tier.FULL
     if uses_threshold(slot):
-        _pipeline(slot, step, workspace, hidden, residual, Tier.FULL, topk=False)
+        run = _make_run(slot, step, workspace, tier, False, hidden, residual, source)
+        _pipeline(run)
     if uses_topk(slot):
-        _pipeline(slot, step, workspace, hidden, residual, Tier.FULL, topk=True)
+        run = _make_run(slot, step, workspace, tier, True, hidden, residual, source)
+        _pipeline(run)
 
 
 def sae_clamp(
@@ -91,23 +119,27 @@ def sae_clamp(
     workspace: SteeringWorkspace,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
     """Add `(g_c - f_c) W_dec[c]` of the row's clamps (`slot.delta`), in place.
 
     Arguments as of `full_reconstruction`. TopK selects over all features, so it runs
     the encoder; a threshold activation reads the clamped features' rows only.
     """
+    _check_source(slot, hidden, source)
     if uses_threshold(slot):
-        _check(hidden, residual, slot.weights.d_in)
+        _check(hidden, residual, slot.weights.d_out)
         gated = uses_topk(slot)
         if hidden.shape[0] == 0:
             return
         if _takes_clamp(slot, hidden, residual):
             stages_cuda.clamp(slot, step, gated, hidden, residual)
         else:
-            stages_triton.clamp(slot, step, gated, hidden, residual)
+            stages_triton.clamp(slot, step, gated, hidden, residual, source)
     if uses_topk(slot):
-        _pipeline(slot, step, workspace, hidden, residual, Tier.DELTA, topk=True)
+        tier = Tier.DELTA
+        run = _make_run(slot, step, workspace, tier, True, hidden, residual, source)
+        _pipeline(run)
 
 
 def steering_vectors(
@@ -133,47 +165,55 @@ def _takes_clamp(
     return extension_is_built() and stages_cuda.takes_clamp(slot, hidden, residual)
 
 
-def _pipeline(
+def _make_run(
     slot: SAESlot,
     step: StepState,
     workspace: SteeringWorkspace,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
     tier: Tier,
     topk: bool,
-) -> None:
-    """The four stages, chunk after chunk."""
-    _check(hidden, residual, slot.weights.d_in)
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None,
+) -> Run | None:
+    """A pipeline over the step; None for a step without tokens."""
+    _check(hidden, residual, slot.weights.d_out)
     tokens = hidden.shape[0]
     if tokens == 0:
-        return
+        return None
     if tokens > workspace.max_tokens:
         raise ValueError(
             f"steering: {tokens} tokens, workspace built for {workspace.max_tokens}"
         )
-    buffers = workspace.buffers(slot, tokens, topk)
     mixed = uses_threshold(slot) and uses_topk(slot)
-    run = Run(
+    return Run(
         slot=slot,
         step=step,
         workspace=workspace,
-        buffers=buffers,
+        buffers=workspace.buffers(slot, tokens, topk),
         hidden=hidden,
         residual=residual,
         tier=tier,
         topk=topk,
         gate=int(topk) if mixed else -1,
+        source=source,
     )
-    cuda = extension_is_built() and stages_cuda.takes_cuda(slot, hidden, residual)
-    rows = buffers.plan.rows
-    for base in range(0, buffers.plan.num_chunks * rows, rows):
+
+
+def _pipeline(run: Run | None) -> None:
+    """The stages, chunk after chunk."""
+    if run is None:
+        return
+    fits = stages_cuda.takes_cuda(run.slot, run.hidden, run.residual)
+    cuda = extension_is_built() and fits and run.source is None
+    plan = run.buffers.plan
+    for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         if cuda:
             if stages_cuda.takes_compact_encode(run):
                 stages_cuda.compact_encode(run)
             else:
                 stages_cuda.compact(run, base)
                 stages_cuda.encode(run, base)
-            if topk:
+            if run.topk:
                 stages_cuda.select(run, base)
             stages_cuda.decode(run, base)
         else:
@@ -181,6 +221,7 @@ def _pipeline(
             stages_triton.encode(run, base)
             stages_triton.coefficients(run, base)
             stages_triton.combine(run, base)
+            stages_triton.dense(run, base)
 
 
 def warm_up(
@@ -197,19 +238,20 @@ def warm_up(
     """
     sizes = sorted({1, 2, 16, 17, 64, 65, 128, 129, 256, 257, 1024, 1025, 1 << 30})
     sizes = sorted({min(size, workspace.max_tokens) for size in sizes})
-    everything: list[SAESlot | VectorSlot] = [*slots, *vector_slots]
+    slots, vector_slots = list(slots), list(vector_slots)
+    device = step.index.device
     for tokens in sizes:
-        for slot in everything:
-            d_model = (
-                slot.directions.shape[1]
-                if isinstance(slot, VectorSlot)
-                else slot.weights.d_in
-            )
-            shape = (tokens, d_model)
-            hidden = torch.zeros(shape, dtype=dtype, device=step.index.device)
+        for slot in slots:
+            weights = slot.weights
+            hidden = torch.zeros(tokens, weights.d_out, dtype=dtype, device=device)
+            source = None
+            if slot.reads_source:
+                source = torch.zeros(tokens, weights.d_in, dtype=dtype, device=device)
             for residual in (torch.zeros_like(hidden), None):
-                if isinstance(slot, VectorSlot):
-                    steering_vectors(slot, step, hidden, residual)
-                else:
-                    full_reconstruction(slot, step, workspace, hidden, residual)
-                    sae_clamp(slot, step, workspace, hidden, residual)
+                full_reconstruction(slot, step, workspace, hidden, residual, source)
+                sae_clamp(slot, step, workspace, hidden, residual, source)
+        for vectors in vector_slots:
+            width = vectors.directions.shape[1]
+            hidden = torch.zeros(tokens, width, dtype=dtype, device=device)
+            for residual in (torch.zeros_like(hidden), None):
+                steering_vectors(vectors, step, hidden, residual)

@@ -31,8 +31,6 @@ class KernelBackend:
         vectors: Sequence[VectorSlot],
         dtype: torch.dtype,
     ):
-        for slot in saes:
-            _refuse_transcoder(slot)
         self.step = step
         device = step.index.device
         self.workspace = kernel.SteeringWorkspace(step.max_tokens, saes, device)
@@ -50,8 +48,9 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        assert source is None, "the constructor refuses transcoders"
-        kernel.full_reconstruction(slot, self.step, self.workspace, hidden, residual)
+        kernel.full_reconstruction(
+            slot, self.step, self.workspace, hidden, residual, source
+        )
 
     def sae_clamp(
         self,
@@ -60,8 +59,7 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        assert source is None, "the constructor refuses transcoders"
-        kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual)
+        kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
 
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -72,13 +70,3 @@ class KernelBackend:
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         kernel.steering_vectors(slot, self.step, hidden, residual)
-
-
-def _refuse_transcoder(slot: SAESlot) -> None:
-    weights = slot.weights
-    if weights.d_in != weights.d_out or weights.W_skip is not None or slot.reads_source:
-        raise ValueError(
-            f"steering: found a transcoder (d_in {weights.d_in}, d_out "
-            f"{weights.d_out}, skip connection: {weights.W_skip is not None}); on a "
-            "GPU, only SAEs that write the point that they read are supported"
-        )

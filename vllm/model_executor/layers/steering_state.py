@@ -32,6 +32,10 @@ COEFFICIENT_LIMIT = 2.0**96
 NO_NORM_LIMIT = torch.finfo(torch.float32).max
 
 
+# Counters of the GPU kernels in `StepState.sync`.
+SYNC_INTS = 8
+
+
 class ClampKind(IntEnum):
     """How a clamp turns a feature's activation `f` into `g` (low bits of a code).
 
@@ -250,6 +254,9 @@ class StepState(nn.Module):
             edit and whose id is in a skip set; read for metrics only.
         saturated: int64 `[1]`, write-backs since start-up with a component at
             `STREAM_LIMIT`: one for each token, site and tier; read for metrics only.
+        sync: int32 `[SYNC_INTS]`, counters by which blocks of a GPU kernel wait for
+            one another; zero between launches, and a buffer, so that what sleeps and
+            wakes with the model brings them back.
     """
 
     index: torch.Tensor
@@ -258,6 +265,7 @@ class StepState(nn.Module):
     read_index: torch.Tensor
     bypassed: torch.Tensor
     saturated: torch.Tensor
+    sync: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
         super().__init__()
@@ -271,6 +279,8 @@ class StepState(nn.Module):
         read_index = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("read_index", read_index, persistent=False)
         self.reading = False
+        sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
+        self.register_buffer("sync", sync, persistent=False)
         for name in ("bypassed", "saturated"):
             counter = torch.zeros(1, dtype=torch.int64, device=device)
             self.register_buffer(name, counter, persistent=False)

@@ -19,7 +19,7 @@ from vllm.config.steering import ModuleInfo, SteeringConfig, Tier
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SAEWeights
-from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.model_executor.model_loader.sae_loader import load_vectors
 from vllm.v1.worker.steering_modules import (
     Place,
     SAEPlace,
@@ -96,7 +96,7 @@ class ModuleChanges:
                     change.weights[at] = load_vectors(change.new, site)
                     continue
                 staged = SAEWeights.for_site(site, self.modules.dtype, CPU)
-                load_site(change.new, site, staged)
+                self.modules.load(change.new, site, staged)
                 change.weights[at] = staged
                 change.scales[at] = unit_scale(change.new, staged)
         self.staged = change

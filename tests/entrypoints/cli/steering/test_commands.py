@@ -109,3 +109,36 @@ def test_convert_overwrites_nothing(
     path = gated(tmp_path / "sae")
     assert main(["convert", str(path), str(path)]) == 1
     assert "expected a new or empty directory" in capsys.readouterr().err
+
+
+def test_inspect_finds_what_is_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gated(tmp_path / "sae")
+    file = path / "sae_weights.safetensors"
+    tensors = load_file(file)
+    tensors["W_enc"][2, 7] = torch.nan
+    save_file(tensors, file)
+    assert main(["inspect", str(path)]) == 1
+    assert "W_enc" in capsys.readouterr().err
+
+
+def test_a_hub_path_without_hf_is_told_how_to_write_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["inspect", "google/gemma-scope-2b-pt-res/layer_20/width_16k"]) == 1
+    said = capsys.readouterr().err
+    assert "hf:google/gemma-scope-2b-pt-res/layer_20/width_16k" in said
+
+
+@pytest.mark.parametrize("model", ["/nope", "./nope", "a/b/c", "{here}", "{file}"])
+def test_probe_says_what_a_model_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    path = gated(tmp_path / "sae")
+    file = path / "cfg.json"
+    given = model.format(here=tmp_path, file=file)
+    assert main(["probe", str(path), "--model", given]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: --model {given}: ")
+    assert "google/gemma-2-2b" in said

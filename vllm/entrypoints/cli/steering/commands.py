@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
     load_site,
+    load_vectors,
     read_layout,
     save_native,
 )
@@ -65,6 +66,16 @@ def report(module: ModuleInfo, layout: ModuleLayout) -> dict[str, Any]:
     return data
 
 
+def check_weights(module: ModuleInfo) -> None:
+    """Load each site once, as an engine would: what is not finite is found here."""
+    cpu = torch.device("cpu")
+    for site in module.sites:
+        if module.kind == "vectors":
+            load_vectors(module, site)
+        else:
+            load_site(module, site, SAEWeights.for_site(site, torch.float32, cpu))
+
+
 def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
     """Print what a module is.
 
@@ -73,6 +84,7 @@ def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
     """
     module = inspect_module("module", path, sites=sites)
     data = report(module, read_layout("module", path, sites))
+    check_weights(module)
     if as_json:
         print(json.dumps(data, indent=2))
         return
@@ -124,6 +136,8 @@ class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
         }
         if site.is_transcoder:
             content["hook_out"] = site.out_hook
+        if site.before_gain:
+            content["before_gain"] = True
         if weights.W_skip is not None:
             content["W_skip"] = weights.W_skip
         if site.activation is Activation.JUMPRELU:

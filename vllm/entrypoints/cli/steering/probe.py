@@ -306,6 +306,27 @@ def record(
     }
 
 
+def check_model_path(model: str) -> None:
+    """Raise `ValueError` for a path that is no model, before vLLM takes it for a name.
+
+    A name of the Hugging Face Hub is not looked up here.
+    """
+    place = Path(model).expanduser()
+    looks_local = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    if place.is_dir() and not (place / "config.json").is_file():
+        found = "a directory without config.json"
+    elif place.exists() and not place.is_dir() and place.suffix != ".gguf":
+        found = "a file"
+    elif looks_local and not place.exists():
+        found = "no such directory"
+    else:
+        return
+    raise ValueError(
+        f"--model {model}: {found}; expected the directory of a model, or a name on "
+        "the Hugging Face Hub such as google/gemma-2-2b"
+    )
+
+
 def probe_module(
     path: str,
     model: str,
@@ -328,6 +349,7 @@ def probe_module(
         ValueError: the module or the model is refused, is no SAE, or the text has
             no token that the module does not leave untouched.
     """
+    check_model_path(model)
     if inspect_module(MODULE, path, sites=sites).kind != "sae":
         raise ValueError(f"{path}: expected an SAE, found steering vectors")
     claims = read_layout(MODULE, path, sites).declared

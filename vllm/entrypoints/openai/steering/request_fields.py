@@ -95,8 +95,9 @@ def refuse_event_fields(event: Any) -> None:
 def specs_of(request: BaseModel) -> dict[str, Any]:
     """The steering fields of a request, by name; None where not given."""
     # A route whose schema was built before the fields were declared keeps them
-    # among the extra fields, where attribute access finds them all the same.
-    return {name: getattr(request, name, None) for name in EXTRA_ARGS_KEYS}
+    # among the extra fields, which are items of a model all the same.
+    fields = dict(request)
+    return {name: fields.get(name) for name in EXTRA_ARGS_KEYS}
 
 
 def steering_of(request: BaseModel) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def refuse_beam_search(request: BaseModel) -> None:
     """
     refuse_misspelt_fields(request)
     specs = specs_of(request)
-    xargs = getattr(request, "vllm_xargs", None) or {}
+    xargs = dict(request).get("vllm_xargs") or {}
     refuse_misspelt(xargs, "vllm_xargs.")
     specs[PRESET_KEY] = getattr(request, PRESET_KEY, None)
     for name in FIELD_SCHEMAS:

@@ -8,30 +8,52 @@ import asyncio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from vllm.entrypoints.serve.steering.access import RequestRefused
+from vllm.config.steering_replies import Json
+from vllm.entrypoints.serve.steering.access import (
+    RequestRefused,
+    check_key,
+    holds_key,
+)
 from vllm.entrypoints.serve.steering.encode import ENCODE_SCHEMA, parse_encode
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
-from vllm.entrypoints.serve.steering.http import PATH_PREFIX, body, refused, service
 from vllm.entrypoints.serve.steering.protocol import (
+    MAX_BODY_BYTES,
     REGISTER_SCHEMA,
     check_name,
     parse_count,
     parse_flag,
     parse_register,
 )
+from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 router = APIRouter(tags=["steering"])
 LABELS_LIMIT = 1000
-PATH = f"{PATH_PREFIX}/modules"
+PATH = "/v1/steering/modules"
 
 
 @router.get(PATH)
 async def list_steering_modules(request: Request) -> JSONResponse:
-    """Every module with its sites, memory and requests; free slots; rows in use."""
+    """Every module with its sites, memory and requests; free slots; rows in use.
+
+    Answers without a key; only who holds it is told where the files are.
+    """
     try:
-        return JSONResponse(await service(request, mutation=False).list())
+        listed = await modules_of(request).list()
     except RequestRefused as error:
         return refused(error)
+    modules = [_for_caller(request, module) for module in listed["modules"]]
+    return JSONResponse({**listed, "modules": modules})
+
+
+@router.get(PATH + "/{name}")
+async def show_steering_module(name: str, request: Request) -> JSONResponse:
+    """One module, as the list has it."""
+    try:
+        check_name(name)
+        module = await modules_of(request).get(name)
+    except RequestRefused as error:
+        return refused(error)
+    return JSONResponse({"module": _for_caller(request, module)})
 
 
 @router.post(
@@ -50,9 +72,9 @@ async def register_steering_module(request: Request) -> JSONResponse:
     `norm_guard`, `sites`, `replace`, `drain`. Answers 201 with the module.
     """
     try:
-        modules = service(request, mutation=True)
-        asked = parse_register(await body(request))
-        module = await modules.register(asked, request.is_disconnected)
+        service = modules_to_change(request)
+        asked = parse_register(await read_body(request))
+        module = await service.register(asked, request.is_disconnected)
     except RequestRefused as error:
         return refused(error)
     return JSONResponse({"module": module}, status_code=201)
@@ -62,10 +84,10 @@ async def register_steering_module(request: Request) -> JSONResponse:
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     """What the module's author measured: its card, and the features in `?index=3,7`."""
     try:
-        modules = service(request, mutation=False)
+        service = modules_of(request)
         check_name(name)
         indices = parse_indices(request.query_params.get("index"))
-        path = await modules.path_of(name)
+        path = await service.path_of(name)
         found = await asyncio.to_thread(of_features, path, indices)
     except RequestRefused as error:
         return refused(error)
@@ -76,10 +98,10 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
 async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
     """Remove a module; `?drain=true` waits for the requests that name it."""
     try:
-        modules = service(request, mutation=True)
+        service = modules_to_change(request)
         check_name(name)
         drain = parse_flag("drain", request.query_params.get("drain"))
-        await modules.unregister(name, drain, request.is_disconnected)
+        await service.unregister(name, drain, request.is_disconnected)
     except RequestRefused as error:
         return refused(error)
     return JSONResponse({"name": name, "deleted": True})
@@ -92,10 +114,10 @@ async def search_features(name: str, request: Request) -> JSONResponse:
     At most `limit` (20) of them.
     """
     try:
-        modules = service(request, mutation=False)
+        service = modules_of(request)
         check_name(name)
         query = request.query_params
-        found = await modules.search_labels(
+        found = await service.search_labels(
             name,
             query.get("q", ""),
             parse_count("index", query.get("index"), None, 2**31),
@@ -123,7 +145,49 @@ async def encode_texts(request: Request) -> JSONResponse:
     completions.
     """
     try:
-        asked = parse_encode(await body(request))
+        asked = parse_encode(await read_body(request))
         return JSONResponse(await request.app.state.steering_encode.encode(asked))
     except RequestRefused as error:
         return refused(error)
+
+
+def modules_of(request: Request) -> SteeringModulesService:
+    return request.app.state.steering_modules
+
+
+def modules_to_change(request: Request) -> SteeringModulesService:
+    check_key(request.headers, request.app.state.steering_api_key)
+    return modules_of(request)
+
+
+def _for_caller(request: Request, module: Json) -> Json:
+    """A module as the caller may see it."""
+    if holds_key(request.headers, request.app.state.steering_api_key):
+        return module
+    return {key: value for key, value in module.items() if key != "path"}
+
+
+async def read_body(request: Request) -> bytes:
+    """The request's body, read no further than its limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestRefused(
+                413, f"body: expected at most {MAX_BODY_BYTES} bytes, found more"
+            )
+    return bytes(body)
+
+
+def refused(error: RequestRefused) -> JSONResponse:
+    """OpenAI's form of an error."""
+    content: Json = {
+        "message": error.message,
+        "type": "SteeringModuleError",
+        "param": error.field,
+        "code": error.status,
+    }
+    if error.in_use is not None:
+        content["in_use"] = error.in_use
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse({"error": content}, error.status, headers)

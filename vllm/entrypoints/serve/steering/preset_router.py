@@ -11,13 +11,18 @@ from fastapi.responses import JSONResponse
 from vllm.config.sae_steering_presets import PRESET_SCHEMA
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
-from vllm.entrypoints.serve.steering.http import PATH_PREFIX, body, refused, service
+from vllm.entrypoints.serve.steering.api_router import (
+    modules_of,
+    modules_to_change,
+    read_body,
+    refused,
+)
 from vllm.entrypoints.serve.steering.protocol import check_name
 from vllm.exceptions import VLLMValidationError
 
 router = APIRouter(tags=["steering"])
-PATH = f"{PATH_PREFIX}/presets"
-DEFAULT = f"{PATH_PREFIX}/default_preset"
+PATH = "/v1/steering/presets"
+DEFAULT = "/v1/steering/default_preset"
 
 
 def _accepts(schema: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def _accepts(schema: dict[str, Any]) -> dict[str, Any]:
 async def list_steering_presets(request: Request) -> JSONResponse:
     """Every preset, whether it is valid now, and the default."""
     try:
-        return JSONResponse(await service(request, mutation=False).list_presets())
+        return JSONResponse(await modules_of(request).list_presets())
     except RequestRefused as error:
         return refused(error)
 
@@ -38,7 +43,7 @@ async def list_steering_presets(request: Request) -> JSONResponse:
 async def put_steering_preset(name: str, request: Request) -> JSONResponse:
     """Make a preset, or replace one. Requests that run keep the one they had."""
     try:
-        asked = service(request, mutation=True)
+        asked = modules_to_change(request)
         check_name(name)
         preset = await _json(request)
         await asked.call("put_preset", {"name": name, "preset": preset})
@@ -51,7 +56,7 @@ async def put_steering_preset(name: str, request: Request) -> JSONResponse:
 async def delete_steering_preset(name: str, request: Request) -> JSONResponse:
     """Remove a preset that is not the default."""
     try:
-        asked = service(request, mutation=True)
+        asked = modules_to_change(request)
         check_name(name)
         await asked.call("delete_preset", {"name": name})
     except RequestRefused as error:
@@ -71,7 +76,7 @@ _DEFAULT_SCHEMA = {
 async def set_default_steering_preset(request: Request) -> JSONResponse:
     """Apply a preset to every request that names none; `{"preset": null}` ends it."""
     try:
-        asked = service(request, mutation=True)
+        asked = modules_to_change(request)
         given = await _json(request)
         if not isinstance(given, dict) or set(given) != {"preset"}:
             raise RequestRefused(400, 'body: expected {"preset": NAME or null}')
@@ -84,7 +89,7 @@ async def set_default_steering_preset(request: Request) -> JSONResponse:
 async def _json(request: Request) -> Any:
     """The body, of which no reader understands something else."""
     try:
-        found = marked_loads(await body(request))
+        found = marked_loads(await read_body(request))
         refuse_ambiguous("", found)
     except VLLMValidationError as error:
         raise RequestRefused(400, error.args[0], error.parameter) from None

@@ -23,6 +23,7 @@ WEIGHTS_FIELDS = (
 )  # fmt: skip
 WORKSPACE_FIELDS = (
     "x", "records", "count", "sync", "entries", "scores", "kth", "coef",
+    "dense",
 )  # fmt: skip
 STEP_FIELDS = ("index", "flags", "table", "saturated")
 STREAM_FIELDS = ("hidden", "residual")
@@ -52,7 +53,7 @@ def run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
         weights_bundle(run.slot.weights),
         stream_bundle(run.hidden, run.residual),
         [
-            buffers.x, ws.records, ws.count, ws.sync, buffers.entries,
-            buffers.scores, ws.kth, buffers.coef,
+            buffers.x, ws.records, ws.count, run.step.sync, buffers.entries,
+            buffers.scores, ws.kth, buffers.coef, buffers.dense,
         ],
     )  # fmt: skip

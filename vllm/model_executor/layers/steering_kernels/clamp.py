@@ -66,6 +66,15 @@ def read_stream(
 
 
 @triton.jit
+def limited(out, mask, dtype: tl.constexpr):
+    """Components that may be written, and 1 where that changed one (within `mask`)."""
+    limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
+    over = (mask & ~(tl.abs(out) <= limit)).to(tl.int32)
+    out = tl.where(out >= -limit, out, -limit)
+    return tl.where(out <= limit, out, limit), over
+
+
+@triton.jit
 def write_stream(
     out,
     hidden,
@@ -83,17 +92,14 @@ def write_stream(
     limit.
     """
     dtype = hidden.dtype.element_ty
-    limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
-    over = tl.sum((mask & ~(tl.abs(out) <= limit)).to(tl.int32), 0)
-    out = tl.where(out >= -limit, out, -limit)
-    out = tl.where(out <= limit, out, limit)
+    out, over = limited(out, mask, dtype)
     if HAS_RESIDUAL:
         tl.store(residual + t * residual_stride + col, out.to(dtype), mask=mask)
         zero = tl.zeros(out.shape, dtype)
         tl.store(hidden + t * hidden_stride + col, zero, mask=mask)
     else:
         tl.store(hidden + t * hidden_stride + col, out.to(dtype), mask=mask)
-    return over
+    return tl.sum(over, 0)
 
 
 @triton.jit
@@ -109,12 +115,16 @@ def clamp_kernel(
     w_dec,
     hidden,
     residual,
+    source,
     saturated,
     hidden_stride,
     residual_stride,
+    source_stride,
     table_stride,
     D: tl.constexpr,
+    D_IN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
     ENCODES: tl.constexpr,
     GATED: tl.constexpr,
     MAX_CLAMPS: tl.constexpr,
@@ -123,7 +133,8 @@ def clamp_kernel(
     ROW_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a token. ENCODES: an SAE; otherwise plain directions (additive).
+    """One program a token. HAS_SOURCE: the encoder reads `source [T, D_IN]`, and the
+    norm is its. ENCODES: an SAE; otherwise plain directions (additive).
 
     The stream is read once for the norm and the sum ([ROW_D]); directions pass in
     blocks [NC, BLOCK_D]; the updates of a group of NC clamps go to the row in memory
@@ -147,26 +158,43 @@ def clamp_kernel(
         limit = tl.load(norm_limit)
     else:
         limit = LARGEST
-    if not (tl.sqrt(tl.sum(x * x, 0)) <= limit):
+    if HAS_SOURCE:
+        square = tl.zeros([BLOCK_D], tl.float32)
+        for d in tl.static_range(0, D_IN, BLOCK_D):
+            at = d + tl.arange(0, BLOCK_D)
+            read = read_stream(
+                source, source_stride, source, source_stride, t, at, D_IN, False
+            )
+            square += read * read
+        norm = tl.sqrt(tl.sum(square, 0))
+    else:
+        norm = tl.sqrt(tl.sum(x * x, 0))
+    if not (norm <= limit):
         return
     count = tl.load(row_ptr + 1)
     out = x
     for first in range(0, count, NC):
         c = first + tl.arange(0, NC)
         feature, code, value = load_clamps(row_ptr, c, count, MAX_CLAMPS)
-        rows = feature.to(tl.int64)[:, None] * D
+        rows = feature.to(tl.int64)[:, None] * D_IN
         f = tl.zeros([NC], tl.float32)
         if ENCODES:
             needs = (c < count) & (code != ADDITIVE)
             if tl.max(needs.to(tl.int32), 0) != 0:
                 dot = tl.zeros([NC, BLOCK_D], tl.float32)
-                for d in tl.static_range(0, D, BLOCK_D):
+                for d in tl.static_range(0, D_IN, BLOCK_D):
                     k = d + tl.arange(0, BLOCK_D)
-                    xk = read_stream(
-                        hidden, hidden_stride, residual, residual_stride, t, k,
-                        D, HAS_RESIDUAL,
-                    )  # fmt: skip
-                    mask = needs[:, None] & (k < D)[None, :]
+                    if HAS_SOURCE:
+                        xk = read_stream(
+                            source, source_stride, source, source_stride, t, k,
+                            D_IN, False,
+                        )  # fmt: skip
+                    else:
+                        xk = read_stream(
+                            hidden, hidden_stride, residual, residual_stride, t, k,
+                            D_IN, HAS_RESIDUAL,
+                        )  # fmt: skip
+                    mask = needs[:, None] & (k < D_IN)[None, :]
                     w = tl.load(w_enc + rows + k[None, :], mask=mask, other=0.0)
                     dot += w.to(tl.float32) * xk[None, :]
                 bias = tl.load(b_enc + feature, mask=needs, other=0.0)

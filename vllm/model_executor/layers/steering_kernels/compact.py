@@ -19,7 +19,9 @@ SKIP_MASK = tl.constexpr(4)
 # Ints between two tokens' counters: a cache line each, or the atomics of a whole tile
 # would queue for a few lines.
 RECORD_INTS = tl.constexpr(32)
-SATURATED = tl.constexpr(3)  # its int in a record
+SATURATED = tl.constexpr(3)  # int of a record: the token has been counted
+DENSE = tl.constexpr(4)  # int of a record: index of the n-th token that comes here
+DENSE_COUNT = tl.constexpr(6)  # of StepState.sync; csrc/ has counters of its own
 
 
 @triton.jit
@@ -28,6 +30,13 @@ def pdl_wait(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def note_dense(sync, records, i):
+    """Lists token i as one that no list holds."""
+    at = tl.atomic_add(sync + DENSE_COUNT, 1)
+    tl.store(records + at * RECORD_INTS + DENSE, i)
 
 
 @triton.jit
@@ -79,6 +88,7 @@ def compact_kernel(
     x,
     tokens,
     records,
+    sync,
     count,
     hidden_stride,
     residual_stride,
@@ -113,6 +123,7 @@ def compact_kernel(
     own = start + tl.arange(0, PER_PROGRAM)
     on = is_active(index, flags, table, table_stride, skip, own, T)
     if pid == tl.num_programs(0) - 1:
+        tl.store(sync + DENSE_COUNT, 0)
         tl.store(count, before + tl.sum(on, 0))
     tl.store(records + own * RECORD_INTS, 0, mask=own < rows)
     place = tl.cumsum(on, 0) - on

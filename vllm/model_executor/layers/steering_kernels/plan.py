@@ -9,8 +9,11 @@ MIB = 1 << 20
 MAX_GATHER_BYTES = 96 * MIB  # gathered activations of one chunk
 MAX_ENTRY_BYTES = 128 * MIB  # non-zeros of a threshold chunk, or dense TopK scores
 MAX_TOPK_BYTES = 152 * MIB  # scores and selected entries of a TopK chunk
+PAGE = 4096  # for the alignment of regions
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
+LIST_MAX = 512  # non-zeros of a token that is decoded from a list; more: `dense`
+DENSE_SPLITS = 8  # ranges of features whose sums the dense path adds in order
 RECORD_INTS = 32  # ints of a token's record: a cache line
 CHUNK_ALIGN = 256  # the widest token tile of the encoder
 COMPACT_ENCODE_TOKENS = 256  # the longest step that one launch compacts and encodes
@@ -30,30 +33,53 @@ def next_power_of_2(n: int) -> int:
 class ChunkPlan:
     """How the tokens of one step pass through the workspace.
 
-    `rows` active tokens go at a time, in `num_chunks` passes; `capacity` is the number
-    of non-zeros that a token may list before its overflow path is taken.
+    `rows` active tokens go at a time, in `num_chunks` passes; a list has room for
+    `capacity` non-zeros, at least `LIST_MAX` of them; `dense_rows` tokens with more are
+    reconstructed at a time (0: no token can have more).
     """
 
     rows: int
     num_chunks: int
     capacity: int
+    dense_rows: int
+
+
+def dense_row_bytes(d_in: int, d_out: int, d_sae: int) -> int:
+    """Scratch bytes of a dense token: x, activations of all features, partial sums."""
+    size = 2 * d_in + 4 * cdiv(d_sae, 64) * 64 + 4 * DENSE_SPLITS * d_out
+    return cdiv(size, 16) * 16
+
+
+def dense_rows(rows: int, row_bytes: int, room: int) -> int:
+    """How many of at most `rows` dense tokens fit `room` bytes, in whole tiles."""
+    fit = min(rows, room // row_bytes)
+    return fit - fit % 128 if 128 < fit < rows else fit
 
 
 def plan_chunks(
-    tokens: int, d_model: int, d_sae: int, max_clamps: int, itemsize: int, topk: bool
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    d_sae: int,
+    max_clamps: int,
+    itemsize: int,
+    topk: bool,
+    skip: bool = False,
 ) -> ChunkPlan:
     """Chunking of a step of `tokens` tokens, so that every region keeps its limit.
 
-    Decoding steps get a capacity of `d_sae`, so nothing overflows there; a long
-    prefill trades capacity for rows.
+    `skip`: a transcoder's skip connection has its outputs beside x, in float32.
     """
-    rows = MAX_GATHER_BYTES // (d_model * itemsize)
+    listed = min(d_sae, LIST_MAX)
+    rows = MAX_GATHER_BYTES // (d_in * itemsize + (4 * d_out if skip else 0))
     rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
+    rows = min(rows, MAX_ENTRY_BYTES // (ENTRY_BYTES * listed))
     if topk:
         rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae))
+        rows = min(rows, (MAX_TOPK_BYTES - PAGE) // (4 * d_sae + ENTRY_BYTES * listed))
     if rows < 1:
         raise ValueError(
-            f"steering: d_model={d_model}, d_sae={d_sae}, max_clamps={max_clamps}: one "
+            f"steering: d_in={d_in}, d_sae={d_sae}, max_clamps={max_clamps}: one "
             "token does not fit the workspace; use a narrower SAE or fewer clamps"
         )
     if rows > CHUNK_ALIGN:
@@ -62,10 +88,17 @@ def plan_chunks(
     if num_chunks > 1 and rows > CHUNK_ALIGN:
         rows = cdiv(cdiv(tokens, num_chunks), CHUNK_ALIGN) * CHUNK_ALIGN
     rows = min(rows, max(tokens, 1))
-    # Less a page for the alignment of the two regions.
-    room = MAX_TOPK_BYTES - 4096 - 4 * d_sae * rows if topk else MAX_ENTRY_BYTES
+    room = MAX_TOPK_BYTES - PAGE - 4 * d_sae * rows if topk else MAX_ENTRY_BYTES
     capacity = min(d_sae, room // (ENTRY_BYTES * rows))
-    return ChunkPlan(rows, num_chunks, capacity)
+    dense = 0
+    if d_sae > LIST_MAX:
+        dense = dense_rows(rows, dense_row_bytes(d_in, d_out, d_sae), room)
+        if dense < 1:
+            raise ValueError(
+                f"steering: d_in={d_in}, d_sae={d_sae}: the activations of one token "
+                "do not fit the workspace; use a narrower SAE"
+            )
+    return ChunkPlan(rows, num_chunks, capacity, dense)
 
 
 @dataclass(frozen=True)
@@ -93,6 +126,26 @@ def plan_encode(tokens: int, itemsize: int) -> EncodePlan:
     if tokens <= 64:
         return EncodePlan(64, 128, (16, 64), 4, 3, 2)
     return EncodePlan(128, 64, (16, 64, 128), 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Tiles of the Triton kernels for tokens that no list holds.
+
+    They do not depend on the number of tokens, nor then do a token's bits.
+    """
+
+    tokens: int
+    features: int
+    columns: int
+    reduction: int
+
+
+def plan_dense(itemsize: int) -> DensePlan:
+    """Tile sizes by the width of the weights."""
+    if itemsize == 4:  # full float32 on the plain cores: small tiles, speed aside
+        return DensePlan(16, 32, 32, 32)
+    return DensePlan(64, 64, 64, 64)
 
 
 def sorts_ahead(rows: int) -> bool:

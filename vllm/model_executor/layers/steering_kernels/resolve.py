@@ -11,7 +11,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps
-from .compact import RECORD_INTS, pdl_wait
+from .compact import RECORD_INTS, note_dense, pdl_wait
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
@@ -45,42 +45,12 @@ def sort_by_rank(entries, n, N: tl.constexpr):
 
 
 @triton.jit
-def exchange(entries, n, flip, span, STEP: tl.constexpr):
-    """One bitonic step: partner is i ^ flip; the smaller goes to the lower place."""
-    for s in range(0, span, STEP):
-        i = s + tl.arange(0, STEP)
-        partner = i ^ flip
-        pair = (partner > i) & (partner < n)
-        a = tl.load(entries + i, mask=pair, other=0)
-        b = tl.load(entries + partner, mask=pair, other=0)
-        swap = pair & (a > b)
-        tl.store(entries + i, b, mask=swap)
-        tl.store(entries + partner, a, mask=swap)
-    tl.debug_barrier()
-
-
-@triton.jit
-def sort_in_memory(entries, n, STEP: tl.constexpr):
-    """Bitonic sort in place for any n; places past n count as the largest entry."""
-    size = 2
-    while size < 2 * n:
-        exchange(entries, n, size - 1, n, STEP)
-        flip = size // 4
-        while flip > 0:
-            exchange(entries, n, flip, n, STEP)
-            flip = flip // 2
-        size = size * 2
-
-
-@triton.jit
-def sort_entries(entries, n):
-    """Sorts n entries in place, by a method that fits n."""
+def sort_entries(entries, n, LIST_MAX: tl.constexpr):
+    """Sorts n <= LIST_MAX entries in place, in a block that fits n."""
     if n <= 128:
         sort_by_rank(entries, n, 128)
-    elif n <= 1024:
-        sort_by_rank(entries, n, 1024)
     else:
-        sort_in_memory(entries, n, 1024)
+        sort_by_rank(entries, n, LIST_MAX)
 
 
 @triton.jit(do_not_specialize=["base", "rows", "capacity"])
@@ -90,28 +60,32 @@ def resolve_kernel(
     count,
     tokens,
     records,
+    sync,
     entries,
     coef,
     table_stride,
     base,
     rows,
     capacity,
+    LIST_MAX: tl.constexpr,
     MAX_CLAMPS: tl.constexpr,
     CLAMP_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sorts entries [rows, capacity] and writes coef [rows, MAX_CLAMPS].
 
-    A token with more than `capacity` non-zeros is left to the decoder's overflow path.
+    Tokens with more than LIST_MAX non-zeros are listed for the dense path.
     """
     pdl_wait(PDL)
     n = tl.minimum(tl.load(count) - base, rows)
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
         token = tl.load(tokens + i)
         listed = tl.load(records + i * RECORD_INTS)
-        if (token >= 0) & (listed <= capacity):
+        if (token >= 0) & (listed > LIST_MAX):
+            note_dense(sync, records, i)
+        elif token >= 0:
             own = entries + tl.cast(i, tl.int64) * capacity
-            sort_entries(own, listed)
+            sort_entries(own, listed, LIST_MAX)
             row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             clamps = tl.load(row_ptr + 1)
             for first in range(0, clamps, CLAMP_BLOCK):

@@ -33,7 +33,7 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of one pipeline share."""
+    """What the stages of one pipeline share; `source`: what a transcoder reads."""
 
     slot: SAESlot
     step: StepState
@@ -44,10 +44,18 @@ class Run:
     tier: Tier
     topk: bool
     gate: int
+    source: torch.Tensor | None = None
 
     @property
     def table(self) -> ClampTable:
         return self.slot.full if self.tier is Tier.FULL else self.slot.delta
+
+    @property
+    def read(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the encoder reads: the source of a transcoder, else the stream."""
+        if self.source is None:
+            return self.hidden, self.residual
+        return self.source, None
 
     @property
     def index(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import clamp_delta, load_clamps
-from .compact import D_SAE, RECORD_INTS, pdl_wait
+from .compact import D_SAE, RECORD_INTS, note_dense, pdl_wait
 
 K_FIELD = tl.constexpr(2)  # columns of meta: layers/steering_state.py, MetaField
 RELU_FIELD = tl.constexpr(3)
@@ -54,18 +54,25 @@ def bound_of_block(keys, k):
 
 @triton.jit
 def kth_of_scores(scores, d_sae, k, BLOCK: tl.constexpr):
-    """The k-th largest key of all, by its bits from the top.
+    """The k-th largest key of all, four bits at a time from the top.
 
-    Slow: for tokens where a great many scores tie, and for k beyond a thousand.
+    For tokens where a great many scores tie, and for k beyond a thousand.
     """
+    digit = tl.arange(0, 16)
     found = tl.zeros([], tl.int64)
-    for b in range(63):
-        trial = found | (tl.full([], 1, tl.int64) << (62 - b))
-        total = 0
+    left = k
+    for b in range(16):
+        shift = 60 - 4 * b
+        counts = tl.zeros([16], tl.int32)
         for s in range(0, d_sae, BLOCK):
-            keys = load_keys(scores, s + tl.arange(0, BLOCK), d_sae)
-            total += tl.sum((keys >= trial).to(tl.int32), 0)
-        found = tl.where(total >= k, trial, found)
+            keys = load_keys(scores, s + tl.arange(0, BLOCK), d_sae) >> shift
+            agrees = (keys >> 4) == ((found >> shift) >> 4)
+            same = (keys & 15).to(tl.int32)[:, None] == digit[None, :]
+            counts += tl.sum((agrees[:, None] & same).to(tl.int32), 0)
+        above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # in higher digits
+        mine = (above < left) & (above + counts >= left)
+        found |= tl.sum(tl.where(mine, digit, 0), 0).to(tl.int64) << shift
+        left -= tl.sum(tl.where(mine, above, 0), 0)
     return found
 
 
@@ -155,6 +162,7 @@ def select_kernel(
     tokens,
     scores,
     records,
+    sync,
     entries,
     kth,
     coef,
@@ -163,6 +171,7 @@ def select_kernel(
     rows,
     F,
     capacity,
+    LIST_MAX: tl.constexpr,
     MAX_CLAMPS: tl.constexpr,
     CLAMP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,7 +179,7 @@ def select_kernel(
 ):
     """From scores [rows, F]: sorted entries and their count, the k-th keys, coef.
 
-    A count beyond `capacity` sends a token to the decoder's overflow path, which reads
+    Tokens with more than LIST_MAX entries are listed for the dense path, which reads
     the scores again and selects with `kth`.
     """
     pdl_wait(PDL)
@@ -194,11 +203,13 @@ def select_kernel(
             elif listed <= tl.minimum(capacity, 1024):
                 threshold, listed = pick_from_list(own, listed, k, relu, 1024)
             else:
-                threshold = kth_of_scores(own_scores, d_sae, k, BLOCK)
+                threshold = kth_of_scores(own_scores, d_sae, k, 256)
                 listed = collect_selected(
                     own_scores, own, threshold, d_sae, relu, capacity, BLOCK
                 )
             tl.store(counter, listed)
+            if listed > LIST_MAX:
+                note_dense(sync, records, i)
             tl.store(kth + i, threshold)
             row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             clamps = tl.load(row_ptr + 1)

@@ -60,8 +60,10 @@ def _fits_weights(hidden: torch.Tensor, *weights: torch.Tensor) -> bool:
 def takes_cuda(
     slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
 ) -> bool:
-    """Whether the extension's stages fit this site and stream."""
+    """Whether the extension's stages fit this site and stream: no transcoder's."""
     w = slot.weights
+    if w.d_in != w.d_out or w.W_skip is not None:
+        return False
     return _fits_stream(hidden, residual) and _fits_weights(hidden, w.W_enc, w.W_dec)
 
 
@@ -111,6 +113,8 @@ def takes_clamp(
         return False
     if isinstance(slot, SAESlot):
         w = slot.weights
+        if w.d_in != w.d_out or slot.reads_source:
+            return False
         return _fits_table(slot.delta, hidden) and _fits_weights(
             hidden, w.W_enc, w.W_dec
         )

@@ -14,11 +14,20 @@ from vllm.model_executor.layers.steering_state import SAESlot, StepState, Vector
 from .clamp import clamp_kernel
 from .combine import combine_kernel
 from .compact import compact_kernel
+from .dense import decode_dense_kernel, encode_dense_kernel
 from .encode import encode_kernel
-from .plan import EncodePlan, cdiv, next_power_of_2, plan_encode
+from .plan import (
+    LIST_MAX,
+    EncodePlan,
+    cdiv,
+    next_power_of_2,
+    plan_dense,
+    plan_encode,
+)
 from .resolve import resolve_kernel
 from .run import Run, device_facts, pdl_options
 from .select import select_kernel
+from .skip import skip_kernel
 from .workspace import StageBuffers
 
 COMBINE_SLICE = 256  # columns of a decoder program
@@ -28,7 +37,7 @@ TOKEN_GROUP_ROWS = 2048  # tokens whose activations the encoder keeps in L2
 
 def compact(run: Run, base: int) -> None:
     slot, step, buffers, workspace = run.slot, run.step, run.buffers, run.workspace
-    hidden, residual, table = run.hidden, run.residual, run.table
+    (hidden, residual), table = run.read, run.table
     weights = slot.weights
     tokens = hidden.shape[0]
     per_program = 1 if tokens <= 1024 else 16
@@ -43,6 +52,7 @@ def compact(run: Run, base: int) -> None:
         x=buffers.x,
         tokens=workspace.tokens,
         records=workspace.records,
+        sync=step.sync,
         count=workspace.count,
         hidden_stride=hidden.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
@@ -130,6 +140,7 @@ def coefficients(run: Run, base: int) -> None:
             tokens=workspace.tokens,
             scores=buffers.scores,
             records=workspace.records,
+            sync=run.step.sync,
             entries=buffers.entries,
             kth=workspace.kth,
             coef=buffers.coef,
@@ -138,6 +149,7 @@ def coefficients(run: Run, base: int) -> None:
             rows=rows,
             F=weights.d_sae_capacity,
             capacity=buffers.plan.capacity,
+            LIST_MAX=LIST_MAX,
             MAX_CLAMPS=table.max_clamps,
             CLAMP_BLOCK=clamp_block,
             BLOCK=2048,
@@ -151,16 +163,41 @@ def coefficients(run: Run, base: int) -> None:
         count=workspace.count,
         tokens=workspace.tokens,
         records=workspace.records,
+        sync=run.step.sync,
         entries=buffers.entries,
         coef=buffers.coef,
         table_stride=table.packed.stride(0),
         base=base,
         rows=rows,
         capacity=buffers.plan.capacity,
+        LIST_MAX=LIST_MAX,
         MAX_CLAMPS=table.max_clamps,
         CLAMP_BLOCK=clamp_block,
         num_warps=4,
         **pdl_options(device),
+    )
+
+
+def _skip(run: Run, w_skip: torch.Tensor, base: int) -> None:
+    """`b_dec + W_skip x` of a chunk, where the decoder begins."""
+    weights, rows = run.slot.weights, run.buffers.plan.rows
+    blocks = plan_dense(w_skip.element_size())
+    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
+    skip_kernel[(min(work, 2 * device_facts(w_skip.device)[0]),)](
+        x=run.buffers.x,
+        w_skip=w_skip,
+        b_dec=weights.b_dec,
+        count=run.workspace.count,
+        out=run.buffers.skip,
+        base=base,
+        rows=rows,
+        D_IN=weights.d_in,
+        D_OUT=weights.d_out,
+        BT=blocks.tokens,
+        BD=blocks.columns,
+        BK=blocks.reduction,
+        num_warps=4,
+        **pdl_options(w_skip.device),
     )
 
 
@@ -169,23 +206,20 @@ def combine(run: Run, base: int) -> None:
     hidden, residual = run.hidden, run.residual
     weights = run.slot.weights
     rows = buffers.plan.rows
-    block_d = min(next_power_of_2(weights.d_in), COMBINE_SLICE)
-    work = rows * cdiv(weights.d_in, block_d)
+    if weights.W_skip is not None and run.tier is Tier.FULL:
+        _skip(run, weights.W_skip, base)
+    block_d = min(next_power_of_2(weights.d_out), COMBINE_SLICE)
+    work = rows * cdiv(weights.d_out, block_d)
     combine_kernel[(min(work, device_facts(hidden.device)[0] * 12),)](
         index=run.index,
         table=table.packed,
-        meta=weights.meta,
         count=workspace.count,
         tokens=workspace.tokens,
         records=workspace.records,
         entries=buffers.entries,
-        kth=workspace.kth,
         coef=buffers.coef,
         x=buffers.x,
-        scores=buffers.scores,
-        w_enc=weights.W_enc,
-        b_enc=weights.b_enc,
-        threshold=weights.threshold,
+        skip=buffers.skip,
         w_dec=weights.W_dec,
         b_dec=weights.b_dec,
         hidden=hidden,
@@ -196,13 +230,14 @@ def combine(run: Run, base: int) -> None:
         table_stride=table.packed.stride(0),
         base=base,
         rows=rows,
-        F=weights.d_sae_capacity,
         capacity=buffers.plan.capacity,
-        D=weights.d_in,
+        LIST_MAX=LIST_MAX,
+        D=weights.d_out,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         DELTA=run.tier is Tier.DELTA,
-        TOPK=run.topk,
+        HAS_SOURCE=run.source is not None,
+        HAS_SKIP=weights.W_skip is not None,
         NB=COMBINE_ROWS,
         BD=block_d,
         num_warps=4,
@@ -210,20 +245,112 @@ def combine(run: Run, base: int) -> None:
     )
 
 
+def dense(run: Run, base: int) -> None:
+    """The tokens of a chunk that no list holds, `dense_rows` at a time."""
+    if run.tier is Tier.DELTA or run.buffers.plan.dense_rows == 0:
+        return
+    plan = run.buffers.plan
+    rows = plan.rows if run.topk else plan.dense_rows
+    for first in range(0, plan.rows, rows):
+        if not run.topk:
+            _encode_dense(run, first, rows)
+        _decode_dense(run, first, rows)
+
+
+def _dense_acts(run: Run) -> torch.Tensor:
+    """float32 activations of a chunk of dense tokens; for TopK the scores."""
+    if run.topk:
+        return run.buffers.scores
+    return run.buffers.dense.view(torch.float32)
+
+
+def _encode_dense(run: Run, first: int, rows: int) -> None:
+    weights, acts = run.slot.weights, _dense_acts(run)
+    blocks = plan_dense(weights.W_enc.element_size())
+    device = weights.W_enc.device
+    features = weights.d_sae_capacity
+    work = cdiv(rows, blocks.tokens) * cdiv(features, blocks.features)
+    encode_dense_kernel[(min(work, 2 * device_facts(device)[0]),)](
+        x=run.buffers.x,
+        w_enc=weights.W_enc,
+        b_enc=weights.b_enc,
+        threshold=weights.threshold,
+        records=run.workspace.records,
+        sync=run.step.sync,
+        acts=acts,
+        acts_stride=acts.stride(0),
+        base=first,
+        rows=rows,
+        F=features,
+        D=weights.d_in,
+        BT=blocks.tokens,
+        BF=blocks.features,
+        BK=blocks.reduction,
+        num_warps=4,
+        **pdl_options(device),
+    )
+
+
+def _decode_dense(run: Run, first: int, rows: int) -> None:
+    weights, acts = run.slot.weights, _dense_acts(run)
+    hidden, residual, table = run.hidden, run.residual, run.table
+    blocks = plan_dense(weights.W_dec.element_size())
+    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
+    decode_dense_kernel[(min(work, 2 * device_facts(hidden.device)[0]),)](
+        index=run.index,
+        table=table.packed,
+        meta=weights.meta,
+        tokens=run.workspace.tokens,
+        records=run.workspace.records,
+        sync=run.step.sync,
+        kth=run.workspace.kth,
+        coef=run.buffers.coef,
+        acts=acts,
+        skip=run.buffers.skip,
+        w_dec=weights.W_dec,
+        b_dec=weights.b_dec,
+        hidden=hidden,
+        residual=hidden if residual is None else residual,
+        saturated=run.step.saturated,
+        acts_stride=acts.stride(0),
+        hidden_stride=hidden.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        table_stride=table.packed.stride(0),
+        base=first,
+        rows=rows,
+        D=weights.d_out,
+        HAS_RESIDUAL=residual is not None,
+        MAX_CLAMPS=table.max_clamps,
+        TOPK=run.topk,
+        HAS_SKIP=weights.W_skip is not None,
+        BT=blocks.tokens,
+        BF=blocks.reduction,
+        BD=blocks.columns,
+        num_warps=4,
+        **pdl_options(hidden.device),
+    )
+
+
 def _clamp_launch(
-    d_model: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    hidden: torch.Tensor, residual: torch.Tensor | None, source: torch.Tensor | None
 ) -> dict[str, Any]:
-    """What both uses of the clamp kernel pass: the stream and the blocks."""
+    """What both uses of the clamp kernel pass: streams and blocks."""
+    d_model = hidden.shape[1]
+    d_in = d_model if source is None else source.shape[1]
     row_d = next_power_of_2(d_model)
     return {
         "hidden": hidden,
         "residual": hidden if residual is None else residual,
+        "source": hidden if source is None else source,
+        "source_stride": 0 if source is None else source.stride(0),
         "hidden_stride": hidden.stride(0),
         "residual_stride": 0 if residual is None else residual.stride(0),
         "D": d_model,
+        "D_IN": d_in,
+        "HAS_SOURCE": source is not None,
         "HAS_RESIDUAL": residual is not None,
         "NC": 8,
-        "BLOCK_D": min(row_d, 512),
+        "BLOCK_D": min(next_power_of_2(d_in), 512),
         "ROW_D": row_d,
         "num_warps": 4 if row_d <= 1024 else 8,
         **pdl_options(hidden.device),
@@ -236,6 +363,7 @@ def clamp(
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None,
 ) -> None:
     """The delta tier; `gated`: the slot may hold a TopK module, which is left alone."""
     weights, table = slot.weights, slot.delta
@@ -254,7 +382,7 @@ def clamp(
         ENCODES=True,
         GATED=gated,
         MAX_CLAMPS=table.max_clamps,
-        **_clamp_launch(weights.d_in, hidden, residual),
+        **_clamp_launch(hidden, residual, source),
     )
 
 
@@ -282,5 +410,5 @@ def add_vectors(
         ENCODES=False,
         GATED=False,
         MAX_CLAMPS=table.max_clamps,
-        **_clamp_launch(directions.shape[1], hidden, residual),
+        **_clamp_launch(hidden, residual, None),
     )

@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .plan import ENTRY_BYTES, MIB, RECORD_INTS, ChunkPlan, plan_chunks
+from .plan import (
+    ENTRY_BYTES,
+    MIB,
+    RECORD_INTS,
+    ChunkPlan,
+    dense_row_bytes,
+    plan_chunks,
+)
 
 LIMIT_BYTES = 256 * MIB
 
@@ -20,17 +27,22 @@ LIMIT_BYTES = 256 * MIB
 class StageBuffers:
     """Views of the workspace for one slot and one step.
 
-    x: model's dtype `[rows, D]`, gathered activations.
+    x: model's dtype `[rows, d_in]`, gathered activations.
+    skip: float32 `[rows, d_out]`, `b_dec + W_skip x` (else one unused element).
     scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
         a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
+    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds; it
+        takes the memory of `entries`, which have been read by then.
     coef: float32 `[rows, K]`, `g - f` of every clamp.
     """
 
     plan: ChunkPlan
     x: torch.Tensor
+    skip: torch.Tensor
     scores: torch.Tensor
     entries: torch.Tensor
+    dense: torch.Tensor
     coef: torch.Tensor
 
 
@@ -75,7 +87,9 @@ class SteeringWorkspace:
                 plan = self.plan(slot, max_tokens, topk)
                 rows = max(rows, plan.rows)
                 item = w.W_enc.element_size()
-                x_bytes = max(x_bytes, plan.rows * w.d_in * item)
+                skip_bytes = 4 * w.d_out if w.W_skip is not None else 0
+                gathered = align(plan.rows * w.d_in * item) + plan.rows * skip_bytes
+                x_bytes = max(x_bytes, gathered)
                 coef_bytes = max(coef_bytes, plan.rows * slot.full.max_clamps * 4)
                 shared = self._shared_bytes(slot, max_tokens, topk)
                 shared_bytes = max(shared_bytes, shared)
@@ -85,8 +99,6 @@ class SteeringWorkspace:
         self._coef = torch.empty(align(coef_bytes), dtype=u8, device=device)
         i32 = torch.int32
         self.count = torch.zeros(1, dtype=i32, device=device)
-        # Arrivals and exits of blocks; every launch leaves them zero.
-        self.sync = torch.zeros(2, dtype=i32, device=device)
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
         self.records = torch.zeros(rows, RECORD_INTS, dtype=i32, device=device)
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -102,10 +114,12 @@ class SteeringWorkspace:
         return plan_chunks(
             tokens,
             w.d_in,
+            w.d_out,
             w.d_sae_capacity,
             slot.full.max_clamps,
             w.W_enc.element_size(),
             topk,
+            w.W_skip is not None,
         )
 
     @classmethod
@@ -116,8 +130,15 @@ class SteeringWorkspace:
         for plan in (cls.plan(slot, tokens, topk) for tokens in sizes):
             scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
             entries = plan.rows * plan.capacity * ENTRY_BYTES
-            most = max(most, align(scores) + align(entries))
+            dense = plan.dense_rows * cls._dense_bytes(slot)
+            most = max(most, align(scores) + align(max(entries, dense)))
         return most
+
+    @staticmethod
+    def _dense_bytes(slot: SAESlot) -> int:
+        """Scratch bytes of one token that no list holds."""
+        w = slot.weights
+        return dense_row_bytes(w.d_in, w.d_out, w.d_sae_capacity)
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +148,6 @@ class SteeringWorkspace:
             self._shared,
             self._coef,
             self.count,
-            self.sync,
             self.tokens,
             self.records,
             self.kth,
@@ -141,17 +161,27 @@ class SteeringWorkspace:
         scores_bytes = plan.rows * w.d_sae_capacity * 4 if topk else 0
         entries = self._shared[align(scores_bytes) :]
         fit = entries.numel() // (ENTRY_BYTES * plan.rows)
-        if plan.capacity > fit:
-            plan = ChunkPlan(plan.rows, plan.num_chunks, fit)
+        row_bytes = self._dense_bytes(slot)
+        plan = replace(
+            plan,
+            capacity=min(plan.capacity, fit),
+            dense_rows=min(plan.dense_rows, entries.numel() // row_bytes),
+        )
 
         def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return arena.view(dtype)[: shape[0] * shape[1]].view(shape)
 
+        x_bytes = align(plan.rows * w.d_in * w.W_enc.element_size())
+        skip_shape = (1, 1) if w.W_skip is None else (plan.rows, w.d_out)
+        if w.W_skip is None:
+            x_bytes = 0
         scores_shape = (plan.rows, w.d_sae_capacity) if topk else (1, 1)
         return StageBuffers(
             plan,
             view(self._x, w.W_enc.dtype, plan.rows, w.d_in),
+            view(self._x[x_bytes:], torch.float32, *skip_shape),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
+            entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
         )

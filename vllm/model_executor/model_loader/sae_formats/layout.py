@@ -55,13 +55,15 @@ class Location:
 
     `root` is a directory or a single file; `origin` is the path as it was given,
     which some formats take the layer from. `given` is the site that the operator
-    named, for files that do not say theirs. `listed=False` keeps the names of other
-    files out of messages, for clients who must not see them.
+    named, for files that do not say theirs; `given_sites` are all of them.
+    `listed=False` keeps the names of other files out of messages, for clients who must
+    not see them. `overrides` are what a list of releases says beside the files.
     """
 
     root: Path
     origin: str
     given: tuple[int, HookPoint] | None = None
+    given_sites: tuple[tuple[int, HookPoint], ...] = ()
     listed: bool = True
     overrides: Overrides = Overrides()
 
@@ -171,11 +173,12 @@ class SAELayout:
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """Where one site's steering vector `[D]` is."""
+    """Where one site's steering vector `[D]` is: a tensor, or a row of one `[n, D]`."""
 
     site: SiteInfo
     file: str
     tensor: str
+    row: int | None = None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _SITE_KEYS = frozenset(
         "hook_out",
         "d_out",
         "has_skip",
+        "before_gain",
         "d_sae",
         "activation",
         "k",
@@ -151,7 +152,10 @@ def _read_site(fields: Fields) -> SAELayout:
         hook_out=_read_hook(fields, "hook_out"),
         d_out=fields.integer("d_out", 1),
         has_skip=fields.boolean("has_skip", False),
+        before_gain=fields.boolean("before_gain", False),
     )
+    if site.before_gain and site.hook is not HookPoint.MLP_IN:
+        raise fields.fail("before_gain", "false, since the site is not mlp_in")
     if not site.is_transcoder and (site.out_width != site.d_in or site.has_skip):
         raise fields.fail("hook_out", "another point than hook, with d_out or has_skip")
     return SAELayout(
@@ -234,7 +238,7 @@ def save_native(
             entry["hook_out"] = HookPoint(content["hook_out"]).value
             entry["d_out"] = tensors["W_dec"].shape[1]
             entry["has_skip"] = "W_skip" in tensors
-        for key in ("k", "topk_relu", "fvu", "l0"):
+        for key in ("k", "topk_relu", "fvu", "l0", "before_gain"):
             if content.get(key) is not None:
                 entry[key] = content[key]
         # Read back by the reader's own rules, so that it can never refuse this.

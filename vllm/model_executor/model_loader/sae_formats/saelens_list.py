@@ -23,8 +23,6 @@ TABLE = Path(__file__).with_name("saelens_releases.json")
 _REFUSED_LOADERS = {
     "temporal": "a temporal SAE reads earlier tokens",
     "mntss_clt_layer_transcoder": "a cross-layer transcoder writes to several layers",
-    "gemma_2_transcoder": "it reads the norm's output before its gain; divide the "
-    "columns of W_enc by the gain and save it as a native directory",
 }
 
 

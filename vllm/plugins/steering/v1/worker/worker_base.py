@@ -33,11 +33,13 @@ def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def extend_worker(worker: type) -> None:
-    """Give the worker's class the method that changes modules."""
+    """Give the worker's class the methods that change modules and measure sites."""
+    from vllm.v1.worker.steering_measure import SteeringMeasureMixin
     from vllm.v1.worker.steering_module_changes import SteeringWorkerMixin
 
-    if not issubclass(worker, SteeringWorkerMixin):
-        worker.__bases__ = (*worker.__bases__, SteeringWorkerMixin)
+    for mixin in (SteeringWorkerMixin, SteeringMeasureMixin):
+        if not issubclass(worker, mixin):
+            worker.__bases__ = (*worker.__bases__, mixin)
 
 
 def install_runner_seams(use_v2_model_runner: bool) -> None:

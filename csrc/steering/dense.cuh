@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens with more non-zeros than a list holds: what their path works with.
+//
+// Which tokens take it depends on a token's own number of non-zeros (more than
+// kListMax) and on nothing else, so a token has the same bits in any batch. All
+// of their activations are made again, dense, and decoded by the tensor cores:
+//
+//   x' = b_dec + sum_s (sum over features of split s) + sum_c (g_c - f_c) W_dec
+//
+// The sum over features is cut in kDenseSplits equal ranges, which are added in
+// order: few tokens still make work for every multiprocessor. An activation is
+// two 16-bit limbs, so that 16-bit products with W_dec keep 16 bits of it.
+#pragma once
+
+#include "bundles.cuh"
+#include "keys.cuh"
+#include "scheduler.cuh"
+
+namespace vllm_steering {
+
+// Scratch memory of `rows` dense tokens at a time; it takes the place of the
+// lists, which have been read by then.
+template <typename T>
+struct DenseScratch {
+  T* x;            // [rows, D]
+  T* limbs;        // [2, rows, padded], high limbs, then low ones
+  float* partial;  // [kDenseSplits, rows, D]
+  int rows;
+  int padded;  // F, up to a multiple of kTileK
+};
+
+template <typename T>
+struct DenseArgs {
+  Weights<T> weights;
+  Stream<T> stream;
+  Workspace<T> ws;
+  ClampTable table;
+  unsigned long long* saturated;
+  bool topk;
+  DenseScratch<T> scratch;
+};
+
+// Called by one thread for each token whose list is too short for it.
+template <typename T>
+__device__ __forceinline__ void note_dense(const Workspace<T>& ws, int i) {
+  const int at = atomicAdd(ws.sync + kDenseCount, 1);
+  ws.records[at].dense = i;
+}
+
+// An activation as two limbs: (high + low) * kUnit. float16's range is short,
+// so its limbs count in sixteens: 2e6 is the largest, 2^-21 the precision.
+template <typename T>
+struct Limbs {
+  static constexpr float kUnit = std::is_same_v<T, __half> ? 16.f : 1.f;
+
+  static __device__ __forceinline__ float bounded(float x) {
+    if constexpr (std::is_same_v<T, __half>)
+      return fminf(fmaxf(x, -65504.f), 65504.f);
+    return x;
+  }
+  // The limbs of two neighbours, packed.
+  static __device__ __forceinline__ uint2 split(float a, float b) {
+    a *= 1.f / kUnit;
+    b *= 1.f / kUnit;
+    const uint32_t high = pack2<T>(bounded(a), bounded(b));
+    const float2 rounded = unpack2<T>(high);
+    return make_uint2(high,
+                      pack2<T>(bounded(a - rounded.x), bounded(b - rounded.y)));
+  }
+};
+
+// The activation of feature f of the d-th dense token of a chunk.
+template <typename T>
+__device__ __forceinline__ float limb_value(const DenseScratch<T>& s, int d,
+                                            int f) {
+  const T* high = s.limbs + static_cast<int64_t>(d) * s.padded + f;
+  const T* low = high + static_cast<int64_t>(s.rows) * s.padded;
+  return (to_float(*high) + to_float(*low)) * Limbs<T>::kUnit;
+}
+
+// Work of the dense kernel, in the order in which blocks take it. A phase
+// begins when all that is before it is done.
+enum DensePhase { kGather, kEncode, kDecode, kFinish, kPhases };
+
+__device__ __forceinline__ int dense_width(int n) {
+  return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : 128;
+}
+
+struct DenseItem {
+  int phase;  // kPhases: there is no more work
+  int index;  // within its phase
+  int first;  // items before its phase
+  int base;   // dense tokens before its chunk
+  int tokens, token_tiles;
+};
+
+// The items of each phase of a chunk of n tokens.
+struct DenseCounts {
+  int of[kPhases];
+  __device__ DenseCounts(int n, int n_f, int n_d, bool topk) {
+    const int tiles = (n + dense_width(n) - 1) / dense_width(n);
+    of[kGather] = n;
+    of[kEncode] = topk ? 0 : n_f * tiles;
+    of[kDecode] = n_d * tiles * kDenseSplits;
+    of[kFinish] = n;
+  }
+  __device__ int total() const {
+    return of[kGather] + of[kEncode] + of[kDecode] + of[kFinish];
+  }
+};
+
+// The ticket-th item of a step with n dense tokens.
+template <typename T>
+__device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n) {
+  const int rows = a.scratch.rows;
+  const int n_f = (a.scratch.padded + kTileF - 1) / kTileF;
+  const int n_d = (a.weights.d_model + kTileF - 1) / kTileF;
+  const int full = DenseCounts(rows, n_f, n_d, a.topk).total();
+  const int chunk = min(ticket / full, n / rows);
+  DenseItem item = {kPhases,      ticket - chunk * full,       chunk * full,
+                    chunk * rows, min(rows, n - chunk * rows), 0};
+  if (item.tokens <= 0) return item;
+  const int width = dense_width(item.tokens);
+  item.token_tiles = (item.tokens + width - 1) / width;
+  const DenseCounts counts(item.tokens, n_f, n_d, a.topk);
+#pragma unroll
+  for (int phase = 0; phase < kPhases; ++phase) {
+    if (item.phase != kPhases) continue;
+    if (item.index < counts.of[phase]) {
+      item.phase = phase;
+    } else {
+      item.index -= counts.of[phase];
+      item.first += counts.of[phase];
+    }
+  }
+  return item;
+}
+
+}  // namespace vllm_steering

@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+// Full reconstruction of the tokens that have more non-zeros than a list holds
+// (dense.cuh), in one launch, whatever their number.
+//
+// Blocks take items by ticket, in order, and an item waits for the phase before
+// its own. Whoever is waited for has started already, so the grid need not be
+// resident as a whole. A chunk of tokens passes through four phases: their
+// stream side by side, activations as limbs (for TopK out of the scores, in the
+// first phase), products with W_dec, the sum and the write-back.
+#pragma once
+
+#include "dense.cuh"
+#include "pipeline.cuh"
+
+namespace vllm_steering {
+
+constexpr int kDenseWidths = 4;
+constexpr int kDenseStages = 4;
+constexpr int kDenseStage = kStageW + 2 * 128 * kTileK * 2;
+
+struct DenseMaps {
+  CUtensorMap w_enc;                // box kTileF x kTileK
+  CUtensorMap w_dec;                // box kTileK x 64
+  CUtensorMap x[kDenseWidths];      // box N x kTileK
+  CUtensorMap limbs[kDenseWidths];  // box N x kTileK
+};
+
+struct DenseMemory {
+  char operands[kDenseStages * kDenseStage];
+  uint64_t full[kDenseStages], empty[kDenseStages];
+  int ticket;
+};
+constexpr int kDenseSmem = sizeof(DenseMemory) + 1024;
+static_assert(kDenseSmem <= 227 * 1024, "more than a multiprocessor has");
+// Clamps whose corrections the last phase keeps in `operands`.
+constexpr int kDenseClamps = sizeof(DenseMemory::operands) / 4;
+
+#define STEERING_DENSE_WIDTHS(n, RUN) \
+  if (n <= 8) {                       \
+    RUN(8, 0);                        \
+  } else if (n <= 32) {               \
+    RUN(32, 1);                       \
+  } else if (n <= 64) {               \
+    RUN(64, 2);                       \
+  } else {                            \
+    RUN(128, 3);                      \
+  }
+
+// Phase 1: row d of x; for TopK the limbs of the selected features, instead.
+template <typename T>
+__device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
+  if (!a.topk) {
+    const T* from = a.ws.x + i * a.weights.d_model;
+    T* to = a.scratch.x + static_cast<int64_t>(d) * a.weights.d_model;
+    for (int k = threadIdx.x * 8; k < a.weights.d_model; k += blockDim.x * 8)
+      store8(to + k, load8(from + k));
+    return;
+  }
+  const float* p = a.ws.scores + i * a.weights.num_features;
+  const auto kth = static_cast<unsigned long long>(a.ws.kth[i]);
+  const bool relu = a.weights.meta[kTopkRelu] != 0;
+  const int d_sae = a.weights.meta[kDSae];
+  uint32_t* high = reinterpret_cast<uint32_t*>(
+      a.scratch.limbs + static_cast<int64_t>(d) * a.scratch.padded);
+  uint32_t* low =
+      high + static_cast<int64_t>(a.scratch.rows) * a.scratch.padded / 2;
+  for (int f = threadIdx.x * 2; f < a.scratch.padded; f += blockDim.x * 2) {
+    float act[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const float score = f + u < d_sae ? p[f + u] : 0.f;
+      const bool chosen = f + u < d_sae && sort_key(score, f + u) >= kth;
+      act[u] = chosen && survives(score, relu) ? score : 0.f;
+    }
+    const uint2 limbs = Limbs<T>::split(act[0], act[1]);
+    high[f / 2] = limbs.x;
+    low[f / 2] = limbs.y;
+  }
+}
+
+// What the producer requests and the consumers multiply for one tile: `steps`
+// stages from k-tile `k0`, which wraps at `k_tiles`; rows `row` of the weights
+// (columns of W_dec when decoding) and tokens from `t0`.
+struct DenseTile {
+  int row, t0, k0, k_tiles, steps;
+};
+
+template <int N, bool kDecodes>
+__device__ __forceinline__ void request_dense(DenseMemory& m,
+                                              const DenseMaps& maps, int width,
+                                              int low_row, DenseTile tile,
+                                              int it) {
+  constexpr int kTokens = N * kTileK * 2;
+  int k = tile.k0;
+#pragma unroll 1
+  for (int step = 0; step < tile.steps; ++step, ++it) {
+    const int s = it % kDenseStages, round = it / kDenseStages;
+    if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
+    const uint32_t full = barrier_at(m.full, s);
+    const uint32_t to = smem_address(m.operands) + s * kDenseStage;
+    barrier_expect(full, kStageW + (kDecodes ? 2 : 1) * kTokens);
+    if constexpr (kDecodes) {
+      copy_tile(&maps.w_dec, to, full, tile.row, k * kTileK);
+      copy_tile(&maps.w_dec, to + kStageW / 2, full, tile.row + 64, k * kTileK);
+      copy_tile(&maps.limbs[width], to + kStageW, full, k * kTileK, tile.t0);
+      copy_tile(&maps.limbs[width], to + kStageW + kTokens, full, k * kTileK,
+                low_row + tile.t0);
+    } else {
+      copy_tile(&maps.w_enc, to, full, k * kTileK, tile.row);
+      copy_tile(&maps.x[width], to + kStageW, full, k * kTileK, tile.t0);
+    }
+    k = k + 1 == tile.k_tiles ? 0 : k + 1;
+  }
+}
+
+// acc = this warpgroup's 64 x N products. Encoding: rows of W_enc, reduction
+// over D. Decoding: columns of W_dec (its rows are the reduction), both limbs.
+template <typename T, int N, bool kDecodes>
+__device__ __forceinline__ void multiply_dense(float (&acc)[N / 2],
+                                               DenseMemory& m, int steps,
+                                               int it) {
+  const uint32_t operands = smem_address(m.operands);
+  const uint32_t half = threadIdx.x / 128 * (kStageW / 2);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
+#pragma unroll 1
+  for (int k = 0; k < steps; ++k, ++it) {
+    const int s = it % kDenseStages;
+    barrier_wait(barrier_at(m.full, s), it / kDenseStages & 1);
+    const uint32_t stage = operands + s * kDenseStage;
+    const uint64_t w = tile_descriptor(stage + half);
+    const uint64_t high = tile_descriptor(stage + kStageW);
+    const uint64_t low = tile_descriptor(stage + kStageW + N * kTileK * 2);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < kTileK / 16; ++kk) {
+      if constexpr (kDecodes) {
+        // Sixteen rows of the reduction are 2048 bytes further on.
+        Wgmma<T, N, true>::mma(acc, w + 128 * kk, high + 2 * kk, 1);
+        Wgmma<T, N, true>::mma(acc, w + 128 * kk, low + 2 * kk, 1);
+      } else {
+        Wgmma<T, N>::mma(acc, w + 2 * kk, high + 2 * kk, 1);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (k > 0 && threadIdx.x % 128 == 0)
+      barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages));
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+  if (steps > 0 && threadIdx.x % 128 == 0)
+    barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages));
+}
+
+// Phase 2's end: activations leave as limbs. Lanes that hold features f and
+// f + 1 of two tokens swap, so that each stores two features of one token.
+template <typename T, int N>
+__device__ __forceinline__ void store_limbs(const DenseScratch<T>& to,
+                                            const float (&acc)[N / 2],
+                                            const LaneFeatures& l, int f,
+                                            int t0, int tokens) {
+  const int lane = threadIdx.x & 31, odd = lane >> 2 & 1;
+  const int64_t low = static_cast<int64_t>(to.rows) * to.padded;
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 2) {
+    const float cut = i & 2 ? l.cut.y : l.cut.x;
+    const float bias = i & 2 ? l.bias.y : l.bias.x;
+    const float first = acc[i] > cut ? acc[i] + bias : 0.f;
+    const float second = acc[i + 1] > cut ? acc[i + 1] + bias : 0.f;
+    const float got = __shfl_xor_sync(~0u, odd ? first : second, 4);
+    const uint2 limbs = Limbs<T>::split(odd ? got : first, odd ? second : got);
+    const int t = t0 + i / 4 * 8 + (lane & 3) * 2 + odd;
+    const int feature = f - odd + (i & 2 ? 8 : 0);
+    if (t >= tokens || feature >= to.padded) continue;
+    T* at = to.limbs + static_cast<int64_t>(t) * to.padded + feature;
+    *reinterpret_cast<uint32_t*>(at) = limbs.x;
+    *reinterpret_cast<uint32_t*>(at + low) = limbs.y;
+  }
+}
+
+// Phase 3's end: the sums of one split.
+template <typename T, int N>
+__device__ __forceinline__ void store_partial(const DenseArgs<T>& a,
+                                              const float (&acc)[N / 2],
+                                              int split, int column, int t0,
+                                              int tokens) {
+  const int lane = threadIdx.x & 31, d_model = a.weights.d_model;
+  float* to = a.scratch.partial +
+              static_cast<int64_t>(split) * a.scratch.rows * d_model;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int t = t0 + i / 4 * 8 + (lane & 3) * 2 + (i & 1);
+    const int c = column + (i & 2 ? 8 : 0);
+    if (t < tokens && c < d_model)
+      to[static_cast<int64_t>(t) * d_model + c] = acc[i] * Limbs<T>::kUnit;
+  }
+}
+
+// The tile of an item of phase 2 or 3; the token tile is the fast index.
+template <typename T, bool kDecodes>
+__device__ __forceinline__ DenseTile dense_tile(const DenseArgs<T>& a,
+                                                const DenseItem& item,
+                                                int width, int& split) {
+  const int t = item.index % item.token_tiles;
+  const int rest = item.index / item.token_tiles;
+  split = 0;
+  if constexpr (kDecodes) {
+    const int n_d = (a.weights.d_model + kTileF - 1) / kTileF;
+    const int k_tiles = a.scratch.padded / kTileK;
+    const int each = (k_tiles + kDenseSplits - 1) / kDenseSplits;
+    split = rest / n_d;
+    const int k0 = min(split * each, k_tiles);
+    return {rest % n_d * kTileF, t * width, k0, k_tiles,
+            min(each, k_tiles - k0)};
+  } else {
+    const int k_tiles = (a.weights.d_model + kTileK - 1) / kTileK;
+    return {rest * kTileF, t * width, first_k(rest, k_tiles), k_tiles, k_tiles};
+  }
+}
+
+// Phases 2 and 3 for one tile. One thread requests, two warpgroups multiply.
+// Returns the block's count of stages.
+template <typename T, int N, int kWidthIndex, bool kDecodes>
+__device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
+                                              DenseMemory& m,
+                                              const DenseMaps& maps,
+                                              const DenseItem& item, int it) {
+  int split;
+  const DenseTile tile = dense_tile<T, kDecodes>(a, item, N, split);
+  if (threadIdx.x == kWeightsThread) {
+    fence_async();  // what was stored before is read by copies now
+    request_dense<N, kDecodes>(m, maps, kWidthIndex, a.scratch.rows, tile, it);
+  } else if (threadIdx.x < kConsumers) {
+    const int row = tile.row + threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
+    float acc[N / 2];
+    if constexpr (kDecodes) {
+      multiply_dense<T, N, true>(acc, m, tile.steps, it);
+      store_partial<T, N>(a, acc, split, row, tile.t0, item.tokens);
+    } else {
+      const LaneFeatures l = load_features(a.weights, row);
+      multiply_dense<T, N, false>(acc, m, tile.steps, it);
+      store_limbs<T, N>(a.scratch, acc, l, row, tile.t0, item.tokens);
+    }
+  }
+  return it + tile.steps;
+}
+
+template <typename T, bool kDecodes>
+__device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
+                                              DenseMemory& m,
+                                              const DenseMaps& maps,
+                                              const DenseItem& item, int it) {
+#define STEERING_DENSE(N, I) \
+  return run_dense_tile<T, N, I, kDecodes>(a, m, maps, item, it)
+  STEERING_DENSE_WIDTHS(item.tokens, STEERING_DENSE)
+#undef STEERING_DENSE
+}
+
+// Phase 4: adds the splits and the clamps in order, rounds once, writes back.
+template <typename T>
+__device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
+                             int64_t i) {
+  TokenRecord* record = a.ws.records + i;
+  const int token = record->token, d_model = a.weights.d_model;
+  if (token < 0) return;
+  const ClampRow row = a.table.row(record->row);
+  const int clamps = row.count();
+  for (int c = threadIdx.x; c < clamps; c += blockDim.x)
+    deltas[c] =
+        a.topk ? a.ws.coef[i * row.max_clamps + c]
+               : clamp_delta(row, c, limb_value(a.scratch, d, row.feature(c)));
+  __syncthreads();
+  bool over = false;
+  for (int c = threadIdx.x * 8; c < d_model; c += blockDim.x * 8) {
+    float total[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) total[j] = a.weights.b_dec[c + j];
+#pragma unroll
+    for (int s = 0; s < kDenseSplits; ++s) {
+      const auto* part = reinterpret_cast<const float4*>(
+          a.scratch.partial +
+          (static_cast<int64_t>(s) * a.scratch.rows + d) * d_model + c);
+      const float4 low = part[0], high = part[1];
+      const float add[8] = {low.x,  low.y,  low.z,  low.w,
+                            high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) total[j] += add[j];
+    }
+#pragma unroll 1
+    for (int k = 0; k < clamps; ++k) {
+      const auto w = load8(a.weights.w_dec +
+                           static_cast<int64_t>(row.feature(k)) * d_model + c);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) total[j] += deltas[k] * to_float(w.at[j]);
+    }
+    Pack8<T> out, zero;
+    zero.raw = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      out.at[j] = from_float<T>(saturate<T>(total[j], over));
+    T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
+    if (a.stream.residual != nullptr) {
+      store8(a.stream.residual + token * a.stream.residual_stride + c, out);
+      store8(h, zero);
+    } else {
+      store8(h, out);
+    }
+  }
+  count_saturated(over, &record->saturated, a.saturated);
+}
+
+// The last block to go makes the counters zero again, for the next launch.
+template <typename T>
+__device__ __forceinline__ void leave_dense(const Workspace<T>& ws) {
+  if (atomicAdd(ws.sync + kDenseExits, 1) != static_cast<int>(gridDim.x) - 1)
+    return;
+  for (int field = kDenseCount; field <= kDenseExits; ++field)
+    ws.sync[field] = 0;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kEncodeThreads, 1)
+    dense_kernel(const __grid_constant__ DenseArgs<T> a,
+                 const __grid_constant__ DenseMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char raw[];
+  wait_for_previous();
+  launch_dependents();
+  const int n = a.ws.sync[kDenseCount];
+  if (n == 0) return;
+  DenseMemory& m = *reinterpret_cast<DenseMemory*>(aligned_memory(raw));
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kDenseStages; ++s) {
+      barrier_init(barrier_at(m.full, s), 1);
+      barrier_init(barrier_at(m.empty, s), 2);
+    }
+    barrier_init_fence();
+  }
+  int it = 0;
+  while (true) {
+    __syncthreads();
+    if (threadIdx.x == 0) m.ticket = atomicAdd(a.ws.sync + kDenseTicket, 1);
+    __syncthreads();
+    const DenseItem item = dense_item(a, m.ticket, n);
+    if (item.phase == kPhases) break;
+    if (threadIdx.x == 0) grid_wait(a.ws.sync + kDenseDone, item.first);
+    __syncthreads();
+    const int d = item.index;
+    if (item.phase == kGather) {
+      gather_dense(a, d, a.ws.records[item.base + d].dense);
+    } else if (item.phase == kEncode) {
+      it = run_dense_tile<T, false>(a, m, maps, item, it);
+    } else if (item.phase == kDecode) {
+      it = run_dense_tile<T, true>(a, m, maps, item, it);
+    } else {
+      finish_dense(a, reinterpret_cast<float*>(m.operands), d,
+                   a.ws.records[item.base + d].dense);
+    }
+    fence_async();  // copies of other blocks may read what was stored here
+    __syncthreads();
+    if (threadIdx.x == 0) grid_arrive(a.ws.sync + kDenseDone);
+  }
+  if (threadIdx.x == 0) leave_dense(a.ws);
+#else
+  __trap();
+#endif
+}
+
+}  // namespace vllm_steering

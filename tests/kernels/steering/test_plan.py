@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the workspace: pure functions of shapes, so no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm.config.steering import Activation
+from vllm.model_executor.layers.steering_kernels import plan
+from vllm.model_executor.layers.steering_kernels.plan import (
+    LIST_MAX,
+    dense_row_bytes,
+    plan_chunks,
+)
+from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace
+from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
+
+META = torch.device("meta")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    tokens=st.integers(1, 20000),
+    d_in=st.integers(8, 8192),
+    d_out=st.integers(8, 8192),
+    d_sae=st.integers(1, 300_000),
+    max_clamps=st.integers(1, 512),
+    itemsize=st.sampled_from([2, 4]),
+    topk=st.booleans(),
+)
+def test_every_step_fits_and_no_list_is_shorter_than_its_limit(
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    d_sae: int,
+    max_clamps: int,
+    itemsize: int,
+    topk: bool,
+) -> None:
+    sizes = (tokens, d_in, d_out, d_sae, max_clamps, itemsize, topk)
+    found = plan_chunks(*sizes)
+    assert found.rows * found.num_chunks >= tokens
+    assert min(d_sae, LIST_MAX) <= found.capacity <= d_sae
+    assert found.rows * d_in * itemsize <= plan.MAX_GATHER_BYTES
+    scores = 4 * d_sae * found.rows if topk else 0
+    limit = plan.MAX_TOPK_BYTES if topk else plan.MAX_ENTRY_BYTES
+    assert scores + found.capacity * found.rows * plan.ENTRY_BYTES <= limit
+    dense = found.dense_rows * dense_row_bytes(d_in, d_out, d_sae)
+    assert scores + dense <= limit
+    assert (found.dense_rows > 0) == (d_sae > LIST_MAX)
+    assert found.dense_rows <= found.rows
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 200, 256, 1000, 8192])
+@pytest.mark.parametrize("topk", [False, True])
+def test_a_workspace_has_room_for_every_shorter_step(tokens: int, topk: bool) -> None:
+    kinds = frozenset({Activation.TOPK if topk else Activation.RELU})
+    slot = SAESlot(SAEWeights(16384, 2304, torch.bfloat16, META), 3, 8, kinds)
+    workspace = SteeringWorkspace(8192, [slot], META)
+    assert workspace.nbytes <= 256 << 20
+    views = workspace.buffers(slot, tokens, topk)
+    assert views.plan.capacity >= LIST_MAX
+    assert views.dense.shape[0] >= min(tokens, 128)
+    assert views.dense.shape[1] == dense_row_bytes(2304, 2304, 16384)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transcoders on the GPU: another input than output, a skip connection, a source.
+
+The kernels are compared with `steering_reference`, which tests of its own hold against
+float64 mathematics. `TRITON_INTERPRET=1` runs them on a CPU that has Triton.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from steering_reference import (  # noqa: E402
+    DEVICE,
+    DTYPE,
+    INTERPRETED,
+    make_step,
+    needs_gpu,
+    random_clamps,
+    set_row,
+)
+
+from vllm.config.steering import (  # noqa: E402
+    Activation,
+    HookPoint,
+    SiteInfo,
+    Tier,
+)
+from vllm.model_executor.layers import (  # noqa: E402
+    sae_full_reconstruction_kernel as kernel,
+)
+from vllm.model_executor.layers import steering_reference as plain  # noqa: E402
+from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX  # noqa: E402
+from vllm.model_executor.layers.steering_state import (  # noqa: E402
+    SAESlot,
+    SAEWeights,
+)
+
+pytestmark = [pytest.mark.gpu, needs_gpu]
+KINDS = [Activation.JUMPRELU, Activation.TOPK]
+WIDTHS = [(40, 56)] if INTERPRETED else [(40, 56), (96, 96), (33, 71), (1152, 768)]
+TOKENS = 9
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
+
+
+def make_transcoder(
+    d_in: int,
+    d_out: int,
+    activation: Activation,
+    skip: bool,
+    d_sae: int = 150,
+    dtype: torch.dtype = DTYPE,
+) -> SAESlot:
+    """A random transcoder about a tenth of whose features fire."""
+    weights = SAEWeights(d_sae, d_in, dtype, DEVICE, d_out, skip)
+    slot = SAESlot(weights, 5, 8, frozenset({activation}), reads_source=True)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE)
+
+    weights.W_enc.copy_(normal(d_sae, d_in) / d_in**0.5)
+    weights.W_dec.copy_(normal(d_sae, d_out) / d_out**0.5)
+    weights.b_enc.copy_(0.1 * normal(d_sae))
+    weights.b_dec.copy_(normal(d_out))
+    weights.threshold.fill_(1.28)
+    if weights.W_skip is not None:
+        weights.W_skip.copy_(normal(d_out, d_in) / d_in**0.5)
+    k = 12 if activation is Activation.TOPK else None
+    site = SiteInfo(
+        0, HookPoint.MLP_IN, d_in, d_sae, activation, k,
+        hook_out=HookPoint.MLP_OUT, d_out=d_out, has_skip=skip,
+    )  # fmt: skip
+    weights.set_meta(site, 0b10, None)
+    for table in (slot.full, slot.delta):
+        set_row(table, 1, [])
+        set_row(table, 2, random_clamps(d_sae, 8))
+    return slot
+
+
+def compare(slot: SAESlot, tier: Tier, two_streams: bool = True) -> torch.Tensor:
+    """Both ways on one random step; returns what the kernels wrote."""
+    weights = slot.weights
+    dtype = weights.W_enc.dtype
+    step = make_step(TOKENS, TOKENS, [1, 2, 0], tier)
+    step.flags[4] = 0b10
+    hidden = torch.randn(TOKENS, weights.d_out, device=DEVICE).to(dtype)
+    residual = hidden.flip(0).clone() if two_streams else None
+    source = torch.randn(TOKENS, weights.d_in, device=DEVICE).to(dtype)
+    source[7, 3] = float("inf")  # not finite: left alone
+    found = [hidden.clone(), None if residual is None else residual.clone()]
+    want = [hidden.clone(), None if residual is None else residual.clone()]
+    workspace = kernel.SteeringWorkspace(TOKENS, [slot], DEVICE)
+    workspace._shared.fill_(0xFF)
+    workspace._x.fill_(0xFF)
+    if tier is Tier.FULL:
+        kernel.full_reconstruction(slot, step, workspace, *found, source)
+        plain.full_reconstruction(slot, step, *want, source)
+    else:
+        kernel.sae_clamp(slot, step, workspace, *found, source)
+        plain.sae_clamp(slot, step, *want, source)
+    for x, y in zip(found, want, strict=True):
+        if x is None or y is None:
+            continue
+        error = (x.float() - y.float()).norm(dim=1)
+        assert (error <= TOLERANCE[dtype] * (1 + y.float().norm(dim=1))).all()
+        assert torch.equal(x[[2, 4, 5, 7, 8]], y[[2, 4, 5, 7, 8]])
+    written = found[1] if found[1] is not None else found[0]
+    assert written is not None
+    return written
+
+
+@pytest.mark.parametrize("tier", [Tier.DELTA, Tier.FULL])
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_a_transcoder_equals_the_reference(
+    tier: Tier,
+    activation: Activation,
+    widths: tuple[int, int],
+    skip: bool,
+    two_streams: bool,
+) -> None:
+    compare(make_transcoder(*widths, activation, skip), tier, two_streams)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tier", [Tier.DELTA, Tier.FULL])
+def test_every_dtype_equals_the_reference(dtype: torch.dtype, tier: Tier) -> None:
+    if INTERPRETED and dtype is torch.bfloat16:
+        pytest.skip("the interpreter has no bfloat16 products")
+    slot = make_transcoder(40, 24, Activation.JUMPRELU, True, dtype=dtype)
+    compare(slot, tier)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_tokens_that_no_list_holds_equal_the_reference(skip: bool) -> None:
+    slot = make_transcoder(24, 40, Activation.JUMPRELU, skip, d_sae=LIST_MAX + 100)
+    slot.weights.threshold.zero_()
+    slot.weights.b_enc += 3.0
+    compare(slot, Tier.FULL)
+
+
+def test_a_source_where_none_is_read_is_refused() -> None:
+    slot = make_transcoder(24, 40, Activation.JUMPRELU, False)
+    step = make_step(2, 2, [1], Tier.FULL)
+    workspace = kernel.SteeringWorkspace(2, [slot], DEVICE)
+    hidden = torch.zeros(2, 40, dtype=DTYPE, device=DEVICE)
+    with pytest.raises(ValueError, match="source given: False"):
+        kernel.full_reconstruction(slot, step, workspace, hidden, None)
+    narrow = torch.zeros(2, 23, dtype=DTYPE, device=DEVICE)
+    with pytest.raises(ValueError, match=r"source has shape \(2, 23\)"):
+        kernel.full_reconstruction(slot, step, workspace, hidden, None, narrow)
