@@ -16,7 +16,6 @@ fail.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest
@@ -30,6 +29,7 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
+from vllm.config.steering_json import Json, JsonView
 
 __all__ = [
     "ROWS_KEY",
@@ -43,14 +43,14 @@ __all__ = [
 ]
 
 
-def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
+def refuse_reserved_key(extra_args: JsonView | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""
     for key in RESERVED_KEYS:
         if isinstance(extra_args, Mapping) and key in extra_args:
             raise refusal(key, "is reserved for the engine, expected no such key")
 
 
-def refuse_pooling(extra_kwargs: Mapping[str, Any] | None) -> None:
+def refuse_pooling(extra_kwargs: JsonView | None) -> None:
     """Raise when a pooling request (embed, classify, score, …) asks for steering."""
     for key in (*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS):
         if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
@@ -74,10 +74,10 @@ def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) ->
 
 
 def canonical_extra_args(
-    extra_args: Mapping[str, Any] | None,
+    extra_args: JsonView | None,
     steering: SteeringRequest | None,
     config: SteeringConfig | None,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """A copy of `extra_args` that holds the canonical specs, presets applied."""
     ours = {*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS}
     given = extra_args or {}
@@ -90,11 +90,11 @@ def canonical_extra_args(
 
 
 def admitted_extra_args(
-    extra_args: Mapping[str, Any] | None,
+    extra_args: JsonView | None,
     config: SteeringConfig | None,
     num_prompt_tokens: int,
     resumable: bool = False,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """`extra_args` of a request that the engine admits.
 
     Raises:
@@ -118,7 +118,7 @@ def admitted_extra_args(
 
 
 def admitted_schedule(
-    extra_args: Mapping[str, Any], num_prompt_tokens: int
+    extra_args: JsonView, num_prompt_tokens: int
 ) -> list[tuple[int | None, str | None]]:
     """Where each piece of an admitted request stops, and its digest."""
     rows = extra_args.get(ROWS_KEY)
@@ -129,6 +129,6 @@ def admitted_schedule(
     return [(num_prompt_tokens, rows["prefill"]), (None, rows["decode"])]
 
 
-def admitted_prompt_length(extra_args: Mapping[str, Any]) -> int:
+def admitted_prompt_length(extra_args: JsonView) -> int:
     """The prompt's length of an admitted request with spans; 0 without."""
     return (extra_args.get(ROWS_KEY) or {}).get("num_prompt_tokens", 0)

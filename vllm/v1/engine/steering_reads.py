@@ -9,9 +9,8 @@ whether a stop condition holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -21,6 +20,7 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_readout_step import ReadRequest, StepReadout
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
+from vllm.config.steering_json import JsonView
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -149,7 +149,7 @@ class RequestReads:
 
 
 def reads_of(
-    extra_args: Mapping[str, Any] | None, config: SteeringConfig | None
+    extra_args: JsonView | None, config: SteeringConfig | None
 ) -> tuple[SiteRead, ...]:
     """What a request with these `extra_args` reads."""
     request = parse_steering_request(extra_args, config)

@@ -27,7 +27,8 @@ from msgspec.structs import replace
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import SteeringConfigError, shown
-from vllm.config.steering_replies import Json, ModuleReply, Outcome, RefusedCall
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import ModuleReply, Outcome, RefusedCall
 from vllm.config.steering_slots import (
     NoRoomError,
     free_slots,

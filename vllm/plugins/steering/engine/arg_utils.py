@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import vllm
 from vllm.config.steering_checks import SteeringConfigError, shown
-from vllm.config.steering_replies import Json
+from vllm.config.steering_json import Json
 from vllm.engine.steering_resolution import resolve_steering
 from vllm.plugins.steering.seam import (
     BOUND,

@@ -15,7 +15,7 @@ from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_checks import refusal
-from vllm.config.steering_replies import Json
+from vllm.config.steering_json import Json
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins.steering.seam import Stock, wrap

@@ -28,7 +28,8 @@ from vllm.config.sae_steering_specs import (
     RESERVED_KEYS,
 )
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_replies import METHOD, Json, ModuleReply
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import METHOD, ModuleReply
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
