@@ -316,20 +316,14 @@ def make_gguf(root: Path) -> Path:
 
 def make_transcoder_set(root: Path) -> Path:
     (root / "t").mkdir()
-    tensors = {"W_enc": W, "b_enc": b_enc, "W_dec": W, "b_dec": b_dec}
+    tensors = {"W_enc": W, "b_enc": b_enc, "W_dec": W.clone(), "b_dec": b_dec}
     save_file(tensors, root / "t/layer_1.safetensors")
     (root / "t/config.yaml").write_text("feature_input_hook: mlp.hook_in\n")
     return root / "t"
 
 
-def make_bare_vector(root: Path) -> Path:
-    torch.save({"post_block.1": b_dec}, root / "v.pt")
-    return root / "v.pt"
-
-
 MAKERS: list[Callable[[Path], Path]] = [
     make_transcoder_set,
-    make_bare_vector,
     make_native,
     make_vectors,
     make_gguf,
