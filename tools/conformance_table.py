@@ -20,7 +20,14 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 def table() -> str:
     """The table as Markdown."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from steering_testing.cases import CASES, RESIDUAL, SUBLAYER, TRANSFORMERS_CASES
+    from steering_testing.cases import (
+        CASES,
+        MULTIMODAL_CASES,
+        RESIDUAL,
+        SUBLAYER,
+        TRANSFORMERS_CASES,
+        UNCHECKED,
+    )
 
     hooks = (*RESIDUAL, *SUBLAYER, "transcoder")
     lines = [
@@ -29,11 +36,17 @@ def table() -> str:
         + " |",
         "|---|---|" + "---|" * len(hooks),
     ]
-    for case in (*CASES.values(), *TRANSFORMERS_CASES.values()):
+    groups = (CASES, MULTIMODAL_CASES, TRANSFORMERS_CASES)
+    for case in (case for group in groups for case in group.values()):
         lacks = set(case.lacks) | ({"transcoder"} if "mlp_out" in case.lacks else set())
         cells = ["–" if hook in lacks else "✓" for hook in hooks]
         name = case.layer_class.rsplit(".", 1)[1]
         lines.append(f"| {case.title} | `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", "In the table of families, and not compared with Hugging Face:", ""]
+    lines += [
+        f"- {title} (`{name.rsplit('.', 1)[1]}`): {why}."
+        for name, (title, why) in UNCHECKED.items()
+    ]
     return "\n".join(lines)
 
 

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 
 from vllm.config.parallel import ParallelConfig
+from vllm.config.steering_private_directory import (
+    DIRECTORY_ENV,
+    make_private_directory,
+    start_up_failure,
+    take_start_up_failure,
+)
 from vllm.engine.steering_shared_config import (
     FILE,
-    SHARED_ENV,
     SharedConfig,
-    prepare_sharing,
     shared_config,
 )
 
@@ -93,7 +97,7 @@ def test_a_link_is_not_followed(directory: Path, tmp_path: Path, linked: str) ->
 def test_only_one_of_several_servers_shares(
     monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:
-    monkeypatch.setenv(SHARED_ENV, str(directory))
+    monkeypatch.setenv(DIRECTORY_ENV, str(directory))
     parallel = ParallelConfig()
     assert shared_config(parallel) is None
     parallel._api_process_count = 2
@@ -102,12 +106,29 @@ def test_only_one_of_several_servers_shares(
     assert shared_config(parallel) is None
 
 
-def test_the_parent_makes_a_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SHARED_ENV, raising=False)
-    prepare_sharing(ParallelConfig())
-    assert SHARED_ENV not in os.environ
-    parent = ParallelConfig(_api_process_count=2, _api_process_rank=-1)
-    prepare_sharing(parent)
-    made = Path(os.environ[SHARED_ENV])
-    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+def test_a_process_makes_one_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_ENV, "/inherited/from/another/engine")
+    made = make_private_directory.__wrapped__()
+    assert os.environ[DIRECTORY_ENV] == made
+    assert stat.S_IMODE(os.stat(made).st_mode) == 0o700
     shutil.rmtree(made)
+    assert make_private_directory() == make_private_directory()
+
+
+def test_a_failure_is_found_once_by_who_started_the_process(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    monkeypatch.setenv(DIRECTORY_ENV, str(directory))
+    assert take_start_up_failure() is None
+    raised = start_up_failure(ValueError("module 'a':\n  W_enc has a NaN"))
+    assert str(raised) == "module 'a': W_enc has a NaN"
+    assert str(take_start_up_failure()) == str(raised)
+    assert take_start_up_failure() is None
+
+
+def test_a_failure_without_a_directory_is_raised_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(DIRECTORY_ENV, raising=False)
+    assert str(start_up_failure(ValueError("no"))) == "no"
+    assert take_start_up_failure() is None

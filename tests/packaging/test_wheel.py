@@ -36,7 +36,11 @@ def wheel_files(wheel: Path) -> set[str]:
 
 
 def test_every_file_of_the_overlay_is_in_the_wheel(wheel: Path) -> None:
-    ours = {str(p.relative_to(ROOT)) for p in (ROOT / "vllm").rglob("*.py")}
+    ours = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "vllm").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert wheel_files(wheel) == ours
 
 

@@ -33,6 +33,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     lacks: tuple[str, ...] = ()
     z: int = models.HIDDEN
+    tolerance: float = 1e-4
 
     @property
     def hooks(self) -> list[str]:
@@ -68,6 +69,88 @@ CASES = {
     ),
     "gpt_oss": Case("gpt-oss", "gpt_oss", f"{MODELS}.gpt_oss.TransformerBlock"),
     "gpt2": Case("GPT-2", "gpt2", f"{MODELS}.gpt2.GPT2Block"),
+    "gemma": Case("Gemma", "gemma", f"{MODELS}.gemma.GemmaDecoderLayer"),
+    "mixtral": Case("Mixtral", "mixtral", f"{MODELS}.mixtral.MixtralDecoderLayer"),
+    "olmoe": Case("OLMoE", "olmoe", f"{MODELS}.olmoe.OlmoeDecoderLayer"),
+    "granite": Case(
+        "Granite",
+        "granite",
+        f"{MODELS}.granite.GraniteDecoderLayer",
+        lacks=("attn_out", "mlp_out"),
+    ),
+    "opt": Case(
+        "OPT", "opt", f"{MODELS}.opt.OPTDecoderLayer", lacks=("mlp_in", "mlp_out")
+    ),
+    "gptj": Case("GPT-J", "gptj", f"{MODELS}.gpt_j.GPTJBlock", lacks=("post_attn",)),
+    "cohere": Case(
+        "Command-R",
+        "cohere",
+        f"{MODELS}.commandr.CohereDecoderLayer",
+        lacks=("post_attn",),
+    ),
+    "exaone4": Case("Exaone-4", "exaone4", f"{MODELS}.exaone4.Exaone4DecoderLayer"),
+    "glm4": Case("GLM-4", "glm4", f"{MODELS}.glm4.Glm4DecoderLayer"),
+    "glm4_moe": Case(
+        "GLM-4.5 (MoE)", "glm4_moe", f"{MODELS}.glm4_moe.Glm4MoeDecoderLayer"
+    ),
+    "apertus": Case(
+        "Apertus",
+        "apertus",
+        f"{MODELS}.apertus.ApertusDecoderLayer",
+        tolerance=8e-4,  # vLLM and Hugging Face round xIELU's constants differently
+    ),
+    "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
+}
+# Lines that no tiny model checks, and why. Their modules' names and forwards are
+# compared with the classes of the installed vLLM.
+UNCHECKED = {
+    f"{MODELS}.minimax_m2.MiniMaxM2DecoderLayer": (
+        "MiniMax-M2",
+        "vLLM's CPU experts take no sigmoid scores",
+    ),
+    f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer": (
+        "Qwen3-Next",
+        "linear attention needs bfloat16 on a CPU",
+    ),
+    f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer": (
+        "Qwen3.5",
+        "linear attention needs bfloat16 on a CPU",
+    ),
+    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": (
+        "Qwen3-VL MoE",
+        "its forward is that of Qwen3 MoE",
+    ),
+    f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer": (
+        "DeepSeek-V2, -V3",
+        "on a CPU, vLLM's tiny model is not Hugging Face's even without steering",
+    ),
+}
+# In tests/models/multimodal_cases.py, on prompts of text alone.
+MULTIMODAL_CASES = {
+    "gemma3_mm": Case(
+        "Gemma-3 (multimodal)",
+        "gemma3_mm",
+        f"{MODELS}.gemma3.Gemma3DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "mistral3": Case(
+        "Mistral-3 (multimodal)",
+        "mistral3",
+        f"{MODELS}.mistral.MistralDecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "qwen2_5_vl": Case(
+        "Qwen2.5-VL",
+        "qwen2_5_vl",
+        f"{MODELS}.qwen2.Qwen2DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
+    ),
+    "qwen3_vl": Case(
+        "Qwen3-VL",
+        "qwen3_vl",
+        f"{MODELS}.qwen3_vl.Qwen3VLDecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
+    ),
 }
 BACKEND = (("model_impl", "transformers"),)
 TRANSFORMERS_CASES = {
@@ -76,9 +159,13 @@ TRANSFORMERS_CASES = {
         family,
         f"transformers.models.{family}.modeling_{family}.{layer}",
         BACKEND,
+        lacks=("post_attn",) if family in ("phi", "gpt_neox") else (),
     )
     for title, family, layer in (
         ("Llama", "llama", "LlamaDecoderLayer"),
         ("Gemma-2", "gemma2", "Gemma2DecoderLayer"),
+        ("OLMo-2", "olmo2", "Olmo2DecoderLayer"),
+        ("Phi-1, Phi-2", "phi", "PhiDecoderLayer"),
+        ("GPT-NeoX, Pythia", "gpt_neox", "GPTNeoXLayer"),
     )
 }

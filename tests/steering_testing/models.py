@@ -80,6 +80,78 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         eos_token_id=EOS,
         pad_token_id=PAD,
     ),
+    "gemma": _config("GemmaConfig", **COMMON, **HEAD),
+    "mixtral": _config(
+        "MixtralConfig", **COMMON, **HEAD, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "olmoe": _config(
+        "OlmoeConfig",
+        **{**COMMON, **MOE, "num_key_value_heads": 2, "norm_topk_prob": False},
+    ),
+    "granite": _config(
+        "GraniteConfig",
+        **COMMON,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+        embedding_multiplier=2.0,
+        logits_scaling=1.5,
+    ),
+    "opt": _config(
+        "OPTConfig",
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        ffn_dim=96,
+        tie_word_embeddings=False,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    ),
+    "gptj": _config(
+        "GPTJConfig",
+        vocab_size=VOCAB,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=2,
+        n_positions=256,
+        rotary_dim=16,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        tie_word_embeddings=False,
+    ),
+    "cohere": _config("CohereConfig", **{**COMMON, "tie_word_embeddings": True}),
+    "exaone4": _config("Exaone4Config", **COMMON, **HEAD, sliding_window=32),
+    "glm4": _config("Glm4Config", **COMMON, **HEAD),
+    "glm4_moe": _config(
+        "Glm4MoeConfig",
+        **COMMON,
+        **HEAD,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+    "apertus": _config("ApertusConfig", **COMMON),
+    "llama4": _config(
+        "Llama4TextConfig",
+        **COMMON,
+        **HEAD,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=128,
+    ),
+    "olmo2": _config("Olmo2Config", **COMMON),
+    "phi": _config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
+    "gpt_neox": _config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
 }
 
 
@@ -87,9 +159,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def build(family: str, seed: int = 0) -> Any:
     """The Hugging Face model of a family, random and in float32, ready to run."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        FAMILIES[family](), dtype=torch.float32, attn_implementation="eager"
-    )
+    config = FAMILIES[family]()
+    auto = transformers.AutoModelForCausalLM
+    if "vision_config" in config.sub_configs:
+        auto = transformers.AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
     # Gemma multiplies its embeddings by sqrt(D) and reads them again as its head: as
     # large as the others', they would make every answer certain, whatever the edit.
     embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)
@@ -113,4 +187,7 @@ def save(family: str, root: Path, seed: int = 0) -> Path:
 def decoder_layers(model: Any) -> Any:
     """The decoder layers of a Hugging Face model, in order."""
     base = model.base_model
+    base = model.model if base is model else base
+    base = base.language_model if hasattr(base, "language_model") else base
+    base = base.decoder if hasattr(base, "decoder") else base
     return base.h if hasattr(base, "h") else base.layers

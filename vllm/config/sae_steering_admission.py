@@ -16,7 +16,6 @@ fail.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest
@@ -24,17 +23,18 @@ from vllm.config.sae_steering_spans import TOKEN_PHASES
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
+from vllm.config.steering_json import Json, JsonView
 
 ROWS_KEY = "steering_rows"
 
 
-def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
+def refuse_reserved_key(extra_args: JsonView | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""
     if isinstance(extra_args, Mapping) and ROWS_KEY in extra_args:
         raise refusal(ROWS_KEY, "is reserved for the engine, expected no such key")
 
 
-def refuse_pooling(extra_kwargs: Mapping[str, Any] | None) -> None:
+def refuse_pooling(extra_kwargs: JsonView | None) -> None:
     """Raise when a pooling request (embed, classify, score, …) asks for steering."""
     for key in (*EXTRA_ARGS_KEYS, ROWS_KEY):
         if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
@@ -58,8 +58,8 @@ def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) ->
 
 
 def canonical_extra_args(
-    extra_args: dict[str, Any], steering: SteeringRequest | None
-) -> dict[str, Any] | None:
+    extra_args: Json, steering: SteeringRequest | None
+) -> Json | None:
     """A copy of `extra_args` that holds the canonical specs and nothing reserved."""
     ours = {*EXTRA_ARGS_KEYS, ROWS_KEY}
     args = {key: value for key, value in extra_args.items() if key not in ours}
@@ -69,11 +69,11 @@ def canonical_extra_args(
 
 
 def admitted_extra_args(
-    extra_args: dict[str, Any],
+    extra_args: Json,
     config: SteeringConfig | None,
     num_prompt_tokens: int,
     resumable: bool = False,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """`extra_args` of a request that the engine admits.
 
     Raises:
@@ -97,7 +97,7 @@ def admitted_extra_args(
 
 
 def admitted_schedule(
-    extra_args: Mapping[str, Any], num_prompt_tokens: int
+    extra_args: JsonView, num_prompt_tokens: int
 ) -> list[tuple[int | None, str | None]]:
     """Where each piece of an admitted request stops, and its digest."""
     rows = extra_args.get(ROWS_KEY)
@@ -108,6 +108,6 @@ def admitted_schedule(
     return [(num_prompt_tokens, rows["prefill"]), (None, rows["decode"])]
 
 
-def admitted_prompt_length(extra_args: Mapping[str, Any]) -> int:
+def admitted_prompt_length(extra_args: JsonView) -> int:
     """The prompt's length of an admitted request with spans; 0 without."""
     return (extra_args.get(ROWS_KEY) or {}).get("num_prompt_tokens", 0)

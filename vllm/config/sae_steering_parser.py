@@ -31,6 +31,7 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import bad, refusal
+from vllm.config.steering_json import JsonView
 from vllm.config.steering_reader import Reader, packed
 
 # Of one request, over all of its specs.
@@ -46,7 +47,7 @@ _READERS = {key: Reader(list[spec]) for key, spec in SPEC_TYPES.items()}  # type
 
 
 def parse_steering_request(
-    extra_args: Mapping[str, Any] | None, config: SteeringConfig | None
+    extra_args: JsonView | None, config: SteeringConfig | None
 ) -> SteeringRequest | None:
     """Check what a request asks for and return its canonical form.
 
@@ -83,7 +84,7 @@ def parse_steering_request(
     return cast(SteeringRequest, request)
 
 
-def check_counts(given: Mapping[str, Any], config: SteeringConfig) -> None:
+def check_counts(given: JsonView, config: SteeringConfig) -> None:
     """Bound what a request lists, before anything of it is read."""
     specs = [spec for specs in given.values() for spec in _items(specs)]
     if len(specs) > config.max_specs:
@@ -132,7 +133,7 @@ def _is_asked(specs: Any) -> bool:
     return specs is not None and not (isinstance(specs, (list, tuple)) and not specs)
 
 
-def _parse(given: Mapping[str, Any], config: SteeringConfig) -> SteeringRequest:
+def _parse(given: JsonView, config: SteeringConfig) -> SteeringRequest:
     draft = Draft(config)
     fields = SteeringFields(**{key: _read(key, given[key]) for key in given})
     for position, full in enumerate(fields.sae_full_reconstruction_specs or ()):

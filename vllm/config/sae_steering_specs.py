@@ -8,7 +8,7 @@ of the HTTP fields. Import them from `vllm.config.sae_steering_types`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,7 @@ from msgspec import Meta
 from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering import HOOK_ALIASES
+from vllm.config.steering_json import Json
 from vllm.config.steering_reader import expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
@@ -179,7 +180,7 @@ SPEC_TYPES: dict[str, type[msgspec.Struct]] = {
 }
 
 
-def field_schemas() -> dict[str, dict[str, Any]]:
+def field_schemas() -> dict[str, Json]:
     """The JSON schema of each HTTP field."""
     schemas = json_schema(SteeringFields)["properties"]
     for schema in schemas.values():

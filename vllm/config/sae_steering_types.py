@@ -35,6 +35,7 @@ from vllm.config.sae_steering_specs import (
     SteeringVectorSpec,
 )
 from vllm.config.steering_checks import refusal
+from vllm.config.steering_json import Json
 from vllm.sampling_params import SamplingParams
 
 __all__ = [
@@ -63,9 +64,7 @@ __all__ = [
 PLUGIN = "steering"
 
 
-def fold_into_extra_args(
-    extra_args: dict[str, Any] | None, specs: dict[str, Any]
-) -> dict[str, Any] | None:
+def fold_into_extra_args(extra_args: Json | None, specs: Json) -> Json | None:
     """`extra_args` with the specs that are not None added; the input is not changed.
 
     Raises:
@@ -81,7 +80,7 @@ def fold_into_extra_args(
     return {**(extra_args or {}), **given} if given else extra_args
 
 
-def refuse_without_plugin(specs: dict[str, Any]) -> None:
+def refuse_without_plugin(specs: Json) -> None:
     """Raise when specs are given and `VLLM_PLUGINS` keeps steering from loading."""
     loaded = envs.VLLM_PLUGINS
     if loaded is None or PLUGIN in loaded:

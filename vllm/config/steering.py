@@ -8,11 +8,11 @@ compile-cache key, so everything here converts to and from JSON types.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum, IntEnum
-from typing import Any, Literal
+from typing import Literal
 
+from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_kept import KeptParses
 from vllm.config.steering_points import (
     HOOK_ALIASES,
@@ -75,7 +75,9 @@ class SiteInfo:
 
     `hook` is the point that the site reads, of width `d_in`; requests name the site by
     it. An SAE writes to the same point (`hook_out` and `d_out` are None). A transcoder
-    writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`.
+    writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`, and
+    `before_gain` that its encoder was trained on `mlp_in` before the norm's gain, which
+    is divided out of `W_enc` when the module is loaded into a layer.
     `d_sae` is the number of directions: F features of an SAE, 1 for a vector. `k` and
     `topk_relu` (clip the selected pre-activations at zero) are set for TopK only.
     """
@@ -90,6 +92,7 @@ class SiteInfo:
     hook_out: HookPoint | None = None
     d_out: int | None = None
     has_skip: bool = False
+    before_gain: bool = False
 
     @property
     def name(self) -> str:
@@ -111,7 +114,7 @@ class SiteInfo:
         """Whether the site writes another point than it reads."""
         return self.out_hook is not self.hook
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         return {
             **asdict(self),
@@ -121,7 +124,7 @@ class SiteInfo:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SiteInfo:
+    def from_json(cls, data: JsonView) -> SiteInfo:
         """Rebuild what `to_json` wrote."""
         return cls(
             **{
@@ -163,13 +166,13 @@ class SlotInfo:
         """The point that the slot's site writes."""
         return self.hook if self.hook_out is None else self.hook_out
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         hook_out = None if self.hook_out is None else self.hook_out.value
         return {**asdict(self), "hook": self.hook.value, "hook_out": hook_out}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SlotInfo:
+    def from_json(cls, data: JsonView) -> SlotInfo:
         """Rebuild what `to_json` wrote."""
         hook_out = _hook_or_none(data.get("hook_out"))
         hook = HookPoint(data["hook"])
@@ -213,7 +216,7 @@ class ModuleInfo:
                 return site
         return None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         data = asdict(self)
         data["sites"] = [site.to_json() for site in self.sites]
@@ -223,7 +226,7 @@ class ModuleInfo:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ModuleInfo:
+    def from_json(cls, data: JsonView) -> ModuleInfo:
         """Rebuild what `to_json` wrote."""
         fields = dict(data)
         fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
@@ -269,7 +272,7 @@ class SteeringConfig:
         default_factory=KeptParses, init=False, repr=False, compare=False
     )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         return {
             "modules": [module.to_json() for module in self.modules.values()],
@@ -285,7 +288,7 @@ class SteeringConfig:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SteeringConfig:
+    def from_json(cls, data: JsonView) -> SteeringConfig:
         """Rebuild what `to_json` wrote."""
         modules = [ModuleInfo.from_json(module) for module in data["modules"]]
         slots = tuple(
@@ -296,12 +299,12 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
-            data.get("version", 0),
-            data.get("max_specs", DEFAULT_MAX_SPECS),
-            data.get("readout", True),
-            data.get("first_read_layer", 0),
-            data.get("max_pieces", DEFAULT_MAX_PIECES),
-            data.get("extended_clamps", True),
+            version=data.get("version", 0),
+            max_specs=data.get("max_specs", DEFAULT_MAX_SPECS),
+            readout=data.get("readout", True),
+            first_read_layer=data.get("first_read_layer", 0),
+            max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
+            extended_clamps=data.get("extended_clamps", True),
         )
 
 

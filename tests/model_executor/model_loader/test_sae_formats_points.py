@@ -104,12 +104,12 @@ def test_gemma_scope_of_embeddings_reads_them_before_their_scale(
     close(reconstruct(path), decode(jump(pre(inputs() / s))) * s)
 
 
-def test_gemma_scope_transcoders_are_refused_by_name(tmp_path: Path) -> None:
+def test_gemma_scope_transcoders_read_before_the_gain(tmp_path: Path) -> None:
     path = gemma_scope(tmp_path / "gemma-scope-2b-pt-transcoders/layer_3")
-    with pytest.raises(
-        ValueError, match="transcoders: .*norm's output before its gain"
-    ):
-        inspect_module("m", str(path))
+    site = site_of(path)
+    assert (site.name, site.out_hook) == ("mlp_in.3", HookPoint.MLP_OUT)
+    assert site.before_gain
+    close(reconstruct(path), decode(jump(pre())))
 
 
 def gemma_scope_2(path: Path, skip: bool, **config: Any) -> Path:
@@ -202,6 +202,13 @@ def transcoder_set(path: Path, skip: bool, config: str) -> Path:
 QWEN3 = "model_name: Qwen/Qwen3-4B\nfeature_input_hook: mlp.hook_in\n"
 
 
+def test_a_transcoder_set_may_read_before_the_gain(tmp_path: Path) -> None:
+    path = transcoder_set(
+        tmp_path / "set", False, "feature_input_hook: ln2.hook_normalized"
+    )
+    assert all(site.before_gain for site in inspect_module("m", str(path)).sites)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_transcoder_set_has_a_site_for_each_layer(tmp_path: Path, skip: bool) -> None:
     path = transcoder_set(tmp_path / "set", skip, QWEN3)
@@ -215,10 +222,6 @@ def test_a_transcoder_set_has_a_site_for_each_layer(tmp_path: Path, skip: bool) 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            "feature_input_hook: ln2.hook_normalized",
-            "the norm's output before its gain",
-        ),
         ("feature_input_hook: hook_resid_mid", "feature_input_hook: expected one of"),
         ("- 1", "config.yaml: expected a mapping"),
         ("x: [", "config.yaml: cannot be read as YAML"),
@@ -272,6 +275,16 @@ def test_sae_lens_has_transcoders(tmp_path: Path, jumps: bool, skip: bool) -> No
     assert is_transcoder(site_of(path), 7, skip)
     f = jump(pre()) if jumps else pre().relu()
     close(reconstruct(path), transcode(f, skip))
+
+
+def test_a_sae_lens_transcoder_may_read_before_the_gain(tmp_path: Path) -> None:
+    points = {
+        "hook_name": "blocks.7.ln2.hook_normalized",
+        "hook_name_out": "blocks.7.hook_mlp_out",
+    }
+    cfg = {"architecture": "transcoder", "metadata": points}
+    site = site_of(sae_lens(tmp_path, TRANSCODER, **cfg))
+    assert is_transcoder(site, 7, False) and site.before_gain
 
 
 def test_a_hugging_face_name_decides_where_transformer_lens_is_unclear(

@@ -243,10 +243,6 @@ def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
         ),
         ({"reshape_activations": "hook_z"}, "reshape_activations: expected none"),
         (
-            {"metadata": {"hook_name": "blocks.3.ln2.hook_normalized"}},
-            "is not supported: it is the norm's output before its gain",
-        ),
-        (
             {"metadata": {"hook_name": "blocks.3.hook_mlp_in"}},
             "is not supported: it is TransformerLens's name for the stream before",
         ),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from sae_reference import D, F, K, inputs, reconstruct
 
+from vllm.model_executor.model_loader.sae_loader import inspect_module
+
 sae_lens = pytest.importorskip("sae_lens", reason="needs the sae-lens package")
 from sae_lens.saes.sae import SAEMetadata  # noqa: E402
 
@@ -28,11 +30,38 @@ def randomise(sae: torch.nn.Module) -> None:
 
 
 def agrees(sae: Any, path: Path) -> None:
+    sae.dtype = torch.float64
     with torch.no_grad():
-        expected = sae(inputs().float()).double()
+        expected = sae.double()(inputs())
     found = reconstruct(path)
     assert expected.std() > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transcoder",
+        "skip_transcoder",
+        "jumprelu_transcoder",
+        "jumprelu_skip_transcoder",
+    ],
+)
+def test_a_transcoder_reconstructs_the_same(tmp_path: Path, name: str) -> None:
+    sae_class, config_class = sae_lens.registry.get_sae_class(name)
+    metadata = SAEMetadata(
+        hook_name="blocks.5.mlp.hook_in",
+        hook_name_out="blocks.5.hook_mlp_out",
+        model_name="tiny",
+    )
+    options = common(d_out=6, apply_b_dec_to_input=False, metadata=metadata)
+    sae = sae_class(config_class(**options))
+    randomise(sae)
+    sae.save_model(tmp_path)
+    agrees(sae, tmp_path)
+    (site,) = inspect_module("m", str(tmp_path)).sites
+    assert (site.out_width, site.has_skip) == (6, "skip" in name)
 
 
 @pytest.mark.parametrize("subtract", [True, False])
@@ -80,3 +109,26 @@ def test_a_batchtopk_checkpoint_reconstructs_as_its_inference_form(
     sae.save_model(tmp_path / "checkpoint")
     sae.save_inference_model(tmp_path / "final")
     agrees(sae_lens.SAE.load_from_disk(tmp_path / "final"), tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("transcode", [False, True])
+def test_a_sparsify_coder_reconstructs_the_same(
+    tmp_path: Path, transcode: bool, skip: bool
+) -> None:
+    sparsify = pytest.importorskip("sparsify", reason="needs eai-sparsify")
+    config = sparsify.SparseCoderConfig(
+        num_latents=F, k=K, transcode=transcode, skip_connection=skip and transcode
+    )
+    coder = sparsify.SparseCoder(D, config)
+    randomise(coder)
+    path = tmp_path / "layers.5.mlp"
+    coder.save_to_disk(path)
+    # Its forward pass casts to bfloat16 where it can; the parts do not.
+    with torch.no_grad():
+        encoded = coder.double().encode(inputs())
+        expected = coder.decode(encoded.top_acts, encoded.top_indices)
+        if coder.W_skip is not None:
+            expected = expected + inputs() @ coder.W_skip.mT
+    error = (reconstruct(path) - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-6

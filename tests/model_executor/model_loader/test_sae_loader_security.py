@@ -314,7 +314,16 @@ def make_gguf(root: Path) -> Path:
     return root / "c.gguf"
 
 
+def make_transcoder_set(root: Path) -> Path:
+    (root / "t").mkdir()
+    tensors = {"W_enc": W, "b_enc": b_enc, "W_dec": W.clone(), "b_dec": b_dec}
+    save_file(tensors, root / "t/layer_1.safetensors")
+    (root / "t/config.yaml").write_text("feature_input_hook: mlp.hook_in\n")
+    return root / "t"
+
+
 MAKERS: list[Callable[[Path], Path]] = [
+    make_transcoder_set,
     make_native,
     make_vectors,
     make_gguf,

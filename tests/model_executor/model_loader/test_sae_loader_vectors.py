@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sae_reference import D, new_weights, tensor
@@ -41,7 +42,11 @@ def test_a_safetensors_file_has_one_vector_per_site(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"happy": tensor(D, seed=0)}, None, "happy: expected one tensor for each"),
+        (
+            {"happy": tensor(D, seed=0)},
+            None,
+            "does not say its site: expected 1 in sites",
+        ),
         ({"pre_attn.2": tensor(1, D, seed=0)}, None, "pre_attn.2: expected a vector"),
         (
             {"pre_attn.2": tensor(D, seed=0), "resid_pre.2": tensor(D, seed=1)},
@@ -112,3 +117,62 @@ def test_a_control_vector_with_other_tensors_is_refused(tmp_path: Path) -> None:
     path = control_vector(tmp_path / "m.gguf", "controlvector", ["direction.x"])
     with pytest.raises(ValueError, match="direction.x: expected tensors named"):
         inspect_module("m", str(path))
+
+
+SUFFIXES = [".npy", ".pt", ".safetensors"]
+
+
+def bare(path: Path, value: torch.Tensor) -> Path:
+    """One tensor in a file, by its suffix."""
+    if path.suffix == ".npy":
+        np.save(path, value.numpy())
+    elif path.suffix == ".pt":
+        torch.save(value, path)
+    else:
+        save_file({"vector": value}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_bare_vector_takes_its_site_from_the_operator(
+    tmp_path: Path, suffix: str
+) -> None:
+    value = tensor(D, seed=3)
+    path = bare(tmp_path / f"v{suffix}", value)
+    module = inspect_module("m", str(path), sites=["blocks.4.hook_resid_mid"])
+    assert (module.kind, [s.name for s in module.sites]) == ("vectors", ["post_attn.4"])
+    assert torch.equal(load_vectors(module, module.sites[0]), value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_of_a_bare_matrix_go_to_the_sites_in_their_order(
+    tmp_path: Path, suffix: str
+) -> None:
+    rows = tensor(2, D, seed=3)
+    path = bare(tmp_path / f"v{suffix}", rows)
+    module = inspect_module("m", str(path), sites=["post_block.9", "post_block.4"])
+    for site, row in zip(module.sites, rows, strict=True):
+        assert torch.equal(load_vectors(module, site), row)
+    assert [site.layer for site in module.sites] == [9, 4]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sites", "message"),
+    [
+        ((D,), None, "does not say its site: expected 1"),
+        ((D,), ["post_block.1", "post_block.2"], "expected 1 in sites.*found 2"),
+        ((2, D), ["post_block.1"], "expected 2 in sites.*found 1"),
+        ((2, D, 1), ["post_block.1"], "expected a steering vector"),
+    ],
+)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_bare_vector_without_its_sites_is_refused(
+    tmp_path: Path,
+    suffix: str,
+    shape: tuple[int, ...],
+    sites: list[str] | None,
+    message: str,
+) -> None:
+    path = bare(tmp_path / f"v{suffix}", torch.ones(*shape))
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(path), sites=sites)

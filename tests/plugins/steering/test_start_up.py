@@ -16,6 +16,7 @@ from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
 from vllm.config import KVTransferConfig
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
+from vllm.config.steering_checks import SteeringConfigError
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.engine.steering_kv_connectors import (
@@ -23,7 +24,6 @@ from vllm.engine.steering_kv_connectors import (
     MULTI_CONNECTOR,
 )
 from vllm.engine.steering_resolution import (
-    SteeringConfigError,
     refuse_unsupported_features,
     resolve_steering,
 )
@@ -132,9 +132,8 @@ def test_another_width_is_refused(vllm_config: Any, tmp_path: Path) -> None:
 def test_a_point_has_its_own_width(vllm_config: Any, tmp_path: Path) -> None:
     heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
     z = heads * vllm_config.model_config.get_head_size()
-    path = write_sae(tmp_path / "sae", d_model=z + 8)
-    site = {"path": str(path), "sites": ["blocks.1.attn.hook_z"]}
-    message = refusal(vllm_config, {"modules": {"bridge": site}})
+    path = write_sae(tmp_path / "sae", d_model=z + 8, hook="attn.hook_z")
+    message = refusal(vllm_config, {"modules": {"bridge": str(path)}})
     for part in ("attn_z.1", f"d_in {z + 8}", f"expected {z}, the width of attn_z"):
         assert part in message
 

@@ -75,7 +75,10 @@ def drain(llm: LLM) -> Any:
     """Let the runner hear of every finished request; its steering runtime."""
     generate(llm, [prompt(999, 3)], [params(1)])
     runtime = runner(llm).steering
-    runtime.check_integrity()
+    core = llm.llm_engine.engine_core.engine_core
+    runtime.check_integrity(
+        {*core.scheduler.requests, *core.scheduler.finished_req_ids}
+    )
     return runtime
 
 
@@ -154,7 +157,10 @@ def test_dummy_runs_between_steps_change_nothing(llm: LLM) -> None:
     while steps.has_unfinished_requests():
         for output in steps.step():
             tokens = list(output.outputs[0].token_ids)
+        index = runner(llm).steering.step.index
+        assert index.any() or not steps.has_unfinished_requests()
         runner(llm)._dummy_run(1)
+        assert not index.any()
     assert tokens == expected(ids, "both").tokens
     drain(llm)
 

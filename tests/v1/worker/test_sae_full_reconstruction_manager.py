@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
-from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering import HookPoint
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
 from vllm.v1.worker.steering_manager import SteeringVectorManager
@@ -114,11 +114,6 @@ def test_row_zero_is_nobodys() -> None:
     manager.release(0)
     assert manager.acquire("a", ()) == 1
     manager.check_integrity()
-
-
-def test_each_tier_has_its_manager() -> None:
-    managers = (SteeringVectorManager, SAEClampManager, SAEFullReconstructionManager)
-    assert [manager.tier for manager in managers] == list(Tier)
 
 
 def test_a_table_without_rows_is_refused() -> None:

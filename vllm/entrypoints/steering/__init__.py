@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steering modules for operators: the command line, and changes to a running engine.
+"""Steering for operators and researchers, on an `LLM` in this process.
 
-`python -m vllm.entrypoints.steering` inspects, converts and probes; the functions here
-register, replace, list and unregister modules of an `LLM`.
+The functions register, replace, list and unregister modules, read features of texts,
+find the features that tell texts apart, and evaluate a module. `python -m
+vllm.entrypoints.steering` is the command line.
 """
 
+from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, encode
+from vllm.entrypoints.steering.evaluate import Evaluation, SiteEvaluation, evaluate
+from vllm.entrypoints.steering.finder import (
+    FoundFeature,
+    FoundFeatures,
+    find_features,
+)
 from vllm.entrypoints.steering.offline import (
     SteeringModuleError,
     list_modules,
@@ -14,7 +22,16 @@ from vllm.entrypoints.steering.offline import (
 )
 
 __all__ = [
+    "EncodedText",
+    "EncodedTexts",
+    "Evaluation",
+    "FoundFeature",
+    "FoundFeatures",
+    "SiteEvaluation",
     "SteeringModuleError",
+    "encode",
+    "evaluate",
+    "find_features",
     "list_modules",
     "register_module",
     "replace_module",

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Change the modules of an engine in this process: notebooks and scripts.
 
+from vllm.config.steering_json import Json
 from vllm.entrypoints.steering import register_module
 register_module(llm, "gg", "path/to/sae")
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def register_module(
     path: str,
     *,
     replace: bool = False,
-    **options: Any,
+    **options: object,
 ) -> ModuleInfo:
     """Load a module into a running engine, all or nothing on every rank.
 
@@ -57,7 +59,7 @@ def register_module(
     return ModuleInfo.from_json(_call(llm, "register", payload).module or {})
 
 
-def replace_module(llm: LLM, name: str, path: str, **options: Any) -> ModuleInfo:
+def replace_module(llm: LLM, name: str, path: str, **options: object) -> ModuleInfo:
     """`register_module` in the place of a module of the same name, if there is one."""
     return register_module(llm, name, path, replace=True, **options)
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from vllm.config.steering import HookPoint
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 MODELS = "vllm.model_executor.models"
 
@@ -30,6 +32,7 @@ class LayerFamily:
         residual: the parameter with the stream's other summand; None for a
             single-stream layer, which may still return a tuple.
         mid_norm: the norm between attention and MLP; None where there is none.
+        mid_norm_if: the flag of the layer without which the norm stands elsewhere.
         mlp_reads_stream: the MLP reads the stream without a norm, so its input is the
             `post_attn` point.
         attention: the attention module; the first of these that the layer has.
@@ -37,8 +40,11 @@ class LayerFamily:
         mlp: the MLP module; None where it is not a module of its own.
         attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
             it is added to the stream.
-        scale: a factor of the layer by which it multiplies what a sublayer writes. A
-            layer whose factor is not 1 has no `attn_out` and no `mlp_out`.
+        scale: a factor of the layer by which it multiplies what a sublayer writes, or a
+            flag that says that it does. A layer whose factor is not 1 has no `attn_out`
+            and no `mlp_out`.
+        scales_float16: in float16 the layer keeps a multiple of the stream, so it has
+            none of the points.
         reduces_late: under tensor parallelism, ranks sum what the sublayers write
             after adding them, so `attn_out` and `mlp_out` are in no rank's memory.
     """
@@ -46,6 +52,7 @@ class LayerFamily:
     hidden: str = "hidden_states"
     residual: str | None = "residual"
     mid_norm: str | None = "post_attention_layernorm"
+    mid_norm_if: str | None = None
     mlp_reads_stream: bool = False
     attention: tuple[str, ...] = ("self_attn",)
     projection: tuple[str, ...] = ("o_proj",)
@@ -53,6 +60,7 @@ class LayerFamily:
     attention_norm: str | None = None
     mlp_norm: str | None = None
     scale: str | None = None
+    scales_float16: bool = False
     reduces_late: bool = False
 
 
@@ -62,6 +70,8 @@ GEMMA = LayerFamily(
     attention_norm="post_attention_layernorm",
     mlp_norm="post_feedforward_layernorm",
 )
+
+QWEN3_NEXT = LayerFamily(attention=("self_attn", "linear_attn"), scale="layer_scale")
 
 # To add a family: find the points in the layer's forward, add a line, and add the
 # model to the conformance tests (tests/models/test_steering_sites.py).
@@ -74,10 +84,51 @@ FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.qwen2_moe.Qwen2MoeDecoderLayer": PAIR,
     f"{MODELS}.qwen3.Qwen3DecoderLayer": PAIR,
     f"{MODELS}.qwen3_moe.Qwen3MoeDecoderLayer": PAIR,
+    f"{MODELS}.qwen3_vl.Qwen3VLDecoderLayer": PAIR,
+    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": PAIR,
     f"{MODELS}.gpt_oss.TransformerBlock": LayerFamily(attention=("attn",)),
     f"{MODELS}.gpt2.GPT2Block": LayerFamily(
         residual=None, mid_norm="ln_2", attention=("attn",), projection=("c_proj",)
     ),
+    f"{MODELS}.gemma.GemmaDecoderLayer": PAIR,
+    f"{MODELS}.mixtral.MixtralDecoderLayer": LayerFamily(mlp="block_sparse_moe"),
+    f"{MODELS}.minimax_m2.MiniMaxM2DecoderLayer": LayerFamily(mlp="block_sparse_moe"),
+    f"{MODELS}.olmoe.OlmoeDecoderLayer": PAIR,
+    f"{MODELS}.granite.GraniteDecoderLayer": LayerFamily(
+        residual=None, scale="residual_multiplier"
+    ),
+    f"{MODELS}.opt.OPTDecoderLayer": LayerFamily(
+        residual=None,
+        mid_norm="final_layer_norm",
+        mid_norm_if="do_layer_norm_before",
+        projection=("out_proj",),
+        mlp=None,
+    ),
+    f"{MODELS}.gpt_j.GPTJBlock": LayerFamily(
+        residual=None, mid_norm=None, attention=("attn",), projection=("out_proj",)
+    ),
+    # Returns a pair whose second part the next layer does not read.
+    f"{MODELS}.commandr.CohereDecoderLayer": LayerFamily(
+        residual=None, mid_norm=None, reduces_late=True
+    ),
+    f"{MODELS}.exaone4.Exaone4DecoderLayer": LayerFamily(
+        residual=None,
+        mid_norm=None,
+        mlp_reads_stream=True,
+        attention_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+    ),
+    f"{MODELS}.glm4.Glm4DecoderLayer": LayerFamily(
+        attention_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"
+    ),
+    f"{MODELS}.glm4_moe.Glm4MoeDecoderLayer": PAIR,
+    f"{MODELS}.apertus.ApertusDecoderLayer": LayerFamily(
+        mid_norm="feedforward_layernorm"
+    ),
+    f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer": QWEN3_NEXT,
+    f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer": QWEN3_NEXT,
+    f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer": LayerFamily(scales_float16=True),
+    f"{MODELS}.llama4.Llama4DecoderLayer": LayerFamily(mlp="feed_forward"),
 }
 
 
@@ -103,6 +154,9 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
         ValueError: the model's decoder-layer class is not in the family table.
     """
     found: dict[int, DecoderLayer] = {}
+    if supports_multimodal(model):
+        # Vision and audio towers have layers too.
+        model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
     for name, module in _layer_candidates(model):
         family = _family_of(model, module)
@@ -209,10 +263,15 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
         return next((children[name] for name in names if name in children), None)
 
     attention = first(layer.module, *family.attention)
+    flags = vars(layer.module)
+    has_norm = family.mid_norm_if is None or flags[family.mid_norm_if]
     return LayerParts(
-        mid_norm=first(layer.module, family.mid_norm),
+        mid_norm=first(layer.module, family.mid_norm) if has_norm else None,
         attention=attention,
-        projection=first(attention, *family.projection),
+        # Linear attention has a width of its own there, and no heads' z.
+        projection=None
+        if attention is first(layer.module, "linear_attn")
+        else first(attention, *family.projection),
         mlp=first(layer.module, family.mlp),
         attention_norm=first(layer.module, family.attention_norm),
         mlp_norm=first(layer.module, family.mlp_norm),
@@ -222,6 +281,8 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     """Why the layer lacks a point; None: it has it."""
     family, parts = layer.family, parts_of(layer)
+    if family.scales_float16 and _dtype(layer.module) is torch.float16:
+        return "in float16 the layer keeps a multiple of the stream"
     if hook is HookPoint.POST_ATTN:
         reads = parts.mid_norm is not None or family.mlp_reads_stream
         return None if reads else "no norm reads the stream between attention and MLP"
@@ -230,9 +291,9 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
             return "tensor parallelism splits it by heads over the ranks"
         return None if parts.projection else "no known output projection of attention"
     if hook in (HookPoint.ATTN_OUT, HookPoint.MLP_OUT):
-        factor = vars(layer.module).get(family.scale or "", 1.0)
-        if factor != 1.0:
-            return f"the layer multiplies what its sublayers write by {factor:g}"
+        factor = vars(layer.module).get(family.scale or "", False)
+        if factor is True or factor not in (False, 1.0):
+            return f"the layer scales what its sublayers write ({family.scale})"
         if family.reduces_late and layer.tp_size > 1:
             return "under tensor parallelism the ranks add it up after the block"
     if hook is HookPoint.ATTN_OUT:
@@ -240,6 +301,10 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         return None if parts.mlp else "no module of its own is the MLP"
     return None
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 def points_of(layer: DecoderLayer) -> list[HookPoint]:

@@ -85,7 +85,7 @@ def _resolve(path: str) -> tuple[Location, str]:
     root = Path(path)
     if not root.exists():
         hint = ""
-        if _REPOSITORY.fullmatch(path):
+        if _HF_PATH.fullmatch(f"hf:{path}") and not path.startswith("."):
             hint = f"; a repository of the Hugging Face Hub is written hf:{path}"
         raise LayoutError(f"no such file or directory{hint}")
     origin = str(root.absolute())
@@ -154,8 +154,10 @@ def _read_layout(
     location: Location, sites: Sequence[str] | None
 ) -> tuple[Format, ModuleLayout]:
     """Recognise the format, read the layout, and check every header."""
-    if sites is not None and len(sites) == 1:
-        location = replace(location, given=need_site(sites[0], "sites"))
+    if sites is not None:
+        given = tuple(need_site(name, "sites") for name in sites)
+        only = given[0] if len(given) == 1 else None
+        location = replace(location, given=only, given_sites=given)
     fmt = recognise(location)
     layout = choose_sites(read_files(fmt, location), sites, fmt.name)
     for entry in layout.sites:
@@ -398,4 +400,4 @@ def load_vectors(module: ModuleInfo, site: SiteInfo) -> torch.Tensor:
         if not isinstance(layout, VectorLayout):
             raise LayoutError(f"{site.name}: expected a steering vector, found an SAE")
         with open_tensors(_file(location, layout)) as tensors:
-            return read_vector(tensors, layout.tensor)
+            return read_vector(tensors, layout.tensor, layout.row)

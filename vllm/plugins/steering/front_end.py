@@ -13,6 +13,7 @@ from vllm.plugins.steering.entrypoints import (
     refusing_routes,
     serving,
 )
+from vllm.plugins.steering.platforms import interface
 from vllm.plugins.steering.v1.core import kv_cache_utils
 from vllm.plugins.steering.v1.core.sched import scheduler
 from vllm.plugins.steering.v1.engine import (
@@ -20,6 +21,7 @@ from vllm.plugins.steering.v1.engine import (
     core_client,
     input_processor,
     output_processor,
+    utils,
 )
 
 SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
@@ -28,6 +30,8 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (core.MODULE, core.install),
     (core_client.MODULE, core_client.install),
     (output_processor.MODULE, output_processor.install),
+    (utils.MODULE, utils.install),
+    (interface.MODULE, interface.install),
     (outputs.MODULE, outputs.install),
     (scheduler.MODULE, scheduler.install),
     (kv_cache_utils.MODULE, kv_cache_utils.install),

@@ -63,24 +63,37 @@ def wrap(
     target: str,
     parameters: tuple[str, ...],
     make: Callable[[Stock], Stock],
+    kind: type[classmethod] | type[staticmethod] | None = None,
 ) -> None:
     """Replace the stock function at `target` by `make(stock)`, once per process.
 
     Args:
         target: `"package.module:Class.method"` or `"package.module:function"`.
         parameters: the stock function's parameter names, checked first.
-        make: builds the replacement around the stock function.
+        make: builds the replacement around the stock function; a class method's takes
+            the class first.
+        kind: of method, where the descriptor must stay one.
 
     Raises:
         SeamError: the symbol is missing or its signature has changed.
     """
     if target in BOUND:
         return
+    check_signature(target, resolve(target)[2], parameters)
+    replace_unchecked(target, make, kind)
+
+
+def replace_unchecked(
+    target: str,
+    make: Callable[[Stock], Stock],
+    kind: type[classmethod] | type[staticmethod] | None = None,
+) -> None:
+    """As `wrap`, where the replacement takes whatever the stock function takes."""
     owner, name, stock = resolve(target)
-    check_signature(target, stock, parameters)
-    replacement = make(stock)
-    functools.update_wrapper(replacement, stock)
-    setattr(owner, name, replacement)
+    function = stock.__func__ if kind is classmethod else stock
+    replacement = make(function)
+    functools.update_wrapper(replacement, function)
+    setattr(owner, name, kind(replacement) if kind else replacement)
     BOUND[target] = stock
 
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from vllm.config.sae_features import (
@@ -18,6 +15,7 @@ from vllm.config.sae_features import (
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
+from vllm.config.steering_json import JsonView
 from vllm.v1.engine.steering_reads import unpack
 
 
@@ -29,7 +27,7 @@ class Readings:
         num_prompt: tokens of its prompt.
     """
 
-    def __init__(self, extra_args: Mapping[str, Any], num_prompt: int):
+    def __init__(self, extra_args: JsonView, num_prompt: int):
         self.reads = canonical_reads(extra_args)
         self.num_prompt = num_prompt
         self._prompt: list[list[SAEFeatures]] = [[] for _ in self.reads]
@@ -92,7 +90,7 @@ class Readings:
         return found
 
 
-def canonical_reads(extra_args: Mapping[str, Any]) -> tuple[SiteRead, ...]:
+def canonical_reads(extra_args: JsonView) -> tuple[SiteRead, ...]:
     """The reads of canonical specs, in the order in which the engine has them."""
     found = [
         SiteRead(

@@ -9,9 +9,8 @@ whether a stop condition holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -21,6 +20,7 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_readout_step import ReadRequest, StepReadout
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
+from vllm.config.steering_json import JsonView
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -37,10 +37,26 @@ Chunk = tuple[int, list[bytes | None]]
 
 @dataclass(frozen=True)
 class Fired:
-    """A stop condition that holds: the token's position, and the stop reason."""
+    """A stop condition that holds: the token's position, stop reason and module."""
 
     position: int
     reason: str
+    module: str
+
+
+@dataclass
+class ReadCounts:
+    """What requests have read of one module since the engine started.
+
+    Attributes:
+        tokens: rows that were read, one for each token and site.
+        bytes: of rows that went to the front end.
+        stops: requests that a feature ended.
+    """
+
+    tokens: int = 0
+    bytes: int = 0
+    stops: int = 0
 
 
 @dataclass
@@ -53,6 +69,7 @@ class RequestReads:
         d_sae: the number of features at each of them.
         num_prompt: tokens of the prompt.
         min_tokens: generated tokens before which nothing ends the request.
+        counts: of the engine, by module.
         next_position: the first position that has not been read.
     """
 
@@ -61,6 +78,7 @@ class RequestReads:
     d_sae: tuple[int, ...]
     num_prompt: int
     min_tokens: int
+    counts: dict[str, ReadCounts]
     next_position: int = 0
     chunks: list[Chunk] = field(default_factory=list)
 
@@ -86,14 +104,21 @@ class RequestReads:
         fired: Fired | None = None
         for read, slot in zip(self.reads, self.slots, strict=True):
             rows = step.rows[slot][part, : read.width] if slot in step.rows else None
-            if rows is None or (rows[:, 0] == NOT_READ).all():
+            count = 0 if rows is None else np.count_nonzero(rows[:, 0] != NOT_READ)
+            if rows is None or not count:
                 kept.append(None)
                 continue
-            kept.append(rows.tobytes())
+            data = rows.tobytes()
+            kept.append(data)
+            counts = self.counts.setdefault(read.module, ReadCounts())
+            counts.tokens += int(count)
+            counts.bytes += len(data)
             if read.stops:
                 fired = self._sooner(fired, read, rows, positions)
         if any(rows is not None for rows in kept):
             self.chunks.append((first, kept))
+        if fired is not None:
+            self.counts[fired.module].stops += 1
         return fired
 
     def _sooner(
@@ -113,7 +138,7 @@ class RequestReads:
         if fired is not None and fired.position <= position:
             return fired
         reason = f"{STOP_PREFIX}{read.module}:{read.site}:{feature}"
-        return Fired(position, reason)
+        return Fired(position, reason, read.module)
 
     def payload(self) -> bytes | None:
         """What has not been sent yet, for `unpack`; None: nothing."""
@@ -124,7 +149,7 @@ class RequestReads:
 
 
 def reads_of(
-    extra_args: Mapping[str, Any] | None, config: SteeringConfig | None
+    extra_args: JsonView | None, config: SteeringConfig | None
 ) -> tuple[SiteRead, ...]:
     """What a request with these `extra_args` reads."""
     request = parse_steering_request(extra_args, config)
@@ -132,9 +157,13 @@ def reads_of(
 
 
 def request_reads(
-    request: Request, config: SteeringConfig | None
+    request: Request, config: SteeringConfig | None, counts: dict[str, ReadCounts]
 ) -> RequestReads | None:
-    """The scheduler's state of an admitted request; None: it reads nothing."""
+    """The scheduler's state of an admitted request; None: it reads nothing.
+
+    Args:
+        counts: of the engine, by module; the request adds to them.
+    """
     params = request.sampling_params
     assert params is not None
     reads = reads_of(params.extra_args, config)
@@ -149,7 +178,12 @@ def request_reads(
         slots.append(slot)
         d_sae.append(site.d_sae)
     return RequestReads(
-        reads, tuple(slots), tuple(d_sae), request.num_prompt_tokens, params.min_tokens
+        reads,
+        tuple(slots),
+        tuple(d_sae),
+        request.num_prompt_tokens,
+        params.min_tokens,
+        counts,
     )
 
 

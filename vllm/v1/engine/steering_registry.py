@@ -26,8 +26,9 @@ from msgspec.structs import replace
 
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_checks import shown
-from vllm.config.steering_replies import Json, ModuleReply, Outcome, RefusedCall
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import ModuleReply, Outcome, RefusedCall
 from vllm.config.steering_slots import (
     NoRoomError,
     free_slots,
@@ -37,12 +38,12 @@ from vllm.config.steering_slots import (
 )
 from vllm.engine.steering_active_config import active_steering_config, publish
 from vllm.engine.steering_resolution import (
-    SteeringConfigError,
     check_against_model,
     inspect_for_model,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
+from vllm.v1.engine.steering_reads import ReadCounts
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -155,8 +156,17 @@ class SteeringRegistry:
         stats = {
             **replies[0]["stats"],
             "bytes": [reply["stats"]["bytes"] for reply in replies],
+            "read": self._read_counts(),
         }
         return ModuleReply(outcome=Outcome.DONE, stats=stats)
+
+    def _read_counts(self) -> Json:
+        """Tokens and bytes that were read, and stops, of every module."""
+        counts = self.core.sae_read_counts or {}
+        return {
+            name: dataclasses.asdict(counts.get(name, ReadCounts()))
+            for name in self.config.modules
+        }
 
     def _inspect(self, options: Json) -> ModuleReply:
         name = options.pop("name", None)

@@ -16,6 +16,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
 from vllm.config.steering import get_steering_config, point_widths
+from vllm.config.steering_private_directory import start_up_failure
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
@@ -38,7 +39,11 @@ class SteeringModelRunnerMixin:
         raise NotImplementedError
 
     def load_steering(self) -> None:
-        """Attach the configured modules to the model that was just loaded."""
+        """Attach the configured modules to the model that was just loaded.
+
+        Raises:
+            SteeringConfigError: a module cannot be loaded, or does not fit the model.
+        """
         config = get_steering_config(self.vllm_config.additional_config)
         if config is None:
             return
@@ -46,17 +51,20 @@ class SteeringModelRunnerMixin:
         compilation = self.vllm_config.compilation_config
         model_config = self.vllm_config.model_config
         captured = compilation.max_cudagraph_capture_size or 0
-        self.steering = SteeringRuntime(
-            config,
-            self.get_model(),
-            max_num_seqs=scheduler.max_num_seqs,
-            max_tokens=max(scheduler.max_num_batched_tokens, captured),
-            dtype=model_config.dtype,
-            device=self.device,
-            vocab_size=model_config.get_vocab_size(),
-            widths=point_widths(model_config),
-            sends_output=get_tensor_model_parallel_rank() == 0,
-        )
+        try:
+            self.steering = SteeringRuntime(
+                config,
+                self.get_model(),
+                max_num_seqs=scheduler.max_num_seqs,
+                max_tokens=max(scheduler.max_num_batched_tokens, captured),
+                dtype=model_config.dtype,
+                device=self.device,
+                vocab_size=model_config.get_vocab_size(),
+                widths=point_widths(model_config),
+                sends_output=get_tensor_model_parallel_rank() == 0,
+            )
+        except ValueError as error:
+            raise start_up_failure(error) from None
         context = compilation.static_forward_context
         for key, site in self.steering.modules.sites.items():
             context[key.name] = site

@@ -39,45 +39,17 @@ from vllm.model_executor.layers.steering_attach import attach_site, check_site
 from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
     find_decoder_layers,
+    parts_of,
 )
+from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
 
 logger = init_logger(__name__)
 
 SAE_TIERS = (Tier.DELTA, Tier.FULL)
-
-
-class SkipSets:
-    """Distinct skip sets of the modules, one flag bit each.
-
-    `bits[id]` is the int32 flag word of token `id`.
-    """
-
-    def __init__(self, vocab_size: int):
-        self.bits: np.ndarray = np.zeros(vocab_size, dtype=np.int32)
-        self._masks: dict[tuple[int, ...], int] = {}
-
-    def mask(self, ids: tuple[int, ...]) -> int:
-        """The flag mask of a skip set, which takes a free bit if it is new.
-
-        The configuration was checked to have at most `MAX_SKIP_SETS` sets.
-        """
-        if not ids:
-            return 0
-        if ids not in self._masks:
-            used = sum(self._masks.values())
-            mask = ~used & (used + 1)
-            self._masks[ids] = mask
-            known = [i for i in ids if 0 <= i < len(self.bits)]
-            self.bits &= ~mask
-            self.bits[known] |= mask
-        return self._masks[ids]
-
-    def keep_only(self, used: set[tuple[int, ...]]) -> None:
-        """Free the bits of the skip sets that no module has any more."""
-        self._masks = {ids: mask for ids, mask in self._masks.items() if ids in used}
 
 
 @dataclass
@@ -158,6 +130,16 @@ class SiteModules:
         """The slot that holds what a request reads; None: not on this rank."""
         key = SiteKey(read.layer, read.hook)
         return self._read_slots.get((read.module, key))
+
+    def sae_slot(self, module: str, key: SiteKey) -> SAESlot | None:
+        """The slot of an SAE module's site; None: not on this rank."""
+        bound, _ = self._bound[Tier.FULL].get((module, key), (None, 0))
+        slots = (
+            place.slot
+            for place in self.places.values()
+            if isinstance(place, SAEPlace) and place.tables[Tier.FULL] is bound
+        )
+        return next(slots, None)
 
     def read_buffers(self) -> dict[int, ReadBuffers]:
         """The reading buffers of this rank's SAE slots, by slot."""
@@ -326,6 +308,17 @@ class SiteModules:
         """Upload the flag words, in place."""
         self.step.skip_bits.copy_(torch.from_numpy(self.skip_sets.bits))
 
+    def load(self, module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
+        """Stream one site's SAE into its buffers, as its layer's point has it.
+
+        Raises:
+            ValueError: as `load_site`, or the gain of a norm cannot be divided out.
+        """
+        load_site(module, site, into)
+        if site.before_gain:
+            norm = parts_of(self.layers[site.layer]).mid_norm
+            fold_norm_gain(into, site.d_sae, norm)
+
     def clear_slots(self, ids: set[int]) -> None:
         """Make slots silent."""
         for at in ids & set(self.places):
@@ -373,7 +366,7 @@ def build_site_modules(
             if isinstance(place, VectorPlace):
                 place.slot.directions[place.row].copy_(load_vectors(module, site))
             else:
-                load_site(module, site, place.slot.weights)
+                modules.load(module, site, place.slot.weights)
                 scales[at] = unit_scale(module, place.slot.weights)
         modules.set_meta(module)
         modules.bind(module, scales)

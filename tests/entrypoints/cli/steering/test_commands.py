@@ -96,8 +96,8 @@ def test_convert_to_16_bit_changes_the_matrices_only(tmp_path: Path) -> None:
     path = gated(tmp_path / "sae")
     out = tmp_path / "out"
     arguments = ["convert", str(path), str(out), "--dtype", "bfloat16"]
-    assert main([*arguments, "--site", "post_block.7"]) == 0
-    found = load_file(out / "post_block.7.safetensors")
+    assert main(arguments) == 0
+    found = load_file(out / "post_attn.2.safetensors")
     kinds = {name: value.dtype for name, value in found.items()}
     assert kinds.pop("W_enc") == kinds.pop("W_dec") == torch.bfloat16
     assert set(kinds.values()) == {torch.float32}
@@ -109,3 +109,36 @@ def test_convert_overwrites_nothing(
     path = gated(tmp_path / "sae")
     assert main(["convert", str(path), str(path)]) == 1
     assert "expected a new or empty directory" in capsys.readouterr().err
+
+
+def test_inspect_finds_what_is_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gated(tmp_path / "sae")
+    file = path / "sae_weights.safetensors"
+    tensors = load_file(file)
+    tensors["W_enc"][2, 7] = torch.nan
+    save_file(tensors, file)
+    assert main(["inspect", str(path)]) == 1
+    assert "W_enc" in capsys.readouterr().err
+
+
+def test_a_hub_path_without_hf_is_told_how_to_write_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["inspect", "google/gemma-scope-2b-pt-res/layer_20/width_16k"]) == 1
+    said = capsys.readouterr().err
+    assert "hf:google/gemma-scope-2b-pt-res/layer_20/width_16k" in said
+
+
+@pytest.mark.parametrize("model", ["/nope", "./nope", "a/b/c", "{here}", "{file}"])
+def test_probe_says_what_a_model_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    path = gated(tmp_path / "sae")
+    file = path / "cfg.json"
+    given = model.format(here=tmp_path, file=file)
+    assert main(["probe", str(path), "--model", given]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: --model {given}: ")
+    assert "google/gemma-2-2b" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,20 @@ def test_labels_are_searched(http: httpx.Client) -> None:
     assert http.get(LABELS, params={"limit": "x"}).status_code == 400
     other = LABELS.replace(MODULE, "none")
     assert http.get(other).status_code == 404
+
+
+def test_what_is_read_is_counted(http: httpx.Client) -> None:
+    def count(name: str) -> float:
+        start = f'vllm:steering_read_{name}_total{{module="{MODULE}"'
+        lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+    (entry,) = encode(http, input="the bridge", top_k=2)["data"]
+    tokens = len(entry["sae_features"]["post_block.1"]["positions"])
+    deadline = time.monotonic() + 30
+    while count("tokens") < tokens and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert count("tokens") >= tokens
+    # num_active, num_listed, two features and two values of four bytes.
+    assert count("bytes") >= tokens * 24
+    assert count("stops") == 0

@@ -20,7 +20,11 @@ from steering_testing.requests import prompt
 
 from tests.entrypoints.serve.steering.conftest import KEY, URL, Serve
 from vllm import LLM
-from vllm.entrypoints.serve.steering.metrics import SteeringMetrics, count_refusal
+from vllm.entrypoints.serve.steering.metrics import (
+    SteeringMetrics,
+    count_refusal,
+    count_request,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -202,13 +206,36 @@ def test_a_link_that_leaves_the_roots_is_refused(
 
 
 @pytest.mark.parametrize("sends", [None, "wrong", "", KEY + "x"])
-def test_without_the_key_nothing_is_shown_or_changed(
+def test_without_the_key_modules_are_shown_but_no_path_and_no_change(
     serve: Serve, root: Path, sends: str | None
 ) -> None:
     with serve(sends=sends) as stranger:
-        assert stranger.get(URL).status_code == 401
+        for shown in (stranger.get(URL), stranger.get(f"{URL}/first")):
+            assert shown.status_code == 200
+            assert '"name":"first"' in shown.text
+            assert str(root) not in shown.text
         assert register(stranger, root).status_code == 401
         assert stranger.delete(f"{URL}/first").status_code == 401
+
+
+def test_one_module_is_shown_as_in_the_list(client: TestClient, root: Path) -> None:
+    (listed,) = client.get(URL).json()["modules"]
+    assert client.get(f"{URL}/first").json() == {"module": listed}
+    assert listed["path"] == str(root / "other")
+    nobody = client.get(f"{URL}/nobody")
+    assert (nobody.status_code, error(nobody)["param"]) == (404, "name")
+    assert client.get(f"{URL}/no%20body").status_code == 400
+
+
+def test_where_links_lead_is_not_for_clients(client: TestClient, root: Path) -> None:
+    (root / "really-here").mkdir()
+    (root / "really-here" / "private-name.txt").write_text("")
+    (root / "link").symlink_to(root / "really-here")
+    refused = register(client, root, path=str(root / "link"))
+    assert refused.status_code == 400
+    assert str(root / "link") in error(refused)["message"]
+    assert "really-here" not in refused.text
+    assert "private-name" not in refused.text
 
 
 def test_the_key_has_a_header_of_its_own(serve: Serve) -> None:
@@ -241,11 +268,15 @@ def test_the_metrics_show_modules_rows_tokens_and_refusals(
         ask = params(3, **{FULL: [sae_spec("hot")]})
         generate(llm, [prompt(1, 9)], [ask])
         count_refusal(f"{FULL}[0].module_name")
+        count_request({FULL: [{"module_name": "hot"}, {"module_name": "hot"}]})
         client.portal.call(metrics.refresh)  # type: ignore[union-attr]
         shown = generate_latest().decode()
     assert "vllm:steering_modules 2.0" in shown
     assert 'vllm:steering_rows_in_use{tier="full"}' in shown
-    assert 'vllm:steering_tokens{phase="decode",tier="full"}' in shown
+    assert "vllm:steering_bypassed_tokens_total" in shown
+    tokens = shown.split('vllm:steering_tokens_total{phase="decode",tier="full"} ')[1]
+    assert float(tokens.split()[0]) >= 2
+    assert f'vllm:steering_requests_total{{field="{FULL}",module="hot"}} 1.0' in shown
     assert 'vllm:steering_refused_requests_total{reason="module"} 1.0' in shown
 
 

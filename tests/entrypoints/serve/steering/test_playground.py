@@ -86,11 +86,6 @@ def test_nothing_outside_the_folder_is_served(page: TestClient, path: str) -> No
     assert page.get(f"/steering/{path}").status_code == 404
 
 
-def test_the_wheel_holds_the_page() -> None:
-    setup = Path(__file__).parents[4] / "setup.py"
-    assert "serve.steering.static" in setup.read_text()
-
-
 def test_evidence_of_features(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps(CONTENT))
     found = of_features(str(tmp_path), [1, 7])

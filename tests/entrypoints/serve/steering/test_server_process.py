@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from steering_testing.engine import FULL
 from steering_testing.modules_http import (
     KEY,
     MODULES,
@@ -136,6 +137,9 @@ def test_the_metrics_are_beside_vllms_own(url: str, root: Path) -> None:
             break
         time.sleep(0.5)
     assert "vllm:steering_modules 0.0" in shown
-    assert 'vllm:steering_tokens{phase="decode",tier="full"}' in shown
+    # One of the two servers counts the engine's tokens, both count their requests.
+    total = 'vllm:steering_tokens_total{phase="prefill",tier="full"} '
+    assert float(shown.split(total)[1].split()[0]) > 0
+    assert f'vllm:steering_requests_total{{field="{FULL}",module="hot"}}' in shown
     assert 'vllm:steering_refused_requests_total{reason="module"}' in shown
     assert "vllm:num_requests_running" in shown

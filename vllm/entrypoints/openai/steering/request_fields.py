@@ -18,6 +18,7 @@ from starlette.requests import Request
 from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, field_schemas
 from vllm.config.sae_steering_types import fold_into_extra_args
+from vllm.config.steering_json import Json
 from vllm.config.strict_json import refuse_ambiguous_fields
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -47,15 +48,15 @@ def refuse_fields(model: type[BaseModel], route: str, hint: str) -> None:
     model.model_rebuild(force=True)
 
 
-def _add_field(model: type[BaseModel], name: str, annotation: Any) -> None:
+def _add_field(model: type[BaseModel], name: str, annotation: object) -> None:
     model.__annotations__[name] = annotation
     model.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(
         annotation, None
     )
 
 
-def _refuser(path: str, reason: str) -> Callable[[Any], Any]:
-    def refuse(value: Any) -> Any:
+def _refuser(path: str, reason: str) -> Callable[[object], object]:
+    def refuse(value: object) -> object:
         if value is not None:
             raise VLLMValidationError(f"{path}: {reason}", parameter=path)
         return value
@@ -63,7 +64,7 @@ def _refuser(path: str, reason: str) -> Callable[[Any], Any]:
     return refuse
 
 
-def refuse_specs_beside_extra_args(value: Any) -> Any:
+def refuse_specs_beside_extra_args(value: object) -> object:
     """Refuse steering that is written into raw sampling parameters' top level.
 
     There it would be dropped: only `extra_args` carries it.
@@ -79,7 +80,7 @@ def refuse_specs_beside_extra_args(value: Any) -> Any:
     return value
 
 
-def refuse_event_fields(event: Any) -> None:
+def refuse_event_fields(event: object) -> None:
     """Refuse steering in a WebSocket event, whose unknown keys are dropped."""
     if isinstance(event, dict):
         for name in EXTRA_ARGS_KEYS:
@@ -87,11 +88,12 @@ def refuse_event_fields(event: Any) -> None:
                 _refuser(name, "/v1/realtime does not support steering")(event[name])
 
 
-def specs_of(request: BaseModel) -> dict[str, Any]:
+def specs_of(request: BaseModel) -> Json:
     """The steering fields of a request, by name; None where not given."""
     # A route whose schema was built before the fields were declared keeps them
-    # among the extra fields, where attribute access finds them all the same.
-    return {name: getattr(request, name, None) for name in EXTRA_ARGS_KEYS}
+    # among the extra fields, which are items of a model all the same.
+    fields = dict(request)
+    return {name: fields.get(name) for name in EXTRA_ARGS_KEYS}
 
 
 def refuse_misspelt_fields(request: BaseModel) -> None:
@@ -122,7 +124,7 @@ def refuse_beam_search(request: BaseModel) -> None:
     """
     refuse_misspelt_fields(request)
     specs = specs_of(request)
-    xargs = getattr(request, "vllm_xargs", None) or {}
+    xargs = dict(request).get("vllm_xargs") or {}
     refuse_misspelt(xargs, "vllm_xargs.")
     for name in EXTRA_ARGS_KEYS:
         if specs[name] or xargs.get(name):

@@ -37,27 +37,27 @@ class RequestRefused(Exception):
 
 def configured_key(args: Namespace) -> str | None:
     """The key from `--steering-api-key` or the environment; None: not configured."""
-    key = getattr(args, "steering_api_key", None) or os.environ.get(KEY_ENV)
+    key = vars(args).get("steering_api_key") or os.environ.get(KEY_ENV)
     return key or None
 
 
-def check_key(headers: Mapping[str, str], key: str | None, *, mutation: bool) -> None:
-    """Raise unless the caller holds the key.
-
-    Without a configured key reading is open and changing is refused.
-    """
-    if key is None:
-        if mutation:
-            raise RequestRefused(
-                403,
-                "this server has no steering key, so its modules cannot change: start "
-                f"it with --steering-api-key or {KEY_ENV}",
-            )
-        return
+def holds_key(headers: Mapping[str, str], key: str | None) -> bool:
+    """Whether the caller sends the configured key; False where none is configured."""
     given = headers.get(OWN_HEADER) or headers.get("authorization") or ""
     scheme, _, token = given.partition(" ")
-    same = hmac.compare_digest(_bytes(token.strip()), _bytes(key))
-    if scheme.lower() != "bearer" or not same:
+    same = hmac.compare_digest(_bytes(token.strip()), _bytes(key or ""))
+    return key is not None and scheme.lower() == "bearer" and same
+
+
+def check_key(headers: Mapping[str, str], key: str | None) -> None:
+    """Raise `RequestRefused` unless the caller may change modules."""
+    if key is None:
+        raise RequestRefused(
+            403,
+            "this server has no steering key, so its modules cannot change: start "
+            f"it with --steering-api-key or {KEY_ENV}",
+        )
+    if not holds_key(headers, key):
         raise RequestRefused(
             401, "expected the steering key as Authorization: Bearer KEY"
         )

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
+from vllm.config.steering_json import Json
+from vllm.entrypoints.serve.steering.access import (
+    RequestRefused,
+    check_key,
+    holds_key,
+)
 from vllm.entrypoints.serve.steering.encode import ENCODE_SCHEMA, parse_encode
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.protocol import (
@@ -29,11 +33,27 @@ PATH = "/v1/steering/modules"
 
 @router.get(PATH)
 async def list_steering_modules(request: Request) -> JSONResponse:
-    """Every module with its sites, memory and requests; free slots; rows in use."""
+    """Every module with its sites, memory and requests; free slots; rows in use.
+
+    Answers without a key; only who holds it is told where the files are.
+    """
     try:
-        return JSONResponse(await _service(request, mutation=False).list())
+        listed = await _modules(request).list()
     except RequestRefused as error:
         return _refused(error)
+    modules = [_for_caller(request, module) for module in listed["modules"]]
+    return JSONResponse({**listed, "modules": modules})
+
+
+@router.get(PATH + "/{name}")
+async def show_steering_module(name: str, request: Request) -> JSONResponse:
+    """One module, as the list has it."""
+    try:
+        check_name(name)
+        module = await _modules(request).get(name)
+    except RequestRefused as error:
+        return _refused(error)
+    return JSONResponse({"module": _for_caller(request, module)})
 
 
 @router.post(
@@ -52,7 +72,7 @@ async def register_steering_module(request: Request) -> JSONResponse:
     `norm_guard`, `sites`, `replace`, `drain`. Answers 201 with the module.
     """
     try:
-        service = _service(request, mutation=True)
+        service = _modules_to_change(request)
         asked = parse_register(await _body(request))
         module = await service.register(asked, request.is_disconnected)
     except RequestRefused as error:
@@ -64,7 +84,7 @@ async def register_steering_module(request: Request) -> JSONResponse:
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     """What the module's author measured: its card, and the features in `?index=3,7`."""
     try:
-        service = _service(request, mutation=False)
+        service = _modules(request)
         check_name(name)
         indices = parse_indices(request.query_params.get("index"))
         path = await service.path_of(name)
@@ -78,7 +98,7 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
 async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
     """Remove a module; `?drain=true` waits for the requests that name it."""
     try:
-        service = _service(request, mutation=True)
+        service = _modules_to_change(request)
         check_name(name)
         drain = parse_flag("drain", request.query_params.get("drain"))
         await service.unregister(name, drain, request.is_disconnected)
@@ -94,7 +114,7 @@ async def search_features(name: str, request: Request) -> JSONResponse:
     At most `limit` (20) of them.
     """
     try:
-        service = _service(request, mutation=False)
+        service = _modules(request)
         check_name(name)
         query = request.query_params
         found = await service.search_labels(
@@ -131,10 +151,20 @@ async def encode_texts(request: Request) -> JSONResponse:
         return _refused(error)
 
 
-def _service(request: Request, *, mutation: bool) -> SteeringModulesService:
-    state = request.app.state
-    check_key(request.headers, state.steering_api_key, mutation=mutation)
-    return state.steering_modules
+def _modules(request: Request) -> SteeringModulesService:
+    return request.app.state.steering_modules
+
+
+def _modules_to_change(request: Request) -> SteeringModulesService:
+    check_key(request.headers, request.app.state.steering_api_key)
+    return _modules(request)
+
+
+def _for_caller(request: Request, module: Json) -> Json:
+    """A module as the caller may see it."""
+    if holds_key(request.headers, request.app.state.steering_api_key):
+        return module
+    return {key: value for key, value in module.items() if key != "path"}
 
 
 async def _body(request: Request) -> bytes:
@@ -151,7 +181,7 @@ async def _body(request: Request) -> bytes:
 
 def _refused(error: RequestRefused) -> JSONResponse:
     """OpenAI's form of an error."""
-    content: dict[str, Any] = {
+    content: Json = {
         "message": error.message,
         "type": "SteeringModuleError",
         "param": error.field,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, Counter, Gauge
 
+from vllm.config.steering_json import Json
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
@@ -21,40 +22,72 @@ logger = init_logger(__name__)
 
 REFRESH_S = 5.0
 PREFIX = "vllm:steering_"
-# Set once the routes are loaded; until then refusals are not counted.
-_REFUSED: Counter | None = None
+
+
+class _Totals:
+    """Counters of what the engine has counted since it started.
+
+    Of several API servers that read one engine, only one may count: Prometheus adds
+    their counters up.
+    """
+
+    def __init__(self, counts: bool):
+        self._counts = counts
+        self._seen: dict[tuple[str, ...], int] = {}
+
+    def follow(self, counter: Counter, total: int, *labels: str) -> None:
+        """Raise the counter to the engine's total; a smaller one is a new engine's."""
+        key = (counter._name, *labels)
+        before = self._seen.get(key, 0)
+        self._seen[key] = total
+        if self._counts:
+            child = counter.labels(*labels) if labels else counter
+            child.inc(total - before if total >= before else total)
 
 
 class SteeringMetrics:
-    """Publishes what the engine's registry knows."""
+    """Publishes what the engine's registry knows, and what this server has seen."""
 
     def __init__(self, service: SteeringModulesService):
-        global _REFUSED
+        global _CURRENT
         self.service = service
         self._task: asyncio.Task[None] | None = None
-        for collector in list(REGISTRY._collector_to_names):
-            if getattr(collector, "_name", "").startswith(PREFIX):
+        if _CURRENT is not None:
+            for collector in _CURRENT.collectors:
                 REGISTRY.unregister(collector)
+        parallel = service.engine.vllm_config.parallel_config
+        self.totals = _Totals(counts=parallel._api_process_rank <= 0)
         self.modules = _gauge("modules", "Modules registered.")
         self.rows = _gauge("rows_in_use", "Table rows that requests hold.", "tier")
-        # Totals since start-up; a gauge, because several API servers read one engine.
-        self.tokens = _gauge(
-            "tokens", "Tokens that were steered since start-up.", "tier", "phase"
-        )
-        self.bypassed = _gauge(
+        self.memory = _gauge("bytes", "Device bytes of steering buffers.", "rank")
+        self.tokens = _counter("tokens", "Tokens that were steered.", "tier", "phase")
+        self.bypassed = _counter(
             "bypassed_tokens",
             "Tokens of those that the SAE tiers left alone for their id.",
         )
-        self.saturated = _gauge(
+        self.saturated = _counter(
             "saturated_tokens",
             "Tokens whose edited stream was limited to stay finite, per site and tier.",
         )
-        self.memory = _gauge("bytes", "Device bytes of steering buffers.", "rank")
-        _REFUSED = Counter(
-            PREFIX + "refused_requests",
-            "Requests refused for their steering.",
-            ["reason"],
+        self.read = {
+            "tokens": _counter("read_tokens", "Tokens read, for each site.", "module"),
+            "bytes": _counter("read_bytes", "Bytes that were read.", "module"),
+            "stops": _counter("read_stops", "Requests a feature ended.", "module"),
+        }
+        self.requests = _counter(
+            "requests", "Requests that named the module.", "module", "field"
         )
+        self.refused = _counter(
+            "refused_requests", "Requests refused for their steering.", "reason"
+        )
+        _CURRENT = self
+
+    @property
+    def collectors(self) -> tuple[Gauge | Counter, ...]:
+        """Everything that is registered with Prometheus."""
+        counters = (self.tokens, self.bypassed, self.saturated, self.requests)
+        read = self.read.values()
+        return (self.modules, self.rows, self.memory, *counters, *read, self.refused)
 
     def start(self) -> None:
         """Keep the metrics up to date until the event loop ends."""
@@ -68,9 +101,12 @@ class SteeringMetrics:
             self.rows.labels(tier).set(rows)
         for tier, phases in found["steered_tokens"].items():
             for phase, tokens in phases.items():
-                self.tokens.labels(tier, phase).set(tokens)
-        self.bypassed.set(found["bypassed_tokens"])
-        self.saturated.set(found["saturated_tokens"])
+                self.totals.follow(self.tokens, tokens, tier, phase)
+        self.totals.follow(self.bypassed, found["bypassed_tokens"])
+        self.totals.follow(self.saturated, found["saturated_tokens"])
+        for module, counts in found["read"].items():
+            for kind, counter in self.read.items():
+                self.totals.follow(counter, counts[kind], module)
         for rank, size in enumerate(found["bytes"]):
             self.memory.labels(str(rank)).set(size)
 
@@ -86,10 +122,25 @@ class SteeringMetrics:
             await asyncio.sleep(REFRESH_S)
 
 
+# Set once the routes are loaded; until then nothing is counted.
+_CURRENT: SteeringMetrics | None = None
+
+
 def count_refusal(parameter: str | None) -> None:
     """Count a request that was refused for its steering, by the kind of its error."""
-    if _REFUSED is not None:
-        _REFUSED.labels(refusal_reason(parameter)).inc()
+    if _CURRENT is not None:
+        _CURRENT.refused.labels(refusal_reason(parameter)).inc()
+
+
+def count_request(extra_args: Json) -> None:
+    """Count a request, given its canonical specs, once for each module it names."""
+    if _CURRENT is None:
+        return
+    named = {
+        (s["module_name"], key) for key, specs in extra_args.items() for s in specs
+    }
+    for module, field in named:
+        _CURRENT.requests.labels(module, field).inc()
 
 
 def refusal_reason(parameter: str | None) -> str:
@@ -99,3 +150,7 @@ def refusal_reason(parameter: str | None) -> str:
 
 def _gauge(name: str, text: str, *labels: str) -> Gauge:
     return Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent")
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(PREFIX + name, text, labels)

@@ -7,13 +7,18 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.config.sae_labels import FILE_NAME, Labels, labels_of, search
-from vllm.config.steering_replies import METHOD, Json, ModuleReply, Outcome, as_reply
+from vllm.config.steering_checks import listing, shown
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 DRAIN_POLL_S = 0.1
 DRAIN_LIMIT_S = 600.0
@@ -24,7 +29,7 @@ IsGone = Callable[[], Awaitable[bool]]
 class Engine(Protocol):
     """The part of `EngineClient` that is used."""
 
-    vllm_config: Any
+    vllm_config: VllmConfig
 
     async def collective_rpc(
         self,
@@ -32,7 +37,7 @@ class Engine(Protocol):
         timeout: float | None = None,
         args: tuple = (),
         kwargs: dict | None = None,
-    ) -> Any: ...
+    ) -> list: ...
 
 
 class LabelFiles:
@@ -92,6 +97,21 @@ class SteeringModulesService:
         # The modules themselves, not their names.
         return {**stats, **listed}
 
+    async def get(self, name: str) -> Json:
+        """One module, as `list` has it.
+
+        Raises:
+            RequestRefused: 404, there is no such module.
+        """
+        listed = (await self.call("list", {})).listing or {}
+        modules = {module["name"]: module for module in listed["modules"]}
+        if name not in modules:
+            known = listing(list(modules))
+            raise RequestRefused(
+                404, f"found {shown(name)}, expected a module: {known}", "name"
+            )
+        return modules[name]
+
     async def search_labels(
         self, name: str, query: str, index: int | None, limit: int
     ) -> Sequence[tuple[int, str]]:
@@ -107,11 +127,7 @@ class SteeringModulesService:
         Raises:
             RequestRefused: 404, no module has this name.
         """
-        listing = (await self.call("list", {})).listing or {}
-        for module in listing["modules"]:
-            if module["name"] == name:
-                return module["path"]
-        raise RequestRefused(404, f"name: there is no module {name!r}", "name")
+        return (await self.get(name))["path"]
 
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; the module as the engine has it."""
@@ -119,7 +135,12 @@ class SteeringModulesService:
         # Links are resolved off the event loop: a root may be a slow network folder.
         path = await asyncio.to_thread(allowed_path, request.path, roots)
         described = {**request.options, "name": request.name, "path": path}
-        inspected = await self.call("inspect", described)
+        try:
+            inspected = await self.call("inspect", described)
+        except RequestRefused as error:
+            # Where links lead is not for clients.
+            error.message = error.message.replace(path, request.path)
+            raise
         payload = {
             "module": inspected.module,
             "replace": request.replace,

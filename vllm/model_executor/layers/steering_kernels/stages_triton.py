@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm.config.steering import Tier
+from vllm.config.steering_json import Json
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
 from .clamp import clamp_kernel
@@ -71,7 +70,7 @@ def compact(run: Run, base: int) -> None:
 
 def _operands(
     slot: SAESlot, buffers: StageBuffers, plan: EncodePlan, tma: bool
-) -> tuple[dict[str, Any], tuple[int, int, int]]:
+) -> tuple[Json, tuple[int, int, int]]:
     """x by token tile and W_enc, as tensors or TMA descriptors; and the tiles."""
     first, last = plan.token_tiles[0], plan.token_tiles[-1]
     middle = plan.token_tiles[1] if len(plan.token_tiles) > 1 else first
@@ -222,7 +221,7 @@ def combine(run: Run, base: int) -> None:
 
 def _clamp_launch(
     hidden: torch.Tensor, residual: torch.Tensor | None, source: torch.Tensor | None
-) -> dict[str, Any]:
+) -> Json:
     """What both uses of the clamp kernel pass: streams and blocks."""
     d_model = hidden.shape[1]
     d_in = d_model if source is None else source.shape[1]

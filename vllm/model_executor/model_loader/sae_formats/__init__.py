@@ -96,6 +96,12 @@ FORMATS = (
         attention_z.read,
     ),
     Format(
+        "bare_vectors",
+        "one .npy, .pt or .safetensors tensor [D] or [sites, D], with sites",
+        vectors.matches_bare,
+        vectors.read_bare,
+    ),
+    Format(
         "qwen_scope",
         "layerN.sae.pt files",
         torch_files.matches_qwen,
@@ -150,6 +156,7 @@ def _children(fmt: Format, location: Location) -> list[Location]:
             root=path,
             origin=f"{location.origin.rstrip('/')}/{path.name}",
             given=None,
+            given_sites=(),
         )
         for path in location.entries()
         if path.is_dir()

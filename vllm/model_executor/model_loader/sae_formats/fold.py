@@ -120,8 +120,10 @@ def _expect_matrix(
 
 
 def check_vector(layout: VectorLayout, tensors: TensorFile) -> None:
-    """As `check_sae`, for a steering vector `[D]`."""
-    _expect(tensors, layout.tensor, ((layout.site.d_in,),))
+    """As `check_sae`, for a steering vector `[D]` or a row of `[n, D]`."""
+    shape, _ = _info_of(tensors, layout.tensor)
+    rows = () if layout.row is None else shape[:1]
+    _expect(tensors, layout.tensor, ((*rows, layout.site.d_in),))
 
 
 def sae_bytes(layout: SAELayout, tensors: TensorFile) -> int:
@@ -136,14 +138,15 @@ def _itemsize(tensors: TensorFile, matrix: Matrix) -> int:
     return _info_of(tensors, matrix.name)[1].itemsize
 
 
-def read_vector(tensors: TensorFile, name: str) -> torch.Tensor:
-    """A small tensor, whole, in fp32 on the CPU; a scalar becomes `[1]`.
+def read_vector(tensors: TensorFile, name: str, row: int | None = None) -> torch.Tensor:
+    """A small tensor, whole or one row of it, in fp32 on the CPU; a scalar is `[1]`.
 
     Raises:
         LayoutError: it holds a NaN or an infinity.
     """
     shape, _ = _info_of(tensors, name)
-    value = read_slice(tensors, name, 0, shape[0] if shape else 1).reshape(-1)
+    first, last = (0, shape[0] if shape else 1) if row is None else (row, row + 1)
+    value = read_slice(tensors, name, first, last).reshape(-1)
     value = value.to(torch.float32, copy=True)
     _check_finite(value, f"{tensors.label}: {name}")
     return value

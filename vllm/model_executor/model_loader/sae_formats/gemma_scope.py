@@ -51,8 +51,6 @@ _HOOKS = {
     "attn_out": HookPoint.ATTN_Z,
 }
 _REFUSED = {
-    "transcoders": "the transcoders of Gemma Scope read the norm's output before its "
-    "gain; divide the columns of W_enc by the gain and save them as a native directory",
     "crosscoder": "a crosscoder reads several layers",
     "clt": "a cross-layer transcoder writes to several layers",
 }
@@ -67,7 +65,7 @@ def matches_safetensors(location: Location) -> bool:
     return location.has(SAFETENSORS)
 
 
-def _points_of_path(location: Location) -> Points | None:
+def points_of_path(location: Location) -> Points | None:
     """The points that a path of Gemma Scope's names; None: the path does not say.
 
     The files of SAEs of the residual stream, of attention and of the MLP look alike,
@@ -86,8 +84,9 @@ def _points_of_path(location: Location) -> Points | None:
         return Points(0, HookPoint.PRE_ATTN)
     if not layers or kind is None:
         return None
-    if kind == "transcoder":
-        return transcoder_points(int(layers[-1]))
+    if kind in ("transcoder", "transcoders"):
+        # Those of the first Gemma Scope were trained before the norm's gain.
+        return transcoder_points(int(layers[-1]), before_gain=kind == "transcoders")
     return Points(int(layers[-1]), _HOOKS[kind])
 
 
@@ -126,7 +125,7 @@ def _layout(
 def read_npz(location: Location) -> ModuleLayout:
     """Layout of a Gemma Scope directory."""
     where = f"{location.origin}: {_WHERE}"
-    points = choose_points(location, _points_of_path(location), where)
+    points = choose_points(location, points_of_path(location), where)
     return _layout(location, NPZ, ("W_enc", "W_dec"), points, None)
 
 
@@ -144,7 +143,7 @@ def read_safetensors(location: Location) -> ModuleLayout:
             stated = need_points(hook, config.text("hf_hook_point_out"), where)
         affine = config.boolean("affine_connection", False)
     where = f"{location.origin}: {_WHERE}"
-    points = choose_points(location, stated or _points_of_path(location), where)
+    points = choose_points(location, stated or points_of_path(location), where)
     layout = _layout(location, SAFETENSORS, ("w_enc", "w_dec"), points, model)
     has_skip = layout.sites[0].site.has_skip
     if affine not in (None, has_skip):

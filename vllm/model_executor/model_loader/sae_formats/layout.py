@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllm.config.steering import (
     HookPoint,
@@ -21,6 +20,7 @@ from vllm.config.steering import (
     SiteInfo,
     site_name,
 )
+from vllm.config.steering_json import Json, JsonView
 
 MAX_CONFIG_BYTES = 4 << 20
 # A module has a subdirectory a site; a directory of more entries is something else.
@@ -55,13 +55,15 @@ class Location:
 
     `root` is a directory or a single file; `origin` is the path as it was given,
     which some formats take the layer from. `given` is the site that the operator
-    named, for files that do not say theirs. `listed=False` keeps the names of other
-    files out of messages, for clients who must not see them.
+    named, for files that do not say theirs; `given_sites` are all of them.
+    `listed=False` keeps the names of other files out of messages, for clients who must
+    not see them. `overrides` are what a list of releases says beside the files.
     """
 
     root: Path
     origin: str
     given: tuple[int, HookPoint] | None = None
+    given_sites: tuple[tuple[int, HookPoint], ...] = ()
     listed: bool = True
     overrides: Overrides = Overrides()
 
@@ -171,11 +173,12 @@ class SAELayout:
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """Where one site's steering vector `[D]` is."""
+    """Where one site's steering vector `[D]` is: a tensor, or a row of one `[n, D]`."""
 
     site: SiteInfo
     file: str
     tensor: str
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON object from a small file; anything else is a `LayoutError`."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -238,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class Fields:
     """Typed reads from a parsed configuration, with the field's path in every error."""
 
-    def __init__(self, data: Mapping[str, Any], where: str):
+    def __init__(self, data: JsonView, where: str):
         self.data = data
         self.where = where
 

@@ -40,11 +40,10 @@ _HF_POINTS = {
     ".pre_feedforward_layernorm.output": HookPoint.MLP_IN,
     ".post_feedforward_layernorm.output": HookPoint.MLP_OUT,
 }
+# The output of the norm before the MLP, before its gain.
+_BEFORE_GAIN = re.compile(r"blocks\.([0-9]{1,9})\.ln2\.hook_normalized")
 # TransformerLens points that are no point of ours, and why.
 _REFUSED = {
-    "ln2.hook_normalized": "the norm's output before its gain; fold the gain in: "
-    "divide the columns of W_enc by the weight of the norm before the MLP, and name "
-    "the site mlp_in",
     "hook_mlp_in": "TransformerLens's name for the stream before the norm, which "
     "others use for what the MLP reads; say which it is with post_attn or mlp_in",
 }
@@ -52,11 +51,15 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Points:
-    """What one SAE reads and, for a transcoder, what it writes (`hook_out`)."""
+    """What one SAE reads and, for a transcoder, what it writes (`hook_out`).
+
+    `before_gain`: it reads `mlp_in` before the gain of the norm.
+    """
 
     layer: int
     hook: HookPoint
     hook_out: HookPoint | None = None
+    before_gain: bool = False
 
     def site(
         self,
@@ -69,7 +72,15 @@ class Points:
     ) -> SiteInfo:
         """The site at these points. `d_out` and `has_skip` are a transcoder's."""
         if self.hook_out is None:
-            return SiteInfo(self.layer, self.hook, d_in, d_sae, activation, k)
+            return SiteInfo(
+                layer=self.layer,
+                hook=self.hook,
+                d_in=d_in,
+                d_sae=d_sae,
+                activation=activation,
+                k=k,
+                before_gain=self.before_gain,
+            )
         return SiteInfo(
             layer=self.layer,
             hook=self.hook,
@@ -80,12 +91,13 @@ class Points:
             hook_out=self.hook_out,
             d_out=d_in if d_out is None else d_out,
             has_skip=has_skip,
+            before_gain=self.before_gain,
         )
 
 
-def transcoder_points(layer: int) -> Points:
+def transcoder_points(layer: int, before_gain: bool = False) -> Points:
     """What a transcoder of a layer's MLP reads and writes."""
-    return Points(layer, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    return Points(layer, HookPoint.MLP_IN, HookPoint.MLP_OUT, before_gain)
 
 
 def choose_points(location: Location, stated: Points | None, where: str) -> Points:
@@ -131,19 +143,23 @@ def need_points(name_in: str, name_out: str | None, where: str) -> Points:
         LayoutError: a name that is no point; or a pair that no site can have: of two
             layers, or any other than the MLP's input and output.
     """
+    before_gain = False
+    if match := _BEFORE_GAIN.fullmatch(name_in):
+        before_gain, name_in = True, f"mlp_in.{match[1]}"
+        name_out = name_in if name_out == match[0] else name_out
     layer, hook = need_site(name_in, where)
     if name_out is None or name_out == name_in:
-        return Points(layer, hook)
+        return Points(layer, hook, None, before_gain)
     layer_out, hook_out = need_site(name_out, where)
     if (layer_out, hook_out) == (layer, hook):
-        return Points(layer, hook)
+        return Points(layer, hook, None, before_gain)
     pair = (hook, hook_out)
     if layer != layer_out or pair != (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         raise LayoutError(
             f"{where}: expected an SAE, or a transcoder from mlp_in to mlp_out of one "
             f"layer, found {site_name(hook, layer)} to {site_name(hook_out, layer_out)}"
         )
-    return Points(layer, hook, hook_out)
+    return Points(layer, hook, hook_out, before_gain)
 
 
 def choose_sites(

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from vllm.config.steering import (
     SiteInfo,
     site_name,
 )
+from vllm.config.steering_json import Json, JsonView
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -48,6 +48,7 @@ _SITE_KEYS = frozenset(
         "hook_out",
         "d_out",
         "has_skip",
+        "before_gain",
         "d_sae",
         "activation",
         "k",
@@ -151,7 +152,10 @@ def _read_site(fields: Fields) -> SAELayout:
         hook_out=_read_hook(fields, "hook_out"),
         d_out=fields.integer("d_out", 1),
         has_skip=fields.boolean("has_skip", False),
+        before_gain=fields.boolean("before_gain", False),
     )
+    if site.before_gain and site.hook is not HookPoint.MLP_IN:
+        raise fields.fail("before_gain", "false, since the site is not mlp_in")
     if not site.is_transcoder and (site.out_width != site.d_in or site.has_skip):
         raise fields.fail("hook_out", "another point than hook, with d_out or has_skip")
     return SAELayout(
@@ -173,9 +177,23 @@ def _read_hook(fields: Fields, key: str) -> HookPoint | None:
     return HOOK_ALIASES[name]
 
 
+def _activation_of(name: str, content: JsonView, has_threshold: bool) -> Activation:
+    """What a site's content says, or what its tensors imply."""
+    given = content.get("activation")
+    if given is None:
+        return Activation.JUMPRELU if has_threshold else Activation.RELU
+    activation = Activation(given)
+    if has_threshold != (activation is Activation.JUMPRELU):
+        raise ValueError(
+            f"{name}: threshold: expected with jumprelu and nothing else, found "
+            f"activation {activation.value}"
+        )
+    return activation
+
+
 def save_native(
     path: str | Path,
-    sites: Mapping[tuple[int, HookPoint | str], Mapping[str, Any]],
+    sites: Mapping[tuple[int, HookPoint | str], JsonView],
     *,
     reference_norm: float | None = None,
     skip_token_ids: Sequence[int] | None = None,
@@ -204,7 +222,7 @@ def save_native(
     root.mkdir(parents=True, exist_ok=True)
     entries = []
     for (layer, hook), content in sites.items():
-        point = HOOK_ALIASES[str(getattr(hook, "value", hook))]
+        point = hook if isinstance(hook, HookPoint) else HOOK_ALIASES[hook]
         name = site_name(point, layer)
         tensors = {
             key: content[key].detach().cpu().contiguous()
@@ -212,21 +230,14 @@ def save_native(
             if content.get(key) is not None
         }
         _check_shapes(name, tensors)
-        activation = content.get("activation")
-        if activation is None:
-            activation = "jumprelu" if "threshold" in tensors else "relu"
-        if ("threshold" in tensors) != (activation == Activation.JUMPRELU):
-            raise ValueError(
-                f"{name}: threshold: expected with jumprelu and nothing else, found "
-                f"activation {Activation(activation).value}"
-            )
+        activation = _activation_of(name, content, "threshold" in tensors)
         F, D = tensors["W_enc"].shape
-        entry: dict[str, Any] = {
+        entry: Json = {
             "layer": layer,
             "hook": point.value,
             "d_model": D,
             "d_sae": F,
-            "activation": Activation(activation).value,
+            "activation": activation.value,
             "file": f"{name}.safetensors",
             "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
         }
@@ -234,7 +245,7 @@ def save_native(
             entry["hook_out"] = HookPoint(content["hook_out"]).value
             entry["d_out"] = tensors["W_dec"].shape[1]
             entry["has_skip"] = "W_skip" in tensors
-        for key in ("k", "topk_relu", "fvu", "l0"):
+        for key in ("k", "topk_relu", "fvu", "l0", "before_gain"):
             if content.get(key) is not None:
                 entry[key] = content[key]
         # Read back by the reader's own rules, so that it can never refuse this.
@@ -244,7 +255,7 @@ def save_native(
             tensors["W_dec"] = tensors["W_dec"].clone()
         save_file(tensors, root / entry["file"])
         entries.append(entry)
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sites": entries}
+    manifest: Json = {"format": FORMAT, "version": VERSION, "sites": entries}
     optional = {
         "reference_norm": reference_norm,
         "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),

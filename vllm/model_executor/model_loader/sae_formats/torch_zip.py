@@ -33,6 +33,8 @@ from vllm.model_executor.model_loader.sae_formats.tensor_types import (
 MAX_PICKLE_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
 MAX_ARGUMENTS = 16
+# The name of the one tensor of a file that holds nothing else.
+BARE = "tensor"
 
 # Storage class in the pickle -> dtype, and how NumPy reads its elements.
 _STORAGES: dict[str, tuple[torch.dtype, str]] = {
@@ -351,9 +353,9 @@ def _info(value: _Tensor) -> TensorInfo:
 
 
 def _named_tensors(state: Any, label: str) -> dict[str, _Tensor]:
-    """The tensors of a state dict; a bare tensor is named "" (nothing)."""
+    """The tensors of a state dict; a bare tensor is named `BARE`."""
     if isinstance(state, _Tensor):
-        return {"": state}
+        return {BARE: state}
     if type(state) is not dict:
         raise LayoutError(
             f"{label}: expected a state dict, found {type(state).__name__}"

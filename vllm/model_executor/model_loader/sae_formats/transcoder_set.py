@@ -36,7 +36,7 @@ CONFIG = "config.yaml"
 MAX_YAML_BYTES = 64 << 10
 _FILE = re.compile(r"layer_([0-9]{1,9})\.safetensors")
 _TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
-_POINTS_IN = ("mlp.hook_in", "mlp_in")
+_POINTS_IN = ("mlp.hook_in", "mlp_in", "ln2.hook_normalized")
 _POINTS_OUT = ("hook_mlp_out", "mlp.hook_out", "mlp_out")
 
 
@@ -73,7 +73,9 @@ def _read_file(location: Location, config: Fields, path: Path) -> SAELayout:
             need_points(f"blocks.{match[1]}.{name}", None, f"{CONFIG}: {key}")
             raise config.fail(key, f"one of {', '.join(known)}")
     where = f"{path.name}: transcoder"
-    points = choose_points(location, transcoder_points(int(match[1])), where)
+    before_gain = config.text("feature_input_hook") == "ln2.hook_normalized"
+    stated = transcoder_points(int(match[1]), before_gain)
+    points = choose_points(location, stated, where)
     W_enc, W_dec = Matrix("W_enc"), Matrix("W_dec")
     with open_tensors(path) as tensors:
         if not set(tensors.infos) >= _TENSORS:

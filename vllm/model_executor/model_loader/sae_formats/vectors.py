@@ -5,6 +5,9 @@ Safetensors: one file whose tensors are named `layers.{layer}.{hook}`, for examp
 `layers.20.post_block`; the string metadata may hold `format`
 ("vllm-steering-vectors") and `model`, the name of the model it was made for.
 
+Bare tensors: one `.npy`, `.pt` or `.safetensors` file with one tensor, `[D]` for one
+site or `[n, D]` for the n sites that the operator names, in that order.
+
 GGUF: control vectors as repeng and llama.cpp write them (architecture
 `controlvector`). `direction.{layer}` is added to the output of that decoder layer,
 counted from zero, which is `post_block`. Source: https://github.com/vgel/repeng
@@ -37,6 +40,43 @@ def matches_safetensors(location: Location) -> bool:
 
 def matches_gguf(location: Location) -> bool:
     return location.root.is_file() and location.root.suffix == ".gguf"
+
+
+def matches_bare(location: Location) -> bool:
+    path = location.root
+    if not path.is_file() or path.suffix not in (".npy", ".pt", ".pth", ".safetensors"):
+        return False
+    try:
+        with open_tensors(path) as tensors:
+            names = list(tensors.infos)
+            return len(names) == 1 and parse_site_name(names[0]) is None
+    except LayoutError:
+        return False
+
+
+def read_bare(location: Location) -> ModuleLayout:
+    """Layout of one tensor without a name that says its sites."""
+    with open_tensors(location.root) as tensors:
+        ((name, info),) = tensors.infos.items()
+        shape = info.shape
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise LayoutError(
+                f"{tensors.label}: {name}: expected a steering vector [D], or [n, D] "
+                f"for n sites, found shape {list(shape)}"
+            )
+        count = shape[0] if len(shape) == 2 else 1
+        if len(location.given_sites) != count:
+            raise LayoutError(
+                f"{tensors.label}: a vector of shape {list(shape)} does not say its "
+                f"site: expected {count} in sites, for example "
+                f'sites=["post_block.20"], found {len(location.given_sites)}'
+            )
+        rows = [None] if len(shape) == 1 else range(count)
+        sites = tuple(
+            VectorLayout(SiteInfo(layer, hook, shape[-1], 1), tensors.label, name, row)
+            for (layer, hook), row in zip(location.given_sites, rows, strict=True)
+        )
+    return ModuleLayout(kind="vectors", sites=sites)
 
 
 def read_safetensors(location: Location) -> ModuleLayout:

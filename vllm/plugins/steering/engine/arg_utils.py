@@ -9,21 +9,25 @@ The edits a branch would make: `EngineArgs.add_cli_args` declares
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import vllm
-from vllm.config.steering_checks import shown
-from vllm.engine.steering_resolution import SteeringConfigError, resolve_steering
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_json import Json
+from vllm.engine.steering_resolution import resolve_steering
 from vllm.plugins.steering.seam import (
     BOUND,
     SUPPORTED_VLLM,
-    check_signature,
-    resolve,
+    Stock,
+    replace_unchecked,
     wrap,
 )
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 MODULE = "vllm.engine.arg_utils"
 CREATE_ENGINE_CONFIG = f"{MODULE}:EngineArgs.create_engine_config"
@@ -45,28 +49,21 @@ def install() -> None:
         ("self", "usage_context", "headless"),
         _make_create_engine_config,
     )
-    _wrap_descriptor("add_cli_args", "parser", _make_add_cli_args)
-    _wrap_descriptor("from_cli_args", "args", _make_from_cli_args)
-
-
-def _wrap_descriptor(name: str, parameter: str, make: Callable[..., Any]) -> None:
-    """`seam.wrap` for a static or class method, whose descriptor must stay one."""
-    target = f"{MODULE}:EngineArgs.{name}"
-    if target in BOUND:
-        return
-    owner, _, stock = resolve(target)
-    check_signature(target, stock, (parameter,))
-    setattr(owner, name, make(stock))
-    BOUND[target] = stock
+    args = f"{MODULE}:EngineArgs"
+    wrap(f"{args}.add_cli_args", ("parser",), _make_add_cli_args, staticmethod)
+    wrap(f"{args}.from_cli_args", ("args",), _make_from_cli_args, classmethod)
 
 
 def install_version_guard() -> None:
     """On an unsupported vLLM: refuse to start with steering, change nothing else."""
-    if CREATE_ENGINE_CONFIG in BOUND:
-        return
-    owner, name, stock = resolve(CREATE_ENGINE_CONFIG)
+    if CREATE_ENGINE_CONFIG not in BOUND:
+        replace_unchecked(CREATE_ENGINE_CONFIG, _make_version_guard)
 
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+
+def _make_version_guard(stock: Stock) -> Stock:
+    def create_engine_config(
+        self: EngineArgs, *args: object, **kwargs: object
+    ) -> VllmConfig:
         additional = self.additional_config
         if isinstance(additional, dict) and additional.get("steering") is not None:
             raise SteeringConfigError(
@@ -75,8 +72,7 @@ def install_version_guard() -> None:
             )
         return stock(self, *args, **kwargs)
 
-    setattr(owner, name, create_engine_config)
-    BOUND[CREATE_ENGINE_CONFIG] = stock
+    return create_engine_config
 
 
 class SteeringModulesAction(argparse.Action):
@@ -86,10 +82,11 @@ class SteeringModulesAction(argparse.Action):
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
+        values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
-        modules = dict(getattr(namespace, self.dest) or {})
+        options = vars(namespace)
+        modules = dict(options[self.dest] or {})
         for item in values or ():
             try:
                 name, given = parse_module(str(item))
@@ -100,10 +97,10 @@ class SteeringModulesAction(argparse.Action):
                     f"{option_string or FLAG}: module {shown(name)} is given twice"
                 )
             modules[name] = given
-        setattr(namespace, self.dest, modules)
+        options[self.dest] = modules
 
 
-def parse_module(item: str) -> tuple[str, str | dict[str, Any]]:
+def parse_module(item: str) -> tuple[str, str | Json]:
     """`NAME=PATH`, or a JSON object, as name and form for `additional_config`.
 
     Raises:
@@ -127,9 +124,7 @@ def parse_module(item: str) -> tuple[str, str | dict[str, Any]]:
     return name, path
 
 
-def fold_modules(
-    additional_config: dict[str, Any] | None, modules: dict[str, Any] | None
-) -> dict[str, Any]:
+def fold_modules(additional_config: Json | None, modules: Json | None) -> Json:
     """`additional_config` with the flag's modules added; the input is not changed.
 
     Raises:
@@ -150,10 +145,10 @@ def fold_modules(
     return {**additional, "steering": steering}
 
 
-def _make_create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make_create_engine_config(stock: Stock) -> Stock:
     def create_engine_config(
-        self: Any, usage_context: Any = None, headless: bool = False
-    ) -> Any:
+        self: EngineArgs, usage_context: object = None, headless: bool = False
+    ) -> VllmConfig:
         config = stock(self, usage_context, headless)
         resolve_steering(config)
         return config
@@ -161,9 +156,8 @@ def _make_create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     return create_engine_config
 
 
-def _make_add_cli_args(stock: Callable[..., Any]) -> Any:
-    @functools.wraps(stock)
-    def add_cli_args(parser: Any) -> Any:
+def _make_add_cli_args(stock: Stock) -> Stock:
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = stock(parser)
         group = parser.add_argument_group(
             title="SteeringConfig", description="SAE steering modules."
@@ -190,21 +184,17 @@ def _make_add_cli_args(stock: Callable[..., Any]) -> Any:
         )
         return parser
 
-    return staticmethod(add_cli_args)
+    return add_cli_args
 
 
-def _make_from_cli_args(stock: Any) -> Any:
-    # `stock` is the class method bound to EngineArgs; subclasses inherit this one.
-    function = stock.__func__
-
-    @functools.wraps(function)
-    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
-        engine_args = function(cls, args)
-        modules = getattr(args, "steering_modules", None)
-        if modules:
+def _make_from_cli_args(stock: Stock) -> Stock:
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        engine_args = stock(cls, args)
+        # A program that makes its own parser may not know the flag.
+        if modules := vars(args).get("steering_modules"):
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, modules
             )
         return engine_args
 
-    return classmethod(from_cli_args)
+    return from_cli_args

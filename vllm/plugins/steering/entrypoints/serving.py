@@ -8,16 +8,24 @@ it the engine's own check comes after a stream has answered 200.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_checks import refusal
+from vllm.config.steering_json import Json
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
-from vllm.plugins.steering.seam import wrap
+from vllm.plugins.steering.seam import Stock, wrap
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from pydantic import BaseModel
+
+    from vllm.config import VllmConfig
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.sampling_params import SamplingParams
 
 _OPENAI = "vllm.entrypoints.openai"
 TARGETS = (
@@ -42,12 +50,15 @@ class Installer:
 INSTALLERS = tuple(Installer(target) for target in TARGETS)
 
 
-def check_request(request: Any, vllm_config: Any) -> None:
-    """Raise `VLLMValidationError` unless the request's steering is valid.
+def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
+    """The request's steering, in canonical form, under its fields.
 
     Args:
         request: an OpenAI request, or a raw one with `sampling_params`.
         vllm_config: of the engine that will run it.
+
+    Raises:
+        VLLMValidationError: the steering is not valid.
     """
     from vllm.entrypoints.openai.steering.request_fields import (
         refuse_misspelt_fields,
@@ -55,8 +66,9 @@ def check_request(request: Any, vllm_config: Any) -> None:
     )
 
     refuse_misspelt_fields(request)
-    params = getattr(request, "sampling_params", None)
-    extra_args = getattr(request, "vllm_xargs", None)
+    fields = dict(request)
+    params: SamplingParams | None = fields.get("sampling_params")
+    extra_args = fields.get("vllm_xargs")
     if params is not None:
         extra_args = params.extra_args
         refuse_reading(extra_args)
@@ -64,12 +76,13 @@ def check_request(request: Any, vllm_config: Any) -> None:
     given = {
         key: specs for key, specs in specs_of(request).items() if specs is not None
     }
-    parse_steering_request(
+    steering = parse_steering_request(
         {**(extra_args or {}), **given}, active_steering_config(vllm_config)
     )
+    return {} if steering is None else steering.to_extra_args()
 
 
-def refuse_reading(extra_args: Mapping[str, Any] | None) -> None:
+def refuse_reading(extra_args: Json | None) -> None:
     """Raise when a raw request reads features, which its answer cannot carry."""
     if extra_args and extra_args.get(READOUT_KEY):
         raise refusal(
@@ -79,18 +92,22 @@ def refuse_reading(extra_args: Mapping[str, Any] | None) -> None:
         )
 
 
-def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.request_fields import refuse_ambiguous_body
+    from vllm.entrypoints.serve.steering.metrics import count_refusal, count_request
 
-    async def checked(self: Any, request: Any, raw_request: Any = None) -> Any:
+    async def checked(
+        self: GenerateBaseServing,
+        request: BaseModel,
+        raw_request: Request | None = None,
+    ) -> object:
         try:
-            check_request(request, self.engine_client.vllm_config)
+            steering = check_request(request, self.engine_client.vllm_config)
             await refuse_ambiguous_body(raw_request)
         except VLLMValidationError as error:
-            from vllm.entrypoints.serve.steering.metrics import count_refusal
-
             count_refusal(error.parameter)
             return self.create_error_response(error)
+        count_request(steering)
         return await stock(self, request, raw_request)
 
     return checked

@@ -24,17 +24,22 @@ from typing import TYPE_CHECKING
 from vllm.config.sae_steering_admission import ROWS_KEY, admitted_extra_args
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_replies import METHOD, Json, ModuleReply
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import METHOD, ModuleReply
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.plugins.steering.seam import Stock, declare, wrap
 from vllm.utils import length_from_prompt_token_ids_or_embeds
-from vllm.v1.engine.steering_reads import READS_ATTRIBUTE, reads_of, request_reads
+from vllm.v1.engine.steering_reads import (
+    READS_ATTRIBUTE,
+    ReadCounts,
+    reads_of,
+    request_reads,
+)
 from vllm.v1.engine.steering_refusals import stop_reason_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.request import Request
@@ -50,6 +55,7 @@ def install() -> None:
     declare("vllm.v1.request:Request", "steering_config")
     declare("vllm.v1.request:Request", READS_ATTRIBUTE)
     declare(f"{MODULE}:EngineCore", "steering_registry")
+    declare(f"{MODULE}:EngineCore", "sae_read_counts")
     core, process = f"{MODULE}:EngineCore", f"{MODULE}:EngineCoreProc"
     wrap(f"{core}.preprocess_add_request", ("self", "request"), _preprocess_add_request)
     wrap(f"{core}.add_request", ("self", "request", "request_wave"), _add_request)
@@ -86,7 +92,7 @@ def _preprocess_add_request(stock: Stock) -> Stock:
         request.sampling_params = params
         made, wave = stock(self, request)
         made.steering_config = config
-        made.sae_reads = request_reads(made, config)
+        made.sae_reads = request_reads(made, config, read_counts(self))
         return made, wave
 
     return preprocess_add_request
@@ -99,7 +105,14 @@ def is_steered(request: EngineCoreRequest) -> bool:
     return any(key in args for key in _OURS)
 
 
-def admit_again(request: Request, vllm_config: VllmConfig) -> None:
+def read_counts(core: EngineCore) -> dict[str, ReadCounts]:
+    """What requests have read of each module since the engine started."""
+    if core.sae_read_counts is None:
+        core.sae_read_counts = {}
+    return core.sae_read_counts
+
+
+def admit_again(request: Request, core: EngineCore) -> None:
     """Bring a request up to date with modules that changed since it was admitted.
 
     Raises:
@@ -108,14 +121,14 @@ def admit_again(request: Request, vllm_config: VllmConfig) -> None:
     admitted_under: SteeringConfig | None = request.steering_config
     if admitted_under is None:
         return
-    config = active_steering_config(vllm_config)
+    config = active_steering_config(core.vllm_config)
     if config is admitted_under:
         return
     params = request.sampling_params
     before = params.extra_args or {}
     after = admitted_extra_args(before, config, request.num_prompt_tokens)
     request.steering_config = config
-    request.sae_reads = request_reads(request, config)
+    request.sae_reads = request_reads(request, config, read_counts(core))
     if after is not None and after.get(ROWS_KEY) != before.get(ROWS_KEY):
         # The module has other weights now, so the blocks have other keys.
         params.extra_args = after
@@ -126,7 +139,7 @@ def admit_again(request: Request, vllm_config: VllmConfig) -> None:
 def _add_request(stock: Stock) -> Stock:
     def add_request(self: EngineCore, request: Request, request_wave: int = 0) -> None:
         try:
-            admit_again(request, self.vllm_config)
+            admit_again(request, self)
         except VLLMValidationError as error:
             from vllm.v1.engine.core import EngineCoreProc
 

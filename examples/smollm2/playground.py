@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve SmolLM2 with its SAE and the playground: http://localhost:8000/steering/
+
+python examples/smollm2/playground.py [further options of `vllm serve`]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import checkpoint
+
+SAE = Path(__file__).parent / "sae"
+
+
+def command(model: Path, further: list[str]) -> list[str]:
+    """The command line of the server."""
+    options = [
+        "--served-model-name", "SmolLM2-135M-Instruct", "--max-model-len", "2048",
+        "--max-num-seqs", "32", "--kv-cache-memory-bytes", "512M", "--enforce-eager",
+        "--steering-modules", f"smollm2={SAE}", *further,
+    ]  # fmt: skip
+    module = "vllm.entrypoints.cli.main"
+    return [sys.executable, "-m", module, "serve", str(model), *options]
+
+
+def main() -> None:
+    """Become the server."""
+    try:
+        model = checkpoint.prepare()
+    except checkpoint.Unavailable as error:
+        sys.exit(f"{error}\nServe a model of your own: docs/features/playground.md.")
+    os.environ.setdefault("VLLM_PLUGINS", "steering")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    run = command(model, sys.argv[1:])
+    os.execv(run[0], run)
+
+
+if __name__ == "__main__":
+    main()

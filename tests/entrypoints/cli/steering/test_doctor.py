@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-steering doctor` finds what is missing, and its tiny run steers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm.entrypoints.cli.steering import doctor
+from vllm.entrypoints.cli.steering.main import main
+
+
+def test_without_the_run_this_environment_is_well(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", "--no-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f["name"] for f in found][-1] == "device"
+    assert all(f["ok"] for f in found)
+
+
+def test_an_allow_list_without_the_plugin_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert main(["doctor", "--no-run"]) == 1
+    said = capsys.readouterr().out
+    assert "MISSING plugin: VLLM_PLUGINS=other" in said
+    assert "add `steering` to VLLM_PLUGINS" in said
+
+
+def test_media_packages_that_do_not_fit_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torchaudio.py").write_text("raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor.check_media()
+    assert not finding.ok
+    assert finding.found == "cannot be imported: torchaudio"
+
+
+def test_nothing_is_repaired_where_nothing_is_missing() -> None:
+    assert doctor.repair_metadata() is None
+    assert doctor.repair_media() == []
+
+
+@pytest.mark.engine
+def test_the_tiny_run_steers_one_request_and_no_other() -> None:
+    finding = doctor.check_run()
+    assert finding.ok, finding.advice
+    assert "no other" in finding.found

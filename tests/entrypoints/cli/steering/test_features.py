@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-steering features` on the demo model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm.entrypoints.cli.steering.features import texts_of
+from vllm.entrypoints.cli.steering.main import main
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
+BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
+ABOUT = "the golden gate bridge in the fog .\n\nthe bridge spans the bay .\n"
+OTHERS = "the chef stirs the tomato soup .\nthe farmer feeds the cows .\n"
+
+
+def test_texts_are_paragraphs_or_lines(tmp_path: Path) -> None:
+    file = tmp_path / "texts"
+    file.write_text("a\nb\n\n\nc\n")
+    assert texts_of(str(file)) == ["a\nb", "c"]
+    file.write_text(" a\n b \n")
+    assert texts_of(str(file)) == ["a", "b"]
+    file.write_text("\n \n")
+    with pytest.raises(ValueError, match="found none"):
+        texts_of(str(file))
+
+
+def test_features_are_ranked_labelled_and_shown_in_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").write_text(ABOUT)
+    (tmp_path / "b").write_text(OTHERS)
+    labels = [{"index": str(BRIDGE["feature"]), "description": "the bridge"}]
+    (tmp_path / "labels").write_text(json.dumps(labels))
+    command = ["features", str(EXAMPLE / "sae"), "--model", str(EXAMPLE / "model")]
+    command += ["--text", str(tmp_path / "a"), "--against", str(tmp_path / "b")]
+    command += ["--labels", str(tmp_path / "labels"), "--dtype", "float32"]
+    assert main([*command, "--top", "5"]) == 0
+    shown = capsys.readouterr()
+    assert "post_block.1: 5 features" in shown.out
+    assert "the bridge" in shown.out and "[" in shown.out
+    assert "at least three" in shown.err
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    indices = [one["feature_idx"] for one in found["features"]]
+    assert BRIDGE["feature"] in indices[:5]
+    assert 0 < found["fit"]["fvu"] < 1
+
+
+def test_bad_arguments_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["features", str(EXAMPLE / "sae"), "--model", str(EXAMPLE / "model")]
+    command += ["--text", str(tmp_path / "none")]
+    assert main(command) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library on the demo model: encode, find features, evaluate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.entrypoints.cli.steering.fit import measure
+from vllm.entrypoints.steering import encode, evaluate, find_features
+from vllm.entrypoints.steering.finder import auroc
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
+BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
+FEATURE = BRIDGE["feature"]
+MODULE, SITE = "golden-gate", "post_block.1"
+ABOUT = [
+    "the golden gate bridge in the fog .",
+    "we walk over the bridge in the fog .",
+    "the bridge spans the bay .",
+]
+OTHERS = [
+    "the chef stirs the tomato soup .",
+    "the farmer feeds the cows .",
+    "xylophone quark zyzzyva the doctor reads a book .",
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    llm = LLM(
+        str(EXAMPLE / "model"),
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 27,
+        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def test_encode_gives_every_token_its_features(llm: LLM) -> None:
+    first, second = encode(llm, MODULE, ABOUT[:2], top_k=4)
+    assert "the golden gate bridge" in "".join(first.tokens)
+    for found in (first, second):
+        record = found.site()
+        assert record.positions.tolist() == list(range(1, len(found.tokens)))
+    (exact,) = encode(llm, MODULE, ABOUT[0], features=list(range(150)))
+    assert exact.site(SITE).features.shape[1] == 150
+    dense = exact.site().to_dense()[:, :150]
+    listed = first.site().to_dense()[:, :150]
+    np.testing.assert_allclose(listed[listed != 0], dense[listed != 0], rtol=1e-4)
+    with pytest.raises(KeyError, match=r"post_block\.1"):
+        exact.site("post_block.7")
+
+
+def test_encode_reads_what_a_steered_model_sees(llm: LLM) -> None:
+    clamp = {"feature_idx": FEATURE, "kind": "additive", "value": 5.0}
+    steering = {"sae_clamp_specs": [{"module_name": MODULE, "clamps": [clamp]}]}
+    (plain,) = encode(llm, MODULE, OTHERS[0], features=[FEATURE])
+    (steered,) = encode(llm, MODULE, OTHERS[0], features=[FEATURE], steering=steering)
+    gain = steered.activations(FEATURE) - plain.activations(FEATURE)
+    assert (gain[1:] > 1.0).all()
+
+
+def test_an_encoded_text_is_shown_in_a_notebook(llm: LLM) -> None:
+    texts = encode(llm, MODULE, [ABOUT[0]], labels={FEATURE: "bridge & <bay>"})
+    page = texts._repr_html_()
+    assert page.count("<span") == len(texts[0].tokens)
+    assert "bridge &amp; &lt;bay&gt;" in page
+    assert "<bos>" not in page
+    assert texts[0].to_html(FEATURE).count("<span") == len(texts[0].tokens)
+
+
+def test_the_bridge_feature_is_among_the_best(llm: LLM) -> None:
+    found = find_features(llm, MODULE, ABOUT, OTHERS, labels={FEATURE: "bridge"})
+    assert FEATURE in [one.feature_idx for one in found][:3]
+    best = next(one for one in found if one.feature_idx == FEATURE)
+    assert best.label == "bridge"
+    assert best.auroc == 1.0 and best.mean_difference > 0
+    assert best.frequency > best.frequency_against
+    assert best.examples[0].value == pytest.approx(best.max_activation)
+    assert found.site == SITE and len(found) <= 20
+    scores = [one.auroc for one in found]
+    assert scores == sorted(scores, reverse=True)
+    assert "bridge" in found._repr_html_()
+    assert any("<unk>" in line for line in found.warnings)
+    alone = find_features(llm, MODULE, ABOUT, top=200)
+    assert FEATURE in [one.feature_idx for one in alone]
+    assert alone[0].auroc is None
+    json.dumps(found.to_json())
+    with pytest.raises(ValueError, match="texts"):
+        find_features(llm, MODULE, [])
+
+
+def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
+    texts = [*ABOUT, *OTHERS]
+    evaluation = evaluate(llm, MODULE, texts)
+    (found,) = evaluation
+    encoded = encode(llm, MODULE, texts, top_k=1)
+    active = np.concatenate([one.site().num_active for one in encoded])
+    assert found.site == SITE
+    assert found.tokens == len(active)
+    assert found.l0 == pytest.approx(active.mean())
+    assert 0 < found.fvu < 1
+    assert found.ce_plain < found.ce_reconstructed < found.ce_ablated
+    assert 0 < found.recovered < 1
+    assert "FVU" in evaluation._repr_html_()
+    # Nothing of the measurement is left behind: the same text, untouched.
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
+    losses = []
+    for output in llm.generate(texts, params, use_tqdm=False):
+        ids = output.prompt_token_ids[1:]
+        scores = zip(ids, output.prompt_logprobs[1:], strict=True)
+        losses += [-step[token].logprob for token, step in scores]
+    assert np.mean(losses) == pytest.approx(found.ce_plain, rel=1e-5)
+
+
+def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    (site,) = runner.steering.modules.sites.values()
+    streams: list[torch.Tensor] = []
+    stock = site.backend.full_reconstruction
+
+    def record(slot: Any, hidden: Any, residual: Any, source: Any = None) -> None:
+        streams.append((hidden + residual).clone())
+        stock(slot, hidden, residual, source)
+
+    site.backend.full_reconstruction = record
+    try:
+        (text,) = encode(llm, MODULE, ABOUT[0], top_k=1)
+    finally:
+        del site.backend.full_reconstruction
+    x = streams[0][1 : len(text.tokens)]
+    (found,) = evaluate(llm, MODULE, [ABOUT[0]])
+    assert found.fvu == pytest.approx(measure(site.saes[0].weights, x).fvu, rel=1e-3)
+
+
+def test_what_cannot_be_evaluated_is_refused(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="module: found 'none'"):
+        evaluate(llm, "none", ABOUT)
+    with pytest.raises(ValueError, match="texts"):
+        evaluate(llm, MODULE, [[5]])
+
+
+def test_auroc_counts_ties_half() -> None:
+    assert auroc(np.array([2.0, 3.0]), np.array([1.0])) == 1.0
+    assert auroc(np.array([1.0]), np.array([1.0, 2.0])) == 0.25

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transcoders that were trained before the gain of the norm before the MLP."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from steering_testing import models
+from steering_testing.engine import (
+    FULL,
+    engine,
+    generate,
+    params,
+    sae_spec,
+    save_sae,
+)
+from steering_testing.reference import DenseSAE, random_transcoder
+from torch import nn
+
+from vllm.model_executor.layers.steering_norms import fold_norm_gain, norm_gain
+from vllm.model_executor.layers.steering_state import SAEWeights
+
+NORMS = {
+    "llama": "post_attention_layernorm",
+    "gemma2": "pre_feedforward_layernorm",
+    "gpt2": "ln_2",
+}
+LAYER = 1
+
+
+def norm_of(family: str) -> nn.Module:
+    """The Hugging Face model's norm before the MLP of one layer."""
+    layer = models.decoder_layers(models.build(family))[LAYER]
+    return layer.get_submodule(NORMS[family])
+
+
+def folded_by_hand(family: str, sae: DenseSAE) -> DenseSAE:
+    """The transcoder that reads the norm's output after its gain."""
+    norm = norm_of(family)
+    gain = norm.weight.detach().double() + (family == "gemma2")
+    bias = norm.bias.detach().double() if family == "gpt2" else torch.zeros(len(gain))
+    W_enc = sae.W_enc / gain
+    assert sae.W_skip is not None
+    W_skip = sae.W_skip / gain
+    b_enc, b_dec = sae.b_enc - W_enc @ bias.double(), sae.b_dec - W_skip @ bias.double()
+    return dataclasses.replace(
+        sae, W_enc=W_enc, b_enc=b_enc, W_skip=W_skip, b_dec=b_dec
+    )
+
+
+def before_gain(path: str) -> str:
+    """The native directory, with its site said to be before the gain."""
+    manifest = Path(path) / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["sites"][0]["before_gain"] = True
+    manifest.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        pytest.param("llama", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_transcoder_from_before_the_gain_reads_what_the_mlp_reads(
+    family: str, tmp_path: Path
+) -> None:
+    sae = random_transcoder(40, "relu", 7, skip=True)
+    site = (LAYER, "mlp_in")
+    paths = {
+        "raw": save_sae(tmp_path / "raw", {site: sae}),
+        "before": before_gain(save_sae(tmp_path / "before", {site: sae})),
+        "after": save_sae(tmp_path / "after", {site: folded_by_hand(family, sae)}),
+    }
+    prompt = [3 + i * 5 % 90 for i in range(12)]
+    with engine(family, tmp_path, paths) as llm:
+        asks = [params(6, **{FULL: [sae_spec(name)]}) for name in paths]
+        raw, before, after = generate(llm, [prompt] * len(asks), asks)
+    assert before.tokens == after.tokens
+    assert before.logprobs == pytest.approx(after.logprobs, abs=1e-4)
+    assert raw.logprobs != pytest.approx(after.logprobs, abs=1e-3)
+
+
+def test_a_gain_too_small_to_divide_by_is_refused() -> None:
+    norm = nn.RMSNorm(8)
+    with torch.no_grad():
+        norm.weight[3] = 0
+    weights = SAEWeights(4, 8, torch.float32, torch.device("cpu"))
+    weights.W_enc.fill_(1)
+    with pytest.raises(ValueError, match="a gain of RMSNorm is too small"):
+        fold_norm_gain(weights, 4, norm)
+    with pytest.raises(ValueError, match="needs a layer with a norm before the MLP"):
+        fold_norm_gain(weights, 4, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_another_kind_is_refused(dtype: torch.dtype) -> None:
+    class Twice(nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    plain, twice = nn.RMSNorm(8, dtype=dtype), Twice(8, dtype=dtype)
+    with torch.no_grad():
+        plain.weight.uniform_(0.5, 1.5)
+        twice.weight.uniform_(1.5, 2.5)
+    gain, bias = norm_gain(plain)
+    assert torch.equal(gain, plain.weight.detach().float()) and bias is None
+    with pytest.raises(ValueError, match="neither by its weight nor by one more"):
+        norm_gain(twice)

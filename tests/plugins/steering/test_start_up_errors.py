@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A start-up mistake is one line at the end, whichever process found it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vllm.plugins.steering as plugin
+from tests.plugins.steering.conftest import write_sae
+from vllm.config.steering_private_directory import DIRECTORY_ENV
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins.steering.platforms.interface import KEY_ENV
+
+pytestmark = pytest.mark.engine
+
+CODE = """
+import json, sys
+from vllm import LLM
+LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=64,
+    dtype="float32", tensor_parallel_size=int(sys.argv[3]),
+    additional_config=json.loads(sys.argv[2]))
+"""
+
+
+def with_nan(path: Path) -> Path:
+    """An SAE that is found to be bad only when a worker loads it."""
+    write_sae(path)
+    file = path / "sae_weights.safetensors"
+    tensors = load_file(file)
+    tensors["W_enc"][3, 5] = torch.nan
+    save_file(tensors, file)
+    return path
+
+
+def last_line(model: Path, steering: dict[str, Any], ranks: int = 1) -> str:
+    """The last line of the traceback of a program that cannot start its engine."""
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    given = json.dumps({"steering": steering})
+    ended = subprocess.run(
+        [sys.executable, "-c", CODE, str(model), given, str(ranks)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert ended.returncode != 0
+    before, _, traceback = ended.stderr.rpartition("Traceback (most recent call last)")
+    assert "the above exception" not in before[-200:].lower(), "tracebacks are chained"
+    # Python may warn of what a dying worker leaves, after the traceback.
+    return next(line for line in traceback.splitlines()[1:] if not line[:1].isspace())
+
+
+@pytest.mark.parametrize(
+    "ranks", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["one", "two"]
+)
+def test_what_a_worker_finds_is_the_last_line(
+    model_path: Path, tmp_path: Path, ranks: int
+) -> None:
+    bad = with_nan(tmp_path / "nan")
+    line = last_line(model_path, {"modules": {"sea": str(bad)}}, ranks)
+    assert line.startswith("vllm.config.steering_checks.SteeringConfigError: ")
+    for part in ("'sea'", str(bad), "W_enc", "NaN"):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("steering", "parts"),
+    [
+        ({"modules": {"sea": "/nope"}}, ("'sea'", "/nope", "no such file")),
+        ({"modules": {"sea": 3}}, ("additional_config.steering.modules.sea", "3")),
+    ],
+)
+def test_what_the_front_end_finds_is_the_last_line(
+    model_path: Path, steering: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    line = last_line(model_path, steering)
+    assert line.startswith("vllm.config.steering_checks.SteeringConfigError: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize("name", [KEY_ENV, DIRECTORY_ENV])
+def test_our_variables_pass_the_environment_check(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    plugin.register()
+    # vLLM's own CPU worker leaves one that vLLM does not know.
+    for left in ("VLLM_DIST_IDENT", KEY_ENV, DIRECTORY_ENV):
+        monkeypatch.delenv(left, raising=False)
+    monkeypatch.setenv(name, "secret")
+    arguments = EngineArgs(
+        str(model_path), skip_tokenizer_init=True, fail_on_environ_validation=True
+    )
+    arguments.create_engine_config()
+    monkeypatch.setenv("VLLM_STEERING_NO_SUCH", "1")
+    with pytest.raises(ValueError, match="VLLM_STEERING_NO_SUCH"):
+        arguments.create_engine_config()
+
+
+def test_the_key_is_no_part_of_the_compile_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.envs import compile_factors
+
+    plugin.register()
+    monkeypatch.setenv(KEY_ENV, "secret")
+    assert "secret" not in map(str, compile_factors().values())

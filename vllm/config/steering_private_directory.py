@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory in which the processes of one engine leave each other small files.
+
+Only their user may enter it. The process that starts the others makes it and passes
+its path in the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from contextlib import suppress
+from multiprocessing.util import Finalize
+
+from vllm.config.steering_checks import SteeringConfigError
+
+# Internal: from a process to those that it starts.
+DIRECTORY_ENV = "VLLM_STEERING_DIRECTORY"
+FAILURE = "failure.txt"
+
+
+@functools.cache
+def make_private_directory() -> str:
+    """Make the directory for the processes that this one starts, once.
+
+    One that is inherited belongs to another engine.
+    """
+    directory = tempfile.mkdtemp(prefix="vllm-steering-")
+    os.environ[DIRECTORY_ENV] = directory
+    # This process outlives those that it starts.
+    Finalize(None, shutil.rmtree, (directory, True), exitpriority=1)
+    return directory
+
+
+def open_private(directory: str) -> int:
+    """A descriptor of the directory.
+
+    Raises:
+        PermissionError: others may enter it, or it is somebody else's.
+        OSError: it is not there, or is a link.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    folder = os.open(directory, flags)
+    found = os.fstat(folder)
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        os.close(folder)
+        raise PermissionError(
+            f"{directory}: expected a directory that only this user may enter"
+        )
+    return folder
+
+
+def read_private(folder: int, name: str) -> str | None:
+    """The text of a file in the directory; None: not there, or a link."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError:
+        return None
+    with open(descriptor, encoding="utf-8") as file:
+        return file.read()
+
+
+def write_private(folder: int, name: str, text: str) -> None:
+    """Replace a file at once, so that no reader sees half of it."""
+    fresh = f"{name}.{uuid.uuid4().hex}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(fresh, flags, 0o600, dir_fd=folder)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(fresh, dir_fd=folder)
+        raise
+
+
+def start_up_failure(error: ValueError) -> SteeringConfigError:
+    """The error as one line, left where the process that started this one finds it.
+
+    Raise what it returns `from None`.
+    """
+    text = " ".join(str(error).split())
+    with suppress(OSError):
+        folder = open_private(os.environ.get(DIRECTORY_ENV, ""))
+        try:
+            write_private(folder, FAILURE, text)
+        finally:
+            os.close(folder)
+    return SteeringConfigError(text)
+
+
+def take_start_up_failure() -> SteeringConfigError | None:
+    """What an engine core or a worker has left; None: nothing. It is gone then."""
+    with suppress(OSError):
+        folder = open_private(os.environ.get(DIRECTORY_ENV, ""))
+        try:
+            text = read_private(folder, FAILURE)
+            if text is not None:
+                os.unlink(FAILURE, dir_fd=folder)
+                return SteeringConfigError(text)
+        finally:
+            os.close(folder)
+    return None

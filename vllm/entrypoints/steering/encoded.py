@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read texts with a running `LLM`: which features are active on which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm.config.sae_features import SAEFeatures
+from vllm.config.sae_labels import Labels
+from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_json import Json, JsonView
+from vllm.entrypoints.steering.pieces import token_pieces
+from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import pandas
+
+    from vllm import LLM
+
+DEFAULT_TOP_K = 16
+Text = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text, and what was read of it.
+
+    Attributes:
+        token_ids: of the text, with the tokenizer's special tokens.
+        tokens: the text of each token.
+        features: by site (`hook.layer`). Tokens that the module leaves alone have no
+            entry.
+        labels: what features stand for, where it is known.
+    """
+
+    token_ids: list[int]
+    tokens: list[str]
+    features: dict[str, SAEFeatures]
+    labels: Labels = field(default_factory=dict, repr=False)
+
+    def site(self, name: str | None = None) -> SAEFeatures:
+        """The record of a site; the only one, if no name is given.
+
+        Raises:
+            KeyError: no such site, or several and no name.
+        """
+        if name is None and len(self.features) == 1:
+            return next(iter(self.features.values()))
+        if name not in self.features:
+            raise KeyError(f"site {name!r}: expected one of {list(self.features)}")
+        return self.features[name]
+
+    def activations(self, feature: int, site: str | None = None) -> np.ndarray:
+        """float32 `[tokens]`: one feature on each token; 0 where it was not listed."""
+        record = self.site(site)
+        found: np.ndarray = np.zeros(len(self.tokens), dtype=np.float32)
+        rows, places = np.nonzero(record.features == feature)
+        found[record.positions[rows]] = record.values[rows, places]
+        return found
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row for each token, site and listed feature; needs pandas."""
+        import pandas
+
+        rows = [
+            {
+                "position": position,
+                "token": self.tokens[position],
+                "site": site,
+                "feature_idx": feature,
+                "value": value,
+                "label": self.labels.get(feature, ""),
+            }
+            for site, record in self.features.items()
+            for position, feature, value in entries(record)
+        ]
+        columns = ["position", "token", "site", "feature_idx", "value", "label"]
+        return pandas.DataFrame(rows, columns=columns)
+
+    def to_html(self, feature: int | None = None, site: str | None = None) -> str:
+        """The tokens, shaded by a feature's activation; without one, by the largest.
+
+        What a token's features are is shown when the mouse is over it.
+        """
+        site = site or next(iter(self.features), None)
+        if site is None:
+            return shaded(self.tokens, np.zeros(len(self.tokens)), {})
+        record = self.site(site)
+        titles: dict[int, str] = {}
+        strongest: np.ndarray = np.zeros(len(self.tokens), dtype=np.float32)
+        for position, index, value in entries(record):
+            label = self.labels.get(index)
+            line = f"{index}: {value:.2f}" + (f" {label}" if label else "")
+            titles[position] = "\n".join(filter(None, (titles.get(position), line)))
+            strongest[position] = max(strongest[position], value)
+        if feature is not None:
+            strongest = self.activations(feature, site)
+        return shaded(self.tokens, strongest, titles)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+class EncodedTexts(list[EncodedText]):
+    """What `encode` returns, one `EncodedText` for each text."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """`EncodedText.to_pandas` of all texts, with a column `text`."""
+        import pandas
+
+        frames = [one.to_pandas().assign(text=at) for at, one in enumerate(self)]
+        return (
+            pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+        )
+
+    def _repr_html_(self) -> str:
+        return "".join(one.to_html() for one in self)
+
+
+def entries(record: SAEFeatures) -> list[tuple[int, int, float]]:
+    """`(position, feature, value)` of everything that a record lists."""
+    found = []
+    for row, position in enumerate(record.positions.tolist()):
+        count = int(record.counts[row])
+        features = record.features[row, :count].tolist()
+        values = record.values[row, :count].tolist()
+        found += [(position, f, v) for f, v in zip(features, values, strict=True)]
+    return found
+
+
+def shaded(
+    tokens: Sequence[str], strength: np.ndarray, titles: Mapping[int, str]
+) -> str:
+    """HTML of tokens, the background of each as strong as its activation."""
+    most = max(float(strength.max(initial=0.0)), 1e-9)
+    spans = []
+    for at, token in enumerate(tokens):
+        alpha = max(float(strength[at]), 0.0) / most
+        title = escape(titles.get(at, ""), quote=True)
+        style = f"background:rgba(255,140,0,{alpha:.2f});white-space:pre-wrap"
+        spans.append(f'<span style="{style}" title="{title}">{escape(token)}</span>')
+    return f"<p>{''.join(spans)}</p>"
+
+
+def encode(
+    llm: LLM,
+    module: str,
+    texts: Text | Sequence[Text],
+    *,
+    sites: Mapping[str, Sequence[int]] | None = None,
+    top_k: int | None = None,
+    features: Sequence[int] | None = None,
+    steering: JsonView | None = None,
+    labels: Labels | None = None,
+) -> EncodedTexts:
+    """The features of every token of some texts.
+
+    Args:
+        llm: an engine that was started with the module.
+        module: its name.
+        texts: texts, or lists of token ids, or one of them.
+        sites: `{hook: [layer, ...]}`; every site of the module if not given.
+        top_k: how many of the largest activations of each token, at most 64; 16 if
+            neither this nor `features` is given.
+        features: the features to read instead; any number of them.
+        steering: steering fields of the request, such as `sae_clamp_specs`, to read
+            what a steered model sees.
+        labels: what features stand for, for display.
+
+    Raises:
+        VLLMValidationError: no such module, site or feature.
+    """
+    if top_k is None and features is None:
+        top_k = DEFAULT_TOP_K
+    spec: Json = {
+        "module_name": module,
+        "sites": None if sites is None else {h: list(ls) for h, ls in sites.items()},
+        "phase": "prefill",
+    }
+    tokenizer = llm.get_tokenizer()
+    ids = text_ids(llm, texts)
+    if features is None:
+        parts = [_read(llm, ids, {**spec, "top_k": top_k}, steering)]
+    else:
+        wanted = list(features)
+        parts = [
+            _read(llm, ids, {**spec, "features": wanted[at : at + MAX_READ]}, steering)
+            for at in range(0, len(wanted), MAX_READ)
+        ]
+    found = EncodedTexts()
+    for at, own in enumerate(ids):
+        records = [part[at].get(module, {}) for part in parts]
+        merged = {
+            site: beside([record[site] for record in records]) for site in records[0]
+        }
+        pieces = token_pieces(tokenizer, own) if tokenizer else [str(i) for i in own]
+        found.append(EncodedText(own, pieces, merged, labels or {}))
+    return found
+
+
+def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
+    """The token ids of each text, with the tokenizer's own special tokens."""
+    one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
+    listed: list[Any] = [texts] if one else list(texts)
+    tokenizer = llm.get_tokenizer()
+    return [
+        list(tokenizer(text).input_ids if isinstance(text, str) else text)
+        for text in listed
+    ]
+
+
+def _read(
+    llm: LLM,
+    ids: Sequence[list[int]],
+    spec: Json,
+    steering: JsonView | None,
+) -> list[dict[str, dict[str, SAEFeatures]]]:
+    """What the prompts' tokens read, by module and site."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        detokenize=False,
+        extra_args={**(steering or {}), READOUT_KEY: [spec]},
+    )
+    prompts: list[Any] = [{"prompt_token_ids": own} for own in ids]
+    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    return [output.prompt_sae_features or {} for output in outputs]
+
+
+def beside(records: Sequence[SAEFeatures]) -> SAEFeatures:
+    """Records of the same tokens and other features, side by side."""
+    if len(records) == 1:
+        return records[0]
+    return SAEFeatures(
+        records[0].positions,
+        np.concatenate([record.features for record in records], axis=1),
+        np.concatenate([record.values for record in records], axis=1),
+        sum(record.counts for record in records),  # type: ignore[arg-type]
+        records[0].num_active,
+        records[0].d_sae,
+    )

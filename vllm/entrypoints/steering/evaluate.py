@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of its model an SAE explains: FVU, L0 and the loss that it recovers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm.config.sae_steering_specs import FULL_KEY, READOUT_KEY
+from vllm.config.steering_json import Json
+from vllm.entrypoints.steering.encoded import Text, text_ids
+from vllm.entrypoints.steering.offline import list_modules
+from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import pandas
+
+    from vllm import LLM
+
+METHOD = "measure_steering"
+
+
+@dataclass(frozen=True)
+class SiteEvaluation:
+    """An SAE at one site, over some texts.
+
+    Attributes:
+        site: `hook.layer`.
+        tokens: that were reconstructed; bos and the like are left alone.
+        fvu: fraction of variance unexplained, `sum |y - y'|^2 / sum |y - mean|^2`.
+        l0: mean number of active features of a token.
+        ce_plain: cross-entropy of the texts' tokens in nats, untouched.
+        ce_reconstructed: with every token reconstructed at this site.
+        ce_ablated: with every such token replaced by the mean.
+    """
+
+    site: str
+    tokens: int
+    fvu: float
+    l0: float
+    ce_plain: float
+    ce_reconstructed: float
+    ce_ablated: float
+
+    @property
+    def recovered(self) -> float:
+        """Share of the loss recovered: 1 as the plain model, 0 as the ablated one."""
+        lost = self.ce_ablated - self.ce_plain
+        return (self.ce_ablated - self.ce_reconstructed) / lost if lost else 1.0
+
+
+class Evaluation(list[SiteEvaluation]):
+    """What `evaluate` returns, one `SiteEvaluation` for each site."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a site; needs pandas."""
+        import pandas
+
+        rows = [{**asdict(one), "recovered": one.recovered} for one in self]
+        return pandas.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        names = ("site", "tokens", "FVU", "L0", "CE", "reconstructed", "ablated")
+        head = "".join(f"<th>{name}</th>" for name in (*names, "recovered"))
+        rows = []
+        for one in self:
+            losses = (one.ce_plain, one.ce_reconstructed, one.ce_ablated)
+            numbers = (one.fvu, one.l0, *losses, one.recovered)
+            cells = [one.site, str(one.tokens), *(f"{n:.3f}" for n in numbers)]
+            rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
+    """Evaluate a module at each of its sites, one site at a time.
+
+    Args:
+        llm: an engine that was started with the module and `enforce_eager=True`.
+        module: its name.
+        texts: what the model reads; at least two tokens each.
+
+    Raises:
+        ValueError: no such SAE module, no text that counts, or a compiled engine.
+    """
+    info = list_modules(llm).get(module)
+    if info is None or info.kind != "sae":
+        raise ValueError(f"module: found {module!r}, expected an SAE of this engine")
+    ids = [own for own in text_ids(llm, texts) if len(own) > 1]
+    if not ids:
+        raise ValueError("texts: expected at least one of two tokens, found none")
+    plain = _loss(llm, ids, None)[0]
+    found = Evaluation()
+    for site in info.sites:
+        where: Json = {site.hook.value: {str(site.layer): []}}
+        read = {"sites": {site.hook.value: [site.layer]}, "top_k": 1}
+        specs = {
+            FULL_KEY: [{"module_name": module, "clamps": where}],
+            READOUT_KEY: [{"module_name": module, **read, "phase": "prefill"}],
+        }
+        _measure(llm, "start", module, site.hook.value, site.layer)
+        try:
+            reconstructed, l0 = _loss(llm, ids, specs)
+            _measure(llm, "ablate")
+            ablated, _ = _loss(llm, ids, specs)
+        finally:
+            sums = _measure(llm, "stop")
+        if not sums.get("tokens"):
+            raise ValueError("texts: every token is one that the module leaves alone")
+        found.append(
+            SiteEvaluation(
+                site=site.name,
+                tokens=int(sums["tokens"]),
+                fvu=sums["error"] / max(sums["variance"], 1e-30),
+                l0=l0,
+                ce_plain=plain,
+                ce_reconstructed=reconstructed,
+                ce_ablated=ablated,
+            )
+        )
+    return found
+
+
+def _measure(llm: LLM, verb: str, *args: Any) -> dict[str, float]:
+    """One verb on every rank; what the rank with the site has measured."""
+    replies: list[Any] = llm.collective_rpc(METHOD, args=(verb, *args))
+    for reply in replies:
+        if not reply["ok"]:
+            raise ValueError(reply["error"])
+    return next((reply for reply in replies if "tokens" in reply), {})
+
+
+def _loss(
+    llm: LLM, ids: Sequence[list[int]], specs: Json | None
+) -> tuple[float, float]:
+    """(mean cross-entropy of the prompts' tokens, mean L0 of those that were read)."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        prompt_logprobs=0,
+        detokenize=False,
+        extra_args=specs,
+    )
+    # What is computed here is nobody else's: an ablated block has the key of a
+    # reconstructed one.
+    salt = uuid.uuid4().hex
+    prompts: list[Any] = [{"prompt_token_ids": own, "cache_salt": salt} for own in ids]
+    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    losses, active = [], []
+    for own, output in zip(ids, outputs, strict=True):
+        for token, scores in zip(own[1:], output.prompt_logprobs[1:], strict=True):
+            losses.append(-scores[token].logprob)
+        for sites in (output.prompt_sae_features or {}).values():
+            active += [record.num_active for record in sites.values()]
+    l0 = float(np.concatenate(active).mean()) if active else 0.0
+    return float(np.mean(losses)), l0

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the features that tell some texts from others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm.config.sae_labels import Labels
+from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.steering_json import Json
+from vllm.entrypoints.steering.encoded import (
+    EncodedText,
+    EncodedTexts,
+    Text,
+    encode,
+    entries,
+    shaded,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+    from vllm import LLM
+
+# Candidates that are read exactly, in a second pass.
+CANDIDATES = 256
+CONTEXT, EXAMPLES = 8, 3
+
+
+@dataclass(frozen=True)
+class TokenInContext:
+    """A token on which a feature is strong, and the tokens around it."""
+
+    before: str
+    token: str
+    after: str
+    value: float
+
+
+@dataclass(frozen=True)
+class FoundFeature:
+    """How well one feature tells texts A from texts B.
+
+    Attributes:
+        feature_idx: the feature.
+        label: what it stands for, where that is known.
+        mean_difference: mean activation on A's tokens less that on B's.
+        auroc: how often a text of A has a larger largest activation than one of B
+            (0.5: no better than chance); None without B.
+        frequency: share of A's tokens on which it is active.
+        frequency_against: that of B's.
+        max_activation: the largest on A.
+        examples: A's tokens on which it is strongest, each of another text if it can.
+    """
+
+    feature_idx: int
+    label: str
+    mean_difference: float
+    auroc: float | None
+    frequency: float
+    frequency_against: float
+    max_activation: float
+    examples: tuple[TokenInContext, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundFeatures:
+    """What `find_features` returns: features, the best first.
+
+    Attributes:
+        site: where they were read, `hook.layer`.
+        features: the best first.
+        warnings: what makes the result doubtful, one line each.
+    """
+
+    module: str
+    site: str
+    features: list[FoundFeature]
+    warnings: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Any:
+        return iter(self.features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, at: int) -> FoundFeature:
+        return self.features[at]
+
+    def to_json(self) -> Json:
+        """JSON types."""
+        return asdict(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a feature, without examples; needs pandas."""
+        import pandas
+
+        rows = [asdict(feature) for feature in self.features]
+        for row in rows:
+            del row["examples"]
+        return pandas.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<p>{escape(line)}</p>" for line in self.warnings)
+        names = ("feature", "label", "A - B", "AUROC", "on A", "on B", "examples")
+        titles = "".join(f"<th>{name}</th>" for name in names)
+        rows = "".join(_html_row(feature) for feature in self.features)
+        return f"{head}<table><tr>{titles}</tr>{rows}</table>"
+
+
+def _html_row(found: FoundFeature) -> str:
+    auroc = "" if found.auroc is None else f"{found.auroc:.3f}"
+    cells = [
+        str(found.feature_idx),
+        escape(found.label),
+        f"{found.mean_difference:.3f}",
+        auroc,
+        f"{found.frequency:.1%}",
+        f"{found.frequency_against:.1%}",
+        "".join(_html_example(example) for example in found.examples),
+    ]
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _html_example(example: TokenInContext) -> str:
+    tokens = [example.before, example.token, example.after]
+    strength: np.ndarray = np.array([0.0, example.value, 0.0])
+    return shaded(tokens, strength, {1: f"{example.value:.2f}"})
+
+
+def find_features(
+    llm: LLM,
+    module: str,
+    texts: Sequence[Text],
+    against: Sequence[Text] | None = None,
+    *,
+    site: tuple[str, int] | None = None,
+    top: int = 20,
+    labels: Labels | None = None,
+) -> FoundFeatures:
+    """The features that tell texts A from texts B.
+
+    A first pass reads the 64 largest activations of every token and picks candidates;
+    a second one reads these exactly. Features are sorted by AUROC, then by mean
+    difference; without B, by mean activation.
+
+    Args:
+        llm: an engine that was started with the module.
+        module: its name.
+        texts: A: texts of what is looked for, or their token ids; several short ones
+            are best.
+        against: B: texts without it.
+        site: `(hook, layer)`; the only one of the module if not given.
+        top: how many features to return, at most 256.
+        labels: what features stand for, for display.
+
+    Raises:
+        ValueError: no texts, or several sites and none chosen.
+    """
+    if not texts:
+        raise ValueError("texts: expected at least one, found none")
+    sites = None if site is None else {site[0]: [site[1]]}
+    first = encode(llm, module, texts, sites=sites, top_k=MAX_READ)
+    other = encode(llm, module, against or [], sites=sites, top_k=MAX_READ)
+    name = _only_site(first, module)
+    candidates = _candidates(first, other, name)[:CANDIDATES]
+    if not candidates:
+        return FoundFeatures(module, name, [], _warnings(first, other, name))
+    exact = encode(llm, module, texts, sites=sites, features=candidates)
+    exact_other = encode(llm, module, against or [], sites=sites, features=candidates)
+    warnings = _warnings(first, other, name) + _unknown(llm, first, other)
+    a, b = _Values(exact, name, candidates), _Values(exact_other, name, candidates)
+    found = [
+        _statistics(feature, at, a, b, exact, labels or {}, name)
+        for at, feature in enumerate(candidates)
+    ]
+    found.sort(key=_order)
+    return FoundFeatures(module, name, found[:top], warnings)
+
+
+def _order(found: FoundFeature) -> tuple[float, float, int]:
+    auroc = 0.5 if found.auroc is None else found.auroc
+    return (-round(auroc, 3), -found.mean_difference, found.feature_idx)
+
+
+def _only_site(texts: EncodedTexts, module: str) -> str:
+    names = {name for text in texts for name in text.features}
+    if len(names) != 1:
+        listed = ", ".join(sorted(names)) or "none, as every token was left alone"
+        raise ValueError(f"site: module {module!r} was read at {listed}; expected one")
+    return names.pop()
+
+
+def _candidates(a: EncodedTexts, b: EncodedTexts, site: str) -> list[int]:
+    """Features by mean difference of what the first pass listed."""
+    gains: dict[int, float] = {}
+    for texts, sign in ((a, 1.0), (b, -1.0)):
+        tokens = sum(len(text.features[site]) for text in texts if text.features)
+        for text in texts:
+            if site in text.features:
+                for _, feature, value in entries(text.features[site]):
+                    gains[feature] = gains.get(feature, 0.0) + sign * value / tokens
+    better = [feature for feature in gains if gains[feature] > 0]
+    return sorted(better, key=lambda feature: (-gains[feature], feature))
+
+
+class _Values:
+    """Activations of the candidates on some texts: `[tokens, candidates]` each."""
+
+    def __init__(self, texts: EncodedTexts, site: str, features: Sequence[int]):
+        width = len(features)
+        self.by_text = [
+            _columns(text, site, features) for text in texts if site in text.features
+        ]
+        empty: np.ndarray = np.zeros((0, width), dtype=np.float32)
+        self.tokens = np.concatenate([*self.by_text, empty])
+        self.maxima = np.array([rows.max(axis=0) for rows in self.by_text if len(rows)])
+        self.maxima = self.maxima.reshape(-1, width)
+
+
+def _columns(text: EncodedText, site: str, features: Sequence[int]) -> np.ndarray:
+    """`encode` lists given features in ascending order, in blocks; here as asked."""
+    record = text.features[site]
+    place = {int(f): at for at, f in enumerate(record.features[0])}
+    return record.values[:, [place[feature] for feature in features]]
+
+
+def _statistics(
+    feature: int,
+    at: int,
+    a: _Values,
+    b: _Values,
+    texts: EncodedTexts,
+    labels: Labels,
+    site: str,
+) -> FoundFeature:
+    own, other = a.tokens[:, at], b.tokens[:, at]
+    against = float(other.mean()) if len(other) else 0.0
+    return FoundFeature(
+        feature_idx=feature,
+        label=labels.get(feature, ""),
+        mean_difference=float(own.mean()) - against,
+        auroc=auroc(a.maxima[:, at], b.maxima[:, at]) if len(b.maxima) else None,
+        frequency=float((own != 0).mean()),
+        frequency_against=float((other != 0).mean()) if len(other) else 0.0,
+        max_activation=float(own.max()),
+        examples=_examples(feature, texts, site),
+    )
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """How often a positive value exceeds a negative one; ties count half."""
+    greater = (positive[:, None] > negative[None, :]).mean()
+    equal = (positive[:, None] == negative[None, :]).mean()
+    return float(greater + equal / 2)
+
+
+def _examples(
+    feature: int, texts: EncodedTexts, site: str
+) -> tuple[TokenInContext, ...]:
+    best = []
+    for text in texts:
+        if site not in text.features:
+            continue
+        values = text.activations(feature, site)
+        at = int(values.argmax())
+        if values[at] > 0:
+            best.append((float(values[at]), text, at))
+    best.sort(key=lambda found: -found[0])
+    return tuple(
+        TokenInContext(
+            "".join(text.tokens[max(at - CONTEXT, 0) : at]),
+            text.tokens[at],
+            "".join(text.tokens[at + 1 : at + 1 + CONTEXT]),
+            value,
+        )
+        for value, text, at in best[:EXAMPLES]
+    )
+
+
+def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
+    """A warning when the tokenizer does not know many of the texts' words."""
+    tokenizer: Any = llm.get_tokenizer()
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return []
+    ids: np.ndarray = np.concatenate([text.token_ids for text in (*a, *b)])
+    share = float((ids == unknown).mean())
+    if share < 0.05:
+        return []
+    return [
+        f"{share:.0%} of the tokens are {tokenizer.unk_token}: unknown to the model"
+    ]
+
+
+def _warnings(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
+    found = []
+    records = [t.features[site] for t in (*a, *b) if site in t.features]
+    active = np.concatenate([record.num_active for record in records])
+    share = float((active > MAX_READ).mean())
+    if share > 0.1:
+        found.append(
+            f"{share:.0%} of the tokens have more than {MAX_READ} active features; "
+            "weak ones were not looked at. Does the SAE fit this site?"
+        )
+    if float((active == 0).mean()) > 0.5:
+        found.append("most tokens have no active feature: does the SAE fit this site?")
+    if b and min(len(a), len(b)) < 3:
+        found.append("AUROC compares texts: give at least three of each kind")
+    return found

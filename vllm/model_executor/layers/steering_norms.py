@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fold a norm's gain into an encoder that was trained before it.
+
+Some transcoders read the output of the norm before the MLP without its gain (Gemma
+Scope's; `ln2.hook_normalized` of TransformerLens). The MLP reads `g * n + b`, so the
+same encoder reads `mlp_in` with `W_enc / g` and `b_enc - (W_enc / g) b`; `W_skip` and
+`b_dec` likewise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vllm.model_executor.layers.steering_state import SAEWeights
+
+# Large enough that the norm's epsilon does not count, exact in every dtype.
+_PROBE = 64.0
+
+
+def norm_gain(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gain and bias of a norm, float32 `[D]`; no bias: None.
+
+    Some norms multiply by their weight, others by one more. What the norm does to a
+    vector of plus and minus ones (mean zero, mean square one) says which.
+
+    Raises:
+        ValueError: it is neither, or has no weight.
+    """
+    parameters = dict(norm.named_parameters(recurse=False))
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None:
+        raise ValueError(f"steering: {type(norm).__name__} has no weight to divide by")
+    probe = torch.full_like(weight, _PROBE)
+    probe[1::2] *= -1
+    with torch.no_grad():
+        sign = probe.sign().float()
+        plus, minus = (norm((s * probe)[None])[0].float() for s in (1, -1))
+    found = (plus - minus) / 2 * sign
+    exact = weight.detach().float()
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    for gain in (exact, exact + 1):
+        if torch.allclose(found, gain, rtol=tolerance, atol=tolerance):
+            return gain, None if bias is None else bias.detach().float()
+    raise ValueError(
+        f"steering: {type(norm).__name__} multiplies neither by its weight nor by one "
+        "more, so its gain cannot be divided out"
+    )
+
+
+@torch.no_grad()
+def fold_norm_gain(weights: SAEWeights, d_sae: int, norm: nn.Module | None) -> None:
+    """Make an encoder of the norm's output before its gain read the one after it.
+
+    Args:
+        weights: filled with such an SAE of `d_sae` features.
+        norm: the norm before the MLP.
+
+    Raises:
+        ValueError: there is no norm, or a gain is zero or too small to divide by.
+    """
+    if norm is None:
+        raise ValueError(
+            "steering: a module that reads a norm's output before its gain needs a "
+            "layer with a norm before the MLP"
+        )
+    gain, bias = norm_gain(norm)
+    _fold_into(weights.W_enc[:d_sae], weights.b_enc[:d_sae], gain, bias, norm)
+    if weights.W_skip is not None:
+        _fold_into(weights.W_skip, weights.b_dec, gain, bias, norm)
+
+
+def _fold_into(
+    matrix: torch.Tensor,
+    added: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: nn.Module,
+) -> None:
+    """Make `matrix n + added` read `gain * n + bias`, in place."""
+    folded = (matrix.float() / gain.to(matrix.device)).to(matrix.dtype)
+    if not torch.isfinite(folded).all():
+        raise ValueError(
+            f"steering: a gain of {type(norm).__name__} is too small to be divided out"
+        )
+    matrix.copy_(folded)
+    if bias is not None:
+        added -= folded.float() @ bias.to(matrix.device)

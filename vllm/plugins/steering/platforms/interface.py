@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.platforms.interface`: our environment variables are known ones.
+
+The edit a branch would make: `vllm.envs` lists them, and its compile factors ignore
+them. Here they are listed while `validate_environ` looks, and not longer: what is
+listed goes into the compile-cache key, and one of them is a secret.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from vllm.config.steering_private_directory import DIRECTORY_ENV
+from vllm.plugins.steering.seam import Stock, wrap
+
+MODULE = "vllm.platforms.interface"
+KEY_ENV = "VLLM_STEERING_API_KEY"
+KNOWN = (KEY_ENV, DIRECTORY_ENV)
+
+
+def install() -> None:
+    """Have `--fail-on-environ-validation` accept our variables."""
+    target = f"{MODULE}:Platform.validate_environ"
+    wrap(target, ("hard_fail",), _make, classmethod)
+
+
+def _make(stock: Stock) -> Stock:
+    def validate_environ(cls: type, hard_fail: bool) -> None:
+        from vllm.envs import environment_variables
+
+        ours = {name: partial(os.environ.get, name) for name in KNOWN}
+        environment_variables.update(ours)
+        try:
+            stock(cls, hard_fail)
+        finally:
+            for name in ours:
+                del environment_variables[name]
+
+    return validate_environ

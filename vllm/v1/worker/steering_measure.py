@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures how well an SAE reconstructs a site of a running, eager engine.
+
+While a measurement runs, the site's backend is wrapped: tokens that full reconstruction
+edits are counted, with the error it makes, or get the mean of what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering_json import Json
+from vllm.logger import init_logger
+from vllm.model_executor.layers.steering import (
+    SAESlot,
+    SiteKey,
+    SteeringBackend,
+    SteeringSite,
+    StepState,
+    VectorSlot,
+)
+from vllm.model_executor.layers.steering_reference import (
+    gather_stream,
+    select_tokens,
+    within_norm,
+    write_stream,
+)
+from vllm.v1.worker.steering_runtime import SteeringRuntime
+
+logger = init_logger(__name__)
+
+
+class MeasuringBackend:
+    """A backend that watches full reconstruction of one slot.
+
+    Attributes:
+        ablates: give edited tokens the mean instead of their reconstruction.
+        tokens, error, squares, total: sums over the tokens that were edited, of 1,
+            `|y - y'|^2`, `|y|^2` and `y` `[d_out]`, in float64.
+    """
+
+    def __init__(self, inner: SteeringBackend, slot: SAESlot, step: StepState):
+        self.inner, self.slot, self.step = inner, slot, step
+        self.ablates = False
+        self.tokens = 0
+        self.error = self.squares = 0.0
+        self.total = torch.zeros(slot.weights.d_out, dtype=torch.float64)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32 `[d_out]`, of the tokens that were measured."""
+        return (self.total / max(self.tokens, 1)).float()
+
+    def sums(self) -> dict[str, float]:
+        """What was measured: tokens, error, and the variance around the mean."""
+        variance = self.squares - float(self.total @ self.total) / max(self.tokens, 1)
+        return {"tokens": self.tokens, "error": self.error, "variance": variance}
+
+    def write_flags(self, token_ids: torch.Tensor) -> None:
+        self.inner.write_flags(token_ids)
+
+    def read_features(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        self.inner.read_features(slot, hidden, residual)
+
+    def sae_clamp(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        self.inner.sae_clamp(slot, hidden, residual, source)
+
+    def steering_vectors(
+        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        self.inner.steering_vectors(slot, hidden, residual)
+
+    def full_reconstruction(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        if slot is not self.slot:
+            self.inner.full_reconstruction(slot, hidden, residual, source)
+            return
+        index = self.step.index[Tier.FULL, : hidden.shape[0]]
+        tokens = select_tokens(slot.full, index, self.step, slot.weights)
+        read = gather_stream(tokens, hidden, residual)
+        if source is not None:
+            read = source[tokens]
+        tokens = tokens[within_norm(read.float(), slot.weights.norm_limit)]
+        before = gather_stream(tokens, hidden, residual).double()
+        if self.ablates:
+            mean = self.mean.to(hidden.device).expand(len(tokens), -1)
+            write_stream(tokens, mean, hidden, residual, self.step)
+            return
+        self.inner.full_reconstruction(slot, hidden, residual, source)
+        after = gather_stream(tokens, hidden, residual).double()
+        self.tokens += len(tokens)
+        self.error += float((before - after).square().sum())
+        self.squares += float(before.square().sum())
+        self.total += before.sum(0).cpu()
+
+
+class SteeringMeasureMixin:
+    """Gives a worker the method by which `evaluate` measures a site."""
+
+    vllm_config: Any
+    model_runner: Any
+    _steering_measured: tuple[SteeringSite, MeasuringBackend] | None = None
+
+    def measure_steering(
+        self, verb: str, module: str = "", hook: str = "", layer: int = 0
+    ) -> Json:
+        """Run one verb; never raises.
+
+        Args:
+            verb: start, ablate or stop. `start` names the site.
+
+        Returns:
+            `ok`, and `error`, one line, when not; for stop, what was measured, or
+            nothing on a rank that does not own the site.
+        """
+        try:
+            if verb == "start":
+                self._start_measuring(module, SiteKey(layer, HookPoint(hook)))
+            elif verb == "ablate":
+                if self._steering_measured is not None:
+                    self._steering_measured[1].ablates = True
+            else:
+                return {"ok": True, **self._stop_measuring()}
+        except Exception as error:
+            # A worker that raises would end the engine.
+            logger.warning("Steering: measuring failed: %s", error)
+            return {"ok": False, "error": " ".join(str(error).split())}
+        return {"ok": True}
+
+    def _start_measuring(self, module: str, key: SiteKey) -> None:
+        runtime: SteeringRuntime | None = self.model_runner.steering
+        if runtime is None:
+            raise ValueError("this engine was started without steering")
+        if not self.vllm_config.model_config.enforce_eager:
+            raise ValueError(
+                "a compiled engine cannot be measured: start it with enforce_eager=True"
+            )
+        self._stop_measuring()
+        slot = runtime.modules.sae_slot(module, key)
+        if slot is None:
+            return  # another pipeline stage's
+        site = runtime.modules.sites[key]
+        measuring = MeasuringBackend(site.backend, slot, runtime.step)
+        site.backend = measuring
+        self._steering_measured = site, measuring
+
+    def _stop_measuring(self) -> dict[str, float]:
+        if self._steering_measured is None:
+            return {}
+        site, measuring = self._steering_measured
+        site.backend = measuring.inner
+        self._steering_measured = None
+        return measuring.sums()
