@@ -59,10 +59,10 @@ def main() -> int:
         concurrency=args.concurrency,
         model=args.model,
         block_size=16 if args.gpu else 32,
-        tolerance=args.tolerance or (1e-3 if exact else 3e-2),
-        margin=args.margin or (5e-3 if exact else 1e-1),
+        tolerance=args.tolerance or (1e-3 if exact else 2e-2),
+        margin=args.margin or (5e-3 if exact else 4e-2),
         batched_tokens=4 * args.concurrency,
-        exact_shapes=exact,
+        rounds=0 if exact else 3,
         options=options,
     )
     with tempfile.TemporaryDirectory() as root:

@@ -3,14 +3,30 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from soak.chaos import answer_of
-from soak.pool import HOT, VERSIONS, Item
+from soak.pool import HOT, VERSIONS, Item, answer_of, drift
 
 from vllm import LLM
 from vllm.entrypoints.steering import register_module, unregister_module
 from vllm.outputs import CompletionOutput
+
+
+@dataclass
+class Rounding:
+    """What arithmetic that depends on a batch's shape may change.
+
+    Attributes:
+        margin: how much better a reference's tokens are than the second best.
+        tolerance: largest difference of a log-probability.
+        rounds: batches in which a request must say what it says alone.
+    """
+
+    margin: float
+    tolerance: float
+    rounds: int
 
 
 def smallest_gap(completion: CompletionOutput) -> float:
@@ -33,38 +49,40 @@ def ask_alone(llm: LLM, item: Item) -> float:
 
 
 def answer_alone(
-    llm: LLM, pool: Iterable[Item], versions: dict[str, str], margin: float
+    llm: LLM, pool: Iterable[Item], versions: dict[str, str], limits: Rounding
 ) -> list[Item]:
-    """The items with a reference, less those whose tokens rounding may decide."""
+    """The items with a reference, less those whose answer rounding decides."""
     kept = []
     for version in (None, *VERSIONS):
         if version is not None:
             register_module(llm, HOT, versions[version])
-        for item in pool:
-            if item.version == version and ask_alone(llm, item) > margin:
-                kept.append(item)
+        found = [
+            item
+            for item in pool
+            if item.version == version and ask_alone(llm, item) > limits.margin
+        ]
+        for seed in range(limits.rounds):
+            found = repeatable(llm, found, limits.tolerance, seed)
+        kept += found
         if version is not None:
             unregister_module(llm, HOT)
     return kept
 
 
-def drop_unrepeatable(llm: LLM, pool: list[Item], tolerance: float) -> list[Item]:
+def repeatable(llm: LLM, items: list[Item], tolerance: float, seed: int) -> list[Item]:
     """The items that say the same when all of them are asked at once, calmly.
 
     For arithmetic whose rounding depends on the shape of a batch: a feature whose
     pre-activation is at its threshold may be active in one shape and not in another.
     """
     llm.reset_prefix_cache()
-    still = [item for item in pool if item.version is None]
-    prompts = [{"prompt_token_ids": item.prompt} for item in still]
-    outputs = llm.generate(prompts, [item.params() for item in still], use_tqdm=False)
-    changed = set()
-    for item, output in zip(still, outputs, strict=True):
+    order = random.Random(seed).sample(items, len(items))
+    prompts = [{"prompt_token_ids": item.prompt} for item in order]
+    outputs = llm.generate(prompts, [item.params() for item in order], use_tqdm=False)
+    kept = []
+    for item, output in zip(order, outputs, strict=True):
         found = sorted(output.outputs, key=lambda completion: completion.index)
-        for completion, right in zip(found, item.reference, strict=True):
-            said = answer_of(completion)
-            pairs = zip(said.scores, right.scores, strict=True)
-            drifts = any(abs(score - alone) > tolerance for score, alone in pairs)
-            if said.tokens != right.tokens or drifts:
-                changed.add(id(item))
-    return [item for item in pool if id(item) not in changed]
+        answers = zip(map(answer_of, found), item.reference, strict=True)
+        if all(drift(said, alone) <= tolerance for said, alone in answers):
+            kept.append(item)
+    return kept

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from soak.pool import BAD, HOT, Answer, Item
+from soak.pool import BAD, HOT, Item, answer_of, drift
 from soak.report import Report
 from steering_testing.engine import runner
 from steering_testing.observe import steps_of
@@ -23,15 +23,9 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 
 DRAIN_S = 60.0
-
-
-def answer_of(completion: CompletionOutput) -> Answer:
-    tokens = list(completion.token_ids)
-    steps = completion.logprobs or []
-    return Answer(tokens, [s[t].logprob for s, t in zip(steps, tokens, strict=True)])
 
 
 @dataclass
@@ -162,22 +156,15 @@ class Chaos:
         report.finished[item.kind] += 1
         found = sorted(output.outputs, key=lambda completion: completion.index)
         report.tokens += sum(len(completion.token_ids) for completion in found)
-        wrong = drifts = False
-        for completion, right in zip(found, item.reference, strict=True):
+        for completion, alone in zip(found, item.reference, strict=True):
             said = answer_of(completion)
-            if said.tokens != right.tokens:
-                wrong = True
-                report.example(
-                    f"{output.request_id} {item.extra}: {said.tokens}, alone "
-                    f"{right.tokens}"
-                )
-                continue
-            for score, alone in zip(said.scores, right.scores, strict=True):
-                drift = abs(score - alone) if math.isfinite(score) else math.inf
-                report.largest_drift = max(report.largest_drift, drift)
-                drifts |= drift > tolerance
-        report.wrong_tokens += wrong
-        report.wrong_scores += drifts
+            off = drift(said, alone)
+            report.wrong_tokens += said.tokens != alone.tokens
+            report.wrong_scores += said.tokens == alone.tokens and off > tolerance
+            if off > tolerance:
+                report.example(f"{output.request_id}, off by {off}: {item}: {said}")
+            if math.isfinite(off):
+                report.largest_drift = max(report.largest_drift, off)
 
     # --- Faults: each says what it was -------------------------------------------
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from steering_testing.reference import Clamp, DenseSAE, random_sae
 from steering_testing.requests import SPECIAL, Ask, Modules, Site, specs, vector
 
 from vllm import SamplingParams
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
 D_SAE, MAX_PROMPT, MAX_TOKENS = 96, 80, 12
@@ -65,6 +67,21 @@ class Answer:
 
     tokens: list[int]
     scores: list[float]
+
+
+def answer_of(completion: CompletionOutput) -> Answer:
+    """What the engine said."""
+    tokens = list(completion.token_ids)
+    steps = completion.logprobs or []
+    return Answer(tokens, [s[t].logprob for s, t in zip(steps, tokens, strict=True)])
+
+
+def drift(said: Answer, alone: Answer) -> float:
+    """Largest difference of a log-probability; infinite where a token differs."""
+    if said.tokens != alone.tokens or not all(map(math.isfinite, said.scores)):
+        return math.inf
+    pairs = zip(said.scores, alone.scores, strict=True)
+    return max(abs(one - other) for one, other in pairs)
 
 
 @dataclass

@@ -17,8 +17,9 @@ class Report:
         finished: requests that were compared, by kind.
         faults: what was done to the engine and to requests, by kind.
         schedule: what the scheduler did.
-        wrong_tokens, wrong_scores: finished requests that differ from themselves alone
-            in a token, or in a log-probability by more than the tolerance.
+        wrong_tokens, wrong_scores: completions that differ from the request's alone in
+            a token, or in a log-probability by more than the tolerance.
+        distinct: requests that were drawn from.
         exceptions: of the engine, and of calls that should have been accepted.
         leaks: what was left when nothing was running.
         unstable: requests that were left out, because rounding decides their tokens.
@@ -36,6 +37,7 @@ class Report:
     leaks: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     unstable: int = 0
+    distinct: int = 0
     seconds: float = 0.0
 
     @property
@@ -63,7 +65,7 @@ class Report:
             f"  wrong log-probabilities: {self.wrong_scores}",
             f"  largest difference of a log-probability: {self.largest_drift:.1e}",
             f"  exceptions: {len(self.exceptions)}, leaks: {len(self.leaks)}",
-            f"  requests left out, because rounding decides: {self.unstable}",
+            f"  distinct requests: {self.distinct}, left out: {self.unstable}",
         ]
         return found + [
             f"  ! {text}" for text in (*self.examples, *self.exceptions, *self.leaks)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from soak import pool as requests
-from soak.alone import answer_alone, drop_unrepeatable
+from soak.alone import Rounding, answer_alone
 from soak.chaos import Chaos, Limits
 from soak.report import Report
 from steering_testing.engine import engine
@@ -48,10 +48,9 @@ class Plan:
         distinct: requests in the pool.
         concurrency: requests in a batch.
         tolerance: largest difference of a log-probability.
-        margin: how much better a reference's tokens must be than the second best.
+        margin, rounds: as of `Rounding`.
         options: of every engine.
         batched_tokens: least tokens of a step, for large batches.
-        exact_shapes: rounding hardly depends on the shape of a batch.
     """
 
     seed: int = 0
@@ -66,7 +65,7 @@ class Plan:
     margin: float = 5e-3
     batched_tokens: int = 0
     steps_per_fault: int = 12
-    exact_shapes: bool = True
+    rounds: int = 0
     options: dict[str, Any] | None = None
 
 
@@ -97,9 +96,8 @@ def run(plan: Plan, root: Path) -> list[Report]:
     calm = {"max_model_len": MAX_MODEL_LEN, "block_size": plan.block_size}
     calm |= {"max_num_seqs": plan.concurrency, **(plan.options or {})}
     with engine(plan.model, root, paths, steering, **calm) as llm:
-        stable = answer_alone(llm, pool, versions, plan.margin)
-        if not plan.exact_shapes:
-            stable = drop_unrepeatable(llm, stable, plan.tolerance)
+        rounding = Rounding(plan.margin, plan.tolerance, plan.rounds)
+        stable = answer_alone(llm, pool, versions, rounding)
     limits = Limits(
         seconds=plan.seconds / len(plan.profiles),
         requests=plan.requests // len(plan.profiles),
@@ -110,10 +108,10 @@ def run(plan: Plan, root: Path) -> list[Report]:
     reports = []
     for at, name in enumerate(plan.profiles):
         options = engine_options(plan, PROFILES[name])
-        report = Report(name, unstable=len(pool) - len(stable))
         # Drafts are checked against the best token only.
         drafts = "speculative_config" in options
         items = [item for item in stable if item.samples == 1 or not drafts]
+        report = Report(name, distinct=len(items), unstable=len(pool) - len(items))
         with engine(plan.model, root, paths, steering, **options) as llm:
             Chaos(llm, items, versions, report, plan.seed + at).run(limits)
         reports.append(report)

@@ -96,8 +96,8 @@ def test_convert_to_16_bit_changes_the_matrices_only(tmp_path: Path) -> None:
     path = gated(tmp_path / "sae")
     out = tmp_path / "out"
     arguments = ["convert", str(path), str(out), "--dtype", "bfloat16"]
-    assert main([*arguments, "--site", "post_block.7"]) == 0
-    found = load_file(out / "post_block.7.safetensors")
+    assert main(arguments) == 0
+    found = load_file(out / "post_attn.2.safetensors")
     kinds = {name: value.dtype for name, value in found.items()}
     assert kinds.pop("W_enc") == kinds.pop("W_dec") == torch.bfloat16
     assert set(kinds.values()) == {torch.float32}
