@@ -63,6 +63,7 @@ def main() -> int:
         margin=args.margin or (5e-3 if exact else 4e-2),
         batched_tokens=4 * args.concurrency,
         rounds=0 if exact else 3,
+        more_kinds=not args.gpu,
         options=options,
     )
     with tempfile.TemporaryDirectory() as root:

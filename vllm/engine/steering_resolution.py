@@ -26,6 +26,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
+import torch
+
 import vllm.envs as envs
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
@@ -41,6 +43,7 @@ from vllm.config.steering import (
     point_widths,
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_points import RESIDUAL_HOOKS
 from vllm.config.steering_private_directory import make_private_directory
 from vllm.config.steering_slots import start_up_slots
 from vllm.engine.steering_kv_connectors import (
@@ -188,6 +191,8 @@ def check_against_model(module: ModuleInfo, model_config: Any) -> None:
                 f"{where}: found layer {site.layer}, expected "
                 f"0..{num_layers - 1} ({model_config.model})"
             )
+        for hook in (site.hook, site.out_hook):
+            _check_dtype(where, hook, model_config)
         if site.is_transcoder:
             _check_transcoder(where, site.hook, site.out_hook)
         ends = {
@@ -200,6 +205,15 @@ def check_against_model(module: ModuleInfo, model_config: Any) -> None:
                     f"{where}: found {name} {width}, expected {widths.of(hook)}, the "
                     f"width of {hook.value} in {model_config.model}"
                 )
+
+
+def _check_dtype(where: str, hook: HookPoint, model_config: Any) -> None:
+    """Raise where an absurd value at the point would overflow in the layer itself."""
+    if model_config.dtype == torch.float16 and hook not in RESIDUAL_HOOKS:
+        raise SteeringConfigError(
+            f"{where}: found {hook.value} in float16, expected bfloat16 or float32: "
+            "large values at this point overflow float16 in the layer that reads them"
+        )
 
 
 def _check_transcoder(where: str, hook: HookPoint, hook_out: HookPoint) -> None:
@@ -333,6 +347,7 @@ def spare_slots(value: Any, model_config: Any) -> list[SlotInfo]:
         _object(where, given, SPARE_FIELDS)
         layer = _integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
         hook = _hook(f"{where}.hook", given.get("hook"))
+        _check_dtype(f"{where}.hook", hook, model_config)
         if ("width" in given) == ("vectors" in given):
             raise SteeringConfigError(f"{where}: expected either width or vectors")
         if "vectors" in given:
