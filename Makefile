@@ -20,6 +20,10 @@ $(STAMP): requirements/cpu.lock requirements/dev.lock
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps --compile-bytecode \
 	  $(UV_ARGS) \
 	  -r requirements/cpu.lock -r requirements/dev.lock
+	# For multimodal models only, so beside the environment. Without it their tests skip.
+	-$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \
+	  --target $(VENV)/torchvision torchvision==0.28.0 \
+	  && $(PYTHON) tools/stub_torchvision.py $(VENV)/torchvision
 	touch $@
 
 # Our files, linked into the installed vLLM: edits are live, new files need a `make`.

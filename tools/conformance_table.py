@@ -22,6 +22,7 @@ def table() -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     from steering_testing.cases import (
         CASES,
+        MULTIMODAL_CASES,
         RESIDUAL,
         SUBLAYER,
         TRANSFORMERS_CASES,
@@ -35,7 +36,8 @@ def table() -> str:
         + " |",
         "|---|---|" + "---|" * len(hooks),
     ]
-    for case in (*CASES.values(), *TRANSFORMERS_CASES.values()):
+    groups = (CASES, MULTIMODAL_CASES, TRANSFORMERS_CASES)
+    for case in (case for group in groups for case in group.values()):
         lacks = set(case.lacks) | ({"transcoder"} if "mlp_out" in case.lacks else set())
         cells = ["–" if hook in lacks else "✓" for hook in hooks]
         name = case.layer_class.rsplit(".", 1)[1]

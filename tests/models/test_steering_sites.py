@@ -20,6 +20,7 @@ from steering_testing import models, oracle
 from steering_testing.cases import (
     CASES,
     LAST,
+    MULTIMODAL_CASES,
     TRANSFORMERS_CASES,
     UNCHECKED,
     Case,
@@ -180,7 +181,8 @@ def test_every_point_of_a_compiled_engine_equals_hugging_face(
 
 
 def test_every_family_of_the_table_has_a_case_here() -> None:
-    checked = {case.layer_class for case in CASES.values()}
+    cases = (*CASES.values(), *MULTIMODAL_CASES.values())
+    checked = {case.layer_class for case in cases}
     assert not checked & set(UNCHECKED)
     assert set(FAMILIES) == checked | set(UNCHECKED)
 
@@ -204,12 +206,20 @@ def source_of(layer_class: str) -> tuple[type, str]:
     return cls, "".join(sources)
 
 
-# Qwen3.5's module imports torchvision, which tests of multimodal models have alone.
-NEEDS_TORCHVISION = {f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer"}
+# These modules import torchvision, which tests of multimodal models have alone.
+NEEDS_TORCHVISION = {
+    f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer",
+    f"{MODELS}.qwen3_vl.Qwen3VLDecoderLayer",
+    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer",
+}
 
 
 @pytest.mark.parametrize("layer_class", sorted(set(FAMILIES) - NEEDS_TORCHVISION))
 def test_the_names_in_the_table_are_those_of_the_class(layer_class: str) -> None:
+    names_are_those_of_the_class(layer_class)
+
+
+def names_are_those_of_the_class(layer_class: str) -> None:
     family, (cls, source) = FAMILIES[layer_class], source_of(layer_class)
     parameters = inspect.signature(cls.forward).parameters
     assert family.hidden in parameters

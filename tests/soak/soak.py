@@ -49,7 +49,7 @@ class Plan:
         concurrency: requests in a batch.
         tolerance: largest difference of a log-probability.
         more_kinds: ask for what a backend may refuse, too.
-        margin, rounds: as of `Rounding`.
+        margin, repeats: as of `Rounding`.
         options: of every engine.
         batched_tokens: least tokens of a step, for large batches.
     """
@@ -66,7 +66,7 @@ class Plan:
     margin: float = 5e-3
     batched_tokens: int = 0
     steps_per_fault: int = 12
-    rounds: int = 0
+    repeats: bool = False
     more_kinds: bool = True
     options: dict[str, Any] | None = None
 
@@ -98,7 +98,7 @@ def run(plan: Plan, root: Path) -> list[Report]:
     calm = {"max_model_len": MAX_MODEL_LEN, "block_size": plan.block_size}
     calm |= {"max_num_seqs": plan.concurrency, **(plan.options or {})}
     with engine(plan.model, root, paths, steering, **calm) as llm:
-        rounding = Rounding(plan.margin, plan.tolerance, plan.rounds)
+        rounding = Rounding(plan.margin, plan.tolerance, plan.repeats)
         stable = answer_alone(llm, pool, versions, rounding)
     limits = Limits(
         seconds=plan.seconds / len(plan.profiles),

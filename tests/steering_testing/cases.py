@@ -116,9 +116,40 @@ UNCHECKED = {
         "Qwen3.5",
         "linear attention needs bfloat16 on a CPU",
     ),
+    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": (
+        "Qwen3-VL MoE",
+        "its forward is that of Qwen3 MoE",
+    ),
     f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer": (
         "DeepSeek-V2, -V3",
         "on a CPU, vLLM's tiny model is not Hugging Face's even without steering",
+    ),
+}
+# In tests/models/multimodal_cases.py, on prompts of text alone.
+MULTIMODAL_CASES = {
+    "gemma3_mm": Case(
+        "Gemma-3 (multimodal)",
+        "gemma3_mm",
+        f"{MODELS}.gemma3.Gemma3DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "mistral3": Case(
+        "Mistral-3 (multimodal)",
+        "mistral3",
+        f"{MODELS}.mistral.MistralDecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "qwen2_5_vl": Case(
+        "Qwen2.5-VL",
+        "qwen2_5_vl",
+        f"{MODELS}.qwen2.Qwen2DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
+    ),
+    "qwen3_vl": Case(
+        "Qwen3-VL",
+        "qwen3_vl",
+        f"{MODELS}.qwen3_vl.Qwen3VLDecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
     ),
 }
 BACKEND = (("model_impl", "transformers"),)

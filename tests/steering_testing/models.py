@@ -159,9 +159,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def build(family: str, seed: int = 0) -> Any:
     """The Hugging Face model of a family, random and in float32, ready to run."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        FAMILIES[family](), dtype=torch.float32, attn_implementation="eager"
-    )
+    config = FAMILIES[family]()
+    auto = transformers.AutoModelForCausalLM
+    if "vision_config" in config.sub_configs:
+        auto = transformers.AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
     # Gemma multiplies its embeddings by sqrt(D) and reads them again as its head: as
     # large as the others', they would make every answer certain, whatever the edit.
     embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)
@@ -186,5 +188,6 @@ def decoder_layers(model: Any) -> Any:
     """The decoder layers of a Hugging Face model, in order."""
     base = model.base_model
     base = model.model if base is model else base
+    base = base.language_model if hasattr(base, "language_model") else base
     base = base.decoder if hasattr(base, "decoder") else base
     return base.h if hasattr(base, "h") else base.layers

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm.config.sae_readout_specs import SiteRead
+from vllm.config.steering_json import Json
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -77,7 +78,7 @@ class SAEFeatures:
         where = (rows, self.features[rows, places])
         return csr_matrix((values, where), shape=(len(self), self.d_sae))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The form of HTTP answers; see docs/features/reading.md."""
         return {
             "positions": self.positions.tolist(),
@@ -99,7 +100,7 @@ def _ragged(table: np.ndarray, counts: np.ndarray) -> list[list[Any]]:
 ReadFeatures = dict[str, dict[str, SAEFeatures]]
 
 
-def features_json(features: ReadFeatures) -> dict[str, Any]:
+def features_json(features: ReadFeatures) -> Json:
     """JSON types of all records."""
     return {
         module: {site: record.to_json() for site, record in sites.items()}

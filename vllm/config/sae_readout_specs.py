@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from vllm.config.steering import HookPoint
+from vllm.config.steering_json import Json
 from vllm.config.steering_reader import expects
 
 # Values that one request reads for one token at one site, and at all its sites.
@@ -138,9 +139,9 @@ class SiteRead:
         return where + name + self.hook.value.encode() + b"\0" + features
 
 
-def reads_to_json(reads: tuple[SiteRead, ...]) -> list[dict[str, Any]]:
+def reads_to_json(reads: tuple[SiteRead, ...]) -> list[Json]:
     """Specs in JSON types that parse to equal reads, one for all alike sites."""
-    specs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    specs: dict[tuple[Any, ...], Json] = {}
     for read in reads:
         key = (read.module, read.top_k, read.features, read.stops, read.phase)
         if key not in specs:

@@ -16,27 +16,43 @@ fail.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_spans import TOKEN_PHASES
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.sae_steering_specs import (
+    EXPANDED_KEY,
+    EXTRA_ARGS_KEYS,
+    PRESET_KEY,
+    RESERVED_KEYS,
+    ROWS_KEY,
+)
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
+from vllm.config.steering_json import Json, JsonView
 
-ROWS_KEY = "steering_rows"
+__all__ = [
+    "ROWS_KEY",
+    "admitted_extra_args",
+    "admitted_prompt_length",
+    "admitted_schedule",
+    "canonical_extra_args",
+    "refuse_pooling",
+    "refuse_reserved_key",
+    "refuse_streaming_input",
+]
 
 
-def refuse_reserved_key(extra_args: Mapping[str, Any] | None) -> None:
+def refuse_reserved_key(extra_args: JsonView | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""
-    if isinstance(extra_args, Mapping) and ROWS_KEY in extra_args:
-        raise refusal(ROWS_KEY, "is reserved for the engine, expected no such key")
+    for key in RESERVED_KEYS:
+        if isinstance(extra_args, Mapping) and key in extra_args:
+            raise refusal(key, "is reserved for the engine, expected no such key")
 
 
-def refuse_pooling(extra_kwargs: Mapping[str, Any] | None) -> None:
+def refuse_pooling(extra_kwargs: JsonView | None) -> None:
     """Raise when a pooling request (embed, classify, score, …) asks for steering."""
-    for key in (*EXTRA_ARGS_KEYS, ROWS_KEY):
+    for key in (*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS):
         if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
             raise refusal(
                 f"extra_kwargs.{key}",
@@ -58,22 +74,27 @@ def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) ->
 
 
 def canonical_extra_args(
-    extra_args: dict[str, Any], steering: SteeringRequest | None
-) -> dict[str, Any] | None:
-    """A copy of `extra_args` that holds the canonical specs and nothing reserved."""
-    ours = {*EXTRA_ARGS_KEYS, ROWS_KEY}
-    args = {key: value for key, value in extra_args.items() if key not in ours}
+    extra_args: JsonView | None,
+    steering: SteeringRequest | None,
+    config: SteeringConfig | None,
+) -> Json | None:
+    """A copy of `extra_args` that holds the canonical specs, presets applied."""
+    ours = {*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS}
+    given = extra_args or {}
+    args = {key: value for key, value in given.items() if key not in ours}
     if steering is not None:
         args.update(steering.to_extra_args())
+    if steering is not None or (config is not None and config.default_preset):
+        args[EXPANDED_KEY] = True
     return args or None
 
 
 def admitted_extra_args(
-    extra_args: dict[str, Any],
+    extra_args: JsonView | None,
     config: SteeringConfig | None,
     num_prompt_tokens: int,
     resumable: bool = False,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """`extra_args` of a request that the engine admits.
 
     Raises:
@@ -81,7 +102,7 @@ def admitted_extra_args(
     """
     steering = parse_steering_request(extra_args, config)
     refuse_streaming_input(steering, resumable)
-    args = canonical_extra_args(extra_args, steering)
+    args = canonical_extra_args(extra_args, steering, config)
     if steering is None or args is None:
         return args
     if not steering.has_spans:
@@ -97,7 +118,7 @@ def admitted_extra_args(
 
 
 def admitted_schedule(
-    extra_args: Mapping[str, Any], num_prompt_tokens: int
+    extra_args: JsonView, num_prompt_tokens: int
 ) -> list[tuple[int | None, str | None]]:
     """Where each piece of an admitted request stops, and its digest."""
     rows = extra_args.get(ROWS_KEY)
@@ -108,6 +129,6 @@ def admitted_schedule(
     return [(num_prompt_tokens, rows["prefill"]), (None, rows["decode"])]
 
 
-def admitted_prompt_length(extra_args: Mapping[str, Any]) -> int:
+def admitted_prompt_length(extra_args: JsonView) -> int:
     """The prompt's length of an admitted request with spans; 0 without."""
     return (extra_args.get(ROWS_KEY) or {}).get("num_prompt_tokens", 0)

@@ -31,6 +31,7 @@ from vllm.config.sae_steering_specs import (
     VectorKind,
 )
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
+from vllm.config.steering_json import Json
 
 # Feature, kind, value, only_if_active; the condition's kind (0: none), feature, bound.
 _CLAMP_RECORD = struct.Struct("<QBf?BQf")
@@ -134,7 +135,7 @@ class SteeringRequest:
         """`module_fingerprint` of every module that the request names."""
         return {name: module_fingerprint(m) for name, m in self.modules.items()}
 
-    def to_extra_args(self) -> dict[str, Any]:
+    def to_extra_args(self) -> Json:
         """The canonical specs in JSON types, under `EXTRA_ARGS_KEYS`; not to be edited.
 
         Parsing the result gives an equal request; absent tiers have no key.
@@ -142,8 +143,8 @@ class SteeringRequest:
         return dict(self._extra_args)
 
     @functools.cached_property
-    def _extra_args(self) -> dict[str, Any]:
-        args: dict[str, Any] = {}
+    def _extra_args(self) -> Json:
+        args: Json = {}
         for key, tier in ((FULL_KEY, Tier.FULL), (DELTA_KEY, Tier.DELTA)):
             groups = self.sae_edits.get(tier)
             if groups:
@@ -348,15 +349,15 @@ def _condition_record(when: SAECondition | None) -> tuple[int, int, float]:
     return 2, when.feature_idx, when.below or 0.0
 
 
-def _coverage_json(coverage: Coverage) -> dict[str, Any]:
+def _coverage_json(coverage: Coverage) -> Json:
     if isinstance(coverage, str):
         return {"phase": coverage}
     return {"spans": msgspec.to_builtins(coverage)}
 
 
-def _vector_json(group: Group, action: VectorAction) -> dict[str, Any]:
+def _vector_json(group: Group, action: VectorAction) -> Json:
     name, coverage = group
-    spec: dict[str, Any] = {"module_name": name}
+    spec: Json = {"module_name": name}
     if action.kind == "set":
         spec["value"] = action.value
     elif action.kind == "bound":
@@ -368,8 +369,8 @@ def _vector_json(group: Group, action: VectorAction) -> dict[str, Any]:
     return spec | _coverage_json(coverage)
 
 
-def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> dict[str, Any]:
-    clamps: dict[str, dict[str, list[dict[str, Any]]]] = {}
+def _spec_json(group: Group, edits: Sequence[SiteEdit]) -> Json:
+    clamps: dict[str, dict[str, list[Json]]] = {}
     for edit in edits:
         layers = clamps.setdefault(edit.hook.value, {})
         layers[str(edit.layer)] = msgspec.to_builtins(edit.clamps)

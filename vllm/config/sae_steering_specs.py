@@ -8,7 +8,7 @@ of the HTTP fields. Import them from `vllm.config.sae_steering_types`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,7 @@ from msgspec import Meta
 from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering import HOOK_ALIASES
+from vllm.config.steering_json import Json
 from vllm.config.steering_reader import expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
@@ -170,6 +171,19 @@ class SteeringFields(msgspec.Struct, kw_only=True):
 
 
 EXTRA_ARGS_KEYS = SteeringFields.__struct_fields__
+# The name of a preset whose specs a request takes over; null: none, not even the
+# server's default.
+PRESET_KEY = "steering_preset"
+# Set by the front end and the engine: presets have been applied.
+EXPANDED_KEY = "steering_expanded"
+# Set by the engine: see `vllm.config.sae_steering_admission`.
+ROWS_KEY = "steering_rows"
+RESERVED_KEYS = (ROWS_KEY, EXPANDED_KEY)
+PRESET_SCHEMA_FIELD = {
+    "anyOf": [{"type": "string"}, {"type": "null"}],
+    "description": "Name of a preset whose specs apply beside the request's own; null "
+    "opts out of the server's default preset.",
+}
 FULL_KEY, DELTA_KEY, ADDITIVE_KEY, READOUT_KEY = EXTRA_ARGS_KEYS
 SPEC_TYPES: dict[str, type[msgspec.Struct]] = {
     FULL_KEY: SAEFullReconstructionSpec,
@@ -179,7 +193,7 @@ SPEC_TYPES: dict[str, type[msgspec.Struct]] = {
 }
 
 
-def field_schemas() -> dict[str, dict[str, Any]]:
+def field_schemas() -> dict[str, Json]:
     """The JSON schema of each HTTP field."""
     schemas = json_schema(SteeringFields)["properties"]
     for schema in schemas.values():

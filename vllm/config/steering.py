@@ -8,11 +8,11 @@ compile-cache key, so everything here converts to and from JSON types.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, IntEnum
-from typing import Any, Literal
+from typing import Literal
 
+from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_kept import KeptParses
 from vllm.config.steering_points import (
     HOOK_ALIASES,
@@ -114,7 +114,7 @@ class SiteInfo:
         """Whether the site writes another point than it reads."""
         return self.out_hook is not self.hook
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         return {
             **asdict(self),
@@ -124,7 +124,7 @@ class SiteInfo:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SiteInfo:
+    def from_json(cls, data: JsonView) -> SiteInfo:
         """Rebuild what `to_json` wrote."""
         return cls(
             **{
@@ -166,13 +166,13 @@ class SlotInfo:
         """The point that the slot's site writes."""
         return self.hook if self.hook_out is None else self.hook_out
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         hook_out = None if self.hook_out is None else self.hook_out.value
         return {**asdict(self), "hook": self.hook.value, "hook_out": hook_out}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SlotInfo:
+    def from_json(cls, data: JsonView) -> SlotInfo:
         """Rebuild what `to_json` wrote."""
         hook_out = _hook_or_none(data.get("hook_out"))
         hook = HookPoint(data["hook"])
@@ -216,7 +216,7 @@ class ModuleInfo:
                 return site
         return None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         data = asdict(self)
         data["sites"] = [site.to_json() for site in self.sites]
@@ -226,7 +226,7 @@ class ModuleInfo:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ModuleInfo:
+    def from_json(cls, data: JsonView) -> ModuleInfo:
         """Rebuild what `to_json` wrote."""
         fields = dict(data)
         fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
@@ -255,6 +255,8 @@ class SteeringConfig:
     of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
     the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
     whether the device computes conditions, and more of vectors than adding them.
+    `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
+    requests run under which choose none.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -267,12 +269,18 @@ class SteeringConfig:
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
     extended_clamps: bool = True
+    presets: Json = field(default_factory=dict)
+    default_preset: str | None = None
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
     )
 
-    def to_json(self) -> dict[str, Any]:
+    def for_workers(self) -> SteeringConfig:
+        """What workers need: requests reach them with presets applied."""
+        return replace(self, draining=frozenset(), presets={}, default_preset=None)
+
+    def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
         return {
             "modules": [module.to_json() for module in self.modules.values()],
@@ -283,12 +291,14 @@ class SteeringConfig:
             "max_specs": self.max_specs,
             "max_pieces": self.max_pieces,
             "extended_clamps": self.extended_clamps,
+            "presets": self.presets,
+            "default_preset": self.default_preset,
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SteeringConfig:
+    def from_json(cls, data: JsonView) -> SteeringConfig:
         """Rebuild what `to_json` wrote."""
         modules = [ModuleInfo.from_json(module) for module in data["modules"]]
         slots = tuple(
@@ -299,12 +309,14 @@ class SteeringConfig:
             data["max_clamps"],
             slots,
             frozenset(data.get("draining", ())),
-            data.get("version", 0),
-            data.get("max_specs", DEFAULT_MAX_SPECS),
-            data.get("readout", True),
-            data.get("first_read_layer", 0),
-            data.get("max_pieces", DEFAULT_MAX_PIECES),
-            data.get("extended_clamps", True),
+            version=data.get("version", 0),
+            max_specs=data.get("max_specs", DEFAULT_MAX_SPECS),
+            readout=data.get("readout", True),
+            first_read_layer=data.get("first_read_layer", 0),
+            max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
+            extended_clamps=data.get("extended_clamps", True),
+            presets=data.get("presets", {}),
+            default_preset=data.get("default_preset"),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
@@ -30,7 +29,7 @@ class ModuleChangedError(VLLMValidationError, GracefulHTTPError):
         self.http_status = HTTPStatus.CONFLICT
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A short, printable, ASCII excerpt of any client value; never raises."""
     if value is None or type(value) in (bool, int, float, str, bytes):
         if isinstance(value, int) and value.bit_length() > 128:
@@ -48,12 +47,12 @@ def refusal(path: str, reason: str) -> VLLMValidationError:
     return VLLMValidationError(f"{path}: {reason}", parameter=path)
 
 
-def bad(path: str, value: Any, accepted: str) -> VLLMValidationError:
+def bad(path: str, value: object, accepted: str) -> VLLMValidationError:
     """An error about a value that the field at `path` does not take."""
     return refusal(path, f"found {shown(value)}, expected {accepted}")
 
 
-def key_path(path: str, key: Any) -> str:
+def key_path(path: str, key: object) -> str:
     """Path of a mapping's entry; keys that are not plain words are quoted."""
     plain = type(key) is int and key.bit_length() <= 64
     if type(key) is str and len(key) <= MAX_SHOWN and key.isascii():

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from vllm.config.steering_checks import bad, key_path, refusal
+from vllm.config.steering_json import Json
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ class Reader(Generic[T]):
         return _plain("", value, self.info, None)
 
 
-def json_schema(kind: Any) -> dict[str, Any]:
+def json_schema(kind: Any) -> Json:
     """The JSON schema of a type, with every reference written out."""
     schema = msgspec.json.schema(kind)
     definitions = schema.pop("$defs", {})
@@ -119,7 +120,7 @@ def _plain(path: str, value: Any, info: mi.Type, expected: str | None) -> Any:
     raise bad(path, value, expected or _describe(info))
 
 
-def _plain_struct(path: str, value: Any, info: mi.StructType) -> dict[str, Any]:
+def _plain_struct(path: str, value: Any, info: mi.StructType) -> Json:
     names = [field.encode_name for field in info.fields]
     if type(value) is info.cls:
         value = msgspec.structs.asdict(value)

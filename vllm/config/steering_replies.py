@@ -9,13 +9,12 @@ engine's terms; HTTP statuses and exceptions are made where they are needed.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 import msgspec
 
-METHOD = "steering_modules"
+from vllm.config.steering_json import Json
 
-Json = dict[str, Any]
+METHOD = "steering_modules"
 
 
 class Outcome(str, Enum):

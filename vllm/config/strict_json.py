@@ -8,12 +8,13 @@ import re
 from typing import Any
 
 from vllm.config.steering_checks import key_path, refusal
+from vllm.config.steering_json import Json
 
 # Finds every `-0`, and some that are inside strings.
 _NEGATIVE_ZERO = re.compile(rb"-0[\s,\]}]")
 
 
-class _Doubled(dict[str, Any]):
+class _Doubled(Json):
     """An object with a key that was given twice."""
 
     twice: str
@@ -65,7 +66,7 @@ def refuse_ambiguous_fields(data: bytes, fields: tuple[str, ...]) -> None:
             refuse_ambiguous(field, body.get(field))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> Json:
     made = dict(pairs)
     if len(made) == len(pairs):
         return made

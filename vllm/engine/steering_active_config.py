@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.config.steering import SteeringConfig, get_steering_config
-from vllm.config.steering_replies import Json
+from vllm.config.steering_json import Json
 from vllm.engine.steering_shared_config import shared_config
 
 if TYPE_CHECKING:

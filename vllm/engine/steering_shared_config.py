@@ -15,13 +15,13 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vllm.config.steering_json import Json
 from vllm.config.steering_private_directory import (
     DIRECTORY_ENV,
     open_private,
     read_private,
     write_private,
 )
-from vllm.config.steering_replies import Json
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig

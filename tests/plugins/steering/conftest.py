@@ -21,8 +21,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save("llama", tmp_path_factory.mktemp("models"))
 
 
-def write_sae(path: Path, layer: int = 1, d_model: int = models.HIDDEN) -> Path:
-    """A random ReLU SAE in SAELens form, at `blocks.{layer}.hook_resid_post`."""
+def write_sae(
+    path: Path,
+    layer: int = 1,
+    d_model: int = models.HIDDEN,
+    hook: str = "hook_resid_post",
+) -> Path:
+    """A random ReLU SAE in SAELens form, at `blocks.{layer}.{hook}`."""
     path.mkdir(parents=True)
     generator = torch.Generator().manual_seed(layer)
     save_file(
@@ -41,7 +46,7 @@ def write_sae(path: Path, layer: int = 1, d_model: int = models.HIDDEN) -> Path:
         "dtype": "float32",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"},
+        "metadata": {"hook_name": f"blocks.{layer}.{hook}"},
     }
     (path / "cfg.json").write_text(json.dumps(config))
     return path

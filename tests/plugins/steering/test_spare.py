@@ -55,8 +55,12 @@ def test_spare_slots_are_listed_once_each(vllm_config: Any) -> None:
         ([{**SITE, "width": 4, "count": 0}], "spare[0].count", "an integer in 1.."),
         ([{**SITE, "vectors": 2, "count": 2}], "spare[0].count", "only with width"),
         ([{**SITE, "layer": 3, "width": 4}], "spare[0].layer", "0..2"),
-        ([{**SITE, "hook": "mlp", "width": 4}], "spare[0].hook", "resid_post"),
-        ([{**SITE, "width": 4, "size": 1}], "spare[0]", "layer, hook, width"),
+        ([{**SITE, "hook": "mlp", "width": 4}], "spare[0].hook", "post_block"),
+        (
+            [{**SITE, "width": 4, "size": 1}],
+            "spare[0]",
+            "hook_out, skip, width",
+        ),
     ],
 )
 def test_a_bad_spare_slot_is_refused_by_its_path(

@@ -132,9 +132,8 @@ def test_another_width_is_refused(vllm_config: Any, tmp_path: Path) -> None:
 def test_a_point_has_its_own_width(vllm_config: Any, tmp_path: Path) -> None:
     heads = vllm_config.model_config.model_arch_config.total_num_attention_heads
     z = heads * vllm_config.model_config.get_head_size()
-    path = write_sae(tmp_path / "sae", d_model=z + 8)
-    site = {"path": str(path), "sites": ["blocks.1.attn.hook_z"]}
-    message = refusal(vllm_config, {"modules": {"bridge": site}})
+    path = write_sae(tmp_path / "sae", d_model=z + 8, hook="attn.hook_z")
+    message = refusal(vllm_config, {"modules": {"bridge": str(path)}})
     for part in ("attn_z.1", f"d_in {z + 8}", f"expected {z}, the width of attn_z"):
         assert part in message
 

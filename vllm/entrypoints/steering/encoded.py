@@ -14,6 +14,7 @@ from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_json import Json, JsonView
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.sampling_params import SamplingParams
 
@@ -155,7 +156,7 @@ def encode(
     sites: Mapping[str, Sequence[int]] | None = None,
     top_k: int | None = None,
     features: Sequence[int] | None = None,
-    steering: Mapping[str, Any] | None = None,
+    steering: JsonView | None = None,
     labels: Labels | None = None,
 ) -> EncodedTexts:
     """The features of every token of some texts.
@@ -177,7 +178,7 @@ def encode(
     """
     if top_k is None and features is None:
         top_k = DEFAULT_TOP_K
-    spec: dict[str, Any] = {
+    spec: Json = {
         "module_name": module,
         "sites": None if sites is None else {h: list(ls) for h, ls in sites.items()},
         "phase": "prefill",
@@ -217,8 +218,8 @@ def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
 def _read(
     llm: LLM,
     ids: Sequence[list[int]],
-    spec: dict[str, Any],
-    steering: Mapping[str, Any] | None,
+    spec: Json,
+    steering: JsonView | None,
 ) -> list[dict[str, dict[str, SAEFeatures]]]:
     """What the prompts' tokens read, by module and site."""
     params = SamplingParams(

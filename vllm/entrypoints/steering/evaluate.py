@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm.config.sae_steering_specs import FULL_KEY, READOUT_KEY
+from vllm.config.steering_json import Json
 from vllm.entrypoints.steering.encoded import Text, text_ids
 from vllm.entrypoints.steering.offline import list_modules
 from vllm.sampling_params import SamplingParams
@@ -95,7 +96,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     plain = _loss(llm, ids, None)[0]
     found = Evaluation()
     for site in info.sites:
-        where: dict[str, Any] = {site.hook.value: {str(site.layer): []}}
+        where: Json = {site.hook.value: {str(site.layer): []}}
         read = {"sites": {site.hook.value: [site.layer]}, "top_k": 1}
         specs = {
             FULL_KEY: [{"module_name": module, "clamps": where}],
@@ -134,7 +135,7 @@ def _measure(llm: LLM, verb: str, *args: Any) -> dict[str, float]:
 
 
 def _loss(
-    llm: LLM, ids: Sequence[list[int]], specs: dict[str, Any] | None
+    llm: LLM, ids: Sequence[list[int]], specs: Json | None
 ) -> tuple[float, float]:
     """(mean cross-entropy of the prompts' tokens, mean L0 of those that were read)."""
     params = SamplingParams(

@@ -12,6 +12,7 @@ import numpy as np
 
 from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.steering_json import Json
 from vllm.entrypoints.steering.encoded import (
     EncodedText,
     EncodedTexts,
@@ -91,7 +92,7 @@ class FoundFeatures:
     def __getitem__(self, at: int) -> FoundFeature:
         return self.features[at]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON types."""
         return asdict(self)
 

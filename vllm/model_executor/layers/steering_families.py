@@ -84,6 +84,8 @@ FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.qwen2_moe.Qwen2MoeDecoderLayer": PAIR,
     f"{MODELS}.qwen3.Qwen3DecoderLayer": PAIR,
     f"{MODELS}.qwen3_moe.Qwen3MoeDecoderLayer": PAIR,
+    f"{MODELS}.qwen3_vl.Qwen3VLDecoderLayer": PAIR,
+    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": PAIR,
     f"{MODELS}.gpt_oss.TransformerBlock": LayerFamily(attention=("attn",)),
     f"{MODELS}.gpt2.GPT2Block": LayerFamily(
         residual=None, mid_norm="ln_2", attention=("attn",), projection=("c_proj",)

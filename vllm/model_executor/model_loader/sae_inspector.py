@@ -17,11 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from vllm.config.steering import ModuleInfo
+from vllm.config.steering_json import Json, JsonView
 from vllm.model_executor.model_loader.sae_loader import (
     LocatedModule,
     ModuleOptions,
@@ -108,7 +108,7 @@ class ModuleInspector:
         with self._lock:
             self._stop()
 
-    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, job: JsonView) -> Json:
         prefix = f"steering module {job['name']!r} ({job['path']})"
         # Twice: something may have ended the helper since, or before, the last time.
         for _ in range(2):
@@ -121,7 +121,7 @@ class ModuleInspector:
             self._stop()
         return {"error": f"{prefix}: the inspecting process ends at once"}
 
-    def _reply(self) -> dict[str, Any]:
+    def _reply(self) -> Json:
         longest = self.limits.hashing_seconds(self.limits.module_bytes)
         line = self._line(self.limits.seconds + GRACE_SECONDS)
         if line.startswith(b'{"hashing"'):
@@ -169,7 +169,7 @@ class ModuleInspector:
 
 def _job(
     name: str, found: LocatedModule, options: ModuleOptions, limits: InspectionLimits
-) -> dict[str, Any]:
+) -> Json:
     return {
         "name": name,
         "path": found.path,

@@ -14,10 +14,11 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
+from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.layout import Location, Overrides
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
@@ -29,7 +30,7 @@ from vllm.model_executor.model_loader.sae_loader import (
     inspect_files,
 )
 
-Job = dict[str, Any]
+Job = Json
 
 
 def main(jobs: IO[bytes], replies: IO[bytes]) -> None:
@@ -68,7 +69,7 @@ def supervise(job: Job, replies: IO[bytes]) -> None:
     replies.flush()
 
 
-def as_line(reply: dict[str, Any]) -> bytes:
+def as_line(reply: Json) -> bytes:
     """One reply as one line of JSON."""
     return json.dumps(reply).encode() + b"\n"
 
@@ -95,7 +96,7 @@ def limit_resources(limits: InspectionLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def inspect_job(job: Job, limits: InspectionLimits, write_end: int) -> dict[str, Any]:
+def inspect_job(job: Job, limits: InspectionLimits, write_end: int) -> Json:
     """The module as JSON, or the one line that says why it is refused."""
     prefix = f"steering module {job['name']!r} ({job['path']})"
 

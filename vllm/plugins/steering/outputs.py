@@ -8,11 +8,13 @@ merges them as it merges tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_features import merge
-from vllm.plugins.steering.seam import BOUND, resolve, wrap
+from vllm.plugins.steering.seam import BOUND, Stock, resolve, wrap
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
 
 MODULE = "vllm.outputs"
 
@@ -29,8 +31,8 @@ def install() -> None:
     wrap(target, ("self", "next_output", "aggregate"), _make_add)
 
 
-def _make_add(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def add(self: Any, next_output: Any, aggregate: bool) -> None:
+def _make_add(stock: Stock) -> Stock:
+    def add(self: RequestOutput, next_output: RequestOutput, aggregate: bool) -> None:
         before = {output.index: output.sae_features for output in self.outputs}
         prompt = self.prompt_sae_features
         stock(self, next_output, aggregate)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
     METHOD,
-    Json,
     ModuleReply,
     Outcome,
     as_reply,

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_json import JsonView
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
@@ -53,7 +54,7 @@ def is_ours(stop_reason: object) -> bool:
     return isinstance(stop_reason, str) and stop_reason.startswith(STOP_PREFIX)
 
 
-def follow(states: Mapping[str, Any], request: EngineCoreRequest) -> None:
+def follow(states: JsonView, request: EngineCoreRequest) -> None:
     """Have the state of a new request collect what it reads, if it does."""
     params = request.sampling_params
     if params is None or not params.extra_args:
@@ -64,9 +65,7 @@ def follow(states: Mapping[str, Any], request: EngineCoreRequest) -> None:
         state.__class__ = reading_state()
 
 
-def take_payloads(
-    states: Mapping[str, Any], outputs: Sequence[EngineCoreOutput]
-) -> None:
+def take_payloads(states: JsonView, outputs: Sequence[EngineCoreOutput]) -> None:
     """Move what was read from the engine's outputs to the states of their requests."""
     for output in outputs:
         params = output.ec_transfer_params

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering_json import Json
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
     SAESlot,
@@ -118,7 +119,7 @@ class SteeringMeasureMixin:
 
     def measure_steering(
         self, verb: str, module: str = "", hook: str = "", layer: int = 0
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Run one verb; never raises.
 
         Args:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vllm.config.steering import ModuleInfo, SteeringConfig, Tier
+from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SAEWeights
@@ -67,7 +68,7 @@ class ModuleChanges:
         forward_context: where ops find a site by its name.
     """
 
-    def __init__(self, runtime: SteeringRuntime, forward_context: dict[str, Any]):
+    def __init__(self, runtime: SteeringRuntime, forward_context: Json):
         self.runtime = runtime
         self.forward_context = forward_context
         self.staged: StagedModule | None = None
@@ -151,7 +152,7 @@ class ModuleChanges:
             self._bind(change.old, change.old_scales)
         self._synchronize()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """Rows in use per tier, steered tokens per tier and phase, and bytes held."""
         counts = self.runtime.steered_tokens
         return {
@@ -242,8 +243,8 @@ class SteeringWorkerMixin:
     steering_module_changes: ModuleChanges | None = None
 
     def change_steering_modules(
-        self, verb: str, config: dict[str, Any] | None = None, name: str = ""
-    ) -> dict[str, Any]:
+        self, verb: str, config: Json | None = None, name: str = ""
+    ) -> Json:
         """Run one verb of `ModuleChanges`; never raises.
 
         Args:

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.main import main
+from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe import WINDOW, windows
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODEL, SAE = str(EXAMPLE / "model"), str(EXAMPLE / "sae")
@@ -84,6 +86,16 @@ def test_the_demo_fits_as_hugging_face_and_its_readme_say(
     # The same SAE at other layers, which it was not trained on.
     assert set(site["nearby"]) == {"post_block.0", "post_block.2", "post_block.3"}
     assert min(site["nearby"].values()) > 3 * site["fit"]["fvu"]
+
+
+def test_measuring_elsewhere_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with at_asked_site(SAE, ["resid_post.3"]) as (path, sites):
+        (moved,) = inspect_module("moved", path, sites=sites).sites
+    assert moved.name == "post_block.3"
+    said = capsys.readouterr().err
+    assert "the files say post_block.1; measured at post_block.3" in said
+    with at_asked_site(SAE, ["post_block.1"]) as place:
+        assert place == (SAE, ["post_block.1"])
 
 
 @pytest.mark.engine

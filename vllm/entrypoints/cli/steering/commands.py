@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
+from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -25,6 +25,11 @@ from vllm.model_executor.model_loader.sae_loader import (
     save_native,
 )
 
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 SiteName = tuple[int, HookPoint | str]
 
 
@@ -35,12 +40,22 @@ def describe_folds(layout: SAELayout) -> list[str]:
         folds.append("gate into threshold and W_enc")
     if layout.subtract_b_dec:
         folds.append("input bias into b_enc")
-    scales = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    for name in scales:
-        if (scale := getattr(layout, f"{name}_scale")) != 1:
+    scales = {
+        "W_enc": layout.W_enc_scale,
+        "b_enc": layout.b_enc_scale,
+        "W_dec": layout.W_dec_scale,
+        "b_dec": layout.b_dec_scale,
+        "threshold": layout.threshold_scale,
+    }
+    for name, scale in scales.items():
+        if scale != 1:
             folds.append(f"{name} x {scale:.6g}")
     if layout.unit_decoder_rows:
         folds.append("decoder norms into W_enc and b_enc")
+    if layout.centre_input:
+        folds.append("mean of the input into W_enc")
+    if layout.site.before_gain:
+        folds.append("gain of the norm before the MLP into W_enc (in the worker)")
     if layout.threshold_is_log:
         folds.append("exp(threshold)")
     return folds
@@ -51,7 +66,7 @@ def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
     return 4 * site.d_in if kind == "vectors" else sae_bytes(site, itemsize)
 
 
-def report(module: ModuleInfo, layout: ModuleLayout) -> dict[str, Any]:
+def report(module: ModuleInfo, layout: ModuleLayout) -> Json:
     """All that `inspect` shows, as JSON types."""
     data = module.to_json()
     data["model"] = layout.model
@@ -98,13 +113,16 @@ def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
             f"{shown['name']:15}d_in {shown['d_in']}, d_sae {shown['d_sae']}, "
             f"{activation}, {size:.1f} MiB in 16 bit"
         )
+        if shown["hook_out"] is not None:
+            skip = " with W_skip" if shown["has_skip"] else ""
+            print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")
         for fold in shown["folds"]:
             print(f"{'':15}folds {fold}")
         for name, value in shown["declared"].items():
             print(f"{'':15}declared {name} {value:g}")
 
 
-class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
+class LoadedSites(Mapping[SiteName, JsonView]):
     """The sites of a module, each loaded when it is asked for."""
 
     def __init__(self, module: ModuleInfo, layout: ModuleLayout, dtype: torch.dtype):
@@ -121,12 +139,12 @@ class _LoadedSites(Mapping[SiteName, Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self._sites)
 
-    def __getitem__(self, key: SiteName) -> Mapping[str, Any]:
+    def __getitem__(self, key: SiteName) -> JsonView:
         site = self._sites[key]
         cpu = torch.device("cpu")
         weights = SAEWeights.for_site(site, self._dtype, cpu)
         load_site(self._module, site, weights)
-        content: dict[str, Any] = {
+        content: Json = {
             "W_enc": weights.W_enc,
             "b_enc": weights.b_enc,
             "W_dec": weights.W_dec,
@@ -162,7 +180,7 @@ def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> Non
     layout = read_layout("module", path, sites)
     save_native(
         target,
-        _LoadedSites(module, layout, getattr(torch, dtype)),
+        LoadedSites(module, layout, DTYPES[dtype]),
         reference_norm=module.reference_norm,
         skip_token_ids=module.skip_token_ids,
         norm_guard=module.norm_guard,

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import parse_site
+from vllm.config.steering_json import Json
 from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
 from vllm.entrypoints.steering.evaluate import evaluate
 from vllm.entrypoints.steering.finder import FoundFeatures, find_features
@@ -57,7 +58,7 @@ def features(
         if parsed is None:
             raise ValueError(f"--site: found {site!r}, expected HOOK.LAYER")
         chosen = (parsed[1].value, parsed[0])
-    options: dict[str, Any] = {"dtype": dtype}
+    options: Json = {"dtype": dtype}
     if site is not None:
         options["sites"] = [site]
     with probing_engine(path, model, options) as llm:

@@ -50,7 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
             action="append",
             metavar="HOOK.LAYER",
             help="Name the site of a module that does not say its own, or select "
-            "one of several; for example post_block.20. May be repeated.",
+            "one of several; for example post_block.20. May be repeated. A probe may "
+            "name another site than the files do.",
         )
     _add_probe_arguments(probe)
     _add_features_arguments(features)

@@ -9,44 +9,38 @@ computed by the reference from the weights that the engine holds.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vllm.config.steering import (
     Activation,
-    ModuleInfo,
     SiteInfo,
     get_steering_config,
     site_name,
 )
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
-from vllm.model_executor.layers.steering import (
-    SAESlot,
-    SiteKey,
-    SteeringSite,
-    StepState,
-    VectorSlot,
+from vllm.entrypoints.cli.steering.moved import at_asked_site
+from vllm.entrypoints.cli.steering.probe_engine import (
+    MODULE,
+    WINDOW,
+    Recorded,
+    around,
+    install_recorders,
+    key_of,
+    probing_engine,
+    record,
 )
-from vllm.model_executor.layers.steering_attach import attach_site
-from vllm.model_executor.layers.steering_families import (
-    find_decoder_layers,
-    missing_point,
+from vllm.model_executor.layers.steering import (
+    SAEWeights,
+    SiteKey,
 )
 from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout
-
-MODULE = "probed"
-# Tokens of a prompt; long enough for context, short enough for any model.
-WINDOW = 256
-KV_CACHE_BYTES = 1 << 28
 
 DEFAULT_TEXT = """\
 The river had risen in the night, and by morning the lower road was gone. Martha stood
@@ -74,74 +68,6 @@ men, a tractor and a letter of apology in three languages. Martha found a shoe, 
 garden chair and, in the top of the willow, somebody's kite. She hung it on the wall of
 the barn, wrote the date beneath it in chalk, and went to see about the fence.
 """
-
-
-class _Recorder:
-    """A site's backend that keeps what an encoder reads, and what its decoder is to
-    match, and edits nothing."""
-
-    def __init__(self) -> None:
-        self.read: list[torch.Tensor] = []
-        self.written: list[torch.Tensor] = []
-
-    def write_flags(self, token_ids: torch.Tensor) -> None:
-        """Plain requests have no use for the bypass flags."""
-
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        self._record(hidden, residual, source)
-
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        """Sees what `full_reconstruction` sees."""
-
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        self._record(hidden, residual)
-
-    def read_features(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        """Nobody reads features of a probe."""
-
-    def _record(
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        written = hidden.clone() if residual is None else hidden + residual
-        self.written.append(written)
-        self.read.append(written if source is None else source.clone())
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What was seen at a site: `read [T, d_in]`, and `written [T, d_out]` (for an SAE
-    the same)."""
-
-    read: torch.Tensor
-    written: torch.Tensor
-
-    def at(self, tokens: torch.Tensor) -> Recorded:
-        """Of some tokens only; `tokens` is a mask or indices."""
-        tokens = tokens.to(self.read.device)
-        return Recorded(self.read[tokens], self.written[tokens])
 
 
 @dataclass(frozen=True)
@@ -185,127 +111,6 @@ def windows(ids: Sequence[int], bos: int | None, max_tokens: int) -> list[list[i
     return [prefix + body[at : at + step] for at in range(0, len(body), step)]
 
 
-@contextmanager
-def probing_engine(path: str, model: str, options: Mapping[str, Any]) -> Iterator[Any]:
-    """An eager engine in this process, with the module loaded and nothing cached.
-
-    Args:
-        options: of the module in `additional_config.steering.modules`, and `dtype`.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    sites = options.get("sites")
-    form = {"path": path} if sites is None else {"path": path, "sites": list(sites)}
-    llm = LLM(
-        model,
-        dtype=options.get("dtype", "auto"),
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_model_len=WINDOW,
-        max_num_seqs=1,
-        max_num_batched_tokens=WINDOW,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        additional_config={"steering": {"modules": {MODULE: form}}},
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
-
-
-def _worker_state(llm: Any) -> tuple[dict[str, Any], torch.nn.Module]:
-    """The forward context's modules by name, and the model, of the one worker."""
-    # The callable runs in this process, where the worker is.
-    (state,) = llm.collective_rpc(
-        lambda worker: (
-            worker.vllm_config.compilation_config.static_forward_context,
-            worker.get_model(),
-        )
-    )
-    return state
-
-
-def install_recorders(
-    llm: Any, module: ModuleInfo
-) -> tuple[dict[SiteKey, _Recorder], dict[SiteKey, Any]]:
-    """Have the module's sites, and the points around them, record the stream.
-
-    Returns:
-        A recorder per point, and the weights (`SAEWeights`) of the module's sites.
-    """
-    context, model = _worker_state(llm)
-    layers = find_decoder_layers(model)
-    recorders: dict[SiteKey, _Recorder] = {}
-    weights: dict[SiteKey, Any] = {}
-    for info in module.sites:
-        key = key_of(info)
-        site = context[key.name]
-        recorders[key] = site.backend = _Recorder()
-        weights[key] = site.saes[0].weights
-    device = weights[next(iter(weights))].W_enc.device
-    neighbours = [(key, info.d_in) for info in module.sites for key in around(info)]
-    for key, width in neighbours:
-        if key in recorders or key.layer not in layers:
-            continue
-        if missing_point(layers[key.layer], key.hook):
-            continue
-        slot = VectorSlot(1, width, 1, 1, device)
-        recorders[key] = _Recorder()
-        step = StepState(1, device)
-        site = SteeringSite(key, [], slot, step, recorders[key])
-        context[key.name] = site
-        attach_site(layers[key.layer], site)
-    return recorders, weights
-
-
-def key_of(info: SiteInfo) -> SiteKey:
-    """The site of a running engine that holds a module's site."""
-    return SiteKey(info.layer, info.hook, info.hook_out)
-
-
-def around(site: SiteInfo) -> list[SiteKey]:
-    """The same point of up to two layers before and after a site; of a transcoder's
-    site, none."""
-    if site.is_transcoder:
-        return []
-    return [
-        SiteKey(site.layer + step, site.hook)
-        for step in (-2, -1, 1, 2)
-        if site.layer + step >= 0
-    ]
-
-
-def record(
-    llm: Any, recorders: Mapping[SiteKey, _Recorder], prompts: Sequence[list[int]]
-) -> dict[SiteKey, Recorded]:
-    """What every site saw of all prompts' tokens, in order."""
-    from vllm import SamplingParams
-
-    kept: dict[SiteKey, list[Recorded]] = {key: [] for key in recorders}
-    sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-    for prompt in prompts:
-        for recorder in recorders.values():
-            recorder.read.clear()
-            recorder.written.clear()
-        llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-        for key, recorder in recorders.items():
-            # The prompt's tokens come first; the rest is padding.
-            seen = Recorded(torch.cat(recorder.read), torch.cat(recorder.written))
-            kept[key].append(seen.at(torch.arange(len(prompt))))
-    return {
-        key: Recorded(
-            torch.cat([part.read for part in parts]),
-            torch.cat([part.written for part in parts]),
-        )
-        for key, parts in kept.items()
-    }
-
-
 def check_model_path(model: str) -> None:
     """Raise `ValueError` for a path that is no model, before vLLM takes it for a name.
 
@@ -339,7 +144,8 @@ def probe_module(
     """Run `model` on `text` and measure the SAE at `path` at each of its sites.
 
     Args:
-        path, sites: as for `inspect_module`.
+        path, sites: as for `inspect_module`; an SAE of one site may be measured at
+            another one than its files say.
         model: a name or directory, as for vLLM.
         text: what the model reads; nothing is generated.
         max_tokens: of the text, at most.
@@ -350,6 +156,18 @@ def probe_module(
             no token that the module does not leave untouched.
     """
     check_model_path(model)
+    with at_asked_site(path, sites) as (place, asked):
+        return _probe(place, model, text, max_tokens, asked, dtype)
+
+
+def _probe(
+    path: str,
+    model: str,
+    text: str,
+    max_tokens: int,
+    sites: Sequence[str] | None,
+    dtype: str,
+) -> list[ProbedSite]:
     if inspect_module(MODULE, path, sites=sites).kind != "sae":
         raise ValueError(f"{path}: expected an SAE, found steering vectors")
     claims = read_layout(MODULE, path, sites).declared
@@ -382,7 +200,7 @@ def probe_module(
 
 def _probe_site(
     info: SiteInfo,
-    weights: Mapping[SiteKey, Any],
+    weights: Mapping[SiteKey, SAEWeights],
     streams: Mapping[SiteKey, Recorded],
     read: torch.Tensor,
     declared: Mapping[str, float],

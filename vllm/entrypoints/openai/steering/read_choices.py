@@ -15,6 +15,8 @@ from vllm.config.sae_features import ReadFeatures, features_json, merge
 from vllm.config.sae_steering_specs import READOUT_KEY
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from vllm.outputs import RequestOutput
 
 FEATURES = "sae_features"
@@ -23,13 +25,14 @@ _DATA = "data: {"
 _TEXT_DELTAS = ("response.output_text.delta", "response.reasoning_text.delta")
 
 
-def asks_to_read(request: Any) -> bool:
+def asks_to_read(request: BaseModel) -> bool:
     """Whether a request of an OpenAI route reads features."""
-    xargs = getattr(request, "vllm_xargs", None) or {}
-    return bool(getattr(request, READOUT_KEY, None) or xargs.get(READOUT_KEY))
+    fields = dict(request)
+    xargs = fields.get("vllm_xargs") or {}
+    return bool(fields.get(READOUT_KEY) or xargs.get(READOUT_KEY))
 
 
-def put(target: Any, features: ReadFeatures, prompt: ReadFeatures | None) -> None:
+def put(target: object, features: ReadFeatures, prompt: ReadFeatures | None) -> None:
     """Add what was read to a choice, an event or a response."""
     setattr(target, FEATURES, features_json(features))
     if prompt is not None:
@@ -94,7 +97,7 @@ class StreamedChoices:
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def fill_choices(choices: Iterable[Any], results: Iterable[RequestOutput]) -> None:
+def fill_choices(choices: Iterable[object], results: Iterable[RequestOutput]) -> None:
     """Add what was read to the choices of a whole answer.
 
     Args:
@@ -144,6 +147,6 @@ class ResponseReading:
                 self.fresh = {}
             yield event
 
-    def finish(self, response: Any) -> None:
+    def finish(self, response: object) -> None:
         """Add all that was read to the response."""
         put(response, self.features, self.prompt)

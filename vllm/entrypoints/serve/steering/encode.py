@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -14,6 +14,7 @@ import msgspec
 from vllm.config.sae_features import features_json
 from vllm.config.sae_readout_specs import Features, Layers, TopK
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
@@ -31,7 +32,7 @@ Texts = Annotated[
     expects(f"1 to {MAX_TEXTS} texts", min_length=1, max_length=MAX_TEXTS),
 ]
 Messages = Annotated[
-    list[dict[str, Any]],
+    list[Json],
     expects("null or a list of chat messages", min_length=1, max_length=1024),
 ]
 
@@ -48,7 +49,7 @@ class EncodeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None = None
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         """The readout spec of the request."""
         top_k = self.top_k
         if top_k is None and self.features is None:
@@ -104,7 +105,7 @@ class EncodeService:
 
     engine: GeneratingEngine
 
-    async def encode(self, request: EncodeRequest) -> dict[str, Any]:
+    async def encode(self, request: EncodeRequest) -> Json:
         """The answer's body.
 
         Raises:
@@ -135,7 +136,7 @@ class EncodeService:
             "usage": {"prompt_tokens": total, "total_tokens": total},
         }
 
-    async def _read(self, ids: Sequence[int], spec: Mapping[str, Any]) -> Any:
+    async def _read(self, ids: Sequence[int], spec: JsonView) -> Any:
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
@@ -177,7 +178,7 @@ def _prompts(request: EncodeRequest, tokenizer: Any) -> list[list[int]]:
 
 def _entry(
     index: int, ids: list[int], output: Any, module: str, tokenizer: Any
-) -> dict[str, Any]:
+) -> Json:
     found = features_json(output.prompt_sae_features or {})
     return {
         "index": index,

@@ -14,16 +14,14 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
+from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.access import RequestRefused
 
 FILE = "evidence.json"
 MAX_BYTES = 32 << 20
 MAX_INDICES = 256
 LISTS = ("max", "p50", "frequency")
-
-Json = dict[str, Any]
 
 
 def of_features(module_path: str, indices: list[int]) -> Json:

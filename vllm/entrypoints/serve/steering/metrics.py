@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, Counter, Gauge
 
-from vllm.config.steering_replies import Json
+from vllm.config.steering_json import Json
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:

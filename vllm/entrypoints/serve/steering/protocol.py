@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from vllm.config.steering import FeatureUnits
 from vllm.config.steering_checks import shown
+from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
@@ -64,7 +65,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain: bool = False
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         """The options that are given, by the names that they have at start-up."""
         given = msgspec.structs.asdict(self)
         return {

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vllm.config.steering import Tier
+from vllm.config.steering_json import Json
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
 
 from .workspace import StageBuffers, SteeringWorkspace
@@ -25,7 +25,7 @@ def device_facts(device: torch.device) -> tuple[int, bool, bool]:
     return properties.multi_processor_count, hopper, hopper
 
 
-def pdl_options(device: torch.device) -> dict[str, Any]:
+def pdl_options(device: torch.device) -> Json:
     """Launch options that let a kernel's prologue overlap its predecessor's end."""
     on = device_facts(device)[2]
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllm.config.steering import (
     HookPoint,
@@ -21,6 +20,7 @@ from vllm.config.steering import (
     SiteInfo,
     site_name,
 )
+from vllm.config.steering_json import Json, JsonView
 
 MAX_CONFIG_BYTES = 4 << 20
 # A module has a subdirectory a site; a directory of more entries is something else.
@@ -214,7 +214,7 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON object from a small file; anything else is a `LayoutError`."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -241,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class Fields:
     """Typed reads from a parsed configuration, with the field's path in every error."""
 
-    def __init__(self, data: Mapping[str, Any], where: str):
+    def __init__(self, data: JsonView, where: str):
         self.data = data
         self.where = where
 

@@ -13,9 +13,9 @@ Source: arXiv:2410.20526, https://github.com/OpenMOSS/Language-Model-SAEs
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from vllm.config.steering import Activation
+from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
@@ -78,7 +78,7 @@ def read(location: Location) -> ModuleLayout:
     return ModuleLayout(kind="sae", sites=(layout,))
 
 
-def _activation(config: Fields) -> tuple[Activation, int | None, dict[str, Any]]:
+def _activation(config: Fields) -> tuple[Activation, int | None, Json]:
     function = config.text("act_fn") or "jumprelu"
     if function == "relu":
         return Activation.RELU, None, {}
@@ -92,7 +92,7 @@ def _activation(config: Fields) -> tuple[Activation, int | None, dict[str, Any]]
     return Activation.JUMPRELU, None, {"threshold": threshold}
 
 
-def _scales(config: Fields, d_model: int) -> dict[str, Any]:
+def _scales(config: Fields, d_model: int) -> Json:
     kind = config.text("norm_activation") or "dataset-wise"
     if kind in ("none", "inference"):
         return {}

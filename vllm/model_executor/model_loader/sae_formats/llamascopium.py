@@ -13,9 +13,9 @@ Source: https://github.com/OpenMOSS/Language-Model-SAEs
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from vllm.config.steering import Activation
+from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
     need_k,
@@ -98,7 +98,7 @@ def _layout(
 
 def _activation(
     config: Fields, tensors: TensorFile, d_sae: int
-) -> tuple[Activation, int | None, dict[str, Any]]:
+) -> tuple[Activation, int | None, Json]:
     function = config.text("act_fn") or "relu"
     if function == "relu":
         return Activation.RELU, None, {}
@@ -113,7 +113,7 @@ def _activation(
     raise LayoutError(f"{WEIGHTS}: {_THRESHOLDS[0]}: expected a tensor, found none")
 
 
-def _log_threshold(name: str) -> dict[str, Any]:
+def _log_threshold(name: str) -> Json:
     return {"threshold": name, "threshold_is_log": True}
 
 

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from vllm.config.steering import (
     SiteInfo,
     site_name,
 )
+from vllm.config.steering_json import Json, JsonView
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -177,9 +177,23 @@ def _read_hook(fields: Fields, key: str) -> HookPoint | None:
     return HOOK_ALIASES[name]
 
 
+def _activation_of(name: str, content: JsonView, has_threshold: bool) -> Activation:
+    """What a site's content says, or what its tensors imply."""
+    given = content.get("activation")
+    if given is None:
+        return Activation.JUMPRELU if has_threshold else Activation.RELU
+    activation = Activation(given)
+    if has_threshold != (activation is Activation.JUMPRELU):
+        raise ValueError(
+            f"{name}: threshold: expected with jumprelu and nothing else, found "
+            f"activation {activation.value}"
+        )
+    return activation
+
+
 def save_native(
     path: str | Path,
-    sites: Mapping[tuple[int, HookPoint | str], Mapping[str, Any]],
+    sites: Mapping[tuple[int, HookPoint | str], JsonView],
     *,
     reference_norm: float | None = None,
     skip_token_ids: Sequence[int] | None = None,
@@ -208,7 +222,7 @@ def save_native(
     root.mkdir(parents=True, exist_ok=True)
     entries = []
     for (layer, hook), content in sites.items():
-        point = HOOK_ALIASES[str(getattr(hook, "value", hook))]
+        point = hook if isinstance(hook, HookPoint) else HOOK_ALIASES[hook]
         name = site_name(point, layer)
         tensors = {
             key: content[key].detach().cpu().contiguous()
@@ -216,21 +230,14 @@ def save_native(
             if content.get(key) is not None
         }
         _check_shapes(name, tensors)
-        activation = content.get("activation")
-        if activation is None:
-            activation = "jumprelu" if "threshold" in tensors else "relu"
-        if ("threshold" in tensors) != (activation == Activation.JUMPRELU):
-            raise ValueError(
-                f"{name}: threshold: expected with jumprelu and nothing else, found "
-                f"activation {Activation(activation).value}"
-            )
+        activation = _activation_of(name, content, "threshold" in tensors)
         F, D = tensors["W_enc"].shape
-        entry: dict[str, Any] = {
+        entry: Json = {
             "layer": layer,
             "hook": point.value,
             "d_model": D,
             "d_sae": F,
-            "activation": Activation(activation).value,
+            "activation": activation.value,
             "file": f"{name}.safetensors",
             "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
         }
@@ -248,7 +255,7 @@ def save_native(
             tensors["W_dec"] = tensors["W_dec"].clone()
         save_file(tensors, root / entry["file"])
         entries.append(entry)
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sites": entries}
+    manifest: Json = {"format": FORMAT, "version": VERSION, "sites": entries}
     optional = {
         "reference_norm": reference_norm,
         "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),

@@ -11,11 +11,11 @@ Source: https://github.com/decoderesearch/SAELens (sae_lens/saes).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vllm.config.steering import Activation, HookPoint
+from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
     need_k,
@@ -242,9 +242,7 @@ def _input_scale(cfg: Fields, metadata: Fields, location: Location) -> float:
     )
 
 
-def _encoder(
-    architecture: str, cfg: Fields, tensors: TensorFile, scale: float
-) -> dict[str, Any]:
+def _encoder(architecture: str, cfg: Fields, tensors: TensorFile, scale: float) -> Json:
     """The fields of the layout that differ between architectures."""
     rescale = cfg.boolean("rescale_acts_by_decoder_norm", False)
     if architecture == "gated":

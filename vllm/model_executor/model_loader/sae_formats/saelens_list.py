@@ -14,8 +14,8 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError, Overrides
 
 PREFIX = "saelens:"
@@ -38,7 +38,7 @@ class ListedSAE:
 
 
 @functools.cache
-def releases() -> dict[str, dict[str, Any]]:
+def releases() -> dict[str, Json]:
     """The table, by the release's name."""
     return json.loads(TABLE.read_text())
 
@@ -66,7 +66,7 @@ def find(release: str, sae_id: str) -> ListedSAE:
     return ListedSAE(row["repo"], path, row["model"], row["loader"], overrides)
 
 
-def _path_of(row: dict[str, Any], sae_id: str) -> str | None:
+def _path_of(row: Json, sae_id: str) -> str | None:
     if (path := row.get("listed", {}).get(sae_id)) is not None:
         return path
     for pattern, template in row.get("rules", ()):
@@ -76,19 +76,19 @@ def _path_of(row: dict[str, Any], sae_id: str) -> str | None:
     return None
 
 
-def _examples(row: dict[str, Any]) -> list[str]:
+def _examples(row: Json) -> list[str]:
     patterns = [pattern.replace("{}", "N") for pattern, _ in row.get("rules", ())]
     return (patterns + list(row.get("listed", ())))[:4]
 
 
-def _overrides(row: dict[str, Any], path: str) -> Overrides:
+def _overrides(row: Json, path: str) -> Overrides:
     return Overrides(
         row.get("normalize"), row.get("scales", {}).get(path), bool(row.get("centred"))
     )
 
 
 @functools.cache
-def _rows_with_overrides() -> dict[str, dict[str, Any]]:
+def _rows_with_overrides() -> dict[str, Json]:
     """Rows that say more than the files do, by the repository's own name."""
     keys = ("normalize", "centred", "scales")
     return {

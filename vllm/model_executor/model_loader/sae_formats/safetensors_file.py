@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
+from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FLOAT_DTYPES,
@@ -94,7 +95,7 @@ def _sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
     )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[Json, int]:
     """The header, and the offset where the data begins."""
     with path.open("rb") as stream:
         prefix = stream.read(8)

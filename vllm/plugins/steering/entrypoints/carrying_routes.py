@@ -11,10 +11,13 @@ classes; so does the batch runner.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm.plugins.steering.seam import BOUND, resolve, wrap
+from vllm.plugins.steering.seam import BOUND, Stock, resolve, wrap
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 
 COMPLETION = "vllm.entrypoints.openai.completion.protocol"
 CHAT = "vllm.entrypoints.openai.chat_completion.protocol"
@@ -62,10 +65,10 @@ def _refuse_beams(model: str) -> None:
     wrap(f"{model}.to_beam_search_params", _MAX_TOKENS, _make_to_beam_search_params)
 
 
-def _make_to_sampling_params(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make_to_sampling_params(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.request_fields import carry_specs
 
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def to_sampling_params(self: BaseModel, *args: object, **kwargs: object) -> object:
         params = stock(self, *args, **kwargs)
         carry_specs(self, params)
         return params
@@ -73,10 +76,12 @@ def _make_to_sampling_params(stock: Callable[..., Any]) -> Callable[..., Any]:
     return to_sampling_params
 
 
-def _make_to_beam_search_params(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make_to_beam_search_params(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.request_fields import refuse_beam_search
 
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def to_beam_search_params(
+        self: BaseModel, *args: object, **kwargs: object
+    ) -> object:
         refuse_beam_search(self)
         return stock(self, *args, **kwargs)
 

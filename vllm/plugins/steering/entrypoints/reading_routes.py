@@ -9,9 +9,18 @@ inside, so here a stream that reads is annotated from outside; any other is stoc
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllm.plugins.steering.seam import Stock, declare, wrap
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.context import ConversationContext
+    from vllm.entrypoints.openai.steering.read_choices import ResponseReading
+    from vllm.outputs import RequestOutput
+
+    OpenAIRequest: TypeAlias = CompletionRequest | ChatCompletionRequest
 
 _OPENAI = "vllm.entrypoints.openai"
 COMPLETION = f"{_OPENAI}.completion.serving"
@@ -57,12 +66,12 @@ def _completion_stream(stock: Stock) -> Stock:
     )
 
     def completion_stream_generator(
-        self: Any,
-        request: Any,
-        engine_inputs: Any,
-        result_generator: AsyncIterator[Any],
-        *args: Any,
-        **kwargs: Any,
+        self: object,
+        request: OpenAIRequest,
+        engine_inputs: object,
+        result_generator: AsyncIterator[RequestOutput],
+        *args: object,
+        **kwargs: object,
     ) -> AsyncIterator[str]:
         if not asks_to_read(request):
             return stock(
@@ -83,8 +92,12 @@ def _completion_response(stock: Stock) -> Stock:
     )
 
     def request_output_to_completion_response(
-        self: Any, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self: object,
+        final_res_batch: list,
+        request: OpenAIRequest,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         response = stock(self, final_res_batch, request, *args, **kwargs)
         if asks_to_read(request):
             fill_choices(response.choices, final_res_batch)
@@ -119,11 +132,11 @@ def _chat_stream(stock: Stock) -> Stock:
     )
 
     def chat_completion_stream_generator(
-        self: Any,
-        request: Any,
-        result_generator: AsyncIterator[Any],
-        *args: Any,
-        **kwargs: Any,
+        self: object,
+        request: OpenAIRequest,
+        result_generator: AsyncIterator[RequestOutput],
+        *args: object,
+        **kwargs: object,
     ) -> AsyncIterator[str]:
         if not asks_to_read(request):
             return stock(self, request, result_generator, *args, **kwargs)
@@ -140,20 +153,21 @@ def _chat_full(stock: Stock) -> Stock:
         asks_to_read,
         fill_choices,
     )
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     async def chat_completion_full_generator(
-        self: Any,
-        request: Any,
-        result_generator: AsyncIterator[Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        self: object,
+        request: OpenAIRequest,
+        result_generator: AsyncIterator[RequestOutput],
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         if not asks_to_read(request):
             return await stock(self, request, result_generator, *args, **kwargs)
         last = LastResult()
         results = last.watch(result_generator)
         response = await stock(self, request, results, *args, **kwargs)
-        if last.result is not None and hasattr(response, "choices"):
+        if last.result is not None and not isinstance(response, ErrorResponse):
             fill_choices(response.choices, [last.result])
         return response
 
@@ -178,17 +192,22 @@ def _chat_batch(stock: Stock) -> Stock:
         asks_to_read,
         fill_choices,
     )
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     async def chat_completion_full_generator_batch(
-        self: Any, request: Any, generators: list[Any], *args: Any, **kwargs: Any
-    ) -> Any:
+        self: object,
+        request: OpenAIRequest,
+        generators: list,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         if not asks_to_read(request):
             return await stock(self, request, generators, *args, **kwargs)
         lasts = [LastResult() for _ in generators]
         watched = [last.watch(one) for last, one in zip(lasts, generators, strict=True)]
         response = await stock(self, request, watched, *args, **kwargs)
         results = [last.result for last in lasts if last.result is not None]
-        if len(results) == len(lasts) and hasattr(response, "choices"):
+        if len(results) == len(lasts) and not isinstance(response, ErrorResponse):
             fill_choices(response.choices, results)
         return response
 
@@ -202,7 +221,7 @@ def install_responses() -> None:
     wrap(f"{owner}.responses_stream_generator", _RESPONSES_STREAM, _responses_stream)
 
 
-def _reading_of(context: Any) -> Any:
+def _reading_of(context: ConversationContext) -> ResponseReading:
     """The `ResponseReading` of a conversation."""
     from vllm.entrypoints.openai.steering.read_choices import ResponseReading
 
@@ -213,20 +232,21 @@ def _reading_of(context: Any) -> Any:
 
 def _responses_full(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     async def responses_full_generator(
-        self: Any,
-        request: Any,
-        sampling_params: Any,
-        result_generator: Any,
-        context: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        self: object,
+        request: OpenAIRequest,
+        sampling_params: object,
+        result_generator: object,
+        context: ConversationContext,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         response = await stock(
             self, request, sampling_params, result_generator, context, *args, **kwargs
         )
-        if asks_to_read(request) and hasattr(response, "output"):
+        if asks_to_read(request) and not isinstance(response, ErrorResponse):
             _reading_of(context).finish(response)
         return response
 
@@ -237,14 +257,14 @@ def _responses_stream(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.read_choices import asks_to_read
 
     def responses_stream_generator(
-        self: Any,
-        request: Any,
-        sampling_params: Any,
-        result_generator: Any,
-        context: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> AsyncIterator[Any]:
+        self: object,
+        request: OpenAIRequest,
+        sampling_params: object,
+        result_generator: object,
+        context: ConversationContext,
+        *args: object,
+        **kwargs: object,
+    ) -> AsyncIterator[RequestOutput]:
         events = stock(
             self, request, sampling_params, result_generator, context, *args, **kwargs
         )
@@ -263,7 +283,7 @@ def install_context() -> None:
 
 
 def _append_output(stock: Stock) -> Stock:
-    def append_output(self: Any, output: Any) -> None:
+    def append_output(self: ConversationContext, output: RequestOutput) -> None:
         stock(self, output)
         if output.outputs and output.outputs[0].sae_features is not None:
             _reading_of(self).take(output)

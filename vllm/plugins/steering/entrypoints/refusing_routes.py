@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator
 
-from vllm.plugins.steering.seam import BOUND, resolve, wrap
+from vllm.plugins.steering.seam import BOUND, Stock, resolve, wrap
 
 _HINT = "use /v1/completions, /v1/chat/completions or /v1/responses"
 _SPEECH = "vllm.entrypoints.speech_to_text"
@@ -171,10 +171,10 @@ def install_realtime() -> None:
     )
 
 
-def _make_handle_event(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make_handle_event(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.request_fields import refuse_event_fields
 
-    async def handle_event(self: Any, event: Any) -> None:
+    async def handle_event(self: object, event: object) -> None:
         refuse_event_fields(event)
         await stock(self, event)
 

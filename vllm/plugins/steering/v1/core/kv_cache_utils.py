@@ -9,11 +9,14 @@ KV events want it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import admitted_schedule
-from vllm.plugins.steering.seam import BOUND, SeamError, resolve, wrap
+from vllm.plugins.steering.seam import BOUND, SeamError, Stock, resolve, wrap
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 MODULE = "vllm.v1.core.kv_cache_utils"
 TARGET = f"{MODULE}:generate_block_hash_extra_keys"
@@ -65,7 +68,7 @@ def install() -> None:
         )
 
 
-def holders(function: Callable[..., Any]) -> list[str]:
+def holders(function: Stock) -> list[str]:
     """Names of the loaded vLLM modules that hold `function` as a global."""
     return [
         name
@@ -75,10 +78,10 @@ def holders(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def _make_extra_keys(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make_extra_keys(stock: Stock) -> Stock:
     def generate_block_hash_extra_keys(
-        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
-    ) -> tuple[tuple[Any, ...] | None, int]:
+        request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[object, ...] | None, int]:
         keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
         params = request.sampling_params
         if params is None or not params.extra_args:

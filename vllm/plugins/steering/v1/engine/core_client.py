@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.config.steering_replies import METHOD, Json, as_reply
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import METHOD, as_reply
 from vllm.engine.steering_active_config import take_over
 from vllm.plugins.steering.seam import Stock, wrap
 from vllm.v1.engine.steering_ranks import call_registries

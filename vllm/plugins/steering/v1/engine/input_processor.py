@@ -8,8 +8,7 @@ the sampling parameters. The caller's object is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import (
     canonical_extra_args,
@@ -19,9 +18,12 @@ from vllm.config.sae_steering_admission import (
 )
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.engine.steering_active_config import active_steering_config
-from vllm.plugins.steering.seam import wrap
+from vllm.plugins.steering.seam import Stock, wrap
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.input_processor import InputProcessor
 
 MODULE = "vllm.v1.engine.input_processor"
 PROCESS_INPUTS = (
@@ -54,14 +56,15 @@ def install() -> None:
     )
 
 
-def _make_validate_params(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+def _make_validate_params(stock: Stock) -> Stock:
+    def _validate_params(
+        self: InputProcessor, params: object, supported_tasks: object
+    ) -> object:
         watermarking = stock(self, params, supported_tasks)
-        if isinstance(params, SamplingParams) and params.extra_args:
+        if isinstance(params, SamplingParams):
             refuse_reserved_key(params.extra_args)
-            parse_steering_request(
-                params.extra_args, active_steering_config(self.vllm_config)
-            )
+            config = active_steering_config(self.vllm_config)
+            parse_steering_request(params.extra_args, config)
         elif isinstance(params, PoolingParams):
             refuse_pooling(params.extra_kwargs)
         return watermarking
@@ -69,16 +72,19 @@ def _make_validate_params(stock: Callable[..., Any]) -> Callable[..., Any]:
     return _validate_params
 
 
-def _make_process_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _make_process_inputs(stock: Stock) -> Stock:
+    def process_inputs(self: InputProcessor, *args: object, **kwargs: object) -> object:
         request = stock(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and params.extra_args:
-            config = active_steering_config(self.vllm_config)
+        if params is None:
+            return request
+        config = active_steering_config(self.vllm_config)
+        if params.extra_args or (config is not None and config.default_preset):
             steering = parse_steering_request(params.extra_args, config)
-            if steering is not None:
-                refuse_streaming_input(steering, request.resumable)
-                params.extra_args = canonical_extra_args(params.extra_args, steering)
+            refuse_streaming_input(steering, request.resumable)
+            params.extra_args = canonical_extra_args(
+                params.extra_args, steering, config
+            )
         return request
 
     return process_inputs

@@ -14,11 +14,16 @@ and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
-from vllm.plugins.steering.seam import resolve, wrap
+from vllm.plugins.steering.seam import Stock, resolve, wrap
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 CPU_RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
@@ -58,16 +63,18 @@ def install() -> None:
     wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
 
 
-def load_model(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+def load_model(stock: Stock) -> Stock:
+    def load_model(self: GPUModelRunner, *args: object, **kwargs: object) -> None:
         stock(self, *args, **kwargs)
         self.load_steering()
 
     return load_model
 
 
-def update_states(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def _update_states(self: Any, scheduler_output: Any) -> Any:
+def update_states(stock: Stock) -> Stock:
+    def _update_states(
+        self: GPUModelRunner, scheduler_output: SchedulerOutput
+    ) -> object:
         corrections = stock(self, scheduler_output)
         self.update_steering_requests(scheduler_output)
         return corrections
@@ -75,10 +82,12 @@ def update_states(stock: Callable[..., Any]) -> Callable[..., Any]:
     return _update_states
 
 
-def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
+def prepare_inputs(stock: Stock) -> Stock:
     def _prepare_inputs(
-        self: Any, scheduler_output: Any, num_scheduled_tokens: Any
-    ) -> Any:
+        self: GPUModelRunner,
+        scheduler_output: SchedulerOutput,
+        num_scheduled_tokens: np.ndarray,
+    ) -> object:
         prepared = stock(self, scheduler_output, num_scheduled_tokens)
         self.prepare_steering(num_scheduled_tokens)
         return prepared
@@ -86,11 +95,11 @@ def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
     return _prepare_inputs
 
 
-def sample_tokens(stock: Callable[..., Any]) -> Callable[..., Any]:
+def sample_tokens(stock: Stock) -> Stock:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
 
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+    def sample_tokens(self: GPUModelRunner, grammar_output: object) -> object:
         readout = self.take_steering_readout()
         output = stock(self, grammar_output)
         if isinstance(output, AsyncGPUModelRunnerOutput):
@@ -102,8 +111,8 @@ def sample_tokens(stock: Callable[..., Any]) -> Callable[..., Any]:
     return sample_tokens
 
 
-def dummy_run(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+def dummy_run(stock: Stock) -> Stock:
+    def _dummy_run(self: GPUModelRunner, *args: object, **kwargs: object) -> object:
         self.clear_steering_step()
         return stock(self, *args, **kwargs)
 

@@ -10,11 +10,13 @@ inherits it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.steering import get_steering_config
-from vllm.plugins.steering.seam import wrap
+from vllm.plugins.steering.seam import Stock, wrap
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 
 def install() -> None:
@@ -22,8 +24,8 @@ def install() -> None:
     wrap("vllm.v1.worker.worker_base:WorkerWrapperBase.init_device", ("self",), _make)
 
 
-def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def init_device(self: Any) -> Any:
+def _make(stock: Stock) -> Stock:
+    def init_device(self: WorkerWrapperBase) -> object:
         if get_steering_config(self.vllm_config.additional_config) is not None:
             install_runner_seams(self.vllm_config.use_v2_model_runner)
             extend_worker(type(self.worker))

@@ -12,18 +12,26 @@ A step in which nobody reads costs one look-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
-from vllm.plugins.steering.seam import wrap
+from vllm.plugins.steering.seam import Stock, wrap
 from vllm.v1.engine.steering_reads import (
     PAYLOAD_KEY,
     Fired,
     RequestReads,
+    StepRows,
     step_start,
 )
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
 MODULE = "vllm.v1.core.sched.scheduler"
 
@@ -37,10 +45,12 @@ def install() -> None:
     )
 
 
-def _make_update_from_output(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _make_update_from_output(stock: Stock) -> Stock:
     def update_from_output(
-        self: Any, scheduler_output: Any, model_runner_output: Any
-    ) -> Any:
+        self: Scheduler,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+    ) -> object:
         readout = vars(model_runner_output).get(READOUT_ATTRIBUTE)
         if readout is None:
             return stock(self, scheduler_output, model_runner_output)
@@ -54,9 +64,9 @@ def _make_update_from_output(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_step(
-    scheduler: Any,
-    scheduler_output: Any,
-    model_runner_output: Any,
+    scheduler: Scheduler,
+    scheduler_output: SchedulerOutput,
+    model_runner_output: ModelRunnerOutput,
     readout: StepReadout,
 ) -> tuple[dict[str, RequestReads], dict[str, Fired]]:
     """Give every live request its rows; the requests, and those that end."""
@@ -64,34 +74,42 @@ def take_step(
     fired: dict[str, Fired] = {}
     sampled = model_runner_output.sampled_token_ids
     drafts = scheduler_output.scheduled_spec_decode_tokens
-    for own in readout.requests:
-        request = scheduler.requests.get(own.req_id)
+    rows = StepRows(readout)
+    for req_id, first_row, own, computed in zip(
+        readout.req_ids,
+        readout.first_rows,
+        readout.num_tokens,
+        readout.num_computed,
+        strict=True,
+    ):
+        request = scheduler.requests.get(req_id)
         if request is None or request.is_finished():
             continue
         reads = request.sae_reads
         if reads is None or _is_dropped(request):
             continue
-        at = model_runner_output.req_id_to_index[own.req_id]
+        at = model_runner_output.req_id_to_index[req_id]
         start, accepted = step_start(
             request.num_tokens,
             own,
-            len(drafts.get(own.req_id, ())),
+            computed,
+            len(drafts.get(req_id, ())),
             len(sampled[at]) if sampled else 0,
         )
-        found = reads.take(readout, own, start, accepted)
-        took[own.req_id] = reads
+        found = reads.take(rows, first_row, start, accepted)
+        took[req_id] = reads
         if found is not None:
-            fired[own.req_id] = found
+            fired[req_id] = found
     return took, fired
 
 
-def _is_dropped(request: Any) -> bool:
+def _is_dropped(request: Request) -> bool:
     """Whether the scheduler will drop this step's output of the request."""
     return request.drop_stale_output and request.num_stale_output_tokens > 0
 
 
 @contextmanager
-def stopping(scheduler: Any, fired: dict[str, Fired]) -> Iterator[None]:
+def stopping(scheduler: Scheduler, fired: dict[str, Fired]) -> Iterator[None]:
     """While a step's output is taken: end the requests whose condition holds."""
     if not fired:
         yield
@@ -101,7 +119,7 @@ def stopping(scheduler: Any, fired: dict[str, Fired]) -> Iterator[None]:
     update = scheduler._update_request_with_output
 
     def _update_request_with_output(
-        request: Any, new_token_ids: list[int], is_stale: bool = False
+        request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         found = fired.get(request.request_id)
         if found is None:
@@ -121,7 +139,9 @@ def stopping(scheduler: Any, fired: dict[str, Fired]) -> Iterator[None]:
         del scheduler._update_request_with_output
 
 
-def attach(outputs: dict[int, Any], took: dict[str, RequestReads]) -> None:
+def attach(
+    outputs: dict[int, EngineCoreOutputs], took: dict[str, RequestReads]
+) -> None:
     """Put the rows that are due into the outputs of their requests."""
     for of_client in outputs.values():
         for output in of_client.outputs:

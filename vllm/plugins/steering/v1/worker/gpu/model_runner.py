@@ -15,11 +15,14 @@ and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm.plugins.steering.seam import resolve, wrap
+from vllm.plugins.steering.seam import Stock, resolve, wrap
 from vllm.plugins.steering.v1.worker.gpu_model_runner import dummy_run, load_model
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 DUMMY_RUN = (
@@ -56,24 +59,26 @@ def install() -> None:
     wrap(f"{RUNNER}.capture_model", ("self", "profile_only"), dummy_run)
 
 
-def finish_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def finish_requests(self: Any, scheduler_output: Any) -> None:
+def finish_requests(stock: Stock) -> Stock:
+    def finish_requests(
+        self: GPUModelRunner, scheduler_output: SchedulerOutput
+    ) -> None:
         stock(self, scheduler_output)
         self.finish_steering_requests(scheduler_output)
 
     return finish_requests
 
 
-def add_requests(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def add_requests(self: Any, scheduler_output: Any) -> None:
+def add_requests(stock: Stock) -> Stock:
+    def add_requests(self: GPUModelRunner, scheduler_output: SchedulerOutput) -> None:
         stock(self, scheduler_output)
         self.add_steering_requests(scheduler_output)
 
     return add_requests
 
 
-def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+def prepare_inputs(stock: Stock) -> Stock:
+    def prepare_inputs(self: GPUModelRunner, *args: object, **kwargs: object) -> object:
         batch = stock(self, *args, **kwargs)
         self.prepare_steering(batch)
         return batch
@@ -81,10 +86,10 @@ def prepare_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_inputs
 
 
-def sample_tokens(stock: Callable[..., Any]) -> Callable[..., Any]:
+def sample_tokens(stock: Stock) -> Stock:
     from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+    def sample_tokens(self: GPUModelRunner, grammar_output: object) -> object:
         readout = self.take_steering_readout()
         output = stock(self, grammar_output)
         if isinstance(output, AsyncOutput):

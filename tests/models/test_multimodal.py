@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multimodal checkpoints, in a process of its own that can import torchvision.
+
+vLLM's multimodal classes import torchvision. `make venv` puts it beside the
+environment, not into it (see tools/stub_torchvision.py), so that every other test runs
+as where it is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.stub_torchvision import STUB, stub
+
+pytestmark = pytest.mark.engine
+
+TORCHVISION = Path(sys.prefix) / "torchvision"
+CASES = Path(__file__).with_name("multimodal_cases.py")
+
+
+def run(selection: str) -> None:
+    """Run the selected cases, each of which must pass."""
+    if not (TORCHVISION / "torchvision").is_dir():
+        pytest.skip(f"no torchvision in {TORCHVISION}")
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "PYTHONPATH": f"{TORCHVISION}:{inherited}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(CASES), "-k", selection]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_gemma_3_with_images_equals_hugging_face_on_text() -> None:
+    run("gemma3_mm")
+
+
+def test_image_positions_are_steered() -> None:
+    run("image_positions")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl", "qwen3_vl"])
+def test_a_multimodal_checkpoint_equals_hugging_face_on_text(family: str) -> None:
+    run(family)
+
+
+def test_the_stub_replaces_a_file_that_others_share(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "torchvision"
+    package.mkdir(parents=True)
+    shared = tmp_path / "shared.py"
+    shared.write_text("raise ImportError")
+    os.link(shared, package / "_meta_registrations.py")
+    stub(tmp_path / "site")
+    assert shared.read_text() == "raise ImportError"
+    assert (package / "_meta_registrations.py").read_text() == STUB
+
+
+def test_the_stub_needs_torchvision(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected torchvision under"):
+        stub(tmp_path)

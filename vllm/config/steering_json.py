@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of decoded JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# An object: what is under a key is checked where it is read.
+Json = dict[str, Any]
+# One that is only read.
+JsonView = Mapping[str, Any]

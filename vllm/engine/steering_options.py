@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may write in `additional_config["steering"]`.
+
+    {"modules": {"name": "path" | {"path": ..., "feature_units": ...,
+                                   "skip_token_ids": [...] | None,
+                                   "norm_guard": float | None, "sites": [...]}},
+     "max_clamps": 64,
+     "max_specs": 64,
+     "max_pieces": 8,
+     "readout": True,
+     "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
+               {"layer": 20, "hook": "resid_post", "vectors": 4}],
+     "module_roots": ["/srv/saes", "hf:"]}
+
+`spare` reserves room for modules that are registered later; `module_roots` says where
+the HTTP routes may load them from. Every refusal is one line that names the field, what
+was found and what would be accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from vllm.config.steering import (
+    HOOK_ALIASES,
+    HOOK_NAMES,
+    FeatureUnits,
+    HookPoint,
+    SlotInfo,
+)
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_json import Json
+from vllm.config.steering_points import RESIDUAL_HOOKS
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+ROOT = "additional_config.steering"
+TOP_FIELDS = (
+    "modules",
+    "max_clamps",
+    "max_specs",
+    "max_pieces",
+    "presets",
+    "default_preset",
+    "readout",
+    "spare",
+    "module_roots",
+    "resolved",
+)
+MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
+SPARE_FIELDS = ("layer", "hook", "hook_out", "skip", "width", "count", "vectors")
+MAX_CLAMPS_LIMIT = 4096
+MAX_SPECS_LIMIT = 4096
+MAX_PIECES_LIMIT = 64
+MAX_SPARE_COUNT = 1024
+MAX_SPARE_WIDTH = 1 << 24
+
+
+def readout_option(value: object) -> bool:
+    if type(value) is not bool:
+        raise SteeringConfigError(
+            f"{ROOT}.readout: found {shown(value)}, expected true or false"
+        )
+    return value
+
+
+def check_dtype(where: str, hook: HookPoint, model_config: ModelConfig) -> None:
+    """Raise where an absurd value at the point would overflow in the layer itself."""
+    if model_config.dtype == torch.float16 and hook not in RESIDUAL_HOOKS:
+        raise SteeringConfigError(
+            f"{where}: found {hook.value} in float16, expected bfloat16 or float32: "
+            "large values at this point overflow float16 in the layer that reads them"
+        )
+
+
+def check_transcoder(where: str, hook: HookPoint, hook_out: HookPoint) -> None:
+    if (hook, hook_out) != (HookPoint.MLP_IN, HookPoint.MLP_OUT):
+        raise SteeringConfigError(
+            f"{where}: found a transcoder from {hook.value} to {hook_out.value}, "
+            "expected one from mlp_in to mlp_out"
+        )
+
+
+def object_option(
+    path: str, value: object, fields: tuple[str, ...] | None = None
+) -> Json:
+    if not isinstance(value, dict):
+        raise SteeringConfigError(f"{path}: found {shown(value)}, expected an object")
+    for key in value:
+        if fields is not None and key not in fields:
+            known = ", ".join(field for field in fields if field != "resolved")
+            raise SteeringConfigError(
+                f"{path}: unknown field {shown(key)}, expected {known}"
+            )
+    return value
+
+
+def limit_option(steering: Json, key: str, default: int, most: int) -> int:
+    least = 2 if key == "max_pieces" else 1  # prompt and answer
+    return _integer(f"{ROOT}.{key}", steering.get(key, default), least, most)
+
+
+def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
+    """The slots that `spare` reserves, each checked against the model."""
+    if not isinstance(value, (list, tuple)):
+        raise SteeringConfigError(
+            f"{ROOT}.spare: found {shown(value)}, expected a list of objects"
+        )
+    num_layers = model_config.get_total_num_hidden_layers()
+    slots: list[SlotInfo] = []
+    for at, given in enumerate(value):
+        where = f"{ROOT}.spare[{at}]"
+        object_option(where, given, SPARE_FIELDS)
+        layer = _integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
+        hook = _hook(f"{where}.hook", given.get("hook"))
+        check_dtype(f"{where}.hook", hook, model_config)
+        if ("width" in given) == ("vectors" in given):
+            raise SteeringConfigError(f"{where}: expected either width or vectors")
+        if "vectors" in given:
+            for key in ("count", "hook_out", "skip"):
+                if key in given:
+                    raise SteeringConfigError(
+                        f"{where}.{key}: expected only with width"
+                    )
+            count = _integer(f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT)
+            slot = SlotInfo(layer, hook, "vectors", 1)
+        else:
+            slot = _spare_sae(where, given, layer, hook)
+            count = _integer(
+                f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT
+            )
+        slots += [slot] * count
+    return slots
+
+
+def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo:
+    """Room for an SAE, or with `hook_out` for a transcoder."""
+    width = _integer(f"{where}.width", given["width"], 1, MAX_SPARE_WIDTH)
+    skip = given.get("skip", False)
+    if type(skip) is not bool or (skip and "hook_out" not in given):
+        raise SteeringConfigError(
+            f"{where}.skip: found {shown(skip)}, expected true or false, with hook_out"
+        )
+    hook_out = None
+    if "hook_out" in given:
+        hook_out = _hook(f"{where}.hook_out", given["hook_out"])
+        check_transcoder(where, hook, hook_out)
+    return SlotInfo(layer, hook, "sae", width, hook_out=hook_out, has_skip=skip)
+
+
+def _hook(where: str, name: object) -> HookPoint:
+    if type(name) is not str or name not in HOOK_ALIASES:
+        raise SteeringConfigError(
+            f"{where}: found {shown(name)}, expected one of {HOOK_NAMES}"
+        )
+    return HOOK_ALIASES[name]
+
+
+def check_module_roots(value: object) -> None:
+    """Raise unless `module_roots` is a list of absolute directories and `hf:` paths."""
+    good = isinstance(value, (list, tuple)) and all(
+        type(root) is str and (root.startswith("hf:") or os.path.isabs(root))
+        for root in value
+    )
+    if not good:
+        raise SteeringConfigError(
+            f"{ROOT}.module_roots: found {shown(value)}, expected a list of absolute "
+            'directories, and "hf:" or "hf:owner" where the Hub is allowed'
+        )
+
+
+def _integer(path: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise SteeringConfigError(
+            f"{path}: found {shown(value)}, expected an integer in {low}..{high}"
+        )
+    return value
+
+
+def module_form(name: object, given: object) -> tuple[str, Json]:
+    """The path and the options of one entry of `modules`."""
+    if type(name) is not str or not name.strip():
+        raise SteeringConfigError(
+            f"{ROOT}.modules: found the name {shown(name)}, expected a non-empty string"
+        )
+    where = f"{ROOT}.modules.{name}"
+    if isinstance(given, str):
+        given = {"path": given}
+    options = dict(object_option(where, given, ("path", *MODULE_OPTIONS)))
+    path = options.pop("path", None)
+    if type(path) is not str or not path:
+        raise SteeringConfigError(
+            f"{where}.path: found {shown(path)}, expected a path or hf:owner/repo"
+        )
+    for key, value in options.items():
+        accepted = _OPTION_CHECKS[key](value)
+        if accepted is not None:
+            raise SteeringConfigError(
+                f"{where}.{key}: found {shown(value)}, expected {accepted}"
+            )
+    return path, options
+
+
+def _check_units(value: object) -> str | None:
+    known = get_args(FeatureUnits)
+    return None if value in known else " or ".join(f'"{unit}"' for unit in known)
+
+
+def _check_ids(value: object) -> str | None:
+    good = value is None or (
+        isinstance(value, (list, tuple))
+        and all(type(item) is int and item >= 0 for item in value)
+    )
+    return None if good else "null or a list of token ids"
+
+
+def _check_guard(value: object) -> str | None:
+    good = value is None or (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 < value < math.inf
+    )
+    return None if good else "null or a positive number"
+
+
+def _check_sites(value: object) -> str | None:
+    good = value is None or (
+        isinstance(value, (list, tuple)) and all(type(item) is str for item in value)
+    )
+    return None if good else 'null or a list of sites such as "post_block.20"'
+
+
+_OPTION_CHECKS = {
+    "feature_units": _check_units,
+    "skip_token_ids": _check_ids,
+    "norm_guard": _check_guard,
+    "sites": _check_sites,
+}

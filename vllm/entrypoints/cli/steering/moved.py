@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An SAE measured at another site than its files say: only `probe` does that."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from vllm.config.steering import site_name
+from vllm.entrypoints.cli.steering.commands import LoadedSites
+from vllm.model_executor.model_loader.sae_formats.names import need_site
+from vllm.model_executor.model_loader.sae_loader import (
+    inspect_module,
+    read_layout,
+    save_native,
+)
+
+
+@contextmanager
+def at_asked_site(
+    path: str, sites: Sequence[str] | None
+) -> Iterator[tuple[str, Sequence[str] | None]]:
+    """The path and the sites to measure.
+
+    An SAE of one site that is asked for at another one is written, folded, as a native
+    directory for that site, which lasts as long as the block; a note says so.
+
+    Raises:
+        ValueError: the module is refused, or has several sites and none of them is
+            the one that is asked for.
+    """
+    try:
+        read_layout("module", path, sites)
+    except ValueError:
+        if sites is None or len(sites) != 1:
+            raise
+        layout = read_layout("module", path)  # refused for another reason: says so
+        if len(layout.sites) != 1 or layout.kind != "sae":
+            raise
+    else:
+        yield path, sites
+        return
+    module = inspect_module("module", path)
+    (stated,) = module.sites
+    layer, hook = need_site(sites[0], "sites")
+    asked = site_name(hook, layer)
+    print(f"note: the files say {stated.name}; measured at {asked}", file=sys.stderr)
+    content = LoadedSites(module, layout, torch.float32)[stated.layer, stated.hook]
+    with tempfile.TemporaryDirectory(prefix="vllm-steering-probe-") as folder:
+        save_native(
+            folder,
+            {(layer, hook): content},
+            reference_norm=module.reference_norm,
+            skip_token_ids=module.skip_token_ids,
+            norm_guard=module.norm_guard,
+            model=layout.model,
+        )
+        yield folder, None
