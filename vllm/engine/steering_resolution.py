@@ -36,6 +36,7 @@ from vllm.engine.steering_options import (
     MAX_SPECS_LIMIT,
     ROOT,
     TOP_FIELDS,
+    check_dtype,
     check_module_roots,
     check_transcoder,
     limit_option,
@@ -44,6 +45,7 @@ from vllm.engine.steering_options import (
     readout_option,
     spare_slots,
 )
+from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -100,6 +102,9 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             first_read_layer=first_read_layer(vllm_config),
         ),
         spare,
+    )
+    config = with_start_up_presets(
+        config, steering.get("presets", {}), steering.get("default_preset")
     )
     resolved = config.to_json()
     vllm_config.additional_config = {
@@ -168,6 +173,8 @@ def check_against_model(module: ModuleInfo, model_config: ModelConfig) -> None:
                 f"{where}: found layer {site.layer}, expected "
                 f"0..{num_layers - 1} ({model_config.model})"
             )
+        for hook in (site.hook, site.out_hook):
+            check_dtype(where, hook, model_config)
         if site.is_transcoder:
             check_transcoder(where, site.hook, site.out_hook)
         ends = {
