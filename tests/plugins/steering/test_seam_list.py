@@ -112,6 +112,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "EngineCore.add_request",
         "EngineCore.collective_rpc",
         "EngineCore.preprocess_add_request",
+        "EngineCore.sae_read_counts",
         "EngineCore.steering_registry",
         "EngineCoreProc._handle_request_preproc_error",
     ),
