@@ -2,7 +2,7 @@
 """What reading features costs a whole engine: decode and prefill, beside idle.
 
     python benchmarks/bench_readout.py --out FILE [--budget SECONDS]
-        [--batches 1,64,256,prefill]
+        [--batches 1,64,256,prefill] [--modes off,idle,reading,one site,both]
 
 The model and the SAE of `bench_engine.py` (Gemma-2-2B's shape, one site of
 16384 x 2304, about 100 features a token). Two engines live in one process and take
@@ -46,6 +46,7 @@ TARGETS = {
     ("both", "decode", "ratio_gpu"): 0.99,
     ("reading", PREFILL, "ratio"): 0.92,
 }
+MODES = ("off", "idle", "reading", "one site", "both")
 BASELINES = {"idle": "off", "reading": "idle", "one site": "idle", "both": "one site"}
 
 Row = dict[str, Any]
@@ -70,20 +71,22 @@ def start_engine(root: Path, readout: bool) -> Any:
     return Engine(llm, StepProbe(runner))
 
 
-def modes(root: Path) -> list[Any]:
-    """Every mode, on its engine."""
+def modes(root: Path, names: Sequence[str]) -> list[Any]:
+    """The modes of these names, each on its engine."""
     from engine_modes import CLAMP, FULL_KEY
     from engine_timing import Mode
 
-    off, on = start_engine(root, False), start_engine(root, True)
+    off = start_engine(root, False) if "off" in names else None
+    on = start_engine(root, True)
     full = [{"module_name": "sae", "clamps": [CLAMP]}]
-    return [
-        Mode("off", off, None),
+    every = [
+        *([] if off is None else [Mode("off", off, None)]),
         Mode("idle", on, None),
         Mode("reading", on, {"sae_readout_specs": READ}),
         Mode("one site", on, full),
         Mode("both", on, {"sae_readout_specs": READ, FULL_KEY: full}),
     ]
+    return [mode for mode in every if mode.name in names]
 
 
 def rows_of(found: dict[str, Any], phase: str, batch: int, tokens: int) -> list[Row]:
@@ -93,6 +96,7 @@ def rows_of(found: dict[str, Any], phase: str, batch: int, tokens: int) -> list[
     rows = []
     for mode in found:
         base = BASELINES.get(mode, mode)
+        base = base if base in found else mode
         pair = {name: found[name] for name in (base, mode) if name in found}
         rows += [
             {**row, "baseline": base}
@@ -102,13 +106,19 @@ def rows_of(found: dict[str, Any], phase: str, batch: int, tokens: int) -> list[
     return rows
 
 
-def measure(root: Path, deadline: float, batches: Sequence[str], out: Path) -> None:
+def measure(
+    root: Path,
+    deadline: float,
+    batches: Sequence[str],
+    names: Sequence[str],
+    out: Path,
+) -> None:
     """Start the engines and let the modes take turns; write after every batch."""
     from engine_modes import PREFILL_COUNT, PREFILL_LENGTH
     from engine_timing import interleave
     from engine_windows import decode_window, prefill_window
 
-    compared = modes(root)
+    compared = modes(root, names)
     rows: list[Row] = []
     for done, asked in enumerate(batches):
         until = time.time() + (deadline - time.time()) / (len(batches) - done)
@@ -177,17 +187,20 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540, help="seconds for all")
     parser.add_argument("--root", type=Path, help="working directory")
     parser.add_argument("--batches", default=",".join(BATCHES))
+    parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     batches = args.batches.split(",")
     if args.deadline:
-        measure(args.root, args.deadline, batches, args.out)
+        names = args.modes.split(",")
+        measure(args.root, args.deadline, batches, names, args.out)
         return
     begin = time.time()
     root = args.root or Path(tempfile.mkdtemp(prefix="bench-readout-"))
     calibrate(root)
     command = [sys.executable, __file__, "--root", str(root)]
     command += ["--out", str(args.out), "--batches", args.batches]
+    command += ["--modes", args.modes]
     command += ["--deadline", str(begin + args.budget)]
     env = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     subprocess.run(command, env=env, check=True)

@@ -30,7 +30,7 @@ constexpr int kRecordInts = 32;
 constexpr int kListMax =
     512;  // non-zeros of a token that is decoded from a list
 constexpr int kCompactEncodeTokens = 256;
-constexpr int kDenseSplits = 8;
+constexpr int kDenseSplits = 7;
 
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;

@@ -133,9 +133,10 @@ __device__ __forceinline__ void count_in_bin(SelectMemory& m, int bin) {
 }
 
 // The k-th largest key where there are very many candidates: eleven of its bits
-// at a time, by a histogram of the keys that agree with it so far.
-__device__ unsigned long long search_kth(SelectMemory& m, const Scores& s,
-                                         int k) {
+// at a time, by a histogram of the keys that agree with it so far. Not inlined:
+// the usual path's code is cold, and short.
+__device__ __noinline__ unsigned long long search_kth(SelectMemory& m,
+                                                      const Scores& s, int k) {
   constexpr int kKeyBits = 63, kDigit = 11;
   static_assert(1 << kDigit == kBins);
   unsigned long long found = 0;

@@ -15,6 +15,10 @@ from steering_testing.sites import (
 )
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers import (  # noqa: F401 (they register the ops)
+    sae_full_reconstruction,
+    sae_steering,
+)
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 from vllm.model_executor.layers.steering_state import SAESlot

@@ -655,7 +655,7 @@ def test_the_cache_of_requests_is_bounded() -> None:
         ("sae-clamp-specs", DELTA),
         ("sae_clamps", DELTA),
         ("steering_vectors", ADDITIVE),
-        ("steering", ADDITIVE),
+        ("steering_vector", ADDITIVE),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_right_name(key: str, meant: str) -> None:

@@ -20,23 +20,39 @@ from collections.abc import Mapping
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_spans import TOKEN_PHASES
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.sae_steering_specs import (
+    EXPANDED_KEY,
+    EXTRA_ARGS_KEYS,
+    PRESET_KEY,
+    RESERVED_KEYS,
+    ROWS_KEY,
+)
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json, JsonView
 
-ROWS_KEY = "steering_rows"
+__all__ = [
+    "ROWS_KEY",
+    "admitted_extra_args",
+    "admitted_prompt_length",
+    "admitted_schedule",
+    "canonical_extra_args",
+    "refuse_pooling",
+    "refuse_reserved_key",
+    "refuse_streaming_input",
+]
 
 
 def refuse_reserved_key(extra_args: JsonView | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""
-    if isinstance(extra_args, Mapping) and ROWS_KEY in extra_args:
-        raise refusal(ROWS_KEY, "is reserved for the engine, expected no such key")
+    for key in RESERVED_KEYS:
+        if isinstance(extra_args, Mapping) and key in extra_args:
+            raise refusal(key, "is reserved for the engine, expected no such key")
 
 
 def refuse_pooling(extra_kwargs: JsonView | None) -> None:
     """Raise when a pooling request (embed, classify, score, …) asks for steering."""
-    for key in (*EXTRA_ARGS_KEYS, ROWS_KEY):
+    for key in (*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS):
         if isinstance(extra_kwargs, Mapping) and key in extra_kwargs:
             raise refusal(
                 f"extra_kwargs.{key}",
@@ -58,18 +74,23 @@ def refuse_streaming_input(steering: SteeringRequest | None, resumable: bool) ->
 
 
 def canonical_extra_args(
-    extra_args: Json, steering: SteeringRequest | None
+    extra_args: JsonView | None,
+    steering: SteeringRequest | None,
+    config: SteeringConfig | None,
 ) -> Json | None:
-    """A copy of `extra_args` that holds the canonical specs and nothing reserved."""
-    ours = {*EXTRA_ARGS_KEYS, ROWS_KEY}
-    args = {key: value for key, value in extra_args.items() if key not in ours}
+    """A copy of `extra_args` that holds the canonical specs, presets applied."""
+    ours = {*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS}
+    given = extra_args or {}
+    args = {key: value for key, value in given.items() if key not in ours}
     if steering is not None:
         args.update(steering.to_extra_args())
+    if steering is not None or (config is not None and config.default_preset):
+        args[EXPANDED_KEY] = True
     return args or None
 
 
 def admitted_extra_args(
-    extra_args: Json,
+    extra_args: JsonView | None,
     config: SteeringConfig | None,
     num_prompt_tokens: int,
     resumable: bool = False,
@@ -81,7 +102,7 @@ def admitted_extra_args(
     """
     steering = parse_steering_request(extra_args, config)
     refuse_streaming_input(steering, resumable)
-    args = canonical_extra_args(extra_args, steering)
+    args = canonical_extra_args(extra_args, steering, config)
     if steering is None or args is None:
         return args
     if not steering.has_spans:

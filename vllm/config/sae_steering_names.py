@@ -11,12 +11,11 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, PRESET_KEY, RESERVED_KEYS
 from vllm.config.steering_checks import refusal, shown
 
-# Where the engine writes digests; a client may not set it (see `ROWS_KEY`).
-_RESERVED = "steering_rows"
-_KNOWN = frozenset((*EXTRA_ARGS_KEYS, _RESERVED))
+_FIELDS = (*EXTRA_ARGS_KEYS, PRESET_KEY)
+_KNOWN = frozenset((*_FIELDS, *RESERVED_KEYS))
 _LIKENESS = 0.8
 # No field is longer than this; longer keys are not compared.
 _MAX_KEY = 64
@@ -41,7 +40,7 @@ def _plain(key: str) -> str:
     return key.lower().replace("-", "").replace("_", "")
 
 
-_PLAIN = {_plain(name): name for name in EXTRA_ARGS_KEYS}
+_PLAIN = {_plain(name): name for name in _FIELDS}
 
 
 def _looks_like_ours(key: str) -> bool:
@@ -58,4 +57,4 @@ def _looks_like_ours(key: str) -> bool:
 
 def _nearest(key: str) -> str:
     near = difflib.get_close_matches(_plain(key), _PLAIN, 1, 0.0)
-    return _PLAIN[near[0]] if near else ", ".join(EXTRA_ARGS_KEYS)
+    return _PLAIN[near[0]] if near else ", ".join(_FIELDS)

@@ -17,12 +17,20 @@ import msgspec
 from vllm.config.sae_readout_parser import check_reads
 from vllm.config.sae_steering_draft import Draft
 from vllm.config.sae_steering_names import refuse_misspelt
+from vllm.config.sae_steering_presets import (
+    beside,
+    broken,
+    chosen_preset,
+    preset_specs,
+)
 from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_specs import (
     ADDITIVE_KEY,
     DELTA_KEY,
+    EXPANDED_KEY,
     EXTRA_ARGS_KEYS,
     FULL_KEY,
+    PRESET_KEY,
     READOUT_KEY,
     SPEC_TYPES,
     SAEClampSpec,
@@ -33,6 +41,7 @@ from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import bad, refusal
 from vllm.config.steering_json import JsonView
 from vllm.config.steering_reader import Reader, packed
+from vllm.exceptions import VLLMValidationError
 
 # Of one request, over all of its specs.
 MAX_SITES = 1024
@@ -63,25 +72,61 @@ def parse_steering_request(
         VLLMValidationError: `parameter` is the path of the first bad field.
     """
     if not isinstance(extra_args, Mapping):
-        return None
+        if config is None or config.default_preset is None:
+            return None
+        extra_args = {}
     refuse_misspelt(extra_args, "extra_args.")
     given = {
         key: extra_args[key]
         for key in EXTRA_ARGS_KEYS
         if _is_asked(extra_args.get(key))
     }
-    if not given:
-        return None
     if config is None:
-        raise refusal(next(iter(given)), NOT_CONFIGURED)
+        if extra_args.get(PRESET_KEY) is not None:
+            raise refusal(PRESET_KEY, NOT_CONFIGURED)
+        if given:
+            raise refusal(next(iter(given)), NOT_CONFIGURED)
+        return None
+    preset = None
+    if EXPANDED_KEY not in extra_args:
+        preset = chosen_preset(extra_args, config)
+    if not given and preset is None:
+        return None
     check_counts(given, config)
     # A request is parsed wherever it passes, and many requests ask for the same.
-    data = packed(given)
+    data = packed((given, preset))
     request = config.parsed.get(data)
     if request is None:
-        request = _parse(given, config)
+        request = _parse_under(given, preset, config)
         config.parsed.keep(data, request)
     return cast(SteeringRequest, request)
+
+
+def check_preset(name: str, preset: JsonView, config: SteeringConfig) -> None:
+    """Raise `VLLMValidationError` unless a request could run under the preset alone."""
+    specs = preset_specs(preset)
+    if not specs:
+        raise refusal("preset", "has no specs, expected at least one")
+    check_counts(specs, config)
+    _parse(specs, config)
+
+
+def _parse_under(
+    given: JsonView, name: str | None, config: SteeringConfig
+) -> SteeringRequest:
+    """A request's own specs together with those of its preset, if it has one."""
+    own = _parse(given, config) if given else None
+    if name is None:
+        assert own is not None
+        return own
+    preset = config.presets[name]
+    try:
+        found = _parse(preset_specs(preset), config)
+    except VLLMValidationError as error:
+        raise broken(name, error) from None
+    if own is None:
+        return found
+    return _parse(beside(own, found, name, preset["locked"]), config)
 
 
 def check_counts(given: JsonView, config: SteeringConfig) -> None:

@@ -171,6 +171,19 @@ class SteeringFields(msgspec.Struct, kw_only=True):
 
 
 EXTRA_ARGS_KEYS = SteeringFields.__struct_fields__
+# The name of a preset whose specs a request takes over; null: none, not even the
+# server's default.
+PRESET_KEY = "steering_preset"
+# Set by the front end and the engine: presets have been applied.
+EXPANDED_KEY = "steering_expanded"
+# Set by the engine: see `vllm.config.sae_steering_admission`.
+ROWS_KEY = "steering_rows"
+RESERVED_KEYS = (ROWS_KEY, EXPANDED_KEY)
+PRESET_SCHEMA_FIELD = {
+    "anyOf": [{"type": "string"}, {"type": "null"}],
+    "description": "Name of a preset whose specs apply beside the request's own; null "
+    "opts out of the server's default preset.",
+}
 FULL_KEY, DELTA_KEY, ADDITIVE_KEY, READOUT_KEY = EXTRA_ARGS_KEYS
 SPEC_TYPES: dict[str, type[msgspec.Struct]] = {
     FULL_KEY: SAEFullReconstructionSpec,

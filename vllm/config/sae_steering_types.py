@@ -28,6 +28,7 @@ from vllm.config.sae_steering_request import (
 from vllm.config.sae_steering_spans import SteeringSpan, TokenPhase
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
+    PRESET_KEY,
     SAEClampEntry,
     SAEClampSpec,
     SAECondition,
@@ -86,7 +87,7 @@ def refuse_without_plugin(specs: Json) -> None:
     if loaded is None or PLUGIN in loaded:
         return
     for key, value in specs.items():
-        if value is not None:
+        if value is not None and value is not msgspec.UNSET:
             raise refusal(
                 key,
                 f"the environment variable VLLM_PLUGINS={','.join(loaded)} keeps "
@@ -96,8 +97,12 @@ def refuse_without_plugin(specs: Json) -> None:
 
 def _fold_fields(self: Any) -> None:
     specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
-    refuse_without_plugin(specs)
+    preset = getattr(self, PRESET_KEY)
+    refuse_without_plugin({**specs, PRESET_KEY: preset})
     self.extra_args = fold_into_extra_args(self.extra_args, specs)
+    if preset is not msgspec.UNSET:
+        self.extra_args = {**(self.extra_args or {}), PRESET_KEY: preset}
+    setattr(self, PRESET_KEY, msgspec.UNSET)
     for key in EXTRA_ARGS_KEYS:
         setattr(self, key, None)
     SamplingParams.__post_init__(self)
@@ -111,7 +116,7 @@ an ordinary `SamplingParams`, which every process can decode.
 # The fields of `SteeringFields`, after those of `SamplingParams`.
 SteeringSamplingParams: Any = msgspec.defstruct(
     "SteeringSamplingParams",
-    [(key, Any, None) for key in EXTRA_ARGS_KEYS],
+    [*((key, Any, None) for key in EXTRA_ARGS_KEYS), (PRESET_KEY, Any, msgspec.UNSET)],
     bases=(SamplingParams,),
     module=__name__,
     namespace={"__post_init__": _fold_fields, "__doc__": _DOC},

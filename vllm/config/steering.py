@@ -8,7 +8,7 @@ compile-cache key, so everything here converts to and from JSON types.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Literal
 
@@ -255,6 +255,8 @@ class SteeringConfig:
     of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
     the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
     whether the device computes conditions, and more of vectors than adding them.
+    `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
+    requests run under which choose none.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -267,10 +269,16 @@ class SteeringConfig:
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
     extended_clamps: bool = True
+    presets: Json = field(default_factory=dict)
+    default_preset: str | None = None
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
     )
+
+    def for_workers(self) -> SteeringConfig:
+        """What workers need: requests reach them with presets applied."""
+        return replace(self, draining=frozenset(), presets={}, default_preset=None)
 
     def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
@@ -283,6 +291,8 @@ class SteeringConfig:
             "max_specs": self.max_specs,
             "max_pieces": self.max_pieces,
             "extended_clamps": self.extended_clamps,
+            "presets": self.presets,
+            "default_preset": self.default_preset,
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
@@ -305,6 +315,8 @@ class SteeringConfig:
             first_read_layer=data.get("first_read_layer", 0),
             max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
             extended_clamps=data.get("extended_clamps", True),
+            presets=data.get("presets", {}),
+            default_preset=data.get("default_preset"),
         )
 
 

@@ -42,6 +42,8 @@ TOP_FIELDS = (
     "max_clamps",
     "max_specs",
     "max_pieces",
+    "presets",
+    "default_preset",
     "readout",
     "spare",
     "module_roots",

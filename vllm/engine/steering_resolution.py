@@ -44,6 +44,7 @@ from vllm.engine.steering_options import (
     readout_option,
     spare_slots,
 )
+from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -100,6 +101,9 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             first_read_layer=first_read_layer(vllm_config),
         ),
         spare,
+    )
+    config = with_start_up_presets(
+        config, steering.get("presets", {}), steering.get("default_preset")
     )
     resolved = config.to_json()
     vllm_config.additional_config = {

@@ -161,7 +161,9 @@ def test_every_count_of_vectors_equals_the_reference(
     assert all(path)
 
 
-@pytest.mark.parametrize("kind", list(ClampKind))
+@pytest.mark.parametrize(
+    "kind", [ClampKind.ABSOLUTE, ClampKind.ADDITIVE, ClampKind.SCALE]
+)
 @pytest.mark.parametrize("only_if_active", [True, False])
 def test_every_kind_of_clamp_meets_active_and_silent_features(
     kind: ClampKind, only_if_active: bool

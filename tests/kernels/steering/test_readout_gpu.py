@@ -187,7 +187,10 @@ def test_more_non_zeros_than_a_list_holds(
     readable(slot, 9)
     step, x = read(slot, 6, [1, 2, 3, 4])
     check(slot, step, x)
-    assert (slot.reads.out[:6, 0] > kernel.LEAST_CAPACITY).all()
+    counts = slot.reads.out[:6, 0]
+    was_read = counts != NOT_READ  # `settle` may have given a token's row up
+    assert was_read.any()
+    assert (counts[was_read] > kernel.LEAST_CAPACITY).all()
 
 
 def test_lists_of_any_length_give_their_largest() -> None:

@@ -273,7 +273,7 @@ def test_an_integer_of_very_many_digits_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_very_many_entries_is_refused(tmp_path: Path) -> None:
-    for i in range(5000):
+    for i in range(4100):
         (tmp_path / str(i)).touch()
     quickly_refused(tmp_path, "expected a directory of at most 4096 entries")
 
@@ -314,7 +314,16 @@ def make_gguf(root: Path) -> Path:
     return root / "c.gguf"
 
 
+def make_transcoder_set(root: Path) -> Path:
+    (root / "t").mkdir()
+    tensors = {"W_enc": W, "b_enc": b_enc, "W_dec": W.clone(), "b_dec": b_dec}
+    save_file(tensors, root / "t/layer_1.safetensors")
+    (root / "t/config.yaml").write_text("feature_input_hook: mlp.hook_in\n")
+    return root / "t"
+
+
 MAKERS: list[Callable[[Path], Path]] = [
+    make_transcoder_set,
     make_native,
     make_vectors,
     make_gguf,

@@ -9,10 +9,15 @@ from hypothesis import strategies as st
 
 from vllm.config.sae_features import merge
 from vllm.config.sae_readout_specs import SiteRead, reads_to_json
-from vllm.config.sae_readout_step import ReadRequest, StepReadout
+from vllm.config.sae_readout_step import StepReadout
 from vllm.config.steering import HookPoint
 from vllm.v1.engine.steering_read_outputs import Readings
-from vllm.v1.engine.steering_reads import ReadCounts, RequestReads, step_start
+from vllm.v1.engine.steering_reads import (
+    ReadCounts,
+    RequestReads,
+    StepRows,
+    step_start,
+)
 
 READ = SiteRead("m", HookPoint.POST_BLOCK, 1, 1, (), ((5, 100.0),), "both")
 PROMPT = 6
@@ -33,6 +38,12 @@ def rows_of(positions: list[int]) -> np.ndarray:
 FIRES = [10**6]
 
 
+def step_of(positions: list[int]) -> StepRows:
+    """A step of one request, whose tokens begin at the third row of the batch."""
+    n = len(positions)
+    return StepRows(StepReadout(["r"], [3], [n], [0], 3, {0: rows_of(positions)}))
+
+
 class Walk:
     """A request as the scheduler and its worker would run it."""
 
@@ -51,12 +62,12 @@ class Walk:
         drafts = drafts if last else 0
         accepted = min(accepted, drafts)
         positions = list(range(self.computed, self.computed + known + drafts))
-        own = ReadRequest("r", 3, len(positions), self.computed)
-        step = StepReadout((own,), 3, {0: rows_of(positions)})
         generated = 1 + accepted if last else 0
-        start, count = step_start(self.num_tokens, own, drafts, generated)
+        start, count = step_start(
+            self.num_tokens, len(positions), self.computed, drafts, generated
+        )
         assert start == self.computed
-        assert self.reads.take(step, own, start, count) is None
+        assert self.reads.take(step_of(positions), 3, start, count) is None
         self.num_tokens += generated
         self.computed += known + (accepted if last else 0)
         if generated and (payload := self.reads.payload()) is not None:
@@ -100,9 +111,8 @@ def test_the_first_firing_generated_token_ends_the_request() -> None:
     walk = Walk()
     walk.step(PROMPT, 0, 0)
     FIRES[0] = PROMPT + 1
-    own = ReadRequest("r", 0, 4, PROMPT)
-    step = StepReadout((own,), 0, {0: rows_of([6, 7, 8, 9])})
-    fired = walk.reads.take(step, own, *step_start(walk.num_tokens, own, 3, 4))
+    step = step_of([6, 7, 8, 9])
+    fired = walk.reads.take(step, 3, *step_start(walk.num_tokens, 4, PROMPT, 3, 4))
     assert fired is not None
     assert (fired.position, fired.reason) == (7, "sae:m:post_block.1:5")
     assert walk.counts["m"].stops == 1
@@ -113,9 +123,8 @@ def test_min_tokens_and_the_prompt_do_not_fire() -> None:
         walk = Walk()
         walk.reads.min_tokens = min_tokens
         FIRES[0] = position
-        own = ReadRequest("r", 0, PROMPT + 2, 0)
-        step = StepReadout((own,), 0, {0: rows_of(list(range(PROMPT + 2)))})
-        assert walk.reads.take(step, own, 0, PROMPT + 2) is None
+        step = step_of(list(range(PROMPT + 2)))
+        assert walk.reads.take(step, 3, 0, PROMPT + 2) is None
 
 
 def test_what_a_stop_cuts_off_has_no_entry() -> None:

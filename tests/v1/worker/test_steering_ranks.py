@@ -16,13 +16,37 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
-from steering_testing.reference import Clamp, Edit, random_sae
+from steering_testing.reads import activations, assert_reads
+from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
+
+from vllm import LLM
+from vllm.exceptions import VLLMValidationError
 
 pytestmark = pytest.mark.engine
 
 # The first pipeline rank owns layers 0 and 1, the second layer 2.
 SITES = [(0, "post_block"), (2, "post_block")]
 CLAMPS = [Clamp(5, "absolute", 4.0)]
+
+
+def check_reading(llm: LLM, sae: DenseSAE, prompt: list[int], split: str) -> None:
+    """The last stage's features are read; the first stage's are refused by name."""
+    last = SITES[1]
+    spec = {"module_name": "m", "sites": {"post_block": [last[0]]}, "top_k": 6}
+    ask = {"sae_readout_specs": [spec]}
+    inputs = [{"prompt_token_ids": prompt}]
+    (output,) = llm.generate(inputs, params(8, **ask), use_tqdm=False)
+    answer = list(output.outputs[0].token_ids)
+    seen = activations(models.build("llama"), prompt, answer, {last: sae})[last]
+    n = len(prompt)
+    record = output.prompt_sae_features["m"]["post_block.2"]
+    assert_reads(record, seen[:n], 0, top_k=6)
+    record = output.outputs[0].sae_features["m"]["post_block.2"]
+    assert_reads(record, seen[n:], n, top_k=6)
+    if split == "pipeline_parallel_size":
+        with pytest.raises(VLLMValidationError, match="last pipeline stage"):
+            first = {**ask["sae_readout_specs"][0], "sites": {"post_block": [0]}}
+            llm.generate(inputs, params(8, sae_readout_specs=[first]))
 
 
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
@@ -45,6 +69,7 @@ def test_two_ranks_equal_hugging_face(
         options["enforce_eager"] = False
     with engine("llama", model_root, modules, **options) as llm:
         found = generate(llm, [*prompts, prompts[0]], [*sampling, params(8)])
+        check_reading(llm, sae, prompts[0], split)
     model = models.build("llama")
     edits = [{site: [Edit("full", sae, CLAMPS)] for site in sites} for sites in asked]
     for at, sites in enumerate([*edits, {}]):

@@ -15,9 +15,13 @@ from vllm.entrypoints.steering.finder import (
 )
 from vllm.entrypoints.steering.offline import (
     SteeringModuleError,
+    delete_preset,
     list_modules,
+    put_preset,
     register_module,
+    register_vector,
     replace_module,
+    set_default_preset,
     unregister_module,
 )
 
@@ -29,11 +33,15 @@ __all__ = [
     "FoundFeatures",
     "SiteEvaluation",
     "SteeringModuleError",
+    "delete_preset",
     "encode",
     "evaluate",
     "find_features",
     "list_modules",
+    "put_preset",
     "register_module",
+    "register_vector",
     "replace_module",
+    "set_default_preset",
     "unregister_module",
 ]

@@ -8,15 +8,24 @@ register_module(llm, "gg", "path/to/sae")
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vllm.config.steering import ModuleInfo, SteeringConfig
+import torch
+from safetensors.torch import save_file
+
+from vllm.config.steering import ModuleInfo, SteeringConfig, parse_site
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+
+# Files of the vectors that were registered from tensors, until this process ends.
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
 class SteeringModuleError(ValueError):
@@ -59,6 +68,38 @@ def register_module(
     return ModuleInfo.from_json(_call(llm, "register", payload).module or {})
 
 
+def register_vector(
+    llm: LLM,
+    name: str,
+    vectors: Mapping[str, torch.Tensor],
+    *,
+    replace: bool = False,
+) -> ModuleInfo:
+    """Load directions of a notebook as a steering vector module.
+
+    Args:
+        llm: an engine that was started with steering, on this machine.
+        name: what requests call it.
+        vectors: `{"post_block.20": tensor [D]}`, one direction a site.
+        replace: take the place of a module of that name.
+
+    Raises:
+        SteeringModuleError: bad tensor or site, no free slot that fits, or a name in
+            use.
+    """
+    # The engine reads the file whenever it loads weights, so it stays until the end.
+    folder = tempfile.TemporaryDirectory(prefix="vllm-steering-vector-")
+    _KEPT.append(folder)
+    path = f"{folder.name}/vectors.safetensors"
+    tensors = {}
+    for site, tensor in vectors.items():
+        found = parse_site(site)
+        stored = site if found is None else f"layers.{found[0]}.{found[1].value}"
+        tensors[stored] = tensor.detach().float().cpu().contiguous().clone()
+    save_file(tensors, path)
+    return register_module(llm, name, path, replace=replace)
+
+
 def replace_module(llm: LLM, name: str, path: str, **options: object) -> ModuleInfo:
     """`register_module` in the place of a module of the same name, if there is one."""
     return register_module(llm, name, path, replace=True, **options)
@@ -71,6 +112,25 @@ def unregister_module(llm: LLM, name: str) -> None:
         SteeringModuleError: no such module, or requests name it.
     """
     _call(llm, "unregister", {"name": name})
+
+
+def put_preset(llm: LLM, name: str, preset: Json) -> None:
+    """Make a preset of specs, or replace one; `preset` is as in a preset's file.
+
+    Raises:
+        SteeringModuleError: it is not valid on this engine.
+    """
+    _call(llm, "put_preset", {"name": name, "preset": preset})
+
+
+def delete_preset(llm: LLM, name: str) -> None:
+    """Remove a preset that is not the default."""
+    _call(llm, "delete_preset", {"name": name})
+
+
+def set_default_preset(llm: LLM, name: str | None) -> None:
+    """Apply a preset to every request that names none; None ends it."""
+    _call(llm, "set_default_preset", {"name": name})
 
 
 def list_modules(llm: LLM) -> dict[str, ModuleInfo]:

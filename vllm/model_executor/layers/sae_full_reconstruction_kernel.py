@@ -21,6 +21,7 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_kernels import stages_cuda
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
+from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
@@ -35,7 +36,10 @@ from vllm.model_executor.layers.steering_state import (
 from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:
-    from vllm.model_executor.layers.steering_kernels import stages_triton
+    from vllm.model_executor.layers.steering_kernels import (
+        stages_triton,
+        stages_triton_dense,
+    )
 
 __all__ = [
     "SteeringWorkspace",
@@ -189,7 +193,8 @@ def _make_run(
         slot=slot,
         step=step,
         workspace=workspace,
-        buffers=workspace.buffers(slot, tokens, topk),
+        # Longer lists than these are not decoded; selection keeps candidates there.
+        buffers=workspace.buffers(slot, tokens, topk, None if topk else LIST_MAX),
         hidden=hidden,
         residual=residual,
         tier=tier,
@@ -221,7 +226,7 @@ def _pipeline(run: Run | None) -> None:
             stages_triton.encode(run, base)
             stages_triton.coefficients(run, base)
             stages_triton.combine(run, base)
-            stages_triton.dense(run, base)
+            stages_triton_dense.dense(run)
 
 
 def warm_up(

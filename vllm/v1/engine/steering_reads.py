@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.sae_readout_step import ReadRequest, StepReadout
+from vllm.config.sae_readout_step import StepReadout
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import JsonView
@@ -31,8 +30,10 @@ STOP_PREFIX = "sae:"
 # On a `Request`: its `RequestReads`; None where it reads nothing.
 READS_ATTRIBUTE = "sae_reads"
 
-# (position of the first row, for each read its rows or None).
-Chunk = tuple[int, list[bytes | None]]
+# (position of the first row, for each read its rows' width and bytes, or None).
+Chunk = tuple[int, list[tuple[int, bytes] | None]]
+# `d_sae` of each read, and the chunks in order; plain types, for msgpack.
+Payload = tuple[tuple[int, ...], list[Chunk]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,37 @@ class ReadCounts:
     stops: int = 0
 
 
+class SlotRows:
+    """The rows of one slot in a step, ready to be cut for its requests.
+
+    Whatever has to look at numbers does so once for all requests.
+    """
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+        self.width = rows.shape[1]
+        self._data = rows.tobytes()
+        self._row_bytes = 4 * self.width
+        read = np.cumsum(rows[:, 0] != NOT_READ)
+        self._read: list[int] = [0, *read.tolist()]
+
+    def count(self, first: int, end: int) -> int:
+        """How many of some rows were read."""
+        return self._read[end] - self._read[first]
+
+    def cut(self, first: int, end: int) -> bytes:
+        """The bytes of some rows."""
+        return self._data[first * self._row_bytes : end * self._row_bytes]
+
+
+class StepRows:
+    """What a step has read, by slot."""
+
+    def __init__(self, readout: StepReadout):
+        self.first_row = readout.first_row
+        self.slots = {at: SlotRows(rows) for at, rows in readout.rows.items()}
+
+
 @dataclass
 class RequestReads:
     """What one request reads, and what of it has not been sent yet.
@@ -83,13 +115,14 @@ class RequestReads:
     chunks: list[Chunk] = field(default_factory=list)
 
     def take(
-        self, step: StepReadout, own: ReadRequest, start: int, accepted: int
+        self, step: StepRows, first_row: int, start: int, accepted: int
     ) -> Fired | None:
         """Keep the new rows of a step; the first stop condition that holds, if any.
 
         Args:
-            step, own: what the step has read, and this request's part of it.
-            start: position of the request's first token in the step.
+            step: what the step has read.
+            first_row: place of the request's first token among the step's tokens.
+            start: position of that token.
             accepted: how many of its tokens count; the rest were rejected drafts.
         """
         first = max(self.next_position, start)
@@ -97,25 +130,26 @@ class RequestReads:
         if end <= first:
             return None
         self.next_position = end
-        offset = own.first_row - step.first_row - start
-        part = slice(offset + first, offset + end)
-        positions = np.arange(first, end)
-        kept: list[bytes | None] = []
+        offset = first_row - step.first_row - start
+        low, high = offset + first, offset + end
+        kept: list[tuple[int, bytes] | None] = []
         fired: Fired | None = None
+        empty = True
         for read, slot in zip(self.reads, self.slots, strict=True):
-            rows = step.rows[slot][part, : read.width] if slot in step.rows else None
-            count = 0 if rows is None else np.count_nonzero(rows[:, 0] != NOT_READ)
+            rows = step.slots.get(slot)
+            count = 0 if rows is None else rows.count(low, high)
             if rows is None or not count:
                 kept.append(None)
                 continue
-            data = rows.tobytes()
-            kept.append(data)
+            data = rows.cut(low, high)
+            kept.append((rows.width, data))
+            empty = False
             counts = self.counts.setdefault(read.module, ReadCounts())
-            counts.tokens += int(count)
+            counts.tokens += count
             counts.bytes += len(data)
             if read.stops:
-                fired = self._sooner(fired, read, rows, positions)
-        if any(rows is not None for rows in kept):
+                fired = self._sooner(fired, read, rows.rows[low:high], first)
+        if not empty:
             self.chunks.append((first, kept))
         if fired is not None:
             self.counts[fired.module].stops += 1
@@ -126,26 +160,26 @@ class RequestReads:
         fired: Fired | None,
         read: SiteRead,
         rows: np.ndarray,
-        positions: np.ndarray,
+        first: int,
     ) -> Fired | None:
         # Generated tokens once the token itself is included.
-        generated: np.ndarray = positions - self.num_prompt + 1
+        generated: np.ndarray = np.arange(len(rows)) + (first - self.num_prompt + 1)
         found = first_firing(read, rows, generated >= max(self.min_tokens, 1))
         if found is None:
             return fired
         row, feature = found
-        position = int(positions[row])
+        position = first + row
         if fired is not None and fired.position <= position:
             return fired
         reason = f"{STOP_PREFIX}{read.module}:{read.site}:{feature}"
         return Fired(position, reason, read.module)
 
-    def payload(self) -> bytes | None:
-        """What has not been sent yet, for `unpack`; None: nothing."""
+    def payload(self) -> Payload | None:
+        """What has not been sent yet, for `Readings.add`; None: nothing."""
         if not self.chunks:
             return None
         chunks, self.chunks = self.chunks, []
-        return msgspec.msgpack.encode((self.d_sae, chunks))
+        return self.d_sae, chunks
 
 
 def reads_of(
@@ -187,14 +221,8 @@ def request_reads(
     )
 
 
-def unpack(payload: bytes) -> tuple[list[int], list[Chunk]]:
-    """`d_sae` of each read, and the chunks in order."""
-    d_sae, chunks = msgspec.msgpack.decode(payload)
-    return d_sae, [(first, kept) for first, kept in chunks]
-
-
 def step_start(
-    num_tokens: int, own: ReadRequest, num_drafts: int, num_generated: int
+    num_tokens: int, own: int, computed: int, num_drafts: int, num_generated: int
 ) -> tuple[int, int]:
     """(position of a request's first token in a step, how many tokens count).
 
@@ -204,11 +232,12 @@ def step_start(
 
     Args:
         num_tokens: of the request, before the step's own are appended.
-        own: the request's part of the step.
-        num_drafts: draft tokens among its tokens.
+        own: its tokens in the step, drafts included.
+        computed: position of the first of them, as the worker knows it.
+        num_drafts: draft tokens among them.
         num_generated: tokens that the step has generated.
     """
-    known = own.num_tokens - num_drafts
+    known = own - num_drafts
     if not num_generated:
-        return own.num_computed, known
+        return computed, known
     return num_tokens - known, known + num_generated - 1

@@ -37,6 +37,12 @@ from vllm.config.steering_slots import (
     without_module,
 )
 from vllm.engine.steering_active_config import active_steering_config, publish
+from vllm.engine.steering_presets import (
+    refuse_without_default,
+    with_default,
+    with_preset,
+    without_preset,
+)
 from vllm.engine.steering_resolution import (
     check_against_model,
     inspect_for_model,
@@ -86,7 +92,9 @@ class SteeringRegistry:
         Args:
             action: `list`, `stats`, `inspect` {name, path and options}, `register`
                 {module, replace, drain}, `unregister` {name, drain}, or `release`
-                {name}, which ends a drain. `register` and `unregister` with a `phase`
+                {name}, which ends a drain; `put_preset` {name, preset},
+                `delete_preset` {name}, `set_default_preset` {name}. `register` and
+                `unregister` with a `phase`
                 (`close`, or `prepare` with a `change` id), then `finish` or
                 `rollback` {change}, do a change step by step.
             payload: the action's argument, a JSON object.
@@ -96,6 +104,9 @@ class SteeringRegistry:
             "stats": self._stats,
             "register": lambda p: self._change(p["module"]["name"], p, self._with),
             "unregister": lambda p: self._change(p.get("name"), p, self._without),
+            "put_preset": self._put_preset,
+            "delete_preset": self._delete_preset,
+            "set_default_preset": self._set_default_preset,
             "finish": self._finish,
             "rollback": self._rollback,
             "release": self._release,
@@ -233,7 +244,21 @@ class SteeringRegistry:
                 f"found {shown(name)}, expected a module: {known}",
                 "name",
             )
+        refuse_without_default(config, name)
         return without_module(config, name)
+
+    def _put_preset(self, payload: Json) -> ModuleReply:
+        return self._changed_presets(with_preset(self.config, payload))
+
+    def _delete_preset(self, payload: Json) -> ModuleReply:
+        return self._changed_presets(without_preset(self.config, payload))
+
+    def _set_default_preset(self, payload: Json) -> ModuleReply:
+        return self._changed_presets(with_default(self.config, payload))
+
+    def _changed_presets(self, after: SteeringConfig) -> ModuleReply:
+        self._publish(after)
+        return ModuleReply(outcome=Outcome.DONE)
 
     def _wait_for(self, name: str, drain: bool, close: bool) -> ModuleReply | None:
         """What to answer while requests use the module; None when none does.
@@ -282,7 +307,7 @@ class SteeringRegistry:
                 )
             logger.error("Steering: a change of %s was given up", shown(other.name))
             self._undo()
-        for_workers = dataclasses.replace(after, draining=frozenset()).to_json()
+        for_workers = after.for_workers().to_json()
         error = first_error(self._workers("stage", for_workers, name))
         if error is None:
             error = first_error(self._workers("commit"))

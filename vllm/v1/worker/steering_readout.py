@@ -8,14 +8,15 @@ one waits for it: it is complete when the sampled tokens are on the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from vllm.config.sae_readout_specs import SiteRead, read_key
-from vllm.config.sae_readout_step import ReadRequest, StepReadout
+from vllm.config.sae_readout_step import StepReadout
 from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_read_state import (
     NOT_READ,
@@ -41,6 +42,35 @@ class Places(Protocol):
         """The slot that holds what is read; None: not on this rank."""
 
 
+@dataclass(frozen=True)
+class Readers:
+    """Who reads in a batch, and where: the first lists of a `StepReadout`.
+
+    `places` are the requests' places in the batch, `total` their tokens in all.
+    """
+
+    req_ids: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    first_rows: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    total: int = 0
+
+
+def readers_of(view: BatchView, reading: Collection[str]) -> Readers:
+    """The requests of a batch that are in `reading`."""
+    places = [at for at, req_id in enumerate(view.req_ids) if req_id in reading]
+    counts = view.num_scheduled[: len(view.req_ids)]
+    firsts = np.cumsum(counts) - counts
+    own = counts[places].tolist()
+    return Readers(
+        [view.req_ids[at] for at in places],
+        places,
+        firsts[places].tolist(),
+        own,
+        sum(own),
+    )
+
+
 class SteeringReadout:
     """The reading state of one worker.
 
@@ -63,7 +93,10 @@ class SteeringReadout:
         self._index = StepIndex(1)
         self._host: np.ndarray = np.zeros(step.max_tokens, dtype=np.int32)
         self._written = 0
-        self._requests: tuple[ReadRequest, ...] = ()
+        # Of the step at hand: who reads, and where; kept while a batch only decodes.
+        self._reading = False
+        self._readers = Readers()
+        self._computed: list[int] = []
         # Slot -> width of its output, for the rows of the batch at hand.
         self._widths: dict[int, int] = {}
         # Tokens that had a row since the worker started, by slot.
@@ -72,7 +105,7 @@ class SteeringReadout:
     @property
     def reading(self) -> bool:
         """Whether some token of the step is read."""
-        return bool(self._requests)
+        return self._reading
 
     def resume_request(self, req_id: str, reads: tuple[SiteRead, ...]) -> None:
         """Take the rows of a request that enters the batch."""
@@ -114,28 +147,18 @@ class SteeringReadout:
         self._write_tables()
         if changed or not self._written:
             self._write_index(rows[0])
-        self._requests = self._reading_requests(view)
-        self.step.reading = True
+            self._readers = readers_of(view, self._rows)
+        self._computed = view.num_computed[self._readers.places].tolist()
+        self._reading = self.step.reading = True
         return True
 
     def clear_step(self) -> None:
         """No token is read: an ordinary step, a dummy run or a capture."""
-        self._requests = ()
-        self.step.reading = False
+        self._reading = self.step.reading = False
         if self._written:
             self.step.read_index.zero_()
             self._host[: self._written] = 0
             self._written = 0
-
-    def _reading_requests(self, view: BatchView) -> tuple[ReadRequest, ...]:
-        counts = view.num_scheduled.tolist()
-        computed = view.num_computed.tolist()
-        found, first = [], 0
-        for req_id, count, done in zip(view.req_ids, counts, computed, strict=False):
-            if req_id in self._rows:
-                found.append(ReadRequest(req_id, first, count, done))
-            first += count
-        return tuple(found)
 
     def _write_tables(self) -> None:
         changes = self.manager.take_changes()
@@ -175,11 +198,12 @@ class SteeringReadout:
 
     def take_step(self) -> StepReadout | None:
         """Start the copy of what the step's sites have written, in stream order."""
-        if not (self._requests and self._widths):
+        if not (self._reading and self._widths):
             return None
-        first = self._requests[0].first_row
-        last = self._requests[-1]
-        part = slice(first, last.first_row + last.num_tokens)
+        self._reading = False
+        readers = self._readers
+        first = readers.first_rows[0]
+        part = slice(first, readers.first_rows[-1] + readers.num_tokens[-1])
         buffers = self.places.read_buffers()
         rows: dict[int, np.ndarray] = {}
         for at, width in self._widths.items():
@@ -187,15 +211,20 @@ class SteeringReadout:
             if self.sends:
                 copy = out[part, :width].contiguous()
                 rows[at] = copy.to("cpu", non_blocking=True, copy=True).numpy()
+                tokens = self.tokens_read.get(at, 0) + readers.total
+                self.tokens_read[at] = tokens
             # Tokens of the next step count as not read until they are.
             out[part, 0].fill_(NOT_READ)
-        requests, self._requests = self._requests, ()
         if not rows:
             return None
-        tokens = sum(request.num_tokens for request in requests)
-        for at in rows:
-            self.tokens_read[at] = self.tokens_read.get(at, 0) + tokens
-        return StepReadout(requests, first, rows)
+        return StepReadout(
+            readers.req_ids,
+            readers.first_rows,
+            readers.num_tokens,
+            self._computed,
+            first,
+            rows,
+        )
 
     def check_integrity(self) -> None:
         """Assert that the manager, the index and the requests agree."""

@@ -68,6 +68,7 @@ class SteeringRuntime:
     ):
         if not config.slots:
             config = start_up_slots(config)
+        config = config.for_workers()
         self.config = config
         num_rows = config.max_pieces * max_num_seqs + 1
         self.managers: dict[Tier, RowManager] = {

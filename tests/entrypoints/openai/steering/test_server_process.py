@@ -100,7 +100,11 @@ def expected() -> dict[str, dict[str, list[str]]]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
-    with api_server(EXAMPLE / "model", log, *modules) as running:
+    preset = log.parent / "clamped.json"
+    hints = {"temperature": 0, "max_tokens": TOKENS}
+    preset.write_text(json.dumps({**MODES["clamped"], "sampling": hints}))
+    presets = ("--steering-presets", f"clamped={preset}")
+    with api_server(EXAMPLE / "model", log, *modules, *presets) as running:
         yield running
 
 
@@ -197,6 +201,34 @@ def test_a_route_says_what_the_in_process_engine_says(
 ) -> None:
     ask, kind = ROUTES[route]
     assert ask(client, MODES[mode], stream) == expected[kind][mode][0]
+
+
+def test_a_preset_is_a_model_for_any_client(
+    client: openai.OpenAI, expected: dict[str, dict[str, list[str]]]
+) -> None:
+    """Its name, nothing else: the sampling is the preset's too."""
+    assert "clamped" in [model.id for model in client.models.list()]
+    completion = client.completions.create(model="clamped", prompt=PROMPT)
+    assert completion.choices[0].text == expected["text"]["clamped"][0]
+    chunks = client.chat.completions.create(
+        model="clamped", messages=MESSAGES, stream=True
+    )
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert said == expected["chat"]["clamped"][0]
+    response = client.responses.create(model="clamped", input=MESSAGES)
+    assert response.output_text == expected["responses"]["clamped"][0]
+
+
+@pytest.mark.parametrize("name", ["clamped", None])
+def test_a_preset_is_a_field_too(
+    client: openai.OpenAI,
+    expected: dict[str, dict[str, list[str]]],
+    name: str | None,
+) -> None:
+    asked = {"steering_preset": name}
+    mode = "plain" if name is None else "clamped"
+    for stream in (False, True):
+        assert ask_completions(client, asked, stream) == expected["text"][mode][0]
 
 
 def test_several_choices_are_all_steered(

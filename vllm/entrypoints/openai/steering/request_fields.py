@@ -16,14 +16,19 @@ from pydantic.fields import FieldInfo
 from starlette.requests import Request
 
 from vllm.config.sae_steering_names import refuse_misspelt
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, field_schemas
+from vllm.config.sae_steering_specs import (
+    EXTRA_ARGS_KEYS,
+    PRESET_KEY,
+    PRESET_SCHEMA_FIELD,
+    field_schemas,
+)
 from vllm.config.sae_steering_types import fold_into_extra_args
 from vllm.config.steering_json import Json
 from vllm.config.strict_json import refuse_ambiguous_fields
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-FIELD_SCHEMAS = field_schemas()
+FIELD_SCHEMAS = {**field_schemas(), PRESET_KEY: PRESET_SCHEMA_FIELD}
 
 
 def declare_fields(model: type[BaseModel]) -> None:
@@ -70,7 +75,7 @@ def refuse_specs_beside_extra_args(value: object) -> object:
     There it would be dropped: only `extra_args` carries it.
     """
     if isinstance(value, dict):
-        for name in EXTRA_ARGS_KEYS:
+        for name in FIELD_SCHEMAS:
             if name in value:
                 path = f"sampling_params.{name}"
                 raise VLLMValidationError(
@@ -83,7 +88,7 @@ def refuse_specs_beside_extra_args(value: object) -> object:
 def refuse_event_fields(event: object) -> None:
     """Refuse steering in a WebSocket event, whose unknown keys are dropped."""
     if isinstance(event, dict):
-        for name in EXTRA_ARGS_KEYS:
+        for name in FIELD_SCHEMAS:
             if event.get(name) is not None:
                 _refuser(name, "/v1/realtime does not support steering")(event[name])
 
@@ -94,6 +99,17 @@ def specs_of(request: BaseModel) -> Json:
     # among the extra fields, which are items of a model all the same.
     fields = dict(request)
     return {name: fields.get(name) for name in EXTRA_ARGS_KEYS}
+
+
+def steering_of(request: BaseModel) -> dict[str, Any]:
+    """What a request's fields say, as `extra_args` has it.
+
+    A preset of null is not the same as none: it opts out of the server's default.
+    """
+    given = {name: specs for name, specs in specs_of(request).items() if specs}
+    if PRESET_KEY in request.model_fields_set:
+        given[PRESET_KEY] = getattr(request, PRESET_KEY)
+    return given
 
 
 def refuse_misspelt_fields(request: BaseModel) -> None:
@@ -114,6 +130,9 @@ def carry_specs(request: BaseModel, params: SamplingParams) -> None:
     """Fold the request's steering into the `extra_args` of its new parameters."""
     refuse_misspelt_fields(request)
     params.extra_args = fold_into_extra_args(params.extra_args, specs_of(request))
+    if PRESET_KEY in request.model_fields_set:
+        preset = getattr(request, PRESET_KEY)
+        params.extra_args = {**(params.extra_args or {}), PRESET_KEY: preset}
 
 
 def refuse_beam_search(request: BaseModel) -> None:
@@ -126,7 +145,8 @@ def refuse_beam_search(request: BaseModel) -> None:
     specs = specs_of(request)
     xargs = dict(request).get("vllm_xargs") or {}
     refuse_misspelt(xargs, "vllm_xargs.")
-    for name in EXTRA_ARGS_KEYS:
+    specs[PRESET_KEY] = getattr(request, PRESET_KEY, None)
+    for name in FIELD_SCHEMAS:
         if specs[name] or xargs.get(name):
             raise VLLMValidationError(
                 f"{name}: beam search does not support steering, expected "

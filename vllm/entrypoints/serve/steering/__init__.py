@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.datastructures import State
 
+from vllm.entrypoints.serve.steering import preset_router
 from vllm.entrypoints.serve.steering.access import configured_key
 from vllm.entrypoints.serve.steering.api_router import router
 from vllm.entrypoints.serve.steering.encode import EncodeService
@@ -36,6 +37,7 @@ class SteeringEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; they answer once `init_state` has run."""
         app.include_router(router)
+        app.include_router(preset_router.router)
         app.mount(PATH, Playground(), name="steering-playground")
 
     async def init_state(

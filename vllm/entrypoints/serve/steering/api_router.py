@@ -38,9 +38,9 @@ async def list_steering_modules(request: Request) -> JSONResponse:
     Answers without a key; only who holds it is told where the files are.
     """
     try:
-        listed = await _modules(request).list()
+        listed = await modules_of(request).list()
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     modules = [_for_caller(request, module) for module in listed["modules"]]
     return JSONResponse({**listed, "modules": modules})
 
@@ -50,9 +50,9 @@ async def show_steering_module(name: str, request: Request) -> JSONResponse:
     """One module, as the list has it."""
     try:
         check_name(name)
-        module = await _modules(request).get(name)
+        module = await modules_of(request).get(name)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"module": _for_caller(request, module)})
 
 
@@ -72,11 +72,11 @@ async def register_steering_module(request: Request) -> JSONResponse:
     `norm_guard`, `sites`, `replace`, `drain`. Answers 201 with the module.
     """
     try:
-        service = _modules_to_change(request)
-        asked = parse_register(await _body(request))
+        service = modules_to_change(request)
+        asked = parse_register(await read_body(request))
         module = await service.register(asked, request.is_disconnected)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"module": module}, status_code=201)
 
 
@@ -84,13 +84,13 @@ async def register_steering_module(request: Request) -> JSONResponse:
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     """What the module's author measured: its card, and the features in `?index=3,7`."""
     try:
-        service = _modules(request)
+        service = modules_of(request)
         check_name(name)
         indices = parse_indices(request.query_params.get("index"))
         path = await service.path_of(name)
         found = await asyncio.to_thread(of_features, path, indices)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"module_name": name, **found})
 
 
@@ -98,12 +98,12 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
 async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
     """Remove a module; `?drain=true` waits for the requests that name it."""
     try:
-        service = _modules_to_change(request)
+        service = modules_to_change(request)
         check_name(name)
         drain = parse_flag("drain", request.query_params.get("drain"))
         await service.unregister(name, drain, request.is_disconnected)
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     return JSONResponse({"name": name, "deleted": True})
 
 
@@ -114,7 +114,7 @@ async def search_features(name: str, request: Request) -> JSONResponse:
     At most `limit` (20) of them.
     """
     try:
-        service = _modules(request)
+        service = modules_of(request)
         check_name(name)
         query = request.query_params
         found = await service.search_labels(
@@ -124,7 +124,7 @@ async def search_features(name: str, request: Request) -> JSONResponse:
             parse_count("limit", query.get("limit"), 20, LABELS_LIMIT) or 20,
         )
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
     listed = [{"feature_idx": feature, "label": label} for feature, label in found]
     return JSONResponse({"module_name": name, "features": listed})
 
@@ -145,19 +145,19 @@ async def encode_texts(request: Request) -> JSONResponse:
     completions.
     """
     try:
-        asked = parse_encode(await _body(request))
+        asked = parse_encode(await read_body(request))
         return JSONResponse(await request.app.state.steering_encode.encode(asked))
     except RequestRefused as error:
-        return _refused(error)
+        return refused(error)
 
 
-def _modules(request: Request) -> SteeringModulesService:
+def modules_of(request: Request) -> SteeringModulesService:
     return request.app.state.steering_modules
 
 
-def _modules_to_change(request: Request) -> SteeringModulesService:
+def modules_to_change(request: Request) -> SteeringModulesService:
     check_key(request.headers, request.app.state.steering_api_key)
-    return _modules(request)
+    return modules_of(request)
 
 
 def _for_caller(request: Request, module: Json) -> Json:
@@ -167,7 +167,7 @@ def _for_caller(request: Request, module: Json) -> Json:
     return {key: value for key, value in module.items() if key != "path"}
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
     """The request's body, read no further than its limit."""
     body = bytearray()
     async for chunk in request.stream():
@@ -179,7 +179,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _refused(error: RequestRefused) -> JSONResponse:
+def refused(error: RequestRefused) -> JSONResponse:
     """OpenAI's form of an error."""
     content: Json = {
         "message": error.message,

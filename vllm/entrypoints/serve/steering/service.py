@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.config.sae_labels import FILE_NAME, Labels, labels_of, search
+from vllm.config.sae_steering_parser import check_preset
+from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
+from vllm.exceptions import VLLMValidationError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -120,6 +123,20 @@ class SteeringModulesService:
         if index is not None:
             return [(index, labels[index])] if index in labels else []
         return search(labels, query, limit)
+
+    async def list_presets(self) -> Json:
+        """Every preset, whether it is valid now, and the default."""
+        reply = await self.call("list", {})
+        config = SteeringConfig.from_json(reply.config or {})
+        found = []
+        for name, preset in config.presets.items():
+            error = None
+            try:
+                check_preset(name, preset, config)
+            except VLLMValidationError as refusal:
+                error = refusal.args[0]
+            found.append({"name": name, "error": error, **preset})
+        return {"presets": found, "default_preset": config.default_preset}
 
     async def path_of(self, name: str) -> str:
         """Where a module was loaded from.

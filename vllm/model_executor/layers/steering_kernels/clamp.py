@@ -103,6 +103,62 @@ def write_stream(
 
 
 @triton.jit
+def encode_clamps(
+    feature,
+    needs,
+    w_enc,
+    b_enc,
+    threshold,
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    source,
+    source_stride,
+    t,
+    D_IN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    NC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Activations [NC] of the clamped features that need one, 0 for the others."""
+    rows = feature.to(tl.int64)[:, None] * D_IN
+    dot = tl.zeros([NC, BLOCK_D], tl.float32)
+    for d in tl.static_range(0, D_IN, BLOCK_D):
+        k = d + tl.arange(0, BLOCK_D)
+        if HAS_SOURCE:
+            xk = read_stream(
+                source, source_stride, source, source_stride, t, k, D_IN, False
+            )
+        else:
+            xk = read_stream(
+                hidden, hidden_stride, residual, residual_stride, t, k, D_IN,
+                HAS_RESIDUAL,
+            )  # fmt: skip
+        mask = needs[:, None] & (k < D_IN)[None, :]
+        w = tl.load(w_enc + rows + k[None, :], mask=mask, other=0.0)
+        dot += w.to(tl.float32) * xk[None, :]
+    bias = tl.load(b_enc + feature, mask=needs, other=0.0)
+    bar = tl.load(threshold + feature, mask=needs, other=0.0)
+    p = tl.sum(dot, 1) + bias
+    return tl.where(needs & (p > tl.maximum(bar, 0.0)), p, 0.0)
+
+
+@triton.jit
+def source_norm(source, source_stride, t, D_IN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The L2 norm of what a transcoder reads."""
+    square = tl.zeros([BLOCK_D], tl.float32)
+    for d in tl.static_range(0, D_IN, BLOCK_D):
+        at = d + tl.arange(0, BLOCK_D)
+        read = read_stream(
+            source, source_stride, source, source_stride, t, at, D_IN, False
+        )
+        square += read * read
+    return tl.sqrt(tl.sum(square, 0))
+
+
+@triton.jit
 def clamp_kernel(
     index,
     flags,
@@ -159,14 +215,7 @@ def clamp_kernel(
     else:
         limit = LARGEST
     if HAS_SOURCE:
-        square = tl.zeros([BLOCK_D], tl.float32)
-        for d in tl.static_range(0, D_IN, BLOCK_D):
-            at = d + tl.arange(0, BLOCK_D)
-            read = read_stream(
-                source, source_stride, source, source_stride, t, at, D_IN, False
-            )
-            square += read * read
-        norm = tl.sqrt(tl.sum(square, 0))
+        norm = source_norm(source, source_stride, t, D_IN, BLOCK_D)
     else:
         norm = tl.sqrt(tl.sum(x * x, 0))
     if not (norm <= limit):
@@ -176,31 +225,18 @@ def clamp_kernel(
     for first in range(0, count, NC):
         c = first + tl.arange(0, NC)
         feature, code, value = load_clamps(row_ptr, c, count, MAX_CLAMPS)
-        rows = feature.to(tl.int64)[:, None] * D_IN
         f = tl.zeros([NC], tl.float32)
         if ENCODES:
             needs = (c < count) & (code != ADDITIVE)
             if tl.max(needs.to(tl.int32), 0) != 0:
-                dot = tl.zeros([NC, BLOCK_D], tl.float32)
-                for d in tl.static_range(0, D_IN, BLOCK_D):
-                    k = d + tl.arange(0, BLOCK_D)
-                    if HAS_SOURCE:
-                        xk = read_stream(
-                            source, source_stride, source, source_stride, t, k,
-                            D_IN, False,
-                        )  # fmt: skip
-                    else:
-                        xk = read_stream(
-                            hidden, hidden_stride, residual, residual_stride, t, k,
-                            D_IN, HAS_RESIDUAL,
-                        )  # fmt: skip
-                    mask = needs[:, None] & (k < D_IN)[None, :]
-                    w = tl.load(w_enc + rows + k[None, :], mask=mask, other=0.0)
-                    dot += w.to(tl.float32) * xk[None, :]
-                bias = tl.load(b_enc + feature, mask=needs, other=0.0)
-                bar = tl.load(threshold + feature, mask=needs, other=0.0)
-                p = tl.sum(dot, 1) + bias
-                f = tl.where(needs & (p > tl.maximum(bar, 0.0)), p, 0.0)
+                f = encode_clamps(
+                    feature=feature, needs=needs, w_enc=w_enc, b_enc=b_enc,
+                    threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
+                    residual=residual, residual_stride=residual_stride, source=source,
+                    source_stride=source_stride, t=t, D_IN=D_IN,
+                    HAS_RESIDUAL=HAS_RESIDUAL, HAS_SOURCE=HAS_SOURCE, NC=NC,
+                    BLOCK_D=BLOCK_D,
+                )  # fmt: skip
         delta = clamp_delta(code, value, f)
         for j in tl.static_range(NC):  # unrolled, so that all rows load at once
             there = first + j < count

@@ -27,6 +27,36 @@ def add_rows(acc, w_dec, feature, weight, inside, col, D: tl.constexpr):
     return acc + weight[:, None] * w.to(tl.float32)
 
 
+@triton.jit
+def sum_of_rows(
+    own,
+    listed,
+    row_ptr,
+    coef,
+    w_dec,
+    col,
+    D: tl.constexpr,
+    NB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Sum [BD] over a token's entries, then over its clamps."""
+    acc = tl.zeros([NB, BD], tl.float32)
+    for j in range(0, listed, NB):
+        at = j + tl.arange(0, NB)
+        e = tl.load(own + at, mask=at < listed, other=0)
+        acc = add_rows(
+            acc, w_dec, entry_feature(e), entry_value(e), at < listed, col, D
+        )
+    clamps = tl.load(row_ptr + 1)
+    for j in range(0, clamps, NB):
+        c = j + tl.arange(0, NB)
+        inside = c < clamps
+        feature = tl.load(row_ptr + 2 + c, mask=inside, other=0)
+        delta = tl.load(coef + c, mask=inside, other=0.0)
+        acc = add_rows(acc, w_dec, feature, delta, inside, col, D)
+    return tl.sum(acc, 0)
+
+
 @triton.jit(do_not_specialize=["base", "rows", "capacity"])
 def combine_kernel(
     index,
@@ -74,22 +104,10 @@ def combine_kernel(
             col = work // n * BD + tl.arange(0, BD)
             row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             i64 = tl.cast(i, tl.int64)
-            acc = tl.zeros([NB, BD], tl.float32)
-            own = entries + i64 * capacity
-            for j in range(0, listed, NB):
-                at = j + tl.arange(0, NB)
-                e = tl.load(own + at, mask=at < listed, other=0)
-                acc = add_rows(
-                    acc, w_dec, entry_feature(e), entry_value(e), at < listed, col, D
-                )
-            clamps = tl.load(row_ptr + 1)
-            for j in range(0, clamps, NB):
-                c = j + tl.arange(0, NB)
-                inside = c < clamps
-                feature = tl.load(row_ptr + 2 + c, mask=inside, other=0)
-                delta = tl.load(coef + i * MAX_CLAMPS + c, mask=inside, other=0.0)
-                acc = add_rows(acc, w_dec, feature, delta, inside, col, D)
-            out = tl.sum(acc, 0)
+            out = sum_of_rows(
+                own=entries + i64 * capacity, listed=listed, row_ptr=row_ptr,
+                coef=coef + i * MAX_CLAMPS, w_dec=w_dec, col=col, D=D, NB=NB, BD=BD,
+            )  # fmt: skip
             if DELTA and HAS_SOURCE:
                 out += read_stream(
                     hidden, hidden_stride, residual, residual_stride,

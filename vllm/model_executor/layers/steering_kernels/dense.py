@@ -101,6 +101,73 @@ def multiply_acts(acc, act, w):
     return tl.dot((act - high.to(tl.float32)).to(dtype), w, acc)
 
 
+@triton.jit
+def add_clamps(
+    out,
+    index,
+    table,
+    table_stride,
+    token,
+    which,
+    there,
+    coef,
+    acts,
+    place,
+    acts_stride,
+    w_dec,
+    col,
+    D: tl.constexpr,
+    MAX_CLAMPS: tl.constexpr,
+    TOPK: tl.constexpr,
+):
+    """out [BT, BD] plus the corrections of each token's clamps, in their order."""
+    row = tl.load(index + token, mask=there, other=0)
+    row_ptr = table + row.to(tl.int64) * table_stride
+    count = tl.load(row_ptr + 1, mask=there, other=0)
+    for c in range(0, tl.max(count, 0)):
+        inside = there & (c < count)
+        feature = tl.load(row_ptr + 2 + c, mask=inside, other=0)
+        if TOPK:
+            delta = tl.load(coef + which * MAX_CLAMPS + c, mask=inside, other=0.0)
+        else:
+            code = tl.load(row_ptr + 2 + MAX_CLAMPS + c, mask=inside, other=1)
+            bits = tl.load(row_ptr + 2 + 2 * MAX_CLAMPS + c, mask=inside, other=0)
+            own = acts + place.to(tl.int64) * acts_stride + feature
+            f_c = tl.load(own, mask=inside, other=0.0)
+            delta = clamp_delta(code, bits.to(tl.float32, bitcast=True), f_c)
+        w_at = feature.to(tl.int64)[:, None] * D + col[None, :]
+        w_mask = inside[:, None] & (col < D)[None, :]
+        w = tl.load(w_dec + w_at, mask=w_mask, other=0.0).to(tl.float32)
+        out += tl.where(inside, delta, 0.0)[:, None] * w
+    return out
+
+
+@triton.jit
+def write_dense(
+    out,
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    token,
+    there,
+    col,
+    D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """The exact write-back of a tile; returns 1 where a component was limited."""
+    mask = there[:, None] & (col < D)[None, :]
+    out, over = limited(out, mask, hidden.dtype.element_ty)
+    t = token.to(tl.int64)[:, None]
+    if HAS_RESIDUAL:
+        residual_at = residual + t * residual_stride + col[None, :]
+        tl.store(residual_at, out.to(residual.dtype.element_ty), mask=mask)
+        out = tl.zeros(out.shape, tl.float32)
+    hidden_at = hidden + t * hidden_stride + col[None, :]
+    tl.store(hidden_at, out.to(hidden.dtype.element_ty), mask=mask)
+    return over
+
+
 @triton.jit(do_not_specialize=["base", "rows", "acts_stride"])
 def decode_dense_kernel(
     index,
@@ -170,34 +237,17 @@ def decode_dense_kernel(
         else:
             out += tl.load(b_dec + col, mask=col < D, other=0.0)[None, :]
 
-        row = tl.load(index + token, mask=there, other=0)
-        row_ptr = table + row.to(tl.int64) * table_stride
-        count = tl.load(row_ptr + 1, mask=there, other=0)
-        for c in range(0, tl.max(count, 0)):
-            inside = there & (c < count)
-            feature = tl.load(row_ptr + 2 + c, mask=inside, other=0)
-            if TOPK:
-                delta = tl.load(coef + which * MAX_CLAMPS + c, mask=inside, other=0.0)
-            else:
-                code = tl.load(row_ptr + 2 + MAX_CLAMPS + c, mask=inside, other=1)
-                bits = tl.load(row_ptr + 2 + 2 * MAX_CLAMPS + c, mask=inside, other=0)
-                own = acts + place.to(tl.int64) * acts_stride + feature
-                f_c = tl.load(own, mask=inside, other=0.0)
-                delta = clamp_delta(code, bits.to(tl.float32, bitcast=True), f_c)
-            w_at = feature.to(tl.int64)[:, None] * D + col[None, :]
-            w_mask = inside[:, None] & (col < D)[None, :]
-            w = tl.load(w_dec + w_at, mask=w_mask, other=0.0).to(tl.float32)
-            out += tl.where(inside, delta, 0.0)[:, None] * w
-
-        mask = there[:, None] & (col < D)[None, :]
-        out, over = limited(out, mask, hidden.dtype.element_ty)
-        t = token.to(tl.int64)[:, None]
-        hidden_at = hidden + t * hidden_stride + col[None, :]
-        if HAS_RESIDUAL:
-            residual_at = residual + t * residual_stride + col[None, :]
-            tl.store(residual_at, out.to(residual.dtype.element_ty), mask=mask)
-            out = tl.zeros([BT, BD], tl.float32)
-        tl.store(hidden_at, out.to(hidden.dtype.element_ty), mask=mask)
+        out = add_clamps(
+            out=out, index=index, table=table, table_stride=table_stride, token=token,
+            which=which, there=there, coef=coef, acts=acts, place=place,
+            acts_stride=acts_stride, w_dec=w_dec, col=col, D=D, MAX_CLAMPS=MAX_CLAMPS,
+            TOPK=TOPK,
+        )  # fmt: skip
+        over = write_dense(
+            out=out, hidden=hidden, hidden_stride=hidden_stride, residual=residual,
+            residual_stride=residual_stride, token=token, there=there, col=col, D=D,
+            HAS_RESIDUAL=HAS_RESIDUAL,
+        )  # fmt: skip
         wide = tl.max(over, 1) > 0
         counted = records + which * RECORD_INTS + SATURATED
         old = tl.atomic_xchg(counted, tl.full([BT], 1, tl.int32), mask=wide)

@@ -51,15 +51,15 @@ def write_flags(step: StepState, token_ids: torch.Tensor) -> None:
     vocab = step.skip_bits.shape[0]
     grid = (triton.cdiv(n, BLOCK),)
     flags_kernel[grid](
-        token_ids,
-        step.skip_bits,
-        step.flags,
-        step.index[Tier.DELTA],
-        step.index[Tier.FULL],
-        step.bypassed,
-        n,
-        vocab,
-        BLOCK,
+        ids=token_ids,
+        bits=step.skip_bits,
+        flags=step.flags,
+        delta_rows=step.index[Tier.DELTA],
+        full_rows=step.index[Tier.FULL],
+        bypassed=step.bypassed,
+        tokens=n,
+        VOCAB=vocab,
+        BLOCK=BLOCK,
     )
 
 

@@ -13,20 +13,18 @@ from vllm.model_executor.layers.steering_state import SAESlot, StepState, Vector
 from .clamp import clamp_kernel
 from .combine import combine_kernel
 from .compact import compact_kernel
-from .dense import decode_dense_kernel, encode_dense_kernel
 from .encode import encode_kernel
 from .plan import (
     LIST_MAX,
     EncodePlan,
     cdiv,
     next_power_of_2,
-    plan_dense,
     plan_encode,
 )
 from .resolve import resolve_kernel
 from .run import Run, device_facts, pdl_options
 from .select import select_kernel
-from .skip import skip_kernel
+from .stages_triton_dense import write_skip
 from .workspace import StageBuffers
 
 COMBINE_SLICE = 256  # columns of a decoder program
@@ -177,36 +175,13 @@ def coefficients(run: Run, base: int) -> None:
     )
 
 
-def _skip(run: Run, w_skip: torch.Tensor, base: int) -> None:
-    """`b_dec + W_skip x` of a chunk, where the decoder begins."""
-    weights, rows = run.slot.weights, run.buffers.plan.rows
-    blocks = plan_dense(w_skip.element_size())
-    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
-    skip_kernel[(min(work, 2 * device_facts(w_skip.device)[0]),)](
-        x=run.buffers.x,
-        w_skip=w_skip,
-        b_dec=weights.b_dec,
-        count=run.workspace.count,
-        out=run.buffers.skip,
-        base=base,
-        rows=rows,
-        D_IN=weights.d_in,
-        D_OUT=weights.d_out,
-        BT=blocks.tokens,
-        BD=blocks.columns,
-        BK=blocks.reduction,
-        num_warps=4,
-        **pdl_options(w_skip.device),
-    )
-
-
 def combine(run: Run, base: int) -> None:
     buffers, workspace, table = run.buffers, run.workspace, run.table
     hidden, residual = run.hidden, run.residual
     weights = run.slot.weights
     rows = buffers.plan.rows
     if weights.W_skip is not None and run.tier is Tier.FULL:
-        _skip(run, weights.W_skip, base)
+        write_skip(run, weights.W_skip, base)
     block_d = min(next_power_of_2(weights.d_out), COMBINE_SLICE)
     work = rows * cdiv(weights.d_out, block_d)
     combine_kernel[(min(work, device_facts(hidden.device)[0] * 12),)](
@@ -239,92 +214,6 @@ def combine(run: Run, base: int) -> None:
         HAS_SKIP=weights.W_skip is not None,
         NB=COMBINE_ROWS,
         BD=block_d,
-        num_warps=4,
-        **pdl_options(hidden.device),
-    )
-
-
-def dense(run: Run, base: int) -> None:
-    """The tokens of a chunk that no list holds, `dense_rows` at a time."""
-    if run.tier is Tier.DELTA or run.buffers.plan.dense_rows == 0:
-        return
-    plan = run.buffers.plan
-    rows = plan.rows if run.topk else plan.dense_rows
-    for first in range(0, plan.rows, rows):
-        if not run.topk:
-            _encode_dense(run, first, rows)
-        _decode_dense(run, first, rows)
-
-
-def _dense_acts(run: Run) -> torch.Tensor:
-    """float32 activations of a chunk of dense tokens; for TopK the scores."""
-    if run.topk:
-        return run.buffers.scores
-    return run.buffers.dense.view(torch.float32)
-
-
-def _encode_dense(run: Run, first: int, rows: int) -> None:
-    weights, acts = run.slot.weights, _dense_acts(run)
-    blocks = plan_dense(weights.W_enc.element_size())
-    device = weights.W_enc.device
-    features = weights.d_sae_capacity
-    work = cdiv(rows, blocks.tokens) * cdiv(features, blocks.features)
-    encode_dense_kernel[(min(work, 2 * device_facts(device)[0]),)](
-        x=run.buffers.x,
-        w_enc=weights.W_enc,
-        b_enc=weights.b_enc,
-        threshold=weights.threshold,
-        records=run.workspace.records,
-        sync=run.step.sync,
-        acts=acts,
-        acts_stride=acts.stride(0),
-        base=first,
-        rows=rows,
-        F=features,
-        D=weights.d_in,
-        BT=blocks.tokens,
-        BF=blocks.features,
-        BK=blocks.reduction,
-        num_warps=4,
-        **pdl_options(device),
-    )
-
-
-def _decode_dense(run: Run, first: int, rows: int) -> None:
-    weights, acts = run.slot.weights, _dense_acts(run)
-    hidden, residual, table = run.hidden, run.residual, run.table
-    blocks = plan_dense(weights.W_dec.element_size())
-    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
-    decode_dense_kernel[(min(work, 2 * device_facts(hidden.device)[0]),)](
-        index=run.index,
-        table=table.packed,
-        meta=weights.meta,
-        tokens=run.workspace.tokens,
-        records=run.workspace.records,
-        sync=run.step.sync,
-        kth=run.workspace.kth,
-        coef=run.buffers.coef,
-        acts=acts,
-        skip=run.buffers.skip,
-        w_dec=weights.W_dec,
-        b_dec=weights.b_dec,
-        hidden=hidden,
-        residual=hidden if residual is None else residual,
-        saturated=run.step.saturated,
-        acts_stride=acts.stride(0),
-        hidden_stride=hidden.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        table_stride=table.packed.stride(0),
-        base=first,
-        rows=rows,
-        D=weights.d_out,
-        HAS_RESIDUAL=residual is not None,
-        MAX_CLAMPS=table.max_clamps,
-        TOPK=run.topk,
-        HAS_SKIP=weights.W_skip is not None,
-        BT=blocks.tokens,
-        BF=blocks.reduction,
-        BD=blocks.columns,
         num_warps=4,
         **pdl_options(hidden.device),
     )

@@ -154,8 +154,13 @@ class SteeringWorkspace:
         )
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def buffers(self, slot: SAESlot, tokens: int, topk: bool) -> StageBuffers:
-        """Views for `slot` and a step of `tokens` tokens; allocates nothing."""
+    def buffers(
+        self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None = None
+    ) -> StageBuffers:
+        """Views for `slot` and a step of `tokens` tokens; allocates nothing.
+
+        `capacity`: the most that a list needs to hold (None: as much as fits).
+        """
         w = slot.weights
         plan = self.plan(slot, tokens, topk)
         scores_bytes = plan.rows * w.d_sae_capacity * 4 if topk else 0
@@ -164,7 +169,7 @@ class SteeringWorkspace:
         row_bytes = self._dense_bytes(slot)
         plan = replace(
             plan,
-            capacity=min(plan.capacity, fit),
+            capacity=min(plan.capacity, fit, capacity or fit),
             dense_rows=min(plan.dense_rows, entries.numel() // row_bytes),
         )
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steering vectors: one direction `[D]` per site, added to the residual stream.
 
-Safetensors: one file whose tensors are named `layers.{layer}.{hook}`, for example
-`layers.20.post_block`; the string metadata may hold `format`
+Safetensors: one file whose tensors are named `{hook}.{layer}`, for example
+`post_block.20` (or any other spelling of a site); the string metadata may hold `format`
 ("vllm-steering-vectors") and `model`, the name of the model it was made for.
 
 Bare tensors: one `.npy`, `.pt` or `.safetensors` file with one tensor, `[D]` for one
@@ -94,7 +94,7 @@ def read_safetensors(location: Location) -> ModuleLayout:
             if (site := parse_site_name(name)) is None or site in sites:
                 raise LayoutError(
                     f"{tensors.label}: {name}: expected one tensor for each site, "
-                    "named like layers.20.post_block"
+                    "named like post_block.20"
                 )
             sites[site] = name
         return _layout(tensors, sites, tensors.metadata.get("model"))

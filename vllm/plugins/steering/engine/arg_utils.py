@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MODULE = "vllm.engine.arg_utils"
 CREATE_ENGINE_CONFIG = f"{MODULE}:EngineArgs.create_engine_config"
 FLAG = "--steering-modules"
+PRESETS_FLAG = "--steering-presets"
 KEY_FLAG = "--steering-api-key"
 
 
@@ -124,24 +125,35 @@ def parse_module(item: str) -> tuple[str, str | Json]:
     return name, path
 
 
-def fold_modules(additional_config: Json | None, modules: Json | None) -> Json:
-    """`additional_config` with the flag's modules added; the input is not changed.
+def fold_modules(
+    additional_config: Json | None,
+    modules: Json | None,
+    section: str = "modules",
+    flag: str = FLAG,
+) -> Json:
+    """`additional_config` with a flag's modules added; the input is not changed.
+
+    Args:
+        additional_config: as given.
+        modules: what the flag says.
+        section: `modules`, or `presets`.
+        flag: its name.
 
     Raises:
-        SteeringConfigError: a module is given in both places.
+        SteeringConfigError: a name is given in both places.
     """
     additional = dict(additional_config or {})
     if not modules:
         return additional
     steering = dict(additional.get("steering") or {})
-    given = dict(steering.get("modules") or {})
+    given = dict(steering.get(section) or {})
     for name in modules:
         if name in given:
             raise SteeringConfigError(
-                f"steering module {shown(name)} is given by {FLAG} and in "
-                "additional_config, expected one of them"
+                f"steering {section.rstrip('s')} {shown(name)} is given by {flag} and "
+                "in additional_config, expected one of them"
             )
-    steering["modules"] = {**given, **modules}
+    steering[section] = {**given, **modules}
     return {**additional, "steering": steering}
 
 
@@ -174,6 +186,16 @@ def _make_add_cli_args(stock: Stock) -> Stock:
             "hf:owner/repo[/sub/path][@revision].",
         )
         group.add_argument(
+            PRESETS_FLAG,
+            nargs="+",
+            action=SteeringModulesAction,
+            default=None,
+            metavar="NAME=FILE",
+            help="Presets to start with: JSON files with the steering fields of a "
+            "request, and optionally sampling, description and locked. Clients choose "
+            "one as model or as steering_preset.",
+        )
+        group.add_argument(
             KEY_FLAG,
             type=Secret,
             default=None,
@@ -194,6 +216,11 @@ def _make_from_cli_args(stock: Stock) -> Stock:
         if modules := vars(args).get("steering_modules"):
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, modules
+            )
+        presets = getattr(args, "steering_presets", None)
+        if presets:
+            engine_args.additional_config = fold_modules(
+                engine_args.additional_config, presets, "presets", PRESETS_FLAG
             )
         return engine_args
 

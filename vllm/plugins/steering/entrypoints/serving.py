@@ -3,7 +3,8 @@
 
 The edit a branch would make: `create_completion`, `create_chat_completion`,
 `create_responses` and `serve_tokens` begin by checking the request's steering. Without
-it the engine's own check comes after a stream has answered 200.
+it the engine's own check comes after a stream has answered 200. A `model` that names a
+preset is replaced there, and `show_available_models` lists the presets.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.protocol import ModelList
     from vllm.sampling_params import SamplingParams
 
 _OPENAI = "vllm.entrypoints.openai"
@@ -47,7 +50,20 @@ class Installer:
         wrap(self.target, ("self", "request", "raw_request"), _make)
 
 
-INSTALLERS = tuple(Installer(target) for target in TARGETS)
+class ModelsInstaller:
+    """Binds the list of models."""
+
+    module = "vllm.entrypoints.openai.models.serving"
+
+    def __call__(self) -> None:
+        target = f"{self.module}:OpenAIServingModels.show_available_models"
+        wrap(target, ("self",), _make_show_available_models)
+
+
+INSTALLERS: tuple[Installer | ModelsInstaller, ...] = (
+    *(Installer(target) for target in TARGETS),
+    ModelsInstaller(),
+)
 
 
 def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
@@ -62,7 +78,7 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
     """
     from vllm.entrypoints.openai.steering.request_fields import (
         refuse_misspelt_fields,
-        specs_of,
+        steering_of,
     )
 
     refuse_misspelt_fields(request)
@@ -73,13 +89,18 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
         extra_args = params.extra_args
         refuse_reading(extra_args)
     refuse_reserved_key(extra_args)
-    given = {
-        key: specs for key, specs in specs_of(request).items() if specs is not None
-    }
-    steering = parse_steering_request(
-        {**(extra_args or {}), **given}, active_steering_config(vllm_config)
-    )
-    return {} if steering is None else steering.to_extra_args()
+    config = active_steering_config(vllm_config)
+    given = {**(extra_args or {}), **steering_of(request)}
+    steering = parse_steering_request(given, config)
+    if steering is None:
+        return {}
+    if getattr(request, "use_beam_search", False):
+        raise refusal(
+            "use_beam_search",
+            "beam search does not support steering, expected use_beam_search=false, no "
+            "specs, and null as steering_preset where the server has a default",
+        )
+    return steering.to_extra_args()
 
 
 def refuse_reading(extra_args: Json | None) -> None:
@@ -93,6 +114,7 @@ def refuse_reading(extra_args: Json | None) -> None:
 
 
 def _make(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.presets import select_preset
     from vllm.entrypoints.openai.steering.request_fields import refuse_ambiguous_body
     from vllm.entrypoints.serve.steering.metrics import count_refusal, count_request
 
@@ -102,6 +124,8 @@ def _make(stock: Stock) -> Stock:
         raw_request: Request | None = None,
     ) -> object:
         try:
+            config = active_steering_config(self.engine_client.vllm_config)
+            select_preset(request, config, self.models.base_model_paths[0].name)
             steering = check_request(request, self.engine_client.vllm_config)
             await refuse_ambiguous_body(raw_request)
         except VLLMValidationError as error:
@@ -111,3 +135,23 @@ def _make(stock: Stock) -> Stock:
         return await stock(self, request, raw_request)
 
     return checked
+
+
+def _make_show_available_models(stock: Stock) -> Stock:
+    async def show_available_models(self: OpenAIServingModels) -> ModelList:
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+        models = await stock(self)
+        config = active_steering_config(self.engine_client.vllm_config)
+        base = self.base_model_paths[0]
+        for name in () if config is None else config.presets:
+            if not self.is_base_model(name):
+                permission = [ModelPermission()]
+                models.data.append(
+                    ModelCard(
+                        id=name, root=base.name, parent=base.name, permission=permission
+                    )
+                )
+        return models
+
+    return show_available_models

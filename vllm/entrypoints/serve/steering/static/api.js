@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Requests to the server that this page came from, with the keys of this tab.
+// Requests to the server that this page came from, with the key of this tab.
 
 /** An answer that is no success: `status`, the server's message, and its field. */
 export class ServerError extends Error {
@@ -13,19 +13,14 @@ export class ServerError extends Error {
 // The page is served at BASE/steering/; a proxy may put something before it.
 export const BASE = location.pathname.replace(/\/steering\/.*$/, "");
 
-export const keys = {
-  get server() { return sessionStorage.getItem("server-key") || ""; },
-  get steering() { return sessionStorage.getItem("steering-key") || ""; },
-  set(server, steering) {
-    sessionStorage.setItem("server-key", server);
-    sessionStorage.setItem("steering-key", steering);
-  },
+export const key = {
+  get() { return sessionStorage.getItem("server-key") || ""; },
+  set(text) { sessionStorage.setItem("server-key", text); },
 };
 
 function headers() {
   const sent = { "Content-Type": "application/json" };
-  if (keys.server) sent.Authorization = `Bearer ${keys.server}`;
-  if (keys.steering) sent["X-Steering-Authorization"] = `Bearer ${keys.steering}`;
+  if (key.get()) sent.Authorization = `Bearer ${key.get()}`;
   return sent;
 }
 

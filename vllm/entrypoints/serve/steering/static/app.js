@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: what the server has, what is chosen, and who shows which error.
 
-import { call, keys, routes, ServerError } from "./api.js";
+import { call, key, routes, ServerError } from "./api.js";
 import { Clamps } from "./clamps.js";
 import { answer, Column, MODES } from "./columns.js";
 import { $, el, number, options, showError } from "./dom.js";
@@ -369,7 +369,7 @@ $("index-form").addEventListener("submit", (event) => {
 });
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  keys.set($("server-key").value, $("steering-key").value);
+  key.set($("server-key").value);
   connect();
 });
 document.querySelectorAll("[data-copy]").forEach((button) => {
@@ -378,6 +378,5 @@ document.querySelectorAll("[data-copy]").forEach((button) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
 });
-$("server-key").value = keys.server;
-$("steering-key").value = keys.steering;
+$("server-key").value = key.get();
 connect();

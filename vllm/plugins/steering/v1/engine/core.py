@@ -22,7 +22,11 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import ROWS_KEY, admitted_extra_args
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.sae_steering_specs import (
+    EXTRA_ARGS_KEYS,
+    PRESET_KEY,
+    RESERVED_KEYS,
+)
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, ModuleReply
@@ -47,7 +51,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 MODULE = "vllm.v1.engine.core"
-_OURS = (*EXTRA_ARGS_KEYS, ROWS_KEY)
+_OURS = (*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS)
 
 
 def install() -> None:
@@ -73,12 +77,13 @@ def _preprocess_add_request(stock: Stock) -> Stock:
         self: EngineCore, request: EngineCoreRequest
     ) -> tuple[Request, int]:
         params = request.sampling_params
-        if params is None or not is_steered(request):
+        config = active_steering_config(self.vllm_config)
+        has_default = config is not None and config.default_preset is not None
+        if params is None or not (is_steered(request) or has_default):
             return stock(self, request)
         # In-process clients share the object between the n requests of a prompt, so
         # the engine writes into its own copy.
         params = copy.copy(params)
-        config = active_steering_config(self.vllm_config)
         length = length_from_prompt_token_ids_or_embeds(
             request.prompt_token_ids, request.prompt_embeds
         )

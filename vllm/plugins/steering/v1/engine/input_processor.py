@@ -61,11 +61,10 @@ def _make_validate_params(stock: Stock) -> Stock:
         self: InputProcessor, params: object, supported_tasks: object
     ) -> object:
         watermarking = stock(self, params, supported_tasks)
-        if isinstance(params, SamplingParams) and params.extra_args:
+        if isinstance(params, SamplingParams):
             refuse_reserved_key(params.extra_args)
-            parse_steering_request(
-                params.extra_args, active_steering_config(self.vllm_config)
-            )
+            config = active_steering_config(self.vllm_config)
+            parse_steering_request(params.extra_args, config)
         elif isinstance(params, PoolingParams):
             refuse_pooling(params.extra_kwargs)
         return watermarking
@@ -77,12 +76,15 @@ def _make_process_inputs(stock: Stock) -> Stock:
     def process_inputs(self: InputProcessor, *args: object, **kwargs: object) -> object:
         request = stock(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and params.extra_args:
-            config = active_steering_config(self.vllm_config)
+        if params is None:
+            return request
+        config = active_steering_config(self.vllm_config)
+        if params.extra_args or (config is not None and config.default_preset):
             steering = parse_steering_request(params.extra_args, config)
-            if steering is not None:
-                refuse_streaming_input(steering, request.resumable)
-                params.extra_args = canonical_extra_args(params.extra_args, steering)
+            refuse_streaming_input(steering, request.resumable)
+            params.extra_args = canonical_extra_args(
+                params.extra_args, steering, config
+            )
         return request
 
     return process_inputs

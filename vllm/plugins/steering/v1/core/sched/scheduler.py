@@ -22,6 +22,7 @@ from vllm.v1.engine.steering_reads import (
     PAYLOAD_KEY,
     Fired,
     RequestReads,
+    StepRows,
     step_start,
 )
 
@@ -73,24 +74,32 @@ def take_step(
     fired: dict[str, Fired] = {}
     sampled = model_runner_output.sampled_token_ids
     drafts = scheduler_output.scheduled_spec_decode_tokens
-    for own in readout.requests:
-        request = scheduler.requests.get(own.req_id)
+    rows = StepRows(readout)
+    for req_id, first_row, own, computed in zip(
+        readout.req_ids,
+        readout.first_rows,
+        readout.num_tokens,
+        readout.num_computed,
+        strict=True,
+    ):
+        request = scheduler.requests.get(req_id)
         if request is None or request.is_finished():
             continue
         reads = request.sae_reads
         if reads is None or _is_dropped(request):
             continue
-        at = model_runner_output.req_id_to_index[own.req_id]
+        at = model_runner_output.req_id_to_index[req_id]
         start, accepted = step_start(
             request.num_tokens,
             own,
-            len(drafts.get(own.req_id, ())),
+            computed,
+            len(drafts.get(req_id, ())),
             len(sampled[at]) if sampled else 0,
         )
-        found = reads.take(readout, own, start, accepted)
-        took[own.req_id] = reads
+        found = reads.take(rows, first_row, start, accepted)
+        took[req_id] = reads
         if found is not None:
-            fired[own.req_id] = found
+            fired[req_id] = found
     return took, fired
 
 

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets: named bundles of specs, chosen by a request or applied to all of them.
+
+A preset is kept as it was written and read again under the configuration of each
+request, so one whose module has gone refuses the requests that name it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+import msgspec
+
+from vllm.config.sae_steering_request import Group, SiteEdit, SteeringRequest
+from vllm.config.sae_steering_specs import (
+    EXTRA_ARGS_KEYS,
+    PRESET_KEY,
+    SteeringFields,
+)
+from vllm.config.steering import SteeringConfig, Tier
+from vllm.config.steering_checks import bad, listing, refusal, shown
+from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.exceptions import VLLMValidationError
+
+MAX_PRESETS = 256
+MAX_DESCRIPTION = 4096
+PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+_Description = Annotated[
+    str,
+    expects(f"at most {MAX_DESCRIPTION} characters", max_length=MAX_DESCRIPTION),
+]
+
+
+class SamplingHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sampling parameters of a server's requests that do not give their own."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The hints that are set."""
+        hints = msgspec.structs.asdict(self)
+        return {key: value for key, value in hints.items() if value is not None}
+
+
+class SteeringPreset(SteeringFields, kw_only=True, forbid_unknown_fields=True):
+    """The specs of a request under a name.
+
+    `locked`: a request may not change what the preset does to a feature, and may not
+    opt out where it is the server's default.
+    """
+
+    description: _Description = ""
+    sampling: SamplingHints = SamplingHints()
+    locked: bool = False
+
+
+_PRESET = Reader(SteeringPreset, "preset")
+PRESET_SCHEMA = json_schema(SteeringPreset)
+
+
+def read_preset(given: Any, path: str = "preset") -> SteeringPreset:
+    """The typed preset; its specs are not checked against a configuration.
+
+    Raises:
+        VLLMValidationError: `parameter` is the path of the first bad field.
+    """
+    return _PRESET.read(given, path)
+
+
+def preset_specs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The specs in a preset, as the `extra_args` of a request."""
+    return {key: given[key] for key in EXTRA_ARGS_KEYS if given.get(key)}
+
+
+def chosen_preset(extra_args: Mapping[str, Any], config: SteeringConfig) -> str | None:
+    """The preset that a request runs under: its own, or the server's default.
+
+    Raises:
+        VLLMValidationError: no such preset, or the default may not be left.
+    """
+    default = config.default_preset
+    if PRESET_KEY not in extra_args:
+        return default
+    name = extra_args[PRESET_KEY]
+    if name is not None and (type(name) is not str or name not in config.presets):
+        known = listing(list(config.presets)) if config.presets else "none is made"
+        raise bad(PRESET_KEY, name, f"null or a preset: {known}")
+    if default is not None and name != default and config.presets[default]["locked"]:
+        raise refusal(
+            PRESET_KEY,
+            f"found {shown(name)}, but the server's preset {shown(default)} is locked",
+        )
+    return name
+
+
+def broken(name: str, error: VLLMValidationError) -> VLLMValidationError:
+    """What a request hears whose preset is not valid any more."""
+    return refusal(
+        PRESET_KEY, f"preset {shown(name)} is not valid on this server: {error.args[0]}"
+    )
+
+
+def beside(
+    own: SteeringRequest, preset: SteeringRequest, name: str, locked: bool
+) -> dict[str, Any]:
+    """The specs of a request together with its preset's, as `extra_args`.
+
+    The request's own entry for a feature, its own module at a reconstructed site and
+    its own use of a vector win.
+
+    Raises:
+        VLLMValidationError: it wins over something of a locked preset.
+    """
+    kept = _without(preset, own)
+    if locked and kept != preset:
+        raise refusal(
+            PRESET_KEY,
+            f"preset {shown(name)} is locked, and this request has specs of its own "
+            "for a feature, site or vector that the preset uses",
+        )
+    first, second = kept.to_extra_args(), own.to_extra_args()
+    return {
+        key: [*first.get(key, ()), *second.get(key, ())]
+        for key in EXTRA_ARGS_KEYS
+        if key in first or key in second
+    }
+
+
+def _without(preset: SteeringRequest, own: SteeringRequest) -> SteeringRequest:
+    """A preset less what a request says itself."""
+    sae_edits: dict[Tier, dict[Group, tuple[SiteEdit, ...]]] = {}
+    for tier, groups in preset.sae_edits.items():
+        features, sites = _taken(own, tier)
+        for group, edits in groups.items():
+            left = [
+                _left(edit, features)
+                for edit in edits
+                if sites.get((edit.hook, edit.layer), edit.module) == edit.module
+            ]
+            if tier is Tier.DELTA:
+                left = [edit for edit in left if edit.clamps]
+            if left:
+                sae_edits.setdefault(tier, {})[group] = tuple(left)
+    vectors = {module for module, _ in own.vectors}
+    return SteeringRequest(
+        sae_edits,
+        {group: a for group, a in preset.vectors.items() if group[0] not in vectors},
+        preset.modules,
+        preset.reads,
+    )
+
+
+def _taken(own: SteeringRequest, tier: Tier) -> tuple[set[Any], dict[Any, str]]:
+    """Features that a request's tier clamps, and the module of each site."""
+    features: set[Any] = set()
+    sites: dict[Any, str] = {}
+    for edits in own.sae_edits.get(tier, {}).values():
+        for edit in edits:
+            if tier is Tier.FULL:
+                sites[edit.hook, edit.layer] = edit.module
+            features |= {
+                (edit.module, edit.hook, edit.layer, clamp.feature_idx)
+                for clamp in edit.clamps
+            }
+    return features, sites
+
+
+def _left(edit: SiteEdit, features: set[Any]) -> SiteEdit:
+    clamps: Any = tuple(
+        clamp
+        for clamp in edit.clamps
+        if (edit.module, edit.hook, edit.layer, clamp.feature_idx) not in features
+    )
+    return replace(edit, clamps=clamps)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets of an engine that come and go: each function is one change, checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vllm.config.sae_steering_parser import check_preset
+from vllm.config.sae_steering_presets import (
+    MAX_PRESETS,
+    PRESET_NAME,
+    preset_specs,
+    read_preset,
+)
+from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_checks import SteeringConfigError, listing, shown
+from vllm.config.steering_replies import Json, Outcome, RefusedCall
+from vllm.config.strict_json import marked_loads, refuse_ambiguous
+from vllm.exceptions import VLLMValidationError
+
+ROOT = "additional_config.steering"
+MAX_FILE_BYTES = 1 << 20
+
+
+def checked_preset(name: str, given: Any, config: SteeringConfig) -> Json:
+    """A preset as the configuration keeps it.
+
+    Raises:
+        VLLMValidationError: it is not valid on this engine.
+    """
+    preset = msgspec.to_builtins(read_preset(given), str_keys=True)
+    check_preset(name, preset, config)
+    return {
+        **preset_specs(preset),
+        "description": preset["description"],
+        "sampling": {k: v for k, v in preset["sampling"].items() if v is not None},
+        "locked": preset["locked"],
+    }
+
+
+def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
+    """The configuration with the payload's preset, in the place of its namesake."""
+    name = payload.get("name")
+    if type(name) is not str or not PRESET_NAME.fullmatch(name):
+        raise RefusedCall(
+            Outcome.INVALID,
+            f"name: found {shown(name)}, expected 1 to 128 letters, digits, '.', '_' "
+            "or '-'",
+            "name",
+        )
+    if name not in config.presets and len(config.presets) >= MAX_PRESETS:
+        raise RefusedCall(
+            Outcome.CONFLICT, f"expected at most {MAX_PRESETS} presets", "name"
+        )
+    try:
+        preset = checked_preset(name, payload.get("preset"), config)
+    except VLLMValidationError as error:
+        raise RefusedCall(Outcome.INVALID, error.args[0], error.parameter) from None
+    return replace(config, presets={**config.presets, name: preset})
+
+
+def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
+    """The configuration without a preset, which is not the default."""
+    name = _known(config, payload.get("name"))
+    if name == config.default_preset:
+        raise RefusedCall(
+            Outcome.CONFLICT,
+            f"preset {shown(name)} is the server's default, expected another one",
+            "name",
+        )
+    presets = {n: p for n, p in config.presets.items() if n != name}
+    return replace(config, presets=presets)
+
+
+def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
+    """The configuration with another default preset; None: without."""
+    name = payload.get("name")
+    if name is None:
+        return replace(config, default_preset=None)
+    name = _known(config, name)
+    try:
+        check_preset(name, config.presets[name], config)
+    except VLLMValidationError as error:
+        text = f"preset {shown(name)} is not valid now: {error.args[0]}"
+        raise RefusedCall(Outcome.CONFLICT, text, "preset") from None
+    return replace(config, default_preset=name)
+
+
+def refuse_without_default(config: SteeringConfig, module: str) -> None:
+    """Raise when the default preset needs a module that is to go."""
+    name = config.default_preset
+    if name is None:
+        return
+    specs = [s for key in EXTRA_ARGS_KEYS for s in config.presets[name].get(key, ())]
+    if any(spec["module_name"] == module for spec in specs):
+        raise RefusedCall(
+            Outcome.CONFLICT,
+            f"module {shown(module)} is in the server's default preset {shown(name)}, "
+            "expected another default",
+            "name",
+        )
+
+
+def _known(config: SteeringConfig, name: object) -> str:
+    if type(name) is not str or name not in config.presets:
+        known = listing(list(config.presets)) if config.presets else "none is made"
+        raise RefusedCall(
+            Outcome.UNKNOWN, f"found {shown(name)}, expected a preset: {known}", "name"
+        )
+    return name
+
+
+def with_start_up_presets(
+    config: SteeringConfig, given: Any, default: Any
+) -> SteeringConfig:
+    """The configuration with the presets that the engine starts with.
+
+    Args:
+        config: with every module in place.
+        given: `{name: path of a JSON file, or the preset itself}`.
+        default: name of the server's default preset, or None.
+
+    Raises:
+        SteeringConfigError: one line that names the preset and what is wrong.
+    """
+    if not isinstance(given, dict):
+        raise SteeringConfigError(
+            f"{ROOT}.presets: found {shown(given)}, expected an object of presets"
+        )
+    for name, preset in given.items():
+        where = f"{ROOT}.presets.{name if type(name) is str else shown(name)}"
+        try:
+            found = _read_file(preset) if isinstance(preset, str) else preset
+            config = with_preset(config, {"name": name, "preset": found})
+        except (RefusedCall, VLLMValidationError) as error:
+            raise SteeringConfigError(f"{where}: {error.args[0]}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise SteeringConfigError(
+                f"{where}: {shown(preset)} cannot be read as a JSON file: {error}"
+            ) from None
+    try:
+        return with_default(config, {"name": default})
+    except RefusedCall as error:
+        raise SteeringConfigError(f"{ROOT}.default_preset: {error}") from None
+
+
+def _read_file(path: str) -> Any:
+    if Path(path).stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
+    found = marked_loads(Path(path).read_bytes())
+    refuse_ambiguous("preset", found)
+    return found

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets as models: any OpenAI client can choose one without knowing of steering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm.config.sae_steering_presets import SamplingHints
+from vllm.config.sae_steering_specs import PRESET_KEY
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_checks import refusal, shown
+
+# Where routes name a parameter otherwise than `SamplingHints` does.
+_OTHER_NAMES = {"max_tokens": ("max_completion_tokens", "max_output_tokens")}
+
+
+def select_preset(
+    request: BaseModel, config: SteeringConfig | None, base_model: str
+) -> None:
+    """Turn a `model` that names a preset into the base model and the preset.
+
+    Then the preset's sampling hints fill the fields that the request leaves out.
+
+    Args:
+        request: an OpenAI request; changed in place.
+        config: of the engine.
+        base_model: the name that the engine's own model is served under.
+
+    Raises:
+        VLLMValidationError: `model` and `steering_preset` name different presets.
+    """
+    if config is None or not config.presets:
+        return
+    model = getattr(request, "model", None)
+    given = PRESET_KEY in request.model_fields_set
+    name = getattr(request, PRESET_KEY) if given else config.default_preset
+    if isinstance(model, str) and model in config.presets and model != base_model:
+        if given and name != model:
+            raise refusal(
+                PRESET_KEY,
+                f"found {shown(name)}, but model names the preset {shown(model)}, "
+                "expected one of them",
+            )
+        name = model
+        setattr(request, PRESET_KEY, name)
+        request.model = base_model  # type: ignore[attr-defined]
+    if isinstance(name, str) and name in config.presets:
+        _fill(request, config.presets[name]["sampling"])
+
+
+def _fill(request: BaseModel, hints: dict[str, Any]) -> None:
+    """Give a request the sampling parameters that it has not set itself.
+
+    A value that is the field's default counts as not set: vLLM writes that of
+    `max_tokens` into every completion request.
+    """
+    fields = type(request).model_fields
+    for hint in SamplingHints.__struct_fields__:
+        if hint not in hints:
+            continue
+        names = (hint, *_OTHER_NAMES.get(hint, ()))
+        known = [name for name in names if name in fields]
+        own = [name for name in known if getattr(request, name) != fields[name].default]
+        if known and not own:
+            setattr(request, known[0], hints[hint])

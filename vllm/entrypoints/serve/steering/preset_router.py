@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/v1/steering/presets`: list, put and delete presets, and choose the default one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from vllm.config.sae_steering_presets import PRESET_SCHEMA
+from vllm.config.strict_json import marked_loads, refuse_ambiguous
+from vllm.entrypoints.serve.steering.access import RequestRefused
+from vllm.entrypoints.serve.steering.api_router import (
+    modules_of,
+    modules_to_change,
+    read_body,
+    refused,
+)
+from vllm.entrypoints.serve.steering.protocol import check_name
+from vllm.exceptions import VLLMValidationError
+
+router = APIRouter(tags=["steering"])
+PATH = "/v1/steering/presets"
+DEFAULT = "/v1/steering/default_preset"
+
+
+def _accepts(schema: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.get(PATH)
+async def list_steering_presets(request: Request) -> JSONResponse:
+    """Every preset, whether it is valid now, and the default."""
+    try:
+        return JSONResponse(await modules_of(request).list_presets())
+    except RequestRefused as error:
+        return refused(error)
+
+
+@router.put(PATH + "/{name}", openapi_extra=_accepts(PRESET_SCHEMA))
+async def put_steering_preset(name: str, request: Request) -> JSONResponse:
+    """Make a preset, or replace one. Requests that run keep the one they had."""
+    try:
+        asked = modules_to_change(request)
+        check_name(name)
+        preset = await _json(request)
+        await asked.call("put_preset", {"name": name, "preset": preset})
+    except RequestRefused as error:
+        return refused(error)
+    return JSONResponse({"name": name, "preset": preset})
+
+
+@router.delete(PATH + "/{name}")
+async def delete_steering_preset(name: str, request: Request) -> JSONResponse:
+    """Remove a preset that is not the default."""
+    try:
+        asked = modules_to_change(request)
+        check_name(name)
+        await asked.call("delete_preset", {"name": name})
+    except RequestRefused as error:
+        return refused(error)
+    return JSONResponse({"name": name, "deleted": True})
+
+
+_DEFAULT_SCHEMA = {
+    "type": "object",
+    "properties": {"preset": {"type": ["string", "null"]}},
+    "required": ["preset"],
+    "additionalProperties": False,
+}
+
+
+@router.put(DEFAULT, openapi_extra=_accepts(_DEFAULT_SCHEMA))
+async def set_default_steering_preset(request: Request) -> JSONResponse:
+    """Apply a preset to every request that names none; `{"preset": null}` ends it."""
+    try:
+        asked = modules_to_change(request)
+        given = await _json(request)
+        if not isinstance(given, dict) or set(given) != {"preset"}:
+            raise RequestRefused(400, 'body: expected {"preset": NAME or null}')
+        await asked.call("set_default_preset", {"name": given["preset"]})
+    except RequestRefused as error:
+        return refused(error)
+    return JSONResponse({"default_preset": given["preset"]})
+
+
+async def _json(request: Request) -> Any:
+    """The body, of which no reader understands something else."""
+    try:
+        found = marked_loads(await read_body(request))
+        refuse_ambiguous("", found)
+    except VLLMValidationError as error:
+        raise RequestRefused(400, error.args[0], error.parameter) from None
+    except (ValueError, RecursionError):
+        raise RequestRefused(400, "body: expected a JSON object") from None
+    return found
