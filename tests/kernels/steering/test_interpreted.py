@@ -30,14 +30,18 @@ pytestmark = [
 ]
 
 
+def search_path() -> str:
+    """Where a process finds the Triton beside the virtual environment."""
+    return os.pathsep.join(filter(None, [str(TRITON), os.environ.get("PYTHONPATH")]))
+
+
 def interpret(*options: str) -> int:
     """Run the tests of the kernels interpreted; returns how many have passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE"]
     files = map(str, sorted(HERE.glob("test_*_gpu.py")))
-    path = os.pathsep.join(filter(None, [str(TRITON), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [*command, *options, *files],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
     )
@@ -55,3 +59,14 @@ def test_the_triton_kernels_equal_the_reference_when_interpreted() -> None:
 @pytest.mark.timeout(1800)
 def test_every_small_case_equals_the_reference_when_interpreted() -> None:
     assert interpret("-m", "slow") >= LEAST
+
+
+def test_the_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
+    run = subprocess.run(
+        [sys.executable, str(HERE / "compile_for_hopper.py")],
+        env={**os.environ, "PYTHONPATH": search_path()},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    assert run.stdout.count("compiled") == 13

@@ -220,47 +220,6 @@ def test_a_bad_preset_is_refused_when_it_is_made(
         ask(llm, {"steering_preset": "bad"})
 
 
-def test_a_preset_whose_module_is_gone_says_so(
-    model_root: Path, tmp_path: Path
-) -> None:
-    paths = MODULES.save(tmp_path)
-    steering = {"presets": {"bridge": specs(*BRIDGE)}, "default_preset": "bridge"}
-    with engine(FAMILY, model_root, paths, steering) as llm:
-        check(ask(llm, {})[0], BRIDGE)
-        with pytest.raises(SteeringModuleError, match="default preset 'bridge'"):
-            unregister_module(llm, "a")
-        set_default_preset(llm, None)
-        unregister_module(llm, "a")
-        with pytest.raises(
-            VLLMValidationError, match="'bridge' is not valid"
-        ) as caught:
-            ask(llm, {"steering_preset": "bridge"})
-        assert caught.value.parameter == "steering_preset"
-        with pytest.raises(SteeringModuleError, match="not valid now"):
-            set_default_preset(llm, "bridge")
-        check(ask(llm, {})[0], [])
-
-
-@pytest.mark.parametrize(
-    ("steering", "what"),
-    [
-        ({"presets": {"p": {DELTA: [sae_spec("none")]}}}, "steering.presets.p: "),
-        ({"presets": {"p": "/no/such/file"}}, "steering.presets.p: "),
-        ({"presets": {"a/b": {}}}, "letters, digits"),
-        ({"default_preset": "p"}, "steering.default_preset: "),
-    ],
-)
-def test_a_bad_preset_stops_start_up(
-    model_root: Path, tmp_path: Path, steering: dict[str, Any], what: str
-) -> None:
-    paths = MODULES.save(tmp_path)
-    with (
-        pytest.raises(SteeringConfigError, match=what),
-        engine(FAMILY, model_root, paths, steering),
-    ):
-        pass
-
-
 def selected(llm: LLM, **fields: Any) -> CompletionRequest:
     request = CompletionRequest(prompt="x", **fields)
     config = active_steering_config(llm.llm_engine.vllm_config)
@@ -332,7 +291,7 @@ def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:
         assert_same(found, oracle.follow(model, prompt(4, 9), edits, found.tokens))
     finally:
         unregister_module(llm, "notebook")
-    with pytest.raises(SteeringModuleError, match="named like"):
+    with pytest.raises(SteeringModuleError, match="does not say its site"):
         register_vector(llm, "notebook", {"nowhere": direction})
 
 
@@ -343,3 +302,47 @@ def test_reserved_keys_are_refused(llm: LLM) -> None:
             [prompt(4, 9)],
             [SamplingParams(extra_args={"steering_expanded": True})],
         )
+
+
+# Engines of their own, which end the distributed state of the one above.
+
+
+def test_a_preset_whose_module_is_gone_says_so(
+    model_root: Path, tmp_path: Path
+) -> None:
+    paths = MODULES.save(tmp_path)
+    steering = {"presets": {"bridge": specs(*BRIDGE)}, "default_preset": "bridge"}
+    with engine(FAMILY, model_root, paths, steering) as llm:
+        check(ask(llm, {})[0], BRIDGE)
+        with pytest.raises(SteeringModuleError, match="default preset 'bridge'"):
+            unregister_module(llm, "a")
+        set_default_preset(llm, None)
+        unregister_module(llm, "a")
+        with pytest.raises(
+            VLLMValidationError, match="'bridge' is not valid"
+        ) as caught:
+            ask(llm, {"steering_preset": "bridge"})
+        assert caught.value.parameter == "steering_preset"
+        with pytest.raises(SteeringModuleError, match="not valid now"):
+            set_default_preset(llm, "bridge")
+        check(ask(llm, {})[0], [])
+
+
+@pytest.mark.parametrize(
+    ("steering", "what"),
+    [
+        ({"presets": {"p": {DELTA: [sae_spec("none")]}}}, "steering.presets.p: "),
+        ({"presets": {"p": "/no/such/file"}}, "steering.presets.p: "),
+        ({"presets": {"a/b": {}}}, "letters, digits"),
+        ({"default_preset": "p"}, "steering.default_preset: "),
+    ],
+)
+def test_a_bad_preset_stops_start_up(
+    model_root: Path, tmp_path: Path, steering: dict[str, Any], what: str
+) -> None:
+    paths = MODULES.save(tmp_path)
+    with (
+        pytest.raises(SteeringConfigError, match=what),
+        engine(FAMILY, model_root, paths, steering),
+    ):
+        pass

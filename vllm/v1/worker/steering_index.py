@@ -116,6 +116,9 @@ class StepIndex:
         self._held: np.ndarray = np.zeros((num_tiers, 0), dtype=np.int32)
         self._batch_stops: np.ndarray = _phase_stops(0, 2)
         self._counts: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._batch_slots: np.ndarray = np.zeros(0, dtype=np.int64)
+        # The piece of each request's token, if the last step had one token of each.
+        self._pieces: np.ndarray | None = None
 
     @property
     def holders(self) -> set[str]:
@@ -162,11 +165,16 @@ class StepIndex:
             held = self._slots[slots].transpose(2, 0, 1)
             self._held = held.reshape(self.num_tiers, -1)
             self._batch_stops = self._stops[slots]
+            self._batch_slots = np.array(slots, dtype=np.int64)
+            self._pieces = None
             self._req_ids = list(view.req_ids)
         if self.width == 2:
             counts = phase_counts(view)
+        elif (view.num_scheduled[: len(view.req_ids)] == 1).all():
+            return self._update_single(view)
         else:
             counts = piece_counts(view, self._batch_stops)
+            self._pieces = None
         if same_batch and np.array_equal(counts, self._counts):
             return False
         self._counts = counts
@@ -176,6 +184,22 @@ class StepIndex:
         self.steered = np.stack([prefill, used.sum(axis=1) - prefill], axis=1)
         steers = bool(self.steered.any())
         self.rows = np.repeat(self._held, counts, axis=1) if steers else None
+        return True
+
+    def _update_single(self, view: BatchView) -> bool:
+        """Follow a step of one token a request: which piece each has reached."""
+        n = len(view.req_ids)
+        at = view.num_computed[:n].astype(np.int64) - view.prompt_len[:n]
+        pieces = (at[:, None] >= self._batch_stops).sum(axis=1)
+        if self._pieces is not None and np.array_equal(pieces, self._pieces):
+            return False
+        self._pieces = pieces
+        self._counts = np.zeros(0, dtype=np.int64)  # none of `piece_counts`
+        rows = self._slots[self._batch_slots, pieces]
+        used = rows != 0
+        prefill = used[at < 0].sum(axis=0)
+        self.steered = np.stack([prefill, used.sum(axis=0) - prefill], axis=1)
+        self.rows = np.ascontiguousarray(rows.T) if used.any() else None
         return True
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,24 @@ def test_inspect_shows_sites_folds_and_digest(
     assert "d_in 8, d_sae 24, jumprelu" in out
     assert "gate into threshold and W_enc" in out
     assert "input bias into b_enc" in out
+
+
+def test_a_transcoder_from_before_the_gain_stays_one_when_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "gemma-scope-2b-pt-transcoders/layer_3"
+    source.mkdir(parents=True)
+    ones = np.ones(F, np.float32)
+    matrix = np.eye(F, D, dtype=np.float32)
+    arrays = {"W_enc": matrix.T, "W_dec": matrix, "b_dec": ones[:D]}
+    np.savez(source / "params.npz", b_enc=ones, threshold=ones, **arrays)
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    for path in (source, tmp_path / "out"):
+        assert main(["inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert f"writes mlp_out, d_out {D}" in out
+        assert "folds gain of the norm before the MLP" in out
 
 
 def test_inspect_prints_json_on_request(

@@ -52,6 +52,10 @@ def describe_folds(layout: SAELayout) -> list[str]:
             folds.append(f"{name} x {scale:.6g}")
     if layout.unit_decoder_rows:
         folds.append("decoder norms into W_enc and b_enc")
+    if layout.centre_input:
+        folds.append("mean of the input into W_enc")
+    if layout.site.before_gain:
+        folds.append("gain of the norm before the MLP into W_enc (in the worker)")
     if layout.threshold_is_log:
         folds.append("exp(threshold)")
     return folds
@@ -109,6 +113,9 @@ def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
             f"{shown['name']:15}d_in {shown['d_in']}, d_sae {shown['d_sae']}, "
             f"{activation}, {size:.1f} MiB in 16 bit"
         )
+        if shown["hook_out"] is not None:
+            skip = " with W_skip" if shown["has_skip"] else ""
+            print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")
         for fold in shown["folds"]:
             print(f"{'':15}folds {fold}")
         for name, value in shown["declared"].items():

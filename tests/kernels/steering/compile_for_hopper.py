@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels for Hopper, without a GPU; the interpreter checks fewer
+things than the compiler. Run by test_interpreted.py, in a process with Triton.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from triton.backends import backends
+
+# vLLM's CPU build turns Triton off unless it has a backend of this name.
+driver = SimpleNamespace(is_active=lambda: False)
+compiler = SimpleNamespace(supports_target=lambda target: False)
+backends.setdefault("cpu", SimpleNamespace(driver=driver, compiler=compiler))
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
+    clamp,
+    combine,
+    compact,
+    dense,
+    resolve,
+    select,
+    skip,
+)
+
+HOPPER = GPUTarget("cuda", 90, 32)
+MODEL = ("hidden", "residual", "source", "x", "w_enc", "w_dec", "w_skip")
+INT32 = (
+    "index", "flags", "table", "meta", "tokens", "records", "sync", "count",
+)  # fmt: skip
+INT64 = ("entries", "kth", "saturated")
+FLOAT32 = (
+    "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "skip",
+    "out",
+)  # fmt: skip
+CLAMP = {
+    "D": 96, "HAS_RESIDUAL": True, "GATED": False, "MAX_CLAMPS": 8, "NC": 8,
+    "BLOCK_D": 64, "ROW_D": 128,
+}  # fmt: skip
+COMBINE = {
+    "LIST_MAX": 512, "D": 96, "HAS_RESIDUAL": True, "MAX_CLAMPS": 8, "NB": 16, "BD": 64,
+}  # fmt: skip
+DENSE = {"D": 96, "HAS_RESIDUAL": True, "MAX_CLAMPS": 8, "BT": 64, "BF": 64, "BD": 64}
+SELECT = {"LIST_MAX": 512, "MAX_CLAMPS": 8, "CLAMP_BLOCK": 8}
+
+
+def types(element: str) -> dict[str, str]:
+    """Types of the kernels' arguments by name; any other one is an int."""
+    found = dict.fromkeys(MODEL, f"*{element}")
+    for names, kind in ((INT32, "i32"), (INT64, "i64"), (FLOAT32, "fp32")):
+        found |= dict.fromkeys(names, f"*{kind}")
+    return found
+
+
+def compiles(kernel: Any, constants: dict[str, Any], **others: str) -> None:
+    """Raise unless the kernel compiles with these constants."""
+    known = types("bf16") | others
+    constants = {**constants, "PDL": True}
+    names = [p.name for p in kernel.params]
+    signature = {
+        n: "constexpr" if n in constants else known.get(n, "i32") for n in names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    triton.compile(source, target=HOPPER, options={"num_warps": 4})
+    print("compiled", kernel.__name__, flush=True)
+
+
+def main() -> None:
+    """Every kernel, with the constants that change its code most."""
+    sources = ({"D_IN": 96, "HAS_SOURCE": False}, {"D_IN": 40, "HAS_SOURCE": True})
+    for source in sources:
+        compiles(clamp.clamp_kernel, {**CLAMP, **source, "ENCODES": True})
+        delta = {"DELTA": True, "HAS_SOURCE": source["HAS_SOURCE"], "HAS_SKIP": False}
+        compiles(combine.combine_kernel, {**COMBINE, **delta})
+    vectors = {**CLAMP, **sources[0], "ENCODES": False}
+    compiles(clamp.clamp_kernel, vectors, w_dec="*fp32")
+    full = {"DELTA": False, "HAS_SOURCE": True, "HAS_SKIP": True}
+    compiles(combine.combine_kernel, {**COMBINE, **full})
+    for topk in (False, True):
+        both = {"TOPK": topk, "HAS_SKIP": topk}
+        compiles(dense.decode_dense_kernel, {**DENSE, **both})
+    tiles = {"BT": 64, "BK": 64}
+    compiles(dense.encode_dense_kernel, {"D": 96, "BF": 64, **tiles})
+    compiles(skip.skip_kernel, {"D_IN": 96, "D_OUT": 40, "BD": 64, **tiles})
+    compiles(resolve.resolve_kernel, SELECT)
+    compiles(select.select_kernel, {**SELECT, "BLOCK": 2048})
+    compiles(
+        compact.compact_kernel,
+        {"D": 96, "HAS_RESIDUAL": True, "GATE": -1, "PER_PROGRAM": 1, "SCAN": 256,
+         "BLOCK_D": 128},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
