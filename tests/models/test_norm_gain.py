@@ -21,8 +21,13 @@ from steering_testing.engine import (
 from steering_testing.reference import DenseSAE, random_transcoder
 from torch import nn
 
+from vllm.config.steering import HookPoint
+from vllm.model_executor.layers.steering import SiteKey, SteeringSite, StepState
+from vllm.model_executor.layers.steering_attach import SteeredNorm, attach_site
+from vllm.model_executor.layers.steering_families import DecoderLayer, LayerFamily
 from vllm.model_executor.layers.steering_norms import fold_norm_gain, norm_gain
-from vllm.model_executor.layers.steering_state import SAEWeights
+from vllm.model_executor.layers.steering_reference import ReferenceBackend
+from vllm.model_executor.layers.steering_state import SAEWeights, VectorSlot
 
 NORMS = {
     "llama": "post_attention_layernorm",
@@ -115,3 +120,22 @@ def test_a_norm_of_another_kind_is_refused(dtype: torch.dtype) -> None:
     assert torch.equal(gain, plain.weight.detach().float()) and bias is None
     with pytest.raises(ValueError, match="neither by its weight nor by one more"):
         norm_gain(twice)
+
+
+def test_the_gain_of_a_norm_with_a_site_is_that_of_the_stock_norm() -> None:
+    norm = nn.RMSNorm(8)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    expected, _ = norm_gain(norm)
+    layer = nn.Module()
+    layer.norm = norm
+    family = LayerFamily(mid_norm="norm")
+    cpu = torch.device("cpu")
+    step, slot = StepState(8, cpu), VectorSlot(1, 8, 3, 4, cpu)
+    key = SiteKey(1, HookPoint.POST_ATTN)
+    site = SteeringSite(key, [], slot, step, ReferenceBackend(step))
+    attach_site(DecoderLayer(1, layer, family), site)
+    assert isinstance(norm, SteeredNorm)
+    assert torch.equal(norm_gain(norm)[0], expected)
+    with pytest.raises(AssertionError, match="Forward context is not set"):
+        norm(torch.ones(1, 8))

@@ -19,7 +19,7 @@ from steering_testing import models
 from steering_testing.engine import DELTA, FULL, VECTORS, engine, generate, params
 from steering_testing.oracle import Greedy
 from steering_testing.reference import random_sae
-from steering_testing.requests import Modules, prompt, vector
+from steering_testing.requests import Modules, Site, prompt, vector
 
 from vllm import LLM, SamplingParams
 from vllm.config.steering_replies import METHOD
@@ -29,6 +29,8 @@ pytestmark = pytest.mark.engine
 D_SAE, BLOCK, LENGTHS = 96, 32, (5, 40, 70, 33, 12, 64)
 PLAIN = (0, 3)  # of the batch; the others are steered
 SITES = [(0, "pre_attn"), (1, "post_block"), (2, "post_attn")]
+# What is not the stream itself: a linear layer reads it, or it joins the stream.
+INNER = [(0, "attn_z"), (0, "attn_out"), (1, "mlp_in"), (2, "mlp_out")]
 LARGEST = 3e38
 OPTIONS: dict[str, Any] = {
     # Room for little more than one batch: blocks go from request to request.
@@ -44,15 +46,21 @@ BREADTH = [
     for dtype in ("float32", "bfloat16", "float16")
     if not (family.startswith("gemma") and dtype == "float16")
 ]
-QUICK = [("llama", "float16"), ("gpt2", "float32")]
+QUICK = [("llama", "bfloat16"), ("gpt2", "float16")]
+# Families in which all four points have the width `HIDDEN`.
+WITH_INNER_POINTS = ("llama", "gemma2", "gemma3", "qwen3", "gpt2")
 
 
-def modules() -> Modules:
-    """SAEs of both kinds and a vector, at a site of every hook."""
+def modules(inner: bool = False) -> Modules:
+    """SAEs of both kinds and a vector, at a site of every hook of the stream."""
     saes = {
         kind: {at: random_sae(D_SAE, models.HIDDEN, kind, 7) for at in SITES}
         for kind in ("jumprelu", "topk")
     }
+    if inner:
+        saes["inner"] = {
+            at: random_sae(D_SAE, models.HIDDEN, "relu", 8) for at in INNER
+        }
     return Modules(saes, {"v": {at: vector(5) for at in SITES}})
 
 
@@ -60,10 +68,12 @@ def entry(feature: int, kind: str, value: float) -> dict[str, Any]:
     return {"feature_idx": feature, "kind": kind, "value": value}
 
 
-def spec(module: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same clamps at every site of a module."""
+def spec(
+    module: str, entries: list[dict[str, Any]], sites: list[Site] | None = None
+) -> dict[str, Any]:
+    """The same clamps at the sites, which are those of the stream if not given."""
     clamps: dict[str, dict[int, Any]] = {}
-    for layer, hook in SITES:
+    for layer, hook in sites or SITES:
         clamps.setdefault(hook, {})[layer] = entries
     return {"module_name": module, "clamps": clamps}
 
@@ -102,14 +112,22 @@ def assert_finite(found: list[Greedy]) -> None:
 
 
 NOTHING: list[dict[str, Any]] = [{}] * 4
+# One inner point each, then all of them.
+INNER_FLOOD: list[list[Site]] = [*([at] for at in INNER), INNER]
 
 
-def check_flood(llm: LLM) -> None:
+def check_flood(llm: LLM, inner: bool) -> None:
     before = batch(llm, NOTHING)
     for _ in range(3):
         beside = batch(llm, FLOOD)
         assert_finite(beside)
         assert plain_bits(beside) == plain_bits(before)
+    for sites in INNER_FLOOD if inner else ():
+        clamps = [entry(3, "absolute", LARGEST), entry(4, "additive", -LARGEST)]
+        asked = [{tier: [spec("inner", clamps, sites)]} for tier in (FULL, DELTA)]
+        beside = batch(llm, [*asked, *asked])
+        assert_finite(beside)
+        assert plain_bits(beside) == plain_bits(before), sites
     after = batch(llm, NOTHING)
     assert after == before
     stats = llm.llm_engine.engine_core.engine_core.collective_rpc(
@@ -128,9 +146,10 @@ def check_flood(llm: LLM) -> None:
 def test_a_flood_of_poison_stays_with_those_who_ask(
     family: str, dtype: str, model_root: Path, tmp_path: Path
 ) -> None:
-    paths = modules().save(tmp_path)
+    inner = dtype != "float16" and family in WITH_INNER_POINTS
+    paths = modules(inner).save(tmp_path)
     with engine(family, model_root, paths, dtype=dtype, **OPTIONS) as llm:
-        check_flood(llm)
+        check_flood(llm, inner)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ def main() -> int:
         tolerance=args.tolerance or (1e-3 if exact else 2e-2),
         margin=args.margin or (5e-3 if exact else 4e-2),
         batched_tokens=4 * args.concurrency,
-        rounds=0 if exact else 3,
+        repeats=not exact,
+        more_kinds=not args.gpu,
         options=options,
     )
     with tempfile.TemporaryDirectory() as root:

@@ -13,6 +13,9 @@ from vllm import LLM
 from vllm.entrypoints.steering import register_module, unregister_module
 from vllm.outputs import CompletionOutput
 
+# Sizes of the batches in which requests are repeated.
+GROUPS = (4, 16, 64, 1 << 30)
+
 
 @dataclass
 class Rounding:
@@ -21,12 +24,13 @@ class Rounding:
     Attributes:
         margin: how much better a reference's tokens are than the second best.
         tolerance: largest difference of a log-probability.
-        rounds: batches in which a request must say what it says alone.
+        repeats: whether a request must say in batches, to half the tolerance, what it
+            says alone.
     """
 
     margin: float
     tolerance: float
-    rounds: int
+    repeats: bool
 
 
 def smallest_gap(completion: CompletionOutput) -> float:
@@ -61,28 +65,31 @@ def answer_alone(
             for item in pool
             if item.version == version and ask_alone(llm, item) > limits.margin
         ]
-        for seed in range(limits.rounds):
-            found = repeatable(llm, found, limits.tolerance, seed)
+        for group in GROUPS if limits.repeats else ():
+            found = repeatable(llm, found, limits.tolerance / 2, group)
         kept += found
         if version is not None:
             unregister_module(llm, HOT)
     return kept
 
 
-def repeatable(llm: LLM, items: list[Item], tolerance: float, seed: int) -> list[Item]:
-    """The items that say the same when all of them are asked at once, calmly.
+def repeatable(llm: LLM, items: list[Item], tolerance: float, group: int) -> list[Item]:
+    """The items that say the same when asked calmly, `group` of them at once.
 
     For arithmetic whose rounding depends on the shape of a batch: a feature whose
     pre-activation is at its threshold may be active in one shape and not in another.
     """
-    llm.reset_prefix_cache()
-    order = random.Random(seed).sample(items, len(items))
-    prompts = [{"prompt_token_ids": item.prompt} for item in order]
-    outputs = llm.generate(prompts, [item.params() for item in order], use_tqdm=False)
+    order = random.Random(group).sample(items, len(items))
     kept = []
-    for item, output in zip(order, outputs, strict=True):
-        found = sorted(output.outputs, key=lambda completion: completion.index)
-        answers = zip(map(answer_of, found), item.reference, strict=True)
-        if all(drift(said, alone) <= tolerance for said, alone in answers):
-            kept.append(item)
+    for start in range(0, len(order), group):
+        llm.reset_prefix_cache()
+        part = order[start : start + group]
+        prompts = [{"prompt_token_ids": item.prompt} for item in part]
+        sampling = [item.params() for item in part]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        for item, output in zip(part, outputs, strict=True):
+            found = sorted(output.outputs, key=lambda completion: completion.index)
+            answers = zip(map(answer_of, found), item.reference, strict=True)
+            if all(drift(said, alone) <= tolerance for said, alone in answers):
+                kept.append(item)
     return kept

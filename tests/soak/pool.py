@@ -24,6 +24,7 @@ PRE, POST, MID, LAST = (0, "pre_attn"), (1, "post_block"), (2, "post_attn"), (
     2,
     "post_block",
 )  # fmt: skip
+INNER: list[Site] = [(0, "attn_z"), (1, "attn_out"), (1, "mlp_in"), (2, "mlp_out")]
 # The module that is replaced and removed while the engine runs, and its versions.
 HOT, VERSIONS = "hot", ("hot0", "hot1")
 SPARE = [{"layer": LAST[0], "hook": LAST[1], "width": D_SAE, "count": 1}]
@@ -40,13 +41,14 @@ def sae(activation: str, seed: int) -> DenseSAE:
     return found
 
 
-def modules() -> Modules:
+def modules(more: bool) -> Modules:
     """SAEs of every activation at sites of every hook, and vectors."""
     return Modules(
         {
             "a": {POST: sae("jumprelu", 1), PRE: sae("jumprelu", 2)},
             "b": {POST: sae("relu", 3), MID: sae("relu", 4)},
             "t": {POST: sae("topk", 5)},
+            **({"i": {site: sae("relu", 9) for site in INNER}} if more else {}),
         },
         {
             "v": {POST: vector(1), PRE: vector(2, norm=1.0)},
@@ -193,6 +195,36 @@ def plain(rng: random.Random) -> dict[str, Any]:
     return {}
 
 
+def spans(rng: random.Random) -> dict[str, Any]:
+    """A part of the prompt, and a part of the answer."""
+    asked = specs(Ask("delta", "b", {POST: clamps(rng)}))
+    start = rng.randint(-10, 10)
+    [spec] = asked[DELTA]
+    del spec["phase"]
+    spec["spans"] = [
+        {"of": "prompt", "start": start},
+        {"of": "generated", "start": rng.randint(0, 2), "stop": rng.randint(3, 8)},
+    ]
+    return asked
+
+
+def conditions(rng: random.Random) -> dict[str, Any]:
+    """Clamps that act where another feature is active."""
+    asked = delta(rng)
+    for spec in asked[DELTA]:
+        for layers in spec["clamps"].values():
+            for entry in (entry for entries in layers.values() for entry in entries):
+                entry["when"] = {"feature_idx": rng.randrange(D_SAE), "above": 0.0}
+    return asked
+
+
+def inner(rng: random.Random) -> dict[str, Any]:
+    """What the sublayers read and add, besides the stream."""
+    tier = rng.choice(["full", "delta"])
+    sites = {site: clamps(rng) for site in rng.sample(INNER, 2)}
+    return specs(Ask(tier, "i", sites, phase=phase(rng)))
+
+
 # Kind -> how often, and what it asks for.
 KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
     "plain": (5, plain),
@@ -204,6 +236,12 @@ KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
     "poison": (2, poison),
     HOT: (2, hot),
 }
+# What a backend may refuse.
+MORE_KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
+    "spans": (2, spans),
+    "conditions": (2, conditions),
+    "inner": (2, inner),
+}
 BAD: list[dict[str, Any]] = [
     {FULL: [{"module_name": "nobody"}]},
     {DELTA: [{"module_name": "a", "clamps": {"post_block": {"1": []}}}]},
@@ -213,12 +251,16 @@ BAD: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def make_pool(count: int, seed: int) -> list[Item]:
-    """`count` distinct requests; some share the beginning of their prompts."""
+def make_pool(count: int, seed: int, more: bool) -> list[Item]:
+    """`count` distinct requests; some share the beginning of their prompts.
+
+    `more`: of `MORE_KINDS` too.
+    """
     rng = random.Random(seed)
     shared = [ordinary(rng, 40) for _ in range(4)]
-    names = list(KINDS)
-    weights = [KINDS[name][0] for name in names]
+    kinds = KINDS | (MORE_KINDS if more else {})
+    names = list(kinds)
+    weights = [kinds[name][0] for name in names]
     found = []
     for at in range(count):
         (kind,) = rng.choices(names, weights)
@@ -228,7 +270,7 @@ def make_pool(count: int, seed: int) -> list[Item]:
             ids[0] = models.BOS
         samples = rng.choice([2, 3]) if rng.random() < 0.1 else 1
         version = VERSIONS[at % 2] if kind == HOT else None
-        extra = KINDS[kind][1](rng)
+        extra = kinds[kind][1](rng)
         found.append(
             Item(kind, ids, rng.randint(1, MAX_TOKENS), extra, samples, version)
         )
@@ -240,6 +282,6 @@ def ordinary(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, models.VOCAB) for _ in range(length)]
 
 
-def save(root: Path) -> dict[str, str]:
+def save(root: Path, more: bool) -> dict[str, str]:
     """Write the modules that every engine starts with; name -> path."""
-    return modules().save(root)
+    return modules(more).save(root)

@@ -48,7 +48,8 @@ class Plan:
         distinct: requests in the pool.
         concurrency: requests in a batch.
         tolerance: largest difference of a log-probability.
-        margin, rounds: as of `Rounding`.
+        more_kinds: ask for what a backend may refuse, too.
+        margin, repeats: as of `Rounding`.
         options: of every engine.
         batched_tokens: least tokens of a step, for large batches.
     """
@@ -65,7 +66,8 @@ class Plan:
     margin: float = 5e-3
     batched_tokens: int = 0
     steps_per_fault: int = 12
-    rounds: int = 0
+    repeats: bool = False
+    more_kinds: bool = True
     options: dict[str, Any] | None = None
 
 
@@ -90,13 +92,13 @@ def engine_options(plan: Plan, profile: dict[str, Any]) -> dict[str, Any]:
 
 def run(plan: Plan, root: Path) -> list[Report]:
     """One report for each engine."""
-    paths, versions = requests.save(root), requests.save_versions(root)
+    paths, versions = requests.save(root, plan.more_kinds), requests.save_versions(root)
     steering = {"spare": requests.SPARE}
-    pool = requests.make_pool(plan.distinct, plan.seed)
+    pool = requests.make_pool(plan.distinct, plan.seed, plan.more_kinds)
     calm = {"max_model_len": MAX_MODEL_LEN, "block_size": plan.block_size}
     calm |= {"max_num_seqs": plan.concurrency, **(plan.options or {})}
     with engine(plan.model, root, paths, steering, **calm) as llm:
-        rounding = Rounding(plan.margin, plan.tolerance, plan.rounds)
+        rounding = Rounding(plan.margin, plan.tolerance, plan.repeats)
         stable = answer_alone(llm, pool, versions, rounding)
     limits = Limits(
         seconds=plan.seconds / len(plan.profiles),

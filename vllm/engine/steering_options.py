@@ -23,6 +23,8 @@ import math
 import os
 from typing import TYPE_CHECKING, get_args
 
+import torch
+
 from vllm.config.steering import (
     HOOK_ALIASES,
     HOOK_NAMES,
@@ -32,6 +34,7 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import RESIDUAL_HOOKS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -64,6 +67,15 @@ def readout_option(value: object) -> bool:
             f"{ROOT}.readout: found {shown(value)}, expected true or false"
         )
     return value
+
+
+def check_dtype(where: str, hook: HookPoint, model_config: ModelConfig) -> None:
+    """Raise where an absurd value at the point would overflow in the layer itself."""
+    if model_config.dtype == torch.float16 and hook not in RESIDUAL_HOOKS:
+        raise SteeringConfigError(
+            f"{where}: found {hook.value} in float16, expected bfloat16 or float32: "
+            "large values at this point overflow float16 in the layer that reads them"
+        )
 
 
 def check_transcoder(where: str, hook: HookPoint, hook_out: HookPoint) -> None:
@@ -106,6 +118,7 @@ def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
         object_option(where, given, SPARE_FIELDS)
         layer = _integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
         hook = _hook(f"{where}.hook", given.get("hook"))
+        check_dtype(f"{where}.hook", hook, model_config)
         if ("width" in given) == ("vectors" in given):
             raise SteeringConfigError(f"{where}: expected either width or vectors")
         if "vectors" in given:

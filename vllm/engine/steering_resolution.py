@@ -36,6 +36,7 @@ from vllm.engine.steering_options import (
     MAX_SPECS_LIMIT,
     ROOT,
     TOP_FIELDS,
+    check_dtype,
     check_module_roots,
     check_transcoder,
     limit_option,
@@ -172,6 +173,8 @@ def check_against_model(module: ModuleInfo, model_config: ModelConfig) -> None:
                 f"{where}: found layer {site.layer}, expected "
                 f"0..{num_layers - 1} ({model_config.model})"
             )
+        for hook in (site.hook, site.out_hook):
+            check_dtype(where, hook, model_config)
         if site.is_transcoder:
             check_transcoder(where, site.hook, site.out_hook)
         ends = {

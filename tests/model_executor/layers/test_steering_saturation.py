@@ -20,8 +20,18 @@ from steering_testing.sites import (
     set_row,
 )
 
-from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_state import STREAM_LIMIT, VectorSlot
+from vllm.config.steering import HookPoint, Tier
+from vllm.model_executor.layers import sae_full_reconstruction, sae_steering  # noqa: F401
+from vllm.model_executor.layers.steering import (
+    SiteKey,
+    SteeringSite,
+    apply_layer_steering,
+)
+from vllm.model_executor.layers.steering_state import (
+    POINT_LIMIT,
+    STREAM_LIMIT,
+    VectorSlot,
+)
 
 D, F, TOKENS = 32, 96, 7
 OPS = {
@@ -155,3 +165,21 @@ def test_sums_that_overflow_both_ways_are_finite() -> None:
     case.run(OPS[Tier.FULL])
     assert torch.isfinite(case.stream).all()
     assert float(case.stream[0].abs().max()) <= STREAM_LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("hook", list(POINT_LIMIT))
+@pytest.mark.parametrize("tier", list(Tier))
+def test_points_that_a_linear_layer_reads_have_limits_of_their_own(
+    tier: Tier, hook: HookPoint
+) -> None:
+    clamps = [Clamp(5, "absolute", 3e38)]
+    case = steered(tier, clamps, torch.bfloat16, single_stream=True)
+    plain = case.hidden[1::2].clone()
+    site = case.site
+    case.site = SteeringSite(
+        SiteKey(0, hook), site.saes, site.vectors, case.step, site.backend
+    )
+    with case.forward():
+        apply_layer_steering(case.site, case.hidden, None)
+    assert float(case.hidden.abs().max()) == POINT_LIMIT[hook]
+    assert torch.equal(case.hidden[1::2], plain)

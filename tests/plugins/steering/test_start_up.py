@@ -374,3 +374,15 @@ def test_a_kv_connector_that_keys_by_block_hash_is_allowed(
 
 def test_every_allowed_kv_connector_is_of_this_vllm() -> None:
     assert set(BLOCK_HASH_CONNECTORS) < set(KVConnectorFactory._registry)
+
+
+@pytest.mark.parametrize("hook", ["attn_z", "attn_out", "mlp_in", "mlp_out"])
+def test_points_besides_the_stream_are_refused_in_float16(
+    vllm_config: Any, hook: str
+) -> None:
+    config = copy.copy(vllm_config)
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.dtype = torch.float16
+    message = refusal(config, {"spare": [{"layer": 0, "hook": hook, "width": 8}]})
+    assert f"found {hook} in float16, expected bfloat16 or float32" in message
+    resolved(config, {"spare": [{"layer": 0, "hook": "post_block", "width": 8}]})

@@ -21,6 +21,7 @@ from vllm.config.steering import Activation, HookPoint, Tier, site_name
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
+    POINT_LIMIT,
     ClampKind,
     ClampTable,
     MetaField,
@@ -166,6 +167,10 @@ def apply_layer_steering(
     if site.has_saes:
         torch.ops.vllm.apply_sae_clamp(hidden, residual, name, source)
         torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name, source)
+    limit = POINT_LIMIT.get(site.key.hook_out or site.key.hook)
+    if limit is not None:
+        # Far beyond what a model computes there, so other tokens keep their bits.
+        hidden.clamp_(-limit, limit)
 
 
 def edits_in_place(

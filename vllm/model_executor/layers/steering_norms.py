@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vllm.model_executor.layers.steering_attach import SteeredNorm
 from vllm.model_executor.layers.steering_state import SAEWeights
 
 # Large enough that the norm's epsilon does not count, exact in every dtype.
@@ -35,7 +36,7 @@ def norm_gain(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     probe[1::2] *= -1
     with torch.no_grad():
         sign = probe.sign().float()
-        plus, minus = (norm((s * probe)[None])[0].float() for s in (1, -1))
+        plus, minus = (_stock_norm(norm, s * probe) for s in (1, -1))
     found = (plus - minus) / 2 * sign
     exact = weight.detach().float()
     tolerance = 4 * torch.finfo(weight.dtype).eps
@@ -46,6 +47,15 @@ def norm_gain(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         f"steering: {type(norm).__name__} multiplies neither by its weight nor by one "
         "more, so its gain cannot be divided out"
     )
+
+
+def _stock_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the norm makes of one token, in float32; a site at it is left out."""
+    kind: type[nn.Module] = type(norm)
+    if isinstance(norm, SteeredNorm):
+        # A steered norm's class stands between its mark and the stock class.
+        kind = kind.__mro__[kind.__mro__.index(SteeredNorm) + 1]
+    return kind.forward(norm, x[None])[0].float()
 
 
 @torch.no_grad()

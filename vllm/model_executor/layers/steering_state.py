@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import nn
 
-from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
 # The largest component that a tier writes back, by the model's dtype. Two of them add
@@ -24,6 +24,17 @@ STREAM_LIMIT = {
     torch.bfloat16: 2.0**56,
     torch.float32: 2.0**56,
     torch.float16: 2.0**15,
+}
+# What the points that are not the residual stream may hold: they are limited further,
+# since nothing normalises them before they are multiplied or added. A product of two
+# projections of `mlp_in` stays below 2^56 after the down projection; the sums of many
+# layers' `attn_out` and `mlp_out` do too. Float16 has no room for this: see
+# `steering_resolution`.
+POINT_LIMIT = {
+    HookPoint.ATTN_Z: 2.0**40,
+    HookPoint.ATTN_OUT: 2.0**48,
+    HookPoint.MLP_IN: 2.0**16,
+    HookPoint.MLP_OUT: 2.0**48,
 }
 # The largest coefficient of a direction (see `steering_reference`). A thousand such
 # clamps of directions with components below 2^20 add up in float32.
