@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo demo-tiny playground test test-browser test-all soak lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-browser test-all test-matrix soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -69,6 +69,12 @@ test-all: venv triton
 # Five minutes of chaos on this machine; `python -m tests.soak --help` for more.
 soak: venv
 	$(PYTHON) -m tests.soak $(SOAK_ARGS)
+
+# Engine tests on the other supported vLLM releases: docs/compatibility.md.
+test-matrix: venv
+	$(PYTHON) tools/test_matrix.py 0.31.0
+	$(PYTHON) tools/test_matrix.py 0.32.0
+	$(PYTHON) tools/test_matrix.py 0.33.0
 
 lint: venv
 	$(PYTHON) -m ruff check .

@@ -19,7 +19,15 @@ from vllm.plugins.steering.lazy import when_imported
 from vllm.plugins.steering.seam import BOUND, SeamError, check_signature, resolve
 from vllm.plugins.steering.v1.core import kv_cache_utils
 
-MODULES = sorted({module for module, _ in SEAMS})
+# Not in every supported release.
+SOMETIMES = {"vllm.entrypoints.generate.structured_decisions.protocol"}
+
+
+MODULES = sorted(
+    module
+    for module in {module for module, _ in SEAMS}
+    if module not in SOMETIMES or importlib.util.find_spec(module.rpartition(".")[0])
+)
 # An optional distribution; without it vLLM does not serve the route.
 OPTIONAL = {"vllm.entrypoints.cohere.protocol": "cohere"}
 

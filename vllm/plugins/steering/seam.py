@@ -15,7 +15,12 @@ from typing import Any
 
 import vllm
 
-SUPPORTED_VLLM = "0.32"
+# The releases that docs/compatibility.md says were run.
+SUPPORTED_RELEASES = ("0.31", "0.32", "0.33")
+SUPPORTED_VLLM = " and ".join(f"{release}.x" for release in SUPPORTED_RELEASES)
+
+# Names of a function's parameters; a list holds one tuple per signature that is known.
+Signatures = tuple[str, ...] | list[tuple[str, ...]]
 
 # A stock function, or what takes its place.
 Stock = Callable[..., Any]
@@ -29,8 +34,8 @@ class SeamError(RuntimeError):
 
 
 def vllm_is_supported() -> bool:
-    """Whether the installed vLLM is of the release line the seams were written for."""
-    return ".".join(vllm.__version__.split(".")[:2]) == SUPPORTED_VLLM
+    """Whether the installed vLLM is of a release that the seams were written for."""
+    return ".".join(vllm.__version__.split(".")[:2]) in SUPPORTED_RELEASES
 
 
 def resolve(target: str) -> tuple[Any, str, Any]:
@@ -45,23 +50,25 @@ def resolve(target: str) -> tuple[Any, str, Any]:
     except (ImportError, AttributeError) as error:
         raise SeamError(
             f"steering seam {target}: not found in vLLM {vllm.__version__} "
-            f"(written for {SUPPORTED_VLLM}.x): {error}"
+            f"(written for {SUPPORTED_VLLM}): {error}"
         ) from error
 
 
-def check_signature(target: str, function: Stock, parameters: tuple[str, ...]) -> None:
+def check_signature(target: str, function: Stock, parameters: Signatures) -> None:
     """Raise `SeamError` unless `function` takes exactly `parameters`, in order."""
     found = tuple(inspect.signature(function).parameters)
-    if found != parameters:
+    known = parameters if isinstance(parameters, list) else [parameters]
+    if found not in known:
+        expected = " or ".join(map(str, known))
         raise SeamError(
-            f"steering seam {target}: expected parameters {parameters}, found {found} "
-            f"in vLLM {vllm.__version__} (written for {SUPPORTED_VLLM}.x)"
+            f"steering seam {target}: expected parameters {expected}, found {found} "
+            f"in vLLM {vllm.__version__} (written for {SUPPORTED_VLLM})"
         )
 
 
 def wrap(
     target: str,
-    parameters: tuple[str, ...],
+    parameters: Signatures,
     make: Callable[[Stock], Stock],
     kind: type[classmethod] | type[staticmethod] | None = None,
 ) -> None:
@@ -69,7 +76,8 @@ def wrap(
 
     Args:
         target: `"package.module:Class.method"` or `"package.module:function"`.
-        parameters: the stock function's parameter names, checked first.
+        parameters: the stock function's parameter names, checked first; a list where
+            they differ between the supported releases.
         make: builds the replacement around the stock function; a class method's takes
             the class first.
         kind: of method, where the descriptor must stay one.

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from steering_testing.server import MODEL_NAME, Server, api_server
 
+from vllm.config.sae_steering_presets import read_preset
+
 pytest.importorskip("selenium")
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -214,6 +216,10 @@ def test_copies_hold_the_request(page: Page) -> None:
     page.all("[data-copy=python]")[0].click()
     page.until(lambda: "from openai import OpenAI" in page("export").text)
     compile(page("export").text, "copied", "exec")
+    page.all("[data-copy=preset]")[0].click()
+    page.until(lambda: page("export").text.startswith("{"))
+    preset = read_preset(json.loads(page("export").text))
+    assert preset.sampling.seed == 1
 
 
 def test_every_control_has_a_name(page: Page) -> None:

@@ -56,7 +56,7 @@ def check_vllm() -> Finding:
     if point is None:
         return Finding("vLLM", True, vllm.__version__)
     seam = importlib.import_module(f"{point.module}.seam")
-    advice = f"install vLLM {seam.SUPPORTED_VLLM}.x"
+    advice = f"install vLLM {seam.SUPPORTED_VLLM}"
     return Finding("vLLM", seam.vllm_is_supported(), vllm.__version__, advice)
 
 

@@ -68,7 +68,7 @@ def _make_version_guard(stock: Stock) -> Stock:
         additional = self.additional_config
         if isinstance(additional, dict) and additional.get("steering") is not None:
             raise SteeringConfigError(
-                f"steering is configured, but it supports vLLM {SUPPORTED_VLLM}.x and "
+                f"steering is configured, but it supports vLLM {SUPPORTED_VLLM} and "
                 f"this is vLLM {vllm.__version__}"
             )
         return stock(self, *args, **kwargs)
@@ -217,8 +217,7 @@ def _make_from_cli_args(stock: Stock) -> Stock:
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, modules
             )
-        presets = getattr(args, "steering_presets", None)
-        if presets:
+        if presets := vars(args).get("steering_presets"):
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, presets, "presets", PRESETS_FLAG
             )

@@ -31,6 +31,10 @@ CONTEXT = f"{_OPENAI}.responses.context"
 CONTEXTS = ("SimpleContext", "ParsableContext", "HarmonyContext")
 
 _METADATA = ("model_name", "tokenizer", "request_metadata")
+_CHAT_BATCH = (
+    *("self", "request", "generators", "request_id", "model_name"),
+    *("all_conversations", "tokenizer", "request_metadata"),
+)
 _RESPONSES_STREAM = (
     *("self", "request", "sampling_params", "result_generator", "context"),
     *(*_METADATA, "created_time"),
@@ -178,10 +182,10 @@ def install_batch() -> None:
     """`/v1/chat/completions/batch`."""
     wrap(
         f"{BATCH}:OpenAIServingChatBatch.chat_completion_full_generator_batch",
-        (
-            *("self", "request", "generators", "request_id", "model_name"),
-            *("all_conversations", "tokenizer", "request_metadata", "parser_cls"),
-        ),
+        [  # Since 0.32, and before.
+            (*_CHAT_BATCH, "parser_cls"),
+            (*_CHAT_BATCH, "parser"),
+        ],
         _chat_batch,
     )
 

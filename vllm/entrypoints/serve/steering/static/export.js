@@ -28,8 +28,11 @@ export function asPython(mode, state) {
     `print(answer.choices[0].${chat ? "message.content" : "text"})\n`;
 }
 
+/** A file for `--steering-presets`. */
 export function asPreset(mode, state) {
-  return `${JSON.stringify(fields(mode, state), null, 2)}\n`;
+  const { temperature, maxTokens, seed } = state;
+  const sampling = { temperature, max_tokens: maxTokens, seed };
+  return `${JSON.stringify({ ...fields(mode, state), sampling }, null, 2)}\n`;
 }
 
 /** A JSON value as a Python expression. */

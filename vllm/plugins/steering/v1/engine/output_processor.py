@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm.plugins.steering.seam import Stock, check_signature, resolve, wrap
+from vllm.plugins.steering.seam import Signatures, Stock, check_signature, resolve, wrap
 from vllm.v1.engine.steering_read_states import follow, take_payloads
 from vllm.v1.engine.steering_refusals import refusal_in
 
@@ -23,25 +23,23 @@ if TYPE_CHECKING:
     from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
 MODULE = "vllm.v1.engine.output_processor"
-PARAMETERS = (
-    "self",
-    "engine_core_outputs",
-    "engine_core_timestamp",
-    "iteration_stats",
-    "weight_version",
-)
+_OUTPUTS = ("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats")
+PARAMETERS: Signatures = [(*_OUTPUTS, "weight_version"), _OUTPUTS]  # since 0.32; before
 # Methods of `RequestState` that the state of a reading request overrides.
-OVERRIDDEN = {
+_REQUEST_OUTPUT = (
+    "self",
+    "external_req_id",
+    "outputs",
+    "finished",
+    "kv_transfer_params",
+    "ec_transfer_params",
+)
+OVERRIDDEN: dict[str, Signatures] = {
     "_new_completion_output": ("self", "token_ids", "finish_reason", "stop_reason"),
-    "_new_request_output": (
-        "self",
-        "external_req_id",
-        "outputs",
-        "finished",
-        "kv_transfer_params",
-        "ec_transfer_params",
-        "error",
-    ),
+    "_new_request_output": [  # Since 0.32, and before.
+        (*_REQUEST_OUTPUT, "error"),
+        _REQUEST_OUTPUT,
+    ],
 }
 
 

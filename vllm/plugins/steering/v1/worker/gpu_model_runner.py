@@ -52,9 +52,11 @@ def install() -> None:
     _, _, runner = resolve(RUNNER)
     if SteeringModelRunnerV1Mixin not in runner.__bases__:
         runner.__bases__ = (*runner.__bases__, SteeringModelRunnerV1Mixin)
-    wrap(f"{RUNNER}.load_model", ("self", "load_dummy_weights", "model"), load_model)
+    loads = ("self", "load_dummy_weights")
+    # Since 0.32, and before.
+    wrap(f"{RUNNER}.load_model", [(*loads, "model"), loads], load_model)
     if current_platform.is_cpu():
-        wrap(f"{CPU_RUNNER}.load_model", ("self", "load_dummy_weights"), load_model)
+        wrap(f"{CPU_RUNNER}.load_model", loads, load_model)
     states = ("self", "scheduler_output")
     wrap(f"{RUNNER}._update_states", states, update_states)
     inputs = ("self", "scheduler_output", "num_scheduled_tokens")

@@ -47,8 +47,10 @@ def install() -> None:
     _, _, runner = resolve(RUNNER)
     if SteeringModelRunnerV2Mixin not in runner.__bases__:
         runner.__bases__ = (*runner.__bases__, SteeringModelRunnerV2Mixin)
-    loads = ("self", "load_dummy_weights", "args", "model", "kwargs")
-    wrap(f"{RUNNER}.load_model", loads, load_model)
+    loads = ("self", "load_dummy_weights", "args")
+    # Since 0.32, and before.
+    known = [(*loads, "model", "kwargs"), (*loads, "kwargs")]
+    wrap(f"{RUNNER}.load_model", known, load_model)
     scheduled = ("self", "scheduler_output")
     wrap(f"{RUNNER}.finish_requests", scheduled, finish_requests)
     wrap(f"{RUNNER}.add_requests", scheduled, add_requests)
