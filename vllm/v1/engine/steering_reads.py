@@ -20,6 +20,7 @@ from vllm.config.sae_readout_step import StepReadout
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import JsonView
+from vllm.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -102,6 +103,7 @@ class RequestReads:
         num_prompt: tokens of the prompt.
         min_tokens: generated tokens before which nothing ends the request.
         counts: of the engine, by module.
+        waits: nobody looks before the request ends, so nothing is sent before.
         next_position: the first position that has not been read.
     """
 
@@ -111,6 +113,7 @@ class RequestReads:
     num_prompt: int
     min_tokens: int
     counts: dict[str, ReadCounts]
+    waits: bool = False
     next_position: int = 0
     chunks: list[Chunk] = field(default_factory=list)
 
@@ -218,6 +221,11 @@ def request_reads(
         request.num_prompt_tokens,
         params.min_tokens,
         counts,
+        # Stop strings are found by the front end, which then has its last output. A
+        # step in which nobody reads sends nothing, so the last one must be read.
+        waits=params.output_kind is RequestOutputKind.FINAL_ONLY
+        and not params.stop
+        and any(read.reads("decode") for read in reads),
     )
 
 

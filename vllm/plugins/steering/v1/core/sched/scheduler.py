@@ -146,7 +146,9 @@ def attach(
     for of_client in outputs.values():
         for output in of_client.outputs:
             reads = took.get(output.request_id)
-            payload = None if reads is None else reads.payload()
+            if reads is None or (reads.waits and output.finish_reason is None):
+                continue
+            payload = reads.payload()
             if payload is not None:
                 params = output.ec_transfer_params or {}
                 output.ec_transfer_params = {**params, PAYLOAD_KEY: payload}
