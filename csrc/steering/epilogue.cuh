@@ -53,6 +53,51 @@ struct TilePlace {
   int f0, t0, n;
 };
 
+// Stores one hit at its place in its token's list, if there is room.
+template <typename T>
+__device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
+                                          int slot, TilePlace at) {
+  if (slot >= a.ws.capacity) return;
+  const int64_t f = at.f0 + (hit.x & 0xFF), t = at.t0 + (hit.x >> 8);
+  a.ws.entries[t * a.ws.capacity + slot] =
+      pack_entry(f, __uint_as_float(hit.y));
+  if (a.eager && at.n <= kEagerTokens)
+    prefetch_bytes(a.weights.w_dec + f * a.weights.d_model,
+                   a.weights.d_model * 2);
+}
+
+// As append_hits, for lanes with many hits: lanes that have the same token ask
+// once for all of them, or the atomics of all tiles would queue for a token's
+// counter.
+template <typename T>
+__device__ __forceinline__ void append_together(const EncodeArgs<T>& a,
+                                                const uint2* hits, int own,
+                                                int most, TilePlace at) {
+  constexpr int kInFlight = 2;
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int first = 0; first < most; first += kInFlight) {
+    uint2 hit[kInFlight];
+    unsigned same[kInFlight];
+    int slot[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      hit[u] = hits[(first + u) * 32];
+      const int t = at.t0 + (hit[u].x >> 8);
+      const bool there = first + u < own && t < at.n;
+      same[u] = __match_any_sync(~0u, there ? t : -1);
+      slot[u] = a.ws.capacity;  // for lanes without a hit: no room
+      if (there && lane == __ffs(same[u]) - 1)
+        slot[u] = atomicAdd(&a.ws.records[t].listed, __popc(same[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int base = __shfl_sync(~0u, slot[u], __ffs(same[u]) - 1);
+      store_hit(a, hit[u], base + __popc(same[u] & ((1u << lane) - 1)), at);
+    }
+  }
+}
+
 // Appends a lane's hits to their tokens' lists, four atomics in flight at a
 // time.
 template <typename T>
@@ -60,29 +105,24 @@ __device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
                                             const uint2* hits, int own,
                                             TilePlace at) {
   const int most = __reduce_max_sync(~0u, own);
-  const int capacity = a.ws.capacity;
+  if (most > kHitsPerLane / 2) {
+    append_together(a, hits, own, most, at);
+    return;
+  }
 #pragma unroll 1
   for (int first = 0; first < most; first += 4) {
     uint2 hit[4];
     int slot[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      slot[u] = capacity;
+      slot[u] = a.ws.capacity;
       if (first + u >= own) continue;
       hit[u] = hits[(first + u) * 32];
       const int t = at.t0 + (hit[u].x >> 8);  // columns past n hold junk
       if (t < at.n) slot[u] = atomicAdd(&a.ws.records[t].listed, 1);
     }
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      if (slot[u] >= capacity) continue;
-      const int64_t f = at.f0 + (hit[u].x & 0xFF), t = at.t0 + (hit[u].x >> 8);
-      a.ws.entries[t * capacity + slot[u]] =
-          pack_entry(f, __uint_as_float(hit[u].y));
-      if (a.eager && at.n <= kEagerTokens)
-        prefetch_bytes(a.weights.w_dec + f * a.weights.d_model,
-                       a.weights.d_model * 2);
-    }
+    for (int u = 0; u < 4; ++u) store_hit(a, hit[u], slot[u], at);
   }
 }
 

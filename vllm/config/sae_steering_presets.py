@@ -8,7 +8,6 @@ request, so one whose module has gone refuses the requests that name it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import bad, listing, refusal, shown
+from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.exceptions import VLLMValidationError
 
@@ -48,7 +48,7 @@ class SamplingHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repetition_penalty: float | None = None
     seed: int | None = None
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> Json:
         """The hints that are set."""
         hints = msgspec.structs.asdict(self)
         return {key: value for key, value in hints.items() if value is not None}
@@ -79,12 +79,12 @@ def read_preset(given: Any, path: str = "preset") -> SteeringPreset:
     return _PRESET.read(given, path)
 
 
-def preset_specs(given: Mapping[str, Any]) -> dict[str, Any]:
+def preset_specs(given: JsonView) -> Json:
     """The specs in a preset, as the `extra_args` of a request."""
     return {key: given[key] for key in EXTRA_ARGS_KEYS if given.get(key)}
 
 
-def chosen_preset(extra_args: Mapping[str, Any], config: SteeringConfig) -> str | None:
+def chosen_preset(extra_args: JsonView, config: SteeringConfig) -> str | None:
     """The preset that a request runs under: its own, or the server's default.
 
     Raises:
@@ -114,7 +114,7 @@ def broken(name: str, error: VLLMValidationError) -> VLLMValidationError:
 
 def beside(
     own: SteeringRequest, preset: SteeringRequest, name: str, locked: bool
-) -> dict[str, Any]:
+) -> Json:
     """The specs of a request together with its preset's, as `extra_args`.
 
     The request's own entry for a feature, its own module at a reconstructed site and

@@ -19,7 +19,8 @@ from vllm.config.sae_steering_presets import (
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import SteeringConfigError, listing, shown
-from vllm.config.steering_replies import Json, Outcome, RefusedCall
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import Outcome, RefusedCall
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.exceptions import VLLMValidationError
 

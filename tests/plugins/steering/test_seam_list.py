@@ -51,6 +51,9 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "OpenAIServingCompletion.create_completion",
         "OpenAIServingCompletion.request_output_to_completion_response",
     ),
+    "vllm.entrypoints.openai.models.serving": (
+        "OpenAIServingModels.show_available_models",
+    ),
     "vllm.entrypoints.openai.responses.context": (
         "HarmonyContext.append_output",
         "HarmonyContext.sae_reading",
@@ -112,6 +115,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "EngineCore.add_request",
         "EngineCore.collective_rpc",
         "EngineCore.preprocess_add_request",
+        "EngineCore.sae_read_counts",
         "EngineCore.steering_registry",
         "EngineCoreProc._handle_request_preproc_error",
     ),

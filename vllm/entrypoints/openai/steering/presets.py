@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel
 
 from vllm.config.sae_steering_presets import SamplingHints
 from vllm.config.sae_steering_specs import PRESET_KEY
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal, shown
+from vllm.config.steering_json import Json
 
 # Where routes name a parameter otherwise than `SamplingHints` does.
 _OTHER_NAMES = {"max_tokens": ("max_completion_tokens", "max_output_tokens")}
@@ -33,9 +32,10 @@ def select_preset(
     """
     if config is None or not config.presets:
         return
-    model = getattr(request, "model", None)
+    values = dict(request)
+    model = values.get("model")
     given = PRESET_KEY in request.model_fields_set
-    name = getattr(request, PRESET_KEY) if given else config.default_preset
+    name = values[PRESET_KEY] if given else config.default_preset
     if isinstance(model, str) and model in config.presets and model != base_model:
         if given and name != model:
             raise refusal(
@@ -50,18 +50,18 @@ def select_preset(
         _fill(request, config.presets[name]["sampling"])
 
 
-def _fill(request: BaseModel, hints: dict[str, Any]) -> None:
+def _fill(request: BaseModel, hints: Json) -> None:
     """Give a request the sampling parameters that it has not set itself.
 
     A value that is the field's default counts as not set: vLLM writes that of
     `max_tokens` into every completion request.
     """
-    fields = type(request).model_fields
+    fields, values = type(request).model_fields, dict(request)
     for hint in SamplingHints.__struct_fields__:
         if hint not in hints:
             continue
         names = (hint, *_OTHER_NAMES.get(hint, ()))
         known = [name for name in names if name in fields]
-        own = [name for name in known if getattr(request, name) != fields[name].default]
+        own = [name for name in known if values[name] != fields[name].default]
         if known and not own:
             setattr(request, known[0], hints[hint])

@@ -101,14 +101,14 @@ def specs_of(request: BaseModel) -> Json:
     return {name: fields.get(name) for name in EXTRA_ARGS_KEYS}
 
 
-def steering_of(request: BaseModel) -> dict[str, Any]:
+def steering_of(request: BaseModel) -> Json:
     """What a request's fields say, as `extra_args` has it.
 
     A preset of null is not the same as none: it opts out of the server's default.
     """
     given = {name: specs for name, specs in specs_of(request).items() if specs}
     if PRESET_KEY in request.model_fields_set:
-        given[PRESET_KEY] = getattr(request, PRESET_KEY)
+        given[PRESET_KEY] = dict(request)[PRESET_KEY]
     return given
 
 
@@ -131,7 +131,7 @@ def carry_specs(request: BaseModel, params: SamplingParams) -> None:
     refuse_misspelt_fields(request)
     params.extra_args = fold_into_extra_args(params.extra_args, specs_of(request))
     if PRESET_KEY in request.model_fields_set:
-        preset = getattr(request, PRESET_KEY)
+        preset = dict(request)[PRESET_KEY]
         params.extra_args = {**(params.extra_args or {}), PRESET_KEY: preset}
 
 
@@ -143,9 +143,10 @@ def refuse_beam_search(request: BaseModel) -> None:
     """
     refuse_misspelt_fields(request)
     specs = specs_of(request)
-    xargs = dict(request).get("vllm_xargs") or {}
+    fields = dict(request)
+    xargs = fields.get("vllm_xargs") or {}
     refuse_misspelt(xargs, "vllm_xargs.")
-    specs[PRESET_KEY] = getattr(request, PRESET_KEY, None)
+    specs[PRESET_KEY] = fields.get(PRESET_KEY)
     for name in FIELD_SCHEMAS:
         if specs[name] or xargs.get(name):
             raise VLLMValidationError(

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from vllm.config.sae_steering_presets import PRESET_SCHEMA
+from vllm.config.steering_json import Json
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.api_router import (
@@ -25,7 +26,7 @@ PATH = "/v1/steering/presets"
 DEFAULT = "/v1/steering/default_preset"
 
 
-def _accepts(schema: dict[str, Any]) -> dict[str, Any]:
+def _accepts(schema: Json) -> Json:
     content = {"application/json": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
 

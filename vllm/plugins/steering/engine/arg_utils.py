@@ -217,8 +217,7 @@ def _make_from_cli_args(stock: Stock) -> Stock:
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, modules
             )
-        presets = getattr(args, "steering_presets", None)
-        if presets:
+        if presets := vars(args).get("steering_presets"):
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, presets, "presets", PRESETS_FLAG
             )

@@ -94,7 +94,7 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
     steering = parse_steering_request(given, config)
     if steering is None:
         return {}
-    if getattr(request, "use_beam_search", False):
+    if fields.get("use_beam_search"):
         raise refusal(
             "use_beam_search",
             "beam search does not support steering, expected use_beam_search=false, no "
