@@ -18,6 +18,31 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def _llvmlite_has_no_dunders() -> None:
+    """Let vLLM's CPU engine start after numba is imported in the same process.
+
+    vLLM's n-gram drafter imports numba. llvmlite's library object then answers every
+    attribute name with a function, `__dict__` too, and the scan of modules with which
+    vLLM's CPU worker replaces kernels fails on it in the next engine.
+    """
+    try:
+        from llvmlite.binding import ffi
+    except ImportError:
+        return
+    library = type(ffi.lib)
+    stock = library.__getattr__
+
+    def named(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return stock(self, name)
+
+    library.__getattr__ = named
+
+
+_llvmlite_has_no_dunders()
+
+
 @pytest.fixture(scope="session")
 def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny models of this session are saved, once each."""

@@ -77,6 +77,7 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
         VLLMValidationError: the steering is not valid.
     """
     from vllm.entrypoints.openai.steering.request_fields import (
+        refuse_beam_search,
         refuse_misspelt_fields,
         steering_of,
     )
@@ -95,6 +96,7 @@ def check_request(request: BaseModel, vllm_config: VllmConfig) -> Json:
     if steering is None:
         return {}
     if fields.get("use_beam_search"):
+        refuse_beam_search(request)  # names the field; else a default preset steers
         raise refusal(
             "use_beam_search",
             "beam search does not support steering, expected use_beam_search=false, no "
