@@ -8,8 +8,6 @@ import importlib
 import inspect
 import re
 import runpy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,14 @@ from steering_testing.cases import (
     UNCHECKED,
     Case,
 )
-from steering_testing.engine import assert_same, engine, generate, params, runner
+from steering_testing.engine import (
+    assert_same,
+    engine,
+    generate,
+    params,
+    restored,
+    runner,
+)
 from steering_testing.reference import Clamp, random_sae, random_transcoder
 from steering_testing.requests import SPECIAL, Ask, Modules, prompt, specs, vector
 
@@ -120,22 +125,6 @@ def steered_classes(llm: LLM) -> set[str]:
     assert len(layers) == models.LAYERS
     stock = [type(layer).__mro__[2] for layer in layers]
     return {f"{cls.__module__}.{cls.__qualname__}" for cls in stock}
-
-
-@contextmanager
-def restored(cls: type) -> Iterator[None]:
-    """Undo what the Transformers backend does to a class that the oracle needs: it
-    makes the library's own model class compile itself."""
-    bases, before = cls.__bases__, dict(vars(cls))
-    try:
-        yield
-    finally:
-        cls.__bases__ = bases
-        for name in set(vars(cls)) - set(before):
-            delattr(cls, name)
-        for name, value in before.items():
-            if vars(cls)[name] is not value:
-                setattr(cls, name, value)
 
 
 def conforms(case: Case, model_root: Path, tmp_path: Path, **options: Any) -> None:

@@ -33,10 +33,11 @@ TOKEN = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
 
 
 def write_scope(root: Path) -> Path:
-    """A Gemma Scope directory (`layer_L/width_W/average_l0_N/params.npz`)."""
+    """A Gemma Scope directory (`RELEASE/layer_L/width_W/average_l0_N/params.npz`)."""
     sae = random_sae(96, models.HIDDEN, "jumprelu", 21)
     assert sae.threshold is not None
-    path = root / "layer_1" / "width_96" / "average_l0_9"
+    release = root / "gemma-scope-2b-pt-res"
+    path = release / "layer_1" / "width_96" / "average_l0_9"
     path.mkdir(parents=True)
     np.savez(
         path / "params.npz",
