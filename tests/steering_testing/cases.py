@@ -97,7 +97,7 @@ CASES = {
         "Apertus",
         "apertus",
         f"{MODELS}.apertus.ApertusDecoderLayer",
-        tolerance=2e-3,  # vLLM and Hugging Face round xIELU's constants differently
+        tolerance=8e-4,  # vLLM and Hugging Face round xIELU's constants differently
     ),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
 }
