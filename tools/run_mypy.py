@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+PACKAGES = ("vllm", "vllm_steering_cli")
+
 
 def module_name(path: Path) -> str:
     """`vllm/a/b.py` -> `vllm.a.b`."""
@@ -16,7 +18,8 @@ def module_name(path: Path) -> str:
 
 def main() -> None:
     """Run mypy over every module of the overlay, then over the scripts."""
-    modules = sorted({module_name(path) for path in Path("vllm").rglob("*.py")})
+    files = [path for package in PACKAGES for path in Path(package).rglob("*.py")]
+    modules = sorted({module_name(path) for path in files})
     args = [item for name in modules for item in ("-m", name)]
     # From another directory, so that `vllm` is the installed package.
     config = str(Path("pyproject.toml").resolve())
