@@ -68,8 +68,33 @@ def test_labels_and_evidence_are_about_the_sae() -> None:
     for feature, label in labels.READ.items():
         assert named[str(feature)] == label
     for topic in topics.TOPICS:
-        assert str(topic.feature) in named
+        assert topic.feature in labels.READ
         assert evidence["max"][topic.feature] > 10
+
+
+def test_the_card_says_how_many_labels_were_read() -> None:
+    card = json.loads((SAE / "card.json").read_text())
+    evidence = json.loads((SAE / "evidence.json").read_text())
+    named = json.loads((SAE / "labels.json").read_text())
+    assert card["labels"] == labels.summary(named)
+    assert card["sampling"]["min_p"] == data.MIN_P
+    read = {*labels.READ, *labels.UNCLEAR}
+    assert len(read) == len(labels.READ) + len(labels.UNCLEAR)
+    order = sorted(range(3456), key=lambda i: -evidence["frequency"][i])
+    # Rounding may swap neighbours at the edge.
+    assert read.issuperset(order[:300])
+    page = (EXAMPLE / "README.md").read_text()
+    for number in (len(read), len(labels.READ), len(labels.UNCLEAR)):
+        assert f" {number} " in page
+
+
+def test_odd_maxima_are_few_and_told_from_the_quantile() -> None:
+    evidence = json.loads((SAE / "evidence.json").read_text())
+    pairs = list(zip(evidence["max"], evidence["p99"], strict=True))
+    assert all(high <= most for most, high in pairs)
+    odd = [i for i, (most, high) in enumerate(pairs) if most > 4 * high > 0]
+    assert {1259, 1521, 2343} <= set(odd)
+    assert len(odd) == 33
 
 
 def test_the_card_says_what_the_page_says() -> None:

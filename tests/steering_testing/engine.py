@@ -59,6 +59,18 @@ def engine(
 
     `modules=None` configures no steering at all. Eager unless `enforce_eager=False`.
     """
+    with engine_on(models.save(family, root), modules, steering, **options) as llm:
+        yield llm
+
+
+@contextmanager
+def engine_on(
+    checkpoint: Path,
+    modules: Mapping[str, Any] | None,
+    steering: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[LLM]:
+    """As `engine`, on a checkpoint of any model."""
     config: dict[str, Any] = {}
     if modules is not None:
         config = {"steering": {"modules": dict(modules), **(steering or {})}}
@@ -71,7 +83,7 @@ def engine(
         "enforce_eager": True,
         "additional_config": config,
     }
-    llm = LLM(str(models.save(family, root)), **{**defaults, **options})
+    llm = LLM(str(checkpoint), **{**defaults, **options})
     try:
         yield llm
     finally:
