@@ -35,6 +35,7 @@ __all__ = [
     "Activation",
     "FeatureUnits",
     "HookPoint",
+    "InlineSite",
     "ModuleInfo",
     "ModuleKind",
     "PointWidths",
@@ -180,6 +181,40 @@ class SlotInfo:
 
 
 @dataclass(frozen=True)
+class InlineSite:
+    """A site where requests may bring vectors of their own, of width `width`.
+
+    A request brings at most `per_request` different ones, so the engine holds at most
+    `directions` at once, for all of its `max_num_seqs` requests.
+    """
+
+    layer: int
+    hook: HookPoint
+    width: int
+    per_request: int
+    directions: int
+
+    @property
+    def name(self) -> str:
+        """`hook.layer`, as messages show it."""
+        return site_name(self.hook, self.layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the directions, in float32."""
+        return 4 * self.width * self.directions
+
+    def to_json(self) -> Json:
+        """JSON types only; the inverse of `from_json`."""
+        return {**asdict(self), "hook": self.hook.value}
+
+    @classmethod
+    def from_json(cls, data: JsonView) -> InlineSite:
+        """Rebuild what `to_json` wrote."""
+        return cls(**{**data, "hook": HookPoint(data["hook"])})
+
+
+@dataclass(frozen=True)
 class ModuleInfo:
     """A named SAE, or a named set of vectors, as the front end knows it.
 
@@ -256,7 +291,8 @@ class SteeringConfig:
     the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
     whether the device computes conditions, and more of vectors than adding them.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
-    requests run under which choose none.
+    requests run under which choose none. `inline_sites` are those at which requests may
+    bring vectors of their own.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -271,6 +307,7 @@ class SteeringConfig:
     extended_clamps: bool = True
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
+    inline_sites: tuple[InlineSite, ...] = ()
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
@@ -293,6 +330,7 @@ class SteeringConfig:
             "extended_clamps": self.extended_clamps,
             "presets": self.presets,
             "default_preset": self.default_preset,
+            "inline_sites": [site.to_json() for site in self.inline_sites],
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
@@ -317,6 +355,9 @@ class SteeringConfig:
             extended_clamps=data.get("extended_clamps", True),
             presets=data.get("presets", {}),
             default_preset=data.get("default_preset"),
+            inline_sites=tuple(
+                InlineSite.from_json(site) for site in data.get("inline_sites", ())
+            ),
         )
 
 
