@@ -8,8 +8,6 @@ their addresses whatever module the slot holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
@@ -44,34 +42,13 @@ from vllm.model_executor.layers.steering_families import (
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
 from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
 
 logger = init_logger(__name__)
 
 SAE_TIERS = (Tier.DELTA, Tier.FULL)
-
-
-@dataclass
-class SAEPlace:
-    """A slot for an SAE and the tables of its tiers."""
-
-    key: SiteKey
-    slot: SAESlot
-    tables: dict[Tier, BoundTable]
-
-
-@dataclass
-class VectorPlace:
-    """A site's stack of vectors, and the row of it that is one slot."""
-
-    key: SiteKey
-    slot: VectorSlot
-    table: BoundTable
-    row: int
-
-
-Place = SAEPlace | VectorPlace
 
 
 class SiteModules:
@@ -383,21 +360,3 @@ def build_site_modules(
         )
     logger.info("Steering buffers take %.1f MiB", modules.nbytes / 2**20)
     return modules
-
-
-def make_backend(
-    step: StepState,
-    places: dict[int, Place],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> SteeringBackend:
-    """The device's way to compute the tiers."""
-    if device.type == "cpu":
-        from vllm.model_executor.layers.steering_readout import ReadingReferenceBackend
-
-        return ReadingReferenceBackend(step)
-    from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
-
-    saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]
-    stacks = {id(p.slot): p.slot for p in places.values() if isinstance(p, VectorPlace)}
-    return KernelBackend(step, saes, list(stacks.values()), dtype)
