@@ -8,6 +8,7 @@ every tensor. Nothing here differs between the runners.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -267,3 +268,9 @@ class SteeringRuntime:
         assert set(self._embedded) <= set(self._requests), "an unknown prompt"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
         self.readout.check_integrity()
+
+
+class SteeredRunner(Protocol):
+    """A model runner, as far as a worker changes and measures its modules."""
+
+    steering: SteeringRuntime | None
