@@ -149,7 +149,7 @@ def conforms(case: Case, model_root: Path, tmp_path: Path, **options: Any) -> No
         plain = oracle.follow(model, ids, {}, result.tokens)
         expected = oracle.follow(model, ids, modules.edits(*asks), result.tokens)
         label = f"{case.family}: {asks}"
-        assert_same(result, expected, label, case.tolerance)
+        assert_same(result, expected, label)
         moved = [
             abs(a - b) for a, b in zip(plain.logprobs, result.logprobs, strict=True)
         ]

@@ -159,15 +159,13 @@ def coverage(
     return {"spans": [dict(zip(keys, span, strict=True)) for span in spans]}
 
 
-def assert_same(
-    found: Greedy, expected: Greedy, label: str = "", tolerance: float = 1e-4
-) -> None:
-    """Equal tokens, log-probabilities within the tolerance."""
+def assert_same(found: Greedy, expected: Greedy, label: str = "") -> None:
+    """Equal tokens, log-probabilities within 1e-4."""
     assert found.tokens == expected.tokens, label
     worst = max(
         abs(a - b) for a, b in zip(found.logprobs, expected.logprobs, strict=True)
     )
-    assert worst < tolerance, f"{label}: log-probabilities differ by {worst}"
+    assert worst < 1e-4, f"{label}: log-probabilities differ by {worst}"
 
 
 @contextmanager

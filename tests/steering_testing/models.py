@@ -173,6 +173,11 @@ def build(family: str, seed: int = 0) -> Any:
                 weight.normal_(0, 0.08 if "embed" not in name else embedding)
             elif "norm" in name or "ln_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))
+    for module in model.modules():
+        # vLLM holds xIELU's constants in bfloat16 and computes their softplus in it,
+        # whatever the model's dtype. The activation itself is computed in float32.
+        if isinstance(module, transformers.activations.XIELUActivation):
+            module.to(torch.bfloat16)
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class SAEFeatures:
         return np.nonzero(place[None, :] < self.counts[:, None])
 
 
-def _ragged(table: np.ndarray, counts: np.ndarray) -> list[list[Any]]:
+def _ragged(table: np.ndarray, counts: np.ndarray) -> list[list[float]]:
     return [row[:n] for row, n in zip(table.tolist(), counts.tolist(), strict=True)]
 
 

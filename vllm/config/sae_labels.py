@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from vllm.config.steering_checks import shown
 
@@ -21,6 +20,8 @@ MAX_BYTES = 256 << 20
 MAX_LABEL = 1000
 
 Labels = dict[int, str]
+# Of a file, not checked yet: its name in messages, index and description.
+_Entry = tuple[str, object, object]
 
 
 def load_labels(path: str | Path) -> Labels:
@@ -70,14 +71,14 @@ def _lines(text: str) -> Iterable[tuple[int, str]]:
     return ((at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip())
 
 
-def _line(file: Path, at: int, line: str) -> Any:
+def _line(file: Path, at: int, line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError(f"{file}: line {at} is not JSON") from None
 
 
-def _described(file: Path, entries: Iterable[Any]) -> Iterable[tuple[str, Any, Any]]:
+def _described(file: Path, entries: Iterable[object]) -> Iterable[_Entry]:
     for at, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
             raise ValueError(f"{file}: entry {at}: found {shown(entry)}, expected an "
@@ -86,7 +87,7 @@ def _described(file: Path, entries: Iterable[Any]) -> Iterable[tuple[str, Any, A
         yield str(at), entry.get("index"), label
 
 
-def _collect(file: Path, entries: Iterable[tuple[str, Any, Any]]) -> Labels:
+def _collect(file: Path, entries: Iterable[_Entry]) -> Labels:
     labels: Labels = {}
     for name, index, label in entries:
         text = index if isinstance(index, str) else str(index)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -141,7 +141,7 @@ class SiteRead:
 
 def reads_to_json(reads: tuple[SiteRead, ...]) -> list[Json]:
     """Specs in JSON types that parse to equal reads, one for all alike sites."""
-    specs: dict[tuple[Any, ...], Json] = {}
+    specs: dict[tuple[object, ...], Json] = {}
     for read in reads:
         key = (read.module, read.top_k, read.features, read.stops, read.phase)
         if key not in specs:

@@ -16,12 +16,11 @@ from vllm.config.sae_steering_request import (
     Group,
     SiteEdit,
     SteeringRequest,
-    round_to_fp32,
     sorted_clamps,
 )
 from vllm.config.sae_steering_sites import (
+    ListedSite,
     Site,
-    SiteClamps,
     listed_sites,
     named_module,
 )
@@ -39,7 +38,8 @@ from vllm.config.sae_steering_specs import (
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
 )
-from vllm.config.sae_steering_vector_draft import VectorDraft, require_extended
+from vllm.config.sae_steering_vector_action import round_to_fp32
+from vllm.config.sae_steering_vector_draft import VectorDraft
 from vllm.config.steering import (
     HookPoint,
     SteeringConfig,
@@ -125,7 +125,7 @@ class Draft:
         where = f"{path}.clamps"
         sites = listed_sites(where, spec.clamps, module)
         if not sites and tier is Tier.FULL:
-            sites = [SiteClamps(where, site, ()) for site in module.sites]
+            sites = [ListedSite(where, site, ()) for site in module.sites]
         elif not sites:
             raise refusal(where, "is empty, expected at least one clamp entry")
         for site in sites:
@@ -135,7 +135,7 @@ class Draft:
                 )
             self.add_site(tier, (module.name, coverage), site)
 
-    def add_site(self, tier: Tier, group: Group, clamps: SiteClamps) -> None:
+    def add_site(self, tier: Tier, group: Group, clamps: ListedSite) -> None:
         """Merge one site of a spec, refusing what the request already has there."""
         name, coverage = group
         site = (clamps.site.hook, clamps.site.layer)
@@ -172,10 +172,9 @@ class Draft:
             )
 
     def condition(
-        self, path: str, when: SAECondition, clamps: SiteClamps
+        self, path: str, when: SAECondition, clamps: ListedSite
     ) -> SAECondition:
         """The canonical form of a condition."""
-        require_extended(path, "conditions", self.config)
         if (when.above is None) == (when.below is None):
             raise refusal(path, "expected exactly one of above and below")
         if when.feature_idx >= clamps.site.d_sae:

@@ -17,12 +17,7 @@ from vllm.config.sae_inline_vectors import (
     reserved_site,
     too_many,
 )
-from vllm.config.sae_steering_request import (
-    Group,
-    VectorAction,
-    add_scales,
-    round_to_fp32,
-)
+from vllm.config.sae_steering_request import Group
 from vllm.config.sae_steering_sites import named_hook, named_module
 from vllm.config.sae_steering_spans import (
     TOKEN_PHASES,
@@ -31,6 +26,11 @@ from vllm.config.sae_steering_spans import (
     may_overlap,
 )
 from vllm.config.sae_steering_specs import SteeringVectorSpec
+from vllm.config.sae_steering_vector_action import (
+    VectorAction,
+    add_scales,
+    round_to_fp32,
+)
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import bad, refusal, shown
 
@@ -50,12 +50,6 @@ class _Vector:
     path: str
     coverage: Coverage
     action: VectorAction
-
-
-def require_extended(path: str, what: str, config: SteeringConfig) -> None:
-    """Refuse what the engine's kernels cannot do."""
-    if not config.extended_clamps:
-        raise refusal(path, f"{what} are not supported by this engine's kernels")
 
 
 @dataclass
@@ -82,12 +76,8 @@ class VectorDraft:
         module = self.module_of(path, spec)
         name = module.name
         asked = _Vector(path, coverage, _action(path, spec))
-        if not asked.action.sums:
-            require_extended(
-                f"{path}.kind", "kinds other than add, and relative", self.config
-            )
-            if name in self.brought:
-                refuse_no_direction(f"{path}.vector", self.brought[name].data)
+        if name in self.brought and not asked.action.sums:
+            refuse_no_direction(f"{path}.vector", self.brought[name].data)
         others = self.vectors.setdefault(name, [])
         for other in others:
             together = other.action.sums and asked.action.sums

@@ -288,11 +288,10 @@ class SteeringConfig:
     are refused: it waits for its last request, to be removed or replaced. `version`
     counts the changes since start-up. `readout`: whether requests may read features,
     of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
-    the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
-    whether the device computes conditions, and more of vectors than adding them.
-    `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
-    requests run under which choose none. `inline_sites` are those at which requests may
-    bring vectors of their own.
+    the pieces of a request's schedule; tables have a row for each. `presets` are in the
+    form of `SteeringPreset`; `default_preset` names the one that requests run under
+    which choose none. `inline_sites` are those at which requests may bring vectors of
+    their own.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -304,7 +303,6 @@ class SteeringConfig:
     readout: bool = True
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
-    extended_clamps: bool = True
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
     inline_sites: tuple[InlineSite, ...] = ()
@@ -327,7 +325,6 @@ class SteeringConfig:
             "version": self.version,
             "max_specs": self.max_specs,
             "max_pieces": self.max_pieces,
-            "extended_clamps": self.extended_clamps,
             "presets": self.presets,
             "default_preset": self.default_preset,
             "inline_sites": [site.to_json() for site in self.inline_sites],
@@ -352,7 +349,6 @@ class SteeringConfig:
             readout=data.get("readout", True),
             first_read_layer=data.get("first_read_layer", 0),
             max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
-            extended_clamps=data.get("extended_clamps", True),
             presets=data.get("presets", {}),
             default_preset=data.get("default_preset"),
             inline_sites=tuple(

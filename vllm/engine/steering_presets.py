@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -28,7 +27,7 @@ ROOT = "additional_config.steering"
 MAX_FILE_BYTES = 1 << 20
 
 
-def checked_preset(name: str, given: Any, config: SteeringConfig) -> Json:
+def checked_preset(name: str, given: object, config: SteeringConfig) -> Json:
     """A preset as the configuration keeps it.
 
     Raises:
@@ -117,7 +116,7 @@ def _known(config: SteeringConfig, name: object) -> str:
 
 
 def with_start_up_presets(
-    config: SteeringConfig, given: Any, default: Any
+    config: SteeringConfig, given: object, default: object
 ) -> SteeringConfig:
     """The configuration with the presets that the engine starts with.
 
@@ -150,7 +149,7 @@ def with_start_up_presets(
         raise SteeringConfigError(f"{ROOT}.default_preset: {error}") from None
 
 
-def _read_file(path: str) -> Any:
+def _read_file(path: str) -> object:
     if Path(path).stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
     found = marked_loads(Path(path).read_bytes())

@@ -49,7 +49,6 @@ from vllm.engine.steering_options import (
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -112,7 +111,6 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             max_clamps,
             max_specs=max_specs,
             max_pieces=max_pieces,
-            extended_clamps=current_platform.is_cpu(),
             readout=readout_option(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
             inline_sites=inline,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -125,9 +125,9 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     return found
 
 
-def _measure(llm: LLM, verb: str, *args: Any) -> dict[str, float]:
+def _measure(llm: LLM, verb: str, *args: object) -> dict[str, float]:
     """One verb on every rank; what the rank with the site has measured."""
-    replies: list[Any] = llm.collective_rpc(METHOD, args=(verb, *args))
+    replies = llm.collective_rpc(METHOD, args=(verb, *args))
     for reply in replies:
         if not reply["ok"]:
             raise ValueError(reply["error"])
@@ -148,8 +148,8 @@ def _loss(
     # What is computed here is nobody else's: an ablated block has the key of a
     # reconstructed one.
     salt = uuid.uuid4().hex
-    prompts: list[Any] = [{"prompt_token_ids": own, "cache_salt": salt} for own in ids]
-    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    prompts = [{"prompt_token_ids": own, "cache_salt": salt} for own in ids]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     losses, active = [], []
     for own, output in zip(ids, outputs, strict=True):
         for token, scores in zip(own[1:], output.prompt_logprobs[1:], strict=True):

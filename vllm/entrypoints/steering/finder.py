@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class FoundFeatures:
     features: list[FoundFeature]
     warnings: list[str] = field(default_factory=list)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[FoundFeature]:
         return iter(self.features)
 
     def __len__(self) -> int:
@@ -285,7 +285,7 @@ def _examples(
 
 def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
     """A warning when the tokenizer does not know many of the texts' words."""
-    tokenizer: Any = llm.get_tokenizer()
+    tokenizer = llm.get_tokenizer()
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
         return []

@@ -67,7 +67,7 @@ ONLY_IF_ACTIVE = 4
 
 
 class ClampFlag(IntEnum):
-    """More flags of a clamp code, which a backend may lack (`extended_clamps`)."""
+    """More flags of a clamp code."""
 
     # Vectors: `f` is the projection on the unit vector `u`, and `u` is what is moved.
     PROJECTION = 8

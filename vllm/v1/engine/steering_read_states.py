@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import JsonView
@@ -14,7 +14,8 @@ from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 
 @functools.cache
@@ -26,8 +27,11 @@ def reading_state() -> type:
         readings: Readings
 
         def _new_completion_output(
-            self, token_ids: Any, finish_reason: Any, stop_reason: Any
-        ) -> Any:
+            self,
+            token_ids: list[int],
+            finish_reason: FinishReason | None,
+            stop_reason: int | str | None,
+        ) -> CompletionOutput:
             output = super()._new_completion_output(
                 token_ids, finish_reason, stop_reason
             )
@@ -38,8 +42,8 @@ def reading_state() -> type:
             output.sae_features = self.readings.take_output(self._is_delta())
             return output
 
-        def _new_request_output(self, *args: Any, **kwargs: Any) -> Any:
-            output: Any = super()._new_request_output(*args, **kwargs)
+        def _new_request_output(self, *args: object, **kwargs: object) -> RequestOutput:
+            output = super()._new_request_output(*args, **kwargs)
             output.prompt_sae_features = self.readings.take_prompt(self._is_delta())
             return output
 

@@ -10,7 +10,7 @@ and only for modules that no request uses.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ from vllm.v1.worker.steering_modules import (
     VectorPlace,
     unit_scale,
 )
-from vllm.v1.worker.steering_runtime import SteeringRuntime
+from vllm.v1.worker.steering_runtime import SteeredRunner, SteeringRuntime
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
@@ -237,8 +240,8 @@ def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
 class SteeringWorkerMixin:
     """Gives a worker the method that the engine calls on every rank."""
 
-    vllm_config: Any
-    model_runner: Any
+    vllm_config: VllmConfig
+    model_runner: SteeredRunner
     # Made when the modules first change.
     steering_module_changes: ModuleChanges | None = None
 
@@ -279,7 +282,7 @@ class SteeringWorkerMixin:
         return {"ok": True}
 
     def _changes(self) -> ModuleChanges:
-        runtime: SteeringRuntime | None = self.model_runner.steering
+        runtime = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
         if self.steering_module_changes is None:

@@ -8,6 +8,7 @@ every tensor. Nothing here differs between the runners.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -273,3 +274,9 @@ class SteeringRuntime:
             self._requests[req_id] for req_id in self._rows
         )
         self.readout.check_integrity()
+
+
+class SteeredRunner(Protocol):
+    """A model runner, as far as a worker changes and measures its modules."""
+
+    steering: SteeringRuntime | None

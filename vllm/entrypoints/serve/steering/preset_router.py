@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
@@ -87,7 +85,7 @@ async def set_default_steering_preset(request: Request) -> JSONResponse:
     return JSONResponse({"default_preset": given["preset"]})
 
 
-async def _json(request: Request) -> Any:
+async def _json(request: Request) -> object:
     """The body, of which no reader understands something else."""
     try:
         found = marked_loads(await read_body(request))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import clamp_delta, limited
+from .clamp import clamp_delta, holds, limited, needed_condition
 from .compact import (
     D_SAE,
     DENSE,
@@ -135,6 +135,10 @@ def add_clamps(
             own = acts + place.to(tl.int64) * acts_stride + feature
             f_c = tl.load(own, mask=inside, other=0.0)
             delta = clamp_delta(code, bits.to(tl.float32, bitcast=True), f_c)
+            needs, other, code, value = needed_condition(row_ptr, code, MAX_CLAMPS)
+            own = acts + place.to(tl.int64) * acts_stride + other
+            f_c = tl.load(own, mask=inside & needs, other=0.0)
+            delta = tl.where(~needs | holds(code, value, f_c), delta, 0.0)
         w_at = feature.to(tl.int64)[:, None] * D + col[None, :]
         w_mask = inside[:, None] & (col < D)[None, :]
         w = tl.load(w_dec + w_at, mask=w_mask, other=0.0).to(tl.float32)

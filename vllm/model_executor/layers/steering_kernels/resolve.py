@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import clamp_delta, load_clamps
+from .clamp import (
+    CONDITION_SHIFT,
+    clamp_delta,
+    holds,
+    load_clamps,
+    needed_condition,
+)
 from .compact import RECORD_INTS, note_dense, pdl_wait
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
@@ -53,6 +59,18 @@ def sort_entries(entries, n, LIST_MAX: tl.constexpr):
         sort_by_rank(entries, n, LIST_MAX)
 
 
+@triton.jit
+def find_features(own, listed, feature, N: tl.constexpr):
+    """Activations [N] of features in a list of `listed` entries, 0 when absent."""
+    f = tl.zeros([N], tl.float32)
+    for j in range(0, listed, 64):
+        at = j + tl.arange(0, 64)
+        e = tl.load(own + at, mask=at < listed, other=LAST)
+        same = entry_feature(e)[None, :] == feature[:, None]
+        f += tl.sum(tl.where(same, entry_value(e)[None, :], 0.0), 1)
+    return f
+
+
 @triton.jit(do_not_specialize=["base", "rows", "capacity"])
 def resolve_kernel(
     index,
@@ -91,11 +109,12 @@ def resolve_kernel(
             for first in range(0, clamps, CLAMP_BLOCK):
                 c = first + tl.arange(0, CLAMP_BLOCK)
                 feature, code, value = load_clamps(row_ptr, c, clamps, MAX_CLAMPS)
-                f = tl.zeros([CLAMP_BLOCK], tl.float32)
-                for j in range(0, listed, 64):
-                    at = j + tl.arange(0, 64)
-                    e = tl.load(own + at, mask=at < listed, other=LAST)
-                    same = entry_feature(e)[None, :] == feature[:, None]
-                    f += tl.sum(tl.where(same, entry_value(e)[None, :], 0.0), 1)
+                f = find_features(own, listed, feature, CLAMP_BLOCK)
                 delta = clamp_delta(code, value, f)
+                if tl.max(code, 0) >> CONDITION_SHIFT != 0:
+                    needs, feature, code, value = needed_condition(
+                        row_ptr, code, MAX_CLAMPS
+                    )
+                    f = find_features(own, listed, feature, CLAMP_BLOCK)
+                    delta = tl.where(~needs | holds(code, value, f), delta, 0.0)
                 tl.store(coef + i * MAX_CLAMPS + c, delta, mask=c < clamps)

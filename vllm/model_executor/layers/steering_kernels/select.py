@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import clamp_delta, load_clamps
+from .clamp import clamp_delta, holds, load_clamps, needed_condition
 from .compact import D_SAE, RECORD_INTS, note_dense, pdl_wait
 
 K_FIELD = tl.constexpr(2)  # columns of meta: layers/steering_state.py, MetaField
@@ -153,6 +153,14 @@ def collect_selected(scores, own, kth, d_sae, relu, capacity, BLOCK: tl.constexp
     return total
 
 
+@triton.jit
+def selected(own_scores, feature, threshold, d_sae, relu):
+    """Activations of a block of features of one token, whose k-th key is given."""
+    p = tl.load(own_scores + feature)
+    chosen = load_keys(own_scores, feature, d_sae) >= threshold
+    return tl.where(chosen & ((p > 0.0) | (relu == 0)), p, 0.0)
+
+
 @triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])
 def select_kernel(
     index,
@@ -216,8 +224,9 @@ def select_kernel(
             for first in range(0, clamps, CLAMP_BLOCK):
                 c = first + tl.arange(0, CLAMP_BLOCK)
                 feature, code, value = load_clamps(row_ptr, c, clamps, MAX_CLAMPS)
-                p = tl.load(own_scores + feature)
-                chosen = load_keys(own_scores, feature, d_sae) >= threshold
-                chosen = chosen & ((p > 0.0) | (relu == 0))
-                delta = clamp_delta(code, value, tl.where(chosen, p, 0.0))
+                f = selected(own_scores, feature, threshold, d_sae, relu)
+                delta = clamp_delta(code, value, f)
+                needs, other, kind, bar = needed_condition(row_ptr, code, MAX_CLAMPS)
+                f = selected(own_scores, other, threshold, d_sae, relu)
+                delta = tl.where(~needs | holds(kind, bar, f), delta, 0.0)
                 tl.store(coef + i * MAX_CLAMPS + c, delta, mask=c < clamps)
