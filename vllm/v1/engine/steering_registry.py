@@ -173,7 +173,8 @@ class SteeringRegistry:
 
     def _read_counts(self) -> Json:
         """Tokens and bytes that were read, and stops, of every module."""
-        counts = self.core.sae_read_counts or {}
+        reads = self.core.scheduler.sae_step_reads
+        counts = {} if reads is None else reads.counts
         return {
             name: dataclasses.asdict(counts.get(name, ReadCounts()))
             for name in self.config.modules
