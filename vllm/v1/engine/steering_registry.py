@@ -61,6 +61,9 @@ WORKER_METHOD = "change_steering_modules"
 # A change that nobody finished for so long was given up by who asked for it.
 PREPARED_LIMIT_S = 600.0
 
+# What reads or writes the memory of workers.
+NEEDS_WORKERS = ("register", "unregister", "finish", "rollback")
+
 # From the payload of a change to the configuration after it.
 Plan = Callable[[Json], SteeringConfig]
 
@@ -83,6 +86,8 @@ class SteeringRegistry:
         self.lock = threading.Lock()
         self.inspector = ThreadPoolExecutor(1, "steering-inspect")
         self.prepared: PreparedChange | None = None
+        # What the workers said last: asleep, they have no memory to ask.
+        self.known_stats: list[Json] = []
 
     def call(
         self, action: str, payload: Json | None = None
@@ -125,6 +130,12 @@ class SteeringRegistry:
                     f"found {shown(action)}, expected {known}",
                     "action",
                 )
+            if action in NEEDS_WORKERS and self.asleep:
+                raise RefusedCall(
+                    Outcome.CONFLICT,
+                    "the engine is asleep: expected it awake, since modules are in the "
+                    "memory that it has given back",
+                )
             with self.lock:
                 reply = actions[action](payload or {})
         except RefusedCall as refused:
@@ -137,6 +148,11 @@ class SteeringRegistry:
         """The configuration that requests are admitted under."""
         config = active_steering_config(self.core.vllm_config)
         return config or SteeringConfig()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the workers' weights, and so the modules, are off the device."""
+        return "weights" in self.core.model_executor.sleeping_tags
 
     def in_use(self, name: str) -> int:
         """Requests that run or wait and name the module."""
@@ -160,9 +176,14 @@ class SteeringRegistry:
         return ModuleReply(outcome=Outcome.DONE, listing=listing)
 
     def _stats(self, payload: Json) -> ModuleReply:
-        replies = self._workers("stats")
-        if error := first_error(replies):
-            raise RefusedCall(Outcome.FAILED, error["error"])
+        if not self.asleep:
+            replies = self._workers("stats")
+            if error := first_error(replies):
+                raise RefusedCall(Outcome.FAILED, error["error"])
+            self.known_stats = replies
+        if not (replies := self.known_stats):
+            text = "the engine is asleep, and was not asked before"
+            raise RefusedCall(Outcome.CONFLICT, text)
         # Every rank has the same rows and tokens; bytes are per rank.
         stats = {
             **replies[0]["stats"],
