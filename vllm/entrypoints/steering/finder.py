@@ -52,9 +52,11 @@ class FoundFeature:
         mean_difference: mean activation on A's tokens minus that on B's.
         auroc: how often a text of A has a larger largest activation than one of B
             (0.5: no better than chance); None without B.
-        frequency: share of A's tokens on which it is active. frequency_against: that of
-        B's. max_activation: the largest on A. examples: A's tokens on which it is
-        strongest, from different texts where possible.
+        frequency: share of A's tokens on which it is active.
+        frequency_against: that of B's.
+        max_activation: the largest on A.
+        examples: A's tokens on which it is strongest, from different texts where
+            possible.
     """
 
     feature_idx: int

@@ -152,8 +152,7 @@ def select_tokens(
     step: StepState,
     weights: SAEWeights | None = None,
 ) -> torch.Tensor:
-    """int64 places of the tokens that the table's tier edits here, without bypassed
-    ones."""
+    """int64 ids of the tokens that the table's tier edits here, bypassed ones not."""
     active = table.active[index.long()] != 0
     if weights is not None:
         mask = weights.meta[MetaField.SKIP_MASK]

@@ -104,11 +104,12 @@ def inspect_module(
         name: the module's name, for messages.
         path: a local file or directory, `hf:owner/repo[/sub/path][@revision]`, or
             `saelens:RELEASE/SAE_ID[@revision]` for what is in SAELens's list.
-        feature_units: what a clamp's value means; part of the digest. skip_token_ids:
-        tokens to leave untouched; None for what the module states. norm_guard: multiple
-        of the module's reference norm; None for what the module states. sites: e.g.
-        `["post_block.20"]`: names the site of a module whose files do not state it, or
-        selects among the sites of a module that has several.
+        feature_units: what a clamp's value means; part of the digest.
+        skip_token_ids: tokens to leave untouched; None for what the module states.
+        norm_guard: multiple of the module's reference norm; None for what the module
+            states.
+        sites: e.g. `["post_block.20"]`. Names the site of a module whose files do not
+            state it, or selects among the sites of a module that has several.
 
     Returns:
         The module; `path` has its Hub revision pinned, and `digest` is a SHA-256

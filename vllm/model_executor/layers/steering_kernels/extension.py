@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def extension_is_built() -> bool:
-    """Whether `vllm/_steering_C*.so` exists and loads. `VLLM_STEERING_NO_CUDA=1` says
-    no."""
+    """Whether `vllm/_steering_C*.so` loads; never with `VLLM_STEERING_NO_CUDA=1`."""
     if os.environ.get("VLLM_STEERING_NO_CUDA") == "1" or not torch.cuda.is_available():
         return False
     package = Path(__file__).resolve().parents[3]

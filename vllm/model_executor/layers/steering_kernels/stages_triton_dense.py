@@ -101,7 +101,7 @@ def _decode_dense(run: Run, first: int, rows: int) -> None:
 
 
 def write_skip(run: Run, w_skip: torch.Tensor, base: int) -> None:
-    """`b_dec + W_skip x` of a chunk. The decoder adds to it."""
+    """Write `b_dec + W_skip x` of a chunk, to which the decoder adds."""
     weights, rows = run.slot.weights, run.buffers.plan.rows
     blocks = plan_dense(w_skip.element_size())
     work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)

@@ -124,8 +124,7 @@ class SteeringWorkspace:
 
     @classmethod
     def _shared_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
-        """The largest size of scores and entries of any step of up to `max_tokens`
-        tokens."""
+        """The largest size of scores and entries of any step with `max_tokens`."""
         sizes = [max_tokens, *(2**i for i in range(max_tokens.bit_length()))]
         most = 0
         for plan in (cls.plan(slot, tokens, topk) for tokens in sizes):
