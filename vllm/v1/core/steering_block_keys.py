@@ -11,9 +11,9 @@ def steering_block_key(
 ) -> tuple[str, str] | None:
     """Key of the tokens `[start, end)` of a request, or None where not steered.
 
-    A block that is edited alike throughout is keyed by that digest. Another one is
-    keyed by its digests and where each begins in the block, so blocks are shared
-    exactly where every position is edited alike.
+    If one digest covers the whole block, it is the key. Otherwise the key lists the
+    digests and where each begins in the block. So two requests share a block exactly if
+    they edit every position of it alike.
 
     The key is a tagged pair of strings, because KV events carry it.
 
