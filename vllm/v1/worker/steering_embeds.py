@@ -23,8 +23,7 @@ NO_TOKEN_ID = -1
 
 
 def embedded_positions(new: NewRequestData) -> np.ndarray | None:
-    """bool `[prompt]`, true where the position has no id; None if every position has
-    one."""
+    """bool `[prompt]`, true where a position has no id; None if all have one."""
     if new.prompt_embeds is None:
         return None
     if new.prompt_is_token_ids is not None:

@@ -204,8 +204,7 @@ class SteeringRuntime:
             backend.write_flags(known_token_ids(view, tokens, self._embedded))
 
     def _prepare_edits(self, view: BatchView) -> bool:
-        """Write the rows and the index; returns whether a tier that bypasses tokens
-        edits."""
+        """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
         changed = index.update(view)
         if index.rows is None:
