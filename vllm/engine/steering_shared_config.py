@@ -41,8 +41,7 @@ class SharedConfig:
         self._seen: tuple[int, int] | None = None
 
     def read_if_changed(self) -> Json | None:
-        """The configuration in the file; None if there is no file or it has not
-        changed."""
+        """The configuration in the file; None if there is none or it is as before."""
         path = os.path.join(self.directory, FILE)
         try:
             found = os.stat(path, follow_symlinks=False)
