@@ -3,8 +3,8 @@
 
 The edit a branch would make: `create_completion`, `create_chat_completion`,
 `create_responses` and `serve_tokens` begin by checking the request's steering. Without
-it the engine's own check comes after a stream has answered 200. A `model` that names a
-preset is replaced there, and `show_available_models` lists the presets.
+this, the engine's own check comes after a stream has answered 200. They also replace a
+`model` that names a preset, and `show_available_models` lists the presets.
 """
 
 from __future__ import annotations
