@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_readout_step import StepRows
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_json import JsonView
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.steering_read_log import Reader, ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 
 @functools.cache
@@ -27,8 +29,11 @@ def reading_state() -> type:
         readings: Readings
 
         def _new_completion_output(
-            self, token_ids: Any, finish_reason: Any, stop_reason: Any
-        ) -> Any:
+            self,
+            token_ids: list[int],
+            finish_reason: FinishReason | None,
+            stop_reason: int | str | None,
+        ) -> CompletionOutput:
             output = super()._new_completion_output(
                 token_ids, finish_reason, stop_reason
             )
@@ -38,8 +43,8 @@ def reading_state() -> type:
             output.sae_features = self.readings.take_output(self._is_delta())
             return output
 
-        def _new_request_output(self, *args: Any, **kwargs: Any) -> Any:
-            output: Any = super()._new_request_output(*args, **kwargs)
+        def _new_request_output(self, *args: object, **kwargs: object) -> RequestOutput:
+            output = super()._new_request_output(*args, **kwargs)
             output.prompt_sae_features = self.readings.take_prompt(self._is_delta())
             return output
 
@@ -54,7 +59,7 @@ def is_ours(stop_reason: object) -> bool:
     return isinstance(stop_reason, str) and stop_reason.startswith(STOP_PREFIX)
 
 
-def follow(log: ReadLog, states: Mapping[str, Any], request: EngineCoreRequest) -> None:
+def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
     """Have the state of a new request collect what it reads, if it does."""
     params = request.sampling_params
     if params is None or not params.extra_args:
@@ -67,7 +72,7 @@ def follow(log: ReadLog, states: Mapping[str, Any], request: EngineCoreRequest) 
 
 
 def take_steps(
-    log: ReadLog, states: Mapping[str, Any], outputs: Sequence[EngineCoreOutput]
+    log: ReadLog, states: JsonView, outputs: Sequence[EngineCoreOutput]
 ) -> None:
     """Move the steps that the engine's outputs bring to the log."""
     if not outputs:

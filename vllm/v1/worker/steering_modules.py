@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slots of a worker's sites: built at start-up, filled with modules.
+"""The slots of a worker's sites. They are built at start-up and filled with modules.
 
-The engine decides which slot holds which module (`ModuleInfo.slots`); a worker builds
-those of the layers that it owns. A slot's buffers never move, so captured graphs keep
-their addresses whatever module the slot holds.
+The engine decides which slot holds which module (`ModuleInfo.slots`). A worker builds
+the slots of the layers that it owns. A slot's buffers never move, so the addresses in
+captured graphs stay valid whatever module the slot holds.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,6 +42,7 @@ from vllm.model_executor.layers.steering_families import (
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
 from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
 
@@ -52,33 +51,11 @@ logger = init_logger(__name__)
 SAE_TIERS = (Tier.DELTA, Tier.FULL)
 
 
-@dataclass
-class SAEPlace:
-    """A slot for an SAE and the tables of its tiers."""
-
-    key: SiteKey
-    slot: SAESlot
-    tables: dict[Tier, BoundTable]
-
-
-@dataclass
-class VectorPlace:
-    """A site's stack of vectors, and the row of it that is one slot."""
-
-    key: SiteKey
-    slot: VectorSlot
-    table: BoundTable
-    row: int
-
-
-Place = SAEPlace | VectorPlace
-
-
 class SiteModules:
     """The sites of this rank, their slots, and where each module's rows live.
 
     Rows are looked up by module and `SiteKey(layer, hook)`: a module has at most one
-    site that reads a point, whatever point it writes.
+    site that reads a given point.
     """
 
     def __init__(
@@ -115,7 +92,7 @@ class SiteModules:
         return lambda module, key: bound.get((module, key))
 
     def tables(self, tier: Tier) -> list[BoundTable]:
-        """The tier's distinct tables, those of free slots too."""
+        """The tier's distinct tables, including those of free slots."""
         found: dict[int, BoundTable] = {}
         for place in self.places.values():
             if isinstance(place, SAEPlace):
@@ -217,7 +194,7 @@ class SiteModules:
         return SAEPlace(key, sae, tables)
 
     def attach(self, places: dict[int, Place]) -> list[SteeringSite]:
-        """Add slots to their sites, and sites that are new to their layers.
+        """Add slots to their sites, and new sites to their layers.
 
         Returns:
             the sites that are new.
@@ -238,13 +215,13 @@ class SiteModules:
         return made
 
     def detach(self, ids: set[int]) -> None:
-        """Take slots away again; a site without slots edits nothing."""
+        """Remove slots from their sites. A site without slots edits nothing."""
         gone = [self.places.pop(at) for at in ids if at in self.places]
         for key in {place.key for place in gone}:
             self._fill_site(self.sites[key])
 
     def shrink(self) -> None:
-        """Give back the working memory that slots needed which are gone."""
+        """Release the working memory that only removed slots needed."""
         if self.places:
             self._use(make_backend(self.step, self.places, self.dtype, self.device))
 
@@ -262,7 +239,7 @@ class SiteModules:
         self.backend = backend
 
     def bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
-        """Have a module's rows written to its slots.
+        """From now on, a module's rows are written to its slots.
 
         Args:
             module: whose weights the slots hold.
@@ -282,7 +259,7 @@ class SiteModules:
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
 
     def unbind(self, module: ModuleInfo) -> None:
-        """Forget where a module's rows live, and the rows of its own tables."""
+        """Forget where a module's rows live, and clear its own tables."""
         for site, at in self.own_sites(module):
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
@@ -309,7 +286,8 @@ class SiteModules:
         self.step.skip_bits.copy_(torch.from_numpy(self.skip_sets.bits))
 
     def load(self, module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
-        """Stream one site's SAE into its buffers, as its layer's point has it.
+        """Stream one site's SAE into its buffers, with a norm's gain folded in if
+        needed.
 
         Raises:
             ValueError: as `load_site`, or the gain of a norm cannot be divided out.
@@ -383,21 +361,3 @@ def build_site_modules(
         )
     logger.info("Steering buffers take %.1f MiB", modules.nbytes / 2**20)
     return modules
-
-
-def make_backend(
-    step: StepState,
-    places: dict[int, Place],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> SteeringBackend:
-    """The device's way to compute the tiers."""
-    if device.type == "cpu":
-        from vllm.model_executor.layers.steering_readout import ReadingReferenceBackend
-
-        return ReadingReferenceBackend(step)
-    from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
-
-    saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]
-    stacks = {id(p.slot): p.slot for p in places.values() if isinstance(p, VectorPlace)}
-    return KernelBackend(step, saes, list(stacks.values()), dtype)

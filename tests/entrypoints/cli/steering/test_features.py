@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm.entrypoints.cli.steering.features import texts_of
-from vllm.entrypoints.cli.steering.main import main
+from vllm_steering_cli.main import main
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
