@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from vllm.config.sae_inline_vectors import with_text
 from vllm.config.sae_readout_parser import check_reads
 from vllm.config.sae_steering_draft import Draft
 from vllm.config.sae_steering_names import refuse_misspelt
@@ -152,7 +153,7 @@ def check_counts(given: JsonView, config: SteeringConfig) -> None:
                     )
 
 
-def _listed_sites(spec: Any) -> Iterator[Any]:
+def _listed_sites(spec: object) -> Iterator[object]:
     """What a spec lists for each site, before its types are known."""
     if isinstance(spec, dict):
         clamps = spec.get("clamps")
@@ -170,11 +171,11 @@ def _listed_sites(spec: Any) -> Iterator[Any]:
             yield layers
 
 
-def _items(value: Any) -> Sequence[Any]:
+def _items(value: object) -> Sequence[object]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def _is_asked(specs: Any) -> bool:
+def _is_asked(specs: object) -> bool:
     return specs is not None and not (isinstance(specs, (list, tuple)) and not specs)
 
 
@@ -191,9 +192,11 @@ def _parse(given: JsonView, config: SteeringConfig) -> SteeringRequest:
     return draft.finish()
 
 
-def _read(key: str, specs: Any) -> Any:
+def _read(key: str, specs: object) -> Any:
     for position, spec in enumerate(_items(specs)):
         # The encoder would take the struct of another tier for an object.
         if isinstance(spec, msgspec.Struct) and type(spec) is not SPEC_TYPES[key]:
             raise bad(f"{key}[{position}]", spec, f"a {SPEC_TYPES[key].__name__}")
+    if key == ADDITIVE_KEY:
+        specs = with_text(key, specs)
     return _READERS[key].read(specs, key)

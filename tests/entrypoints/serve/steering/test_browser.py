@@ -192,6 +192,22 @@ def test_tokens_are_shaded_and_tell_their_features(page: Page) -> None:
     page.until(lambda: "features active" in page("inspector").text)
 
 
+def test_an_inspected_token_tells_the_labels_of_features(page: Page) -> None:
+    page.open()
+    page.run("the golden gate bridge spans the")
+    answer = page.all(".column[data-mode=plain] .tokens")[0]
+    page.until(lambda: found_label(page, answer))
+
+
+def found_label(page: Page, answer: Any) -> bool:
+    """Walk back and forth until a token with the labelled feature is shown."""
+    for key in [Keys.ARROW_LEFT] * 12 + [Keys.ARROW_RIGHT] * 12:
+        answer.send_keys(key)
+        if f"the bridge ({FEATURE})" in page("inspector").text:
+            return True
+    return False
+
+
 def test_text_finds_the_feature(page: Page) -> None:
     page.open()
     page.fill("text-a", "the rusty golden gate\nthe famous orange tower sways")

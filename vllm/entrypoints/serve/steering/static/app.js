@@ -38,6 +38,20 @@ function facts(feature) {
   return { label: name, unit: max || seen || 1, unitName };
 }
 
+/** The label of a feature that was read; asked for when it is first shown. */
+function labelled(feature) {
+  const module = chosen();
+  if (module && !known.has(feature)) {
+    remember(feature, {});
+    labelOf(module.name, feature).then((label) => {
+      if (!label || chosen() !== module) return;
+      remember(feature, { label });
+      [...columns.map((column) => column.view), readView].forEach((view) => view.retell());
+    }).catch(() => { /* a module need not have labels */ });
+  }
+  return facts(feature).label;
+}
+
 function remember(feature, news) {
   known.set(feature, { ...known.get(feature), ...news });
 }
@@ -140,7 +154,7 @@ function modesChanged() {
     box.disabled = !able || (!box.checked && modes.length >= MOST_COLUMNS);
   });
   const kept = new Map(columns.map((column) => [column.mode, column]));
-  columns = modes.map((mode) => kept.get(mode) ?? new Column(mode, (f) => facts(f).label));
+  columns = modes.map((mode) => kept.get(mode) ?? new Column(mode, labelled));
   $("columns").replaceChildren(...columns.map((column) => column.root));
   options($("export-column"), modes.map((mode) => [mode, MODES[mode]]), modes.at(-1));
   shadeChanged();
@@ -199,7 +213,7 @@ function stop() {
 
 // --- Finding features ---------------------------------------------------------
 
-const readView = new TokenView($("read-tokens"), (f) => facts(f).label);
+const readView = new TokenView($("read-tokens"), labelled);
 
 async function clampFeature(feature) {
   const module = chosen();
