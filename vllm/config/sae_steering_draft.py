@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second pass over a request's specs: what needs the configuration.
+"""The second pass over a request's specs, which needs the configuration.
 
-Modules, sites, ranges, duplicates, overlaps and limits. The structs have been read by
-then, so every value has its type.
+It checks modules, sites, ranges, duplicates, overlaps and limits. The structs have been
+read before, so every value has its type.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from vllm.config.steering_checks import (
 
 @dataclass
 class _Named:
-    """Where a spec names something that another may not touch on the same tokens."""
+    """Where a spec names something that no other spec may touch on the same tokens."""
 
     path: str
     coverage: Coverage
 
 
 def _clash(one: Coverage, other: Coverage) -> bool:
-    """Whether two specs count as acting together.
+    """Whether two specs count as acting on the same tokens.
 
-    Specs by phase always do: spans say that two never meet.
+    Specs with phases always do. Specs with spans do not if their spans cannot overlap.
     """
     by_phase = isinstance(one, str) and isinstance(other, str)
     return by_phase or may_overlap(one, other)
@@ -90,8 +90,7 @@ class Draft:
     num_clamps: dict[tuple[Tier, Site], dict[Coverage, int]] = field(
         default_factory=dict
     )
-    # By site and the point that is written: a transcoder is not an SAE that reads
-    # the same point.
+    # By site and written point, since an SAE and a transcoder may read the same point.
     reconstructed: dict[tuple[Site, HookPoint], list[_Reconstruction]] = field(
         default_factory=dict
     )
@@ -190,7 +189,7 @@ class Draft:
     def reconstruct(
         self, site: Site, written: HookPoint, asked: _Reconstruction
     ) -> None:
-        """Note who reconstructs a site; at most one module does, on each token."""
+        """Record which module reconstructs a site. At most one does, on each token."""
         others = self.reconstructed.setdefault((site, written), [])
         for other in others:
             clashes = _clash(asked.coverage, other.coverage)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes: the specs of the tiers and of reading, one definition of each.
+"""The specs that a user writes, for the tiers and for reading.
 
-The structs below are the dataclasses of the Python interface, the parser of every
-surface (`vllm.config.steering_reader` reads by their annotations), and the JSON schema
-of the HTTP fields. Import them from `vllm.config.sae_steering_types`.
+The structs below are the one definition of three things: the classes of the Python
+interface, what `vllm.config.steering_reader` parses, and the JSON schema of the HTTP
+fields. Import them from `vllm.config.sae_steering_types`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
 VectorKind = Literal["add", "set", "scale", "bound"]
 VECTOR_KINDS: tuple[VectorKind, ...] = ("add", "set", "scale", "bound")
 
-# Written as people write it; float32 rounds it to its own largest number.
+# The decimal form of float32's largest number.
 MAX_FLOAT32 = 3.4028235e38
 
 ModuleName = Annotated[str, Meta(description="Name of a module the server has loaded.")]
@@ -111,7 +111,7 @@ class SAEFullReconstructionSpec(
 
 
 class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Add what the clamps change (delta tier); the SAE's error term is kept.
+    """Add what the clamps change (delta tier) and keep the SAE's error term.
 
     `clamps` names at least one site, and at least one entry for each.
     """
@@ -197,8 +197,7 @@ class SteeringFields(msgspec.Struct, kw_only=True):
 
 
 EXTRA_ARGS_KEYS = SteeringFields.__struct_fields__
-# The name of a preset whose specs a request takes over; null: none, not even the
-# server's default.
+# The preset whose specs a request takes over. null means none, not even the default.
 PRESET_KEY = "steering_preset"
 # Set by the front end and the engine: presets have been applied.
 EXPANDED_KEY = "steering_expanded"

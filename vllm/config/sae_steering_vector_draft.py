@@ -152,7 +152,7 @@ def _check_sums(vectors: Sequence[_Vector]) -> None:
             for phase in TOKEN_PHASES
         ]
     else:
-        # Any subset may act on some token.
+        # On some token, any subset of them may act.
         subsets = [[abs(vector.action.value) for vector in adding]]
     for scales in subsets:
         try:

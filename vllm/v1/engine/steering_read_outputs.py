@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what workers have read to what clients get: the front end's side."""
+"""The front end's side of reading: from rows to what clients get."""
 
 from __future__ import annotations
 

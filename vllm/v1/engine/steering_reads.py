@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what workers have read to what clients get: the scheduler's side.
+"""The scheduler's side of reading, between the workers and the front ends.
 
 The scheduler knows which tokens of a step were accepted, so it knows the positions of
 a step's rows. It sends a step's rows to the front ends as they are, with the step's
