@@ -74,7 +74,7 @@ def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
 def take_steps(
     log: ReadLog, states: JsonView, outputs: Sequence[EngineCoreOutput]
 ) -> None:
-    """Move the steps that the engine's outputs bring to the log."""
+    """Move the steps from the engine's outputs to the log."""
     if not outputs:
         return
     first = outputs[0]
