@@ -125,8 +125,7 @@ class Reader:
         log.readers[req_id] = self
 
     def pull(self) -> None:
-        """Take the request's rows from the log; a position read again replaces the
-        first."""
+        """Take the request's rows from the log; a later row of a position wins."""
         segments, since = self._log.segments, self._taken
         self._taken = self._log.end
         for segment in segments:

@@ -139,8 +139,7 @@ class Conditions:
 
 
 class Batch:
-    """The reading requests of a step. They are looked up again only when they
-    change."""
+    """The reading requests of a step, looked up again only when they change."""
 
     def __init__(self, req_ids: Sequence[str], requests: Mapping[str, Request]):
         self.req_ids = list(req_ids)

@@ -113,8 +113,7 @@ class InlineVectors:
             stack.pending[direction] = request.inline[name]
 
     def release(self, request: SteeringRequest) -> None:
-        """A request leaves the batch: free the directions that no other request
-        uses."""
+        """A request leaves the batch: free what no other request uses."""
         for name, stack in self._stacks_of(request):
             held = stack.held[name]
             held.users -= 1
