@@ -38,9 +38,9 @@ class StepReadout:
 
 
 # For each of a request's reads, in canonical order: the engine's slot, and F.
-Places = tuple[Sequence[int], Sequence[int]]
+ReadPlaces = tuple[Sequence[int], Sequence[int]]
 # A `StepRows` in plain types: req_ids, spans, (slot, width, rows) of each slot, new.
-Wire = tuple[list[str], bytes, list[tuple[int, int, bytes]], dict[str, Places]]
+Wire = tuple[list[str], bytes, list[tuple[int, int, bytes]], dict[str, ReadPlaces]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StepRows:
     req_ids: list[str]
     spans: np.ndarray
     rows: Mapping[int, np.ndarray]
-    new: Mapping[str, Places] = field(default_factory=dict)
+    new: Mapping[str, ReadPlaces] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

@@ -20,7 +20,7 @@ from vllm.config.sae_steering_request import (
 )
 from vllm.config.sae_steering_sites import (
     ListedSite,
-    Site,
+    NamedSite,
     listed_sites,
     named_module,
 )
@@ -81,17 +81,17 @@ class Draft:
     """A request while its specs are checked; holds what must be unique or bounded."""
 
     config: SteeringConfig
-    sae: dict[Tier, dict[Group, dict[Site, list[SAEClampEntry]]]] = field(
+    sae: dict[Tier, dict[Group, dict[NamedSite, list[SAEClampEntry]]]] = field(
         default_factory=lambda: {Tier.DELTA: {}, Tier.FULL: {}}
     )
-    features: dict[tuple[Tier, str, Site, int], list[Coverage]] = field(
+    features: dict[tuple[Tier, str, NamedSite, int], list[Coverage]] = field(
         default_factory=dict
     )
-    num_clamps: dict[tuple[Tier, Site], dict[Coverage, int]] = field(
+    num_clamps: dict[tuple[Tier, NamedSite], dict[Coverage, int]] = field(
         default_factory=dict
     )
     # By site and written point, since an SAE and a transcoder may read the same point.
-    reconstructed: dict[tuple[Site, HookPoint], list[_Reconstruction]] = field(
+    reconstructed: dict[tuple[NamedSite, HookPoint], list[_Reconstruction]] = field(
         default_factory=dict
     )
     first_spans: str = ""
@@ -187,7 +187,7 @@ class Draft:
         return SAECondition(when.feature_idx, above, below)
 
     def reconstruct(
-        self, site: Site, written: HookPoint, asked: _Reconstruction
+        self, site: NamedSite, written: HookPoint, asked: _Reconstruction
     ) -> None:
         """Record which module reconstructs a site. At most one does, on each token."""
         others = self.reconstructed.setdefault((site, written), [])
@@ -202,7 +202,7 @@ class Draft:
                 )
         others.append(asked)
 
-    def count(self, tier: Tier, site: Site, named: _Named, added: int) -> None:
+    def count(self, tier: Tier, site: NamedSite, named: _Named, added: int) -> None:
         """Bound what one tier does at one site, over all specs of the request."""
         counts = self.num_clamps.setdefault((tier, site), {})
         total = added + sum(
@@ -271,7 +271,7 @@ class Draft:
 
 
 def _site_edits(
-    name: str, sites: Mapping[Site, list[SAEClampEntry]]
+    name: str, sites: Mapping[NamedSite, list[SAEClampEntry]]
 ) -> tuple[SiteEdit, ...]:
     ordered = sorted(sites, key=lambda site: (site[1], HOOK_ORDER[site[0]]))
     return tuple(

@@ -28,7 +28,8 @@ from vllm.config.steering_checks import (
 # No layer index has more digits than this. int() raises on a client's very long string.
 MAX_LAYER_DIGITS = 9
 
-Site = tuple[HookPoint, int]
+# The hook and the layer that name a site of a module.
+NamedSite = tuple[HookPoint, int]
 
 
 def named_module(
@@ -114,7 +115,7 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
                 f"module {shown(module.name)} has {len(module.sites)} sites",
             )
         return [ListedSite(path, module.sites[0], clamps)]
-    found: dict[Site, ListedSite] = {}
+    found: dict[NamedSite, ListedSite] = {}
     hooks: set[HookPoint] = set()
     for hook_key, layers in clamps.items():
         hook_path = key_path(path, hook_key)

@@ -20,7 +20,7 @@ from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering import HOOK_ALIASES
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import expects, json_schema
+from vllm.config.steering_reader import Number, expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
 CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
@@ -28,16 +28,7 @@ CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
 VectorKind = Literal["add", "set", "scale", "bound"]
 VECTOR_KINDS: tuple[VectorKind, ...] = ("add", "set", "scale", "bound")
 
-# The decimal form of float32's largest number.
-MAX_FLOAT32 = 3.4028235e38
-
 ModuleName = Annotated[str, Meta(description="Name of a module the server has loaded.")]
-Number = Annotated[
-    float,
-    expects(
-        "a finite number within the range of float32", ge=-MAX_FLOAT32, le=MAX_FLOAT32
-    ),
-]
 FeatureIndex = Annotated[int, expects("a feature index, an integer from 0 on", ge=0)]
 
 

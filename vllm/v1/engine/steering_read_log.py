@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from vllm.config.sae_readout_step import Places, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepRows
 
 MAX_STEPS = 32
 MAX_BYTES = 16 << 20
@@ -112,7 +112,7 @@ class Segment:
         return self._stacked[slot]
 
 
-class Reader:
+class LogReader:
     """A request's view of a log: where it reads, and how far it has taken rows."""
 
     def __init__(self, log: ReadLog, req_id: str):
@@ -152,7 +152,7 @@ class ReadLog:
         self.segments: list[Segment] = []
         self.end = 0  # steps that have arrived
         # A request that is forgotten drops out.
-        self.readers: WeakValueDictionary[str, Reader] = WeakValueDictionary()
+        self.readers: WeakValueDictionary[str, LogReader] = WeakValueDictionary()
         self._steps = 0
         self._bytes = 0
 
@@ -168,7 +168,7 @@ class ReadLog:
         if self._steps >= MAX_STEPS or self._bytes >= MAX_BYTES:
             self.empty()
 
-    def _introduce(self, req_id: str, places: Places) -> None:
+    def _introduce(self, req_id: str, places: ReadPlaces) -> None:
         reader = self.readers.get(req_id)
         if reader is not None:
             reader.slots, reader.d_sae = places

@@ -18,7 +18,7 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
 from vllm.config.steering_json import JsonView
-from vllm.v1.engine.steering_read_log import Chunk, Reader
+from vllm.v1.engine.steering_read_log import Chunk, LogReader
 
 
 class Readings:
@@ -30,7 +30,7 @@ class Readings:
         reader: its place in the log of the engine's steps.
     """
 
-    def __init__(self, extra_args: JsonView, num_prompt: int, reader: Reader):
+    def __init__(self, extra_args: JsonView, num_prompt: int, reader: LogReader):
         self.reads = canonical_reads(extra_args)
         self.num_prompt = num_prompt
         self._reader = reader

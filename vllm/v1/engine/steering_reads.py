@@ -17,7 +17,7 @@ import numpy as np
 
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.sae_readout_step import Places, StepReadout, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepReadout, StepRows
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import JsonView
@@ -85,7 +85,7 @@ class RequestReads:
         """Whether a feature can end the request."""
         return any(read.stops for read in self.reads)
 
-    def introduce(self) -> Places:
+    def introduce(self) -> ReadPlaces:
         """What the front end must know; sent once."""
         self.introduced = True
         return self.slots, self.d_sae
@@ -147,7 +147,7 @@ class Batch:
         self.clients: dict[int, list[int]] = {}
         self.modules: dict[int, str] = {}
         self.stopping: list[int] = []
-        self.new: dict[str, Places] = {}
+        self.new: dict[str, ReadPlaces] = {}
         conditions: dict[int, list[tuple[int, int, float]]] = {}
         for at, req_id in enumerate(self.req_ids):
             request = requests.get(req_id)
@@ -167,7 +167,7 @@ class Batch:
                     conditions.setdefault(slot, []).append((at, column, bound))
         self.conditions = {slot: Conditions(own) for slot, own in conditions.items()}
 
-    def take_new(self) -> dict[str, Places]:
+    def take_new(self) -> dict[str, ReadPlaces]:
         """Requests that the front ends do not know yet."""
         new, self.new = self.new, {}
         return new
