@@ -51,10 +51,10 @@ class SAEClampEntry(
 ):
     """One feature clamped at one site.
 
-    With `f` the feature's activation, the clamp makes it `value` (absolute),
-    `f + value` (additive) or `f * value` (scale); with `only_if_active`, only on
-    tokens where `f != 0`, and with `when`, only where that condition holds. `value`
-    is in the module's `feature_units`.
+    The clamp sets the feature's activation `f` to `value` (absolute), `f + value`
+    (additive) or `f * value` (scale). `only_if_active` limits it to tokens whose `f` is
+    not 0, and `when` to tokens where that condition holds. `value` is in the module's
+    `feature_units`. Source: Templeton et al. 2024, "Scaling Monosemanticity".
     """
 
     feature_idx: FeatureIndex
@@ -89,10 +89,11 @@ Bounds = Annotated[list[Number], expects("[low, high]", min_length=2, max_length
 class SAEFullReconstructionSpec(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True
 ):
-    """Replace the stream by the SAE's reconstruction of it, features clamped.
+    """Replace the stream by the SAE's reconstruction of it, with features clamped.
 
-    Empty `clamps` reconstruct every site of the module; otherwise exactly the
-    listed sites are reconstructed (a listed site may have an empty list).
+    If `clamps` is empty, every site of the module is reconstructed, else exactly the
+    listed sites; a listed site may have an empty list. Source: Templeton et al. 2024,
+    with the SAE's error term dropped.
     """
 
     module_name: ModuleName
@@ -104,7 +105,8 @@ class SAEFullReconstructionSpec(
 class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Add what the clamps change (delta tier) and keep the SAE's error term.
 
-    `clamps` names at least one site, and at least one entry for each.
+    `clamps` names at least one site, and at least one entry for each. Source: Templeton
+    et al. 2024.
     """
 
     module_name: ModuleName
@@ -128,14 +130,15 @@ class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """Edit the stream along the named module's vectors, at every site it has.
 
     Instead of `module_name`, a request may bring a `vector [D]` and name the `layer`
-    and the `hook` of a site that the engine reserved room at. In Python a tensor or
-    an array will do; the struct holds its text.
+    and the `hook` of a site where the engine reserved room. In Python the vector may be
+    a tensor or an array; the struct holds it as text.
 
-    With `v` the vector, `u` its unit vector and `p` the stream's projection on `u`:
-    `add` adds `scale * v`; `set` makes `p` the `value`; `scale` makes it `scale * p`
-    (0 removes the direction); `bound` limits it to `bounds`. With `relative`, `scale`
-    of `add`, `value` and `bounds` are in units of the stream's norm, and `add` adds
-    `scale * norm * u`.
+    Let `v` be the vector, `u` its unit vector and `p` the stream's projection on `u`.
+    `add` adds `scale * v`. `set` sets `p` to `value`, `scale` sets it to `scale * p` (0
+    removes the direction), and `bound` limits it to `bounds`. With `relative`, `value`,
+    `bounds` and the `scale` of `add` are in units of the stream's norm, and `add` adds
+    `scale * norm * u`. Sources: Rimsky et al. 2024 (`add`), Arditi et al. 2024
+    (`scale`).
     """
 
     module_name: ModuleName | None = None
