@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = sorted((ROOT / "vllm").rglob("*.py"))
+PACKAGES = ("vllm", "vllm_steering_cli")
+OURS = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 EVERYTHING = sorted(
     path
-    for folder in ("vllm", "csrc", "tests", "tools", "benchmarks", "examples")
+    for folder in (*PACKAGES, "csrc", "tests", "tools", "benchmarks", "examples")
     for pattern in ("*.py", "*.cu", "*.cuh", "*.h")
     for path in (ROOT / folder).rglob(pattern)
 )
@@ -25,7 +26,7 @@ EVERYTHING = sorted(
 MAX_FUNCTION = 80
 MAX_FILE = 400
 MAX_POSITIONAL = 8
-# getattr, hasattr, setattr, delattr and __dict__, for 1000 lines of vllm/.
+# getattr, hasattr, setattr, delattr and __dict__, for 1000 lines.
 MAX_REFLECTIVE = 1.0
 MAX_ANY_LINES = 30
 
