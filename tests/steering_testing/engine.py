@@ -59,7 +59,11 @@ def engine(
 
     `modules=None` configures no steering at all. Eager unless `enforce_eager=False`.
     """
-    with engine_on(models.save(family, root), modules, steering, **options) as llm:
+    checkpoint = models.save(family, root)
+    with (
+        restored(type(models.build(family).base_model)),
+        engine_on(checkpoint, modules, steering, **options) as llm,
+    ):
         yield llm
 
 
