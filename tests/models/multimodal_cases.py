@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from steering_testing import models
 from steering_testing.cases import MULTIMODAL_CASES
+from steering_testing.conformance import conforms
 from steering_testing.engine import engine, save_sae
 from steering_testing.reference import random_sae
 
 from tests.models.test_steering_sites import (
     NEEDS_TORCHVISION,
-    conforms,
     names_are_those_of_the_class,
 )
 from vllm import SamplingParams

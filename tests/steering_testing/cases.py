@@ -24,7 +24,10 @@ class Case:
     """A tiny model, and the class of the decoder layer that runs it.
 
     `title` names the checkpoints that the class runs. `lacks` are the points that its
-    layers do not have; `z` is the width of `attn_z`.
+    layers do not have; `z` is the width of `attn_z`. `linear` are the layers with
+    linear attention, which have no `attn_z`. `environment` is set for the engine.
+    `tolerance` is that of log-probabilities where arithmetic is not exact; with it, a
+    token may be any that is as likely within it. None: equal tokens, within 1e-4.
     """
 
     title: str
@@ -33,17 +36,28 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     lacks: tuple[str, ...] = ()
     z: int = models.HIDDEN
+    linear: tuple[int, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    tolerance: float | None = None
 
     @property
     def hooks(self) -> list[str]:
         return [hook for hook in (*RESIDUAL, *SUBLAYER) if hook not in self.lacks]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the engine computes in bfloat16."""
+        return ("dtype", "bfloat16") in self.options
+
+    def hooks_of(self, layer: int) -> list[str]:
+        return [h for h in self.hooks if h != "attn_z" or layer not in self.linear]
 
     def sites(self) -> list[Site]:
         """Residual points of three layers, the others of two."""
         return [
             (layer, hook)
             for layer in (0, 1, LAST)
-            for hook in self.hooks
+            for hook in self.hooks_of(layer)
             if hook in RESIDUAL or layer > 0
         ]
 
@@ -94,6 +108,28 @@ CASES = {
     ),
     "apertus": Case("Apertus", "apertus", f"{MODELS}.apertus.ApertusDecoderLayer"),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
+}
+BFLOAT16 = (("dtype", "bfloat16"),)
+# What the rounding of activations moves a tiny model's log-probabilities by.
+BFLOAT16_TOLERANCE = 5e-2
+# In tests/gpu/test_families_gpu.py.
+GPU_CASES = {
+    name: Case(
+        title,
+        name,
+        f"{MODELS}.{layer}",
+        BFLOAT16,
+        z=z,
+        linear=linear,
+        tolerance=BFLOAT16_TOLERANCE,
+    )
+    for title, name, layer, z, linear in (
+        ("DeepSeek-V2", "deepseek_v2", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
+        ("DeepSeek-V3", "deepseek_v3", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
+        ("MiniMax-M2", "minimax_m2", "minimax_m2.MiniMaxM2DecoderLayer", 64, ()),
+        ("Qwen3-Next", "qwen3_next", "qwen3_next.Qwen3NextDecoderLayer", 64, (0, 2)),
+        ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
+    )
 }
 # Lines that no tiny model checks, and why. Their modules' names and forwards are
 # compared with the classes of the installed vLLM.

@@ -115,7 +115,11 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
 
 @torch.no_grad()
 def complaint(
-    found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
+    found: Greedy,
+    ids: list[int],
+    edits: SiteEdits,
+    tolerance: float,
+    family: str = FAMILY,
 ) -> str | None:
     """Why greedy decoding with these edits does not say `found`, if it does not.
 
@@ -123,7 +127,7 @@ def complaint(
     of each other, either may come out.
     """
     tokens = [*ids, *found.tokens[:-1]]
-    model = models.build(FAMILY)
+    model = models.build(family)
     with hooked(model, edits, tokens, len(ids)):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     scores = logits[len(ids) - 1 :].double().log_softmax(-1)
@@ -145,17 +149,18 @@ def assert_near(
     edits: SiteEdits,
     tolerance: float,
     label: str = "",
+    family: str = FAMILY,
 ) -> None:
     """The continuation is what greedy decoding says, with near ties either way."""
     ties = decide(edits, ())
-    first = complaint(found, ids, edits, tolerance)
+    first = complaint(found, ids, edits, tolerance, family)
     if first is None:
         return
     count = ties.met
     assert count <= MOST_TIES, f"{label}: {first}, and {count} near ties"
     for choices in itertools.product((False, True), repeat=count):
         decide(edits, choices)
-        if complaint(found, ids, edits, tolerance) is None:
+        if complaint(found, ids, edits, tolerance, family) is None:
             return
     raise AssertionError(f"{label}: {first}, whichever way {count} near ties fall")
 
