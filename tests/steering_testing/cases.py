@@ -107,6 +107,14 @@ CASES = {
         "GLM-4.5 (MoE)", "glm4_moe", f"{MODELS}.glm4_moe.Glm4MoeDecoderLayer"
     ),
     "apertus": Case("Apertus", "apertus", f"{MODELS}.apertus.ApertusDecoderLayer"),
+    "deepseek_v2": Case(
+        "DeepSeek-V2",
+        "deepseek_v2",
+        f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer",
+        z=128,
+        # The CPU's latent attention is not Hugging Face's, even without steering.
+        environment=(("VLLM_MLA_DISABLE", "1"),),
+    ),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
 }
 BFLOAT16 = (("dtype", "bfloat16"),)
@@ -130,6 +138,16 @@ GPU_CASES = {
         ("Qwen3-Next", "qwen3_next", "qwen3_next.Qwen3NextDecoderLayer", 64, (0, 2)),
         ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
     )
+}
+AUTO = (("steering", {"decoder_layer": "auto"}),)
+# Of classes that the table lacks, which `decoder_layer: "auto"` finds to be right.
+AUTO_CASES = {
+    "stablelm": Case(
+        "StableLM", "stablelm", f"{MODELS}.stablelm.StablelmDecoderLayer", AUTO
+    ),
+    "nemotron": Case(
+        "Nemotron", "nemotron", f"{MODELS}.nemotron.NemotronDecoderLayer", AUTO
+    ),
 }
 # Lines that no tiny model checks, and why. Their modules' names and forwards are
 # compared with the classes of the installed vLLM.

@@ -4,6 +4,8 @@ with hooks around the float64 mathematics says it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,27 +109,34 @@ def steered_classes(llm: LLM) -> set[str]:
     return {f"{cls.__module__}.{cls.__qualname__}" for cls in stock}
 
 
+@contextmanager
+def case_engine(
+    case: Case, model_root: Path, modules: dict[str, str], **options: Any
+) -> Iterator[LLM]:
+    """The engine of a case."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        restored(type(models.build(case.family).base_model)),
+    ):
+        for name, value in case.environment:
+            patch.setenv(name, value)
+        options = {**dict(case.options), **options}
+        with engine(case.family, model_root, modules, **options) as llm:
+            yield llm
+
+
 def conforms(case: Case, model_root: Path, tmp_path: Path, **options: Any) -> None:
     """Run the case's requests in one batch; every result is the oracle's."""
     modules = site_modules(case)
     asked = requests(case, modules)
     prompts = [prompt(at, 4 + at % 5) for at in range(len(asked))]
     sampling = [params(MAX_TOKENS, **specs(*asks)) for asks in asked]
-    model = models.build(case.family)
     paths = modules.save(tmp_path)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        restored(type(model.base_model)),
-    ):
-        for name, value in case.environment:
-            patch.setenv(name, value)
-        with engine(
-            case.family, model_root, paths, **{**dict(case.options), **options}
-        ) as llm:
-            for at, layer in runner(llm).steering.modules.layers.items():
-                assert [hook.value for hook in points_of(layer)] == case.hooks_of(at)
-            found = generate(llm, prompts, sampling)
-            assert steered_classes(llm) == {case.layer_class}
+    with case_engine(case, model_root, paths, **options) as llm:
+        for at, layer in runner(llm).steering.modules.layers.items():
+            assert [hook.value for hook in points_of(layer)] == case.hooks_of(at)
+        found = generate(llm, prompts, sampling)
+        assert steered_classes(llm) == {case.layer_class}
     for ids, asks, result in zip(prompts, asked, found, strict=True):
         compare(case, modules, ids, asks, result)
 

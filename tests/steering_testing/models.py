@@ -180,7 +180,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "deepseek_v2": _config("DeepseekV2Config", **DEEPSEEK),
     "deepseek_v3": _config(
-        "DeepseekV3Config", **DEEPSEEK, topk_method="noaux_tc", norm_topk_prob=True
+        "DeepseekV3Config",
+        **DEEPSEEK,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
     ),
     "qwen3_next": _config(
         "Qwen3NextConfig", **LINEAR, **MOE, shared_expert_intermediate_size=48
@@ -191,9 +195,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         **COMMON,
         **HEAD,
         rotary_dim=32,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
+    "stablelm": _config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
+    "nemotron": _config("NemotronConfig", **COMMON, **HEAD),
     "olmo2": _config("Olmo2Config", **COMMON),
     "phi": _config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
     "gpt_neox": _config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),

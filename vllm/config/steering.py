@@ -33,6 +33,7 @@ __all__ = [
     "HOOK_NAMES",
     "RESIDUAL_HOOKS",
     "Activation",
+    "DecoderLayers",
     "FeatureUnits",
     "HookPoint",
     "ModuleInfo",
@@ -67,6 +68,7 @@ class Tier(IntEnum):
 
 ModuleKind = Literal["sae", "vectors"]
 FeatureUnits = Literal["native", "unit_decoder"]
+DecoderLayers = Literal["known", "auto"]
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,7 @@ class SteeringConfig:
     of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
     the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
     whether the device computes conditions, and more of vectors than adding them.
+    `decoder_layer`: "known" for classes of the table alone, "auto" to try others.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
     requests run under which choose none.
     """
@@ -271,6 +274,7 @@ class SteeringConfig:
     extended_clamps: bool = True
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
+    decoder_layer: DecoderLayers = "known"
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
@@ -295,6 +299,7 @@ class SteeringConfig:
             "default_preset": self.default_preset,
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
+            "decoder_layer": self.decoder_layer,
         }
 
     @classmethod
@@ -317,6 +322,7 @@ class SteeringConfig:
             extended_clamps=data.get("extended_clamps", True),
             presets=data.get("presets", {}),
             default_preset=data.get("default_preset"),
+            decoder_layer=data.get("decoder_layer", "known"),
         )
 
 

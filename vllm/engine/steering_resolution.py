@@ -39,6 +39,7 @@ from vllm.engine.steering_options import (
     check_dtype,
     check_module_roots,
     check_transcoder,
+    decoder_layer_option,
     limit_option,
     module_form,
     object_option,
@@ -100,6 +101,7 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             extended_clamps=current_platform.is_cpu(),
             readout=readout_option(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
+            decoder_layer=decoder_layer_option(steering.get("decoder_layer", "known")),
         ),
         spare,
     )

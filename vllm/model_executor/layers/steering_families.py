@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -147,6 +148,13 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def has_known_layers(model: nn.Module) -> bool:
+    """Whether `find_decoder_layers` finds any."""
+    return any(
+        _family_of(model, module) for _, module in decoder_layer_candidates(model)
+    )
+
+
 def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     """This rank's decoder layers by global index.
 
@@ -158,7 +166,7 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
         # Vision and audio towers have layers too.
         model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
-    for name, module in _layer_candidates(model):
+    for name, module in decoder_layer_candidates(model):
         family = _family_of(model, module)
         if family is None:
             continue
@@ -174,7 +182,16 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     return found
 
 
-def _layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+# What `decoder_layer: "auto"` has found to be right, by the model it was found in.
+_trusted: WeakKeyDictionary[nn.Module, dict[str, LayerFamily]] = WeakKeyDictionary()
+
+
+def trust_family(model: nn.Module, layer_class: str, family: LayerFamily) -> None:
+    """Let a model's layers of a class that the table lacks be steered."""
+    _trusted[model] = {layer_class: family}
+
+
+def decoder_layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that stand at a numbered place, such as `model.layers.3`."""
     return [
         (name, module)
@@ -184,7 +201,8 @@ def _layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
-    if family := FAMILIES.get(class_name(module)):
+    name = class_name(module)
+    if family := FAMILIES.get(name) or _trusted.get(model, {}).get(name):
         return family
     if f"{MODELS}.transformers." not in _lineage(model):
         return None
@@ -231,14 +249,15 @@ def _lineage(model: nn.Module) -> str:
 
 
 def _unknown_family(model: nn.Module) -> str:
-    classes = {class_name(module) for _, module in _layer_candidates(model)}
+    classes = {class_name(module) for _, module in decoder_layer_candidates(model)}
     layers = sorted(name for name in classes if re.search(r"Layer$|Block$", name))
     known = ", ".join(sorted(FAMILIES))
     return (
         f"steering: no decoder-layer class of {type(model).__name__} is known: found "
         f"{layers or sorted(classes)}; known are {known}, and models run by the "
-        "Transformers backend (--model-impl transformers). To add one, name its "
-        "points in vllm/model_executor/layers/steering_families.py"
+        "Transformers backend (--model-impl transformers). With "
+        "--steering-decoder-layer auto, others are tried and checked. To add one, name "
+        "its points in vllm/model_executor/layers/steering_families.py"
     )
 
 

@@ -18,6 +18,7 @@ from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
 from vllm.config.steering import get_steering_config, point_widths
 from vllm.config.steering_private_directory import start_up_failure
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
@@ -52,6 +53,8 @@ class SteeringModelRunnerMixin:
         model_config = self.vllm_config.model_config
         captured = compilation.max_cudagraph_capture_size or 0
         try:
+            if config.decoder_layer == "auto":
+                try_unknown_layers(self.get_model(), self.vllm_config, self.device)
             self.steering = SteeringRuntime(
                 config,
                 self.get_model(),

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import vllm
+from vllm.config.steering import DecoderLayers
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
 from vllm.engine.steering_resolution import resolve_steering
@@ -33,6 +34,7 @@ MODULE = "vllm.engine.arg_utils"
 CREATE_ENGINE_CONFIG = f"{MODULE}:EngineArgs.create_engine_config"
 FLAG = "--steering-modules"
 PRESETS_FLAG = "--steering-presets"
+DECODER_FLAG = "--steering-decoder-layer"
 KEY_FLAG = "--steering-api-key"
 
 
@@ -196,6 +198,14 @@ def _make_add_cli_args(stock: Stock) -> Stock:
             "one as model or as steering_preset.",
         )
         group.add_argument(
+            DECODER_FLAG,
+            choices=get_args(DecoderLayers),
+            default=None,
+            help="auto: a decoder-layer class that no table lists is recognised by its "
+            "names, and refused unless one forward on made-up values shows that it "
+            "does what they say.",
+        )
+        group.add_argument(
             KEY_FLAG,
             type=Secret,
             default=None,
@@ -221,6 +231,11 @@ def _make_from_cli_args(stock: Stock) -> Stock:
             engine_args.additional_config = fold_modules(
                 engine_args.additional_config, presets, "presets", PRESETS_FLAG
             )
+        if decoder_layer := vars(args).get("steering_decoder_layer"):
+            additional = dict(engine_args.additional_config or {})
+            steering = {**(additional.get("steering") or {})}
+            steering["decoder_layer"] = decoder_layer
+            engine_args.additional_config = {**additional, "steering": steering}
         return engine_args
 
     return from_cli_args
