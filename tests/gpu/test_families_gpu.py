@@ -16,6 +16,7 @@ import pytest
 import torch
 from steering_testing.cases import CASES, GPU_CASES
 from steering_testing.conformance import conforms
+from steering_testing.quantised import check_quantised
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "gpu_memory_utilization": 0.3}
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,3 +60,10 @@ def test_a_family_in_bfloat16_equals_hugging_face(
 ) -> None:
     assert torch.cuda.is_bf16_supported()
     conforms(GPU_CASES[name], model_root, tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_every_point_of_quantised_layers_in_bfloat16_equals_hugging_face(
+    kind: str, tmp_path: Path
+) -> None:
+    check_quantised(kind, tmp_path, **OPTIONS)

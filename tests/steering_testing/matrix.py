@@ -8,6 +8,7 @@ import functools
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from steering_testing import models
@@ -113,7 +114,6 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
     return ties
 
 
-@torch.no_grad()
 def complaint(
     found: Greedy,
     ids: list[int],
@@ -121,13 +121,20 @@ def complaint(
     tolerance: float,
     family: str = FAMILY,
 ) -> str | None:
+    """`departs` for a family's tiny model."""
+    return departs(models.build(family), found, ids, edits, tolerance)
+
+
+@torch.no_grad()
+def departs(
+    model: Any, found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
+) -> str | None:
     """Why greedy decoding with these edits does not say `found`, if it does not.
 
     `oracle.follow` for inexact arithmetic: where two tokens are within the tolerance
     of each other, either may come out.
     """
     tokens = [*ids, *found.tokens[:-1]]
-    model = models.build(family)
     with hooked(model, edits, tokens, len(ids)):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     scores = logits[len(ids) - 1 :].double().log_softmax(-1)

@@ -300,7 +300,7 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     """Why the layer lacks a point; None: it has it."""
     family, parts = layer.family, parts_of(layer)
-    if family.scales_float16 and _dtype(layer.module) is torch.float16:
+    if family.scales_float16 and _is_float16(layer.module):
         return "in float16 the layer keeps a multiple of the stream"
     if hook is HookPoint.POST_ATTN:
         reads = parts.mid_norm is not None or family.mlp_reads_stream
@@ -322,8 +322,9 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     return None
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def _is_float16(module: nn.Module) -> bool:
+    # Quantised layers hold integers and float32 scales too; a norm says the dtype.
+    return any(weight.dtype is torch.float16 for weight in module.parameters())
 
 
 def points_of(layer: DecoderLayer) -> list[HookPoint]:
