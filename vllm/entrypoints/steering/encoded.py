@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas
 
     from vllm import LLM
+    from vllm.tokenizers import TokenizerLike
 
 DEFAULT_TOP_K = 16
 Text = str | Sequence[int]
@@ -182,7 +183,7 @@ def encode(
         "sites": None if sites is None else {h: list(ls) for h, ls in sites.items()},
         "phase": "prefill",
     }
-    tokenizer = llm.get_tokenizer()
+    tokenizer = tokenizer_of(llm)
     ids = text_ids(llm, texts)
     if features is None:
         parts = [_read(llm, ids, {**spec, "top_k": top_k}, steering)]
@@ -203,15 +204,32 @@ def encode(
     return found
 
 
+def tokenizer_of(llm: LLM) -> TokenizerLike | None:
+    """The engine's tokenizer; None: it was started without one."""
+    skipped = llm.llm_engine.vllm_config.model_config.skip_tokenizer_init
+    return None if skipped else llm.get_tokenizer()
+
+
 def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
-    """The token ids of each text, with the tokenizer's own special tokens."""
+    """The token ids of each text, with the tokenizer's own special tokens.
+
+    Raises:
+        ValueError: a text that is a string, on an engine without a tokenizer.
+    """
     one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
-    listed = cast("Sequence[Text]", [texts] if one else texts)
-    tokenizer = llm.get_tokenizer()
-    return [
-        list(tokenizer(text).input_ids if isinstance(text, str) else text)
-        for text in listed
-    ]
+    tokenizer = tokenizer_of(llm)
+    found = []
+    for text in cast("Sequence[Text]", [texts] if one else texts):
+        if not isinstance(text, str):
+            found.append(list(text))
+        elif tokenizer is not None:
+            found.append(list(tokenizer(text).input_ids))
+        else:
+            raise ValueError(
+                "texts: found a string, but the engine has no tokenizer; expected "
+                "lists of token ids"
+            )
+    return found
 
 
 def _read(

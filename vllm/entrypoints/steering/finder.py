@@ -20,6 +20,7 @@ from vllm.entrypoints.steering.encoded import (
     encode,
     entries,
     shaded,
+    tokenizer_of,
 )
 
 if TYPE_CHECKING:
@@ -286,9 +287,9 @@ def _examples(
 
 def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
     """A warning when the tokenizer does not know many of the texts' words."""
-    tokenizer = llm.get_tokenizer()
+    tokenizer = tokenizer_of(llm)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None:
+    if tokenizer is None or unknown is None:
         return []
     ids: np.ndarray = np.concatenate([text.token_ids for text in (*a, *b)])
     share = float((ids == unknown).mean())

@@ -272,6 +272,8 @@ class SteeringRuntime:
 
 
 class SteeredRunner(Protocol):
-    """The attribute of a model runner that module changes and measurements use."""
+    """What module changes and measurements use of a model runner."""
 
     steering: SteeringRuntime | None
+
+    def use_steering_graphs(self, used: bool) -> None: ...
