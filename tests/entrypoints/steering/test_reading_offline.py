@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,14 +38,14 @@ OTHERS = [
 ]
 
 
-def start(enforce_eager: bool = True) -> LLM:
+def start(sae: Path = EXAMPLE / "sae", enforce_eager: bool = True) -> LLM:
     return LLM(
         str(EXAMPLE / "model"),
         dtype="float32",
         max_model_len=256,
         enforce_eager=enforce_eager,
         kv_cache_memory_bytes=1 << 27,
-        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
+        additional_config={"steering": {"modules": {MODULE: str(sae)}}},
     )
 
 
@@ -54,8 +55,11 @@ def stop(llm: LLM) -> None:
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    llm = start()
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    sae = tmp_path_factory.mktemp("labelled") / "sae"
+    shutil.copytree(EXAMPLE / "sae", sae)
+    (sae / "labels.json").write_text(json.dumps({str(FEATURE): "from beside"}))
+    llm = start(sae)
     yield llm
     stop(llm)
 
@@ -91,6 +95,16 @@ def test_an_encoded_text_is_shown_in_a_notebook(llm: LLM) -> None:
     assert "bridge &amp; &lt;bay&gt;" in page
     assert "<bos>" not in page
     assert texts[0].to_html(FEATURE).count("<span") == len(texts[0].tokens)
+
+
+def test_labels_beside_the_module_are_shown(llm: LLM) -> None:
+    (text,) = encode(llm, MODULE, ABOUT[0], features=[FEATURE])
+    assert text.labels == {FEATURE: "from beside"} and "from beside" in text.to_html()
+    assert encode(llm, MODULE, ABOUT[0], labels={})[0].labels == {}
+    found = find_features(llm, MODULE, ABOUT, OTHERS, top=200)
+    shown = {one.feature_idx: one.label for one in found}
+    assert shown.pop(FEATURE) == "from beside" and set(shown.values()) == {""}
+    assert "from beside" in found._repr_html_()
 
 
 def test_results_are_data_frames(llm: LLM) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
-from vllm.config.sae_labels import Labels
+from vllm.config.sae_labels import Labels, labels_of
 from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
+from vllm.entrypoints.steering.offline import list_modules
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.sampling_params import SamplingParams
 
@@ -171,11 +172,13 @@ def encode(
         features: the features to read instead; any number of them.
         steering: steering fields of the request, such as `sae_clamp_specs`, to read
             what a steered model sees.
-        labels: what features stand for, for display.
+        labels: what features stand for, for display; None: what `labels.json` beside
+            the module says.
 
     Raises:
         VLLMValidationError: no such module, site or feature.
     """
+    labels = labels_for(llm, module, labels)
     if top_k is None and features is None:
         top_k = DEFAULT_TOP_K
     spec: Json = {
@@ -200,8 +203,16 @@ def encode(
             site: beside([record[site] for record in records]) for site in records[0]
         }
         pieces = token_pieces(tokenizer, own) if tokenizer else [str(i) for i in own]
-        found.append(EncodedText(own, pieces, merged, labels or {}))
+        found.append(EncodedText(own, pieces, merged, labels))
     return found
+
+
+def labels_for(llm: LLM, module: str, given: Labels | None) -> Labels:
+    """The given labels, or those beside the module's files."""
+    if given is not None:
+        return given
+    info = list_modules(llm).get(module)
+    return {} if info is None else labels_of(info.path)
 
 
 def tokenizer_of(llm: LLM) -> TokenizerLike | None:
