@@ -58,36 +58,39 @@ class Segment:
     def __init__(self, step: StepRows, number: int):
         self.number = number  # of its first step
         self.req_ids = step.req_ids
-        self.firsts, self.starts, self.counts = step.spans
+        self.spans = step.spans
         self.steps: list[Mapping[int, np.ndarray]] = [step.rows]
-        self._next = self.starts + self.counts
-        self._spans: dict[str, tuple[int, int, int]] = {}
+        self._next = self._after(step.spans)
+        self._spans: dict[str, list[int]] = {}
         # By slot, all steps: `[rows, steps, width]`, made when it is asked for.
         self._blocks: dict[int, np.ndarray] = {}
 
+    @staticmethod
+    def _after(spans: np.ndarray) -> np.ndarray:
+        """The spans of a step that goes on where this one ends."""
+        after = spans.copy()
+        after[1] += spans[2]
+        return after
+
     def extend(self, step: StepRows) -> bool:
         """Append a step, if it goes on where the last one ended."""
-        firsts, starts, counts = step.spans
+        first = self.steps[0]
         goes_on = (
-            np.array_equal(starts, self._next)
-            and np.array_equal(counts, self.counts)
-            and np.array_equal(firsts, self.firsts)
+            np.array_equal(step.spans, self._next)
             and step.req_ids == self.req_ids
-            and step.rows.keys() == self.steps[0].keys()
-            and all(r.shape == self.steps[0][s].shape for s, r in step.rows.items())
+            and step.rows.keys() == first.keys()
+            and all(rows.shape == first[slot].shape for slot, rows in step.rows.items())
         )
         if goes_on:
             self.steps.append(step.rows)
-            self._next = starts + counts
+            self._next = self._after(step.spans)
             self._blocks.clear()
         return goes_on
 
     def cut(self, req_id: str, skip: int, slots: Sequence[int]) -> Chunk | None:
         """A request's rows at some slots, without those of the first steps."""
         if not self._spans:
-            spans = zip(
-                *np.stack((self.firsts, self.starts, self.counts)).tolist(), strict=True
-            )
+            spans = self.spans.T.tolist()
             self._spans = dict(zip(self.req_ids, spans, strict=True))
         first, start, count = self._spans.get(req_id, (0, 0, 0))
         if not count:
