@@ -392,4 +392,5 @@ def named_modules(request: Request) -> set[str]:
         spec["module_name"]
         for key in EXTRA_ARGS_KEYS
         for spec in params.extra_args.get(key, ())
+        if "module_name" in spec  # not a vector of the request's own
     }
