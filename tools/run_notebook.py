@@ -95,6 +95,7 @@ def main() -> None:
     path = args.notebook.resolve()
     notebook = json.loads(path.read_text())
     os.chdir(ROOT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
     run(notebook, path.name)
     if args.write:
         text = json.dumps(notebook, indent=1, ensure_ascii=False)

@@ -90,5 +90,12 @@ def test_sublayers_and_transcoders_are_read(model_root: Path, tmp_path: Path) ->
                 (output.prompt_sae_features, 0, whole[:n]),
                 (output.outputs[0].sae_features, n, whole[n:]),
             ):
-                record = features[name][f"{hook}.{layer}"]
-                assert_reads(record, expected, first, top_k=6, tolerance=TOLERANCE)
+                site = f"{hook}.{layer}"
+                assert_reads(
+                    features[name][site],
+                    expected,
+                    first,
+                    top_k=6,
+                    tolerance=TOLERANCE,
+                    label=f"{name} at {site}",
+                )

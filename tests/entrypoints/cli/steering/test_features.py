@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vllm.entrypoints.cli.steering.features import texts_of
 from vllm_steering_cli.main import main
@@ -67,14 +68,17 @@ def test_labels_beside_the_module_are_found_and_a_misfit_is_named(
     (tmp_path / "a").write_text(ABOUT + "\nzyzzyva quark xylophone qwerty\n")
     command = ["features", str(tmp_path / "sae"), "--model", str(EXAMPLE / "model")]
     command += ["--text", str(tmp_path / "a"), "--dtype", "float32", "--top", "200"]
-    # The SAE of the last layer at another point: it explains little there.
-    assert main([*command, "--site", "pre_attn.0"]) == 0
-    shown = capsys.readouterr()
-    assert "FVU" in shown.err and "model, layer and hook" in shown.err
-    assert "unknown to the model" in shown.err
     assert main(command) == 0
     shown = capsys.readouterr()
     assert "from beside" in shown.out and "FVU" not in shown.err
+    assert "unknown to the model" in shown.err
+    # Every feature decodes as its neighbour: the reconstruction is worth nothing.
+    weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    weights["W_dec"] = weights["W_dec"].roll(1, dims=0).contiguous()
+    save_file(weights, tmp_path / "sae" / "sae_weights.safetensors")
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "FVU" in shown.err and "model, layer and hook" in shown.err
 
 
 def test_bad_arguments_are_one_line(
