@@ -47,6 +47,7 @@ from vllm.config.steering import (
     HookPoint,
     SteeringConfig,
     Tier,
+    site_name,
 )
 from vllm.config.steering_checks import (
     bad,
@@ -167,8 +168,7 @@ class Draft:
                 raise refusal(
                     f"{clamps.path}[{position}].feature_idx",
                     f"feature {feature} of module {shown(name)} is clamped twice at "
-                    f"layer {site[1]}, {site[0].value}, expected once, or spans that "
-                    "cannot overlap",
+                    f"{clamps.site.name}, expected once, or spans that cannot overlap",
                 )
             others.append(coverage)
             when = entry.when
@@ -185,7 +185,8 @@ class Draft:
         """The canonical form of a condition."""
         self.require_extended(path, "conditions")
         if (when.above is None) == (when.below is None):
-            raise refusal(path, "expected exactly one of above and below")
+            has = "neither" if when.above is None else "both"
+            raise refusal(path, f"found {has} of above and below, expected exactly one")
         if when.feature_idx >= clamps.site.d_sae:
             raise bad(
                 f"{path}.feature_idx",
@@ -211,9 +212,9 @@ class Draft:
             if other.module != asked.module and clashes:
                 raise refusal(
                     asked.path,
-                    f"layer {site[1]} at {site[0].value} is reconstructed by module "
-                    f"{shown(other.module)} already ({other.path}), expected at most "
-                    "one module a site, or spans that cannot overlap",
+                    f"{site_name(*site)} is already reconstructed by module "
+                    f"{shown(other.module)} ({other.path}), expected at most one "
+                    "module per site, or spans that cannot overlap",
                 )
         others.append(asked)
 
@@ -226,8 +227,8 @@ class Draft:
         if total > self.config.max_clamps:
             raise refusal(
                 named.path,
-                f"found {total} clamps at layer {site[1]}, {site[0].value} in this "
-                f"request, expected at most {self.config.max_clamps}",
+                f"found {total} clamps at {site_name(*site)} in this request, "
+                f"expected at most {self.config.max_clamps}",
             )
         counts[named.coverage] = counts.get(named.coverage, 0) + added
 
@@ -244,8 +245,9 @@ class Draft:
             if not together and may_overlap(asked.coverage, other.coverage):
                 raise refusal(
                     f"{path}.kind",
-                    f"module {shown(name)} acts on some of these tokens already "
-                    f"({other.path}); only specs that add without relative add up",
+                    f"module {shown(name)} already acts on some of these tokens "
+                    f'({other.path}), expected no other spec there, or only kind "add" '
+                    "without relative",
                 )
         if not others:
             for site in module.sites:
@@ -322,7 +324,7 @@ class Draft:
         if found > most:
             raise refusal(
                 self.first_spans,
-                f"the spans of this request begin or end at {found} places within the "
+                f"the spans of this request start or stop at {found} places inside the "
                 f"prompt or the answer, expected at most {most} "
                 "(additional_config.steering.max_pieces)",
             )
@@ -336,11 +338,19 @@ def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
         ("bounds", spec.bounds, "bound"),
     ):
         if value is not None and kind != owner:
-            raise refusal(f"{path}.{name}", f'expected only with kind "{owner}"')
+            raise refusal(
+                f"{path}.{name}",
+                f'found {shown(value)} with kind "{kind}", expected only with kind '
+                f'"{owner}"',
+            )
         if value is None and kind == owner:
-            raise refusal(f"{path}.{name}", f'is missing, expected with kind "{kind}"')
+            raise refusal(f"{path}.{name}", f'is missing, but kind "{kind}" needs it')
     if kind in ("set", "bound") and spec.scale != 1.0:
-        raise refusal(f"{path}.scale", 'expected only with kind "add" or "scale"')
+        raise refusal(
+            f"{path}.scale",
+            f'found {shown(spec.scale)} with kind "{kind}", expected only with kind '
+            '"add" or "scale"',
+        )
     if kind == "scale":
         if spec.relative:
             raise refusal(f"{path}.relative", 'found true, expected false for "scale"')
@@ -349,7 +359,7 @@ def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
     if spec.bounds is not None:
         low, high = (round_to_fp32(bound) for bound in spec.bounds)
         if low > high:
-            raise refusal(f"{path}.bounds", "expected [low, high] with low <= high")
+            raise bad(f"{path}.bounds", spec.bounds, "[low, high] with low <= high")
         return VectorAction("bound", bounds=(low, high), relative=spec.relative)
     value = spec.scale if spec.value is None else spec.value
     return VectorAction(kind, round_to_fp32(value), relative=spec.relative)

@@ -35,7 +35,7 @@ Number = Annotated[
         "a finite number within the range of float32", ge=-MAX_FLOAT32, le=MAX_FLOAT32
     ),
 ]
-FeatureIndex = Annotated[int, expects("a feature index, an integer from 0 on", ge=0)]
+FeatureIndex = Annotated[int, expects("a feature index, an integer of 0 or more", ge=0)]
 
 
 class SAECondition(

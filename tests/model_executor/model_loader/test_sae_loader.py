@@ -316,7 +316,7 @@ def test_a_module_that_changed_since_it_was_inspected_is_refused(
     path = native(tmp_path)
     module = inspect_module("m", str(path))
     edit_manifest(path, lambda m: m["sites"][0].update(activation="relu"))
-    with pytest.raises(ValueError, match="no longer hold the site as it was inspected"):
+    with pytest.raises(ValueError, match="no longer hold the site that was inspected"):
         loaded(module)
 
 

@@ -173,7 +173,7 @@ def test_a_transcoder_between_other_points_is_refused(
     ("slot", "message"),
     [
         ({"hook": "mlp_in", "hook_out": "attn_out", "width": 8}, "from mlp_in to attn"),
-        ({"hook": "mlp_in", "skip": True, "width": 8}, "with hook_out"),
+        ({"hook": "mlp_in", "skip": True, "width": 8}, "only with hook_out"),
         ({"hook": "mlp_in", "hook_out": "x", "width": 8}, "hook_out: found"),
         ({"hook": "mlp_in", "hook_out": "mlp_out", "vectors": 1}, "only with width"),
     ],

@@ -68,8 +68,8 @@ def _make_version_guard(stock: Stock) -> Stock:
         additional = self.additional_config
         if isinstance(additional, dict) and additional.get("steering") is not None:
             raise SteeringConfigError(
-                f"steering is configured, but it supports vLLM {SUPPORTED_VLLM} and "
-                f"this is vLLM {vllm.__version__}"
+                f"steering is configured, but vLLM {vllm.__version__} is not "
+                f"supported, expected vLLM {SUPPORTED_VLLM}"
             )
         return stock(self, *args, **kwargs)
 
@@ -151,7 +151,7 @@ def fold_modules(
         if name in given:
             raise SteeringConfigError(
                 f"steering {section.rstrip('s')} {shown(name)} is given by {flag} and "
-                "in additional_config, expected one of them"
+                "in additional_config, expected only one of them"
             )
     steering[section] = {**given, **modules}
     return {**additional, "steering": steering}
