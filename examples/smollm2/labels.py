@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels of features, for `ship.py`.
 
-`READ` was written by a person who looked at the strongest contexts, at what tells
-texts of a topic from others, and for the verified ones at answers with the feature
-clamped. All others are made by rule: where a feature's strongest contexts share one
-word, the label is that word, in quotation marks.
+A person wrote `READ` after looking at the strongest contexts, at what distinguishes
+texts of a topic from others, and, for the verified ones, at answers with the feature
+clamped. All other labels are made by a rule: if a feature's strongest contexts share
+one word, the label is that word in quotation marks.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.engine
 D_SAE, BLOCK, LENGTHS = 96, 32, (5, 40, 70, 33, 12, 64)
 PLAIN = (0, 3)  # of the batch; the others are steered
 SITES = [(0, "pre_attn"), (1, "post_block"), (2, "post_attn")]
-# What is not the stream itself: a linear layer reads it, or it joins the stream.
+# Points other than the stream: a linear layer reads them, or they are added to it.
 INNER = [(0, "attn_z"), (0, "attn_out"), (1, "mlp_in"), (2, "mlp_out")]
 LARGEST = 3e38
 OPTIONS: dict[str, Any] = {
@@ -112,7 +112,7 @@ def assert_finite(found: list[Greedy]) -> None:
 
 
 NOTHING: list[dict[str, Any]] = [{}] * 4
-# One inner point each, then all of them.
+# Each inner point alone, then all of them.
 INNER_FLOOD: list[list[Site]] = [*([at] for at in INNER), INNER]
 
 

@@ -99,7 +99,7 @@ def refuse_without_default(config: SteeringConfig, module: str) -> None:
     if name is None:
         return
     specs = [s for key in EXTRA_ARGS_KEYS for s in config.presets[name].get(key, ())]
-    if any(spec["module_name"] == module for spec in specs):
+    if any(spec.get("module_name") == module for spec in specs):
         raise RefusedCall(
             Outcome.CONFLICT,
             f"module {shown(module)} is used by the server's default preset "

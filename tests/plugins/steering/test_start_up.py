@@ -336,7 +336,7 @@ TOKEN_KEYED = sorted(
     [
         *((kv_config(name), name) for name in TOKEN_KEYED),
         (kv_config("Mine", path="my.module"), "Mine (my.module)"),
-        # A class of one's own that has an allowed name.
+        # A custom class that has an allowed name.
         (kv_config("OffloadingConnector", path="x"), "OffloadingConnector (x)"),
         (
             kv_config(MULTI_CONNECTOR, "OffloadingConnector", "ExampleConnector"),

@@ -150,7 +150,7 @@ def test_params_without_extra_args_run_under_the_default(llm: LLM) -> None:
 def test_a_request_that_waits_keeps_the_default_that_it_arrived_under(
     llm: LLM,
 ) -> None:
-    """A change of the default says nothing to requests that the engine has."""
+    """A change of the default does not affect requests that the engine has."""
     set_default_preset(llm, "calm")
     sampling = params(TOKENS)
     llm.llm_engine.add_request("r", {"prompt_token_ids": prompt(4, 9)}, sampling)

@@ -194,7 +194,8 @@ class SteeringRegistry:
 
     def _read_counts(self) -> Json:
         """Tokens and bytes that were read, and stops, of every module."""
-        counts = self.core.sae_read_counts or {}
+        reads = self.core.scheduler.sae_step_reads
+        counts = {} if reads is None else reads.counts
         return {
             name: dataclasses.asdict(counts.get(name, ReadCounts()))
             for name in self.config.modules
@@ -391,4 +392,5 @@ def named_modules(request: Request) -> set[str]:
         spec["module_name"]
         for key in EXTRA_ARGS_KEYS
         for spec in params.extra_args.get(key, ())
+        if "module_name" in spec  # not a vector of the request's own
     }

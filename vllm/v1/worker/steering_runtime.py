@@ -144,6 +144,7 @@ class SteeringRuntime:
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
         request = self._requests[req_id]
+        self.modules.inline.acquire(request)
         if request.has_spans:
             rows = self._scheduled_rows(request, self._prompt_len[req_id])
         else:
@@ -179,6 +180,7 @@ class SteeringRuntime:
             return
         self._step_index.drop(req_id)
         self.readout.park_request(req_id)
+        self.modules.inline.release(self._requests[req_id])
         for tier in Tier:
             for row in held.held(tier):
                 self.managers[tier].release(row)
@@ -228,6 +230,7 @@ class SteeringRuntime:
             self._written_tokens = 0
 
     def _write_rows(self) -> None:
+        self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
                 tables = self.modules.tables(tier)
@@ -268,6 +271,9 @@ class SteeringRuntime:
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
         assert set(self._embedded) <= set(self._requests), "an unknown prompt"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
+        self.modules.inline.check_integrity(
+            self._requests[req_id] for req_id in self._rows
+        )
         self.readout.check_integrity()
 
 
