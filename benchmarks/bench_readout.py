@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reading features costs a whole engine: decode and prefill, beside idle.
+"""What reading features costs a whole engine: decode and prefill, against idle.
 
     python benchmarks/bench_readout.py --out FILE [--budget SECONDS]
         [--batches 1,64,256,prefill] [--modes off,off again,idle,reading,one site,both]
@@ -8,9 +8,9 @@ The model and the SAE of `bench_engine.py` (Gemma-2-2B's shape, one site of
 16384 x 2304, about 100 features a token). Two engines live in one process and take
 turns, one that may read and one that was started with `readout: false`:
 
-- `off`: nobody reads, and nobody could;
+- `off`: no request reads, and none could;
 - `off again`: the same on one more engine, if asked for: what two engines differ by;
-- `idle`: nobody reads;
+- `idle`: no request reads;
 - `reading`: every request reads its 16 largest activations of every token;
 - `one site`: every request is fully reconstructed;
 - `both`: reconstructed and read.
@@ -156,7 +156,7 @@ def measure(
     for row in targets(rows):
         print(row, flush=True)
     sys.stdout.flush()
-    # Tearing down several engines takes time, and is of no use here.
+    # Tearing down several engines takes time and has no use here.
     os._exit(0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels, labels_of
-from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.sae_readout_specs import DEFAULT_TOP_K, MAX_READ
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
 from vllm.entrypoints.steering.offline import list_modules
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.tokenizers import TokenizerLike
 
-DEFAULT_TOP_K = 16
 Text = str | Sequence[int]
 
 

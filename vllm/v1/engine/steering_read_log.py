@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last steps of an engine's reading, kept whole at the front end.
+"""Keeps the last steps of an engine's reading, whole, at the front end.
 
 A step is appended as it arrives. A request takes its rows when its output is made, or
-when the log is emptied: every `MAX_STEPS` steps, so that a request that lives long does
-not keep the rows of others. Steps of one batch that follow one another are one segment,
-from which a request's rows are one slice.
+when the log is emptied. That happens every `MAX_STEPS` steps, so that a long request
+does not keep the rows of others. Consecutive steps of the same batch form one segment,
+in which a request's rows are one slice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from vllm.config.sae_readout_step import Places, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepRows
 
 MAX_STEPS = 64
 MAX_BYTES = 16 << 20
@@ -41,7 +41,7 @@ class Chunk:
         return self.first + self.count
 
     def between(self, start: int, stop: int) -> Chunk | None:
-        """The positions from `start` to `stop`; None: there are none."""
+        """The positions from `start` to `stop`, or None if there are none."""
         low = max(start - self.first, 0)
         high = min(stop - self.first, self.count)
         if low >= high:
@@ -53,7 +53,7 @@ class Chunk:
 
 
 class Segment:
-    """Consecutive steps in which the same requests had as many tokens each."""
+    """Consecutive steps in which the same requests had the same numbers of tokens."""
 
     def __init__(self, step: StepRows, number: int):
         self.number = number  # of its first step
@@ -73,7 +73,7 @@ class Segment:
         return after
 
     def extend(self, step: StepRows) -> bool:
-        """Append a step, if it goes on where the last one ended."""
+        """Append a step, if it continues where the last one ended."""
         first = self.steps[0]
         goes_on = (
             np.array_equal(step.spans, self._next)
@@ -88,7 +88,7 @@ class Segment:
         return goes_on
 
     def cut(self, req_id: str, skip: int, slots: Sequence[int]) -> Chunk | None:
-        """A request's rows at some slots, without those of the first steps."""
+        """A request's rows at some slots, without the first steps."""
         if not self._spans:
             spans = self.spans.T.tolist()
             self._spans = dict(zip(self.req_ids, spans, strict=True))
@@ -118,8 +118,8 @@ class Segment:
         return self._blocks[slot]
 
 
-class Reader:
-    """What follows a request in a log: where it reads, and how far it has taken."""
+class LogReader:
+    """A request's view of a log: where it reads, and how far it has taken rows."""
 
     def __init__(self, log: ReadLog, req_id: str):
         self.slots: Sequence[int] = ()
@@ -131,7 +131,7 @@ class Reader:
         log.readers[req_id] = self
 
     def pull(self) -> None:
-        """Take what the log has of the request; positions that come again replace."""
+        """Take the request's rows from the log; a later row of a position wins."""
         segments, since = self._log.segments, self._taken
         self._taken = self._log.end
         for segment in segments:
@@ -157,12 +157,12 @@ class ReadLog:
         self.segments: list[Segment] = []
         self.end = 0  # steps that have arrived
         # A request that is forgotten drops out.
-        self.readers: WeakValueDictionary[str, Reader] = WeakValueDictionary()
+        self.readers: WeakValueDictionary[str, LogReader] = WeakValueDictionary()
         self._steps = 0
         self._bytes = 0
 
     def add(self, step: StepRows) -> None:
-        """Append a step; now and then all requests take theirs."""
+        """Append a step. Every `MAX_STEPS` steps, all requests take their rows."""
         for req_id, places in step.new.items():
             self._introduce(req_id, places)
         if not self.segments or not self.segments[-1].extend(step):
@@ -173,7 +173,7 @@ class ReadLog:
         if self._steps >= MAX_STEPS or self._bytes >= MAX_BYTES:
             self.empty()
 
-    def _introduce(self, req_id: str, places: Places) -> None:
+    def _introduce(self, req_id: str, places: ReadPlaces) -> None:
         reader = self.readers.get(req_id)
         if reader is not None:
             reader.slots, reader.d_sae = places
