@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTHON3 ?= python3
 STAMP := $(VENV)/.installed
-OVERLAY := $(shell find vllm -type f -not -name '*.pyc' 2>/dev/null)
+OVERLAY := $(shell find vllm vllm_steering_cli -type f -not -name '*.pyc' 2>/dev/null)
 # uv does not read pip's configuration; wheels that pip finds locally count here too.
 export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2>/dev/null)
 export HF_HUB_OFFLINE ?= 1

@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=find_namespace_packages(include=["vllm", "vllm.*"]),
+    packages=find_namespace_packages(include=["vllm", "vllm.*", "vllm_steering_cli"]),
     package_data={
         "vllm.entrypoints.serve.steering.static": ["*"],
         "vllm.model_executor.model_loader.sae_formats": ["*.json"],

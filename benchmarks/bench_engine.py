@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steering costs a whole engine: decode and prefill, beside stock vLLM.
+"""What steering costs a whole engine: decode and prefill, against stock vLLM.
 
     python benchmarks/bench_engine.py [--out FILE] [--budget SECONDS]
         [--engines stock,one] [--batches 64,prefill]
@@ -9,13 +9,14 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 
 - eager: sets the thresholds, counts what fires, and measures vLLM without graphs;
 - engines: stock, one-site and four-site engines live in one process and take turns
-  batch by batch, so that noise of the machine meets all of them alike;
+  batch by batch, so that the machine's noise affects all of them equally;
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
-Results are written after every measurement, so what a stage had when it failed or ran
-out of time is kept. See `engine_timing.py` for the two clocks. `ratio` is the share of
-stock's tokens per second, `ratio_gpu` of its GPU time a step.
+Results are written after every measurement. So what a stage has measured is kept if it
+fails or runs out of time. `engine_stages.py` has the stages, `engine_timing.py` the two
+clocks. `ratio` is the share of stock's tokens per second, `ratio_gpu` that of its GPU
+time per step.
 """
 
 from __future__ import annotations
@@ -27,23 +28,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from facts import environment, results_file
+from engine_stages import ALL_BATCHES, BATCHES, HF_BATCH, HF_MODE, Row, run_stage
+from facts import results_file
 
-BATCHES = (64, 256, 1)  # of decoding
-PREFILL = "prefill"
-ALL_BATCHES = (*map(str, BATCHES), PREFILL)
-ROUNDS, EAGER_ROUNDS = 24, 2
-HF_BATCH, HF_TOKENS = 64, 128
 TOGETHER = ("stock", "one", "four")
 EAGER_SECONDS = 100  # at most
-MEASURE_SECONDS = 40  # that measuring takes at least
 HF_SECONDS = 45  # kept free of the budget for the last stage
-HF_MODE = "hugging face + hook"
 
 # mode, phase, batch -> the share of stock's tokens per second that is wanted
 TARGETS: dict[tuple[str, str, int], float] = {
@@ -53,187 +47,6 @@ TARGETS: dict[tuple[str, str, int], float] = {
     ("one site", "prefill", 8): 0.95,
 }
 HF_TARGET = 20.0
-
-Row = dict[str, Any]
-
-
-class Report:
-    """Rows of one stage's process, saved to a file whenever some are added."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: list[Row] = []
-
-    def add(self, rows: list[Row]) -> None:
-        self.rows += rows
-        for row in rows:
-            print(row, flush=True)
-        content = {"rows": self.rows, "environment": environment()}
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(content))
-        fresh.replace(self.path)
-
-
-# ---- what each stage's process does ---------------------------------------------
-
-
-def run_eager(
-    root: Path, deadline: float, report: Report, batches: Sequence[str]
-) -> None:
-    """Calibrate on an eager engine, then time it."""
-    from engine_calibration import calibrate
-    from engine_modes import modes_of, start
-
-    engine = start(root, "eager")
-    report.add(calibrate(root, engine))
-    measure(modes_of("eager", engine), EAGER_ROUNDS, deadline, report, batches)
-
-
-def run_engines(
-    root: Path,
-    deadline: float,
-    report: Report,
-    names: Sequence[str],
-    batches: Sequence[str],
-) -> None:
-    """Start the engines, as many as there is time for, and let them take turns."""
-    from engine_modes import modes_of, start
-
-    modes: list[Any] = []
-    took = 0.0
-    for name in names:
-        begin = time.time()
-        # Half: the first one also imported everything and compiled the most.
-        if modes and begin + took / 2 + MEASURE_SECONDS > deadline:
-            print(f"engine {name}: no time to start it", flush=True)
-            break
-        try:
-            modes += modes_of(name, start(root, name))
-        except Exception:
-            traceback.print_exc()
-            continue
-        took = max(took, time.time() - begin)
-        print(f"engine {name}: started in {took:.0f} s", flush=True)
-    if not modes:
-        raise RuntimeError("no engine could be started")
-    measure(modes, ROUNDS, deadline, report, batches)
-
-
-def measure(
-    modes: list[Any],
-    rounds: int,
-    deadline: float,
-    report: Report,
-    batches: Sequence[str],
-) -> None:
-    """Decode at every batch size, or prefill; time is shared out evenly."""
-    from engine_modes import PREFILL_COUNT, PREFILL_LENGTH
-    from engine_timing import interleave, summarize
-    from engine_windows import decode_window, prefill_window
-
-    for done, asked in enumerate(batches):
-        begin = time.time()
-        until = begin + (deadline - begin) / (len(batches) - done)
-        if asked == PREFILL:
-            phase, batch = PREFILL, PREFILL_COUNT
-            tokens = PREFILL_COUNT * PREFILL_LENGTH
-            found = interleave(modes, prefill_window, rounds, until)
-        else:
-            phase, batch = "decode", int(asked)
-            tokens = batch
-
-            def window(mode: Any, seed: int, batch: int = batch) -> Any:
-                return decode_window(mode, batch, seed)
-
-            found = interleave(modes, window, rounds, until)
-        report.add(summarize(found, phase, batch, tokens))
-        print(f"{phase} {batch}: {time.time() - begin:.0f} s", flush=True)
-
-
-def run_hf(root: Path, deadline: float, report: Report) -> None:
-    """Hugging Face `generate` with a forward hook, as in a notebook.
-
-    The hook reconstructs all tokens in the model's dtype by two dense products, and
-    clamps a feature. Prompts are fixed; the rate includes their prefill.
-    """
-    import torch
-    import transformers
-    from engine_modes import CLAMP, CONFIG, PROMPT, SITE_LAYERS
-    from safetensors.torch import load_file
-
-    values = {key: value for key, value in CONFIG.items() if key != "architectures"}
-    with torch.device("cuda"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.Gemma2Config(**values), dtype=torch.bfloat16
-        ).eval()
-    (layer,) = SITE_LAYERS["one"]
-    file = root / "one" / f"{layer}.post_block.safetensors"
-    sae = {
-        name: value.to(torch.bfloat16)
-        for name, value in load_file(file, device="cuda").items()
-    }
-
-    def hook(module: Any, args: Any, out: Any) -> Any:
-        x = out[0] if isinstance(out, tuple) else out
-        p = x @ sae["W_enc"].T + sae["b_enc"]
-        f = p * (p > sae["threshold"])
-        f[..., CLAMP["feature_idx"]] = CLAMP["value"]
-        new = f @ sae["W_dec"] + sae["b_dec"]
-        return (new, *out[1:]) if isinstance(out, tuple) else new
-
-    model.model.layers[layer].register_forward_hook(hook)
-    ids = torch.randint(3, CONFIG["vocab_size"], (HF_BATCH, PROMPT), device="cuda")
-    seconds = []
-    for count in (8, HF_TOKENS, HF_TOKENS):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids, max_new_tokens=count, min_new_tokens=count, do_sample=True
-            )
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        assert out.shape == (HF_BATCH, PROMPT + count)
-        if count == HF_TOKENS:
-            best = min(seconds[1:])
-            row = {"mode": HF_MODE, "phase": "decode", "batch": HF_BATCH}
-            row["step_ms_wall"] = round(best / count * 1e3, 3)
-            row["tokens_per_s"] = round(HF_BATCH * count / best, 1)
-            report.rows.clear()
-            report.add([row])
-        if time.time() + 2 * seconds[-1] > deadline:
-            break
-
-
-def run_stage(
-    stage: str,
-    root: Path,
-    deadline: float,
-    engines: Sequence[str],
-    batches: Sequence[str],
-) -> None:
-    """The body of a stage's process; does not return."""
-    report = Report(root / f"{stage}.json")
-    code = 0
-    try:
-        if stage == "eager":
-            run_eager(root, deadline, report, batches)
-        elif stage == "hf":
-            run_hf(root, deadline, report)
-        else:
-            _, _, name = stage.partition("-")
-            names = (name,) if name else engines
-            run_engines(root, deadline, report, names, batches)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Tearing down several engines takes time, and is of no use here.
-    os._exit(code)
-
-
-# ---- the parent -------------------------------------------------------------------
 
 
 class Bench:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large things may grow, counted from the source.
 
-A limit is where the code stands: lower it when the code allows, and never raise it.
+Lower a limit when the code allows it, and never raise one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = sorted((ROOT / "vllm").rglob("*.py"))
+PACKAGES = ("vllm", "vllm_steering_cli")
+OURS = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 EVERYTHING = sorted(
     path
-    for folder in ("vllm", "csrc", "tests", "tools", "benchmarks")
+    for folder in (*PACKAGES, "csrc", "tests", "tools", "benchmarks", "examples")
     for pattern in ("*.py", "*.cu", "*.cuh", "*.h")
     for path in (ROOT / folder).rglob(pattern)
 )
@@ -25,25 +26,12 @@ EVERYTHING = sorted(
 MAX_FUNCTION = 80
 MAX_FILE = 400
 MAX_POSITIONAL = 8
-# getattr, hasattr, setattr, delattr and __dict__, for 1000 lines of vllm/.
+# getattr, hasattr, setattr, delattr and __dict__, for 1000 lines.
 MAX_REFLECTIVE = 1.0
-MAX_ANY_LINES = 140
+MAX_ANY_LINES = 30
 
-# A kernel is one function, and its launch passes what it takes.
-KERNEL_FUNCTIONS = {"clamp_kernel", "combine_kernel", "decode_dense_kernel"}
+# A kernel's launch passes what the kernel takes.
 KERNELS = "vllm/model_executor/layers/steering_kernels/"
-# Larger than the limit today, with the size that they may not exceed.
-LARGE_FILES = {
-    "benchmarks/bench_engine.py": 401,
-    "vllm/model_executor/model_loader/sae_loader.py": 410,
-    "vllm/v1/worker/steering_modules.py": 410,
-    "tests/entrypoints/openai/steering/test_server_process.py": 480,
-    "tests/model_executor/model_loader/test_sae_formats_others.py": 428,
-    "tests/model_executor/model_loader/test_sae_formats_points.py": 440,
-    "tests/model_executor/model_loader/test_sae_loader.py": 493,
-    "tests/v1/test_sae_full_reconstruction_types.py": 684,
-    "tests/v1/worker/test_steering_module_changes.py": 500,
-}
 REFLECTIVE = {"getattr", "hasattr", "setattr", "delattr"}
 
 
@@ -94,23 +82,14 @@ def long_calls(source: ast.AST) -> list[int]:
 @pytest.mark.parametrize("path", OURS, ids=name)
 def test_functions_and_calls_are_short(path: Path) -> None:
     source = tree(path)
-    functions = long_functions(source)
-    assert not {n: lines for n, lines in functions.items() if n not in KERNEL_FUNCTIONS}
+    assert not long_functions(source)
     if not name(path).startswith(KERNELS):
         assert not long_calls(source)
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=name)
 def test_files_are_short(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= LARGE_FILES.get(name(path), MAX_FILE)
-
-
-def test_no_exception_is_left_over() -> None:
-    sizes = {
-        entry: len((ROOT / entry).read_text().splitlines()) for entry in LARGE_FILES
-    }
-    assert not {entry for entry, lines in sizes.items() if lines <= MAX_FILE}
+    assert len(path.read_text().splitlines()) <= MAX_FILE
 
 
 def test_attributes_are_rarely_read_by_a_computed_name() -> None:

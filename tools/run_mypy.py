@@ -15,13 +15,15 @@ def module_name(path: Path) -> str:
 
 
 def main() -> None:
-    """Run mypy over every module of the overlay, then over the scripts."""
+    """Run mypy over every module of the overlay, then over the command's parser."""
     modules = sorted({module_name(path) for path in Path("vllm").rglob("*.py")})
     args = [item for name in modules for item in ("-m", name)]
     # From another directory, so that `vllm` is the installed package.
     config = str(Path("pyproject.toml").resolve())
-    command = [sys.executable, "-m", "mypy", "--config-file", config, *args]
-    sys.exit(subprocess.call(command, cwd="tools"))
+    command = [sys.executable, "-m", "mypy", "--config-file", config]
+    failed = subprocess.call([*command, *args], cwd="tools")
+    failed |= subprocess.call([*command, "vllm_steering_cli"])
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 //
 //     x' = x + sum_c (g_c - f_c) W_dec[c],  f_c = act(x . W_enc[c] + b_enc[c])
 //
+// A steering vector that does more than add has the projection on it as f_c.
+//
 // Latency decides: a token reads a handful of rows, each from cold memory, and
 // a row's address is known only once another load has returned. So the chain
 // is index -> table row and x -> encoder rows, decoder rows, bias -> result,
@@ -50,6 +52,17 @@ __device__ __forceinline__ float float_warp_sum(float x) {
   return x;
 }
 
+// One warp: a clamp whose condition does not hold changes nothing. Places of
+// conditions have 1 in `bias` where they hold, else 0.
+__device__ __forceinline__ void apply_conditions(const StagedRow& row) {
+  __syncwarp();
+#pragma unroll 1
+  for (int c = threadIdx.x; c < row.count; c += 32) {
+    const int needed = (row.code[c] >> kConditionShift) - 1;
+    if (needed >= 0 && row.bias[needed] == 0.f) row.delta[c] = 0.f;
+  }
+}
+
 // Turns values into g - f, sums the stream and starts the ring; false where
 // the norm is past its limit. A warp owns 256 columns. In the tensor core's
 // terms clamp c is column c of B, and x is in A: the first halves of 16 bytes
@@ -66,11 +79,12 @@ __device__ __forceinline__ bool resolve_clamps(
   const unsigned quad = lane & 3;
   const unsigned d_model = stream.d_model;
   float square = 0.f;
+  int conditions = 0;
 #pragma unroll 1
   for (int first = 0, turn = 0; first == 0 || first < row.count;
        first += kClampGroup, turn ^= 1) {
     const int clamp = first + lane / 4;
-    const bool needs = row.code[clamp] != kAdditive;
+    const bool needs = reads_activation(row.code[clamp]);
     const T* w_row =
         w_enc + quad * 8 +
         static_cast<uint64_t>(static_cast<uint32_t>(row.feature[clamp])) *
@@ -115,23 +129,74 @@ __device__ __forceinline__ bool resolve_clamps(
     }
     __syncthreads();
     if (warp != 0) continue;
-    const float p = sum_over_warps(partial[turn]) + row.bias[clamp];
+    const float bias = row.bias[clamp];
+    const float p = sum_over_warps(partial[turn]) + bias;
     const bool fires = needs && p > fmaxf(row.threshold[clamp], 0.f);
-    if (quad == 0)
-      row.delta[clamp] =
-          clamp_delta(row.code[clamp], row.delta[clamp], fires ? p : 0.f);
+    if (quad == 0) {
+      const int code = row.code[clamp];
+      const float value = row.delta[clamp], f = fires ? p : 0.f;
+      row.delta[clamp] = clamp_delta(code, value, f);
+      if ((code & (kIfAbove | kIfBelow)) != 0)
+        row.bias[clamp] = holds(code, value, f) ? 1.f : 0.f;
+      conditions |= code >> kConditionShift;
+    }
     if (first != 0) continue;
     square = float_warp_sum(lane < blockDim.x / 32 ? norms[lane] : 0.f);
     if (lane == 0) within = sqrtf(square) <= row.head->norm_limit;
   }
+  if (warp == 0 && __any_sync(~0u, conditions != 0)) apply_conditions(row);
   __syncthreads();
   return within;
 }
 
-// Whether float32 holds the norm of the token's stream.
+// Turns the values of vectors that want more than to be added into g - f, in
+// units of the vector: a projection is on the unit vector, a relative value is
+// in units of the norm. A warp takes a clamp.
 template <typename T, bool kTwo>
-__device__ __forceinline__ bool has_finite_norm(
-    const TokenStream<T, kTwo>& stream) {
+__device__ __forceinline__ void resolve_vectors(
+    const float* directions, const TokenStream<T, kTwo>& stream,
+    const StagedRow& row, float norm) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int c = threadIdx.x / 32; c < row.count; c += blockDim.x / 32) {
+    const int code = row.code[c];
+    if (code < kProjection) continue;
+    const float* v =
+        directions + static_cast<uint64_t>(row.feature[c]) * stream.d_model;
+    float dot = 0.f, square = 0.f;
+#pragma unroll 4
+    for (unsigned i = lane; i * 8 < stream.d_model; i += 32) {
+      const Pack8<T> x = stream.combine(i);
+      const float4 v0 = reinterpret_cast<const float4*>(v + i * 8)[0];
+      const float4 v1 = reinterpret_cast<const float4*>(v + i * 8)[1];
+      const float along[8] = {v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z, v1.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 two = unpack2<T>(x.two[k]);
+        dot = fmaf(two.x, along[2 * k], fmaf(two.y, along[2 * k + 1], dot));
+        square = fmaf(along[2 * k], along[2 * k],
+                      fmaf(along[2 * k + 1], along[2 * k + 1], square));
+      }
+    }
+    dot = float_warp_sum(dot);
+    const float length = sqrtf(float_warp_sum(square));
+    if (lane != 0) continue;
+    const bool projects = (code & kProjection) != 0;
+    const float value = row.delta[c] * ((code & kRelative) != 0 ? norm : 1.f);
+    const float f = projects && length > 0.f ? dot / length : 0.f;
+    const float delta = clamp_delta(code, value, f);
+    // A vector of zeros has no direction: whatever it is scaled by adds 0.
+    const float scaled = length > 0.f ? limit_coefficient(delta / length) : 0.f;
+    row.delta[c] = projects ? scaled : delta;
+  }
+}
+
+// Resolves vectors; false where float32 does not hold the norm of the token's
+// stream. `extended`: a clamp of this thread wants more than to be added.
+template <typename T, bool kTwo>
+__device__ __forceinline__ bool prepare_vectors(
+    const float* directions, const TokenStream<T, kTwo>& stream,
+    const StagedRow& row, bool extended) {
   __shared__ float norms[kClampWarps];
   float square = 0.f;
 #pragma unroll 1
@@ -145,23 +210,29 @@ __device__ __forceinline__ bool has_finite_norm(
   }
   // As a rule every share is far below the bound, and so is their sum.
   constexpr float kLargest = 3.402823466e38f;
-  if (!__syncthreads_or(!(square <= kLargest / kClampThreads))) return true;
+  const bool usual = !extended && square <= kLargest / kClampThreads;
+  if (!__syncthreads_or(!usual)) return true;
   square = float_warp_sum(square);
   if (threadIdx.x % 32 == 0) norms[threadIdx.x / 32] = square;
   __syncthreads();
   float total = 0.f;
 #pragma unroll 1
   for (unsigned w = 0; w < blockDim.x / 32; ++w) total += norms[w];
-  return total <= kLargest;
+  if (!(total <= kLargest)) return false;
+  resolve_vectors(directions, stream, row, sqrtf(total));
+  __syncthreads();
+  return true;
 }
 
 // Starts copying the clamps of a table row; entries past the count become
-// clamps that add 0. Without an encoder an entry has its g - f at once.
+// clamps that add 0. Without an encoder an entry has its g - f at once, or this
+// returns true.
 template <bool kEncodes, typename T>
-__device__ __forceinline__ void load_clamps(const Weights<T>& weights,
+__device__ __forceinline__ bool load_clamps(const Weights<T>& weights,
                                             const ClampRow& from,
                                             const StagedRow& row) {
   const int most = from.max_clamps;
+  bool extended = false;
 #pragma unroll 1
   for (int c = threadIdx.x; c < padded_clamps(most); c += blockDim.x) {
     const int* entry = from.packed + 2 + c;  // one round trip for all loads
@@ -173,14 +244,17 @@ __device__ __forceinline__ void load_clamps(const Weights<T>& weights,
     row.code[c] = inside ? code : kAdditive;
     float value = inside ? __int_as_float(bits) : 0.f;
     if constexpr (kEncodes) {
-      const bool needs = inside && code != kAdditive;
+      const bool needs = inside && reads_activation(code);
       copy_async<4>(row.bias + c, weights.b_enc + feature, needs);
       copy_async<4>(row.threshold + c, weights.threshold + feature, needs);
+    } else if (inside && code >= kProjection) {
+      extended = true;
     } else {
       value = clamp_delta(inside ? code : kAdditive, value, 0.f);
     }
     row.delta[c] = value;
   }
+  return extended;
 }
 
 // What the last thread does meanwhile: as a rule its warp loads no clamps.
@@ -258,7 +332,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
       a.stream.residual + t * static_cast<uint32_t>(a.stream.residual_stride),
       x, static_cast<unsigned>(a.d_model)};
   // The table first: the addresses of everything else depend on it.
-  load_clamps<kEncodes>(a.weights, from, row);
+  const bool extended = load_clamps<kEncodes>(a.weights, from, row);
   if (threadIdx.x == blockDim.x - 1) load_head<kEncodes>(a, t, from, &head);
   if (threadIdx.x == 0) counted = 0;
   stream.request();
@@ -278,7 +352,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) ring.request(row);
       wait_copies<2>();  // all but the ring
-      within = has_finite_norm(stream);
+      within = prepare_vectors(a.directions, stream, row, extended);
     }
     if (within)
       count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,

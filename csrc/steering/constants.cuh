@@ -8,15 +8,22 @@ namespace vllm_steering {
 // layers/steering_state.py: MetaField, columns of SAEWeights.meta.
 enum Meta { kDSae = 0, kUsesTopk = 1, kK = 2, kTopkRelu = 3, kSkipMask = 4 };
 
-// layers/steering_state.py: ClampKind, and ONLY_IF_ACTIVE. The kernels have no
-// conditions and none of ClampFlag; such rows are refused for them.
+// layers/steering_state.py: ClampKind, ONLY_IF_ACTIVE and ClampFlag.
 enum ClampCode {
   kAbsolute = 0,
   kAdditive = 1,
   kScale = 2,
   kCondition = 3,
-  kOnlyIfActive = 4
+  kOnlyIfActive = 4,
+  kProjection = 8,
+  kRelative = 16,
+  kIfBelow = 32,
+  kIfAbove = 64
 };
+
+// layers/steering_state.py: KIND_BITS and CONDITION_SHIFT.
+constexpr int kKindBits = 3;
+constexpr int kConditionShift = 8;
 
 // layers/steering_state.py: exponents of two of STREAM_LIMIT, by the model's
 // dtype, and of COEFFICIENT_LIMIT.

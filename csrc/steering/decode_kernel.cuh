@@ -33,9 +33,10 @@ __device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
   if (clamps == 0) return n;
   for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
     const int feature = row.feature(c);
-    const float delta =
-        a.resolved ? a.ws.coef[i * row.max_clamps + c]
-                   : clamp_delta(row, c, find_feature(list, n, feature));
+    const float delta = a.resolved ? a.ws.coef[i * row.max_clamps + c]
+                                   : clamp_delta(row, c, [=](int f) {
+                                       return find_feature(list, n, f);
+                                     });
     list[n + c] = make_int2(feature, __float_as_int(delta));
   }
   __syncthreads();

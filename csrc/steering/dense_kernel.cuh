@@ -268,9 +268,10 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
   const ClampRow row = a.table.row(record->row);
   const int clamps = row.count();
   for (int c = threadIdx.x; c < clamps; c += blockDim.x)
-    deltas[c] =
-        a.topk ? a.ws.coef[i * row.max_clamps + c]
-               : clamp_delta(row, c, limb_value(a.scratch, d, row.feature(c)));
+    deltas[c] = a.topk ? a.ws.coef[i * row.max_clamps + c]
+                       : clamp_delta(row, c, [&](int f) {
+                           return limb_value(a.scratch, d, f);
+                         });
   __syncthreads();
   bool over = false;
   for (int c = threadIdx.x * 8; c < d_model; c += blockDim.x * 8) {

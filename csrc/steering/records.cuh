@@ -62,20 +62,42 @@ struct ClampTable {
   }
 };
 
-// g - f of one clamp, limited.
-__device__ __forceinline__ float clamp_delta(int code, float value, float f) {
-  if (code >= kOnlyIfActive && f == 0.f) return 0.f;
-  const int kind = code & 3;
-  const float delta =
-      kind == kAdditive ? value : (kind == kScale ? f * value : value) - f;
+// Whether a clamp's change depends on its feature's activation.
+__device__ __forceinline__ bool reads_activation(int code) {
+  return (code & ((1 << kConditionShift) - 1)) != kAdditive;
+}
+
+// Whether f is above or below the value of a clamp or a condition that asks.
+__device__ __forceinline__ bool holds(int code, float value, float f) {
+  return ((code & kIfAbove) == 0 || f > value) &&
+         ((code & kIfBelow) == 0 || f < value);
+}
+
+__device__ __forceinline__ float limit_coefficient(float delta) {
   constexpr float kLimit = power_of_2(kCoefficientLimit);
   return fminf(fmaxf(delta, -kLimit), kLimit);
 }
 
-// g - f of clamp c of a row.
+// g - f of one clamp, limited; another clamp's condition aside.
+__device__ __forceinline__ float clamp_delta(int code, float value, float f) {
+  const int kind = code & kKindBits;
+  if (kind == kCondition || !holds(code, value, f)) return 0.f;
+  if ((code & kOnlyIfActive) != 0 && f == 0.f) return 0.f;
+  return limit_coefficient(
+      kind == kAdditive ? value : (kind == kScale ? f * value : value) - f);
+}
+
+// g - f of clamp c of a row, where `find` gives a feature's activation; 0 where
+// the condition that it needs does not hold.
+template <typename Find>
 __device__ __forceinline__ float clamp_delta(const ClampRow& row, int c,
-                                             float f) {
-  return clamp_delta(row.code(c), row.value(c), f);
+                                             const Find& find) {
+  const int code = row.code(c), needed = (code >> kConditionShift) - 1;
+  const float delta = clamp_delta(code, row.value(c), find(row.feature(c)));
+  if (needed < 0 ||
+      holds(row.code(needed), row.value(needed), find(row.feature(needed))))
+    return delta;
+  return 0.f;
 }
 
 }  // namespace vllm_steering

@@ -187,13 +187,13 @@ __device__ void rank_candidates(SelectMemory& m, const SelectArgs& a,
 __device__ void resolve_clamps(const SelectMemory& m, const SelectArgs& a,
                                const Scores& s, const ClampRow& row, int64_t i,
                                bool relu) {
-  for (int c = threadIdx.x; c < row.count(); c += kSelectThreads) {
-    const int f = row.feature(c);
+  const auto activation = [&](int f) {
     const float score = s.p[f];
     const bool chosen = f < s.d_sae && sort_key(score, f) >= m.kth;
-    const float act = chosen && (score > 0.f || !relu) ? score : 0.f;
-    a.ws.coef[i * row.max_clamps + c] = clamp_delta(row, c, act);
-  }
+    return chosen && (score > 0.f || !relu) ? score : 0.f;
+  };
+  for (int c = threadIdx.x; c < row.count(); c += kSelectThreads)
+    a.ws.coef[i * row.max_clamps + c] = clamp_delta(row, c, activation);
 }
 
 __global__ void __launch_bounds__(kSelectThreads)

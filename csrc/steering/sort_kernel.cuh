@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
     if (a.resolved) continue;
     const ClampRow row = a.table.row(record->row);
     for (int c = threadIdx.x; c < row.count(); c += kDecodeThreads)
-      a.ws.coef[i * row.max_clamps + c] =
-          clamp_delta(row, c, find_feature(list, listed, row.feature(c)));
+      a.ws.coef[i * row.max_clamps + c] = clamp_delta(
+          row, c, [listed](int f) { return find_feature(list, listed, f); });
   }
 }
 

@@ -30,8 +30,9 @@ def install(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_path_entry_is_enough_to_find_the_plugin(site: Path, tmp_path: Path) -> None:
     (tmp_path / EXTENSION).write_text("")
     assert install(site, "--extension", str(tmp_path / EXTENSION)).returncode == 0
-    ours = {str(p.relative_to(ROOT)) for p in (ROOT / "vllm").rglob("*.py")}
-    there = {str(p.relative_to(site)) for p in (site / "vllm").rglob("*")}
+    packages = [ROOT / "vllm", ROOT / "vllm_steering_cli"]
+    ours = {str(p.relative_to(ROOT)) for root in packages for p in root.rglob("*.py")}
+    there = {str(p.relative_to(site)) for p in site.rglob("*")}
     assert ours | {f"vllm/{EXTENSION}"} <= there
     code = (
         f"import importlib.metadata as m; [d] = m.distributions(path=[{str(site)!r}]); "

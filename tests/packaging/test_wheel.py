@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("vllm", "vllm_steering_cli")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pure-Python wheel, built as a machine without nvcc builds it."""
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source")
-    names = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "vllm"]
+    names = ["pyproject.toml", "setup.py", "README.md", "LICENSE", *PACKAGES]
     subprocess.check_call(["cp", "-r", *(str(ROOT / n) for n in names), str(source)])
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--wheel-dir", str(out), str(source)]
@@ -38,7 +39,8 @@ def wheel_files(wheel: Path) -> set[str]:
 def test_every_file_of_the_overlay_is_in_the_wheel(wheel: Path) -> None:
     ours = {
         str(p.relative_to(ROOT))
-        for p in (ROOT / "vllm").rglob("*")
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("*")
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert wheel_files(wheel) == ours
@@ -54,6 +56,7 @@ def test_the_entry_points_are_declared_and_no_vllm_is_required(wheel: Path) -> N
     archive = zipfile.ZipFile(wheel)
     [points] = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
     text = archive.read(points).decode()
+    assert "vllm-steering = vllm_steering_cli.main:main" in text
     assert "[vllm.general_plugins]\nsteering = vllm.plugins.steering:register" in text
     [metadata] = [n for n in archive.namelist() if n.endswith("/METADATA")]
     required = [
@@ -79,5 +82,5 @@ def test_installing_and_uninstalling_leaves_vllm_as_it_was(
     assert (site / "vllm" / "config" / "steering.py").exists()
     assert stock.read_text() == "STOCK = True\n"
     subprocess.check_call([*pip, "uninstall", "--yes", "vllm-steering"])
-    left = {str(p.relative_to(site)) for p in site.rglob("vllm/**/*.py")}
+    left = {str(p.relative_to(site)) for p in site.rglob("vllm*/**/*.py")}
     assert left == {"vllm/__init__.py", "vllm/config/__init__.py"}

@@ -17,7 +17,6 @@ from steering_testing.engine import (
     engine,
     generate,
     params,
-    restored,
     runner,
 )
 from steering_testing.oracle import Greedy
@@ -114,10 +113,7 @@ def case_engine(
     case: Case, model_root: Path, modules: dict[str, str], **options: Any
 ) -> Iterator[LLM]:
     """The engine of a case."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        restored(type(models.build(case.family).base_model)),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in case.environment:
             patch.setenv(name, value)
         options = {**dict(case.options), **options}

@@ -13,9 +13,12 @@ import torch
 from vllm.model_executor.layers.steering_kernels import bundles, plan
 from vllm.model_executor.layers.steering_state import (
     COEFFICIENT_LIMIT,
+    CONDITION_SHIFT,
+    KIND_BITS,
     ONLY_IF_ACTIVE,
     STREAM_LIMIT,
     SYNC_INTS,
+    ClampFlag,
     ClampKind,
     MetaField,
 )
@@ -66,7 +69,19 @@ def test_the_columns_of_meta_are_those_of_python() -> None:
 
 def test_the_codes_of_clamps_are_those_of_python() -> None:
     want = {plain(kind.name): kind.value for kind in ClampKind}
+    want |= {plain(flag.name): flag.value for flag in ClampFlag}
     assert stated_enums()["ClampCode"] == {**want, "onlyifactive": ONLY_IF_ACTIVE}
+
+
+def test_triton_has_the_codes_of_clamps_that_python_has() -> None:
+    """Read as text, since the module needs Triton to be imported."""
+    text = (Path(plan.__file__).parent / "clamp.py").read_text()
+    found = dict(re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)", text, re.MULTILINE))
+    want = {kind.name: kind.value for kind in ClampKind if kind.value}
+    want |= {flag.name: flag.value for flag in ClampFlag}
+    want |= {"ONLY_IF_ACTIVE": ONLY_IF_ACTIVE, "KIND_BITS": KIND_BITS}
+    want |= {"CONDITION_SHIFT": CONDITION_SHIFT, "EFFECT": (1 << CONDITION_SHIFT) - 1}
+    assert {name: int(value) for name, value in found.items()} == want
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -78,6 +93,7 @@ def test_a_bundle_has_its_tensors_in_the_order_of_python(bundle: str) -> None:
 def test_every_number_of_the_header_has_its_python_twin() -> None:
     twins = {plain(k): v for k, v in vars(plan).items() if isinstance(v, int)}
     twins["syncints"] = SYNC_INTS
+    twins |= {"kindbits": KIND_BITS, "conditionshift": CONDITION_SHIFT}
     twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")

@@ -10,6 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_weights import (
+    SAE,
+    TRANSCODER,
+    W_dec,
+    W_enc,
+    W_skip,
+    b_dec,
+    b_enc,
+    decode,
+    is_transcoder,
+    jump,
+    pre,
+    site_of,
+    threshold,
+    transcode,
+)
 from sae_reference import (
     D,
     F,
@@ -17,60 +33,13 @@ from sae_reference import (
     close,
     inputs,
     reconstruct,
-    tensor,
     topk_mask,
     write_json,
 )
 from safetensors.torch import save_file
 
-from vllm.config.steering import HookPoint, SiteInfo
+from vllm.config.steering import HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module
-
-D_OUT = 6
-W_enc = tensor(F, D, seed=10)
-W_dec = tensor(F, D, seed=11) * torch.linspace(0.3, 2, F)[:, None]
-W_out = tensor(F, D_OUT, seed=18)
-W_skip = tensor(D_OUT, D, seed=19)
-b_enc, b_dec, b_out = tensor(F, seed=12), tensor(D, seed=13), tensor(D_OUT, seed=20)
-threshold = tensor(F, seed=14)
-
-SAE = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-TRANSCODER = {"W_enc": W_enc, "W_dec": W_out, "b_enc": b_enc, "b_dec": b_out}
-
-
-def pre(x: torch.Tensor | None = None) -> torch.Tensor:
-    x = inputs() if x is None else x
-    return x @ W_enc.double().T + b_enc.double()
-
-
-def jump(p: torch.Tensor) -> torch.Tensor:
-    return p * (p > threshold.double().clamp(min=0))
-
-
-def decode(f: torch.Tensor) -> torch.Tensor:
-    return f @ W_dec.double() + b_dec.double()
-
-
-def transcode(f: torch.Tensor, skip: bool) -> torch.Tensor:
-    y = f @ W_out.double() + b_out.double()
-    return y + inputs() @ W_skip.double().T if skip else y
-
-
-def site_of(path: Path, **options: Any) -> SiteInfo:
-    (site,) = inspect_module("m", str(path), **options).sites
-    return site
-
-
-def is_transcoder(site: SiteInfo, layer: int, skip: bool) -> bool:
-    points = (site.layer, site.hook, site.out_hook)
-    return (*points, site.out_width, site.has_skip) == (
-        layer,
-        HookPoint.MLP_IN,
-        HookPoint.MLP_OUT,
-        D_OUT,
-        skip,
-    )
-
 
 # Gemma Scope
 
@@ -247,97 +216,6 @@ def test_an_attention_sae_is_beside_its_configuration(tmp_path: Path) -> None:
     assert site_of(path).name == "attn_z.5"
     close(reconstruct(path), decode(pre(inputs() - b_dec.double()).relu()))
     assert inspect_module("m", str(path)).format == "attention_z"
-
-
-# SAELens
-
-
-def sae_lens(path: Path, tensors: dict[str, torch.Tensor], **cfg: Any) -> Path:
-    stored = {**tensors, "W_enc": W_enc.T.contiguous()}
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(stored, path / "sae_weights.safetensors")
-    write_json(path / "cfg.json", {"d_in": D, "d_sae": F, **cfg})
-    return path
-
-
-@pytest.mark.parametrize("jumps", [False, True])
-@pytest.mark.parametrize("skip", [False, True])
-def test_sae_lens_has_transcoders(tmp_path: Path, jumps: bool, skip: bool) -> None:
-    kind = "skip_transcoder" if skip else "transcoder"
-    tensors = {**TRANSCODER, **({"W_skip": W_skip} if skip else {})}
-    if jumps:
-        kind, tensors["threshold"] = f"jumprelu_{kind}", threshold
-    points = {
-        "hook_name": "blocks.7.mlp.hook_in",
-        "hook_name_out": "blocks.7.hook_mlp_out",
-    }
-    path = sae_lens(tmp_path, tensors, architecture=kind, d_out=D_OUT, metadata=points)
-    assert is_transcoder(site_of(path), 7, skip)
-    f = jump(pre()) if jumps else pre().relu()
-    close(reconstruct(path), transcode(f, skip))
-
-
-def test_a_sae_lens_transcoder_may_read_before_the_gain(tmp_path: Path) -> None:
-    points = {
-        "hook_name": "blocks.7.ln2.hook_normalized",
-        "hook_name_out": "blocks.7.hook_mlp_out",
-    }
-    cfg = {"architecture": "transcoder", "metadata": points}
-    site = site_of(sae_lens(tmp_path, TRANSCODER, **cfg))
-    assert is_transcoder(site, 7, False) and site.before_gain
-
-
-def test_a_hugging_face_name_decides_where_transformer_lens_is_unclear(
-    tmp_path: Path,
-) -> None:
-    points = {
-        "hook_name": "blocks.7.hook_mlp_in",
-        "hook_name_out": "blocks.7.hook_mlp_out",
-        "hf_hook_name": "model.layers.7.pre_feedforward_layernorm.output",
-    }
-    cfg = {"architecture": "transcoder", "metadata": points}
-    assert is_transcoder(site_of(sae_lens(tmp_path, TRANSCODER, **cfg)), 7, False)
-
-
-def test_sae_lens_with_hook_z_reads_all_heads(tmp_path: Path) -> None:
-    cfg = {"hook_name": "blocks.3.attn.hook_z", "reshape_activations": "hook_z"}
-    path = sae_lens(tmp_path, SAE, **cfg, apply_b_dec_to_input=False)
-    assert site_of(path).name == "attn_z.3"
-    close(reconstruct(path), decode(pre().relu()))
-
-
-@pytest.mark.parametrize("subtract", [False, True])
-def test_what_only_the_release_list_says_is_folded(
-    tmp_path: Path, subtract: bool
-) -> None:
-    root = tmp_path / "GPT2-Small-SAEs-Reformatted/blocks.3.hook_resid_pre"
-    cfg = {"hook_name": "blocks.3.hook_resid_pre", "apply_b_dec_to_input": subtract}
-    x = inputs() - inputs().mean(dim=1, keepdim=True)
-    expected = decode(pre(x - b_dec.double() * subtract).relu())
-    close(reconstruct(sae_lens(root, SAE, **cfg)), expected)
-
-
-def test_a_normalisation_that_only_the_release_list_says_is_refused(
-    tmp_path: Path,
-) -> None:
-    root = tmp_path / "Mistral-7B-Residual-Stream-SAEs/mistral_7b_layer_8"
-    path = sae_lens(root, SAE, hook_name="blocks.8.hook_resid_pre")
-    with pytest.raises(ValueError, match="found 'constant_norm_rescale' .per-token"):
-        inspect_module("m", str(path))
-
-
-def test_a_factor_that_only_the_release_list_says_is_folded(tmp_path: Path) -> None:
-    folder = "gpt2-small-mlp-out-saes/sae_group_gpt2_blocks.0.hook_mlp_out_24576:v1"
-    cfg = {
-        "hook_name": "blocks.0.hook_mlp_out",
-        "normalize_activations": "expected_average_only_in",
-        "apply_b_dec_to_input": False,
-    }
-    path = sae_lens(tmp_path / folder, SAE, **cfg)
-    s = 1.049317316132615
-    x = inputs() * s
-    x = x - x.mean(dim=1, keepdim=True)
-    close(reconstruct(path), decode(pre(x).relu()) / s)
 
 
 # Llama Scope and llamascopium

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from steering_testing import models, oracle
 from steering_testing.engine import (
     DELTA,
-    FULL,
     VECTORS,
     assert_same,
     engine,
@@ -25,12 +22,25 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
-from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
-from steering_testing.requests import prompt, vector
+from steering_testing.hot_modules import (
+    BLOCK,
+    CLAMPS,
+    FAMILY,
+    IDS,
+    KINDS,
+    SITE,
+    SPARE,
+    TOKENS,
+    check,
+    leave_only_the_first,
+    save_modules,
+    steered,
+)
+from steering_testing.reference import Edit, random_sae
+from steering_testing.requests import vector
 
 from vllm import LLM
 from vllm.config.steering_replies import METHOD, Outcome
-from vllm.engine.steering_active_config import active_steering_config
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     list_modules,
@@ -39,44 +49,14 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine import FinishReason
-from vllm.v1.engine.core import EngineCoreProc
-from vllm.v1.engine.steering_refusals import refusal_in
 from vllm.v1.worker.steering_module_changes import ModuleChanges
 
 pytestmark = pytest.mark.engine
 
-FAMILY, LAYER, HOOK = "llama", 1, "post_block"
-SITE = (LAYER, HOOK)
-BLOCK = 32
-SPECIAL = (models.BOS, models.EOS, models.PAD)
-CLAMPS = [Clamp(5, "absolute", 4.0), Clamp(9, "additive", 1.0, True)]
-IDS = prompt(7, 40)
-TOKENS = 8
-
-KINDS = {
-    "jumprelu": random_sae(96, models.HIDDEN, "jumprelu", 3),
-    "topk": random_sae(64, models.HIDDEN, "topk", 4),
-    "relu": random_sae(48, models.HIDDEN, "relu", 5),
-    "other": random_sae(96, models.HIDDEN, "jumprelu", 6),
-    "wide": random_sae(200, models.HIDDEN, "jumprelu", 8),
-}
-SPARE = [
-    {"layer": LAYER, "hook": "resid_post", "width": 128, "count": 2},
-    {"layer": LAYER, "hook": "resid_post", "vectors": 2},
-]
-
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("saes")
-    found = {}
-    for name, sae in KINDS.items():
-        sae.skip_token_ids = SPECIAL
-        found[name] = save_sae(root / name, {SITE: sae})
-    save_file({f"layers.{LAYER}.{HOOK}": vector(1)}, root / "v.safetensors")
-    found["vector"] = str(root / "v.safetensors")
-    return found
+    return save_modules(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
@@ -99,29 +79,7 @@ def llm(
 def only_the_first_module_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "llm" in request.fixturenames:
-        llm = request.getfixturevalue("llm")
-        for name in list_modules(llm):
-            if name != "first":
-                unregister_module(llm, name)
-        generate(llm, [prompt(999, 3)], [params(1)])
-        runtime = runner(llm).steering
-        runtime.check_integrity()
-        assert all(m.rows_in_use == 0 for m in runtime.managers.values())
-
-
-def steered(module: str, tier: str = FULL) -> Any:
-    return params(TOKENS, **{tier: [sae_spec(module, {SITE: CLAMPS})]})
-
-
-def expected(sae: DenseSAE, tier: str = "full") -> oracle.Greedy:
-    edits = {SITE: [Edit(tier, sae, CLAMPS)]}
-    return oracle.greedy(models.build(FAMILY), IDS, edits, TOKENS)
-
-
-def check(llm: LLM, module: str, sae: DenseSAE) -> None:
-    (full, delta) = generate(llm, [IDS, IDS], [steered(module), steered(module, DELTA)])
-    assert_same(full, expected(sae), "full")
-    assert_same(delta, expected(sae, "delta"), "delta")
+        leave_only_the_first(request.getfixturevalue("llm"))
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "topk", "relu"])
@@ -269,61 +227,6 @@ def test_a_drain_can_be_given_up(llm: LLM, paths: dict[str, str]) -> None:
     check(llm, "hot", KINDS["jumprelu"])
 
 
-def admit_late(llm: LLM) -> tuple[Any, Any, int]:
-    """The engine core, and a request for "hot" that it admitted but not yet added."""
-    core = llm.llm_engine.engine_core.engine_core
-    processor = llm.llm_engine.input_processor
-    ids = {"type": "token", "prompt_token_ids": IDS}
-    late = processor.process_inputs("late", ids, steered("hot"), ("generate",))
-    request, wave = core.preprocess_add_request(late)
-    return core, request, wave
-
-
-def test_a_request_admitted_before_a_replacement_runs_under_the_new_module(
-    llm: LLM, paths: dict[str, str]
-) -> None:
-    register_module(llm, "hot", paths["jumprelu"])
-    core, request, wave = admit_late(llm)
-    stale = list(request.block_hashes)
-    replace_module(llm, "hot", paths["other"])
-    core.add_request(request, wave)
-    _, fresh, _ = admit_late(llm)
-    assert request.block_hashes == fresh.block_hashes != stale
-    assert request.sampling_params.extra_args == fresh.sampling_params.extra_args
-    core.abort_requests([request.request_id])
-    check(llm, "hot", KINDS["other"])
-
-
-def test_a_request_admitted_before_a_removal_is_refused_alone(
-    llm: LLM, paths: dict[str, str]
-) -> None:
-    register_module(llm, "hot", paths["jumprelu"])
-    core, request, wave = admit_late(llm)
-    unregister_module(llm, "hot")
-    with pytest.raises(VLLMValidationError, match="'hot'"):
-        core.add_request(request, wave)
-
-
-def test_a_server_answers_such_a_request_and_goes_on(
-    llm: LLM, paths: dict[str, str]
-) -> None:
-    register_module(llm, "hot", paths["jumprelu"])
-    core, request, wave = admit_late(llm)
-    unregister_module(llm, "hot")
-    # The part of a server's engine core that answers, over this engine's modules.
-    server = EngineCoreProc.__new__(EngineCoreProc)
-    server.vllm_config = core.vllm_config
-    server.output_queue = queue.Queue()
-    server.add_request(request, wave)
-    _, answer = server.output_queue.get_nowait()
-    (output,) = answer.outputs
-    assert (output.request_id, output.finish_reason) == ("late", FinishReason.ERROR)
-    refusal = refusal_in(output.stop_reason)
-    assert refusal is not None
-    assert refusal.http_status == 409
-    assert "'hot'" in refusal.message
-
-
 class Broken(Exception):
     """An injected failure."""
 
@@ -433,65 +336,3 @@ def test_a_full_compiled_engine_says_which_slot_it_needs(
     with pytest.raises(SteeringModuleError, match='"width": 200') as caught:
         register_module(llm, "wide", paths["wide"])
     assert caught.value.status == 409
-
-
-def test_an_eager_engine_makes_the_slots_it_lacks(
-    model_root: Path, paths: dict[str, str], tmp_path: Path
-) -> None:
-    site = (0, "pre_attn")
-    path = save_sae(tmp_path / "new", {site: KINDS["wide"], SITE: KINDS["wide"]})
-    edits = {site: [Edit("full", KINDS["wide"])]}
-    with engine(FAMILY, model_root, {"first": paths["other"]}) as llm:
-        register_module(llm, "new", path)
-        ask = params(TOKENS, **{FULL: [sae_spec("new", {site: []})]})
-        (found,) = generate(llm, [IDS], [ask])
-        assert_same(found, oracle.greedy(models.build(FAMILY), IDS, edits, TOKENS))
-        check(llm, "first", KINDS["other"])
-        unregister_module(llm, "new")
-        register_module(llm, "new", path)
-        assert len(runner(llm).steering.config.slots) == 3
-
-
-def test_an_engine_can_start_with_spare_slots_only(
-    model_root: Path, paths: dict[str, str]
-) -> None:
-    with engine(FAMILY, model_root, {}, {"spare": SPARE}) as llm:
-        register_module(llm, "hot", paths["jumprelu"])
-        check(llm, "hot", KINDS["jumprelu"])
-
-
-def test_an_engine_without_steering_says_so(model_root: Path) -> None:
-    with (
-        engine(FAMILY, model_root, None) as llm,
-        pytest.raises(SteeringModuleError, match="started without steering"),
-    ):
-        register_module(llm, "hot", "nowhere")
-
-
-def test_an_eager_engine_gives_the_memory_of_its_slots_back(
-    model_root: Path, paths: dict[str, str], tmp_path: Path
-) -> None:
-    sites = {(0, "pre_attn"): KINDS["wide"], SITE: KINDS["wide"]}
-    path = save_sae(tmp_path / "new", sites)
-    spare = [{"layer": LAYER, "hook": HOOK, "width": 96}]
-    with engine(FAMILY, model_root, {"first": paths["other"]}, {"spare": spare}) as llm:
-        modules = runner(llm).steering.modules
-        sizes = []
-        for _ in range(3):
-            register_module(llm, "hot", paths["jumprelu"])
-            register_module(llm, "new", path)
-            register_module(llm, "push", paths["vector"])
-            replace_module(llm, "new", paths["relu"])
-            unregister_module(llm, "hot")
-            for name in ("new", "push"):
-                unregister_module(llm, name)
-            sizes.append(modules.nbytes)
-        assert sizes[0] == sizes[1] == sizes[2]
-        # Both start-up slots are there, and nothing else.
-        assert sorted(modules.places) == [0, 1]
-        config = active_steering_config(llm.llm_engine.vllm_config)
-        assert config is not None
-        assert [slot is not None for slot in config.slots] == [True, True]
-        register_module(llm, "hot", paths["jumprelu"])
-        check(llm, "hot", KINDS["jumprelu"])
-        check(llm, "first", KINDS["other"])

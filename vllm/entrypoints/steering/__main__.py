@@ -3,6 +3,6 @@
 
 import sys
 
-from vllm.entrypoints.cli.steering.main import main
+from vllm_steering_cli.main import main
 
 sys.exit(main())

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from vllm.entrypoints.steering.encoded import (
     Text,
     encode,
     entries,
+    labels_for,
     shaded,
+    tokenizer_of,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-# Candidates that are read exactly, in a second pass.
+# How many candidates the second pass reads exactly.
 CANDIDATES = 256
 CONTEXT, EXAMPLES = 8, 3
 
@@ -49,13 +51,14 @@ class FoundFeature:
     Attributes:
         feature_idx: the feature.
         label: what it stands for, where that is known.
-        mean_difference: mean activation on A's tokens less that on B's.
+        mean_difference: mean activation on A's tokens minus that on B's.
         auroc: how often a text of A has a larger largest activation than one of B
             (0.5: no better than chance); None without B.
         frequency: share of A's tokens on which it is active.
         frequency_against: that of B's.
         max_activation: the largest on A.
-        examples: A's tokens on which it is strongest, each of another text if it can.
+        examples: A's tokens on which it is strongest, from different texts where
+            possible.
     """
 
     feature_idx: int
@@ -83,7 +86,7 @@ class FoundFeatures:
     features: list[FoundFeature]
     warnings: list[str] = field(default_factory=list)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[FoundFeature]:
         return iter(self.features)
 
     def __len__(self) -> int:
@@ -157,26 +160,42 @@ def find_features(
         against: B: texts without it.
         site: `(hook, layer)`; the only one of the module if not given.
         top: how many features to return, at most 256.
-        labels: what features stand for, for display.
+        labels: as of `encode`.
 
     Raises:
         ValueError: no texts, or several sites and none chosen.
     """
     if not texts:
-        raise ValueError("texts: expected at least one, found none")
+        raise ValueError("texts: expected at least one text, found none")
+    labels = labels_for(llm, module, labels)
     sites = None if site is None else {site[0]: [site[1]]}
-    first = encode(llm, module, texts, sites=sites, top_k=MAX_READ)
-    other = encode(llm, module, against or [], sites=sites, top_k=MAX_READ)
+
+    def read(
+        texts: Sequence[Text], features: Sequence[int] | None = None
+    ) -> EncodedTexts:
+        top_k = MAX_READ if features is None else None
+        return encode(
+            llm,
+            module,
+            texts,
+            sites=sites,
+            top_k=top_k,
+            features=features,
+            labels=labels,
+        )
+
+    first = read(texts)
+    other = read(against or [])
     name = _only_site(first, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
         return FoundFeatures(module, name, [], _warnings(first, other, name))
-    exact = encode(llm, module, texts, sites=sites, features=candidates)
-    exact_other = encode(llm, module, against or [], sites=sites, features=candidates)
+    exact = read(texts, candidates)
+    exact_other = read(against or [], candidates)
     warnings = _warnings(first, other, name) + _unknown(llm, first, other)
     a, b = _Values(exact, name, candidates), _Values(exact_other, name, candidates)
     found = [
-        _statistics(feature, at, a, b, exact, labels or {}, name)
+        _statistics(feature, at, a, b, exact, labels, name)
         for at, feature in enumerate(candidates)
     ]
     found.sort(key=_order)
@@ -191,8 +210,13 @@ def _order(found: FoundFeature) -> tuple[float, float, int]:
 def _only_site(texts: EncodedTexts, module: str) -> str:
     names = {name for text in texts for name in text.features}
     if len(names) != 1:
-        listed = ", ".join(sorted(names)) or "none, as every token was left alone"
-        raise ValueError(f"site: module {module!r} was read at {listed}; expected one")
+        listed = (
+            ", ".join(sorted(names))
+            or "no site, because every token was left unchanged"
+        )
+        raise ValueError(
+            f"site: module {module!r} was read at {listed}; expected one site"
+        )
     return names.pop()
 
 
@@ -224,7 +248,7 @@ class _Values:
 
 
 def _columns(text: EncodedText, site: str, features: Sequence[int]) -> np.ndarray:
-    """`encode` lists given features in ascending order, in blocks; here as asked."""
+    """Values `[tokens, features]` in the order of `features`; `encode` sorts them."""
     record = text.features[site]
     place = {int(f): at for at, f in enumerate(record.features[0])}
     return record.values[:, [place[feature] for feature in features]]
@@ -285,9 +309,9 @@ def _examples(
 
 def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
     """A warning when the tokenizer does not know many of the texts' words."""
-    tokenizer: Any = llm.get_tokenizer()
+    tokenizer = tokenizer_of(llm)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None:
+    if tokenizer is None or unknown is None:
         return []
     ids: np.ndarray = np.concatenate([text.token_ids for text in (*a, *b)])
     share = float((ids == unknown).mean())

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the points are in each decoder-layer class.
 
-vLLM splits the residual stream into `hidden + residual` and fuses the addition into
-the next norm. So, for a layer that returns such a pair: `post_block` is the pair it
-returns, `pre_attn` the pair it is given (before its input norm), and `post_attn` the
-pair that enters the norm before the MLP. Single-stream layers carry one tensor. The
+vLLM splits the residual stream into `hidden + residual` and fuses the addition into the
+next norm. For a layer that returns such a pair, `post_block` is the returned pair,
+`pre_attn` is the pair that the layer gets (before its input norm), and `post_attn` is
+the pair that enters the norm before the MLP. Single-stream layers pass one tensor. The
 other points are inputs and outputs of the layer's attention and MLP modules.
 """
 
@@ -33,7 +33,7 @@ class LayerFamily:
         residual: the parameter with the stream's other summand; None for a
             single-stream layer, which may still return a tuple.
         mid_norm: the norm between attention and MLP; None where there is none.
-        mid_norm_if: the flag of the layer without which the norm stands elsewhere.
+        mid_norm_if: a flag of the layer. If it is false, the norm is at another place.
         mlp_reads_stream: the MLP reads the stream without a norm, so its input is the
             `post_attn` point.
         attention: the attention module; the first of these that the layer has.
@@ -41,13 +41,12 @@ class LayerFamily:
         mlp: the MLP module; None where it is not a module of its own.
         attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
             it is added to the stream.
-        scale: a factor of the layer by which it multiplies what a sublayer writes, or a
-            flag that says that it does. A layer whose factor is not 1 has no `attn_out`
-            and no `mlp_out`.
+        scale: the layer's factor for what a sublayer writes, or a flag that there is
+            one. A layer whose factor is not 1 has no `attn_out` and no `mlp_out`.
         scales_float16: in float16 the layer keeps a multiple of the stream, so it has
             none of the points.
-        reduces_late: under tensor parallelism, ranks sum what the sublayers write
-            after adding them, so `attn_out` and `mlp_out` are in no rank's memory.
+        reduces_late: under tensor parallelism, the layer adds up the sublayers' outputs
+            before it reduces over ranks, so no rank ever has `attn_out` or `mlp_out`.
     """
 
     hidden: str = "hidden_states"
@@ -192,7 +191,7 @@ def trust_family(model: nn.Module, layer_class: str, family: LayerFamily) -> Non
 
 
 def decoder_layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that stand at a numbered place, such as `model.layers.3`."""
+    """Modules whose name ends in a number, such as `model.layers.3`."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -297,11 +296,24 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
     )
 
 
+def reads_stream_raw(layer: DecoderLayer) -> bool:
+    """Whether linear layers read the stream itself, as in post-norm models."""
+    flag = layer.family.mid_norm_if
+    norms_after = flag is not None and not vars(layer.module)[flag]
+    return layer.family.mlp_reads_stream or norms_after
+
+
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     """Why the layer lacks a point; None: it has it."""
     family, parts = layer.family, parts_of(layer)
-    if family.scales_float16 and _is_float16(layer.module):
-        return "in float16 the layer keeps a multiple of the stream"
+    if _is_float16(layer.module):
+        if family.scales_float16:
+            return "in float16 the layer keeps a multiple of the stream"
+        if reads_stream_raw(layer):
+            return (
+                "its attention reads the stream without a norm, where large values "
+                "overflow float16 (bfloat16 and float32 are supported)"
+            )
     if hook is HookPoint.POST_ATTN:
         reads = parts.mid_norm is not None or family.mlp_reads_stream
         return None if reads else "no norm reads the stream between attention and MLP"

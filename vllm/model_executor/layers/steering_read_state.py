@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm.config.sae_features import NOT_READ
 from vllm.config.sae_readout_specs import MAX_READ
 
 # Columns of a table row before its features: active, 0 (clamps: none), top_k, count.
@@ -14,15 +15,14 @@ TABLE_HEAD = 4
 # A row of `ReadBuffers.out`: num_active, num_listed, then at most MAX_READ values and
 # as many features.
 OUT_WIDTH = 2 + 2 * MAX_READ
-NOT_READ = -1
 
 
 class ReadBuffers(nn.Module):
-    """What reads at one slot: the rows of requests, and the results of a step.
+    """The reading state of one slot: the rows of requests and the results of a step.
 
-    The table has the shape of a `ClampTable` of `max_clamps` clamps, whose columns 0
-    and 1 say "active" and "no clamps", so the stages that find and encode the active
-    tokens take one for the other.
+    The table has the shape of a `ClampTable` with `max_clamps` clamps. Columns 0 and 1
+    mean "active" and "no clamps" in both, so the stages that find and encode the active
+    tokens take either.
 
     Buffers:
         packed: int32 `[R, 2 + 3K]`: active, 0, top_k, count, then `count` feature

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load SAEs and steering vectors from the file formats that people have.
+"""Load SAEs and steering vectors from published file formats.
 
 `inspect_module` reads configurations and headers, checks them and computes the
 content digest; `load_site` and `load_vectors` read one site's tensors. Formats are
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,11 +21,7 @@ from tqdm.auto import tqdm
 
 from vllm.config.steering import FeatureUnits, ModuleInfo, SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
-from vllm.model_executor.model_loader.sae_formats import (
-    Format,
-    recognise,
-    saelens_list,
-)
+from vllm.model_executor.model_loader.sae_formats import Format, recognise
 from vllm.model_executor.model_loader.sae_formats import read_layout as read_files
 from vllm.model_executor.model_loader.sae_formats.fold import (
     check_sae,
@@ -42,108 +37,21 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     SAELayout,
     VectorLayout,
 )
-from vllm.model_executor.model_loader.sae_formats.names import (
-    choose_sites,
-    need_site,
-)
+from vllm.model_executor.model_loader.sae_formats.names import choose_sites, need_site
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_location import (
+    LocatedModule,
+    locate,
+    naming_module,
+    resolve_path,
+)
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 __all__ = ["inspect_module", "load_site", "load_vectors", "read_layout", "save_native"]
 
 DIGEST_DOMAIN = "vllm-steering-module-v1"
 _HASH_BLOCK = 4 << 20
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HF_PATH = re.compile(
-    rf"hf:({_REPOSITORY.pattern})(?:/([^@]*?))?/?(?:@([\w-][\w./-]*))?"
-)
-# One step of a path in a repository, or of a revision: no way up, pattern or root.
-_STEP = re.compile(r"(?!\.{1,2}$)[\w.:+=, -]+")
-
-
-@contextmanager
-def _named(name: str, path: str) -> Iterator[None]:
-    """Turn what a file leads to into one line that names the module."""
-    try:
-        yield
-    except (LayoutError, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"steering module {name!r} ({path}): {detail}") from error
-
-
-def _resolve(path: str) -> tuple[Location, str]:
-    """Local files of a path, and the path with its revision pinned.
-
-    Raises:
-        LayoutError: nothing there, or the Hugging Face Hub cannot give it.
-    """
-    if path.startswith(saelens_list.PREFIX):
-        return _resolve_listed(path)
-    if path.startswith("hf:"):
-        return _resolve_hub(path)
-    root = Path(path)
-    if not root.exists():
-        hint = ""
-        if _HF_PATH.fullmatch(f"hf:{path}") and not path.startswith("."):
-            hint = f"; a repository of the Hugging Face Hub is written hf:{path}"
-        raise LayoutError(f"no such file or directory{hint}")
-    origin = str(root.absolute())
-    overrides = saelens_list.overrides_of(origin)
-    return Location(root, origin, overrides=overrides), path
-
-
-def _resolve_listed(path: str) -> tuple[Location, str]:
-    """As `_resolve`, for `saelens:RELEASE/SAE_ID[@revision]`."""
-    name, at, revision = path.removeprefix(saelens_list.PREFIX).partition("@")
-    release, _, sae_id = name.partition("/")
-    listed = saelens_list.find(release, sae_id)
-    location, pinned = _resolve_hub(f"hf:{listed.repo}/{listed.path}{at}{revision}")
-    commit = pinned.rpartition("@")[2]
-    location = replace(location, overrides=listed.overrides)
-    return location, f"{saelens_list.PREFIX}{name}@{commit}"
-
-
-def _resolve_hub(path: str) -> tuple[Location, str]:
-    """As `_resolve`, for `hf:owner/repo[/sub/path][@revision]`."""
-    match = _HF_PATH.fullmatch(path)
-    repo, sub, revision = match.groups() if match else ("", "", "")
-    steps = _parts(sub) + _parts(revision)
-    if match is None or not all(_STEP.fullmatch(step) for step in steps):
-        raise LayoutError(
-            "expected hf:owner/repo[/sub/path][@revision] with a relative sub-path"
-        )
-    # Deferred: local modules need no Hub client.
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=_patterns(sub) if sub else None
-            )
-        )
-    except Exception as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LayoutError(f"cannot be fetched from the Hub: {detail}") from error
-    root = snapshot.joinpath(*_parts(sub))
-    # A snapshot's files are links into the repository's cache, two levels up.
-    cache = snapshot.parent.parent.resolve()
-    if not root.exists() or not root.resolve().is_relative_to(cache):
-        raise LayoutError(f"the repository has no {sub}")
-    origin = f"hf:{repo}/{sub}" if sub else f"hf:{repo}"
-    overrides = saelens_list.overrides_of(origin)
-    return Location(root, origin, overrides=overrides), f"{origin}@{snapshot.name}"
-
-
-def _patterns(sub: str) -> list[str]:
-    """What to fetch for a sub-path: it, what is in it, and files that belong to it."""
-    folder, _, name = sub.rpartition("/")
-    beside = [f"{name.removesuffix('.pt')}_cfg.json", "config.yaml"]
-    return [sub, f"{sub}/*", *(f"{folder}/{n}".lstrip("/") for n in beside)]
-
-
-def _parts(sub: str | None) -> list[str]:
-    return sub.split("/") if sub else []
 
 
 def _file(location: Location, entry: SAELayout | VectorLayout) -> Path:
@@ -177,8 +85,8 @@ def read_layout(
     Raises:
         ValueError: as `inspect_module`.
     """
-    with _named(name, path):
-        return _read_layout(_resolve(path)[0], sites)[1]
+    with naming_module(name, path):
+        return _read_layout(resolve_path(path)[0], sites)[1]
 
 
 def inspect_module(
@@ -198,9 +106,10 @@ def inspect_module(
             `saelens:RELEASE/SAE_ID[@revision]` for what is in SAELens's list.
         feature_units: what a clamp's value means; part of the digest.
         skip_token_ids: tokens to leave untouched; None for what the module states.
-        norm_guard: multiple of the module's reference norm; None likewise.
-        sites: e.g. `["post_block.20"]`: names the site of a module whose files do not
-            say theirs, selects among those of a module that has several.
+        norm_guard: multiple of the module's reference norm; None for what the module
+            states.
+        sites: e.g. `["post_block.20"]`. Names the site of a module whose files do not
+            state it, or selects among the sites of a module that has several.
 
     Returns:
         The module; `path` has its Hub revision pinned, and `digest` is a SHA-256
@@ -223,26 +132,6 @@ class ModuleOptions:
     sites: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
-class LocatedModule:
-    """A module's files, found. `path` is as given, `pinned` with its Hub revision."""
-
-    path: str
-    pinned: str
-    location: Location
-
-
-def locate(name: str, path: str) -> LocatedModule:
-    """Find a module's files, fetching them from the Hub if the path says so.
-
-    Raises:
-        ValueError: as `inspect_module`.
-    """
-    with _named(name, path):
-        location, pinned = _resolve(path)
-        return LocatedModule(path, pinned, location)
-
-
 def inspect_files(
     name: str,
     found: LocatedModule,
@@ -254,7 +143,7 @@ def inspect_files(
     Args:
         before_hashing: told the bytes of the weight files once all headers are checked.
     """
-    with _named(name, found.path):
+    with naming_module(name, found.path):
         location = found.location
         fmt, layout = _read_layout(location, options.sites)
         skip_token_ids, norm_guard = options.skip_token_ids, options.norm_guard
@@ -334,9 +223,9 @@ def _digest(location: Location, layout: ModuleLayout, options: dict) -> str:
 def _open_site(
     module: ModuleInfo, site: SiteInfo
 ) -> Iterator[tuple[Location, SAELayout | VectorLayout]]:
-    """The layout of one site, read again from the files it was inspected from."""
-    with _named(module.name, module.path):
-        location, _ = _resolve(module.path)
+    """Read the layout of one site again from the files that were inspected."""
+    with naming_module(module.name, module.path):
+        location, _ = resolve_path(module.path)
         names = [s.name for s in module.sites]
         fmt, layout = _read_layout(location, names)
         for entry in layout.sites:
@@ -344,7 +233,8 @@ def _open_site(
                 yield location, entry
                 return
         raise LayoutError(
-            f"{site.name}: the files no longer hold the site as it was inspected"
+            f"{site.name}: the files have changed and no longer hold the site that was "
+            "inspected"
         )
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how well an SAE reconstructs a site of a running, eager engine.
+"""Measures how well an SAE reconstructs a site of a running engine.
 
-While a measurement runs, the site's backend is wrapped: tokens that full reconstruction
-edits are counted, with the error it makes, or get the mean of what was measured.
+A measurement wraps the site's backend. It counts the tokens that full reconstruction
+edits and sums the error. With `ablates`, the tokens get the mean of what was measured.
+While it lasts, the engine replays no CUDA graph, so that the site's ops are called.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ from vllm.model_executor.layers.steering_reference import (
     within_norm,
     write_stream,
 )
-from vllm.v1.worker.steering_runtime import SteeringRuntime
+from vllm.v1.worker.steering_runtime import SteeredRunner
 
 logger = init_logger(__name__)
 
@@ -51,7 +50,7 @@ class MeasuringBackend:
 
     @property
     def mean(self) -> torch.Tensor:
-        """float32 `[d_out]`, of the tokens that were measured."""
+        """float32 `[d_out]`, the mean over the tokens that were measured."""
         return (self.total / max(self.tokens, 1)).float()
 
     def sums(self) -> dict[str, float]:
@@ -113,8 +112,7 @@ class MeasuringBackend:
 class SteeringMeasureMixin:
     """Gives a worker the method by which `evaluate` measures a site."""
 
-    vllm_config: Any
-    model_runner: Any
+    model_runner: SteeredRunner
     _steering_measured: tuple[SteeringSite, MeasuringBackend] | None = None
 
     def measure_steering(
@@ -144,14 +142,11 @@ class SteeringMeasureMixin:
         return {"ok": True}
 
     def _start_measuring(self, module: str, key: SiteKey) -> None:
-        runtime: SteeringRuntime | None = self.model_runner.steering
+        runtime = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
-        if not self.vllm_config.model_config.enforce_eager:
-            raise ValueError(
-                "a compiled engine cannot be measured: start it with enforce_eager=True"
-            )
         self._stop_measuring()
+        self.model_runner.use_steering_graphs(False)
         slot = runtime.modules.sae_slot(module, key)
         if slot is None:
             return  # another pipeline stage's
@@ -161,6 +156,7 @@ class SteeringMeasureMixin:
         self._steering_measured = site, measuring
 
     def _stop_measuring(self) -> dict[str, float]:
+        self.model_runner.use_steering_graphs(True)
         if self._steering_measured is None:
             return {}
         site, measuring = self._steering_measured

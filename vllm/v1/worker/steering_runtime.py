@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One worker's steering: its sites, rows and per-step index.
 
-The model runner owns one `SteeringRuntime` and calls its verbs; the runtime owns
-every tensor. Nothing here differs between the runners.
+The model runner owns one `SteeringRuntime` and calls its methods. The runtime owns
+every tensor. It is the same for both runners.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -84,6 +85,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these, requests that edit; the others only read.
+        self._editing: set[str] = set()
         # Of these with spans, the prompt's length.
         self._prompt_len: dict[str, int] = {}
         # Of these, prompts with positions that have no token id.
@@ -135,14 +138,15 @@ class SteeringRuntime:
         try:
             return parse_steering_request(params.extra_args, self.config)
         except (ValueError, VLLMValidationError):
-            # The engine admits a request only after this same check, so this is a
-            # defect, not a client's error; a worker must survive it all the same.
+            # The engine admits a request only after this same check. A failure here is
+            # a defect of ours, not a client's error, and the worker must survive it.
             logger.exception("steering: request %s was admitted unparsable", req_id)
             return None
 
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
         request = self._requests[req_id]
+        self.modules.inline.acquire(request)
         if request.has_spans:
             rows = self._scheduled_rows(request, self._prompt_len[req_id])
         else:
@@ -152,6 +156,8 @@ class SteeringRuntime:
             )
         self._rows[req_id] = rows
         self._step_index.hold(req_id, rows)
+        if any(row for tier in Tier for row in rows.held(tier)):
+            self._editing.add(req_id)
         self.readout.resume_request(req_id, request.reads)
 
     def _scheduled_rows(self, request: SteeringRequest, prompt_len: int) -> RequestRows:
@@ -177,7 +183,9 @@ class SteeringRuntime:
         if held is None:
             return
         self._step_index.drop(req_id)
+        self._editing.discard(req_id)
         self.readout.park_request(req_id)
+        self.modules.inline.release(self._requests[req_id])
         for tier in Tier:
             for row in held.held(tier):
                 self.managers[tier].release(row)
@@ -190,8 +198,8 @@ class SteeringRuntime:
         self._embedded.pop(req_id, None)
 
     def prepare_step(self, view: BatchView) -> None:
-        """Write the index, the rows and the bypass flags of a step, before its
-        forward. Nothing is copied where nothing has changed."""
+        """Write the index, the rows and the bypass flags of a step before its forward.
+        What has not changed is not copied."""
         if not self._rows:
             self.clear_step()
             return
@@ -203,10 +211,10 @@ class SteeringRuntime:
             backend.write_flags(known_token_ids(view, tokens, self._embedded))
 
     def _prepare_edits(self, view: BatchView) -> bool:
-        """Write what edits the step; whether a tier does that bypasses tokens."""
+        """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
-        changed = index.update(view)
-        if index.rows is None:
+        changed = bool(self._editing) and index.update(view)
+        if not self._editing or index.rows is None:
             self._clear_edits()
             return False
         self._write_rows()
@@ -216,7 +224,7 @@ class SteeringRuntime:
         return bool(index.steered[[Tier.DELTA, Tier.FULL]].any())
 
     def clear_step(self) -> None:
-        """Unsteered step, dummy run or capture: every token has row 0."""
+        """Give every token row 0: for an unsteered step, a dummy run or a capture."""
         self.readout.clear_step()
         self._clear_edits()
 
@@ -227,6 +235,7 @@ class SteeringRuntime:
             self._written_tokens = 0
 
     def _write_rows(self) -> None:
+        self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
                 tables = self.modules.tables(tier)
@@ -242,8 +251,8 @@ class SteeringRuntime:
             return
         host[:, :tokens] = rows
         host[:, tokens:extent] = 0
-        # A fresh pinned buffer each time: the copy is asynchronous, and the host may
-        # be preparing the next step before it has been read.
+        # A new pinned buffer each time. The copy is asynchronous, and the host may
+        # prepare the next step before the copy has read the buffer.
         fresh = async_tensor_h2d(host[:, :extent].copy(), device=self.step.index.device)
         self.step.index[:, :extent].copy_(fresh)
         self._written_tokens = tokens
@@ -251,8 +260,9 @@ class SteeringRuntime:
     def check_integrity(self, live: Collection[str] | None = None) -> None:
         """Assert that the managers and the requests agree on who holds what.
 
-        `live` are the ids that the scheduler knows, or has just finished and not yet
-        told the worker about; a request that is none of these was never forgotten.
+        `live` are the ids that the scheduler knows, including finished requests that it
+        has not yet told the worker about. If the worker knows another request, it has
+        failed to forget it.
         """
         if live is not None:
             forgotten = set(self._requests) - set(live)
@@ -266,4 +276,15 @@ class SteeringRuntime:
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
         assert set(self._embedded) <= set(self._requests), "an unknown prompt"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
+        self.modules.inline.check_integrity(
+            self._requests[req_id] for req_id in self._rows
+        )
         self.readout.check_integrity()
+
+
+class SteeredRunner(Protocol):
+    """What module changes and measurements use of a model runner."""
+
+    steering: SteeringRuntime | None
+
+    def use_steering_graphs(self, used: bool) -> None: ...

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm.entrypoints.cli.steering.main import main
 from vllm.model_executor.model_loader.sae_loader import inspect_module
+from vllm_steering_cli.main import main
 
 D, F = 8, 24
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm.entrypoints.cli.steering import doctor
-from vllm.entrypoints.cli.steering.main import main
+from vllm_steering_cli.main import main
 
 
 def test_without_the_run_this_environment_is_well(

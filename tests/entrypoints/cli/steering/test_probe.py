@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
-from vllm.entrypoints.cli.steering.main import main
 from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe import WINDOW, windows
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 from vllm.model_executor.model_loader.sae_loader import inspect_module
+from vllm_steering_cli.main import main
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODEL, SAE = str(EXAMPLE / "model"), str(EXAMPLE / "sae")

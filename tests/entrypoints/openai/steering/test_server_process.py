@@ -9,12 +9,28 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from steering_testing.golden_gate import (
+    BAD,
+    BODIES,
+    CLAMP,
+    EXAMPLE,
+    FULL,
+    MESSAGES,
+    MODES,
+    MODULE,
+    PROMPT,
+    ROUTES,
+    TOKENS,
+    ask_chat,
+    ask_completions,
+    entry,
+    spec,
+)
 from steering_testing.server import MODEL_NAME, Server, api_server
 
 from vllm import LLM, SamplingParams
@@ -22,35 +38,6 @@ from vllm.config.sae_steering_types import EXTRA_ARGS_KEYS
 from vllm.distributed import cleanup_dist_env_and_memory
 
 pytestmark = pytest.mark.server
-
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
-BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
-MODULE = "golden-gate"
-FULL, DELTA, VECTORS, READOUT = EXTRA_ARGS_KEYS
-PROMPT = "The chef stirs the tomato soup."
-MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
-TOKENS = 24
-
-
-def entry(**changes: Any) -> dict[str, Any]:
-    """A clamp of the bridge feature that steers well, with fields replaced."""
-    value = round(1.25 * BRIDGE["max_activation"], 2)
-    good = {"feature_idx": BRIDGE["feature"], "kind": "absolute", "value": value}
-    return {**good, **changes}
-
-
-def spec(**changes: Any) -> dict[str, Any]:
-    """A spec of one clamp, with fields replaced."""
-    return {"module_name": MODULE, "clamps": [entry()], **changes}
-
-
-MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "reconstruction": {FULL: [spec(clamps=[])]},
-    "clamped": {FULL: [spec()]},
-    "decode_only": {FULL: [spec(phase="decode")]},
-    "delta": {DELTA: [spec(clamps={"resid_post": {"1": [entry()]}})]},
-}
 
 
 # --- What the in-process engine says ------------------------------------------
@@ -126,60 +113,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 # --- Asking, as an OpenAI client does -----------------------------------------
 
 
-def ask_completions(client: openai.OpenAI, specs: Any, stream: bool) -> str:
-    reply: Any = client.completions.create(
-        model=MODEL_NAME,
-        prompt=PROMPT,
-        max_tokens=TOKENS,
-        temperature=0,
-        stream=stream,
-        extra_body=specs,
-    )
-    chunks = reply if stream else [reply]
-    return "".join(chunk.choices[0].text for chunk in chunks)
-
-
-def ask_chat(client: openai.OpenAI, specs: Any, stream: bool) -> str:
-    reply: Any = client.chat.completions.create(
-        model=MODEL_NAME,
-        messages=MESSAGES,
-        max_tokens=TOKENS,
-        temperature=0,
-        stream=stream,
-        extra_body=specs,
-    )
-    if not stream:
-        return reply.choices[0].message.content
-    return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
-
-
-def ask_responses(client: openai.OpenAI, specs: Any, stream: bool) -> str:
-    reply: Any = client.responses.create(
-        model=MODEL_NAME,
-        input=MESSAGES[0]["content"],
-        max_output_tokens=TOKENS,
-        temperature=0,
-        stream=stream,
-        extra_body=specs,
-    )
-    if not stream:
-        return reply.output_text
-    return "".join(e.delta for e in reply if e.type == "response.output_text.delta")
-
-
-Ask = Callable[[openai.OpenAI, Any, bool], str]
-ROUTES: dict[str, tuple[Ask, str]] = {
-    "completions": (ask_completions, "text"),
-    "chat": (ask_chat, "chat"),
-    "responses": (ask_responses, "responses"),
-}
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": PROMPT, "max_tokens": 4},
-    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 4},
-    "/v1/responses": {"input": "Who are you?", "max_output_tokens": 4},
-}
-
-
 def test_the_modes_differ_in_the_oracle(
     expected: dict[str, dict[str, list[str]]],
 ) -> None:
@@ -206,7 +139,7 @@ def test_a_route_says_what_the_in_process_engine_says(
 def test_a_preset_is_a_model_for_any_client(
     client: openai.OpenAI, expected: dict[str, dict[str, list[str]]]
 ) -> None:
-    """Its name, nothing else: the sampling is the preset's too."""
+    """The preset's name and nothing else: it also gives the sampling."""
     assert "clamped" in [model.id for model in client.models.list()]
     completion = client.completions.create(model="clamped", prompt=PROMPT)
     assert completion.choices[0].text == expected["text"]["clamped"][0]
@@ -297,39 +230,6 @@ def test_the_fields_are_in_the_openapi_document(http: httpx.Client) -> None:
 
 
 # --- Refusals -----------------------------------------------------------------
-
-CLAMP = f"{FULL}[0].clamps[0]"
-# Name -> what is asked, and the path of the field that is wrong.
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "specs are no list": ({FULL: spec()}, FULL),
-    "unknown module": ({FULL: [spec(module_name="x")]}, f"{FULL}[0].module_name"),
-    "unknown key": ({FULL: [spec(strength=2)]}, f"{FULL}[0].strength"),
-    "phase": ({FULL: [spec(phase="never")]}, f"{FULL}[0].phase"),
-    "uncovered site": (
-        {FULL: [spec(clamps={"post_block": {"2": []}})]},
-        f"{FULL}[0].clamps.post_block.2",
-    ),
-    "unknown hook": (
-        {FULL: [spec(clamps={"mlp": {"1": []}})]},
-        f"{FULL}[0].clamps.mlp",
-    ),
-    "value of a wrong type": ({FULL: [spec(clamps=[entry(value="9")])]},
-                              f"{CLAMP}.value"),
-    "value past float32": ({FULL: [spec(clamps=[entry(value=1e39)])]},
-                           f"{CLAMP}.value"),
-    "feature out of range": ({FULL: [spec(clamps=[entry(feature_idx=512)])]},
-                             f"{CLAMP}.feature_idx"),
-    "bool index": ({FULL: [spec(clamps=[entry(feature_idx=True)])]},
-                   f"{CLAMP}.feature_idx"),
-    "unknown key of a clamp": ({FULL: [spec(clamps=[entry(unit="x")])]},
-                               f"{CLAMP}.unit"),
-    "feature twice": ({FULL: [spec(clamps=[entry(), entry()])]},
-                      f"{FULL}[0].clamps[1].feature_idx"),
-    "nothing to clamp": ({DELTA: [spec(clamps=[])]}, f"{DELTA}[0].clamps"),
-    "SAE as a vector": ({VECTORS: [{"module_name": MODULE}]},
-                        f"{VECTORS}[0].module_name"),
-    "reserved key": ({"vllm_xargs": {"steering_rows": "x"}}, "steering_rows"),
-}  # fmt: skip
 
 
 def assert_refused(reply: httpx.Response, path: str) -> None:

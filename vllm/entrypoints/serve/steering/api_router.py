@@ -14,7 +14,11 @@ from vllm.entrypoints.serve.steering.access import (
     check_key,
     holds_key,
 )
-from vllm.entrypoints.serve.steering.encode import ENCODE_SCHEMA, parse_encode
+from vllm.entrypoints.serve.steering.encode import (
+    ENCODE_SCHEMA,
+    listed_features,
+    parse_encode,
+)
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_BODY_BYTES,
@@ -35,7 +39,7 @@ PATH = "/v1/steering/modules"
 async def list_steering_modules(request: Request) -> JSONResponse:
     """Every module with its sites, memory and requests; free slots; rows in use.
 
-    Answers without a key; only who holds it is told where the files are.
+    Needs no key. Only callers with the key are told where the files are.
     """
     try:
         listed = await modules_of(request).list()
@@ -47,7 +51,7 @@ async def list_steering_modules(request: Request) -> JSONResponse:
 
 @router.get(PATH + "/{name}")
 async def show_steering_module(name: str, request: Request) -> JSONResponse:
-    """One module, as the list has it."""
+    """One module, as the list shows it."""
     try:
         check_name(name)
         module = await modules_of(request).get(name)
@@ -146,7 +150,11 @@ async def encode_texts(request: Request) -> JSONResponse:
     """
     try:
         asked = parse_encode(await read_body(request))
-        return JSONResponse(await request.app.state.steering_encode.encode(asked))
+        answer = await request.app.state.steering_encode.encode(asked)
+        answer["labels"] = await modules_of(request).labels_among(
+            asked.module_name, listed_features(answer)
+        )
+        return JSONResponse(answer)
     except RequestRefused as error:
         return refused(error)
 

@@ -7,12 +7,12 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 
 from vllm.config.sae_features import features_json
-from vllm.config.sae_readout_specs import Features, Layers, TopK
+from vllm.config.sae_readout_specs import DEFAULT_TOP_K, Features, ReadLayers, TopK
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
@@ -21,10 +21,14 @@ from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.protocol import top_field
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import TokensPrompt
 from vllm.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.tokenizers import TokenizerLike
+
 MAX_TEXTS = 64
-DEFAULT_TOP_K = 16
 
 Text = Annotated[str, expects("a text", min_length=1)]
 Texts = Annotated[
@@ -43,7 +47,7 @@ class EncodeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     module_name: str
     input: Text | Texts | None = None
     messages: Messages | None = None
-    sites: dict[str, Layers] | None = None
+    sites: dict[str, ReadLayers] | None = None
     top_k: TopK | None = None
     features: Features | None = None
     model: str | None = None
@@ -93,10 +97,10 @@ class GeneratingEngine(Protocol):
     """The part of `EngineClient` that is used."""
 
     def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str
-    ) -> AsyncIterator[Any]: ...
+        self, prompt: TokensPrompt, sampling_params: SamplingParams, request_id: str
+    ) -> AsyncIterator[RequestOutput]: ...
 
-    def get_tokenizer(self) -> Any: ...
+    def get_tokenizer(self) -> TokenizerLike | None: ...
 
 
 @dataclass
@@ -136,7 +140,7 @@ class EncodeService:
             "usage": {"prompt_tokens": total, "total_tokens": total},
         }
 
-    async def _read(self, ids: Sequence[int], spec: JsonView) -> Any:
+    async def _read(self, ids: Sequence[int], spec: JsonView) -> RequestOutput:
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
@@ -145,15 +149,28 @@ class EncodeService:
         )
         last = None
         request_id = f"steering-encode-{uuid.uuid4().hex}"
-        prompt = {"prompt_token_ids": list(ids)}
+        prompt = TokensPrompt(prompt_token_ids=list(ids))
         async for output in self.engine.generate(prompt, params, request_id):
             last = output
         assert last is not None, "the engine gave no output"
         return last
 
 
+def listed_features(answer: JsonView) -> list[int]:
+    """The features that an answer lists, each once, ascending."""
+    return sorted(
+        {
+            feature
+            for entry in answer["data"]
+            for record in entry["sae_features"].values()
+            for features in record["features"]
+            for feature in features
+        }
+    )
+
+
 def _refused(error: VLLMValidationError) -> RequestRefused:
-    """The engine's refusal, about the field of this body."""
+    """The engine's refusal, with the path of the field in this route's body."""
     inside = f"{READOUT_KEY}[0]"
     path, message = error.parameter or "", error.args[0]
     if not path.startswith(inside):
@@ -162,14 +179,14 @@ def _refused(error: VLLMValidationError) -> RequestRefused:
     return RequestRefused(400, message.replace(f"{inside}.", ""), path)
 
 
-def _prompts(request: EncodeRequest, tokenizer: Any) -> list[list[int]]:
+def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]]:
     """The token ids of each text, with the tokenizer's own special tokens."""
     if request.messages is not None:
         try:
             ids = tokenizer.apply_chat_template(
                 request.messages, tokenize=True, return_dict=False
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise any error
             raise RequestRefused(400, f"messages: {error}", "messages") from None
         return [list(ids)]
     texts = [request.input] if isinstance(request.input, str) else request.input
@@ -177,7 +194,11 @@ def _prompts(request: EncodeRequest, tokenizer: Any) -> list[list[int]]:
 
 
 def _entry(
-    index: int, ids: list[int], output: Any, module: str, tokenizer: Any
+    index: int,
+    ids: list[int],
+    output: RequestOutput,
+    module: str,
+    tokenizer: TokenizerLike,
 ) -> Json:
     found = features_json(output.prompt_sae_features or {})
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -97,7 +97,7 @@ class SteeringModulesService:
         """Modules with memory and requests, free slots, rows and tokens."""
         listed = (await self.call("list", {})).listing or {}
         stats = (await self.call("stats", {})).stats or {}
-        # The modules themselves, not their names.
+        # `listed` replaces the names in `stats` by the modules.
         return {**stats, **listed}
 
     async def get(self, name: str) -> Json:
@@ -124,6 +124,11 @@ class SteeringModulesService:
             return [(index, labels[index])] if index in labels else []
         return search(labels, query, limit)
 
+    async def labels_among(self, name: str, features: Iterable[int]) -> dict[str, str]:
+        """The labels of those features of a module that have one, by index."""
+        labels = await self.labels.of(await self.path_of(name))
+        return {str(index): labels[index] for index in features if index in labels}
+
     async def list_presets(self) -> Json:
         """Every preset, whether it is valid now, and the default."""
         reply = await self.call("list", {})
@@ -147,7 +152,7 @@ class SteeringModulesService:
         return (await self.get(name))["path"]
 
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
-        """Load a module; the module as the engine has it."""
+        """Load a module; returns it as the engine describes it."""
         roots = (self.steering or {}).get("module_roots", ())
         # Links are resolved off the event loop: a root may be a slow network folder.
         path = await asyncio.to_thread(allowed_path, request.path, roots)
@@ -155,7 +160,7 @@ class SteeringModulesService:
         try:
             inspected = await self.call("inspect", described)
         except RequestRefused as error:
-            # Where links lead is not for clients.
+            # Clients are not told where links lead.
             error.message = error.message.replace(path, request.path)
             raise
         payload = {
@@ -197,7 +202,7 @@ class SteeringModulesService:
                         reply.in_use,
                     )
                 if await is_gone():
-                    raise RequestRefused(408, "the caller went away", "drain")
+                    raise RequestRefused(408, "the caller disconnected", "drain")
                 await asyncio.sleep(DRAIN_POLL_S)
         finally:
             if draining:

@@ -3,8 +3,9 @@
 
     x' = x + sum_c (g_c - f_c) W_dec[c],   f_c = act(x . W_enc[c] + b_enc[c])
 
-Only the clamped features' rows are read; a clamp that adds without a condition never
-reads the encoder. Steering vectors are such clamps over their own directions.
+The kernel reads only the clamped features' rows. An additive clamp without a condition
+does not read the encoder. A steering vector is such a clamp along its own direction; if
+it does more than add, f_c is the projection of x on the vector.
 """
 
 from __future__ import annotations
@@ -13,9 +14,17 @@ from vllm.triton_utils import tl, triton
 
 from .compact import SKIP_MASK, USES_TOPK, pdl_wait
 
-ADDITIVE = tl.constexpr(1)  # layers/steering_state.py, ClampKind and ONLY_IF_ACTIVE
+ADDITIVE = tl.constexpr(1)  # layers/steering_state.py, codes of clamps
 SCALE = tl.constexpr(2)
+CONDITION = tl.constexpr(3)
+KIND_BITS = tl.constexpr(3)
 ONLY_IF_ACTIVE = tl.constexpr(4)
+PROJECTION = tl.constexpr(8)
+RELATIVE = tl.constexpr(16)
+IF_BELOW = tl.constexpr(32)
+IF_ABOVE = tl.constexpr(64)
+CONDITION_SHIFT = tl.constexpr(8)
+EFFECT = tl.constexpr(255)  # the bits below CONDITION_SHIFT
 COEFFICIENT_LIMIT = tl.constexpr(2.0**96)  # of steering_state.py, as STREAM_LIMIT
 STREAM_LIMIT = tl.constexpr(2.0**56)
 STREAM_LIMIT_FLOAT16 = tl.constexpr(2.0**15)
@@ -23,14 +32,47 @@ LARGEST = tl.constexpr(3.4028234663852886e38)  # float32's maximum
 
 
 @triton.jit
-def clamp_delta(code, value, f):
-    """`g - f` of a block of clamps, limited, given the activations `f`."""
-    kind = code & 3
-    scaled = tl.where(kind == SCALE, f * value - f, value - f)
-    delta = tl.where(kind == ADDITIVE, value, scaled)
+def reads_activation(code):
+    """Whether a clamp's change depends on its feature's activation."""
+    return (code & EFFECT) != ADDITIVE
+
+
+@triton.jit
+def holds(code, value, f):
+    """Whether `f` is above or below the value of a clamp or condition that asks."""
+    above = ((code & IF_ABOVE) == 0) | (f > value)
+    return above & (((code & IF_BELOW) == 0) | (f < value))
+
+
+@triton.jit
+def limit_coefficient(delta):
     delta = tl.where(delta <= COEFFICIENT_LIMIT, delta, COEFFICIENT_LIMIT)
-    delta = tl.where(delta >= -COEFFICIENT_LIMIT, delta, -COEFFICIENT_LIMIT)
-    return tl.where((code >= ONLY_IF_ACTIVE) & (f == 0.0), 0.0, delta)
+    return tl.where(delta >= -COEFFICIENT_LIMIT, delta, -COEFFICIENT_LIMIT)
+
+
+@triton.jit
+def clamp_delta(code, value, f):
+    """`g - f` of a block of clamps, limited, given the activations `f`.
+
+    The conditions of other places (`needed_condition`) are left to the caller.
+    """
+    kind = code & KIND_BITS
+    scaled = tl.where(kind == SCALE, f * value - f, value - f)
+    delta = limit_coefficient(tl.where(kind == ADDITIVE, value, scaled))
+    acts = holds(code, value, f) & (kind != CONDITION)
+    acts = acts & (((code & ONLY_IF_ACTIVE) == 0) | (f != 0.0))
+    return tl.where(acts, delta, 0.0)
+
+
+@triton.jit
+def needed_condition(row_ptr, code, MAX_CLAMPS: tl.constexpr):
+    """(needs one, its feature, code, value): the conditions of a block of clamps."""
+    place = (code >> CONDITION_SHIFT) - 1
+    needs = place >= 0
+    feature = tl.load(row_ptr + 2 + place, mask=needs, other=0)
+    own = tl.load(row_ptr + 2 + MAX_CLAMPS + place, mask=needs, other=0)
+    bits = tl.load(row_ptr + 2 + 2 * MAX_CLAMPS + place, mask=needs, other=0)
+    return needs, feature, own, bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,7 +109,7 @@ def read_stream(
 
 @triton.jit
 def limited(out, mask, dtype: tl.constexpr):
-    """Components that may be written, and 1 where that changed one (within `mask`)."""
+    """Components limited to what may be written, and 1 where a component changed."""
     limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
     over = (mask & ~(tl.abs(out) <= limit)).to(tl.int32)
     out = tl.where(out >= -limit, out, -limit)
@@ -146,6 +188,91 @@ def encode_clamps(
 
 
 @triton.jit
+def project(x, feature, projects, directions, col, D: tl.constexpr, NC: tl.constexpr):
+    """(x . u [NC], ||v|| [NC]) of the directions that need a projection; u = v / ||v||.
+
+    Both are 0 where v is 0.
+    """
+    place = tl.arange(0, NC)
+    along = tl.zeros([NC], tl.float32)
+    length = tl.zeros([NC], tl.float32)
+    for j in tl.static_range(NC):
+        own = (place == j) & projects
+        at = tl.sum(tl.where(own, feature, 0), 0).to(tl.int64) * D
+        mask = (col < D) & (tl.max(own.to(tl.int32), 0) != 0)
+        v = tl.load(directions + at + col, mask=mask, other=0.0)
+        along = tl.where(own, tl.sum(x * v, 0), along)
+        length = tl.where(own, tl.sqrt(tl.sum(v * v, 0)), length)
+    return along / tl.where(length > 0.0, length, 1.0), length
+
+
+@triton.jit
+def encoded_deltas(
+    row_ptr,
+    used,
+    feature,
+    code,
+    value,
+    w_enc,
+    b_enc,
+    threshold,
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    source,
+    source_stride,
+    t,
+    D_IN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    MAX_CLAMPS: tl.constexpr,
+    NC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`g - f` [NC] of a group of an SAE's clamps, each under its condition."""
+    f = tl.zeros([NC], tl.float32)
+    needs = used & reads_activation(code)
+    needs = needs & ((code & KIND_BITS) != CONDITION)
+    if tl.max(needs.to(tl.int32), 0) != 0:
+        f = encode_clamps(
+            feature=feature, needs=needs, w_enc=w_enc, b_enc=b_enc,
+            threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
+            residual=residual, residual_stride=residual_stride, source=source,
+            source_stride=source_stride, t=t, D_IN=D_IN, HAS_RESIDUAL=HAS_RESIDUAL,
+            HAS_SOURCE=HAS_SOURCE, NC=NC, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+    delta = clamp_delta(code, value, f)
+    if tl.max(code, 0) >> CONDITION_SHIFT != 0:
+        needs, other, kind, bar = needed_condition(row_ptr, code, MAX_CLAMPS)
+        f = encode_clamps(
+            feature=other, needs=needs, w_enc=w_enc, b_enc=b_enc,
+            threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
+            residual=residual, residual_stride=residual_stride, source=source,
+            source_stride=source_stride, t=t, D_IN=D_IN, HAS_RESIDUAL=HAS_RESIDUAL,
+            HAS_SOURCE=HAS_SOURCE, NC=NC, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+        delta = tl.where(~needs | holds(kind, bar, f), delta, 0.0)
+    return delta
+
+
+@triton.jit
+def direction_deltas(
+    x, norm, feature, code, value, directions, col, D: tl.constexpr, NC: tl.constexpr
+):
+    """Coefficients [NC] of a group of plain directions, for the token's stream `x`."""
+    f = tl.zeros([NC], tl.float32)
+    length = f
+    value = tl.where((code & RELATIVE) != 0, value * norm, value)
+    projects = (code & PROJECTION) != 0
+    if tl.max(projects.to(tl.int32), 0) != 0:
+        f, length = project(x, feature, projects, directions, col, D, NC)
+    delta = clamp_delta(code, value, f)
+    scaled = limit_coefficient(delta / tl.where(length > 0.0, length, 1.0))
+    return tl.where(projects, tl.where(length > 0.0, scaled, 0.0), delta)
+
+
+@triton.jit
 def source_norm(source, source_stride, t, D_IN: tl.constexpr, BLOCK_D: tl.constexpr):
     """The L2 norm of what a transcoder reads."""
     square = tl.zeros([BLOCK_D], tl.float32)
@@ -160,35 +287,15 @@ def source_norm(source, source_stride, t, D_IN: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def clamp_kernel(
-    index,
-    flags,
-    table,
-    meta,
-    norm_limit,
-    w_enc,
-    b_enc,
-    threshold,
-    w_dec,
-    hidden,
-    residual,
-    source,
-    saturated,
-    hidden_stride,
-    residual_stride,
-    source_stride,
-    table_stride,
-    D: tl.constexpr,
-    D_IN: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_SOURCE: tl.constexpr,
-    ENCODES: tl.constexpr,
-    GATED: tl.constexpr,
-    MAX_CLAMPS: tl.constexpr,
-    NC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROW_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    index, flags, table, meta, norm_limit,
+    w_enc, b_enc, threshold, w_dec,
+    hidden, residual, source, saturated,
+    hidden_stride, residual_stride, source_stride, table_stride,
+    D: tl.constexpr, D_IN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_SOURCE: tl.constexpr,
+    ENCODES: tl.constexpr, GATED: tl.constexpr, MAX_CLAMPS: tl.constexpr,
+    NC: tl.constexpr, BLOCK_D: tl.constexpr, ROW_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a token. HAS_SOURCE: the encoder reads `source [T, D_IN]`, and the
     norm is its. ENCODES: an SAE; otherwise plain directions (additive).
 
@@ -225,19 +332,18 @@ def clamp_kernel(
     for first in range(0, count, NC):
         c = first + tl.arange(0, NC)
         feature, code, value = load_clamps(row_ptr, c, count, MAX_CLAMPS)
-        f = tl.zeros([NC], tl.float32)
         if ENCODES:
-            needs = (c < count) & (code != ADDITIVE)
-            if tl.max(needs.to(tl.int32), 0) != 0:
-                f = encode_clamps(
-                    feature=feature, needs=needs, w_enc=w_enc, b_enc=b_enc,
-                    threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
-                    residual=residual, residual_stride=residual_stride, source=source,
-                    source_stride=source_stride, t=t, D_IN=D_IN,
-                    HAS_RESIDUAL=HAS_RESIDUAL, HAS_SOURCE=HAS_SOURCE, NC=NC,
-                    BLOCK_D=BLOCK_D,
-                )  # fmt: skip
-        delta = clamp_delta(code, value, f)
+            delta = encoded_deltas(
+                row_ptr=row_ptr, used=c < count, feature=feature, code=code,
+                value=value, w_enc=w_enc, b_enc=b_enc, threshold=threshold,
+                hidden=hidden, hidden_stride=hidden_stride, residual=residual,
+                residual_stride=residual_stride, source=source,
+                source_stride=source_stride, t=t, D_IN=D_IN,
+                HAS_RESIDUAL=HAS_RESIDUAL, HAS_SOURCE=HAS_SOURCE,
+                MAX_CLAMPS=MAX_CLAMPS, NC=NC, BLOCK_D=BLOCK_D,
+            )  # fmt: skip
+        else:
+            delta = direction_deltas(x, norm, feature, code, value, w_dec, col, D, NC)
         for j in tl.static_range(NC):  # unrolled, so that all rows load at once
             there = first + j < count
             at = tl.load(row_ptr + 2 + first + j, mask=there, other=0).to(tl.int64) * D

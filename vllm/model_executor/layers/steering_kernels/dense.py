@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens with more non-zeros than a list holds, for any number of them.
+"""Reconstructs the tokens that have more non-zeros than a list holds.
 
     x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
 
-Which tokens come here depends on a token's own number of non-zeros (`LIST_MAX`), so its
-bits are the same in any batch. All of its activations are made again, dense (for TopK
-they are in the scores), and multiplied by W_dec in tiles. Where W_dec has 16 bits, an
-activation is two such numbers, so that the product keeps 16 bits of it.
+A token is dense if it has more than `LIST_MAX` non-zeros. That depends on the token
+alone, so its bits are the same in any batch. Its activations are computed again as a
+dense row (TopK has them as scores) and multiplied by W_dec in tiles. If W_dec has 16
+bits, an activation is the sum of two 16-bit numbers, so that the product keeps 16 bits
+of it.
 """
 
 from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import clamp_delta, limited
+from .clamp import clamp_delta, holds, limited, needed_condition
 from .compact import (
     D_SAE,
     DENSE,
@@ -135,6 +136,10 @@ def add_clamps(
             own = acts + place.to(tl.int64) * acts_stride + feature
             f_c = tl.load(own, mask=inside, other=0.0)
             delta = clamp_delta(code, bits.to(tl.float32, bitcast=True), f_c)
+            needs, other, code, value = needed_condition(row_ptr, code, MAX_CLAMPS)
+            own = acts + place.to(tl.int64) * acts_stride + other
+            f_c = tl.load(own, mask=inside & needs, other=0.0)
+            delta = tl.where(~needs | holds(code, value, f_c), delta, 0.0)
         w_at = feature.to(tl.int64)[:, None] * D + col[None, :]
         w_mask = inside[:, None] & (col < D)[None, :]
         w = tl.load(w_dec + w_at, mask=w_mask, other=0.0).to(tl.float32)
@@ -166,6 +171,17 @@ def write_dense(
     hidden_at = hidden + t * hidden_stride + col[None, :]
     tl.store(hidden_at, out.to(hidden.dtype.element_ty), mask=mask)
     return over
+
+
+@triton.jit
+def count_saturated(records, which, over, saturated, BT: tl.constexpr):
+    """Counts the tokens of a tile with a limited component, each once a step."""
+    wide = tl.max(over, 1) > 0
+    counted = records + which * RECORD_INTS + SATURATED
+    old = tl.atomic_xchg(counted, tl.full([BT], 1, tl.int32), mask=wide)
+    fresh = tl.sum((wide & (old == 0)).to(tl.int32), 0)
+    if fresh > 0:
+        tl.atomic_add(saturated, fresh)
 
 
 @triton.jit(do_not_specialize=["base", "rows", "acts_stride"])
@@ -209,7 +225,7 @@ def decode_dense_kernel(
     d_sae = tl.load(meta + D_SAE)
     relu = tl.load(meta + RELU_FIELD)
     dtype: tl.constexpr = w_dec.dtype.element_ty
-    # float16's range is short: its activations count in sixteens, up to 1e6.
+    # float16's range is small, so activations are divided by 16. They may reach 1e6.
     unit: tl.constexpr = 16.0 if dtype == tl.float16 else 1.0
     n = tl.minimum(tl.load(sync + DENSE_COUNT) - base, rows)
     n_t = tl.cdiv(n, BT)
@@ -248,9 +264,4 @@ def decode_dense_kernel(
             residual_stride=residual_stride, token=token, there=there, col=col, D=D,
             HAS_RESIDUAL=HAS_RESIDUAL,
         )  # fmt: skip
-        wide = tl.max(over, 1) > 0
-        counted = records + which * RECORD_INTS + SATURATED
-        old = tl.atomic_xchg(counted, tl.full([BT], 1, tl.int32), mask=wide)
-        fresh = tl.sum((wide & (old == 0)).to(tl.int32), 0)
-        if fresh > 0:
-            tl.atomic_add(saturated, fresh)
+        count_saturated(records, which, over, saturated, BT)

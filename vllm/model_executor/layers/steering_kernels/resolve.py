@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 3 of threshold SAEs: sort a token's entries, and turn clamps into coefficients.
+"""Stage 3 of threshold SAEs: sorts a token's entries and computes clamp coefficients.
 
 Sorting by feature makes the decoder's sum independent of the order in which tiles
 appended; entries are int64, feature in the high half, so they sort as integers.
@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import clamp_delta, load_clamps
+from .clamp import (
+    CONDITION_SHIFT,
+    clamp_delta,
+    holds,
+    load_clamps,
+    needed_condition,
+)
 from .compact import RECORD_INTS, note_dense, pdl_wait
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
@@ -39,7 +45,7 @@ def sort_by_rank(entries, n, N: tl.constexpr):
         other_at = j + tl.arange(0, 16)
         o = tl.load(entries + other_at, mask=other_at < n, other=LAST)
         rank += tl.sum((entry_feature(o)[None, :] < key[:, None]).to(tl.int32), 1)
-    tl.debug_barrier()  # every program thread has read what is overwritten next
+    tl.debug_barrier()  # all threads have read what is overwritten next
     tl.store(entries + rank, e, mask=i < n)
     tl.debug_barrier()
 
@@ -51,6 +57,18 @@ def sort_entries(entries, n, LIST_MAX: tl.constexpr):
         sort_by_rank(entries, n, 128)
     else:
         sort_by_rank(entries, n, LIST_MAX)
+
+
+@triton.jit
+def find_features(own, listed, feature, N: tl.constexpr):
+    """Activations [N] of features in a list of `listed` entries, 0 when absent."""
+    f = tl.zeros([N], tl.float32)
+    for j in range(0, listed, 64):
+        at = j + tl.arange(0, 64)
+        e = tl.load(own + at, mask=at < listed, other=LAST)
+        same = entry_feature(e)[None, :] == feature[:, None]
+        f += tl.sum(tl.where(same, entry_value(e)[None, :], 0.0), 1)
+    return f
 
 
 @triton.jit(do_not_specialize=["base", "rows", "capacity"])
@@ -91,11 +109,12 @@ def resolve_kernel(
             for first in range(0, clamps, CLAMP_BLOCK):
                 c = first + tl.arange(0, CLAMP_BLOCK)
                 feature, code, value = load_clamps(row_ptr, c, clamps, MAX_CLAMPS)
-                f = tl.zeros([CLAMP_BLOCK], tl.float32)
-                for j in range(0, listed, 64):
-                    at = j + tl.arange(0, 64)
-                    e = tl.load(own + at, mask=at < listed, other=LAST)
-                    same = entry_feature(e)[None, :] == feature[:, None]
-                    f += tl.sum(tl.where(same, entry_value(e)[None, :], 0.0), 1)
+                f = find_features(own, listed, feature, CLAMP_BLOCK)
                 delta = clamp_delta(code, value, f)
+                if tl.max(code, 0) >> CONDITION_SHIFT != 0:
+                    needs, feature, code, value = needed_condition(
+                        row_ptr, code, MAX_CLAMPS
+                    )
+                    f = find_features(own, listed, feature, CLAMP_BLOCK)
+                    delta = tl.where(~needs | holds(code, value, f), delta, 0.0)
                 tl.store(coef + i * MAX_CLAMPS + c, delta, mask=c < clamps)

@@ -2,16 +2,16 @@
 """Stage 3 of TopK SAEs: the k largest scores of each token, ties to the lowest index.
 
 A score and its feature make one sortable 63-bit key, larger for a larger score and, at
-equal scores, for a lower feature; the k-th largest key decides who is selected. The
-k-th largest of the maxima of many groups is a lower bound of it, so two passes over the
-scores suffice unless a great many scores tie.
+equal scores, for a lower feature; a feature is selected if its key is at least the k-th
+largest. The k-th largest of the maxima of many groups is a lower bound of that key, so
+two passes over the scores suffice unless very many scores tie.
 """
 
 from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import clamp_delta, load_clamps
+from .clamp import clamp_delta, holds, load_clamps, needed_condition
 from .compact import D_SAE, RECORD_INTS, note_dense, pdl_wait
 
 K_FIELD = tl.constexpr(2)  # columns of meta: layers/steering_state.py, MetaField
@@ -56,7 +56,7 @@ def bound_of_block(keys, k):
 def kth_of_scores(scores, d_sae, k, BLOCK: tl.constexpr):
     """The k-th largest key of all, four bits at a time from the top.
 
-    For tokens where a great many scores tie, and for k beyond a thousand.
+    Used for tokens where very many scores tie, and for k above 1000.
     """
     digit = tl.arange(0, 16)
     found = tl.zeros([], tl.int64)
@@ -153,6 +153,14 @@ def collect_selected(scores, own, kth, d_sae, relu, capacity, BLOCK: tl.constexp
     return total
 
 
+@triton.jit
+def selected(own_scores, feature, threshold, d_sae, relu):
+    """Activations of a block of features of one token, whose k-th key is given."""
+    p = tl.load(own_scores + feature)
+    chosen = load_keys(own_scores, feature, d_sae) >= threshold
+    return tl.where(chosen & ((p > 0.0) | (relu == 0)), p, 0.0)
+
+
 @triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])
 def select_kernel(
     index,
@@ -216,8 +224,9 @@ def select_kernel(
             for first in range(0, clamps, CLAMP_BLOCK):
                 c = first + tl.arange(0, CLAMP_BLOCK)
                 feature, code, value = load_clamps(row_ptr, c, clamps, MAX_CLAMPS)
-                p = tl.load(own_scores + feature)
-                chosen = load_keys(own_scores, feature, d_sae) >= threshold
-                chosen = chosen & ((p > 0.0) | (relu == 0))
-                delta = clamp_delta(code, value, tl.where(chosen, p, 0.0))
+                f = selected(own_scores, feature, threshold, d_sae, relu)
+                delta = clamp_delta(code, value, f)
+                needs, other, kind, bar = needed_condition(row_ptr, code, MAX_CLAMPS)
+                f = selected(own_scores, other, threshold, d_sae, relu)
+                delta = tl.where(~needs | holds(kind, bar, f), delta, 0.0)
                 tl.store(coef + i * MAX_CLAMPS + c, delta, mask=c < clamps)

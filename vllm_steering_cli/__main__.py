@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vllm_steering_cli` is the `vllm-steering` command."""
+
+import sys
+
+from vllm_steering_cli.main import main
+
+sys.exit(main())
