@@ -65,7 +65,10 @@ class Case:
         return self.z if hook == "attn_z" else models.HIDDEN
 
 
-# Every line of the family table has a case here, or a test below fails.
+BFLOAT16 = (("dtype", "bfloat16"),)
+# What the rounding of activations moves a tiny model's log-probabilities by.
+BFLOAT16_TOLERANCE = 5e-2
+# Every line of the family table has a case here, or a test of them fails.
 CASES = {
     "gemma2": Case("Gemma-2", "gemma2", f"{MODELS}.gemma2.Gemma2DecoderLayer"),
     "gemma3": Case("Gemma-3 (text)", "gemma3", f"{MODELS}.gemma3.Gemma3DecoderLayer"),
@@ -115,11 +118,16 @@ CASES = {
         # The CPU's latent attention is not Hugging Face's, even without steering.
         environment=(("VLLM_MLA_DISABLE", "1"),),
     ),
+    "qwen3_next": Case(
+        "Qwen3-Next",
+        "qwen3_next",
+        f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer",
+        BFLOAT16,
+        linear=(0, 2),
+        tolerance=BFLOAT16_TOLERANCE,
+    ),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
 }
-BFLOAT16 = (("dtype", "bfloat16"),)
-# What the rounding of activations moves a tiny model's log-probabilities by.
-BFLOAT16_TOLERANCE = 5e-2
 # In tests/gpu/test_families_gpu.py.
 GPU_CASES = {
     name: Case(
@@ -149,30 +157,6 @@ AUTO_CASES = {
         "Nemotron", "nemotron", f"{MODELS}.nemotron.NemotronDecoderLayer", AUTO
     ),
 }
-# Lines that no tiny model checks, and why. Their modules' names and forwards are
-# compared with the classes of the installed vLLM.
-UNCHECKED = {
-    f"{MODELS}.minimax_m2.MiniMaxM2DecoderLayer": (
-        "MiniMax-M2",
-        "vLLM's CPU experts take no sigmoid scores",
-    ),
-    f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer": (
-        "Qwen3-Next",
-        "linear attention needs bfloat16 on a CPU",
-    ),
-    f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer": (
-        "Qwen3.5",
-        "linear attention needs bfloat16 on a CPU",
-    ),
-    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": (
-        "Qwen3-VL MoE",
-        "its forward is that of Qwen3 MoE",
-    ),
-    f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer": (
-        "DeepSeek-V2, -V3",
-        "on a CPU, vLLM's tiny model is not Hugging Face's even without steering",
-    ),
-}
 # In tests/models/multimodal_cases.py, on prompts of text alone.
 MULTIMODAL_CASES = {
     "gemma3_mm": Case(
@@ -191,6 +175,34 @@ MULTIMODAL_CASES = {
         "Qwen2.5-VL",
         "qwen2_5_vl",
         f"{MODELS}.qwen2.Qwen2DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
+    ),
+    "llama4_mm": Case(
+        "Llama 4 (multimodal)",
+        "llama4_mm",
+        f"{MODELS}.llama4.Llama4DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "qwen3_5_mm": Case(
+        "Qwen3.5 (multimodal)",
+        "qwen3_5_mm",
+        f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer",
+        (*BFLOAT16, ("limit_mm_per_prompt", {"image": 0, "video": 0})),
+        linear=(0, 2),
+        tolerance=BFLOAT16_TOLERANCE,
+    ),
+    "qwen3_5": Case(
+        "Qwen3.5 (text)",
+        "qwen3_5",
+        f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer",
+        BFLOAT16,
+        linear=(0, 2),
+        tolerance=BFLOAT16_TOLERANCE,
+    ),
+    "qwen3_vl_moe": Case(
+        "Qwen3-VL MoE",
+        "qwen3_vl_moe",
+        f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer",
         (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
     ),
     "qwen3_vl": Case(

@@ -7,6 +7,7 @@ The two runners differ only in how they say which requests come and go and in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
+from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
 if TYPE_CHECKING:
@@ -71,6 +73,14 @@ class SteeringModelRunnerMixin:
         context = compilation.static_forward_context
         for key, site in self.steering.modules.sites.items():
             context[key.name] = site
+
+    def reload_under_steering(self, reload: Callable[[], None]) -> None:
+        """Load new weights of the model; the modules stay as they are."""
+        if self.steering is None:
+            return reload()
+        with sites_out_of(self.get_model()):
+            reload()
+        fold_gains_again(self.steering.modules, self.steering.config.modules.values())
 
     def clear_steering_step(self) -> None:
         """Give every token row 0: dummy runs, profiling and capture steer nothing."""
