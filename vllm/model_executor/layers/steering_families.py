@@ -262,7 +262,7 @@ def _unknown_family(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The modules of one layer at which its points are; None: the layer has none."""
+    """The modules of one layer at which its points are; None for modules it lacks."""
 
     mid_norm: nn.Module | None
     attention: nn.Module | None
@@ -304,7 +304,7 @@ def reads_stream_raw(layer: DecoderLayer) -> bool:
 
 
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
-    """Why the layer lacks a point; None: it has it."""
+    """Why the layer lacks a point, or None if it has the point."""
     family, parts = layer.family, parts_of(layer)
     if _is_float16(layer.module):
         if family.scales_float16:
