@@ -56,7 +56,7 @@ DEEPSEEK = {
     "head_dim": 64,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 48,
     "first_k_dense_replace": 1,
     "n_group": 1,
@@ -187,7 +187,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         norm_topk_prob=True,
     ),
     "qwen3_next": _config(
-        "Qwen3NextConfig", **LINEAR, **MOE, shared_expert_intermediate_size=48
+        "Qwen3NextConfig",
+        **LINEAR,
+        **{**MOE, "num_experts_per_tok": 4},
+        shared_expert_intermediate_size=48,
     ),
     "qwen3_5": _config("Qwen3_5TextConfig", **LINEAR),
     "minimax_m2": _config(
@@ -198,7 +201,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         scoring_func="sigmoid",
         use_routing_bias=True,
         num_local_experts=4,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
     ),
     # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
     "stablelm": _config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
@@ -209,7 +212,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-# Families that engines run in bfloat16; it holds their weights exactly.
+# Families that engines run in bfloat16; it holds their weights exactly. Their experts
+# are all chosen: rounding would choose another where two are nearly as good.
 ROUNDED = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next", "qwen3_5"}
 
 
