@@ -46,7 +46,7 @@ ALL_CASES = {**CASES, **TRANSFORMERS_CASES}
 NOT_IN_FLOAT16 = (
     *("exaone4", "transformers-olmo2"),
     *("gemma", "gemma2", "gemma3", "glm4", "transformers-gemma2"),
-    *("apertus", "deepseek_v2"),
+    *("apertus", "deepseek_v2", "deepseek_v3"),
 )
 BREADTH = [
     (name, dtype)
