@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reading features costs a whole engine: decode and prefill, beside idle.
+"""What reading features costs a whole engine: decode and prefill, against idle.
 
     python benchmarks/bench_readout.py --out FILE [--budget SECONDS]
         [--batches 1,64,256,prefill] [--modes off,idle,reading,one site,both]
@@ -8,8 +8,8 @@ The model and the SAE of `bench_engine.py` (Gemma-2-2B's shape, one site of
 16384 x 2304, about 100 features a token). Two engines live in one process and take
 turns, one that may read and one that was started with `readout: false`:
 
-- `off`: nobody reads, and nobody could;
-- `idle`: nobody reads;
+- `off`: no request reads, and none could;
+- `idle`: no request reads;
 - `reading`: every request reads its 16 largest activations of every token;
 - `one site`: every request is fully reconstructed;
 - `both`: reconstructed and read.
@@ -146,7 +146,7 @@ def measure(
     for row in targets(rows):
         print(row, flush=True)
     sys.stdout.flush()
-    # Tearing down several engines takes time, and is of no use here.
+    # Tearing down several engines takes time and has no use here.
     os._exit(0)
 
 

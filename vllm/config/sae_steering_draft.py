@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second pass over a request's specs: what needs the configuration.
+"""The second pass over a request's specs, which needs the configuration.
 
-Modules, sites, ranges, duplicates, overlaps and limits. The structs have been read by
-then, so every value has its type.
+It checks modules, sites, ranges, duplicates, overlaps and limits. The structs have been
+read before, so every value has its type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.config.sae_steering_request import (
 )
 from vllm.config.sae_steering_sites import (
     ListedSite,
-    Site,
+    NamedSite,
     listed_sites,
     named_module,
 )
@@ -44,6 +44,7 @@ from vllm.config.steering import (
     HookPoint,
     SteeringConfig,
     Tier,
+    site_name,
 )
 from vllm.config.steering_checks import (
     bad,
@@ -54,16 +55,16 @@ from vllm.config.steering_checks import (
 
 @dataclass
 class _Named:
-    """Where a spec names something that another may not touch on the same tokens."""
+    """Where a spec names something that no other spec may touch on the same tokens."""
 
     path: str
     coverage: Coverage
 
 
 def _clash(one: Coverage, other: Coverage) -> bool:
-    """Whether two specs count as acting together.
+    """Whether two specs count as acting on the same tokens.
 
-    Specs by phase always do: spans say that two never meet.
+    Specs with phases always do. Specs with spans do not if their spans cannot overlap.
     """
     by_phase = isinstance(one, str) and isinstance(other, str)
     return by_phase or may_overlap(one, other)
@@ -81,18 +82,17 @@ class Draft:
     """A request while its specs are checked; holds what must be unique or bounded."""
 
     config: SteeringConfig
-    sae: dict[Tier, dict[Group, dict[Site, list[SAEClampEntry]]]] = field(
+    sae: dict[Tier, dict[Group, dict[NamedSite, list[SAEClampEntry]]]] = field(
         default_factory=lambda: {Tier.DELTA: {}, Tier.FULL: {}}
     )
-    features: dict[tuple[Tier, str, Site, int], list[Coverage]] = field(
+    features: dict[tuple[Tier, str, NamedSite, int], list[Coverage]] = field(
         default_factory=dict
     )
-    num_clamps: dict[tuple[Tier, Site], dict[Coverage, int]] = field(
+    num_clamps: dict[tuple[Tier, NamedSite], dict[Coverage, int]] = field(
         default_factory=dict
     )
-    # By site and the point that is written: a transcoder is not an SAE that reads
-    # the same point.
-    reconstructed: dict[tuple[Site, HookPoint], list[_Reconstruction]] = field(
+    # By site and written point, since an SAE and a transcoder may read the same point.
+    reconstructed: dict[tuple[NamedSite, HookPoint], list[_Reconstruction]] = field(
         default_factory=dict
     )
     first_spans: str = ""
@@ -159,8 +159,7 @@ class Draft:
                 raise refusal(
                     f"{clamps.path}[{position}].feature_idx",
                     f"feature {feature} of module {shown(name)} is clamped twice at "
-                    f"layer {site[1]}, {site[0].value}, expected once, or spans that "
-                    "cannot overlap",
+                    f"{clamps.site.name}, expected once, or spans that cannot overlap",
                 )
             others.append(coverage)
             when = entry.when
@@ -176,7 +175,8 @@ class Draft:
     ) -> SAECondition:
         """The canonical form of a condition."""
         if (when.above is None) == (when.below is None):
-            raise refusal(path, "expected exactly one of above and below")
+            has = "neither" if when.above is None else "both"
+            raise refusal(path, f"found {has} of above and below, expected exactly one")
         if when.feature_idx >= clamps.site.d_sae:
             raise bad(
                 f"{path}.feature_idx",
@@ -188,22 +188,22 @@ class Draft:
         return SAECondition(when.feature_idx, above, below)
 
     def reconstruct(
-        self, site: Site, written: HookPoint, asked: _Reconstruction
+        self, site: NamedSite, written: HookPoint, asked: _Reconstruction
     ) -> None:
-        """Note who reconstructs a site; at most one module does, on each token."""
+        """Record which module reconstructs a site. At most one does, on each token."""
         others = self.reconstructed.setdefault((site, written), [])
         for other in others:
             clashes = _clash(asked.coverage, other.coverage)
             if other.module != asked.module and clashes:
                 raise refusal(
                     asked.path,
-                    f"layer {site[1]} at {site[0].value} is reconstructed by module "
-                    f"{shown(other.module)} already ({other.path}), expected at most "
-                    "one module a site, or spans that cannot overlap",
+                    f"{site_name(*site)} is already reconstructed by module "
+                    f"{shown(other.module)} ({other.path}), expected at most one "
+                    "module per site, or spans that cannot overlap",
                 )
         others.append(asked)
 
-    def count(self, tier: Tier, site: Site, named: _Named, added: int) -> None:
+    def count(self, tier: Tier, site: NamedSite, named: _Named, added: int) -> None:
         """Bound what one tier does at one site, over all specs of the request."""
         counts = self.num_clamps.setdefault((tier, site), {})
         total = added + sum(
@@ -212,8 +212,8 @@ class Draft:
         if total > self.config.max_clamps:
             raise refusal(
                 named.path,
-                f"found {total} clamps at layer {site[1]}, {site[0].value} in this "
-                f"request, expected at most {self.config.max_clamps}",
+                f"found {total} clamps at {site_name(*site)} in this request, "
+                f"expected at most {self.config.max_clamps}",
             )
         counts[named.coverage] = counts.get(named.coverage, 0) + added
 
@@ -265,14 +265,14 @@ class Draft:
         if found > most:
             raise refusal(
                 self.first_spans,
-                f"the spans of this request begin or end at {found} places within the "
+                f"the spans of this request start or stop at {found} places inside the "
                 f"prompt or the answer, expected at most {most} "
                 "(additional_config.steering.max_pieces)",
             )
 
 
 def _site_edits(
-    name: str, sites: Mapping[Site, list[SAEClampEntry]]
+    name: str, sites: Mapping[NamedSite, list[SAEClampEntry]]
 ) -> tuple[SiteEdit, ...]:
     ordered = sorted(sites, key=lambda site: (site[1], HOOK_ORDER[site[0]]))
     return tuple(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-METHOD = "measure_steering"
+MEASURE_METHOD = "measure_steering"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         raise ValueError(f"module: found {module!r}, expected an SAE of this engine")
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
-        raise ValueError("texts: expected at least one of two tokens, found none")
+        raise ValueError(
+            "texts: expected at least one text of two or more tokens, found none"
+        )
     plain = _loss(llm, ids, None)[0]
     found = Evaluation()
     for site in info.sites:
@@ -111,7 +113,9 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         finally:
             sums = _measure(llm, "stop")
         if not sums.get("tokens"):
-            raise ValueError("texts: every token is one that the module leaves alone")
+            raise ValueError(
+                "texts: the module leaves every token unchanged, expected other tokens"
+            )
         found.append(
             SiteEvaluation(
                 site=site.name,
@@ -128,7 +132,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
 
 def _measure(llm: LLM, verb: str, *args: object) -> dict[str, float]:
     """Run one verb on every rank; returns what the rank with the site measured."""
-    replies = llm.collective_rpc(METHOD, args=(verb, *args))
+    replies = llm.collective_rpc(MEASURE_METHOD, args=(verb, *args))
     for reply in replies:
         if not reply["ok"]:
             raise ValueError(reply["error"])

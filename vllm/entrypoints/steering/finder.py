@@ -164,7 +164,7 @@ def find_features(
         ValueError: no texts, or several sites and none chosen.
     """
     if not texts:
-        raise ValueError("texts: expected at least one, found none")
+        raise ValueError("texts: expected at least one text, found none")
     sites = None if site is None else {site[0]: [site[1]]}
     first = encode(llm, module, texts, sites=sites, top_k=MAX_READ)
     other = encode(llm, module, against or [], sites=sites, top_k=MAX_READ)
@@ -192,8 +192,13 @@ def _order(found: FoundFeature) -> tuple[float, float, int]:
 def _only_site(texts: EncodedTexts, module: str) -> str:
     names = {name for text in texts for name in text.features}
     if len(names) != 1:
-        listed = ", ".join(sorted(names)) or "none, as every token was left alone"
-        raise ValueError(f"site: module {module!r} was read at {listed}; expected one")
+        listed = (
+            ", ".join(sorted(names))
+            or "no site, because every token was left unchanged"
+        )
+        raise ValueError(
+            f"site: module {module!r} was read at {listed}; expected one site"
+        )
     return names.pop()
 
 

@@ -197,7 +197,7 @@ class SteeringModulesService:
                         reply.in_use,
                     )
                 if await is_gone():
-                    raise RequestRefused(408, "the caller went away", "drain")
+                    raise RequestRefused(408, "the caller disconnected", "drain")
                 await asyncio.sleep(DRAIN_POLL_S)
         finally:
             if draining:
