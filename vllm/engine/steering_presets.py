@@ -132,8 +132,8 @@ def warn_of_broken_presets(
             logger.warning("Steering: preset %s is not valid any more: %s", name, why)
 
 
-def refuse_broken_default(after: SteeringConfig, module: str) -> None:
-    """Raise if a module that is replaced would break the default preset.
+def with_valid_default(after: SteeringConfig, module: str) -> SteeringConfig:
+    """`after`, unless a module that is replaced would break the default preset.
 
     Args:
         after: the configuration with the new module.
@@ -148,6 +148,7 @@ def refuse_broken_default(after: SteeringConfig, module: str) -> None:
             "expected another module or another default",
             "name",
         )
+    return after
 
 
 def _ready(config: SteeringConfig, module: str) -> SteeringConfig:

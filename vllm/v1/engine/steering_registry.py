@@ -38,11 +38,11 @@ from vllm.config.steering_slots import (
 )
 from vllm.engine.steering_active_config import active_steering_config, publish
 from vllm.engine.steering_presets import (
-    refuse_broken_default,
     refuse_without_default,
     warn_of_broken_presets,
     with_default,
     with_preset,
+    with_valid_default,
     without_preset,
 )
 from vllm.engine.steering_resolution import (
@@ -257,8 +257,7 @@ class SteeringRegistry:
             raise RefusedCall(Outcome.CONFLICT, text, "path") from error
         except SteeringConfigError as error:
             raise RefusedCall(Outcome.INVALID, str(error), "path") from error
-        refuse_broken_default(after, name)
-        return after
+        return with_valid_default(after, name)
 
     def _without(self, payload: Json) -> SteeringConfig:
         """The configuration without the payload's module."""
