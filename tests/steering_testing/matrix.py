@@ -8,6 +8,7 @@ import functools
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from steering_testing import models
@@ -119,9 +120,20 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
     return ties
 
 
-@torch.no_grad()
 def complaint(
-    found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
+    found: Greedy,
+    ids: list[int],
+    edits: SiteEdits,
+    tolerance: float,
+    family: str = FAMILY,
+) -> str | None:
+    """`departs` for a family's tiny model."""
+    return departs(models.build(family), found, ids, edits, tolerance)
+
+
+@torch.no_grad()
+def departs(
+    model: Any, found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
 ) -> str | None:
     """Why greedy decoding with these edits does not give `found`; None if it does.
 
@@ -129,7 +141,6 @@ def complaint(
     of each other, either may come out.
     """
     tokens = [*ids, *found.tokens[:-1]]
-    model = models.build(FAMILY)
     with hooked(model, edits, tokens, len(ids)):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     scores = logits[len(ids) - 1 :].double().log_softmax(-1)
@@ -151,17 +162,18 @@ def assert_near(
     edits: SiteEdits,
     tolerance: float,
     label: str = "",
+    family: str = FAMILY,
 ) -> None:
     """The continuation is that of greedy decoding, with near ties either way."""
     ties = decide(edits, ())
-    first = complaint(found, ids, edits, tolerance)
+    first = complaint(found, ids, edits, tolerance, family)
     if first is None:
         return
     count = ties.met
     assert count <= MOST_TIES, f"{label}: {first}, and {count} near ties"
     for choices in itertools.product((False, True), repeat=count):
         decide(edits, choices)
-        if complaint(found, ids, edits, tolerance) is None:
+        if complaint(found, ids, edits, tolerance, family) is None:
             return
     raise AssertionError(f"{label}: {first}, whichever way {count} near ties fall")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine core's registry: modules that come and go while requests run.
+"""The engine core's registry, which changes modules while requests run.
 
 Clients call `collective_rpc(METHOD, args=(action, payload))`, which every client of an
 engine has. The engine core handles it here instead of in the workers. Calls run between
