@@ -81,12 +81,12 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     """Evaluate a module at each of its sites, one site at a time.
 
     Args:
-        llm: an engine that was started with the module and `enforce_eager=True`.
+        llm: an engine that was started with the module, compiled or not.
         module: its name.
         texts: what the model reads; at least two tokens each.
 
     Raises:
-        ValueError: no such SAE module, no text that counts, or a compiled engine.
+        ValueError: no such SAE module, or no text that counts.
     """
     info = list_modules(llm).get(module)
     if info is None or info.kind != "sae":

@@ -245,7 +245,7 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
         into: buffers of the site's widths with at least `d_sae` features, on any
-            device. Features past `d_sae` and `meta` are left as they are.
+            device. Features past `d_sae` and `meta` keep their values.
 
     Raises:
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;
