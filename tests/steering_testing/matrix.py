@@ -65,9 +65,9 @@ def save(root: Path) -> dict[str, str]:
 class Ties:
     """Near ties that a sequence meets, numbered in their order; which way each falls.
 
-    A score within `TIE` of the threshold, or of the score that TopK leaves out, falls
-    on either side in arithmetic that is not exact, and what follows differs by a
-    whole activation.
+    A score within `TIE` of the threshold, of the score that TopK leaves out, or of a
+    condition's bound, falls on either side in arithmetic that is not exact, and what
+    follows differs by a whole activation.
     """
 
     choices: tuple[bool, ...] = ()
@@ -81,9 +81,10 @@ class Ties:
 
 
 class Undecided(DenseSAE):
-    """An SAE whose near ties `ties` decides."""
+    """An SAE whose near ties `ties` decides; `bounds` are those of conditions."""
 
     ties: Ties
+    bounds: list[tuple[int, float]]
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         acts = super().encode(x)
@@ -101,6 +102,9 @@ class Undecided(DenseSAE):
             for i in ((pre - bar).abs() < TIE).nonzero()[:, 0].tolist():
                 if self.ties.other_side():
                     acts[i] = 0.0 if acts[i] else pre[i]
+        for feature, bound in self.bounds:
+            if abs(acts[feature] - bound) < TIE and self.ties.other_side():
+                acts[feature] = 2 * bound - acts[feature]
         return acts
 
 
@@ -111,6 +115,8 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
         values = {f.name: getattr(edit.sae, f.name) for f in fields(DenseSAE)}
         edit.sae = Undecided(**values)
         edit.sae.ties = ties
+        conditions = {clamp.when for clamp in edit.clamps if clamp.when is not None}
+        edit.sae.bounds = sorted((feature, bound) for feature, _, bound in conditions)
     return ties
 
 
