@@ -119,7 +119,7 @@ def params(max_tokens: int, **specs: Any) -> SamplingParams:
 def generate(
     llm: LLM, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
 ) -> list[Greedy]:
-    """What the engine says to each prompt, in one batch."""
+    """The engine's answer to each prompt, in one batch."""
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(inputs, list(sampling), use_tqdm=False)
     results = []

@@ -22,6 +22,9 @@ from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
 
 ROOT = "additional_config.steering"
 MAX_FILE_BYTES = 1 << 20
@@ -55,7 +58,9 @@ def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
         )
     if name not in config.presets and len(config.presets) >= MAX_PRESETS:
         raise RefusedCall(
-            Outcome.CONFLICT, f"expected at most {MAX_PRESETS} presets", "name"
+            Outcome.CONFLICT,
+            f"found {MAX_PRESETS} presets already, expected fewer: delete one first",
+            "name",
         )
     try:
         preset = checked_preset(name, payload.get("preset"), config)
@@ -70,7 +75,7 @@ def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
     if name == config.default_preset:
         raise RefusedCall(
             Outcome.CONFLICT,
-            f"preset {shown(name)} is the server's default, expected another one",
+            f"preset {shown(name)} is the server's default: choose another one first",
             "name",
         )
     presets = {n: p for n, p in config.presets.items() if n != name}
@@ -100,10 +105,55 @@ def refuse_without_default(config: SteeringConfig, module: str) -> None:
     if any(spec.get("module_name") == module for spec in specs):
         raise RefusedCall(
             Outcome.CONFLICT,
-            f"module {shown(module)} is in the server's default preset {shown(name)}, "
-            "expected another default",
+            f"module {shown(module)} is used by the server's default preset "
+            f"{shown(name)}: choose another default first",
             "name",
         )
+
+
+def broken_presets(config: SteeringConfig) -> dict[str, str]:
+    """The presets that requests could not run under now, and why."""
+    found = {}
+    for name, preset in config.presets.items():
+        try:
+            check_preset(name, preset, config)
+        except VLLMValidationError as error:
+            found[name] = str(error.args[0])
+    return found
+
+
+def warn_of_broken_presets(
+    before: SteeringConfig, after: SteeringConfig, module: str
+) -> None:
+    """Log which presets the change of a module breaks."""
+    known = broken_presets(_ready(before, module))
+    for name, why in broken_presets(_ready(after, module)).items():
+        if name not in known:
+            logger.warning("Steering: preset %s is not valid any more: %s", name, why)
+
+
+def with_valid_default(after: SteeringConfig, module: str) -> SteeringConfig:
+    """`after`, unless a module that is replaced would break the default preset.
+
+    Args:
+        after: the configuration with the new module.
+        module: its name.
+    """
+    name = after.default_preset
+    why = None if name is None else broken_presets(_ready(after, module)).get(name)
+    if why is not None:
+        raise RefusedCall(
+            Outcome.CONFLICT,
+            f"the server's default preset {shown(name)} would not be valid: {why}; "
+            "expected another module or another default",
+            "name",
+        )
+    return after
+
+
+def _ready(config: SteeringConfig, module: str) -> SteeringConfig:
+    """The configuration once the drain of a module has ended."""
+    return replace(config, draining=config.draining - {module})
 
 
 def _known(config: SteeringConfig, name: object) -> str:

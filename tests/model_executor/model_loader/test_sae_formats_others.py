@@ -33,7 +33,7 @@ from sae_reference import (
 )
 from safetensors.torch import save_file
 
-from vllm.config.steering import Activation
+from vllm.config.steering import Activation, HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 # Gemma Scope
@@ -205,6 +205,28 @@ def test_llama_scope_scales_input_and_output_apart(tmp_path: Path) -> None:
     close(reconstruct(llama_scope(tmp_path)), decode(f) / s_out)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_llama_scope_transcoder_reads_what_the_mlp_reads_and_writes_its_output(
+    tmp_path: Path, before: bool
+) -> None:
+    hook_in = "ln2.hook_normalized" if before else "mlp.hook_in"
+    path = llama_scope(
+        tmp_path,
+        hook_point_in=f"blocks.12.{hook_in}",
+        hook_point_out="blocks.12.hook_mlp_out",
+    )
+    site = inspect_module("m", str(path)).sites[0]
+    assert (site.name, site.hook_out, site.before_gain) == (
+        "mlp_in.12",
+        HookPoint.MLP_OUT,
+        before,
+    )
+    s_in, s_out = D**0.5 / 3.0, D**0.5 / 2.0
+    p = (inputs() * s_in) @ W_enc.double().T + b_enc.double()
+    f = p * (p / s_in * W_dec.double().norm(dim=1) * s_in / s_out > 0.6)
+    close(reconstruct(path), decode(f) / s_out)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -294,7 +316,7 @@ def test_a_qwen_scope_repository_has_one_site_per_file(tmp_path: Path) -> None:
 
 
 def test_qwen_scope_without_its_name_has_no_k(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="says k as L0_50, found none"):
+    with pytest.raises(ValueError, match="k in it, such as ...-L0_50, found none"):
         inspect_module("m", str(qwen_scope(tmp_path / "qwen", (5,))))
 
 

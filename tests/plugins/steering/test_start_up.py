@@ -17,6 +17,7 @@ from tests.steering_testing import models
 from vllm.config import KVTransferConfig
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.engine.steering_args import fold_modules, parse_module
@@ -173,7 +174,7 @@ def test_a_transcoder_between_other_points_is_refused(
     ("slot", "message"),
     [
         ({"hook": "mlp_in", "hook_out": "attn_out", "width": 8}, "from mlp_in to attn"),
-        ({"hook": "mlp_in", "skip": True, "width": 8}, "with hook_out"),
+        ({"hook": "mlp_in", "skip": True, "width": 8}, "only with hook_out"),
         ({"hook": "mlp_in", "hook_out": "x", "width": 8}, "hook_out: found"),
         ({"hook": "mlp_in", "hook_out": "mlp_out", "vectors": 1}, "only with width"),
     ],
@@ -253,6 +254,13 @@ def test_an_unsupported_feature_is_refused_by_name(
     setattr(config, part, changed)
     refuse_unsupported_features(vllm_config)
     with pytest.raises(SteeringConfigError, match=name):
+        refuse_unsupported_features(config)
+
+
+def test_weights_sent_by_a_trainer_are_refused(vllm_config: Any) -> None:
+    config = copy.copy(vllm_config)
+    config.weight_transfer_config = WeightTransferConfig()
+    with pytest.raises(SteeringConfigError, match="weights sent by a trainer"):
         refuse_unsupported_features(config)
 
 
@@ -336,7 +344,7 @@ TOKEN_KEYED = sorted(
     [
         *((kv_config(name), name) for name in TOKEN_KEYED),
         (kv_config("Mine", path="my.module"), "Mine (my.module)"),
-        # A class of one's own that has an allowed name.
+        # A custom class that has an allowed name.
         (kv_config("OffloadingConnector", path="x"), "OffloadingConnector (x)"),
         (
             kv_config(MULTI_CONNECTOR, "OffloadingConnector", "ExampleConnector"),

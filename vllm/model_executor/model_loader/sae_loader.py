@@ -236,7 +236,8 @@ def _open_site(
                 yield location, entry
                 return
         raise LayoutError(
-            f"{site.name}: the files no longer hold the site as it was inspected"
+            f"{site.name}: the files have changed and no longer hold the site that was "
+            "inspected"
         )
 
 
@@ -247,7 +248,7 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
         into: buffers of the site's widths with at least `d_sae` features, on any
-            device. Features past `d_sae` and `meta` are left as they are.
+            device. Features past `d_sae` and `meta` keep their values.
 
     Raises:
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine core's registry: modules that come and go while requests run.
+"""The engine core's registry, which changes modules while requests run.
 
 Clients call `collective_rpc(METHOD, args=(action, payload))`, which every client of an
 engine has. The engine core handles it here instead of in the workers. Calls run between
@@ -39,8 +39,10 @@ from vllm.config.steering_slots import (
 from vllm.engine.steering_active_config import active_steering_config, publish
 from vllm.engine.steering_presets import (
     refuse_without_default,
+    warn_of_broken_presets,
     with_default,
     with_preset,
+    with_valid_default,
     without_preset,
 )
 from vllm.engine.steering_resolution import (
@@ -133,8 +135,8 @@ class SteeringRegistry:
             if action in NEEDS_WORKERS and self.asleep:
                 raise RefusedCall(
                     Outcome.CONFLICT,
-                    "the engine is asleep: expected it awake, since modules are in the "
-                    "memory that it has given back",
+                    "the engine is asleep and has released the memory of its modules: "
+                    "wake it up first",
                 )
             with self.lock:
                 reply = actions[action](payload or {})
@@ -182,7 +184,7 @@ class SteeringRegistry:
                 raise RefusedCall(Outcome.FAILED, error["error"])
             self.known_stats = replies
         if not (replies := self.known_stats):
-            text = "the engine is asleep, and was not asked before"
+            text = "the engine is asleep, and nothing is known from before"
             raise RefusedCall(Outcome.CONFLICT, text)
         # Every rank has the same rows and tokens; bytes are per rank.
         stats = {
@@ -242,19 +244,20 @@ class SteeringRegistry:
         if name in config.modules and not payload.get("replace"):
             raise RefusedCall(
                 Outcome.CONFLICT,
-                f"module {shown(name)} is registered already, expected replace=true "
+                f"module {shown(name)} is already registered, expected replace=true "
                 "or another name",
                 "name",
             )
         model_config = self.core.vllm_config.model_config
         try:
             check_against_model(module, model_config)
-            return with_module(config, module, model_config.enforce_eager)
+            after = with_module(config, module, model_config.enforce_eager)
         except NoRoomError as error:
             text = f"module {shown(name)}: {error}"
             raise RefusedCall(Outcome.CONFLICT, text, "path") from error
         except SteeringConfigError as error:
             raise RefusedCall(Outcome.INVALID, str(error), "path") from error
+        return with_valid_default(after, name)
 
     def _without(self, payload: Json) -> SteeringConfig:
         """The configuration without the payload's module."""
@@ -295,7 +298,7 @@ class SteeringRegistry:
             raise RefusedCall(
                 Outcome.CONFLICT,
                 f"module {shown(name)} is in use by {in_use} request(s), expected "
-                "none, or drain=true to wait for them",
+                "none: set drain=true to wait for them",
                 "name",
                 in_use=in_use,
             )
@@ -323,7 +326,7 @@ class SteeringRegistry:
             if time.monotonic() - other.since < PREPARED_LIMIT_S:
                 raise RefusedCall(
                     Outcome.CONFLICT,
-                    f"another change of modules, of {shown(other.name)}, is under way: "
+                    f"a change of module {shown(other.name)} is under way: "
                     "try again when it has ended",
                     "name",
                 )
@@ -345,6 +348,7 @@ class SteeringRegistry:
         if done is None or done.ident != payload.get("change", ""):
             raise RefusedCall(Outcome.FAILED, "no such change is prepared", "change")
         self.prepared = None
+        warn_of_broken_presets(self.config, done.after, done.name)
         draining = self.config.draining - {done.name}
         self._publish(dataclasses.replace(done.after, draining=draining))
         if error := first_error(self._workers("finish")):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model runner does for steering: its own methods call the runtime's.
 
-The two runners differ only in how they say which requests come and go and in the
+The two runners differ only in how they report new and finished requests, and in the
 `BatchView` of a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +19,10 @@ from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
 from vllm.config.steering import get_steering_config, point_widths
 from vllm.config.steering_private_directory import start_up_failure
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
+from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ class SteeringModelRunnerMixin:
         model_config = self.vllm_config.model_config
         captured = compilation.max_cudagraph_capture_size or 0
         try:
+            if config.decoder_layer == "auto":
+                try_unknown_layers(self.get_model(), self.vllm_config, self.device)
             self.steering = SteeringRuntime(
                 config,
                 self.get_model(),
@@ -69,10 +74,23 @@ class SteeringModelRunnerMixin:
         for key, site in self.steering.modules.sites.items():
             context[key.name] = site
 
+    def reload_under_steering(self, reload: Callable[[], None]) -> None:
+        """Load new weights of the model. The modules do not change."""
+        if self.steering is None:
+            return reload()
+        with sites_out_of(self.get_model()):
+            reload()
+        fold_gains_again(self.steering.modules, self.steering.config.modules.values())
+
     def clear_steering_step(self) -> None:
         """Give every token row 0: dummy runs, profiling and capture steer nothing."""
         if self.steering is not None:
             self.steering.clear_step()
+
+    def use_steering_graphs(self, used: bool) -> None:
+        """Set whether the next steps replay CUDA graphs. A replay calls no op of a
+        site, so measurements turn replay off."""
+        raise NotImplementedError
 
     def take_steering_readout(self) -> StepReadout | None:
         """What this step has read. Its copy to the host is under way."""
@@ -95,6 +113,16 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
     """Model Runner V1: a persistent batch that requests leave and return to."""
 
     _steering_batch: list[str] = []  # as of the step before
+    _had_graphs: bool | None = None  # while they are not used
+
+    def use_steering_graphs(self, used: bool) -> None:
+        """See the base class."""
+        dispatcher = self.cudagraph_dispatcher  # type: ignore[attr-defined]
+        if self._had_graphs is None:
+            self._had_graphs = dispatcher.keys_initialized
+        dispatcher.keys_initialized = used and self._had_graphs
+        if used:
+            self._had_graphs = None
 
     def update_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow the persistent batch after `_update_states`."""
@@ -135,6 +163,19 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
 
 class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
     """Model Runner V2: preempted requests give up their slots, as finished ones do."""
+
+    _had_graphs: bool | None = None  # while they are not used
+
+    def use_steering_graphs(self, used: bool) -> None:
+        """See the base class."""
+        manager = self.cudagraph_manager  # type: ignore[attr-defined]
+        if manager is None:
+            return
+        if self._had_graphs is None:
+            self._had_graphs = manager._graphs_captured
+        manager._graphs_captured = used and self._had_graphs
+        if used:
+            self._had_graphs = None
 
     def finish_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow `finish_requests`."""

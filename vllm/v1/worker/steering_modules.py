@@ -40,6 +40,7 @@ from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
     find_decoder_layers,
     parts_of,
+    refuse_output_norm,
 )
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
@@ -91,7 +92,7 @@ class SiteModules:
         self.inline = InlineVectors()
 
     def table_of(self, tier: Tier) -> TableOf:
-        """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
+        """Looks up `(module, site) -> (table, offset)`, or None if not on this rank."""
         bound, inline = self._bound[tier], self.inline
         return lambda module, key: bound.get((module, key)) or inline.find(module, key)
 
@@ -108,12 +109,12 @@ class SiteModules:
         return list(found.values())
 
     def read_slot(self, read: SiteRead) -> int | None:
-        """The slot that holds what a request reads; None: not on this rank."""
+        """The slot that holds what a request reads, or None if not on this rank."""
         key = SiteKey(read.layer, read.hook)
         return self._read_slots.get((read.module, key))
 
     def sae_slot(self, module: str, key: SiteKey) -> SAESlot | None:
-        """The slot of an SAE module's site; None: not on this rank."""
+        """The slot of an SAE module's site, or None if not on this rank."""
         bound, _ = self._bound[Tier.FULL].get((module, key), (None, 0))
         slots = (
             place.slot
@@ -314,8 +315,11 @@ class SiteModules:
         needed.
 
         Raises:
-            ValueError: as `load_site`, or the gain of a norm cannot be divided out.
+            ValueError: as `load_site`; the gain of a norm cannot be divided out; or
+                the layer norms an output that the SAE takes as it is.
         """
+        if site.raw_output:
+            refuse_output_norm(self.layers[site.layer], site.out_hook)
         load_site(module, site, into)
         if site.before_gain:
             norm = parts_of(self.layers[site.layer]).mid_norm

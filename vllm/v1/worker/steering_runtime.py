@@ -85,6 +85,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these, requests that edit; the others only read.
+        self._editing: set[str] = set()
         # Of these with spans, the prompt's length.
         self._prompt_len: dict[str, int] = {}
         # Of these, prompts with positions that have no token id.
@@ -154,6 +156,8 @@ class SteeringRuntime:
             )
         self._rows[req_id] = rows
         self._step_index.hold(req_id, rows)
+        if any(row for tier in Tier for row in rows.held(tier)):
+            self._editing.add(req_id)
         self.readout.resume_request(req_id, request.reads)
 
     def _scheduled_rows(self, request: SteeringRequest, prompt_len: int) -> RequestRows:
@@ -179,6 +183,7 @@ class SteeringRuntime:
         if held is None:
             return
         self._step_index.drop(req_id)
+        self._editing.discard(req_id)
         self.readout.park_request(req_id)
         self.modules.inline.release(self._requests[req_id])
         for tier in Tier:
@@ -208,15 +213,15 @@ class SteeringRuntime:
     def _prepare_edits(self, view: BatchView) -> bool:
         """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
-        changed = index.update(view)
-        if index.rows is None:
+        changed = bool(self._editing) and index.update(view)
+        if not self._editing or index.rows is None:
             self._clear_edits()
             return False
         self._write_rows()
         if changed or not self._written_tokens:
             self._write_index(index.rows)
         self.steered_tokens += index.steered
-        return bool(index.steered[[Tier.DELTA, Tier.FULL]].any())
+        return bool(index.steered[Tier.DELTA :].any())
 
     def clear_step(self) -> None:
         """Give every token row 0: for an unsteered step, a dummy run or a capture."""
@@ -248,7 +253,7 @@ class SteeringRuntime:
         host[:, tokens:extent] = 0
         # A new pinned buffer each time. The copy is asynchronous, and the host may
         # prepare the next step before the copy has read the buffer.
-        fresh = async_tensor_h2d(host[:, :extent].copy(), device=self.step.index.device)
+        fresh = async_tensor_h2d(host[:, :extent], device=self.step.index.device)
         self.step.index[:, :extent].copy_(fresh)
         self._written_tokens = tokens
 
@@ -278,6 +283,8 @@ class SteeringRuntime:
 
 
 class SteeredRunner(Protocol):
-    """The attribute of a model runner that module changes and measurements use."""
+    """What module changes and measurements use of a model runner."""
 
     steering: SteeringRuntime | None
+
+    def use_steering_graphs(self, used: bool) -> None: ...
