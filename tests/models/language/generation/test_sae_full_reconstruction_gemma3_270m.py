@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from steering_testing import oracle
 from steering_testing.engine import (
     FULL,
-    assert_same,
     engine_on,
     generate,
     params,
@@ -129,6 +128,12 @@ def write_scope_2(root: Path, sae: DenseSAE) -> Path:
     return path
 
 
+def distance(found: oracle.Greedy, expected: oracle.Greedy) -> float:
+    """The largest difference of two lists of log-probabilities."""
+    pairs = zip(found.logprobs, expected.logprobs, strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
 def test_the_real_model_with_a_complete_sae_equals_hugging_face(
     checkpoint: Path, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -145,10 +150,21 @@ def test_the_real_model_with_a_complete_sae_equals_hugging_face(
     modules = {"scope": str(write_scope_2(tmp_path, sae))}
     with engine_on(checkpoint, modules) as llm:
         plain, pure, held = generate(llm, [prompt] * 3, sampling)
-    edits = ([], [Edit("full", sae)], [Edit("full", sae, clamps)])
-    for found, edit in zip((plain, pure, held), edits, strict=True):
-        sites = {site: edit} if edit else {}
-        assert_same(found, oracle.follow(model, prompt, sites, found.tokens))
+    distances = []
+    for found, edits in (
+        (plain, []),
+        (pure, [Edit("full", sae)]),
+        (held, [Edit("full", sae, clamps)]),
+    ):
+        sites = {site: edits} if edits else {}
+        expected = oracle.follow(model, prompt, sites, found.tokens)
+        assert found.tokens == expected.tokens
+        distances.append(distance(found, expected))
+    print("log-probabilities differ by", distances)
+    # vLLM's float32 rounds otherwise than Hugging Face's in 18 layers, with no steering
+    # too; steering adds no more than that.
+    assert distances[0] < 2e-3
+    assert max(distances[1:]) < 3 * distances[0] + 1e-4
     # The basis spans the stream: nothing is lost.
     assert pure.tokens == plain.tokens
     assert held.tokens != plain.tokens
