@@ -2,8 +2,8 @@
 """A front end's call of the steering registries of all data-parallel ranks.
 
 Every rank has an engine core of its own. A change happens on all of them or on none:
-all refuse new requests for the module, all put it in place, and only when each has
-succeeded do they admit requests under it.
+all read it, all refuse new requests for the module, all put it in place, and only when
+each has succeeded do they admit requests under it.
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
     """Register or unregister a module on every rank, or on none."""
     change = {**payload, "change": uuid.uuid4().hex}
     name = payload["module"]["name"] if action == "register" else payload["name"]
+    if action == "register":
+        loaded = merged(await ask(action, {**change, "phase": "load"}))
+        if loaded.outcome is Outcome.LOADING:
+            return loaded
+        if loaded.refused:
+            return await _give_up(ask, name, loaded)
     closed = merged(await ask(action, {**change, "phase": "close"}))
     if closed.outcome is Outcome.DRAINING:
         return closed
@@ -107,6 +113,9 @@ def merged(replies: Sequence[ModuleReply]) -> ModuleReply:
             where = f"data-parallel rank {rank}: " if len(replies) > 1 else ""
             error = where + reply.error
             return replace(reply, error=error, config=first.config)
+    loading = [reply for reply in replies if reply.outcome is Outcome.LOADING]
+    if loading:
+        return replace(loading[0], config=first.config)
     waiting = [reply for reply in replies if reply.outcome is Outcome.DRAINING]
     if waiting:
         in_use = sum(reply.in_use or 0 for reply in waiting)

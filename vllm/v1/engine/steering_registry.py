@@ -2,20 +2,19 @@
 """The engine core's registry: modules that come and go while requests run.
 
 Reached as `collective_rpc(METHOD, args=(action, payload))`, which every client of an
-engine has, and handled here instead of in the workers. All of it runs between two
-steps in the thread that schedules, so calls are serialised; only `inspect`, which
-reads whole files, runs beside.
+engine has. All of it runs between two steps in the thread that schedules, so calls are
+serialised; only what reads files runs beside, in `inspect` and in the workers.
 
 Each data-parallel rank has an engine core, hence a registry, of its own. One rank
 changes at once. Several change together in phases, which `steering_ranks.py` drives:
-`close` refuses new requests for the module, `prepare` puts the change in place in the
-workers, then `finish` admits requests under it, or `rollback` undoes it.
+`load` reads the module, `close` refuses new requests for it, `prepare` puts the change
+in place in the workers, then `finish` admits requests under it, or `rollback` undoes
+it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -36,19 +35,21 @@ from vllm.config.steering_slots import (
     with_module,
     without_module,
 )
-from vllm.engine.steering_active_config import active_steering_config, publish
+from vllm.engine.steering_active_config import (
+    active_steering_config,
+    may_register,
+    publish,
+)
 from vllm.engine.steering_presets import (
     refuse_without_default,
     with_default,
     with_preset,
     without_preset,
 )
-from vllm.engine.steering_resolution import (
-    check_against_model,
-    inspect_for_model,
-)
+from vllm.engine.steering_resolution import check_against_model, inspect_for_model
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
+from vllm.model_executor.model_loader.sae_inspector import module_inspector
+from vllm.v1.engine.steering_loading import ModuleLoads, first_error, refusal
 from vllm.v1.engine.steering_reads import ReadCounts
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ logger = init_logger(__name__)
 WORKER_METHOD = "change_steering_modules"
 # A change that nobody finished for so long was given up by who asked for it.
 PREPARED_LIMIT_S = 600.0
-
 # What reads or writes the memory of workers.
 NEEDS_WORKERS = ("register", "unregister", "finish", "rollback")
 
@@ -85,9 +85,14 @@ class SteeringRegistry:
         self.core = core
         self.lock = threading.Lock()
         self.inspector = ThreadPoolExecutor(1, "steering-inspect")
+        self.loads = ModuleLoads(self._workers)
         self.prepared: PreparedChange | None = None
-        # What the workers said last: asleep, they have no memory to ask.
+        # What the workers said last, for when they are asleep.
         self.known_stats: list[Json] = []
+        if may_register(core.vllm_config):
+            # The first client does not wait for helpers to start.
+            self.inspector.submit(module_inspector().warm_up)
+            self._workers("warm_up")
 
     def call(
         self, action: str, payload: Json | None = None
@@ -97,11 +102,11 @@ class SteeringRegistry:
         Args:
             action: `list`, `stats`, `inspect` {name, path and options}, `register`
                 {module, replace, drain}, `unregister` {name, drain}, or `release`
-                {name}, which ends a drain; `put_preset` {name, preset},
+                {name}, which ends a drain and a load; `put_preset` {name, preset},
                 `delete_preset` {name}, `set_default_preset` {name}. `register` and
-                `unregister` with a `phase`
-                (`close`, or `prepare` with a `change` id), then `finish` or
-                `rollback` {change}, do a change step by step.
+                `unregister` with a `phase` (`load`, `close`, or `prepare` with a
+                `change` id), then `finish` or `rollback` {change}, do a change step
+                by step. `register` answers `LOADING` while the files are read.
             payload: the action's argument, a JSON object.
         """
         actions: dict[str, Callable[[Json], ModuleReply]] = {
@@ -109,9 +114,9 @@ class SteeringRegistry:
             "stats": self._stats,
             "register": lambda p: self._change(p["module"]["name"], p, self._with),
             "unregister": lambda p: self._change(p.get("name"), p, self._without),
-            "put_preset": self._put_preset,
-            "delete_preset": self._delete_preset,
-            "set_default_preset": self._set_default_preset,
+            "put_preset": lambda p: self._change_presets(with_preset, p),
+            "delete_preset": lambda p: self._change_presets(without_preset, p),
+            "set_default_preset": lambda p: self._change_presets(with_default, p),
             "finish": self._finish,
             "rollback": self._rollback,
             "release": self._release,
@@ -223,16 +228,33 @@ class SteeringRegistry:
         """Register or unregister a module, at once or one phase of it."""
         after = plan(payload)
         assert isinstance(name, str)  # the plan is for a module of this name
-        phase = payload.get("phase")
-        waiting = self._wait_for(name, bool(payload.get("drain")), phase == "close")
+        new = after.modules.get(name)
+        try:
+            return self._change_to(after, name, new, payload)
+        except RefusedCall:
+            if new is not None:
+                self.loads.forget(new)
+            raise
+
+    def _change_to(
+        self, after: SteeringConfig, name: str, new: ModuleInfo | None, payload: Json
+    ) -> ModuleReply:
+        phase, drain = payload.get("phase"), bool(payload.get("drain"))
+        done = ModuleReply(outcome=Outcome.DONE)
+        if new is not None and phase != "close":
+            if not drain:
+                self._refuse_in_use(name)
+            if not self.loads.ready(new):
+                return ModuleReply(outcome=Outcome.LOADING)
+        if phase == "load":
+            return done
+        waiting = self._wait_for(name, drain, phase == "close")
         if waiting is not None:
             return waiting
         if phase == "close":
-            return ModuleReply(outcome=Outcome.DONE)
+            return done
         self._prepare(name, after, payload.get("change", ""))
-        if phase == "prepare":
-            return ModuleReply(outcome=Outcome.DONE)
-        return self._finish(payload)
+        return done if phase == "prepare" else self._finish(payload)
 
     def _with(self, payload: Json) -> SteeringConfig:
         """The configuration with the payload's module in it."""
@@ -268,18 +290,21 @@ class SteeringRegistry:
         refuse_without_default(config, name)
         return without_module(config, name)
 
-    def _put_preset(self, payload: Json) -> ModuleReply:
-        return self._changed_presets(with_preset(self.config, payload))
-
-    def _delete_preset(self, payload: Json) -> ModuleReply:
-        return self._changed_presets(without_preset(self.config, payload))
-
-    def _set_default_preset(self, payload: Json) -> ModuleReply:
-        return self._changed_presets(with_default(self.config, payload))
-
-    def _changed_presets(self, after: SteeringConfig) -> ModuleReply:
-        self._publish(after)
+    def _change_presets(
+        self, change: Callable[[SteeringConfig, Json], SteeringConfig], payload: Json
+    ) -> ModuleReply:
+        self._publish(change(self.config, payload))
         return ModuleReply(outcome=Outcome.DONE)
+
+    def _refuse_in_use(self, name: str) -> None:
+        if in_use := self.in_use(name):
+            raise RefusedCall(
+                Outcome.CONFLICT,
+                f"module {shown(name)} is in use by {in_use} request(s), expected "
+                "none, or drain=true to wait for them",
+                "name",
+                in_use=in_use,
+            )
 
     def _wait_for(self, name: str, drain: bool, close: bool) -> ModuleReply | None:
         """What to answer while requests use the module; None when none does.
@@ -289,15 +314,9 @@ class SteeringRegistry:
             drain: whether the caller waits.
             close: whether to refuse new requests for it even if none uses it now.
         """
+        if not drain:
+            self._refuse_in_use(name)
         in_use = self.in_use(name)
-        if in_use and not drain:
-            raise RefusedCall(
-                Outcome.CONFLICT,
-                f"module {shown(name)} is in use by {in_use} request(s), expected "
-                "none, or drain=true to wait for them",
-                "name",
-                in_use=in_use,
-            )
         if in_use or close:
             self._set_draining(name, True)
         if not in_use:
@@ -306,6 +325,7 @@ class SteeringRegistry:
 
     def _release(self, payload: Json) -> ModuleReply:
         self._set_draining(payload.get("name"), False)
+        self.loads.forget_name(payload.get("name"))
         return ModuleReply(outcome=Outcome.DONE)
 
     def _set_draining(self, name: object, draining: bool) -> None:
@@ -332,10 +352,10 @@ class SteeringRegistry:
         error = first_error(self._workers("stage", for_workers, name))
         if error is None:
             error = first_error(self._workers("commit"))
+        self.loads.staged()
         if error is not None:
             self._workers("rollback")
-            outcome = Outcome.INVALID if error.get("refused") else Outcome.FAILED
-            raise RefusedCall(outcome, f"{error['error']}; nothing was changed", "path")
+            raise refusal(error)
         self.prepared = PreparedChange(ident, name, after, time.monotonic())
 
     def _finish(self, payload: Json) -> ModuleReply:
@@ -369,17 +389,6 @@ class SteeringRegistry:
 
     def _workers(self, *args: object) -> list[Json]:
         return self.core.model_executor.collective_rpc(WORKER_METHOD, args=args)
-
-
-@functools.cache
-def module_inspector() -> ModuleInspector:
-    """This process's inspector; it starts a helper process when it is first used."""
-    return ModuleInspector()
-
-
-def first_error(replies: list[Json]) -> Json | None:
-    """The first reply of a rank that is not ok."""
-    return next((reply for reply in replies if not reply["ok"]), None)
 
 
 def named_modules(request: Request) -> set[str]:
