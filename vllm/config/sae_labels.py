@@ -3,7 +3,7 @@
 
     [{"index": "457", "description": "mentions of bridges", "layer": "20-res-16k"}, ...]
 
-one such object a line, or `{"457": "mentions of bridges", ...}`. A module in a local
+or one such object a line, or `{"457": "mentions of bridges", ...}`. A module in a local
 directory has its labels in `labels.json` there.
 """
 
@@ -20,7 +20,7 @@ MAX_BYTES = 256 << 20
 MAX_LABEL = 1000
 
 Labels = dict[int, str]
-# Of a file, not checked yet: its name in messages, index and description.
+# An entry that is not checked yet: its name in messages, index and description.
 _Entry = tuple[str, object, object]
 
 
@@ -28,7 +28,7 @@ def load_labels(path: str | Path) -> Labels:
     """The labels in a file, by feature index; the first one of a feature counts.
 
     Raises:
-        ValueError: not in a form that is known; the message names file and entry.
+        ValueError: the form is unknown; the message names file and entry.
     """
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:

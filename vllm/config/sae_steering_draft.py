@@ -7,7 +7,7 @@ then, so every value has its type.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm.config.sae_readout_specs import SiteRead
@@ -16,9 +16,6 @@ from vllm.config.sae_steering_request import (
     Group,
     SiteEdit,
     SteeringRequest,
-    VectorAction,
-    add_scales,
-    round_to_fp32,
     sorted_clamps,
 )
 from vllm.config.sae_steering_sites import (
@@ -29,9 +26,7 @@ from vllm.config.sae_steering_sites import (
 )
 from vllm.config.sae_steering_spans import (
     SPEC_PHASES,
-    TOKEN_PHASES,
     Coverage,
-    acts,
     boundaries,
     coverage_of,
     may_overlap,
@@ -43,6 +38,8 @@ from vllm.config.sae_steering_specs import (
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
 )
+from vllm.config.sae_steering_vector_action import round_to_fp32
+from vllm.config.sae_steering_vector_draft import VectorDraft
 from vllm.config.steering import (
     HookPoint,
     SteeringConfig,
@@ -80,13 +77,6 @@ class _Reconstruction(_Named):
 
 
 @dataclass
-class _Vector(_Named):
-    """What a spec does along a module's vectors."""
-
-    action: VectorAction
-
-
-@dataclass
 class Draft:
     """A request while its specs are checked; holds what must be unique or bounded."""
 
@@ -94,7 +84,6 @@ class Draft:
     sae: dict[Tier, dict[Group, dict[Site, list[SAEClampEntry]]]] = field(
         default_factory=lambda: {Tier.DELTA: {}, Tier.FULL: {}}
     )
-    vectors: dict[str, list[_Vector]] = field(default_factory=dict)
     features: dict[tuple[Tier, str, Site, int], list[Coverage]] = field(
         default_factory=dict
     )
@@ -108,6 +97,9 @@ class Draft:
     )
     first_spans: str = ""
     reads: tuple[SiteRead, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.vectors = VectorDraft(self.config)
 
     def coverage(
         self,
@@ -183,7 +175,6 @@ class Draft:
         self, path: str, when: SAECondition, clamps: ListedSite
     ) -> SAECondition:
         """The canonical form of a condition."""
-        self.require_extended(path, "conditions")
         if (when.above is None) == (when.below is None):
             raise refusal(path, "expected exactly one of above and below")
         if when.feature_idx >= clamps.site.d_sae:
@@ -195,11 +186,6 @@ class Draft:
         above = None if when.above is None else round_to_fp32(when.above)
         below = None if when.below is None else round_to_fp32(when.below)
         return SAECondition(when.feature_idx, above, below)
-
-    def require_extended(self, path: str, what: str) -> None:
-        """Refuse what the engine's kernels cannot do."""
-        if not self.config.extended_clamps:
-            raise refusal(path, f"{what} are not supported by this engine's kernels")
 
     def reconstruct(
         self, site: Site, written: HookPoint, asked: _Reconstruction
@@ -232,51 +218,18 @@ class Draft:
         counts[named.coverage] = counts.get(named.coverage, 0) + added
 
     def add_vector_spec(self, path: str, spec: SteeringVectorSpec) -> None:
-        """Check one spec; scales of one module add up, other kinds stand alone."""
-        name = spec.module_name
-        module = named_module(f"{path}.module_name", name, self.config, "vectors")
-        asked = _Vector(path, self.coverage(path, spec), _action(path, spec))
-        if not asked.action.sums:
-            self.require_extended(f"{path}.kind", "kinds other than add, and relative")
-        others = self.vectors.setdefault(name, [])
-        for other in others:
-            together = other.action.sums and asked.action.sums
-            if not together and may_overlap(asked.coverage, other.coverage):
-                raise refusal(
-                    f"{path}.kind",
-                    f"module {shown(name)} acts on some of these tokens already "
-                    f"({other.path}); only specs that add without relative add up",
-                )
-        if not others:
+        """Check one spec; scales of one vector add up, other kinds stand alone."""
+        coverage = self.coverage(path, spec)
+        module, is_first = self.vectors.add(path, spec, coverage)
+        if is_first:
             for site in module.sites:
-                self.count(Tier.ADDITIVE, (site.hook, site.layer), asked, 1)
-        others.append(asked)
-        self.check_sums(others)
-
-    def check_sums(self, vectors: Sequence[_Vector]) -> None:
-        """Refuse scales of one module whose sum float32 does not hold."""
-        adding = [vector for vector in vectors if vector.action.sums]
-        if all(isinstance(vector.coverage, str) for vector in adding):
-            subsets = [
-                [v.action.value for v in adding if acts(v.coverage, phase)]
-                for phase in TOKEN_PHASES
-            ]
-        else:
-            # Any subset may act on some token.
-            subsets = [[abs(vector.action.value) for vector in adding]]
-        for scales in subsets:
-            try:
-                add_scales(scales)
-            except OverflowError:
-                raise refusal(
-                    f"{vectors[-1].path}.scale",
-                    "the scales of this module add up to more than float32 holds, "
-                    "expected a finite sum",
-                ) from None
+                place = (site.hook, site.layer)
+                self.count(Tier.ADDITIVE, place, _Named(path, coverage), 1)
 
     def finish(self) -> SteeringRequest:
         """The canonical request."""
-        order = {name: i for i, name in enumerate(self.config.modules)}
+        inline = self.vectors.inline
+        order = {name: i for i, name in enumerate((*self.config.modules, *inline))}
 
         def rank(group: Group) -> tuple[int, int, str]:
             name, coverage = group
@@ -292,28 +245,18 @@ class Draft:
             for tier, groups in self.sae.items()
             if groups
         }
-        summed = self.summed_vectors()
+        summed = self.vectors.summed()
         vectors = {group: summed[group] for group in sorted(summed, key=rank)}
         named = {name for groups in self.sae.values() for name, _ in groups}
-        named.update(self.vectors)
+        named.update(name for name, _ in summed)
         named.update(read.module for read in self.reads)
         modules = {n: m for n, m in self.config.modules.items() if n in named}
-        request = SteeringRequest(sae_edits, vectors, modules, self.reads)
+        modules |= {name: own.module for name, own in inline.items()}
+        data = {name: own.data for name, own in inline.items()}
+        request = SteeringRequest(sae_edits, vectors, modules, self.reads, data)
         if self.first_spans:
             self.check_pieces(request)
         return request
-
-    def summed_vectors(self) -> dict[Group, VectorAction]:
-        """The action of every module and coverage."""
-        found: dict[Group, VectorAction] = {}
-        for name, vectors in self.vectors.items():
-            for coverage in dict.fromkeys(vector.coverage for vector in vectors):
-                same = [v.action for v in vectors if v.coverage == coverage]
-                action = same[0]
-                if action.sums:
-                    action = VectorAction("add", add_scales([a.value for a in same]))
-                found[name, coverage] = action
-        return found
 
     def check_pieces(self, request: SteeringRequest) -> None:
         """Bound the pieces of the schedule, so that rows suffice."""
@@ -326,33 +269,6 @@ class Draft:
                 f"prompt or the answer, expected at most {most} "
                 "(additional_config.steering.max_pieces)",
             )
-
-
-def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
-    """What a vector spec does; its fields fit its kind."""
-    kind = spec.kind
-    for name, value, owner in (
-        ("value", spec.value, "set"),
-        ("bounds", spec.bounds, "bound"),
-    ):
-        if value is not None and kind != owner:
-            raise refusal(f"{path}.{name}", f'expected only with kind "{owner}"')
-        if value is None and kind == owner:
-            raise refusal(f"{path}.{name}", f'is missing, expected with kind "{kind}"')
-    if kind in ("set", "bound") and spec.scale != 1.0:
-        raise refusal(f"{path}.scale", 'expected only with kind "add" or "scale"')
-    if kind == "scale":
-        if spec.relative:
-            raise refusal(f"{path}.relative", 'found true, expected false for "scale"')
-        if spec.scale == 1.0:
-            raise bad(f"{path}.scale", 1.0, "a factor other than 1, such as 0")
-    if spec.bounds is not None:
-        low, high = (round_to_fp32(bound) for bound in spec.bounds)
-        if low > high:
-            raise refusal(f"{path}.bounds", "expected [low, high] with low <= high")
-        return VectorAction("bound", bounds=(low, high), relative=spec.relative)
-    value = spec.scale if spec.value is None else spec.value
-    return VectorAction(kind, round_to_fp32(value), relative=spec.relative)
 
 
 def _site_edits(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that look like a steering field and are none: refused with the right name.
+"""Refuses keys that look like a steering field but are none, with the right name.
 
-vLLM drops unknown fields and ignores unknown `extra_args`, so a misspelt key would
-give unsteered text without a word.
+vLLM drops unknown fields and ignores unknown `extra_args`, so a misspelt key would give
+unsteered text and no error.
 """
 
 from __future__ import annotations

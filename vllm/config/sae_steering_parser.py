@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from vllm.config.sae_inline_vectors import with_text
 from vllm.config.sae_readout_parser import check_reads
 from vllm.config.sae_steering_draft import Draft
 from vllm.config.sae_steering_names import refuse_misspelt
@@ -196,4 +197,6 @@ def _read(key: str, specs: object) -> Any:
         # The encoder would take the struct of another tier for an object.
         if isinstance(spec, msgspec.Struct) and type(spec) is not SPEC_TYPES[key]:
             raise bad(f"{key}[{position}]", spec, f"a {SPEC_TYPES[key].__name__}")
+    if key == ADDITIVE_KEY:
+        specs = with_text(key, specs)
     return _READERS[key].read(specs, key)

@@ -163,6 +163,7 @@ def _without(preset: SteeringRequest, own: SteeringRequest) -> SteeringRequest:
         {group: a for group, a in preset.vectors.items() if group[0] not in vectors},
         preset.modules,
         preset.reads,
+        preset.inline,
     )
 
 

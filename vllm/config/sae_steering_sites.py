@@ -75,7 +75,8 @@ def _layer(path: str, key: int | str) -> int:
     )
 
 
-def _hook(path: str, key: str) -> HookPoint:
+def named_hook(path: str, key: str) -> HookPoint:
+    """The point of a hook's name, or of one of its aliases."""
     if key in HOOK_ALIASES:
         return HOOK_ALIASES[key]
     raise refusal(path, f"unknown hook {shown(key)}, expected one of {HOOK_NAMES}")
@@ -118,7 +119,7 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
     hooks: set[HookPoint] = set()
     for hook_key, layers in clamps.items():
         hook_path = key_path(path, hook_key)
-        hook = _hook(hook_path, hook_key)
+        hook = named_hook(hook_path, hook_key)
         if hook in hooks:
             raise refusal(hook_path, f'hook "{hook.value}" is given twice')
         hooks.add(hook)

@@ -11,8 +11,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
+import torch
 from msgspec import Meta
 
+from vllm.config.sae_inline_vectors import vector_text
 from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering import HOOK_ALIASES
@@ -119,8 +122,23 @@ class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spans: SpanList | None = None
 
 
+VectorText = Annotated[
+    str,
+    expects(
+        "base64 of little-endian float16 or float32 numbers, one for each component",
+        description="A vector of the request's own: base64 of little-endian float16 or "
+        "float32 numbers [D].",
+    ),
+]
+LayerIndex = Annotated[int, expects("a layer index such as 20", ge=0, lt=2**31)]
+
+
 class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Edit the stream along the named module's vectors, at every site it has.
+
+    Instead of `module_name`, a request may bring a `vector [D]` and name the `layer`
+    and the `hook` of a site that the engine reserved room at. In Python a tensor or
+    an array will do; the struct holds its text.
 
     With `v` the vector, `u` its unit vector and `p` the stream's projection on `u`:
     `add` adds `scale * v`; `set` makes `p` the `value`; `scale` makes it `scale * p`
@@ -129,7 +147,7 @@ class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     `scale * norm * u`.
     """
 
-    module_name: ModuleName
+    module_name: ModuleName | None = None
     scale: Number = 1.0
     phase: SpecPhase = "both"
     kind: VectorKind = "add"
@@ -137,6 +155,14 @@ class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     bounds: Bounds | None = None
     relative: bool = False
     spans: SpanList | None = None
+    vector: VectorText | None = None
+    layer: LayerIndex | None = None
+    hook: Hook | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.vector
+        if isinstance(given, (torch.Tensor, np.ndarray)):
+            msgspec.structs.force_setattr(self, "vector", vector_text(given))
 
 
 class SteeringFields(msgspec.Struct, kw_only=True):

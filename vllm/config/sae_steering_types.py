@@ -21,7 +21,6 @@ from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import (
     SiteEdit,
     SteeringRequest,
-    VectorAction,
     hash_steering_config,
     module_fingerprint,
 )
@@ -35,6 +34,7 @@ from vllm.config.sae_steering_specs import (
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
 )
+from vllm.config.sae_steering_vector_action import VectorAction
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
 from vllm.sampling_params import SamplingParams

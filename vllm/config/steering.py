@@ -35,6 +35,7 @@ __all__ = [
     "Activation",
     "FeatureUnits",
     "HookPoint",
+    "InlineSite",
     "ModuleInfo",
     "ModuleKind",
     "PointWidths",
@@ -180,6 +181,40 @@ class SlotInfo:
 
 
 @dataclass(frozen=True)
+class InlineSite:
+    """A site where requests may bring vectors of their own, of width `width`.
+
+    A request brings at most `per_request` different ones, so the engine holds at most
+    `directions` at once, for all of its `max_num_seqs` requests.
+    """
+
+    layer: int
+    hook: HookPoint
+    width: int
+    per_request: int
+    directions: int
+
+    @property
+    def name(self) -> str:
+        """`hook.layer`, as messages show it."""
+        return site_name(self.hook, self.layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the directions, in float32."""
+        return 4 * self.width * self.directions
+
+    def to_json(self) -> Json:
+        """JSON types only; the inverse of `from_json`."""
+        return {**asdict(self), "hook": self.hook.value}
+
+    @classmethod
+    def from_json(cls, data: JsonView) -> InlineSite:
+        """Rebuild what `to_json` wrote."""
+        return cls(**{**data, "hook": HookPoint(data["hook"])})
+
+
+@dataclass(frozen=True)
 class ModuleInfo:
     """A named SAE, or a named set of vectors, as the front end knows it.
 
@@ -253,10 +288,10 @@ class SteeringConfig:
     are refused: it waits for its last request, to be removed or replaced. `version`
     counts the changes since start-up. `readout`: whether requests may read features,
     of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
-    the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
-    whether the device computes conditions, and more of vectors than adding them.
-    `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
-    requests run under which choose none.
+    the pieces of a request's schedule; tables have a row for each. `presets` are in the
+    form of `SteeringPreset`; `default_preset` names the one that requests run under
+    which choose none. `inline_sites` are those at which requests may bring vectors of
+    their own.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -268,9 +303,9 @@ class SteeringConfig:
     readout: bool = True
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
-    extended_clamps: bool = True
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
+    inline_sites: tuple[InlineSite, ...] = ()
     # Requests that were parsed under this configuration.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
@@ -290,9 +325,9 @@ class SteeringConfig:
             "version": self.version,
             "max_specs": self.max_specs,
             "max_pieces": self.max_pieces,
-            "extended_clamps": self.extended_clamps,
             "presets": self.presets,
             "default_preset": self.default_preset,
+            "inline_sites": [site.to_json() for site in self.inline_sites],
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
@@ -314,9 +349,11 @@ class SteeringConfig:
             readout=data.get("readout", True),
             first_read_layer=data.get("first_read_layer", 0),
             max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
-            extended_clamps=data.get("extended_clamps", True),
             presets=data.get("presets", {}),
             default_preset=data.get("default_preset"),
+            inline_sites=tuple(
+                InlineSite.from_json(site) for site in data.get("inline_sites", ())
+            ),
         )
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a client wrote to a typed struct, or to an error that names the field.
+"""Reads what a client wrote into a typed struct, or raises an error that names the
+field.
 
-The type annotations are the one definition: msgspec decodes by them and makes the
-JSON schema from them. Where it refuses, a second, slow reading by the same
-annotations finds the first bad field and says path, found and expected. That reading
-also turns the scalars of NumPy, PyTorch and the like into Python's.
+The type annotations are the one definition: msgspec decodes by them and makes the JSON
+schema from them. If it refuses, a second and slower reading by the same annotations
+finds the first bad field and gives its path, what was found and what was expected. That
+reading also converts scalars of NumPy, PyTorch and the like to Python's.
 
-A message says what a field takes in the words of `expects(...)`, or in general ones.
+A message describes what a field takes by the text of `expects(...)`, if there is one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vllm.config.steering_json import Json
 
 T = TypeVar("T")
 
-# What the encoder says of a value that JSON could not hold.
+# What the encoder raises for a value that JSON cannot hold.
 _ENCODE_ERRORS = (TypeError, ValueError, OverflowError, RecursionError)
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -52,7 +53,7 @@ class Reader(Generic[T]):
 
     Args:
         kind: a type with msgspec's annotations.
-        root: what a message calls the value itself when its path is empty.
+        root: the name of the value in messages when its path is empty.
     """
 
     def __init__(self, kind: type[T], root: str = "body"):

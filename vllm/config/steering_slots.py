@@ -116,7 +116,7 @@ def with_module(
             )
             del free[best]
             placed.append(best)
-        elif may_add_slots and not _has_vectors(module, site, slots):
+        elif may_add_slots and not _has_vectors(config, module, site, slots):
             new = next(at for at in itertools.count(last + 1) if at not in slots)
             placed.append(new)
             slots[new] = replace(own_slot(module, site), added=True)
@@ -182,13 +182,15 @@ def site_bytes(site: SiteInfo, item_bytes: int) -> int:
 
 
 def _has_vectors(
-    module: ModuleInfo, site: SiteInfo, slots: dict[int, SlotInfo]
+    config: SteeringConfig,
+    module: ModuleInfo,
+    site: SiteInfo,
+    slots: dict[int, SlotInfo],
 ) -> bool:
     """Whether a vector's site has a stack of vectors, which cannot grow."""
-    return module.kind == "vectors" and any(
-        (slot.kind, slot.layer, slot.hook) == ("vectors", site.layer, site.hook)
-        for slot in slots.values()
-    )
+    stacks = {(s.layer, s.hook) for s in slots.values() if s.kind == "vectors"}
+    stacks |= {(room.layer, room.hook) for room in config.inline_sites}
+    return module.kind == "vectors" and (site.layer, site.hook) in stacks
 
 
 def _needed(module: ModuleInfo, site: SiteInfo) -> str:

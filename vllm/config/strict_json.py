@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON whose meaning does not depend on who reads it: no duplicate key, no `-0`."""
+"""Refuses JSON that readers could understand differently: duplicate keys and `-0`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def marked_loads(data: bytes) -> object:
     Raises:
         ValueError, RecursionError: as `json.loads`.
     """
-    # Python's own integers are read much faster than through a hook.
+    # Without a hook, Python reads integers much faster.
     hook = _integer if _NEGATIVE_ZERO.search(data) else None
     return json.loads(data, object_pairs_hook=_object, parse_int=hook)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets of an engine that come and go: each function is one change, checked."""
+"""Checked changes of an engine's presets, one a function."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checked_preset(name: str, given: object, config: SteeringConfig) -> Json:
 
 
 def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
-    """The configuration with the payload's preset, in the place of its namesake."""
+    """The configuration with the payload's preset; it replaces one of the same name."""
     name = payload.get("name")
     if type(name) is not str or not PRESET_NAME.fullmatch(name):
         raise RefusedCall(
@@ -65,7 +65,7 @@ def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 
 def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
-    """The configuration without a preset, which is not the default."""
+    """The configuration without a preset. The default preset cannot go."""
     name = _known(config, payload.get("name"))
     if name == config.default_preset:
         raise RefusedCall(
@@ -78,7 +78,7 @@ def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 
 def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
-    """The configuration with another default preset; None: without."""
+    """The configuration with another default preset, or with none."""
     name = payload.get("name")
     if name is None:
         return replace(config, default_preset=None)
@@ -92,12 +92,12 @@ def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 
 def refuse_without_default(config: SteeringConfig, module: str) -> None:
-    """Raise when the default preset needs a module that is to go."""
+    """Raise if the default preset needs a module that is to be removed."""
     name = config.default_preset
     if name is None:
         return
     specs = [s for key in EXTRA_ARGS_KEYS for s in config.presets[name].get(key, ())]
-    if any(spec["module_name"] == module for spec in specs):
+    if any(spec.get("module_name") == module for spec in specs):
         raise RefusedCall(
             Outcome.CONFLICT,
             f"module {shown(module)} is in the server's default preset {shown(name)}, "

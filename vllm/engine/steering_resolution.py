@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user writes in `additional_config["steering"]` to `SteeringConfig`.
+"""Makes a `SteeringConfig` from what a user writes in `additional_config["steering"]`.
 
-`steering_options.py` says what that may be. Here modules are inspected and checked
-against the model, and features are refused under which steering would be wrong. Every
-refusal is one line that names the field or the module, what was found and what would
-be accepted.
+`steering_options.py` checks the options. This module inspects the steering modules,
+checks them against the model, and refuses features of vLLM under which steering would
+be wrong. Every refusal is one line: the field or the module, what was found and what
+would be accepted.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from vllm.engine.steering_options import (
     check_dtype,
     check_module_roots,
     check_transcoder,
+    inline_sites,
     limit_option,
     module_form,
     object_option,
@@ -48,7 +49,6 @@ from vllm.engine.steering_options import (
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -65,8 +65,8 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
     caller passed is not changed.
 
     Raises:
-        SteeringConfigError: the configuration, a module or the engine's features do
-            not allow it.
+        SteeringConfigError: the options, a module or a feature of the engine is
+            refused.
     """
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or additional.get("steering") is None:
@@ -90,6 +90,20 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
         modules[name] = inspect_for_model(name, given, vllm_config.model_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
+    inline = inline_sites(
+        steering.get("inline_vectors", {}),
+        vllm_config.model_config,
+        vllm_config.scheduler_config.max_num_seqs,
+    )
+    for site in inline:
+        logger.info(
+            "Steering: requests may bring %d vector(s) to %s, the engine holds up to "
+            "%d (%.1f MiB)",
+            site.per_request,
+            site.name,
+            site.directions,
+            site.nbytes / 2**20,
+        )
     check_module_roots(steering.get("module_roots", []))
     config = start_up_slots(
         SteeringConfig(
@@ -97,9 +111,9 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             max_clamps,
             max_specs=max_specs,
             max_pieces=max_pieces,
-            extended_clamps=current_platform.is_cpu(),
             readout=readout_option(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
+            inline_sites=inline,
         ),
         spare,
     )
@@ -116,7 +130,8 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
 
 
 def first_read_layer(vllm_config: VllmConfig) -> int:
-    """The first layer whose features can be read: that of the last pipeline stage.
+    """The first layer whose features can be read, which is the last pipeline stage's
+    first.
 
     Only that stage's output reaches the scheduler.
     """
@@ -150,7 +165,7 @@ def inspect_for_model(
     try:
         module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
-        # One line is all that a start-up mistake should print at the end.
+        # A mistake at start-up should end in one line, without a traceback of causes.
         raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
     if module.skip_token_ids is None:
@@ -192,8 +207,8 @@ def check_against_model(module: ModuleInfo, model_config: ModelConfig) -> None:
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:
     """Ids of the model's bos, eos and pad tokens, sorted.
 
-    Both of the model's configurations are read; the tokenizer only says what
-    neither of them does, and is left alone with `skip_tokenizer_init`.
+    They come from the model's two configurations. The tokenizer is asked only for what
+    both leave out, and not with `skip_tokenizer_init`.
     """
     generation = model_config.try_get_generation_config()
     ids: set[int] = set()
@@ -234,9 +249,8 @@ def _ids(value: object) -> set[int]:
 def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
     """Raise when the engine uses a feature under which steering would be wrong.
 
-    The per-token index assumes that a forward's tokens are the step's tokens in
-    batch order, whole on every rank. KV may be shared only by requests that are
-    steered alike.
+    The per-token index assumes that a forward's tokens are the step's tokens in batch
+    order, whole on every rank. Only requests that are steered alike may share KV.
     """
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config

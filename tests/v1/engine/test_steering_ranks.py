@@ -9,7 +9,11 @@ import itertools
 import pytest
 
 from vllm.config.steering_replies import Json, ModuleReply, Outcome
-from vllm.v1.engine.steering_ranks import change_together, merged
+from vllm.v1.engine.steering_ranks import (
+    change_presets_together,
+    change_together,
+    merged,
+)
 
 DONE = ModuleReply(outcome=Outcome.DONE, config={"version": 1})
 NAME = "sea"
@@ -93,6 +97,21 @@ def test_a_rank_in_use_at_the_last_moment_undoes_the_others() -> None:
     ranks = Ranks(2, {(1, "prepare"): late})
     assert change(ranks).outcome is Outcome.DRAINING
     assert ranks.asked == ["load", "close", "prepare", "rollback", "release"]
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1, 2])
+def test_presets_change_on_every_rank_or_on_none(rank: int | None) -> None:
+    no = refusal(Outcome.CONFLICT)
+    ranks = Ranks(3, {} if rank is None else {(rank, "prepare"): no})
+    payload = {"name": "calm"}
+    reply = asyncio.run(change_presets_together(ranks, "delete_preset", payload))
+    if rank is None:
+        assert (reply.outcome, ranks.asked) == (Outcome.DONE, ["prepare", "finish"])
+    else:
+        assert reply.outcome is Outcome.CONFLICT
+        assert f"rank {rank}" in reply.error
+        assert ranks.asked == ["prepare", "rollback"]
+    assert len(ranks.changes) == 1
 
 
 def test_lists_and_counts_are_of_all_ranks() -> None:

@@ -34,8 +34,7 @@ class EncodedText:
     Attributes:
         token_ids: of the text, with the tokenizer's special tokens.
         tokens: the text of each token.
-        features: by site (`hook.layer`). Tokens that the module leaves alone have no
-            entry.
+        features: by site (`hook.layer`). Tokens that the module bypasses have no entry.
         labels: what features stand for, where it is known.
     """
 
@@ -86,7 +85,7 @@ class EncodedText:
     def to_html(self, feature: int | None = None, site: str | None = None) -> str:
         """The tokens, shaded by a feature's activation; without one, by the largest.
 
-        What a token's features are is shown when the mouse is over it.
+        Hovering over a token shows its features.
         """
         site = site or next(iter(self.features), None)
         if site is None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-# Candidates that are read exactly, in a second pass.
+# How many candidates the second pass reads exactly.
 CANDIDATES = 256
 CONTEXT, EXAMPLES = 8, 3
 
@@ -49,13 +49,14 @@ class FoundFeature:
     Attributes:
         feature_idx: the feature.
         label: what it stands for, where that is known.
-        mean_difference: mean activation on A's tokens less that on B's.
+        mean_difference: mean activation on A's tokens minus that on B's.
         auroc: how often a text of A has a larger largest activation than one of B
             (0.5: no better than chance); None without B.
         frequency: share of A's tokens on which it is active.
         frequency_against: that of B's.
         max_activation: the largest on A.
-        examples: A's tokens on which it is strongest, each of another text if it can.
+        examples: A's tokens on which it is strongest, from different texts where
+            possible.
     """
 
     feature_idx: int
@@ -224,7 +225,7 @@ class _Values:
 
 
 def _columns(text: EncodedText, site: str, features: Sequence[int]) -> np.ndarray:
-    """`encode` lists given features in ascending order, in blocks; here as asked."""
+    """Values `[tokens, features]` in the order of `features`; `encode` sorts them."""
     record = text.features[site]
     place = {int(f): at for at, f in enumerate(record.features[0])}
     return record.values[:, [place[feature] for feature in features]]

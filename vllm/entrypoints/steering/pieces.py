@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of single tokens, as they stand in their sentence."""
+"""The text of single tokens, as it appears in their sentence."""
 
 from __future__ import annotations
 

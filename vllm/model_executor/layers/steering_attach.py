@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the modules of a decoder layer apply the sites at their points.
+"""Makes the modules of a decoder layer apply the sites at its points.
 
-A steered module becomes an instance of a subclass whose forward edits what passes
-through it, around the stock forward. In a branch this is one call of
-`apply_layer_steering` per point in each layer's forward.
+A steered module becomes an instance of a subclass. Its forward calls the stock forward
+and edits the input or the output. A vLLM branch would instead call
+`apply_layer_steering` at each point in each layer's forward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm.model_executor.layers.steering_families import (
     require_point,
 )
 
-# What a layer, a norm or a sublayer returns: the stream, and what goes with it.
+# What a layer, a norm or a sublayer returns: the stream, alone or first in a tuple.
 Output: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 Forward = Callable[..., Output]
 
@@ -101,13 +101,14 @@ class SteeredSublayer:
 
     Attributes:
         steering_stream: edits the input in place, which is the stream itself.
-        steering_in: edits what the module reads, and nothing else that reads it.
+        steering_in: edits the module's input, but not for other readers of the same
+            tensor.
         steering_transcoder: edits the output; its encoder reads what the module read.
         steering_out: edits the output, last.
         steering_shares_input: the input is the stream itself.
-        steering_norm: the norm that reads the output, if any: it is applied here, and
-            at its own place it passes its input through. A tuple, so that the norm is
-            not registered as a part of this module.
+        steering_norm: the norm that reads the output, if any. It is applied here, and
+            at its own place it returns its input. It is in a tuple, so that torch does
+            not register the norm as a child of this module.
     """
 
     steering_stream: SteeringSite | None
@@ -163,8 +164,8 @@ def _steered_sublayer(module: nn.Module, norm: nn.Module | None) -> SteeredSubla
 def _take_forward(module: nn.Module) -> tuple[type, Forward]:
     """A module's class, and the forward that a steered subclass is to call.
 
-    vLLM's Transformers backend binds rewritten forwards to modules; such a one comes
-    off its module, or the subclass's forward would never run.
+    vLLM's Transformers backend binds rewritten forwards to modules. Such a forward is
+    taken off its module, or the subclass's forward would never run.
     """
     stock = type(module)
     bound = vars(module).pop("forward", None)

@@ -37,7 +37,7 @@ from vllm.model_executor.model_loader.sae_loader import (
 PROCESS = "vllm.model_executor.model_loader.sae_inspector_process"
 # Importing torch and vLLM, once.
 START_SECONDS = 120.0
-# What the helper needs beyond a child's own limits before it is given up.
+# Seconds beyond a child's own limits after which the helper is stopped.
 GRACE_SECONDS = 15.0
 PIPE_BYTES = 1 << 20
 TOO_LONG = "its tensors were not read in the time allowed, or the process ended"
@@ -63,14 +63,14 @@ class InspectionLimits:
 
 
 class PipeLines:
-    """Whole lines from a pipe, each waited for with a limit on time."""
+    """Reads whole lines from a pipe, with a time limit for each."""
 
     def __init__(self, number: int):
         self._number = number
         self._buffer = b""
 
     def next(self, seconds: float) -> bytes:
-        """The next line; empty: the pipe ended, or the time is over."""
+        """The next line; empty if the pipe ended or the time is over."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = max(0.0, deadline - time.monotonic())
@@ -180,7 +180,7 @@ class ModuleInspector:
 
     def _ask(self, job: JsonView, into: Sequence[torch.Tensor] = ()) -> Json:
         prefix = f"steering module {job['name']!r} ({job['path']})"
-        # Twice: something may have ended the helper since, or before, the last time.
+        # Try twice, because something may have ended the helper.
         for _ in range(2):
             with contextlib.suppress(BrokenPipeError, EOFError):
                 self._start()
@@ -223,7 +223,7 @@ class ModuleInspector:
         return reply
 
     def _line(self, seconds: float) -> bytes:
-        """The helper's next line; empty: it ended, or said nothing in time."""
+        """The helper's next line; empty if it ended or wrote nothing in time."""
         assert self._from is not None
         return self._from.next(seconds)
 

@@ -39,7 +39,8 @@ def stats_of(core: EngineCore, config: SteeringConfig, workers: list[Json]) -> J
     `workers` are the ranks' replies: all have the same rows and tokens, and bytes of
     their own.
     """
-    counts = core.sae_read_counts or {}
+    reads = core.scheduler.sae_step_reads
+    counts = {} if reads is None else reads.counts
     return {
         **workers[0]["stats"],
         "bytes": [reply["stats"]["bytes"] for reply in workers],
@@ -65,4 +66,5 @@ def named_modules(request: Request) -> set[str]:
         spec["module_name"]
         for key in EXTRA_ARGS_KEYS
         for spec in params.extra_args.get(key, ())
+        if "module_name" in spec  # not a vector of the request's own
     }

@@ -23,15 +23,12 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import ModuleReply, Outcome, RefusedCall
 from vllm.config.steering_slots import (
     NoRoomError,
-    free_slots,
-    module_bytes,
     with_module,
     without_module,
 )
@@ -49,33 +46,36 @@ from vllm.engine.steering_presets import (
 from vllm.engine.steering_resolution import check_against_model, inspect_for_model
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
+from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
 from vllm.v1.engine.steering_loading import ModuleLoads, first_error, refusal
-from vllm.v1.engine.steering_reads import ReadCounts
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
-    from vllm.v1.request import Request
 
 logger = init_logger(__name__)
 
 WORKER_METHOD = "change_steering_modules"
-# A change that nobody finished for so long was given up by who asked for it.
+# After this time, the caller of an unfinished change is taken to have given up.
 PREPARED_LIMIT_S = 600.0
-# What reads or writes the memory of workers.
-NEEDS_WORKERS = ("register", "unregister", "finish", "rollback")
-
-# From the payload of a change to the configuration after it.
+# Makes the configuration after a change of presets from the change's payload.
+PresetChange = Callable[[SteeringConfig, Json], SteeringConfig]
+# The same for a change of modules.
 Plan = Callable[[Json], SteeringConfig]
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChange:
-    """A change that the workers have made and requests do not see yet."""
+    """A change that requests do not see yet.
+
+    `by_workers`: workers have made it; else it is one of presets, which they do not
+    know.
+    """
 
     ident: str
     name: str
     after: SteeringConfig
     since: float
+    by_workers: bool = True
 
 
 class SteeringRegistry:
@@ -135,12 +135,6 @@ class SteeringRegistry:
                     f"found {shown(action)}, expected {known}",
                     "action",
                 )
-            if action in NEEDS_WORKERS and self.asleep:
-                raise RefusedCall(
-                    Outcome.CONFLICT,
-                    "the engine is asleep: expected it awake, since modules are in the "
-                    "memory that it has given back",
-                )
             with self.lock:
                 reply = actions[action](payload or {})
         except RefusedCall as refused:
@@ -159,25 +153,16 @@ class SteeringRegistry:
         """Whether the workers' weights, and so the modules, are off the device."""
         return "weights" in self.core.model_executor.sleeping_tags
 
-    def in_use(self, name: str) -> int:
-        """Requests that run or wait and name the module."""
-        requests = self.core.scheduler.requests.values()
-        return sum(not r.is_finished() and name in named_modules(r) for r in requests)
+    def _refuse_asleep(self) -> None:
+        if self.asleep:
+            raise RefusedCall(
+                Outcome.CONFLICT,
+                "the engine is asleep: expected it awake, since modules are in the "
+                "memory that it has given back",
+            )
 
     def _list(self, payload: Json) -> ModuleReply:
-        config = self.config
-        item_bytes = self.core.vllm_config.model_config.dtype.itemsize
-        modules = [
-            {
-                **module.to_json(),
-                "weight_bytes": module_bytes(module, item_bytes),
-                "requests": self.in_use(name),
-                "draining": name in config.draining,
-            }
-            for name, module in config.modules.items()
-        ]
-        free = [{"id": i, **slot.to_json()} for i, slot in free_slots(config).items()]
-        listing = {"modules": modules, "free_slots": free}
+        listing = listing_of(self.core, self.config)
         return ModuleReply(outcome=Outcome.DONE, listing=listing)
 
     def _stats(self, payload: Json) -> ModuleReply:
@@ -186,24 +171,11 @@ class SteeringRegistry:
             if error := first_error(replies):
                 raise RefusedCall(Outcome.FAILED, error["error"])
             self.known_stats = replies
-        if not (replies := self.known_stats):
+        if not self.known_stats:
             text = "the engine is asleep, and was not asked before"
             raise RefusedCall(Outcome.CONFLICT, text)
-        # Every rank has the same rows and tokens; bytes are per rank.
-        stats = {
-            **replies[0]["stats"],
-            "bytes": [reply["stats"]["bytes"] for reply in replies],
-            "read": self._read_counts(),
-        }
+        stats = stats_of(self.core, self.config, self.known_stats)
         return ModuleReply(outcome=Outcome.DONE, stats=stats)
-
-    def _read_counts(self) -> Json:
-        """Tokens and bytes that were read, and stops, of every module."""
-        counts = self.core.sae_read_counts or {}
-        return {
-            name: dataclasses.asdict(counts.get(name, ReadCounts()))
-            for name in self.config.modules
-        }
 
     def _inspect(self, options: Json) -> ModuleReply:
         name = options.pop("name", None)
@@ -226,6 +198,7 @@ class SteeringRegistry:
 
     def _change(self, name: object, payload: Json, plan: Plan) -> ModuleReply:
         """Register or unregister a module, at once or one phase of it."""
+        self._refuse_asleep()
         after = plan(payload)
         assert isinstance(name, str)  # the plan is for a module of this name
         new = after.modules.get(name)
@@ -290,14 +263,19 @@ class SteeringRegistry:
         refuse_without_default(config, name)
         return without_module(config, name)
 
-    def _change_presets(
-        self, change: Callable[[SteeringConfig, Json], SteeringConfig], payload: Json
-    ) -> ModuleReply:
-        self._publish(change(self.config, payload))
-        return ModuleReply(outcome=Outcome.DONE)
+    def _change_presets(self, change: PresetChange, payload: Json) -> ModuleReply:
+        """Change presets, at once or by `prepare` and then `finish` or `rollback`."""
+        after = change(self.config, payload)
+        self._refuse_other_change()
+        name, ident = str(payload.get("name")), payload.get("change", "")
+        now = time.monotonic()
+        self.prepared = PreparedChange(ident, name, after, now, by_workers=False)
+        if payload.get("phase") == "prepare":
+            return ModuleReply(outcome=Outcome.DONE)
+        return self._finish(payload)
 
     def _refuse_in_use(self, name: str) -> None:
-        if in_use := self.in_use(name):
+        if in_use := requests_of(self.core, name):
             raise RefusedCall(
                 Outcome.CONFLICT,
                 f"module {shown(name)} is in use by {in_use} request(s), expected "
@@ -307,7 +285,7 @@ class SteeringRegistry:
             )
 
     def _wait_for(self, name: str, drain: bool, close: bool) -> ModuleReply | None:
-        """What to answer while requests use the module; None when none does.
+        """The answer while requests use the module, or None if none does.
 
         Args:
             name: of the module.
@@ -316,7 +294,7 @@ class SteeringRegistry:
         """
         if not drain:
             self._refuse_in_use(name)
-        in_use = self.in_use(name)
+        in_use = requests_of(self.core, name)
         if in_use or close:
             self._set_draining(name, True)
         if not in_use:
@@ -335,19 +313,24 @@ class SteeringRegistry:
         changed = config.draining ^ {str(name)}
         self._publish(dataclasses.replace(config, draining=changed))
 
+    def _refuse_other_change(self) -> None:
+        """Raise while another change is prepared; undo one that was given up."""
+        other = self.prepared
+        if other is None:
+            return
+        if time.monotonic() - other.since < PREPARED_LIMIT_S:
+            raise RefusedCall(
+                Outcome.CONFLICT,
+                f"another change, of {shown(other.name)}, is under way: try again when "
+                "it has ended",
+                "name",
+            )
+        logger.error("Steering: a change of %s was given up", shown(other.name))
+        self._undo()
+
     def _prepare(self, name: str, after: SteeringConfig, ident: str) -> None:
         """Bring every worker to `after`, or leave every worker as it was."""
-        other = self.prepared
-        if other is not None:
-            if time.monotonic() - other.since < PREPARED_LIMIT_S:
-                raise RefusedCall(
-                    Outcome.CONFLICT,
-                    f"another change of modules, of {shown(other.name)}, is under way: "
-                    "try again when it has ended",
-                    "name",
-                )
-            logger.error("Steering: a change of %s was given up", shown(other.name))
-            self._undo()
+        self._refuse_other_change()
         for_workers = after.for_workers().to_json()
         error = first_error(self._workers("stage", for_workers, name))
         if error is None:
@@ -363,9 +346,14 @@ class SteeringRegistry:
         done = self.prepared
         if done is None or done.ident != payload.get("change", ""):
             raise RefusedCall(Outcome.FAILED, "no such change is prepared", "change")
+        draining = self.config.draining
+        if done.by_workers:
+            self._refuse_asleep()
+            draining -= {done.name}
         self.prepared = None
-        draining = self.config.draining - {done.name}
         self._publish(dataclasses.replace(done.after, draining=draining))
+        if not done.by_workers:
+            return ModuleReply(outcome=Outcome.DONE)
         if error := first_error(self._workers("finish")):
             logger.error("Steering: freeing slots failed: %s", error["error"])
         module = done.after.modules.get(done.name)
@@ -379,9 +367,12 @@ class SteeringRegistry:
         return ModuleReply(outcome=Outcome.DONE)
 
     def _undo(self) -> None:
+        change = self.prepared
+        if change is not None and change.by_workers:
+            self._refuse_asleep()
+            if error := first_error(self._workers("rollback")):
+                logger.error("Steering: undoing a change failed: %s", error["error"])
         self.prepared = None
-        if error := first_error(self._workers("rollback")):
-            logger.error("Steering: undoing a change failed: %s", error["error"])
 
     def _publish(self, config: SteeringConfig) -> None:
         version = self.config.version + 1
@@ -389,15 +380,3 @@ class SteeringRegistry:
 
     def _workers(self, *args: object) -> list[Json]:
         return self.core.model_executor.collective_rpc(WORKER_METHOD, args=args)
-
-
-def named_modules(request: Request) -> set[str]:
-    """The modules that an admitted request names."""
-    params = request.sampling_params
-    if params is None or not params.extra_args:
-        return set()
-    return {
-        spec["module_name"]
-        for key in EXTRA_ARGS_KEYS
-        for spec in params.extra_args.get(key, ())
-    }

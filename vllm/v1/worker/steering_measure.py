@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how well an SAE reconstructs a site of a running, eager engine.
 
-While a measurement runs, the site's backend is wrapped: tokens that full reconstruction
-edits are counted, with the error it makes, or get the mean of what was measured.
+A measurement wraps the site's backend. It counts the tokens that full reconstruction
+edits and sums the error. With `ablates`, the tokens get the mean of what was measured.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MeasuringBackend:
 
     @property
     def mean(self) -> torch.Tensor:
-        """float32 `[d_out]`, of the tokens that were measured."""
+        """float32 `[d_out]`, the mean over the tokens that were measured."""
         return (self.total / max(self.tokens, 1)).float()
 
     def sums(self) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that come and go on a running worker, in two phases.
+"""Changes the modules of a running worker, in two phases.
 
 `load` begins to read a module into host memory, and the engine goes on stepping; once
 `loaded` says that it is there, `stage` checks it and changes nothing; `commit` copies
@@ -153,8 +153,8 @@ class ModuleChanges:
         self._synchronize()
 
     def finish(self) -> None:
-        """The change stands on every rank: silence the slots that it freed, and give
-        back the memory of those that are gone."""
+        """Called when every rank has committed: silence the slots that were freed, and
+        release the memory of slots that are gone."""
         change, self.staged = self._change(), None
         gone = set(slots_of(change.before)) - set(slots_of(change.after))
         if gone:
@@ -167,7 +167,7 @@ class ModuleChanges:
         logger.info("Steering module %s: the change is in place", name)
 
     def rollback(self) -> None:
-        """Undo `commit`, however far it came, or drop what was staged."""
+        """Undo `commit`, even if it failed half-way, or drop what was staged."""
         change, self.staged = self.staged, None
         if change is None or not change.committed:
             return
@@ -199,7 +199,7 @@ class ModuleChanges:
                 }
                 for tier in Tier
             },
-            # Waits for the step in flight; asked for every few seconds at most.
+            # This waits for the step in flight, at most once every few seconds.
             "bypassed_tokens": int(self.runtime.step.bypassed),
             "saturated_tokens": int(self.runtime.step.saturated),
             "bytes": self.modules.nbytes,
@@ -232,7 +232,7 @@ class ModuleChanges:
         modules.bind(module, scales)
 
     def _synchronize(self) -> None:
-        """Wait for the step in flight, and for copies to have succeeded."""
+        """Wait for the step in flight, and raise if a copy has failed."""
         if self.modules.device.type != "cpu":
             torch.accelerator.synchronize(self.modules.device)
 

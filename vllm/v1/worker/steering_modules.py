@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slots of a worker's sites: built at start-up, filled with modules.
+"""The slots of a worker's sites. They are built at start-up and filled with modules.
 
-The engine decides which slot holds which module (`ModuleInfo.slots`); a worker builds
-those of the layers that it owns. A slot's buffers never move, so captured graphs keep
-their addresses whatever module the slot holds.
+The engine decides which slot holds which module (`ModuleInfo.slots`). A worker builds
+the slots of the layers that it owns. A slot's buffers never move, so the addresses in
+captured graphs stay valid whatever module the slot holds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.steering import (
     Activation,
+    InlineSite,
     ModuleInfo,
     PointWidths,
     SiteInfo,
@@ -31,7 +34,6 @@ from vllm.model_executor.layers.steering import (
     SteeringBackend,
     SteeringSite,
     StepState,
-    VectorSlot,
 )
 from vllm.model_executor.layers.steering_attach import attach_site, check_site
 from vllm.model_executor.layers.steering_families import (
@@ -42,6 +44,7 @@ from vllm.model_executor.layers.steering_families import (
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.v1.worker.steering_inline import InlineVectors, make_stack
 from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
 from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
@@ -55,7 +58,7 @@ class SiteModules:
     """The sites of this rank, their slots, and where each module's rows live.
 
     Rows are looked up by module and `SiteKey(layer, hook)`: a module has at most one
-    site that reads a point, whatever point it writes.
+    site that reads a given point.
     """
 
     def __init__(
@@ -85,14 +88,15 @@ class SiteModules:
             tier: {} for tier in Tier
         }
         self._read_slots: dict[tuple[str, SiteKey], int] = {}
+        self.inline = InlineVectors()
 
     def table_of(self, tier: Tier) -> TableOf:
         """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
-        bound = self._bound[tier]
-        return lambda module, key: bound.get((module, key))
+        bound, inline = self._bound[tier], self.inline
+        return lambda module, key: bound.get((module, key)) or inline.find(module, key)
 
     def tables(self, tier: Tier) -> list[BoundTable]:
-        """The tier's distinct tables, those of free slots too."""
+        """The tier's distinct tables, including those of free slots."""
         found: dict[int, BoundTable] = {}
         for place in self.places.values():
             if isinstance(place, SAEPlace):
@@ -137,14 +141,28 @@ class SiteModules:
         pairs = zip(module.sites, module.slots, strict=True)
         return [(site, slot) for site, slot in pairs if site.layer in self.layers]
 
-    def make_places(self, slots: dict[int, SlotInfo]) -> dict[int, Place]:
+    def make_places(
+        self, slots: dict[int, SlotInfo], inline: Sequence[InlineSite] = ()
+    ) -> dict[int, Place]:
         """Empty slots for `{id: slot}`, attached to nothing yet.
+
+        Args:
+            slots: to make.
+            inline: sites with room for the vectors of requests, behind the slots of
+                their stack. The place of that room has an id below 0.
 
         Raises:
             ValueError: a layer lacks a slot's point.
         """
         places: dict[int, Place] = {}
-        stacks: dict[SiteKey, list[int]] = {}
+        room = {
+            SiteKey(site.layer, site.hook): site
+            for site in inline
+            if site.layer in self.layers
+        }
+        for key in room:
+            check_site(self.layers[key.layer], key)
+        stacks: dict[SiteKey, list[int]] = {key: [] for key in room}
         for at, slot in slots.items():
             if slot.layer not in self.layers:
                 continue
@@ -155,13 +173,19 @@ class SiteModules:
             else:
                 places[at] = self._sae_place(key, slot)
         for key, ids in stacks.items():
-            n = len(ids)
-            width = self.widths.of(key.hook)
-            # A bound takes two places of a row.
-            stack = VectorSlot(n, width, self.num_rows, 2 * n, self.device)
-            table = BoundTable(stack.table)
+            stack = make_stack(
+                len(ids),
+                room.get(key),
+                self.widths.of(key.hook),
+                self.num_rows,
+                self.device,
+            )
             for row, at in enumerate(ids):
-                places[at] = VectorPlace(key, stack, table, row)
+                places[at] = VectorPlace(key, stack.slot, stack.table, row)
+            if key in room:
+                self.inline.stacks[key] = stack
+                at = -len(self.inline.stacks)
+                places[at] = VectorPlace(key, stack.slot, stack.table, len(ids))
         return places
 
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
@@ -194,7 +218,7 @@ class SiteModules:
         return SAEPlace(key, sae, tables)
 
     def attach(self, places: dict[int, Place]) -> list[SteeringSite]:
-        """Add slots to their sites, and sites that are new to their layers.
+        """Add slots to their sites, and new sites to their layers.
 
         Returns:
             the sites that are new.
@@ -215,13 +239,13 @@ class SiteModules:
         return made
 
     def detach(self, ids: set[int]) -> None:
-        """Take slots away again; a site without slots edits nothing."""
+        """Remove slots from their sites. A site without slots edits nothing."""
         gone = [self.places.pop(at) for at in ids if at in self.places]
         for key in {place.key for place in gone}:
             self._fill_site(self.sites[key])
 
     def shrink(self) -> None:
-        """Give back the working memory that slots needed which are gone."""
+        """Release the working memory that only removed slots needed."""
         if self.places:
             self._use(make_backend(self.step, self.places, self.dtype, self.device))
 
@@ -239,7 +263,7 @@ class SiteModules:
         self.backend = backend
 
     def bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
-        """Have a module's rows written to its slots.
+        """From now on, a module's rows are written to its slots.
 
         Args:
             module: whose weights the slots hold.
@@ -259,7 +283,7 @@ class SiteModules:
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
 
     def unbind(self, module: ModuleInfo) -> None:
-        """Forget where a module's rows live, and the rows of its own tables."""
+        """Forget where a module's rows live, and clear its own tables."""
         for site, at in self.own_sites(module):
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
@@ -286,7 +310,8 @@ class SiteModules:
         self.step.skip_bits.copy_(torch.from_numpy(self.skip_sets.bits))
 
     def load(self, module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
-        """Stream one site's SAE into its buffers, as its layer's point has it.
+        """Stream one site's SAE into its buffers, with a norm's gain folded in if
+        needed.
 
         Raises:
             ValueError: as `load_site`, or the gain of a norm cannot be divided out.
@@ -342,7 +367,7 @@ def build_site_modules(
     modules = SiteModules(
         layers, step, num_rows, config.max_clamps, widths, dtype, config.readout
     )
-    places = modules.make_places(slots_of(config))
+    places = modules.make_places(slots_of(config), config.inline_sites)
     modules.places = places
     for module in config.modules.values():
         scales: dict[int, np.ndarray | None] = {}

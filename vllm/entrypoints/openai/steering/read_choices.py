@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests have read, in the answers of the OpenAI routes.
 
-A stream is annotated from outside: the results that go into stock's generator are
-watched, and what they have read is put into the next chunk of the same choice.
+A stream is annotated from outside. `StreamedChoices` notes the results that enter
+vLLM's generator and adds what they have read to the next chunk of the same choice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def put(target: object, features: ReadFeatures, prompt: ReadFeatures | None) -> 
 
 
 class StreamedChoices:
-    """What the choices of a stream have read and their chunks have not carried yet.
+    """What a stream's choices have read and no chunk has carried yet.
 
     Args:
         n: choices of each prompt.

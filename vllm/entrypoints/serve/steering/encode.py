@@ -158,7 +158,7 @@ class EncodeService:
 
 
 def _refused(error: VLLMValidationError) -> RequestRefused:
-    """The engine's refusal, about the field of this body."""
+    """The engine's refusal, with the path of the field in this route's body."""
     inside = f"{READOUT_KEY}[0]"
     path, message = error.parameter or "", error.args[0]
     if not path.startswith(inside):
@@ -174,7 +174,7 @@ def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]
             ids = tokenizer.apply_chat_template(
                 request.messages, tokenize=True, return_dict=False
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise any error
             raise RequestRefused(400, f"messages: {error}", "messages") from None
         return [list(ids)]
     texts = [request.input] if isinstance(request.input, str) else request.input

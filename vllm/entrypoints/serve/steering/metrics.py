@@ -27,8 +27,8 @@ PREFIX = "vllm:steering_"
 class _Totals:
     """Counters of what the engine has counted since it started.
 
-    Of several API servers that read one engine, only one may count: Prometheus adds
-    their counters up.
+    If several API servers read one engine, only one may count, because Prometheus adds
+    up their counters.
     """
 
     def __init__(self, counts: bool):
@@ -36,7 +36,7 @@ class _Totals:
         self._seen: dict[tuple[str, ...], int] = {}
 
     def follow(self, counter: Counter, total: int, *labels: str) -> None:
-        """Raise the counter to the engine's total; a smaller one is a new engine's."""
+        """Raise the counter to the engine's total; a new engine begins at 0 again."""
         key = (counter._name, *labels)
         before = self._seen.get(key, 0)
         self._seen[key] = total
@@ -132,12 +132,18 @@ def count_refusal(parameter: str | None) -> None:
         _CURRENT.refused.labels(refusal_reason(parameter)).inc()
 
 
+# The label of vectors that requests bring themselves.
+INLINE = "(inline)"
+
+
 def count_request(extra_args: Json) -> None:
     """Count a request, given its canonical specs, once for each module it names."""
     if _CURRENT is None:
         return
     named = {
-        (s["module_name"], key) for key, specs in extra_args.items() for s in specs
+        (s.get("module_name", INLINE), key)
+        for key, specs in extra_args.items()
+        for s in specs
     }
     for module, field in named:
         _CURRENT.requests.labels(module, field).inc()

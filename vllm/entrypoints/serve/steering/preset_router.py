@@ -86,7 +86,7 @@ async def set_default_steering_preset(request: Request) -> JSONResponse:
 
 
 async def _json(request: Request) -> object:
-    """The body, of which no reader understands something else."""
+    """The body as JSON, refused where readers of JSON could disagree."""
     try:
         found = marked_loads(await read_body(request))
         refuse_ambiguous("", found)

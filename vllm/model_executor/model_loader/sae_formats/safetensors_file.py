@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a safetensors file through a read-only mapping, header first.
 
-The safetensors package maps a file so that its pages count as this process's own
-memory; here they do not, so that inspecting a large file fits a limit on memory.
-Source: the format's description, https://github.com/huggingface/safetensors
+The safetensors package maps a file so that its pages count as memory of this process.
+This mapping does not, so a large file can be inspected under a memory limit. Source:
+the format's description, https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class _Pickle:
         return _Tensor(storage, offset, shape, stride)
 
     def build(self) -> None:
-        """Attributes of a dict, such as a state dict's `_metadata`: left out."""
+        """Skip the attributes of a dict, such as a state dict's `_metadata`."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise self.refuse("an object with attributes")

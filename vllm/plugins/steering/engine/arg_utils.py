@@ -33,6 +33,7 @@ MODULE = "vllm.engine.arg_utils"
 CREATE_ENGINE_CONFIG = f"{MODULE}:EngineArgs.create_engine_config"
 FLAG = "--steering-modules"
 PRESETS_FLAG = "--steering-presets"
+INLINE_FLAG = "--steering-inline-vectors"
 KEY_FLAG = "--steering-api-key"
 
 
@@ -101,6 +102,28 @@ class SteeringModulesAction(argparse.Action):
         options[self.dest] = modules
 
 
+class InlineVectorsAction(argparse.Action):
+    """Collects `SITE=COUNT`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        options = vars(namespace)
+        sites = dict(options[self.dest] or {})
+        for item in values or ():
+            site, _, count = str(item).partition("=")
+            if not site or not (count.isascii() and count.isdigit()):
+                parser.error(f"{INLINE_FLAG}: found {shown(item)}, expected SITE=COUNT")
+            if site in sites:
+                parser.error(f"{INLINE_FLAG}: site {shown(site)} is given twice")
+            sites[site] = int(count)
+        options[self.dest] = sites
+
+
 def parse_module(item: str) -> tuple[str, str | Json]:
     """`NAME=PATH`, or a JSON object, as name and form for `additional_config`.
 
@@ -136,7 +159,7 @@ def fold_modules(
     Args:
         additional_config: as given.
         modules: what the flag says.
-        section: `modules`, or `presets`.
+        section: `modules`, `presets` or `inline_vectors`.
         flag: its name.
 
     Raises:
@@ -150,7 +173,7 @@ def fold_modules(
     for name in modules:
         if name in given:
             raise SteeringConfigError(
-                f"steering {section.rstrip('s')} {shown(name)} is given by {flag} and "
+                f"steering.{section}: {shown(name)} is given by {flag} and "
                 "in additional_config, expected one of them"
             )
     steering[section] = {**given, **modules}
@@ -196,6 +219,16 @@ def _make_add_cli_args(stock: Stock) -> Stock:
             "one as model or as steering_preset.",
         )
         group.add_argument(
+            INLINE_FLAG,
+            nargs="+",
+            action=InlineVectorsAction,
+            default=None,
+            metavar="SITE=COUNT",
+            help="Sites at which requests may bring steering vectors of their own, "
+            "such as post_block.20=4: at most so many different ones a request. Room "
+            "for all requests of a batch is reserved at start-up.",
+        )
+        group.add_argument(
             KEY_FLAG,
             type=Secret,
             default=None,
@@ -213,14 +246,15 @@ def _make_from_cli_args(stock: Stock) -> Stock:
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = stock(cls, args)
         # A program that makes its own parser may not know the flag.
-        if modules := vars(args).get("steering_modules"):
-            engine_args.additional_config = fold_modules(
-                engine_args.additional_config, modules
-            )
-        if presets := vars(args).get("steering_presets"):
-            engine_args.additional_config = fold_modules(
-                engine_args.additional_config, presets, "presets", PRESETS_FLAG
-            )
+        for dest, section, flag in (
+            ("steering_modules", "modules", FLAG),
+            ("steering_presets", "presets", PRESETS_FLAG),
+            ("steering_inline_vectors", "inline_vectors", INLINE_FLAG),
+        ):
+            if given := vars(args).get(dest):
+                engine_args.additional_config = fold_modules(
+                    engine_args.additional_config, given, section, flag
+                )
         return engine_args
 
     return from_cli_args
