@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # Asks every rank; the replies are in the order of the ranks.
 Ask = Callable[[str, Json], Awaitable[list[ModuleReply]]]
-MODULE_CHANGES = ("register", "unregister")
-PRESET_CHANGES = ("put_preset", "delete_preset", "set_default_preset")
 
 
 async def call_registries(
@@ -64,9 +62,9 @@ async def call_registries(
     if action == "inspect":
         # The files are the same for every rank.
         reply = await one(engines[0], action, payload)
-    elif action in CHANGES and len(engines) > 1:
+    elif len(engines) > 1 and action in TOGETHER:
         # Shielded, so that a cancelled caller does not leave the change half done.
-        change = asyncio.create_task(change_together(ask, action, payload))
+        change = asyncio.create_task(TOGETHER[action](ask, action, payload))
         reply = await asyncio.shield(change)
     else:
         reply = merged(await ask(action, payload))
@@ -175,3 +173,13 @@ def _added(values: Sequence[Json]) -> Json:
         else:
             total[key] = first
     return total
+
+
+# What changes something, and how several ranks do it.
+TOGETHER = {
+    "register": change_together,
+    "unregister": change_together,
+    "put_preset": change_presets_together,
+    "delete_preset": change_presets_together,
+    "set_default_preset": change_presets_together,
+}
