@@ -71,15 +71,16 @@ def engine(
         "enforce_eager": True,
         "additional_config": config,
     }
-    llm = LLM(str(models.save(family, root)), **{**defaults, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        torch._dynamo.reset()
-        gc.collect()
+    with restored(type(models.build(family).base_model)):
+        llm = LLM(str(models.save(family, root)), **{**defaults, **options})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            torch._dynamo.reset()
+            gc.collect()
 
 
 def runner(llm: LLM) -> Any:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vectors that a request brings itself, for sites that the engine reserved room at.
+"""Vectors that a request brings itself, at sites where the engine reserved room.
 
-Such a vector is a module of one site and one request: its name and its digest are its
-content. So clamps, digests, row sharing and presets treat it as any vector module.
+Such a vector is a module with one site and one request, whose name and digest come from
+its content. So clamps, digests, row sharing and presets treat it like any vector
+module.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import bad, refusal
 
-# Modules may not take names that begin with this.
+# The names of other modules may not begin with this.
 INLINE_PREFIX = "inline:"
 OPTION = "additional_config.steering.inline_vectors"
-# Bytes of a component, by the type that a vector is written in.
+# Bytes of a component, by the vector's dtype.
 _FLOAT32, _FLOAT16 = 4, 2
 
-# Norms whose square is a normal float32 number.
+# The norms whose square is a normal float32 number.
 _SMALLEST_NORM, _LARGEST_NORM = 2.0**-60, 2.0**63
 
 
@@ -40,7 +41,7 @@ def vector_text(values: torch.Tensor | np.ndarray, path: str = "vector") -> str:
     Float16 stays float16, every other type becomes float32.
 
     Raises:
-        VLLMValidationError: it is no list of real numbers.
+        VLLMValidationError: it is not a list of real numbers.
     """
     array: np.ndarray
     if isinstance(values, torch.Tensor):
@@ -62,7 +63,7 @@ def vector_text(values: torch.Tensor | np.ndarray, path: str = "vector") -> str:
 
 
 def with_text(path: str, specs: object) -> object:
-    """Specs as given, with the text of a vector in the place of a tensor or array."""
+    """The given specs, with a vector's text in place of its tensor or array."""
     if not isinstance(specs, (list, tuple)):
         return specs
     found: list[object] = []
@@ -80,11 +81,11 @@ def read_vector(path: str, text: str, width: int) -> bytes:
 
     Args:
         path: of the field, for messages.
-        text: base64 of little-endian float16 or float32 `[D]`; the length tells which.
+        text: base64 of little-endian float16 or float32 `[D]`; the length decides.
         width: D of the site.
 
     Raises:
-        VLLMValidationError: it is not that, or a component is not finite.
+        VLLMValidationError: the text is something else, or a component is not finite.
     """
     accepted = (
         f"base64 of {width} little-endian float16 or float32 numbers "
@@ -122,7 +123,7 @@ def refuse_no_direction(path: str, data: bytes) -> None:
 
 
 def as_text(data: bytes) -> str:
-    """What `read_vector` read, as a request writes it."""
+    """The inverse of `read_vector`: the vector as a request writes it."""
     return base64.b64encode(data).decode()
 
 
@@ -160,7 +161,7 @@ def reserved_site(
 
 
 def too_many(path: str, site: InlineSite, found: int) -> Exception:
-    """A request brings more vectors to a site than it may."""
+    """The error for a request that brings too many vectors to a site."""
     return refusal(
         path,
         f"found {found} different vectors at {site.name} in this request, expected at "

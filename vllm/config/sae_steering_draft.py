@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second pass over a request's specs: what needs the configuration.
+"""The second pass over a request's specs, which needs the configuration.
 
-Modules, sites, ranges, duplicates, overlaps and limits. The structs have been read by
-then, so every value has its type.
+It checks modules, sites, ranges, duplicates, overlaps and limits. The structs have been
+read before, so every value has its type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.config.sae_steering_request import (
 )
 from vllm.config.sae_steering_sites import (
     ListedSite,
-    Site,
+    NamedSite,
     listed_sites,
     named_module,
 )
@@ -54,16 +54,16 @@ from vllm.config.steering_checks import (
 
 @dataclass
 class _Named:
-    """Where a spec names something that another may not touch on the same tokens."""
+    """Where a spec names something that no other spec may touch on the same tokens."""
 
     path: str
     coverage: Coverage
 
 
 def _clash(one: Coverage, other: Coverage) -> bool:
-    """Whether two specs count as acting together.
+    """Whether two specs count as acting on the same tokens.
 
-    Specs by phase always do: spans say that two never meet.
+    Specs with phases always do. Specs with spans do not if their spans cannot overlap.
     """
     by_phase = isinstance(one, str) and isinstance(other, str)
     return by_phase or may_overlap(one, other)
@@ -81,18 +81,17 @@ class Draft:
     """A request while its specs are checked; holds what must be unique or bounded."""
 
     config: SteeringConfig
-    sae: dict[Tier, dict[Group, dict[Site, list[SAEClampEntry]]]] = field(
+    sae: dict[Tier, dict[Group, dict[NamedSite, list[SAEClampEntry]]]] = field(
         default_factory=lambda: {Tier.DELTA: {}, Tier.FULL: {}}
     )
-    features: dict[tuple[Tier, str, Site, int], list[Coverage]] = field(
+    features: dict[tuple[Tier, str, NamedSite, int], list[Coverage]] = field(
         default_factory=dict
     )
-    num_clamps: dict[tuple[Tier, Site], dict[Coverage, int]] = field(
+    num_clamps: dict[tuple[Tier, NamedSite], dict[Coverage, int]] = field(
         default_factory=dict
     )
-    # By site and the point that is written: a transcoder is not an SAE that reads
-    # the same point.
-    reconstructed: dict[tuple[Site, HookPoint], list[_Reconstruction]] = field(
+    # By site and written point, since an SAE and a transcoder may read the same point.
+    reconstructed: dict[tuple[NamedSite, HookPoint], list[_Reconstruction]] = field(
         default_factory=dict
     )
     first_spans: str = ""
@@ -188,9 +187,9 @@ class Draft:
         return SAECondition(when.feature_idx, above, below)
 
     def reconstruct(
-        self, site: Site, written: HookPoint, asked: _Reconstruction
+        self, site: NamedSite, written: HookPoint, asked: _Reconstruction
     ) -> None:
-        """Note who reconstructs a site; at most one module does, on each token."""
+        """Record which module reconstructs a site. At most one does, on each token."""
         others = self.reconstructed.setdefault((site, written), [])
         for other in others:
             clashes = _clash(asked.coverage, other.coverage)
@@ -203,7 +202,7 @@ class Draft:
                 )
         others.append(asked)
 
-    def count(self, tier: Tier, site: Site, named: _Named, added: int) -> None:
+    def count(self, tier: Tier, site: NamedSite, named: _Named, added: int) -> None:
         """Bound what one tier does at one site, over all specs of the request."""
         counts = self.num_clamps.setdefault((tier, site), {})
         total = added + sum(
@@ -272,7 +271,7 @@ class Draft:
 
 
 def _site_edits(
-    name: str, sites: Mapping[Site, list[SAEClampEntry]]
+    name: str, sites: Mapping[NamedSite, list[SAEClampEntry]]
 ) -> tuple[SiteEdit, ...]:
     ordered = sorted(sites, key=lambda site: (site[1], HOOK_ORDER[site[0]]))
     return tuple(

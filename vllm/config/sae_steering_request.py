@@ -62,7 +62,7 @@ _Found = TypeVar("_Found")
 def _found_once(
     method: Callable[Concatenate[SteeringRequest, _Given], _Found],
 ) -> Callable[Concatenate[SteeringRequest, _Given], _Found]:
-    """A method of `SteeringRequest` that keeps what it found for its arguments."""
+    """Makes a method of `SteeringRequest` keep its result for each set of arguments."""
 
     @functools.wraps(method)
     def kept(
@@ -82,9 +82,9 @@ Group = tuple[str, Coverage]
 
 @dataclass(frozen=True)
 class Piece:
-    """Positions up to `stop` (None: all others) that are edited alike.
+    """Positions before `stop` (None: all others) that are edited alike.
 
-    `digest` is what `hash_steering_config` says of it; None: not edited.
+    `digest` is from `hash_steering_config`; None if the piece is not edited.
     """
 
     stop: int | None
@@ -174,7 +174,8 @@ class SteeringRequest:
     def schedule(self, num_prompt_tokens: int, /) -> tuple[Piece, ...]:
         """The pieces of a request with this prompt.
 
-        Neighbours differ, except where the prompt ends: a piece always does there.
+        Neighbouring pieces differ, except at the prompt's end, where a piece always
+        ends.
         """
         found: list[Piece] = []
         for stop, acting in pieces(self.coverages, num_prompt_tokens):
@@ -213,7 +214,7 @@ class SteeringRequest:
     def row_key(self, tier: Tier, when: When, /) -> str | None:
         """Key of the row that holds a tier's edits there (hex), or None.
 
-        Requests with equal keys can share a row; when they act is not in the key.
+        Requests with equal keys can share a row. The key does not say when they act.
         """
         edits = self.edits(tier, when)
         return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
@@ -266,8 +267,8 @@ def hash_steering_config(
 ) -> str | None:
     """SHA-256 (hex) of everything that edits the tokens of a phase or piece, or None.
 
-    Covers the tiers, sites, clamps and the named modules' digests, and not where they
-    act: a request steered alike in both phases has one digest. Blocks are
+    It covers the tiers, sites, clamps and the named modules' digests, but not the
+    tokens: if both phases are steered alike, both have the same digest. Blocks are
     length-prefixed and tagged, so no two contents share an encoding.
 
     Args:

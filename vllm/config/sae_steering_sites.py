@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module and which of its sites a spec names."""
+"""Finds the module and the sites that a spec names."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from vllm.config.steering_checks import (
     shown,
 )
 
-# No model has more digits than this in a layer index; bounds int() of a client's
-# string, which raises on very long ones.
+# No layer index has more digits than this. int() raises on a client's very long string.
 MAX_LAYER_DIGITS = 9
 
-Site = tuple[HookPoint, int]
+# The hook and the layer that name a site of a module.
+NamedSite = tuple[HookPoint, int]
 
 
 def named_module(
@@ -106,7 +106,7 @@ class ListedSite:
 
 
 def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[ListedSite]:
-    """Every site that the `clamps` of a spec name; none where they are empty."""
+    """Every site that the `clamps` of a spec name."""
     if isinstance(clamps, list):
         if len(module.sites) != 1:
             raise refusal(
@@ -115,7 +115,7 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
                 f"module {shown(module.name)} has {len(module.sites)} sites",
             )
         return [ListedSite(path, module.sites[0], clamps)]
-    found: dict[Site, ListedSite] = {}
+    found: dict[NamedSite, ListedSite] = {}
     hooks: set[HookPoint] = set()
     for hook_key, layers in clamps.items():
         hook_path = key_path(path, hook_key)

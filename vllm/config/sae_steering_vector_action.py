@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a spec does along a vector, in numbers that float32 holds."""
+"""What a spec does along a vector, in float32 numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.config.sae_steering_specs import VectorKind
 
 @dataclass(frozen=True)
 class VectorAction:
-    """What a vector module does: see `SteeringVectorSpec`.
+    """What a vector module does; see `SteeringVectorSpec`.
 
     `value` is the scale of `add` and `scale`, and the value of `set`.
     """
@@ -29,7 +29,7 @@ class VectorAction:
 
     @property
     def sums(self) -> bool:
-        """Whether several of these on one vector add up."""
+        """Whether several such actions on one vector add up."""
         return self.kind == "add" and not self.relative
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vector specs of a request while they are checked.
 
-A vector is a registered module's, or one that the request brings itself; from here on
-they are alike.
+A vector belongs to a registered module, or the request brings it itself. From here on
+both are treated alike.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class VectorDraft:
     def add(
         self, path: str, spec: SteeringVectorSpec, coverage: Coverage
     ) -> tuple[ModuleInfo, bool]:
-        """Check one spec; scales of one vector add up, other kinds stand alone.
+        """Check one spec. Scales of one vector add up; other kinds cannot be combined.
 
         Returns:
             The vector's module, and whether no spec before this one named it.
@@ -110,7 +110,7 @@ class VectorDraft:
         return named_module(where, spec.module_name, self.config, "vectors")
 
     def bring(self, path: str, spec: SteeringVectorSpec, text: str) -> ModuleInfo:
-        """Check a vector of the request's own; equal ones are one."""
+        """Check a vector that the request brings. Equal vectors count once."""
         if spec.layer is None:
             raise refusal(f"{path}.layer", "is missing, expected with vector")
         if spec.hook is None:
@@ -144,7 +144,7 @@ class VectorDraft:
 
 
 def _check_sums(vectors: Sequence[_Vector]) -> None:
-    """Refuse scales of one vector whose sum float32 does not hold."""
+    """Refuse scales of one vector whose sum overflows float32."""
     adding = [vector for vector in vectors if vector.action.sums]
     if all(isinstance(vector.coverage, str) for vector in adding):
         subsets = [
@@ -152,7 +152,7 @@ def _check_sums(vectors: Sequence[_Vector]) -> None:
             for phase in TOKEN_PHASES
         ]
     else:
-        # Any subset may act on some token.
+        # On some token, any subset of them may act.
         subsets = [[abs(vector.action.value) for vector in adding]]
     for scales in subsets:
         try:
@@ -166,7 +166,7 @@ def _check_sums(vectors: Sequence[_Vector]) -> None:
 
 
 def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
-    """What a vector spec does; its fields fit its kind."""
+    """What a vector spec does. Its fields must fit its kind."""
     kind = spec.kind
     for name, value, owner in (
         ("value", spec.value, "set"),

@@ -143,13 +143,13 @@ def _hook_or_none(value: str | None) -> HookPoint | None:
 
 @dataclass(frozen=True)
 class SlotInfo:
-    """Room for one module at one site; held by a module, or spare.
+    """Room for one module at one site. A module holds it, or it is spare.
 
     `width` is the number of directions that fit: features of an SAE, 1 for a vector.
     `topk` and `threshold` say which activations the slot can compute. `hook_out` and
     `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
     the order in which the configuration lists them. A slot that was `added` to a
-    running engine goes with the module that it was made for.
+    running engine is removed with its module.
     """
 
     layer: int
@@ -284,14 +284,14 @@ class SteeringConfig:
     `modules` keeps registration order, which is the order of the delta tier.
     `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
     request. `slots` are the engine's slots, held and spare; a slot's id is its
-    position, and None is one that is gone. Requests that name a module in `draining`
-    are refused: it waits for its last request, to be removed or replaced. `version`
-    counts the changes since start-up. `readout`: whether requests may read features,
-    of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
-    the pieces of a request's schedule; tables have a row for each. `presets` are in the
-    form of `SteeringPreset`; `default_preset` names the one that requests run under
-    which choose none. `inline_sites` are those at which requests may bring vectors of
-    their own.
+    position, and None is one that is gone. A module in `draining` waits for its last
+    request before it is removed or replaced; new requests that name it are refused.
+    `version` counts the changes since start-up. `readout`: whether requests may read
+    features, of layers from `first_read_layer` on (the last pipeline stage).
+    `max_pieces` bounds the pieces of a request's schedule; tables have a row for each.
+    `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
+    requests that choose none. `inline_sites` are those at which requests may bring
+    vectors of their own.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -306,13 +306,13 @@ class SteeringConfig:
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
     inline_sites: tuple[InlineSite, ...] = ()
-    # Requests that were parsed under this configuration.
+    # The requests parsed under this configuration, by what they asked.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
     )
 
     def for_workers(self) -> SteeringConfig:
-        """What workers need: requests reach them with presets applied."""
+        """The part that workers need. Requests reach them with presets applied."""
         return replace(self, draining=frozenset(), presets={}, default_preset=None)
 
     def to_json(self) -> Json:
@@ -360,8 +360,8 @@ class SteeringConfig:
 def get_steering_config(additional_config: object) -> SteeringConfig | None:
     """The resolved configuration in a `VllmConfig.additional_config`, or None.
 
-    Resolution (user's form -> this) happens once, when the engine's configuration
-    is created; every later reader finds the form that `to_json` writes.
+    The user's form is resolved to this one when the engine's configuration is created.
+    Every later reader finds the form that `to_json` writes.
     """
     if not isinstance(additional_config, dict):
         return None

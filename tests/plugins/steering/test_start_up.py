@@ -19,6 +19,7 @@ from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.steering_args import fold_modules, parse_module
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
@@ -28,7 +29,6 @@ from vllm.engine.steering_resolution import (
     resolve_steering,
 )
 from vllm.model_executor.model_loader.sae_formats.native import save_native
-from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 

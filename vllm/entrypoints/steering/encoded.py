@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
-from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.sae_readout_specs import DEFAULT_TOP_K, MAX_READ
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
 from vllm.entrypoints.steering.pieces import token_pieces
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-DEFAULT_TOP_K = 16
 Text = str | Sequence[int]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-METHOD = "measure_steering"
+MEASURE_METHOD = "measure_steering"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
 
 def _measure(llm: LLM, verb: str, *args: object) -> dict[str, float]:
     """Run one verb on every rank; returns what the rank with the site measured."""
-    replies = llm.collective_rpc(METHOD, args=(verb, *args))
+    replies = llm.collective_rpc(MEASURE_METHOD, args=(verb, *args))
     for reply in replies:
         if not reply["ok"]:
             raise ValueError(reply["error"])

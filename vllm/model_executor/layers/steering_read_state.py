@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm.config.sae_features import NOT_READ
 from vllm.config.sae_readout_specs import MAX_READ
 
 # Columns of a table row before its features: active, 0 (clamps: none), top_k, count.
@@ -14,7 +15,6 @@ TABLE_HEAD = 4
 # A row of `ReadBuffers.out`: num_active, num_listed, then at most MAX_READ values and
 # as many features.
 OUT_WIDTH = 2 + 2 * MAX_READ
-NOT_READ = -1
 
 
 class ReadBuffers(nn.Module):

@@ -44,7 +44,7 @@ from vllm.model_executor.model_loader.sae_location import (
     LocatedModule,
     locate,
     naming_module,
-    resolve,
+    resolve_path,
 )
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
@@ -86,7 +86,7 @@ def read_layout(
         ValueError: as `inspect_module`.
     """
     with naming_module(name, path):
-        return _read_layout(resolve(path)[0], sites)[1]
+        return _read_layout(resolve_path(path)[0], sites)[1]
 
 
 def inspect_module(
@@ -225,7 +225,7 @@ def _open_site(
 ) -> Iterator[tuple[Location, SAELayout | VectorLayout]]:
     """Read the layout of one site again from the files that were inspected."""
     with naming_module(module.name, module.path):
-        location = location or resolve(module.path)[0]
+        location = location or resolve_path(module.path)[0]
         names = [s.name for s in module.sites]
         fmt, layout = _read_layout(location, names)
         for entry in layout.sites:

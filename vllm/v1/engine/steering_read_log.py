@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last steps of an engine's reading, kept whole at the front end.
+"""Keeps the last steps of an engine's reading, whole, at the front end.
 
 A step is appended as it arrives. A request takes its rows when its output is made, or
-when the log is emptied: every `MAX_STEPS` steps, so that a request that lives long does
-not keep the rows of others. Steps of one batch that follow one another are one segment,
-from which a request's rows are one slice.
+when the log is emptied. That happens every `MAX_STEPS` steps, so that a long request
+does not keep the rows of others. Consecutive steps of the same batch form one segment,
+in which a request's rows are one slice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from vllm.config.sae_readout_step import Places, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepRows
 
 MAX_STEPS = 32
 MAX_BYTES = 16 << 20
@@ -41,7 +41,7 @@ class Chunk:
         return self.first + self.count
 
     def between(self, start: int, stop: int) -> Chunk | None:
-        """The positions from `start` to `stop`; None: there are none."""
+        """The positions from `start` to `stop`, or None if there are none."""
         low = max(start - self.first, 0)
         high = min(stop - self.first, self.count)
         if low >= high:
@@ -53,7 +53,7 @@ class Chunk:
 
 
 class Segment:
-    """Consecutive steps in which the same requests had as many tokens each."""
+    """Consecutive steps in which the same requests had the same numbers of tokens."""
 
     def __init__(self, step: StepRows, number: int):
         self.number = number  # of its first step
@@ -66,7 +66,7 @@ class Segment:
         self._stacked: dict[int, np.ndarray] = {}
 
     def extend(self, step: StepRows) -> bool:
-        """Append a step, if it goes on where the last one ended."""
+        """Append a step, if it continues where the last one ended."""
         firsts, starts, counts = step.spans
         goes_on = (
             np.array_equal(starts, self._next)
@@ -83,13 +83,13 @@ class Segment:
         return goes_on
 
     def place(self, req_id: str) -> int | None:
-        """The request's place in the batch; None: it is not there."""
+        """The request's place in the batch, or None."""
         if self._places is None:
             self._places = {req_id: at for at, req_id in enumerate(self.req_ids)}
         return self._places.get(req_id)
 
     def cut(self, at: int, skip: int, slots: Sequence[int]) -> Chunk | None:
-        """The rows of the request at a place, without those of the first steps."""
+        """The rows of the request at a place, without the first steps."""
         count = int(self.counts[at])
         first = int(self.firsts[at])
         kept = len(self.steps) - skip
@@ -112,8 +112,8 @@ class Segment:
         return self._stacked[slot]
 
 
-class Reader:
-    """What follows a request in a log: where it reads, and how far it has taken."""
+class LogReader:
+    """A request's view of a log: where it reads, and how far it has taken rows."""
 
     def __init__(self, log: ReadLog, req_id: str):
         self.slots: Sequence[int] = ()
@@ -125,7 +125,7 @@ class Reader:
         log.readers[req_id] = self
 
     def pull(self) -> None:
-        """Take what the log has of the request; positions that come again replace."""
+        """Take the request's rows from the log; a later row of a position wins."""
         segments, since = self._log.segments, self._taken
         self._taken = self._log.end
         for segment in segments:
@@ -152,12 +152,12 @@ class ReadLog:
         self.segments: list[Segment] = []
         self.end = 0  # steps that have arrived
         # A request that is forgotten drops out.
-        self.readers: WeakValueDictionary[str, Reader] = WeakValueDictionary()
+        self.readers: WeakValueDictionary[str, LogReader] = WeakValueDictionary()
         self._steps = 0
         self._bytes = 0
 
     def add(self, step: StepRows) -> None:
-        """Append a step; now and then all requests take theirs."""
+        """Append a step. Every `MAX_STEPS` steps, all requests take their rows."""
         for req_id, places in step.new.items():
             self._introduce(req_id, places)
         if not self.segments or not self.segments[-1].extend(step):
@@ -168,7 +168,7 @@ class ReadLog:
         if self._steps >= MAX_STEPS or self._bytes >= MAX_BYTES:
             self.empty()
 
-    def _introduce(self, req_id: str, places: Places) -> None:
+    def _introduce(self, req_id: str, places: ReadPlaces) -> None:
         reader = self.readers.get(req_id)
         if reader is not None:
             reader.slots, reader.d_sae = places

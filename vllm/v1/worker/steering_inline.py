@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vectors of requests are on the device, and where.
+"""Places the vectors that requests bring on the device.
 
 A vector takes one direction of its site's stack while a request of the batch uses it;
 requests with the same content share it. A site has `per_request * max_num_seqs`
@@ -24,7 +24,7 @@ from vllm.v1.worker.steering_tables import BoundTable
 
 @dataclass
 class _Held:
-    """A direction that holds a vector, and by how many requests it is used."""
+    """A direction that holds a vector, and how many requests use it."""
 
     direction: int
     users: int
@@ -45,14 +45,14 @@ class InlineStack:
     directions: range
     free: list[int] = field(init=False)
     held: dict[str, _Held] = field(default_factory=dict)
-    # Of each direction that was given away, what to upload before the next forward.
+    # What to upload before the next forward, by direction.
     pending: dict[int, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.free = list(self.directions)
 
     def upload(self) -> None:
-        """Copy what is new to the device, in stream order, without blocking."""
+        """Copy new vectors to the device, in stream order, without blocking."""
         if not self.pending:
             return
         on_device = self.slot.directions
@@ -73,7 +73,7 @@ def make_stack(
     num_rows: int,
     device: torch.device,
 ) -> InlineStack:
-    """The vectors of one site: of so many modules, and of requests.
+    """Make the stack of one site's vectors, for modules and for requests.
 
     Args:
         modules: slots for vector modules, which come first.
@@ -113,7 +113,7 @@ class InlineVectors:
             stack.pending[direction] = request.inline[name]
 
     def release(self, request: SteeringRequest) -> None:
-        """A request leaves the batch: free what nobody else uses."""
+        """A request leaves the batch: free what no other request uses."""
         for name, stack in self._stacks_of(request):
             held = stack.held[name]
             held.users -= 1
@@ -135,7 +135,7 @@ class InlineVectors:
             stack.upload()
 
     def _stacks_of(self, request: SteeringRequest) -> Iterable[tuple[str, InlineStack]]:
-        """The request's vectors that this rank has the site of."""
+        """The request's vectors whose site is on this rank."""
         for name in request.inline:
             (site,) = request.modules[name].sites
             stack = self.stacks.get(SiteKey(site.layer, site.hook))

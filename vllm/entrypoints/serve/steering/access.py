@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm.config.steering_checks import shown
+from vllm.config.steering_environment import KEY_ENV
 
-KEY_ENV = "VLLM_STEERING_API_KEY"
 # For servers whose own `--api-key` takes the Authorization header.
 OWN_HEADER = "x-steering-authorization"
 # A module's directory may hold this many entries; each is checked for links.
