@@ -99,7 +99,7 @@ def test_both_types_are_read_by_their_length(kind: str) -> None:
         ({"layer": 2}, "layer", "post_block.1, pre_attn.2"),
         ({"hook": "resid_pre"}, "layer", "no room is reserved"),
         ({"hook": "nowhere"}, "hook", "unknown hook"),
-        ({"module_name": "v"}, "module_name", "either module_name or vector"),
+        ({"module_name": "v"}, "module_name", "found module_name and vector"),
         ({"vector": text(np.zeros(D, "<f4")), "kind": "set", "value": 1},
          "vector", "norm 0"),
         ({"vector": text(np.full(D, 1e30, "<f4")), "relative": True},
@@ -143,7 +143,7 @@ def test_spans_do_not_raise_the_limit() -> None:
 
 def test_kinds_of_one_content_exclude_each_other() -> None:
     error = refused(own(1), own(1, kind="scale", scale=0))
-    assert "this vector acts on some of these tokens already" in str(error)
+    assert "this vector already acts on some of these tokens" in str(error)
     assert parse(own(1, phase="prefill"), own(1, kind="scale", scale=0, phase="decode"))
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 D_SAE, BLOCK, LENGTHS = 96, 32, (5, 40, 70, 33, 12, 64)
 PLAIN = (0, 3)  # of the batch; the others are steered
 SITES = [(0, "pre_attn"), (1, "post_block"), (2, "post_attn")]
-# What is not the stream itself: a linear layer reads it, or it joins the stream.
+# Points other than the stream: a linear layer reads them, or they are added to it.
 INNER = [(0, "attn_z"), (0, "attn_out"), (1, "mlp_in"), (2, "mlp_out")]
 LARGEST = 3e38
 OPTIONS: dict[str, Any] = {
@@ -144,7 +144,7 @@ def check_flood(llm: LLM, stream: list[Site], inner: list[Site]) -> None:
         beside = batch(llm, flood(stream))
         assert_finite(beside)
         assert plain_bits(beside) == plain_bits(before)
-    # One inner point each, then all of them.
+    # Each inner point alone, then all of them.
     for sites in [[at] for at in inner] + ([inner] if inner else []):
         clamps = [entry(3, "absolute", LARGEST), entry(4, "additive", -LARGEST)]
         asked = [{tier: [spec("inner", clamps, sites)]} for tier in (FULL, DELTA)]

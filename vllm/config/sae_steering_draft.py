@@ -44,6 +44,7 @@ from vllm.config.steering import (
     HookPoint,
     SteeringConfig,
     Tier,
+    site_name,
 )
 from vllm.config.steering_checks import (
     bad,
@@ -158,8 +159,7 @@ class Draft:
                 raise refusal(
                     f"{clamps.path}[{position}].feature_idx",
                     f"feature {feature} of module {shown(name)} is clamped twice at "
-                    f"layer {site[1]}, {site[0].value}, expected once, or spans that "
-                    "cannot overlap",
+                    f"{clamps.site.name}, expected once, or spans that cannot overlap",
                 )
             others.append(coverage)
             when = entry.when
@@ -175,7 +175,8 @@ class Draft:
     ) -> SAECondition:
         """The canonical form of a condition."""
         if (when.above is None) == (when.below is None):
-            raise refusal(path, "expected exactly one of above and below")
+            has = "neither" if when.above is None else "both"
+            raise refusal(path, f"found {has} of above and below, expected exactly one")
         if when.feature_idx >= clamps.site.d_sae:
             raise bad(
                 f"{path}.feature_idx",
@@ -196,9 +197,9 @@ class Draft:
             if other.module != asked.module and clashes:
                 raise refusal(
                     asked.path,
-                    f"layer {site[1]} at {site[0].value} is reconstructed by module "
-                    f"{shown(other.module)} already ({other.path}), expected at most "
-                    "one module a site, or spans that cannot overlap",
+                    f"{site_name(*site)} is already reconstructed by module "
+                    f"{shown(other.module)} ({other.path}), expected at most one "
+                    "module per site, or spans that cannot overlap",
                 )
         others.append(asked)
 
@@ -211,8 +212,8 @@ class Draft:
         if total > self.config.max_clamps:
             raise refusal(
                 named.path,
-                f"found {total} clamps at layer {site[1]}, {site[0].value} in this "
-                f"request, expected at most {self.config.max_clamps}",
+                f"found {total} clamps at {site_name(*site)} in this request, "
+                f"expected at most {self.config.max_clamps}",
             )
         counts[named.coverage] = counts.get(named.coverage, 0) + added
 
@@ -264,7 +265,7 @@ class Draft:
         if found > most:
             raise refusal(
                 self.first_spans,
-                f"the spans of this request begin or end at {found} places within the "
+                f"the spans of this request start or stop at {found} places inside the "
                 f"prompt or the answer, expected at most {most} "
                 "(additional_config.steering.max_pieces)",
             )

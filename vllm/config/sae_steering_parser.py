@@ -148,8 +148,8 @@ def check_counts(given: JsonView, config: SteeringConfig) -> None:
                 if sites > MAX_SITES or clamps > MAX_CLAMPS:
                     raise refusal(
                         f"{key}[{position}].clamps",
-                        f"found more than {MAX_SITES} sites or {MAX_CLAMPS} clamps in "
-                        "this request, expected fewer",
+                        f"found more in this request, expected at most {MAX_SITES} "
+                        f"sites and {MAX_CLAMPS} clamps",
                     )
 
 

@@ -99,12 +99,13 @@ def chosen_preset(extra_args: JsonView, config: SteeringConfig) -> str | None:
         return default
     name = extra_args[PRESET_KEY]
     if name is not None and (type(name) is not str or name not in config.presets):
-        known = listing(list(config.presets)) if config.presets else "none is made"
+        known = listing(list(config.presets)) if config.presets else "none exists"
         raise bad(PRESET_KEY, name, f"null or a preset: {known}")
     if default is not None and name != default and config.presets[default]["locked"]:
         raise refusal(
             PRESET_KEY,
-            f"found {shown(name)}, but the server's preset {shown(default)} is locked",
+            f"found {shown(name)}, expected {shown(default)}: it is the server's "
+            "default preset and is locked",
         )
     return name
 
@@ -112,7 +113,8 @@ def chosen_preset(extra_args: JsonView, config: SteeringConfig) -> str | None:
 def broken(name: str, error: VLLMValidationError) -> VLLMValidationError:
     """The error for a request whose preset is no longer valid."""
     return refusal(
-        PRESET_KEY, f"preset {shown(name)} is not valid on this server: {error.args[0]}"
+        PRESET_KEY,
+        f"preset {shown(name)} cannot be used on this server: {error.args[0]}",
     )
 
 
@@ -131,8 +133,8 @@ def beside(
     if locked and kept != preset:
         raise refusal(
             PRESET_KEY,
-            f"preset {shown(name)} is locked, and this request has specs of its own "
-            "for a feature, site or vector that the preset uses",
+            f"preset {shown(name)} is locked, expected no specs of the request for a "
+            "feature, site or vector that the preset uses",
         )
     first, second = kept.to_extra_args(), own.to_extra_args()
     return {

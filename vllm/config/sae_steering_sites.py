@@ -129,7 +129,9 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
             layer_path = key_path(hook_path, layer_key)
             layer = _layer(layer_path, layer_key)
             if (hook, layer) in found:
-                raise refusal(layer_path, f"layer {layer} is given twice")
+                raise refusal(
+                    layer_path, f"layer {layer} is given twice, expected once"
+                )
             site = _covered_site(layer_path, module, hook, layer)
             found[hook, layer] = ListedSite(layer_path, site, entries)
     return list(found.values())

@@ -29,7 +29,7 @@ VectorKind = Literal["add", "set", "scale", "bound"]
 VECTOR_KINDS: tuple[VectorKind, ...] = ("add", "set", "scale", "bound")
 
 ModuleName = Annotated[str, Meta(description="Name of a module the server has loaded.")]
-FeatureIndex = Annotated[int, expects("a feature index, an integer from 0 on", ge=0)]
+FeatureIndex = Annotated[int, expects("a feature index, an integer of 0 or more", ge=0)]
 
 
 class SAECondition(

@@ -86,8 +86,8 @@ class VectorDraft:
                 vector = "this vector" if own else f"module {shown(name)}"
                 raise refusal(
                     f"{path}.kind",
-                    f"{vector} acts on some of these tokens already ({other.path}); "
-                    "only specs that add without relative add up",
+                    f"{vector} already acts on some of these tokens ({other.path}), "
+                    'expected no other spec there, or only kind "add" without relative',
                 )
         others.append(asked)
         _check_sums(others)
@@ -98,11 +98,13 @@ class VectorDraft:
         where = f"{path}.module_name"
         if spec.vector is not None:
             if spec.module_name is not None:
-                raise refusal(where, "expected either module_name or vector")
+                raise refusal(where, "found module_name and vector, expected only one")
             return self.bring(path, spec, spec.vector)
         for key, given in (("layer", spec.layer), ("hook", spec.hook)):
             if given is not None:
-                raise refusal(f"{path}.{key}", "expected only with vector")
+                raise refusal(
+                    f"{path}.{key}", f"found {shown(given)}, expected only with vector"
+                )
         if spec.module_name is None:
             raise refusal(
                 where, "is missing, expected a string, or vector, layer and hook"
@@ -112,9 +114,9 @@ class VectorDraft:
     def bring(self, path: str, spec: SteeringVectorSpec, text: str) -> ModuleInfo:
         """Check a vector that the request brings. Equal vectors count once."""
         if spec.layer is None:
-            raise refusal(f"{path}.layer", "is missing, expected with vector")
+            raise refusal(f"{path}.layer", "is missing, but vector needs it")
         if spec.hook is None:
-            raise refusal(f"{path}.hook", "is missing, expected with vector")
+            raise refusal(f"{path}.hook", "is missing, but vector needs it")
         hook = named_hook(f"{path}.hook", spec.hook)
         site = reserved_site(f"{path}.layer", hook, spec.layer, self.config)
         data = read_vector(f"{path}.vector", text, site.width)
@@ -173,11 +175,19 @@ def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
         ("bounds", spec.bounds, "bound"),
     ):
         if value is not None and kind != owner:
-            raise refusal(f"{path}.{name}", f'expected only with kind "{owner}"')
+            raise refusal(
+                f"{path}.{name}",
+                f'found {shown(value)} with kind "{kind}", expected only with kind '
+                f'"{owner}"',
+            )
         if value is None and kind == owner:
-            raise refusal(f"{path}.{name}", f'is missing, expected with kind "{kind}"')
+            raise refusal(f"{path}.{name}", f'is missing, but kind "{kind}" needs it')
     if kind in ("set", "bound") and spec.scale != 1.0:
-        raise refusal(f"{path}.scale", 'expected only with kind "add" or "scale"')
+        raise refusal(
+            f"{path}.scale",
+            f'found {shown(spec.scale)} with kind "{kind}", expected only with kind '
+            '"add" or "scale"',
+        )
     if kind == "scale":
         if spec.relative:
             raise refusal(f"{path}.relative", 'found true, expected false for "scale"')
@@ -186,7 +196,7 @@ def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
     if spec.bounds is not None:
         low, high = (round_to_fp32(bound) for bound in spec.bounds)
         if low > high:
-            raise refusal(f"{path}.bounds", "expected [low, high] with low <= high")
+            raise bad(f"{path}.bounds", spec.bounds, "[low, high] with low <= high")
         return VectorAction("bound", bounds=(low, high), relative=spec.relative)
     value = spec.scale if spec.value is None else spec.value
     return VectorAction(kind, round_to_fp32(value), relative=spec.relative)

@@ -180,7 +180,7 @@ def _plain_list(
     if not isinstance(value, (list, tuple)):
         if _is_one_of(value, info.item_type):
             raise refusal(
-                path, f"found a single object, expected {words}: write [...] around it"
+                path, f"found a single object, expected {words}: enclose it in [...]"
             )
         raise bad(path, value, words)
     if not _fits_length(info, len(value)):

@@ -126,7 +126,7 @@ def with_module(
     if needed:
         raise NoRoomError(
             f"no free slot fits: needed {', '.join(needed)}; reserve it in "
-            "additional_config.steering.spare at start-up, or unregister a module there"
+            "additional_config.steering.spare at start-up, or remove a module there"
         )
     module = replace(module, slots=tuple(placed))
     modules = {n: module if n == module.name else m for n, m in config.modules.items()}

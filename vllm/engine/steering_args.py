@@ -126,7 +126,7 @@ def fold_modules(
         if name in given:
             raise SteeringConfigError(
                 f"steering.{section}: {shown(name)} is given by {flag} and "
-                "in additional_config, expected one of them"
+                "in additional_config, expected only one of them"
             )
     steering[section] = {**given, **modules}
     return {**additional, "steering": steering}

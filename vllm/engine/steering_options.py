@@ -128,12 +128,16 @@ def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
         hook = _hook(f"{where}.hook", given.get("hook"))
         check_dtype(f"{where}.hook", hook, model_config)
         if ("width" in given) == ("vectors" in given):
-            raise SteeringConfigError(f"{where}: expected either width or vectors")
+            has = "both" if "width" in given else "neither"
+            raise SteeringConfigError(
+                f"{where}: found {has} of width and vectors, expected exactly one"
+            )
         if "vectors" in given:
             for key in ("count", "hook_out", "skip"):
                 if key in given:
                     raise SteeringConfigError(
-                        f"{where}.{key}: expected only with width"
+                        f"{where}.{key}: found {shown(given[key])} with vectors, "
+                        "expected only with width"
                     )
             count = _integer(f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT)
             slot = SlotInfo(layer, hook, "vectors", 1)
@@ -187,7 +191,8 @@ def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo
     skip = given.get("skip", False)
     if type(skip) is not bool or (skip and "hook_out" not in given):
         raise SteeringConfigError(
-            f"{where}.skip: found {shown(skip)}, expected true or false, with hook_out"
+            f"{where}.skip: found {shown(skip)}, expected true or false, and "
+            "true only with hook_out"
         )
     hook_out = None
     if "hook_out" in given:
@@ -213,7 +218,7 @@ def check_module_roots(value: object) -> None:
     if not good:
         raise SteeringConfigError(
             f"{ROOT}.module_roots: found {shown(value)}, expected a list of absolute "
-            'directories, and "hf:" or "hf:owner" where the Hub is allowed'
+            'directories, "hf:", "hf:owner" or "hf:owner/repo"'
         )
 
 
@@ -243,7 +248,8 @@ def module_form(name: object, given: object) -> tuple[str, Json]:
     path = options.pop("path", None)
     if type(path) is not str or not path:
         raise SteeringConfigError(
-            f"{where}.path: found {shown(path)}, expected a path or hf:owner/repo"
+            f"{where}.path: found {shown(path)}, expected a path, hf:owner/repo or "
+            "saelens:RELEASE/SAE_ID"
         )
     for key, value in options.items():
         accepted = _OPTION_CHECKS[key](value)

@@ -232,7 +232,11 @@ def _tokenizer_ids(model_config: ModelConfig, names: Iterable[str]) -> set[int]:
     try:
         tokenizer = cached_tokenizer_from_config(model_config)
     except Exception as error:
-        logger.warning("Steering: %s not known, no tokenizer: %s", names, error)
+        logger.warning(
+            "Steering: %s are not skipped, the tokenizer cannot be read: %s",
+            names,
+            error,
+        )
         return set()
     ids: set[int] = set()
     for name in names:

@@ -173,7 +173,7 @@ def test_a_transcoder_between_other_points_is_refused(
     ("slot", "message"),
     [
         ({"hook": "mlp_in", "hook_out": "attn_out", "width": 8}, "from mlp_in to attn"),
-        ({"hook": "mlp_in", "skip": True, "width": 8}, "with hook_out"),
+        ({"hook": "mlp_in", "skip": True, "width": 8}, "only with hook_out"),
         ({"hook": "mlp_in", "hook_out": "x", "width": 8}, "hook_out: found"),
         ({"hook": "mlp_in", "hook_out": "mlp_out", "vectors": 1}, "only with width"),
     ],
@@ -336,7 +336,7 @@ TOKEN_KEYED = sorted(
     [
         *((kv_config(name), name) for name in TOKEN_KEYED),
         (kv_config("Mine", path="my.module"), "Mine (my.module)"),
-        # A class of one's own that has an allowed name.
+        # A custom class that has an allowed name.
         (kv_config("OffloadingConnector", path="x"), "OffloadingConnector (x)"),
         (
             kv_config(MULTI_CONNECTOR, "OffloadingConnector", "ExampleConnector"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks, tensor or pipeline parallel, say what one rank says."""
+"""Two ranks, tensor or pipeline parallel, give the answers of one rank."""
 
 from __future__ import annotations
 

@@ -233,7 +233,8 @@ def _open_site(
                 yield location, entry
                 return
         raise LayoutError(
-            f"{site.name}: the files no longer hold the site as it was inspected"
+            f"{site.name}: the files have changed and no longer hold the site that was "
+            "inspected"
         )
 
 

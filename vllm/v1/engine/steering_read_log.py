@@ -17,7 +17,7 @@ import numpy as np
 
 from vllm.config.sae_readout_step import ReadPlaces, StepRows
 
-MAX_STEPS = 32
+MAX_STEPS = 64
 MAX_BYTES = 16 << 20
 
 
@@ -58,40 +58,43 @@ class Segment:
     def __init__(self, step: StepRows, number: int):
         self.number = number  # of its first step
         self.req_ids = step.req_ids
-        self.firsts, self.starts, self.counts = step.spans
+        self.spans = step.spans
         self.steps: list[Mapping[int, np.ndarray]] = [step.rows]
-        self._next = self.starts + self.counts
-        self._places: dict[str, int] | None = None
-        # By slot, all steps: `[steps, rows, width]`, made when it is asked for.
-        self._stacked: dict[int, np.ndarray] = {}
+        self._next = self._after(step.spans)
+        self._spans: dict[str, list[int]] = {}
+        # By slot, all steps: `[rows, steps, width]`, made when it is asked for.
+        self._blocks: dict[int, np.ndarray] = {}
+
+    @staticmethod
+    def _after(spans: np.ndarray) -> np.ndarray:
+        """The spans of a step that goes on where this one ends."""
+        after = spans.copy()
+        after[1] += spans[2]
+        return after
 
     def extend(self, step: StepRows) -> bool:
         """Append a step, if it continues where the last one ended."""
-        firsts, starts, counts = step.spans
+        first = self.steps[0]
         goes_on = (
-            np.array_equal(starts, self._next)
-            and np.array_equal(counts, self.counts)
-            and np.array_equal(firsts, self.firsts)
+            np.array_equal(step.spans, self._next)
             and step.req_ids == self.req_ids
-            and step.rows.keys() == self.steps[0].keys()
-            and all(r.shape == self.steps[0][s].shape for s, r in step.rows.items())
+            and step.rows.keys() == first.keys()
+            and all(rows.shape == first[slot].shape for slot, rows in step.rows.items())
         )
         if goes_on:
             self.steps.append(step.rows)
-            self._next = starts + counts
-            self._stacked.clear()
+            self._next = self._after(step.spans)
+            self._blocks.clear()
         return goes_on
 
-    def place(self, req_id: str) -> int | None:
-        """The request's place in the batch, or None."""
-        if self._places is None:
-            self._places = {req_id: at for at, req_id in enumerate(self.req_ids)}
-        return self._places.get(req_id)
-
-    def cut(self, at: int, skip: int, slots: Sequence[int]) -> Chunk | None:
-        """The rows of the request at a place, without the first steps."""
-        count = int(self.counts[at])
-        first = int(self.firsts[at])
+    def cut(self, req_id: str, skip: int, slots: Sequence[int]) -> Chunk | None:
+        """A request's rows at some slots, without the first steps."""
+        if not self._spans:
+            spans = self.spans.T.tolist()
+            self._spans = dict(zip(self.req_ids, spans, strict=True))
+        first, start, count = self._spans.get(req_id, (0, 0, 0))
+        if not count:
+            return None
         kept = len(self.steps) - skip
         rows: list[np.ndarray | None] = []
         for slot in slots:
@@ -99,17 +102,20 @@ class Segment:
                 rows.append(None)
             elif kept == 1:
                 rows.append(self.steps[-1][slot][first : first + count].copy())
+            elif count == 1:
+                rows.append(self._block(slot)[first, skip:].copy())
             else:
-                block = self._stack(slot)[skip:, first : first + count]
-                rows.append(np.array(block).reshape(kept * count, -1))
-        if not count or all(found is None for found in rows):
+                own = self._block(slot)[first : first + count, skip:]
+                width = own.shape[2]
+                rows.append(own.transpose(1, 0, 2).reshape(-1, width).copy())
+        if all(found is None for found in rows):
             return None
-        return Chunk(int(self.starts[at]) + skip * count, kept * count, rows)
+        return Chunk(start + skip * count, kept * count, rows)
 
-    def _stack(self, slot: int) -> np.ndarray:
-        if slot not in self._stacked:
-            self._stacked[slot] = np.stack([rows[slot] for rows in self.steps])
-        return self._stacked[slot]
+    def _block(self, slot: int) -> np.ndarray:
+        if slot not in self._blocks:
+            self._blocks[slot] = np.stack([rows[slot] for rows in self.steps], axis=1)
+        return self._blocks[slot]
 
 
 class LogReader:
@@ -132,8 +138,7 @@ class LogReader:
             skip = max(since - segment.number, 0)
             if skip >= len(segment.steps):
                 continue
-            at = segment.place(self._req_id)
-            chunk = None if at is None else segment.cut(at, skip, self.slots)
+            chunk = segment.cut(self._req_id, skip, self.slots)
             if chunk is not None:
                 self._append(chunk)
 

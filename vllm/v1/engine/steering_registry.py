@@ -157,8 +157,8 @@ class SteeringRegistry:
         if self.asleep:
             raise RefusedCall(
                 Outcome.CONFLICT,
-                "the engine is asleep: expected it awake, since modules are in the "
-                "memory that it has given back",
+                "the engine is asleep and has released the memory of its modules: "
+                "wake it up first",
             )
 
     def _list(self, payload: Json) -> ModuleReply:
@@ -172,7 +172,7 @@ class SteeringRegistry:
                 raise RefusedCall(Outcome.FAILED, error["error"])
             self.known_stats = replies
         if not self.known_stats:
-            text = "the engine is asleep, and was not asked before"
+            text = "the engine is asleep, and nothing is known from before"
             raise RefusedCall(Outcome.CONFLICT, text)
         stats = stats_of(self.core, self.config, self.known_stats)
         return ModuleReply(outcome=Outcome.DONE, stats=stats)
@@ -236,7 +236,7 @@ class SteeringRegistry:
         if name in config.modules and not payload.get("replace"):
             raise RefusedCall(
                 Outcome.CONFLICT,
-                f"module {shown(name)} is registered already, expected replace=true "
+                f"module {shown(name)} is already registered, expected replace=true "
                 "or another name",
                 "name",
             )
@@ -279,7 +279,7 @@ class SteeringRegistry:
             raise RefusedCall(
                 Outcome.CONFLICT,
                 f"module {shown(name)} is in use by {in_use} request(s), expected "
-                "none, or drain=true to wait for them",
+                "none: set drain=true to wait for them",
                 "name",
                 in_use=in_use,
             )
@@ -321,8 +321,8 @@ class SteeringRegistry:
         if time.monotonic() - other.since < PREPARED_LIMIT_S:
             raise RefusedCall(
                 Outcome.CONFLICT,
-                f"another change, of {shown(other.name)}, is under way: try again when "
-                "it has ended",
+                f"a change of {shown(other.name)} is under way: try again when it has "
+                "ended",
                 "name",
             )
         logger.error("Steering: a change of %s was given up", shown(other.name))

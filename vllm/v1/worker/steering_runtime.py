@@ -85,6 +85,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these, requests that edit; the others only read.
+        self._editing: set[str] = set()
         # Of these with spans, the prompt's length.
         self._prompt_len: dict[str, int] = {}
         # Of these, prompts with positions that have no token id.
@@ -154,6 +156,8 @@ class SteeringRuntime:
             )
         self._rows[req_id] = rows
         self._step_index.hold(req_id, rows)
+        if any(row for tier in Tier for row in rows.held(tier)):
+            self._editing.add(req_id)
         self.readout.resume_request(req_id, request.reads)
 
     def _scheduled_rows(self, request: SteeringRequest, prompt_len: int) -> RequestRows:
@@ -179,6 +183,7 @@ class SteeringRuntime:
         if held is None:
             return
         self._step_index.drop(req_id)
+        self._editing.discard(req_id)
         self.readout.park_request(req_id)
         self.modules.inline.release(self._requests[req_id])
         for tier in Tier:
@@ -208,8 +213,8 @@ class SteeringRuntime:
     def _prepare_edits(self, view: BatchView) -> bool:
         """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
-        changed = index.update(view)
-        if index.rows is None:
+        changed = bool(self._editing) and index.update(view)
+        if not self._editing or index.rows is None:
             self._clear_edits()
             return False
         self._write_rows()
@@ -278,6 +283,8 @@ class SteeringRuntime:
 
 
 class SteeredRunner(Protocol):
-    """The attribute of a model runner that module changes and measurements use."""
+    """What module changes and measurements use of a model runner."""
 
     steering: SteeringRuntime | None
+
+    def use_steering_graphs(self, used: bool) -> None: ...

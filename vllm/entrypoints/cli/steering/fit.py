@@ -60,7 +60,7 @@ def measure(
     kept = within_norm(x, weights.norm_limit)
     x, target = x[kept], target[kept]
     if not x.shape[0]:
-        raise ValueError("norm_guard: every token's norm is past it")
+        raise ValueError("norm_guard: every token exceeds it, expected a larger one")
     error = active = 0.0
     for part, true in zip(x.split(TOKEN_SLICE), target.split(TOKEN_SLICE), strict=True):
         acts = encode(weights, part)
@@ -71,7 +71,9 @@ def measure(
         error += float((true - found).double().square().sum())
     variance = float((target - target.mean(0)).double().square().sum())
     if variance == 0:
-        raise ValueError("text: expected tokens that differ, found one stream only")
+        raise ValueError(
+            "text: expected tokens that differ, found the same stream at all of them"
+        )
     return Fit(x.shape[0], error / variance, active / x.shape[0])
 
 

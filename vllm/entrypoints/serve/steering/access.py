@@ -54,7 +54,7 @@ def check_key(headers: Mapping[str, str], key: str | None) -> None:
     if key is None:
         raise RequestRefused(
             403,
-            "this server has no steering key, so its modules cannot change: start "
+            "this server has no steering key, so nothing can be changed: start "
             f"it with --steering-api-key or {KEY_ENV}",
         )
     if not holds_key(headers, key):
@@ -80,12 +80,14 @@ def allowed_path(path: str, roots: Sequence[str]) -> str:
     if not roots:
         raise RequestRefused(
             403,
-            "path: this server loads no modules over HTTP, it was started without "
+            "path: this server loads no modules over HTTP: it was started without "
             "additional_config.steering.module_roots",
             "path",
         )
     if ".." in path.replace("\\", "/").split("/"):
-        raise RequestRefused(400, f"path: found {shown(path)}, expected no ..", "path")
+        raise RequestRefused(
+            400, f"path: found {shown(path)}, expected a path without ..", "path"
+        )
     if path.startswith("hf:"):
         return _allowed_repository(path, roots)
     if not os.path.isabs(path):

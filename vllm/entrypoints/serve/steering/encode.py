@@ -156,6 +156,19 @@ class EncodeService:
         return last
 
 
+def listed_features(answer: JsonView) -> list[int]:
+    """The features that an answer lists, each once, ascending."""
+    return sorted(
+        {
+            feature
+            for entry in answer["data"]
+            for record in entry["sae_features"].values()
+            for features in record["features"]
+            for feature in features
+        }
+    )
+
+
 def _refused(error: VLLMValidationError) -> RequestRefused:
     """The engine's refusal, with the path of the field in this route's body."""
     inside = f"{READOUT_KEY}[0]"

@@ -47,7 +47,7 @@ def read(location: Location) -> ModuleLayout:
     """Layout of a sparsify directory."""
     cfg = Fields(read_json(location.root / CONFIG), CONFIG)
     if cfg.boolean("signed", False):
-        raise cfg.fail("signed", "false (selection by magnitude does not fold)")
+        raise cfg.fail("signed", "false (selection by magnitude cannot be folded)")
     if cfg.text("activation") not in (None, "topk"):
         raise cfg.fail("activation", "topk")
     is_transcoder = cfg.boolean("transcode", False)

@@ -56,8 +56,8 @@ def _make_version_guard(stock: Stock) -> Stock:
         additional = self.additional_config
         if isinstance(additional, dict) and additional.get("steering") is not None:
             raise SteeringConfigError(
-                f"steering is configured, but it supports vLLM {SUPPORTED_VLLM} and "
-                f"this is vLLM {vllm.__version__}"
+                f"steering is configured, but vLLM {vllm.__version__} is not "
+                f"supported, expected vLLM {SUPPORTED_VLLM}"
             )
         return stock(self, *args, **kwargs)
 
