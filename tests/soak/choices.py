@@ -267,7 +267,7 @@ class Choices:
         view, self._view = self._view, None
         if view is None:
             return
-        found = self.found.cpu().numpy()
+        found = self.found.cpu().clone().numpy()
         self.found.zero_()
         start = 0
         for at, req_id in enumerate(view.req_ids):
