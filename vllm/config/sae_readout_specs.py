@@ -82,7 +82,7 @@ class SiteRead:
     """What a request reads at one site of one module.
 
     Attributes:
-        top_k: how many of the largest activations; 0: the given features only.
+        top_k: how many of the largest activations; 0 for the given features only.
         features: indices whose activations are returned, ascending; empty with `top_k`.
         stops: `(feature, bound)` pairs that end the request, ascending.
     """

@@ -218,11 +218,11 @@ class InlineSite:
 class ModuleInfo:
     """A named SAE, or a named set of vectors, as the front end knows it.
 
-    `digest` is a SHA-256 (hex) over the weights and every option that changes
-    their effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands
-    for the model's bos, eos and pad; `norm_guard` is a multiple of
-    `reference_norm`. `format` names the file layout for the loader. `slots` says, for
-    each of `sites`, which of the engine's slots holds it; None: not placed.
+    `digest` is a SHA-256 (hex) over the weights and every option that changes their
+    effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands for the
+    model's bos, eos and pad; `norm_guard` is a multiple of `reference_norm`. `format`
+    names the file layout for the loader. `slots` says, for each of `sites`, which of
+    the engine's slots holds it, or None before placing.
     """
 
     name: str
@@ -238,7 +238,7 @@ class ModuleInfo:
     slots: tuple[int, ...] | None = None
 
     def slot_at(self, hook: HookPoint, layer: int) -> int | None:
-        """The slot that holds the site at `(layer, hook)`; None: not placed."""
+        """The slot that holds the site at `(layer, hook)`, or None before placing."""
         for site, slot in zip(self.sites, self.slots or (), strict=False):
             if site.layer == layer and site.hook == hook:
                 return slot

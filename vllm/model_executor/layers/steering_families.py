@@ -243,7 +243,7 @@ def _unknown_family(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The modules of one layer at which its points are; None: the layer has none."""
+    """The modules of one layer at which its points are; None for modules it lacks."""
 
     mid_norm: nn.Module | None
     attention: nn.Module | None
@@ -285,7 +285,7 @@ def reads_stream_raw(layer: DecoderLayer) -> bool:
 
 
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
-    """Why the layer lacks a point; None: it has it."""
+    """Why the layer lacks a point, or None if it has the point."""
     family, parts = layer.family, parts_of(layer)
     if _dtype(layer.module) is torch.float16:
         if family.scales_float16:

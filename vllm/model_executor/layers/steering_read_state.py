@@ -55,7 +55,7 @@ class ReadBuffers(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def set_scale(self, decoder_norms: np.ndarray | None) -> None:
-        """Return activations in the units of unit-norm decoder rows; None: native.
+        """Return activations in units of unit-norm decoder rows; native ones if None.
 
         Args:
             decoder_norms: float32 `[<= F]`, what the units are: `f * norm`.

@@ -8,9 +8,9 @@ half-precision weight ever exists.
 
 Whatever a request asks for, the written values are finite. Every backend does the same:
 
-1. *Input.* A token whose stream `x` has a float32 norm `||x||_2` that is not finite is
-   left alone by every tier, and is not counted. A NaN or infinite component makes the
-   norm NaN or infinite, and the square of a component beyond 2^64 overflows.
+1. *Input.* If the float32 norm `||x||_2` of a token's stream is not finite, no tier
+   edits the token, and it is not counted. A NaN or infinite component makes the norm
+   NaN or infinite, and the square of a component beyond 2^64 overflows.
 2. *Coefficients.* The change `g_c - f_c` of a clamp is computed in float32 and limited
    to `+-COEFFICIENT_LIMIT`. A steering vector's scale is such a change.
 3. *Output.* The sum `x'` is limited to `+-STREAM_LIMIT` of the model's dtype,

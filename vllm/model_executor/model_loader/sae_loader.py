@@ -250,7 +250,7 @@ def load_site(
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
         into: buffers of the site's widths with at least `d_sae` features, on any
-            device. Features past `d_sae` and `meta` are left as they are.
+            device. Features past `d_sae` and `meta` keep their values.
         location: the module's files, if `locate` has found them; no progress is shown.
 
     Raises:

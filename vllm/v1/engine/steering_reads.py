@@ -270,7 +270,7 @@ def reads_of(
 def request_reads(
     request: Request, config: SteeringConfig | None
 ) -> RequestReads | None:
-    """The scheduler's state of an admitted request; None: it reads nothing."""
+    """The scheduler's state of an admitted request, or None if it reads nothing."""
     params = request.sampling_params
     assert params is not None
     reads = reads_of(params.extra_args, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine core's registry: modules that come and go while requests run.
+"""The engine core's registry, which changes modules while requests run.
 
 Reached as `collective_rpc(METHOD, args=(action, payload))`, which every client of an
 engine has. All of it runs between two steps in the thread that schedules, so calls are

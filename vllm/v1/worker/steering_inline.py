@@ -124,7 +124,7 @@ class InlineVectors:
             heapq.heappush(stack.free, held.direction)
 
     def find(self, module: str, key: SiteKey) -> tuple[BoundTable, int] | None:
-        """The table and the direction of a vector; None: not on this rank."""
+        """The table and the direction of a vector, or None if not on this rank."""
         stack = self.stacks.get(key)
         held = None if stack is None else stack.held.get(module)
         return None if stack is None or held is None else (stack.table, held.direction)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model runner does for steering: its own methods call the runtime's.
 
-The two runners differ only in how they say which requests come and go and in the
+The two runners differ only in how they report new and finished requests, and in the
 `BatchView` of a step.
 """
 

@@ -91,7 +91,7 @@ class SiteModules:
         self.inline = InlineVectors()
 
     def table_of(self, tier: Tier) -> TableOf:
-        """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
+        """Looks up `(module, site) -> (table, offset)`, or None if not on this rank."""
         bound, inline = self._bound[tier], self.inline
         return lambda module, key: bound.get((module, key)) or inline.find(module, key)
 
@@ -108,12 +108,12 @@ class SiteModules:
         return list(found.values())
 
     def read_slot(self, read: SiteRead) -> int | None:
-        """The slot that holds what a request reads; None: not on this rank."""
+        """The slot that holds what a request reads, or None if not on this rank."""
         key = SiteKey(read.layer, read.hook)
         return self._read_slots.get((read.module, key))
 
     def sae_slot(self, module: str, key: SiteKey) -> SAESlot | None:
-        """The slot of an SAE module's site; None: not on this rank."""
+        """The slot of an SAE module's site, or None if not on this rank."""
         bound, _ = self._bound[Tier.FULL].get((module, key), (None, 0))
         slots = (
             place.slot

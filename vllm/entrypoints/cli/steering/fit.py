@@ -50,7 +50,7 @@ def measure(
         weights: a canonical SAE, on the device of `x`.
         x: `[T, D]`, in the model's dtype. Tokens past the SAE's norm limit, which
             the tiers leave untouched, do not count.
-        target: `[T, d_out]`, what a transcoder's output is to match; None: `x`.
+        target: `[T, d_out]`, what a transcoder's output should match; `x` if None.
 
     Raises:
         ValueError: no token counts, or all of them are the same.

@@ -36,7 +36,7 @@ class RequestRefused(Exception):
 
 
 def configured_key(args: Namespace) -> str | None:
-    """The key from `--steering-api-key` or the environment; None: not configured."""
+    """The key from `--steering-api-key` or the environment, or None."""
     key = vars(args).get("steering_api_key") or os.environ.get(KEY_ENV)
     return key or None
 

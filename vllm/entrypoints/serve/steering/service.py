@@ -80,7 +80,7 @@ class SteeringModulesService:
 
     @property
     def steering(self) -> Json | None:
-        """`additional_config.steering` of the engine; None: started without."""
+        """`additional_config.steering` of the engine, or None without steering."""
         additional = self.engine.vllm_config.additional_config
         return additional.get("steering") if isinstance(additional, dict) else None
 

@@ -195,7 +195,7 @@ def _refuse_finetuning(tensors: TensorFile) -> None:
 
 
 def _points(cfg: Fields, metadata: Fields, transcodes: bool) -> Points | None:
-    """The points that the configuration states; None: it names none that is clear."""
+    """The points that the configuration states, or None if they are not clear."""
     key = "hook_name" if metadata.data.get("hook_name") is not None else "hook_point"
     name = metadata.text(key)
     if name is None:

@@ -82,7 +82,7 @@ def read(location: Location) -> ModuleLayout:
 
 
 def _points(location: Location, is_transcoder: bool) -> Points | None:
-    """The points that the directory's name stands for; None: it names none."""
+    """The points that the directory's name stands for, or None."""
     name = location.origin.rstrip("/").rsplit("/", 1)[-1]
     module = _MODULE.fullmatch(name)
     if is_transcoder:

@@ -7,7 +7,7 @@ sae_readout` to `StepReads`, ends the requests of which a stop condition holds, 
 here they travel in `ec_transfer_params` of the step's first output under a key of ours,
 which the front end takes out again (`plugins/steering/v1/engine/output_processor.py`).
 
-A step in which nobody reads costs one look-up.
+A step in which no request reads costs one look-up.
 """
 
 from __future__ import annotations
