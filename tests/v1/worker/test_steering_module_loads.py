@@ -56,9 +56,9 @@ class Gate:
         self.opened = threading.Event()
         load = ModuleInspector.load
 
-        def held(*args: Any) -> None:
+        def held(*args: Any) -> float:
             assert self.opened.wait(60)
-            load(*args)
+            return load(*args)
 
         monkeypatch.setattr(ModuleInspector, "load", held)
 

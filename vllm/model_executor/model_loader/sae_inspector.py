@@ -137,13 +137,16 @@ class ModuleInspector:
         site: SiteInfo,
         into: Sequence[torch.Tensor],
         seconds: float,
-    ) -> None:
+    ) -> float:
         """As `load_site` and `load_vectors`, into tensors on the host.
 
         Args:
             into: `SAEWeights.tensors()` of buffers that fit the site exactly, or a
                 vector's float32 `[D]`.
             seconds: how long it may take.
+
+        Returns:
+            how long it took, in seconds, without the wait for other jobs.
 
         Raises:
             ValueError: as `load_site`, or loading took more than the limits allow;
@@ -158,9 +161,12 @@ class ModuleInspector:
             "seconds": seconds,
         }
         with self._lock:
+            start = time.monotonic()
             reply = self._ask(job, into)
+            took = time.monotonic() - start
         if "error" in reply:
             raise ValueError(reply["error"])
+        return took
 
     def close(self) -> None:
         """End the helper process."""

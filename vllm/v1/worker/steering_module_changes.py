@@ -94,8 +94,11 @@ class ModuleChanges:
 
         Raises:
             ValueError: as `ModuleLoad.result`.
+            RuntimeError: no module is being loaded.
         """
-        if self.loading is None or not self.loading.done:
+        if self.loading is None:
+            raise RuntimeError("steering: no module is being loaded")
+        if not self.loading.done:
             return False
         self.loading.result()
         return True

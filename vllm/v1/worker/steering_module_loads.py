@@ -9,7 +9,6 @@ the model only asks whether the module is there.
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -80,21 +79,21 @@ class ModuleLoad:
             self._loaded.set_exception(error)
 
     def _read_all(self) -> dict[SiteInfo, LoadedSite]:
+        layers = self.modules.layers
+        own = [site for site in self.module.sites if site.layer in layers]
+        if not own:
+            return {}
         inspector = module_inspector()
         inspector.warm_up()
-        layers, empty = self.modules.layers, {}
-        for site in self.module.sites:
-            if site.layer in layers:
-                empty[site] = self._empty(site)
+        empty = {site: self._empty(site) for site in own}
         size = sum(t.nbytes for one in empty.values() for t in one.tensors)
         # One allowance for the whole module, however many sites it has.
-        deadline = time.monotonic() + inspector.limits.seconds_for(size)
+        left = inspector.limits.seconds_for(size)
         found = {}
         for site, loaded in empty.items():
             if self._given_up:
                 break
-            left = max(0.0, deadline - time.monotonic())
-            inspector.load(self.module, site, loaded.tensors, left)
+            left -= inspector.load(self.module, site, loaded.tensors, max(left, 0.0))
             found[site] = self._finished(site, loaded)
         return found
 
