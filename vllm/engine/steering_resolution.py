@@ -39,6 +39,7 @@ from vllm.engine.steering_options import (
     check_dtype,
     check_module_roots,
     check_transcoder,
+    decoder_layer_option,
     inline_sites,
     limit_option,
     module_form,
@@ -113,6 +114,7 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             max_pieces=max_pieces,
             readout=readout_option(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
+            decoder_layer=decoder_layer_option(steering.get("decoder_layer", "known")),
             inline_sites=inline,
         ),
         spare,
@@ -270,6 +272,9 @@ def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
         ),
         "KV-sharing fast prefill (--kv-sharing-fast-prefill)": (
             vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        "weights sent by a trainer (--weight-transfer-config)": (
+            vllm_config.weight_transfer_config is not None
         ),
         "the Rust front end (VLLM_USE_RUST_FRONTEND=1)": envs.VLLM_USE_RUST_FRONTEND,
         "pooling models (--runner pooling)": (

@@ -39,8 +39,10 @@ from vllm.engine.steering_active_config import (
 )
 from vllm.engine.steering_presets import (
     refuse_without_default,
+    warn_of_broken_presets,
     with_default,
     with_preset,
+    with_valid_default,
     without_preset,
 )
 from vllm.engine.steering_resolution import check_against_model, inspect_for_model
@@ -243,12 +245,13 @@ class SteeringRegistry:
         model_config = self.core.vllm_config.model_config
         try:
             check_against_model(module, model_config)
-            return with_module(config, module, model_config.enforce_eager)
+            after = with_module(config, module, model_config.enforce_eager)
         except NoRoomError as error:
             text = f"module {shown(name)}: {error}"
             raise RefusedCall(Outcome.CONFLICT, text, "path") from error
         except SteeringConfigError as error:
             raise RefusedCall(Outcome.INVALID, str(error), "path") from error
+        return with_valid_default(after, name)
 
     def _without(self, payload: Json) -> SteeringConfig:
         """The configuration without the payload's module."""
@@ -350,6 +353,7 @@ class SteeringRegistry:
         if done.by_workers:
             self._refuse_asleep()
             draining -= {done.name}
+            warn_of_broken_presets(self.config, done.after, done.name)
         self.prepared = None
         self._publish(dataclasses.replace(done.after, draining=draining))
         if not done.by_workers:

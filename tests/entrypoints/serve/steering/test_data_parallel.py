@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from steering_testing.engine import FULL
 from steering_testing.modules_http import (
     KEY,
@@ -23,6 +24,8 @@ from steering_testing.modules_http import (
     steering_server,
     tokens,
 )
+from steering_testing.requests import Ask, vector
+from steering_testing.server import MODEL_NAME
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -41,6 +44,7 @@ def url(
 ) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ("--data-parallel-size", "2", "--api-server-count", "2")
+    arguments += ("--steering-inline-vectors", "post_block.1=1")
     with steering_server(model_root, root, log, {}, *arguments) as server:
         yield server.url
 
@@ -55,6 +59,30 @@ def answers(url: str) -> list[list[int]]:
 def ask_plain(url: str, max_tokens: int, rank: int) -> httpx.Response:
     """A completion that names no module."""
     return complete(url, {}, max_tokens, rank)
+
+
+def with_vector(url: str, rank: int, *given: torch.Tensor) -> httpx.Response:
+    """A completion under vectors that the request brings."""
+    specs = [Ask("additive", vector=one, scale=4.0) for one in given]
+    body = {"model": MODEL_NAME, "prompt": [5, 6, 7, 8], "max_tokens": 8}
+    body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body |= {"detokenize": False, "steering_vector_specs": [s.spec() for s in specs]}
+    headers = {"X-data-parallel-rank": str(rank)}
+    return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)
+
+
+def test_every_rank_takes_the_vectors_of_requests(url: str) -> None:
+    found = [
+        [tokens(with_vector(url, rank, vector(seed))) for rank in RANKS for _ in "1234"]
+        for seed in (1, 2)
+    ]
+    first, second = (answers_of[0] for answers_of in found)
+    assert found == [[first] * 8, [second] * 8]
+    plain = tokens(with_vector(url, 0))
+    assert len({tuple(first), tuple(second), tuple(plain)}) == 3
+    beyond = with_vector(url, 1, vector(1), vector(2))
+    assert beyond.status_code == 400
+    assert "inline_vectors" in beyond.json()["error"]["message"]
 
 
 def listed(url: str) -> list[dict[str, Any]]:
