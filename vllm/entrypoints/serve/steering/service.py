@@ -29,7 +29,7 @@ from vllm.exceptions import VLLMValidationError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-POLL_S = 0.1
+POLL_S = 0.05
 DRAIN_LIMIT_S = 600.0
 
 IsGone = Callable[[], Awaitable[bool]]
