@@ -353,3 +353,15 @@ def require_point(layer: DecoderLayer, hook: HookPoint) -> None:
             f"steering: {class_name(layer.module)} has no {hook.value} point at layer "
             f"{layer.index}: {why}; its points are {have}"
         )
+
+
+def refuse_output_norm(layer: DecoderLayer, hook: HookPoint) -> None:
+    """Raise ValueError if the layer norms what a sublayer writes at this point."""
+    parts = parts_of(layer)
+    norm = parts.attention_norm if hook is HookPoint.ATTN_OUT else parts.mlp_norm
+    if norm is not None:
+        raise ValueError(
+            f"steering: found an SAE of the output of a module of "
+            f"{class_name(layer.module)} at layer {layer.index}; the layer norms this "
+            f"output, expected one of {hook.value}, which is after the norm"
+        )
