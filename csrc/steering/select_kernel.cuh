@@ -74,7 +74,7 @@ __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
 
 // Finds the bin that holds the k-th from the top: m.bound is the bin, m.above
 // what the bins over it hold. Without so many in all, both stay as they are.
-__device__ void find_bin(SelectMemory& m, int k) {
+__device__ __forceinline__ void find_bin(SelectMemory& m, int k) {
   // Thread i owns the i-th highest four bins; a scan finds whose hold the k-th.
   constexpr int kOwn = kBins / kSelectThreads;
   const int highest = kBins - 1 - threadIdx.x * kOwn, lane = threadIdx.x % 32;
@@ -135,8 +135,8 @@ __device__ __forceinline__ void count_in_bin(SelectMemory& m, int bin) {
 // The k-th largest key where there are very many candidates: eleven of its bits
 // at a time, by a histogram of the keys that agree with it so far. Not inlined:
 // the usual path's code is cold, and short.
-__device__ __noinline__ unsigned long long search_kth(SelectMemory& m,
-                                                      const Scores& s, int k) {
+__device__ __noinline__ unsigned long long search_kth(SelectMemory& m, Scores s,
+                                                      int k) {
   constexpr int kKeyBits = 63, kDigit = 11;
   static_assert(1 << kDigit == kBins);
   unsigned long long found = 0;
