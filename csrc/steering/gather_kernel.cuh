@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kDecodeThreads, GatherShape<kGroups>::kBlocks)
     const int64_t i = work % n;
     TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;
-    if (token < 0 || listed > kListMax) continue;
+    if (token < 0 || record->row == 0 || listed > kListMax) continue;
     const int column = work / n * S::kSlice + lane % S::kLanes * 8;
     const ClampRow row = a.table.row(record->row);
     float acc[S::kChains][8] = {}, sums[8][S::kOwn];
