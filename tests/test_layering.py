@@ -21,6 +21,7 @@ LEVELS: list[tuple[str, str]] = [
     ("vllm.v1.worker.steering_model_runner_mixin", "mixin"),
     ("vllm.v1.worker.", "managers"),
     ("vllm.engine.", "engine"),
+    ("vllm.v1.core.", "engine"),
     ("vllm.v1.engine.", "engine"),
     # The command-line tool reads SAE files; no server and no engine imports it.
     ("vllm.entrypoints.cli.steering", "tool"),

@@ -40,6 +40,7 @@ GRAPH_OPTIONS: dict[str, Any] = {
 
 
 def main() -> int:
+    from soak.choices import UNITS
     from soak.report import summary
     from soak.soak import PROFILES, Plan, run
 
@@ -50,6 +51,7 @@ def main() -> int:
     if args.graphs:
         options |= GRAPH_OPTIONS
     exact = not args.gpu and args.dtype == "float32"
+    arithmetic = "exact" if exact else "tf32" if args.dtype == "float32" else "bfloat16"
     plan = Plan(
         seed=args.seed,
         seconds=60 * args.minutes,
@@ -61,6 +63,7 @@ def main() -> int:
         block_size=16 if args.gpu else 32,
         tolerance=args.tolerance or (1e-3 if exact else 2e-2),
         margin=args.margin or (5e-3 if exact else 4e-2),
+        unit=UNITS[arithmetic],
         batched_tokens=4 * args.concurrency,
         repeats=not exact,
         more_kinds=not args.gpu,

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from soak.pool import HOT, VERSIONS, Item, answer_of, drift
+from soak.choices import Choices
+from soak.pool import HOT, VERSIONS, Item, answers_of, drift
+from steering_testing.engine import runner
 
 from vllm import LLM
 from vllm.entrypoints.steering import register_module, unregister_module
@@ -24,13 +27,28 @@ class Rounding:
     Attributes:
         margin: how much better a reference's tokens are than the second best.
         tolerance: largest difference of a log-probability.
+        unit: unit round-off of matrix products, as of `choices.undecided`.
         repeats: whether a request must say in batches, to half the tolerance, what it
             says alone.
     """
 
     margin: float
     tolerance: float
+    unit: float
     repeats: bool
+
+
+@dataclass
+class Pool:
+    """Requests that have one right answer, and why the others have none.
+
+    `left_out` counts them: `tokens`, the best token is not clearly the best;
+    `selection`, rounding decides which features are active; `batches`, they say
+    something else in another batch.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def smallest_gap(completion: CompletionOutput) -> float:
@@ -42,32 +60,40 @@ def smallest_gap(completion: CompletionOutput) -> float:
     return min(gaps)
 
 
-def ask_alone(llm: LLM, item: Item) -> float:
-    """Fill in the item's reference; the gap that decides its tokens."""
+def ask_alone(llm: LLM, item: Item, choices: Choices, margin: float) -> str | None:
+    """Fill in the item's reference; why it has none."""
     llm.reset_prefix_cache()
     prompt = {"prompt_token_ids": item.prompt}
-    [output] = llm.generate([prompt], item.params(logprobs=2), use_tqdm=False)
-    completions = sorted(output.outputs, key=lambda completion: completion.index)
-    item.reference = [answer_of(completion) for completion in completions]
-    return min(map(smallest_gap, completions))
+    with choices.watched():
+        [output] = llm.generate([prompt], item.params(logprobs=2), use_tqdm=False)
+    item.reference = answers_of(output)
+    if min(map(smallest_gap, output.outputs)) <= margin:
+        return "tokens"
+    return "selection" if choices.undecided else None
 
 
 def answer_alone(
     llm: LLM, pool: Iterable[Item], versions: dict[str, str], limits: Rounding
-) -> list[Item]:
+) -> Pool:
     """The items with a reference, less those whose answer rounding decides."""
-    kept = []
+    kept = Pool()
+    steering = runner(llm).steering
+    choices = Choices(list(steering.modules.sites.values()), steering.step, limits.unit)
     for version in (None, *VERSIONS):
         if version is not None:
             register_module(llm, HOT, versions[version])
-        found = [
-            item
-            for item in pool
-            if item.version == version and ask_alone(llm, item) > limits.margin
-        ]
+        found = []
+        for item in (item for item in pool if item.version == version):
+            reason = ask_alone(llm, item, choices, limits.margin)
+            if reason is None:
+                found.append(item)
+            else:
+                kept.left_out[reason] += 1
+        decided = len(found)
         for group in GROUPS if limits.repeats else ():
             found = repeatable(llm, found, limits.tolerance / 2, group)
-        kept += found
+        kept.left_out["batches"] += decided - len(found)
+        kept.items += found
         if version is not None:
             unregister_module(llm, HOT)
     return kept
@@ -76,8 +102,7 @@ def answer_alone(
 def repeatable(llm: LLM, items: list[Item], tolerance: float, group: int) -> list[Item]:
     """The items that say the same when asked calmly, `group` of them at once.
 
-    For arithmetic whose rounding depends on the shape of a batch: a feature whose
-    pre-activation is at its threshold may be active in one shape and not in another.
+    For arithmetic whose rounding depends on the shape of a batch.
     """
     order = random.Random(group).sample(items, len(items))
     kept = []
@@ -88,8 +113,7 @@ def repeatable(llm: LLM, items: list[Item], tolerance: float, group: int) -> lis
         sampling = [item.params() for item in part]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         for item, output in zip(part, outputs, strict=True):
-            found = sorted(output.outputs, key=lambda completion: completion.index)
-            answers = zip(map(answer_of, found), item.reference, strict=True)
+            answers = zip(answers_of(output), item.reference, strict=True)
             if all(drift(said, alone) <= tolerance for said, alone in answers):
                 kept.append(item)
     return kept

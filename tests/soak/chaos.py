@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from soak.pool import BAD, HOT, Item, answer_of, drift
+from soak.pool import BAD, HOT, PASSING, Item, answers_of, drift
 from soak.report import Report
 from steering_testing.engine import runner
 from steering_testing.observe import steps_of
@@ -19,6 +19,8 @@ from steering_testing.observe import steps_of
 from vllm import LLM, SamplingParams
 from vllm.entrypoints.steering import (
     SteeringModuleError,
+    delete_preset,
+    put_preset,
     register_module,
     unregister_module,
 )
@@ -65,15 +67,18 @@ class Chaos:
         self.running: dict[str, Item] = {}
         self.started = 0
         self.version: str | None = None
+        self.passing = False
         self.bag: list[Callable[[], str]] = []
         self.faults: list[Callable[[], str]] = [
             self._abort,
             self._abort,
+            self._disconnect,
             self._preempt_everybody,
             self._reset_cache,
             self._bad_request,
             self._change_module,
             self._change_module,
+            self._change_preset,
             self._idle,
         ]
 
@@ -154,10 +159,9 @@ class Chaos:
     def _compare(self, item: Item, output: RequestOutput, tolerance: float) -> None:
         report = self.report
         report.finished[item.kind] += 1
-        found = sorted(output.outputs, key=lambda completion: completion.index)
-        report.tokens += sum(len(completion.token_ids) for completion in found)
-        for completion, alone in zip(found, item.reference, strict=True):
-            said = answer_of(completion)
+        found = answers_of(output)
+        report.tokens += sum(len(said.tokens) for said in found)
+        for said, alone in zip(found, item.reference, strict=True):
             off = drift(said, alone)
             report.wrong_tokens += said.tokens != alone.tokens
             report.wrong_scores += said.tokens == alone.tokens and off > tolerance
@@ -174,6 +178,17 @@ class Chaos:
             del self.running[req_id]
             self.llm.llm_engine.abort_request([req_id])
         return "abort"
+
+    def _disconnect(self) -> str:
+        """A client goes away with some of its requests, one of them just sent."""
+        self._add()
+        newest = list(self.running)[-1:]
+        others = self.rng.sample(list(self.running), len(self.running) // 4)
+        gone = {*newest, *others}
+        for req_id in gone:
+            del self.running[req_id]
+        self.llm.llm_engine.abort_request(list(gone))
+        return "disconnect"
 
     def _preempt_everybody(self) -> str:
         self.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
@@ -218,6 +233,16 @@ class Chaos:
             self.report.exceptions.append("a module changed under its requests")
         self.version = target
         return "module removed" if removes else "module registered"
+
+    def _change_preset(self) -> str:
+        """Make or delete a preset that no request names; all may run on."""
+        name, preset = PASSING
+        if self.passing:
+            delete_preset(self.llm, name)
+        else:
+            put_preset(self.llm, name, preset)
+        self.passing = not self.passing
+        return "preset changed"
 
     # --- The end ------------------------------------------------------------------
 

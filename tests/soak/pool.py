@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from steering_testing import models
 from steering_testing.engine import DELTA, FULL, VECTORS, save_sae
 from steering_testing.reference import Clamp, DenseSAE, random_sae
 from steering_testing.requests import SPECIAL, Ask, Modules, Site, specs, vector
 
 from vllm import SamplingParams
-from vllm.outputs import CompletionOutput
+from vllm.config.sae_features import ReadFeatures, SAEFeatures
+from vllm.config.sae_steering_specs import PRESET_KEY
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 D_SAE, MAX_PROMPT, MAX_TOKENS = 96, 80, 12
@@ -29,6 +32,16 @@ INNER: list[Site] = [(0, "attn_z"), (1, "attn_out"), (1, "mlp_in"), (2, "mlp_out
 HOT, VERSIONS = "hot", ("hot0", "hot1")
 SPARE = [{"layer": LAST[0], "hook": LAST[1], "width": D_SAE, "count": 1}]
 LARGEST = 3e38
+READS = "sae_readout_specs"
+# The preset that requests name.
+PRESETS: dict[str, Any] = {
+    "calm": specs(
+        Ask("delta", "b", {POST: [Clamp(7, "absolute", 2.0)]}),
+        Ask("additive", "w", scale=0.5, phase="decode"),
+    )
+}
+# A preset that comes and goes while the engine runs; nothing names it.
+PASSING = ("passing", specs(Ask("additive", "v", scale=0.5)))
 
 
 def sae(activation: str, seed: int) -> DenseSAE:
@@ -41,14 +54,14 @@ def sae(activation: str, seed: int) -> DenseSAE:
     return found
 
 
-def modules(more: bool) -> Modules:
+def modules() -> Modules:
     """SAEs of every activation at sites of every hook, and vectors."""
     return Modules(
         {
             "a": {POST: sae("jumprelu", 1), PRE: sae("jumprelu", 2)},
             "b": {POST: sae("relu", 3), MID: sae("relu", 4)},
             "t": {POST: sae("topk", 5)},
-            **({"i": {site: sae("relu", 9) for site in INNER}} if more else {}),
+            "i": {site: sae("relu", 9) for site in INNER},
         },
         {
             "v": {POST: vector(1), PRE: vector(2, norm=1.0)},
@@ -65,25 +78,63 @@ def save_versions(root: Path) -> dict[str, str]:
 
 @dataclass
 class Answer:
-    """A completion: its tokens and the log-probability of each."""
+    """A completion: its tokens, the log-probability of each, and what was read."""
 
     tokens: list[int]
     scores: list[float]
+    reads: list[SAEFeatures] = field(default_factory=list)
 
 
-def answer_of(completion: CompletionOutput) -> Answer:
-    """What the engine said."""
+def answers_of(output: RequestOutput) -> list[Answer]:
+    """What the engine said, an answer for each sample."""
+    completions = sorted(output.outputs, key=lambda completion: completion.index)
+    return [_answer_of(one, output.prompt_sae_features) for one in completions]
+
+
+def _answer_of(completion: CompletionOutput, prompt: ReadFeatures | None) -> Answer:
     tokens = list(completion.token_ids)
     steps = completion.logprobs or []
-    return Answer(tokens, [s[t].logprob for s, t in zip(steps, tokens, strict=True)])
+    scores = [s[t].logprob for s, t in zip(steps, tokens, strict=True)]
+    records = [
+        record
+        for reads in (prompt or {}, completion.sae_features or {})
+        for _, sites in sorted(reads.items())
+        for _, record in sorted(sites.items())
+    ]
+    return Answer(tokens, scores, records)
 
 
 def drift(said: Answer, alone: Answer) -> float:
-    """Largest difference of a log-probability; infinite where a token differs."""
+    """Largest difference of a log-probability or a value that was read.
+
+    Infinite where a token or a position that was read differs.
+    """
     if said.tokens != alone.tokens or not all(map(math.isfinite, said.scores)):
         return math.inf
-    pairs = zip(said.scores, alone.scores, strict=True)
-    return max(abs(one - other) for one, other in pairs)
+    if len(said.reads) != len(alone.reads):
+        return math.inf
+    scores = zip(said.scores, alone.scores, strict=True)
+    reads = zip(said.reads, alone.reads, strict=True)
+    return max(
+        0.0,
+        *(abs(one - other) for one, other in scores),
+        *(_reading_drift(one, other) for one, other in reads),
+    )
+
+
+def _reading_drift(said: SAEFeatures, alone: SAEFeatures) -> float:
+    """As `drift`, relative to the largest value; list places may swap at a tie."""
+    same = np.array_equal(said.positions, alone.positions)
+    if not same or said.values.shape != alone.values.shape:
+        return math.inf
+    if not said.values.size:
+        return 0.0
+    size = max(1.0, float(np.abs(alone.values).max()))
+    one, other = said.to_dense(), alone.to_dense()
+    # A feature that only one of them lists is at the end of the other's list.
+    both = (one != 0) & (other != 0)
+    listed = np.abs(one - other)[both].max(initial=0.0)
+    return max(float(listed), float(np.abs(said.values - alone.values).max())) / size
 
 
 @dataclass
@@ -208,6 +259,24 @@ def spans(rng: random.Random) -> dict[str, Any]:
     return asked
 
 
+def reading(rng: random.Random) -> dict[str, Any]:
+    """Features of a site that an edit has changed, given ones or the largest."""
+    name = rng.choice("abt")
+    site = SITES[name][0]
+    what: dict[str, Any] = {"top_k": rng.randint(1, 6)}
+    if rng.random() < 0.5:
+        what = {"features": rng.sample(range(D_SAE), rng.randint(1, 4))}
+    at = {site[1]: [site[0]]}
+    read = {"module_name": name, "sites": at, "phase": phase(rng), **what}
+    asked = rng.choice([plain, additive, delta])(rng)
+    return {**asked, READS: [read]}
+
+
+def preset(rng: random.Random) -> dict[str, Any]:
+    """A preset by name, with or without clamps of the request's own."""
+    return {**rng.choice([plain, delta])(rng), PRESET_KEY: "calm"}
+
+
 def conditions(rng: random.Random) -> dict[str, Any]:
     """Clamps that act where another feature is active."""
     asked = delta(rng)
@@ -235,12 +304,14 @@ KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
     "phases": (2, phases),
     "poison": (2, poison),
     HOT: (2, hot),
+    "spans": (2, spans),
+    "inner": (2, inner),
+    "reading": (3, reading),
+    "preset": (2, preset),
 }
 # What a backend may refuse.
 MORE_KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
-    "spans": (2, spans),
     "conditions": (2, conditions),
-    "inner": (2, inner),
 }
 BAD: list[dict[str, Any]] = [
     {FULL: [{"module_name": "nobody"}]},
@@ -282,6 +353,6 @@ def ordinary(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, models.VOCAB) for _ in range(length)]
 
 
-def save(root: Path, more: bool) -> dict[str, str]:
+def save(root: Path) -> dict[str, str]:
     """Write the modules that every engine starts with; name -> path."""
-    return modules(more).save(root)
+    return modules().save(root)

@@ -18,11 +18,12 @@ class Report:
         faults: what was done to the engine and to requests, by kind.
         schedule: what the scheduler did.
         wrong_tokens, wrong_scores: completions that differ from the request's alone in
-            a token, or in a log-probability by more than the tolerance.
+            a token, or by more than the tolerance in a log-probability or in what was
+            read.
         distinct: requests that were drawn from.
         exceptions: of the engine, and of calls that should have been accepted.
         leaks: what was left when nothing was running.
-        unstable: requests that were left out, because rounding decides their tokens.
+        left_out: requests without one right answer, by `Pool`'s reasons.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Report:
     exceptions: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
-    unstable: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     distinct: int = 0
     seconds: float = 0.0
 
@@ -65,7 +66,8 @@ class Report:
             f"  wrong log-probabilities: {self.wrong_scores}",
             f"  largest difference of a log-probability: {self.largest_drift:.1e}",
             f"  exceptions: {len(self.exceptions)}, leaks: {len(self.leaks)}",
-            f"  distinct requests: {self.distinct}, left out: {self.unstable}",
+            f"  distinct requests: {self.distinct}",
+            f"  left out: {self.left_out.total()}: {_counts(self.left_out)}",
         ]
         return found + [
             f"  ! {text}" for text in (*self.examples, *self.exceptions, *self.leaks)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from soak import pool as requests
 from soak.alone import Rounding, answer_alone
 from soak.chaos import Chaos, Limits
+from soak.choices import UNITS
 from soak.report import Report
 from steering_testing.engine import engine
 
@@ -49,7 +51,7 @@ class Plan:
         concurrency: requests in a batch.
         tolerance: largest difference of a log-probability.
         more_kinds: ask for what a backend may refuse, too.
-        margin, repeats: as of `Rounding`.
+        margin, unit, repeats: as of `Rounding`.
         options: of every engine.
         batched_tokens: least tokens of a step, for large batches.
     """
@@ -64,6 +66,7 @@ class Plan:
     block_size: int = 32
     tolerance: float = 1e-3
     margin: float = 5e-3
+    unit: float = UNITS["exact"]
     batched_tokens: int = 0
     steps_per_fault: int = 12
     repeats: bool = False
@@ -92,13 +95,15 @@ def engine_options(plan: Plan, profile: dict[str, Any]) -> dict[str, Any]:
 
 def run(plan: Plan, root: Path) -> list[Report]:
     """One report for each engine."""
-    paths, versions = requests.save(root, plan.more_kinds), requests.save_versions(root)
-    steering = {"spare": requests.SPARE}
+    paths, versions = requests.save(root), requests.save_versions(root)
+    steering = {"spare": requests.SPARE, "presets": requests.PRESETS}
     pool = requests.make_pool(plan.distinct, plan.seed, plan.more_kinds)
     calm = {"max_model_len": MAX_MODEL_LEN, "block_size": plan.block_size}
+    # Eager, so that what each request selects can be seen.
     calm |= {"max_num_seqs": plan.concurrency, **(plan.options or {})}
+    calm |= {"enforce_eager": True}
     with engine(plan.model, root, paths, steering, **calm) as llm:
-        rounding = Rounding(plan.margin, plan.tolerance, plan.repeats)
+        rounding = Rounding(plan.margin, plan.tolerance, plan.unit, plan.repeats)
         stable = answer_alone(llm, pool, versions, rounding)
     limits = Limits(
         seconds=plan.seconds / len(plan.profiles),
@@ -112,8 +117,10 @@ def run(plan: Plan, root: Path) -> list[Report]:
         options = engine_options(plan, PROFILES[name])
         # Drafts are checked against the best token only.
         drafts = "speculative_config" in options
-        items = [item for item in stable if item.samples == 1 or not drafts]
-        report = Report(name, distinct=len(items), unstable=len(pool) - len(items))
+        items = [item for item in stable.items if item.samples == 1 or not drafts]
+        left_out = Counter(stable.left_out)
+        left_out["several samples"] = len(stable.items) - len(items)
+        report = Report(name, distinct=len(items), left_out=left_out)
         with engine(plan.model, root, paths, steering, **options) as llm:
             Chaos(llm, items, versions, report, plan.seed + at).run(limits)
         reports.append(report)

@@ -22,8 +22,10 @@ def test_any_schedule_says_what_each_request_says_alone(tmp_path: Path) -> None:
     squeezed, ahead, drafts = reports
     for report in reports:
         assert report.requests >= 150, text
-        assert report.unstable < 30, text
-        for fault in ("abort", "preempt all", "dummy run", "module registered"):
+        assert report.left_out.total() < 30, text
+        for fault in ("abort", "disconnect", "preempt all", "dummy run"):
+            assert report.faults[fault] > 0, f"{fault} never happened: {text}"
+        for fault in ("module registered", "preset changed"):
             assert report.faults[fault] > 0, f"{fault} never happened: {text}"
     assert squeezed.schedule["preempted"] > squeezed.faults["preempt all"], text
     assert squeezed.schedule["unfinished_prefills"] > 0, text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request has read: the record that clients get, and the rows it comes from.
+"""What a request has read: the record that clients get, and the rows it is made from.
 
 A worker writes one row of int32 words for each token and site:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class SAEFeatures:
         return csr_matrix((values, where), shape=(len(self), self.d_sae))
 
     def to_json(self) -> Json:
-        """The form of HTTP answers; see docs/features/reading.md."""
+        """The JSON of HTTP answers; see docs/features/reading.md."""
         return {
             "positions": self.positions.tolist(),
             "features": _ragged(self.features, self.counts),
@@ -92,7 +92,7 @@ class SAEFeatures:
         return np.nonzero(place[None, :] < self.counts[:, None])
 
 
-def _ragged(table: np.ndarray, counts: np.ndarray) -> list[list[Any]]:
+def _ragged(table: np.ndarray, counts: np.ndarray) -> list[list[float]]:
     return [row[:n] for row, n in zip(table.tolist(), counts.tolist(), strict=True)]
 
 
@@ -111,7 +111,7 @@ def features_json(features: ReadFeatures) -> Json:
 def to_record(
     read: SiteRead, positions: np.ndarray, rows: np.ndarray, d_sae: int
 ) -> SAEFeatures:
-    """The record of rows that were read.
+    """Make the record of rows that were read.
 
     Args:
         read: what the rows are of.
@@ -152,7 +152,7 @@ def finite(values: np.ndarray) -> np.ndarray:
 def first_firing(
     read: SiteRead, rows: np.ndarray, allowed: np.ndarray
 ) -> tuple[int, int] | None:
-    """The first row that meets a stop condition, and the feature that does.
+    """The first row that meets a stop condition, and the feature that meets it.
 
     Args:
         rows: int32 `[n, >= read.width]`.
@@ -173,7 +173,7 @@ def first_firing(
 
 
 def join(records: Sequence[SAEFeatures]) -> SAEFeatures:
-    """Records of one site and one request, one after the other."""
+    """Join records of one site and one request, one after the other."""
     if len(records) == 1:
         return records[0]
     return SAEFeatures(
@@ -187,7 +187,7 @@ def join(records: Sequence[SAEFeatures]) -> SAEFeatures:
 
 
 def merge(first: ReadFeatures | None, then: ReadFeatures | None) -> ReadFeatures | None:
-    """Entries of two outputs of one request, one after the other."""
+    """Join the records of two outputs of one request, one after the other."""
     if not first or not then:
         return first or then
     merged = {module: dict(sites) for module, sites in first.items()}

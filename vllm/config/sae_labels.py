@@ -3,7 +3,7 @@
 
     [{"index": "457", "description": "mentions of bridges", "layer": "20-res-16k"}, ...]
 
-one such object a line, or `{"457": "mentions of bridges", ...}`. A module in a local
+or one such object a line, or `{"457": "mentions of bridges", ...}`. A module in a local
 directory has its labels in `labels.json` there.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from vllm.config.steering_checks import shown
 
@@ -21,13 +20,15 @@ MAX_BYTES = 256 << 20
 MAX_LABEL = 1000
 
 Labels = dict[int, str]
+# An entry that is not checked yet: its name in messages, index and description.
+_Entry = tuple[str, object, object]
 
 
 def load_labels(path: str | Path) -> Labels:
     """The labels in a file, by feature index; the first one of a feature counts.
 
     Raises:
-        ValueError: not in a form that is known; the message names file and entry.
+        ValueError: the form is unknown; the message names file and entry.
     """
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
@@ -70,14 +71,14 @@ def _lines(text: str) -> Iterable[tuple[int, str]]:
     return ((at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip())
 
 
-def _line(file: Path, at: int, line: str) -> Any:
+def _line(file: Path, at: int, line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError(f"{file}: line {at} is not JSON") from None
 
 
-def _described(file: Path, entries: Iterable[Any]) -> Iterable[tuple[str, Any, Any]]:
+def _described(file: Path, entries: Iterable[object]) -> Iterable[_Entry]:
     for at, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
             raise ValueError(f"{file}: entry {at}: found {shown(entry)}, expected an "
@@ -86,7 +87,7 @@ def _described(file: Path, entries: Iterable[Any]) -> Iterable[tuple[str, Any, A
         yield str(at), entry.get("index"), label
 
 
-def _collect(file: Path, entries: Iterable[tuple[str, Any, Any]]) -> Labels:
+def _collect(file: Path, entries: Iterable[_Entry]) -> Labels:
     labels: Labels = {}
     for name, index, label in entries:
         text = index if isinstance(index, str) else str(index)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks `sae_readout_specs` against an engine: typed specs to `SiteRead`s."""
+"""Checks typed `sae_readout_specs` against an engine and makes `SiteRead`s of them."""
 
 from __future__ import annotations
 

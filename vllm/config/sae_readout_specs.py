@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request asks to read: which features, where, on which tokens.
+"""What one request asks to read: which features, at which sites, on which tokens.
 
 `SAEReadoutSpec` is what a client writes. `SiteRead` is what the parser makes of it, one
 for each site; it travels to the workers, the scheduler and the front end.
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -19,7 +19,7 @@ from vllm.config.steering import HookPoint
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import expects
 
-# Values that one request reads for one token at one site, and at all its sites.
+# Most values that one request may read for a token at one site, and at all sites.
 MAX_READ = 64
 MAX_READ_PER_TOKEN = 1024
 MAX_STOPS = 8
@@ -132,7 +132,7 @@ class SiteRead:
 
     @property
     def row_key(self) -> bytes:
-        """Identifies what a worker does: equal keys can share a row."""
+        """Identifies what a worker reads. Requests with equal keys can share a row."""
         name = self.module.encode("utf-8", "surrogatepass")
         where = struct.pack("<IIQ", len(name), self.top_k, self.layer)
         features = struct.pack(f"<{len(self.explicit)}Q", *self.explicit)
@@ -140,8 +140,8 @@ class SiteRead:
 
 
 def reads_to_json(reads: tuple[SiteRead, ...]) -> list[Json]:
-    """Specs in JSON types that parse to equal reads, one for all alike sites."""
-    specs: dict[tuple[Any, ...], Json] = {}
+    """Specs in JSON types that parse to equal reads; alike sites share a spec."""
+    specs: dict[tuple[object, ...], Json] = {}
     for read in reads:
         key = (read.module, read.top_k, read.features, read.stops, read.phase)
         if key not in specs:
@@ -159,7 +159,7 @@ def reads_to_json(reads: tuple[SiteRead, ...]) -> list[Json]:
 
 
 def read_key(reads: tuple[SiteRead, ...], phase: str) -> str | None:
-    """Key of the row that reads the tokens of a phase (hex); None: none is read."""
+    """Key (hex) of the row that reads a phase's tokens; None if none is read."""
     keys = [read.row_key for read in reads if read.reads(phase)]
     if not keys:
         return None

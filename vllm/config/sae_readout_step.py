@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workers hand to the scheduler: the rows that a step has read."""
+"""What a step has read, on its way from the workers to the front ends.
+
+Nothing is cut for a request on this way: a step's rows stay one array a slot, and the
+front end takes a request's rows when somebody asks for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,19 +21,84 @@ class StepReadout:
     """What the sites of a step have read, on the host.
 
     Attributes:
-        req_ids: the reading requests, in batch order; the lists below go with them.
-        first_rows: each one's first token's place among the step's tokens.
-        num_tokens: its tokens in the step, drafts included.
-        num_computed: position of its first token, as the worker knows it: draft
-            tokens that are rejected later may still count.
-        first_row: the step's token that row 0 of every array stands for.
-        rows: for each slot that was read, int32 `[n, width]`, rows as
+        req_ids: the reading requests, in batch order; the arrays below go with them.
+        first_rows: int64 `[n]`, the row of each one's first token.
+        num_tokens: int64 `[n]`, its tokens in the step, drafts included.
+        num_computed: int64 `[n]`, position of its first token, as the worker knows it:
+            draft tokens that are rejected later may still count.
+        rows: for each slot that was read, int32 `[rows, width]`, rows as
             `vllm.config.sae_features` has them.
     """
 
     req_ids: list[str]
-    first_rows: list[int]
-    num_tokens: list[int]
-    num_computed: list[int]
-    first_row: int
+    first_rows: np.ndarray
+    num_tokens: np.ndarray
+    num_computed: np.ndarray
     rows: Mapping[int, np.ndarray]
+
+
+# Of each of a request's reads, in canonical order: the engine's slot, and F.
+Places = tuple[Sequence[int], Sequence[int]]
+# A `StepRows` in plain types: req_ids, spans, (slot, width, rows) of each slot, new.
+Wire = tuple[list[str], bytes, list[tuple[int, int, bytes]], dict[str, Places]]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What one front end gets of a step.
+
+    Attributes:
+        req_ids: the requests; the columns of `spans` go with them.
+        spans: int64 `[3, n]`: the row of each one's first token, the position of that
+            token, and how many tokens count; drafts that were rejected do not.
+        rows: as of `StepReadout`.
+        new: where requests read that no step before had.
+    """
+
+    req_ids: list[str]
+    spans: np.ndarray
+    rows: Mapping[int, np.ndarray]
+    new: Mapping[str, Places] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the rows."""
+        return sum(rows.nbytes for rows in self.rows.values())
+
+    def part(self, places: Sequence[int]) -> StepRows:
+        """The step of some of its requests, given by their places."""
+        firsts, starts, counts = self.spans[:, places]
+        ends = np.cumsum(counts)
+        # Row r of the part is row r + (first - own first) of the whole.
+        shift: np.ndarray = np.repeat(firsts - (ends - counts), counts)
+        wanted = np.arange(len(shift)) + shift
+        req_ids = [self.req_ids[at] for at in places]
+        return StepRows(
+            req_ids,
+            np.stack([ends - counts, starts, counts]),
+            {slot: rows[wanted] for slot, rows in self.rows.items()},
+            {req_id: self.new[req_id] for req_id in req_ids if req_id in self.new},
+        )
+
+    def to_wire(self) -> Wire:
+        """Plain types, for msgpack."""
+        rows = [
+            (slot, found.shape[1], np.ascontiguousarray(found).tobytes())
+            for slot, found in self.rows.items()
+        ]
+        spans = self.spans.astype(np.int64).tobytes()
+        return self.req_ids, spans, rows, dict(self.new)
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> StepRows:
+        """The inverse of `to_wire`."""
+        req_ids, spans, rows, new = wire
+        return cls(
+            req_ids,
+            np.frombuffer(spans, dtype=np.int64).reshape(3, -1),
+            {
+                slot: np.frombuffer(data, dtype=np.int32).reshape(-1, width)
+                for slot, width, data in rows
+            },
+            {req_id: (slots, d_sae) for req_id, (slots, d_sae) in new.items()},
+        )

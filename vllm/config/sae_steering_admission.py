@@ -7,10 +7,9 @@ or, of a request with spans, of each piece of its schedule; None where not steer
     {"prefill": digest, "decode": digest}
     {"num_prompt_tokens": 9, "pieces": [[8, digest], [9, digest], [None, digest]]}
 
-A piece goes up to its position; the last one has no end.
+Each piece ends before its position. The last one has no end.
 
-The canonical specs stand beside it, so a worker parses them without being able to
-fail.
+The canonical specs are beside it, so parsing them in a worker cannot fail.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def canonical_extra_args(
     steering: SteeringRequest | None,
     config: SteeringConfig | None,
 ) -> Json | None:
-    """A copy of `extra_args` that holds the canonical specs, presets applied."""
+    """A copy of `extra_args` with the canonical specs, after presets are applied."""
     ours = {*EXTRA_ARGS_KEYS, PRESET_KEY, *RESERVED_KEYS}
     given = extra_args or {}
     args = {key: value for key, value in given.items() if key not in ours}

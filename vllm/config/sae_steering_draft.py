@@ -22,8 +22,8 @@ from vllm.config.sae_steering_request import (
     sorted_clamps,
 )
 from vllm.config.sae_steering_sites import (
+    ListedSite,
     Site,
-    SiteClamps,
     listed_sites,
     named_module,
 )
@@ -133,7 +133,7 @@ class Draft:
         where = f"{path}.clamps"
         sites = listed_sites(where, spec.clamps, module)
         if not sites and tier is Tier.FULL:
-            sites = [SiteClamps(where, site, ()) for site in module.sites]
+            sites = [ListedSite(where, site, ()) for site in module.sites]
         elif not sites:
             raise refusal(where, "is empty, expected at least one clamp entry")
         for site in sites:
@@ -143,7 +143,7 @@ class Draft:
                 )
             self.add_site(tier, (module.name, coverage), site)
 
-    def add_site(self, tier: Tier, group: Group, clamps: SiteClamps) -> None:
+    def add_site(self, tier: Tier, group: Group, clamps: ListedSite) -> None:
         """Merge one site of a spec, refusing what the request already has there."""
         name, coverage = group
         site = (clamps.site.hook, clamps.site.layer)
@@ -180,7 +180,7 @@ class Draft:
             )
 
     def condition(
-        self, path: str, when: SAECondition, clamps: SiteClamps
+        self, path: str, when: SAECondition, clamps: ListedSite
     ) -> SAECondition:
         """The canonical form of a condition."""
         self.require_extended(path, "conditions")

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that look like a steering field and are none: refused with the right name.
+"""Refuses keys that look like a steering field but are none, with the right name.
 
-vLLM drops unknown fields and ignores unknown `extra_args`, so a misspelt key would
-give unsteered text without a word.
+vLLM drops unknown fields and ignores unknown `extra_args`, so a misspelt key would give
+unsteered text and no error.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, PRESET_KEY, RESERVED_KEYS
 from vllm.config.steering_checks import refusal, shown
@@ -21,7 +20,7 @@ _LIKENESS = 0.8
 _MAX_KEY = 64
 
 
-def refuse_misspelt(keys: Iterable[Any], where: str = "") -> None:
+def refuse_misspelt(keys: Iterable[object], where: str = "") -> None:
     """Raise `VLLMValidationError` for the first key that is nearly one of ours.
 
     Args:

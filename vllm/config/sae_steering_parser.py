@@ -152,7 +152,7 @@ def check_counts(given: JsonView, config: SteeringConfig) -> None:
                     )
 
 
-def _listed_sites(spec: Any) -> Iterator[Any]:
+def _listed_sites(spec: object) -> Iterator[object]:
     """What a spec lists for each site, before its types are known."""
     if isinstance(spec, dict):
         clamps = spec.get("clamps")
@@ -170,11 +170,11 @@ def _listed_sites(spec: Any) -> Iterator[Any]:
             yield layers
 
 
-def _items(value: Any) -> Sequence[Any]:
+def _items(value: object) -> Sequence[object]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def _is_asked(specs: Any) -> bool:
+def _is_asked(specs: object) -> bool:
     return specs is not None and not (isinstance(specs, (list, tuple)) and not specs)
 
 
@@ -191,7 +191,7 @@ def _parse(given: JsonView, config: SteeringConfig) -> SteeringRequest:
     return draft.finish()
 
 
-def _read(key: str, specs: Any) -> Any:
+def _read(key: str, specs: object) -> Any:
     for position, spec in enumerate(_items(specs)):
         # The encoder would take the struct of another tier for an object.
         if isinstance(spec, msgspec.Struct) and type(spec) is not SPEC_TYPES[key]:

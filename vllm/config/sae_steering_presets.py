@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -17,9 +17,10 @@ from vllm.config.sae_steering_request import Group, SiteEdit, SteeringRequest
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     PRESET_KEY,
+    SAEClampEntry,
     SteeringFields,
 )
-from vllm.config.steering import SteeringConfig, Tier
+from vllm.config.steering import HookPoint, SteeringConfig, Tier
 from vllm.config.steering_checks import bad, listing, refusal, shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
@@ -66,11 +67,14 @@ class SteeringPreset(SteeringFields, kw_only=True, forbid_unknown_fields=True):
     locked: bool = False
 
 
+# Module, hook, layer and index.
+_Feature = tuple[str, HookPoint, int, int]
+
 _PRESET = Reader(SteeringPreset, "preset")
 PRESET_SCHEMA = json_schema(SteeringPreset)
 
 
-def read_preset(given: Any, path: str = "preset") -> SteeringPreset:
+def read_preset(given: object, path: str = "preset") -> SteeringPreset:
     """The typed preset; its specs are not checked against a configuration.
 
     Raises:
@@ -162,10 +166,12 @@ def _without(preset: SteeringRequest, own: SteeringRequest) -> SteeringRequest:
     )
 
 
-def _taken(own: SteeringRequest, tier: Tier) -> tuple[set[Any], dict[Any, str]]:
+def _taken(
+    own: SteeringRequest, tier: Tier
+) -> tuple[set[_Feature], dict[tuple[HookPoint, int], str]]:
     """Features that a request's tier clamps, and the module of each site."""
-    features: set[Any] = set()
-    sites: dict[Any, str] = {}
+    features: set[_Feature] = set()
+    sites: dict[tuple[HookPoint, int], str] = {}
     for edits in own.sae_edits.get(tier, {}).values():
         for edit in edits:
             if tier is Tier.FULL:
@@ -177,10 +183,12 @@ def _taken(own: SteeringRequest, tier: Tier) -> tuple[set[Any], dict[Any, str]]:
     return features, sites
 
 
-def _left(edit: SiteEdit, features: set[Any]) -> SiteEdit:
-    clamps: Any = tuple(
+def _left(edit: SiteEdit, features: set[_Feature]) -> SiteEdit:
+    """An edit of an SAE tier, less its clamps of these features."""
+    clamps = tuple(
         clamp
         for clamp in edit.clamps
-        if (edit.module, edit.hook, edit.layer, clamp.feature_idx) not in features
+        if isinstance(clamp, SAEClampEntry)
+        and (edit.module, edit.hook, edit.layer, clamp.feature_idx) not in features
     )
     return replace(edit, clamps=clamps)

@@ -13,7 +13,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
 
@@ -77,20 +77,25 @@ class SiteEdit:
     clamps: tuple[SAEClampEntry, ...] | tuple[VectorAction, ...]
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 
 
-def _found_once(method: _Method) -> _Method:
+def _found_once(
+    method: Callable[Concatenate[SteeringRequest, _Given], _Found],
+) -> Callable[Concatenate[SteeringRequest, _Given], _Found]:
     """A method of `SteeringRequest` that keeps what it found for its arguments."""
 
     @functools.wraps(method)
-    def kept(self: SteeringRequest, *args: Any) -> Any:
-        key = (method.__name__, *args)
+    def kept(
+        self: SteeringRequest, *args: _Given.args, **kwargs: _Given.kwargs
+    ) -> _Found:
+        key = (method.__name__, *args, *kwargs.items())
         if key not in self._found:
-            self._found[key] = method(self, *args)
-        return self._found[key]
+            self._found[key] = method(self, *args, **kwargs)
+        return cast(_Found, self._found[key])
 
-    return cast(_Method, kept)
+    return kept
 
 
 # One canonical group of specs: what one module does where one coverage holds.
@@ -126,7 +131,7 @@ class SteeringRequest:
     modules: Mapping[str, ModuleInfo]
     reads: tuple[SiteRead, ...] = ()
     # What `_found_once` keeps: one object serves many requests.
-    _found: dict[tuple[Any, ...], Any] = field(
+    _found: dict[tuple[object, ...], object] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -243,6 +248,9 @@ class SteeringRequest:
                     yield SiteEdit(name, site.hook, site.layer, (action,))
 
 
+_Clamp = TypeVar("_Clamp", SAEClampEntry, VectorAction)
+
+
 def round_to_fp32(value: float) -> float:
     """`value` as fp32 holds it, `-0.0` as `0.0`; OverflowError beyond its range."""
     return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
@@ -253,7 +261,7 @@ def add_scales(scales: Sequence[float]) -> float:
     return round_to_fp32(sum(sorted(scales)))
 
 
-def sorted_clamps(clamps: Iterable[Any]) -> tuple[Any, ...]:
+def sorted_clamps(clamps: Iterable[_Clamp]) -> tuple[_Clamp, ...]:
     """Clamps in canonical order; a site holds a feature at most once."""
     return tuple(sorted(clamps, key=lambda clamp: clamp.feature_idx))
 

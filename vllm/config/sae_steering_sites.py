@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vllm.config.sae_steering_specs import SAEClampEntry
+from vllm.config.sae_steering_specs import SAEClampEntry, SiteClamps
 from vllm.config.steering import (
     HOOK_ALIASES,
     HOOK_NAMES,
@@ -97,7 +96,7 @@ def _covered_site(
 
 
 @dataclass
-class SiteClamps:
+class ListedSite:
     """Where a spec names one site, and what it lists there."""
 
     path: str
@@ -105,7 +104,7 @@ class SiteClamps:
     entries: Sequence[SAEClampEntry]
 
 
-def listed_sites(path: str, clamps: Any, module: ModuleInfo) -> list[SiteClamps]:
+def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[ListedSite]:
     """Every site that the `clamps` of a spec name; none where they are empty."""
     if isinstance(clamps, list):
         if len(module.sites) != 1:
@@ -114,8 +113,8 @@ def listed_sites(path: str, clamps: Any, module: ModuleInfo) -> list[SiteClamps]
                 f"found a list, expected {{hook: {{layer: [entry, ...]}}}}, because "
                 f"module {shown(module.name)} has {len(module.sites)} sites",
             )
-        return [SiteClamps(path, module.sites[0], clamps)]
-    found: dict[Site, SiteClamps] = {}
+        return [ListedSite(path, module.sites[0], clamps)]
+    found: dict[Site, ListedSite] = {}
     hooks: set[HookPoint] = set()
     for hook_key, layers in clamps.items():
         hook_path = key_path(path, hook_key)
@@ -131,5 +130,5 @@ def listed_sites(path: str, clamps: Any, module: ModuleInfo) -> list[SiteClamps]
             if (hook, layer) in found:
                 raise refusal(layer_path, f"layer {layer} is given twice")
             site = _covered_site(layer_path, module, hook, layer)
-            found[hook, layer] = SiteClamps(layer_path, site, entries)
+            found[hook, layer] = ListedSite(layer_path, site, entries)
     return list(found.values())

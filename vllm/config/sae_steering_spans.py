@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On which tokens a spec acts: a phase, or spans of the prompt and of the answer.
+"""The tokens on which a spec acts: a phase, or spans of the prompt and of the answer.
 
-A request's specs make a piecewise constant schedule over positions. Where a piece ends
-may depend on the prompt's length, so `pieces` takes it.
+A request's specs make a piecewise constant schedule over positions. `pieces` takes the
+prompt's length, because a piece's end may depend on it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Position = Annotated[int, expects("a position", ge=-(2**31), lt=2**31)]
 
 
 class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tokens of the prompt, or generated ones, as a Python slice takes them.
+    """Tokens of the prompt or generated tokens, selected like a Python slice.
 
-    `start=-1` of the prompt is its last token; generated tokens count from 0, and
-    have no known end, so neither bound may be negative there.
+    `start=-1` of the prompt is its last token; generated tokens count from 0. Their
+    number is not known before, so neither bound may be negative there.
     """
 
     of: Literal["prompt", "generated"]
@@ -42,7 +42,7 @@ class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # The spans of one spec, in canonical order.
 Spans = tuple[SteeringSpan, ...]
 Coverage = SpecPhase | Spans
-# What is asked of a request: a phase, or the coverages that hold at some position.
+# Selects edits of a request: a phase, or the coverages that hold at some position.
 When = TokenPhase | frozenset[Coverage]
 
 _OF_PHASE: dict[SpecPhase, Spans] = {
@@ -78,14 +78,14 @@ def coverage_of(
 
 
 def acts(coverage: Coverage, when: When) -> bool:
-    """Whether a spec of this coverage acts there."""
+    """Whether a spec of this coverage acts at `when`."""
     if isinstance(when, str):
         return coverage in ("both", when)
     return coverage in when
 
 
 def may_overlap(one: Coverage, other: Coverage) -> bool:
-    """Whether some prompt length lets both act on the same token."""
+    """Whether both act on the same token for some prompt length."""
     return any(
         a.of == b.of
         and not (a.stop is not None and _precedes(a.stop, b.start))
@@ -143,7 +143,7 @@ def _order(span: SteeringSpan) -> tuple[str, int, float]:
 
 
 def _precedes(stop: int, start: int) -> bool:
-    """Whether what stops there surely ends before what starts there begins."""
+    """Whether `stop` comes before `start` for every prompt length."""
     return (stop < 0) == (start < 0) and stop <= start
 
 

@@ -95,7 +95,7 @@ def refuse_without_plugin(specs: Json) -> None:
             )
 
 
-def _fold_fields(self: Any) -> None:
+def _fold_fields(self: SamplingParams) -> None:
     specs = {key: getattr(self, key) for key in EXTRA_ARGS_KEYS}
     preset = getattr(self, PRESET_KEY)
     refuse_without_plugin({**specs, PRESET_KEY: preset})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a refusal is worded: the field's path, what was found, what is accepted."""
+"""Words refusals: the field's path, what was found, what is accepted."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def shown(value: object) -> str:
     if value is None or type(value) in (bool, int, float, str, bytes):
         if isinstance(value, int) and value.bit_length() > 128:
             return f"an integer of {value.bit_length()} bits"
-        # ascii() of the excerpt only: the whole value may be megabytes, and lone
-        # surrogates could not be sent back in an HTTP response.
+        # Only the excerpt goes through ascii(), because the value may be megabytes.
+        # ascii() removes lone surrogates, which an HTTP response cannot hold.
         if isinstance(value, (str, bytes)) and len(value) > MAX_SHOWN:
             return f"{ascii(value[:MAX_SHOWN])}..."
         return ascii(value)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# An object: what is under a key is checked where it is read.
+# A JSON object. A value is checked where it is read.
 Json = dict[str, Any]
-# One that is only read.
+# A JSON object that is only read.
 JsonView = Mapping[str, Any]

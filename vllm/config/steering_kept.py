@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small cache of what was made from bytes, least recently used out first."""
+"""A small cache, by bytes, that drops the least recently used entry first."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 
-# Longest key in bytes; how many are kept, and their bytes together.
+# Longest key in bytes; most entries; most bytes of all keys.
 MAX_KEY_BYTES = 64 << 10
 MAX_KEPT = 256
 MAX_KEPT_BYTES = 1 << 20
@@ -34,7 +34,7 @@ class KeptParses:
             return found
 
     def keep(self, key: bytes | None, made: object) -> None:
-        """Keep what was made, unless its key is long; None has no key."""
+        """Keep a request, unless its key is None or too long."""
         if key is None or len(key) > MAX_KEY_BYTES:
             return
         with self._lock:

@@ -44,8 +44,9 @@ RESIDUAL_HOOKS = frozenset(
 )
 
 # Every accepted spelling. The names with "hook" in them are TransformerLens's. Two of
-# its names are missing, since they are other tensors than `mlp_in`: `hook_mlp_in` (the
-# stream before the norm) and `ln2.hook_normalized` (the norm's output before its gain).
+# its names are not accepted, because they are other tensors than `mlp_in`:
+# `hook_mlp_in` (the stream before the norm) and `ln2.hook_normalized` (the norm's
+# output before its gain).
 HOOK_ALIASES: dict[str, HookPoint] = {
     **{hook.value: hook for hook in HookPoint},
     "post_mlp": HookPoint.POST_BLOCK,
@@ -79,7 +80,7 @@ def site_name(hook: HookPoint, layer: int) -> str:
 
 
 def parse_site(text: str) -> tuple[int, HookPoint] | None:
-    """`(layer, hook)` of a site's name, or None if it is none.
+    """`(layer, hook)` of a site's name, or None if it names no site.
 
     Accepts `post_block.20`, `20.post_block`, `layers.20.post_block` and
     `blocks.20.hook_resid_post`, with any alias of the hook.
@@ -108,7 +109,8 @@ class PointWidths:
 def point_widths(model_config: ModelConfig) -> PointWidths:
     """The widths of a model's points, from its configuration."""
     architecture = model_config.model_arch_config
-    # Of models with latent attention, the size of a head's value is a field of its own.
+    # Models with latent attention have a field of its own for the size of a head's
+    # value.
     value_size = model_config.hf_text_config.to_dict().get("v_head_dim")
     head = value_size or model_config.get_head_size()
     heads = architecture.total_num_attention_heads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory in which the processes of one engine leave each other small files.
+"""A directory in which the processes of one engine exchange small files.
 
 Only their user may enter it. The process that starts the others makes it and passes
 its path in the environment.
@@ -18,7 +18,7 @@ from multiprocessing.util import Finalize
 
 from vllm.config.steering_checks import SteeringConfigError
 
-# Internal: from a process to those that it starts.
+# Internal: a process sets it for the processes that it starts.
 DIRECTORY_ENV = "VLLM_STEERING_DIRECTORY"
 FAILURE = "failure.txt"
 
@@ -31,17 +31,17 @@ def make_private_directory() -> str:
     """
     directory = tempfile.mkdtemp(prefix="vllm-steering-")
     os.environ[DIRECTORY_ENV] = directory
-    # This process outlives those that it starts.
+    # This process lives longer than those that it starts.
     Finalize(None, shutil.rmtree, (directory, True), exitpriority=1)
     return directory
 
 
 def open_private(directory: str) -> int:
-    """A descriptor of the directory.
+    """Open the directory; returns its descriptor.
 
     Raises:
         PermissionError: others may enter it, or it is somebody else's.
-        OSError: it is not there, or is a link.
+        OSError: it does not exist, or is a link.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     folder = os.open(directory, flags)
@@ -55,7 +55,7 @@ def open_private(directory: str) -> int:
 
 
 def read_private(folder: int, name: str) -> str | None:
-    """The text of a file in the directory; None: not there, or a link."""
+    """The text of a file in the directory; None if it does not exist or is a link."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
     except OSError:
@@ -65,7 +65,7 @@ def read_private(folder: int, name: str) -> str | None:
 
 
 def write_private(folder: int, name: str, text: str) -> None:
-    """Replace a file at once, so that no reader sees half of it."""
+    """Replace a file in one step, so that no reader sees half of it."""
     fresh = f"{name}.{uuid.uuid4().hex}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(fresh, flags, 0o600, dir_fd=folder)
@@ -80,7 +80,8 @@ def write_private(folder: int, name: str, text: str) -> None:
 
 
 def start_up_failure(error: ValueError) -> SteeringConfigError:
-    """The error as one line, left where the process that started this one finds it.
+    """The error in one line, also written to a file for the process that started this
+    one.
 
     Raise what it returns `from None`.
     """
@@ -95,7 +96,7 @@ def start_up_failure(error: ValueError) -> SteeringConfigError:
 
 
 def take_start_up_failure() -> SteeringConfigError | None:
-    """What an engine core or a worker has left; None: nothing. It is gone then."""
+    """Take the error that an engine core or a worker has written, or None."""
     with suppress(OSError):
         folder = open_private(os.environ.get(DIRECTORY_ENV, ""))
         try:

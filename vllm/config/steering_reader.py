@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a client wrote to a typed struct, or to an error that names the field.
+"""Reads what a client wrote into a typed struct, or raises an error that names the
+field.
 
-The type annotations are the one definition: msgspec decodes by them and makes the
-JSON schema from them. Where it refuses, a second, slow reading by the same
-annotations finds the first bad field and says path, found and expected. That reading
-also turns the scalars of NumPy, PyTorch and the like into Python's.
+The type annotations are the one definition: msgspec decodes by them and makes the JSON
+schema from them. If it refuses, a second and slower reading by the same annotations
+finds the first bad field and gives its path, what was found and what was expected. That
+reading also converts scalars of NumPy, PyTorch and the like to Python's.
 
-A message says what a field takes in the words of `expects(...)`, or in general ones.
+A message describes what a field takes by the text of `expects(...)`, if there is one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vllm.config.steering_json import Json
 
 T = TypeVar("T")
 
-# What the encoder says of a value that JSON could not hold.
+# What the encoder raises for a value that JSON cannot hold.
 _ENCODE_ERRORS = (TypeError, ValueError, OverflowError, RecursionError)
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -38,7 +39,7 @@ def expects(text: str, **meta: Any) -> msgspec.Meta:
     return msgspec.Meta(extra={"expected": text}, **meta)
 
 
-def packed(value: Any) -> bytes | None:
+def packed(value: object) -> bytes | None:
     """`value` as bytes that tell 1 from True and 1.0; None if it has other types than
     those of JSON, structs and enums, or is nested too deep."""
     try:
@@ -52,7 +53,7 @@ class Reader(Generic[T]):
 
     Args:
         kind: a type with msgspec's annotations.
-        root: what a message calls the value itself when its path is empty.
+        root: the name of the value in messages when its path is empty.
     """
 
     def __init__(self, kind: type[T], root: str = "body"):
@@ -60,7 +61,7 @@ class Reader(Generic[T]):
         self.info = mi.type_info(kind)
         self.root = root
 
-    def read(self, value: Any, path: str = "") -> T:
+    def read(self, value: object, path: str = "") -> T:
         """The typed value.
 
         Raises:
@@ -78,18 +79,18 @@ class Reader(Generic[T]):
         except (msgspec.MsgspecError, *_ENCODE_ERRORS) as error:
             raise refusal(path or self.root, f"cannot be read: {error}") from None
 
-    def _root(self, value: Any) -> Any:
+    def _root(self, value: object) -> object:
         if not isinstance(value, (dict, msgspec.Struct)):
             raise bad(self.root, value, _describe(self.info))
         return _plain("", value, self.info, None)
 
 
-def json_schema(kind: Any) -> Json:
+def json_schema(kind: type) -> Json:
     """The JSON schema of a type, with every reference written out."""
     schema = msgspec.json.schema(kind)
     definitions = schema.pop("$defs", {})
 
-    def inline(node: Any) -> Any:
+    def inline(node: object) -> object:
         if isinstance(node, list):
             return [inline(item) for item in node]
         if not isinstance(node, dict):
@@ -98,10 +99,12 @@ def json_schema(kind: Any) -> Json:
             return inline(definitions[node["$ref"].rpartition("/")[2]])
         return {key: inline(item) for key, item in node.items()}
 
-    return inline(schema)
+    made = inline(schema)
+    assert isinstance(made, dict)
+    return made
 
 
-def _plain(path: str, value: Any, info: mi.Type, expected: str | None) -> Any:
+def _plain(path: str, value: object, info: mi.Type, expected: str | None) -> object:
     """`value` in JSON types, or the error of its first field that is not of `info`."""
     if isinstance(info, mi.Metadata):
         words = (info.extra or {}).get("expected")
@@ -120,9 +123,9 @@ def _plain(path: str, value: Any, info: mi.Type, expected: str | None) -> Any:
     raise bad(path, value, expected or _describe(info))
 
 
-def _plain_struct(path: str, value: Any, info: mi.StructType) -> Json:
+def _plain_struct(path: str, value: object, info: mi.StructType) -> Json:
     names = [field.encode_name for field in info.fields]
-    if type(value) is info.cls:
+    if isinstance(value, msgspec.Struct) and type(value) is info.cls:
         value = msgspec.structs.asdict(value)
     if not isinstance(value, dict):
         raise bad(path, value, _describe(info))
@@ -144,8 +147,8 @@ def _plain_struct(path: str, value: Any, info: mi.StructType) -> Json:
 
 
 def _plain_dict(
-    path: str, value: Any, info: mi.DictType, expected: str | None
-) -> dict[Any, Any]:
+    path: str, value: object, info: mi.DictType, expected: str | None
+) -> dict[object, object]:
     if not isinstance(value, dict):
         raise bad(path, value, expected or "an object")
     found = {}
@@ -158,8 +161,8 @@ def _plain_dict(
 
 
 def _plain_list(
-    path: str, value: Any, info: mi.ListType, expected: str | None
-) -> list[Any]:
+    path: str, value: object, info: mi.ListType, expected: str | None
+) -> list[object]:
     words = expected or _describe(info)
     if not isinstance(value, (list, tuple)):
         if _is_one_of(value, info.item_type):
@@ -176,8 +179,8 @@ def _plain_list(
 
 
 def _plain_union(
-    path: str, value: Any, info: mi.UnionType, expected: str | None
-) -> Any:
+    path: str, value: object, info: mi.UnionType, expected: str | None
+) -> object:
     kinds = {type(_bare(kind)): kind for kind in info.types}
     if value is None and mi.NoneType in kinds:
         return None
@@ -208,7 +211,7 @@ def _bare(info: mi.Type) -> mi.Type:
     return _bare(info.type) if isinstance(info, mi.Metadata) else info
 
 
-def _is_one_of(value: Any, item_type: mi.Type) -> bool:
+def _is_one_of(value: object, item_type: mi.Type) -> bool:
     """Whether `value` looks like one item of a list that holds structs."""
     item = _bare(item_type)
     if not isinstance(item, mi.StructType):
@@ -219,7 +222,7 @@ def _is_one_of(value: Any, item_type: mi.Type) -> bool:
     return isinstance(value, dict) and bool(value) and names.issuperset(value)
 
 
-def _scalar(value: Any, info: mi.Type) -> Any:
+def _scalar(value: object, info: mi.Type) -> object:
     """A scalar of another library as Python's, where the field is a number."""
     try:
         if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
@@ -237,13 +240,15 @@ def _scalar(value: Any, info: mi.Type) -> Any:
     return value
 
 
-def _takes(info: mi.Type, value: Any) -> bool:
+def _takes(info: mi.Type, value: object) -> bool:
     """Whether a scalar is exactly of the type and within its bounds."""
     if isinstance(info, mi.IntType):
         return type(value) is int and -(2**63) <= value < 2**63 and _within(info, value)
     if isinstance(info, mi.FloatType):
+        if type(value) is not int and type(value) is not float:
+            return False
         try:
-            number = float(value) if type(value) in (int, float) else math.nan
+            number = float(value)
         except OverflowError:
             return False
         return math.isfinite(number) and _within(info, number)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine core answers when somebody lists or changes modules.
+"""The engine core's answers to calls that list or change modules.
 
 `collective_rpc(METHOD, args=(action, payload))` reaches the engine core through every
-client of an engine. It answers with a `ModuleReply`, which says what happened in the
-engine's terms; HTTP statuses and exceptions are made where they are needed.
+client of an engine. It answers with a `ModuleReply`, which says what happened. The
+routes make HTTP statuses of it, and the Python functions exceptions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ModuleReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 def as_reply(answer: object) -> ModuleReply:
-    """The reply in what a client received: messages between processes are dicts."""
+    """The reply as a struct. Clients in another process receive a dict."""
     return msgspec.convert(answer, ModuleReply)
 
 

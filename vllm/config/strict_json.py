@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON whose meaning does not depend on who reads it: no duplicate key, no `-0`."""
+"""Refuses JSON that readers could understand differently: duplicate keys and `-0`."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from vllm.config.steering_checks import key_path, refusal
 from vllm.config.steering_json import Json
@@ -24,18 +23,18 @@ class _NegativeZero(int):
     """The integer `-0`."""
 
 
-def marked_loads(data: bytes) -> Any:
+def marked_loads(data: bytes) -> object:
     """`json.loads`, with the marks that `refuse_ambiguous` looks for.
 
     Raises:
         ValueError, RecursionError: as `json.loads`.
     """
-    # Python's own integers are read much faster than through a hook.
+    # Without a hook, Python reads integers much faster.
     hook = _integer if _NEGATIVE_ZERO.search(data) else None
     return json.loads(data, object_pairs_hook=_object, parse_int=hook)
 
 
-def refuse_ambiguous(path: str, value: Any) -> None:
+def refuse_ambiguous(path: str, value: object) -> None:
     """Raise `VLLMValidationError` where a marked value can be read in two ways."""
     if isinstance(value, _NegativeZero):
         raise refusal(path, "found -0, expected 0")
@@ -66,7 +65,7 @@ def refuse_ambiguous_fields(data: bytes, fields: tuple[str, ...]) -> None:
             refuse_ambiguous(field, body.get(field))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Json:
+def _object(pairs: list[tuple[str, object]]) -> Json:
     made = dict(pairs)
     if len(made) == len(pairs):
         return made

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steering configuration of a running engine, in every process that needs it.
 
-Modules come and go, and the engine core decides. Its answer to each change holds the
-new configuration, which the front end that asked takes over. Several API server
-processes of one engine tell each other through a file (`steering_shared_config.py`).
+The engine core decides which modules there are. Its answer to each change holds the new
+configuration, and the front end that asked takes it over. Several API server processes
+of one engine tell each other through a file (`steering_shared_config.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.engine.steering_shared_config import shared_config
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# The resolved JSON that was read last, and what it stands for. Holding the JSON
+# The resolved JSON that was read last, and its configuration. Keeping the JSON alive
 # keeps its identity from being reused.
 _LAST: tuple[Json | None, SteeringConfig | None] = (None, None)
 
@@ -48,12 +48,12 @@ def publish(vllm_config: VllmConfig, config: SteeringConfig) -> None:
 
 
 def take_over(vllm_config: VllmConfig, resolved: Json | None) -> None:
-    """Follow the engine core, in a front end.
+    """In a front end: use the engine core's new configuration.
 
     Args:
         vllm_config: of the front end.
-        resolved: the configuration in an answer of the engine core. One that is older
-            than what the front end has is passed over.
+        resolved: the configuration in an answer of the engine core. It is ignored if it
+            is older than the front end's.
     """
     steering = _section(vllm_config)
     if steering is None or resolved is None:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV connectors that know steered KV from plain KV.
+"""KV connectors that tell steered KV from plain KV.
 
 A connector hands the keys and values of one request to another, or to another engine.
-That is right only where its keys contain vLLM's block hashes, because those contain
-the steering digest. A connector that keys by token ids, or trusts a client to name the
-blocks, gives steered KV to plain requests and the reverse.
+Its keys must contain vLLM's block hashes, because those contain the steering digest. A
+connector that keys by token ids, or lets a client name the blocks, gives steered KV to
+plain requests, and plain KV to steered ones.
 """
 
 from __future__ import annotations
 
 from vllm.config import KVTransferConfig
 
-# Read in vLLM 0.32: each looks blocks up by `Request.block_hashes`.
+# In vLLM 0.32 each of these looks blocks up by `Request.block_hashes`.
 BLOCK_HASH_CONNECTORS = (
     "MooncakeStoreConnector",
     "OffloadingConnector",
@@ -21,10 +21,10 @@ MULTI_CONNECTOR = "MultiConnector"
 
 
 def unsafe_kv_connector(config: KVTransferConfig | None) -> str | None:
-    """The first connector that does not key by block hash; None: there is none.
+    """The first connector that does not key by block hash, or None.
 
-    The children of a `MultiConnector` are looked at too. A class from
-    `kv_connector_module_path` is not known here, whatever its name.
+    The children of a `MultiConnector` are checked too. A class from
+    `kv_connector_module_path` counts as unsafe, whatever its name.
     """
     if config is None or config.kv_connector is None:
         return None

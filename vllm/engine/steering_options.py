@@ -70,7 +70,7 @@ def readout_option(value: object) -> bool:
 
 
 def check_dtype(where: str, hook: HookPoint, model_config: ModelConfig) -> None:
-    """Raise where an absurd value at the point would overflow in the layer itself."""
+    """Raise if a very large value at the point would overflow in the layer itself."""
     if model_config.dtype == torch.float16 and hook not in RESIDUAL_HOOKS:
         raise SteeringConfigError(
             f"{where}: found {hook.value} in float16, expected bfloat16 or float32: "

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets of an engine that come and go: each function is one change, checked."""
+"""Checked changes of an engine's presets, one a function."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -28,7 +27,7 @@ ROOT = "additional_config.steering"
 MAX_FILE_BYTES = 1 << 20
 
 
-def checked_preset(name: str, given: Any, config: SteeringConfig) -> Json:
+def checked_preset(name: str, given: object, config: SteeringConfig) -> Json:
     """A preset as the configuration keeps it.
 
     Raises:
@@ -45,7 +44,7 @@ def checked_preset(name: str, given: Any, config: SteeringConfig) -> Json:
 
 
 def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
-    """The configuration with the payload's preset, in the place of its namesake."""
+    """The configuration with the payload's preset; it replaces one of the same name."""
     name = payload.get("name")
     if type(name) is not str or not PRESET_NAME.fullmatch(name):
         raise RefusedCall(
@@ -66,7 +65,7 @@ def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 
 def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
-    """The configuration without a preset, which is not the default."""
+    """The configuration without a preset. The default preset cannot go."""
     name = _known(config, payload.get("name"))
     if name == config.default_preset:
         raise RefusedCall(
@@ -79,7 +78,7 @@ def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 
 def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
-    """The configuration with another default preset; None: without."""
+    """The configuration with another default preset, or with none."""
     name = payload.get("name")
     if name is None:
         return replace(config, default_preset=None)
@@ -93,7 +92,7 @@ def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 
 def refuse_without_default(config: SteeringConfig, module: str) -> None:
-    """Raise when the default preset needs a module that is to go."""
+    """Raise if the default preset needs a module that is to be removed."""
     name = config.default_preset
     if name is None:
         return
@@ -117,7 +116,7 @@ def _known(config: SteeringConfig, name: object) -> str:
 
 
 def with_start_up_presets(
-    config: SteeringConfig, given: Any, default: Any
+    config: SteeringConfig, given: object, default: object
 ) -> SteeringConfig:
     """The configuration with the presets that the engine starts with.
 
@@ -150,7 +149,7 @@ def with_start_up_presets(
         raise SteeringConfigError(f"{ROOT}.default_preset: {error}") from None
 
 
-def _read_file(path: str) -> Any:
+def _read_file(path: str) -> object:
     if Path(path).stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
     found = marked_loads(Path(path).read_bytes())

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user writes in `additional_config["steering"]` to `SteeringConfig`.
+"""Makes a `SteeringConfig` from what a user writes in `additional_config["steering"]`.
 
-`steering_options.py` says what that may be. Here modules are inspected and checked
-against the model, and features are refused under which steering would be wrong. Every
-refusal is one line that names the field or the module, what was found and what would
-be accepted.
+`steering_options.py` checks the options. This module inspects the steering modules,
+checks them against the model, and refuses features of vLLM under which steering would
+be wrong. Every refusal is one line: the field or the module, what was found and what
+would be accepted.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
     caller passed is not changed.
 
     Raises:
-        SteeringConfigError: the configuration, a module or the engine's features do
-            not allow it.
+        SteeringConfigError: the options, a module or a feature of the engine is
+            refused.
     """
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or additional.get("steering") is None:
@@ -116,7 +116,8 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
 
 
 def first_read_layer(vllm_config: VllmConfig) -> int:
-    """The first layer whose features can be read: that of the last pipeline stage.
+    """The first layer whose features can be read, which is the last pipeline stage's
+    first.
 
     Only that stage's output reaches the scheduler.
     """
@@ -150,7 +151,7 @@ def inspect_for_model(
     try:
         module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
-        # One line is all that a start-up mistake should print at the end.
+        # A mistake at start-up should end in one line, without a traceback of causes.
         raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
     if module.skip_token_ids is None:
@@ -192,8 +193,8 @@ def check_against_model(module: ModuleInfo, model_config: ModelConfig) -> None:
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:
     """Ids of the model's bos, eos and pad tokens, sorted.
 
-    Both of the model's configurations are read; the tokenizer only says what
-    neither of them does, and is left alone with `skip_tokenizer_init`.
+    They come from the model's two configurations. The tokenizer is asked only for what
+    both leave out, and not with `skip_tokenizer_init`.
     """
     generation = model_config.try_get_generation_config()
     ids: set[int] = set()
@@ -234,9 +235,8 @@ def _ids(value: object) -> set[int]:
 def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
     """Raise when the engine uses a feature under which steering would be wrong.
 
-    The per-token index assumes that a forward's tokens are the step's tokens in
-    batch order, whole on every rank. KV may be shared only by requests that are
-    steered alike.
+    The per-token index assumes that a forward's tokens are the step's tokens in batch
+    order, whole on every rank. Only requests that are steered alike may share KV.
     """
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the API server processes of one engine share the configuration of its modules.
 
-A request may reach any of them as soon as a change has been answered, so each looks at
-one small file, in a private directory, when a request asks for steering. A server that
-asks the engine for its modules, as the metrics do every few seconds, writes the file
-again if something has removed it. A single API server has no such file.
+As soon as a change has been answered, a request may reach any of them. So each process
+checks one small file, in a private directory, when a request asks for steering. If
+something has removed the file, a server that asks the engine for its modules writes it
+again; the metrics do so every few seconds. A single API server has no such file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SharedConfig:
         self._seen: tuple[int, int] | None = None
 
     def read_if_changed(self) -> Json | None:
-        """The configuration in the file, or None: no file, or none since last time."""
+        """The configuration in the file; None if there is none or it is as before."""
         path = os.path.join(self.directory, FILE)
         try:
             found = os.stat(path, follow_symlinks=False)
@@ -50,7 +50,7 @@ class SharedConfig:
                 return None
             folder = open_private(self.directory)
         except OSError:
-            # Not there, or not ours: the engine's next answer says it all again.
+            # Missing, or not ours. The engine's next answer holds everything again.
             return None
         try:
             text = read_private(folder, FILE)
@@ -60,7 +60,7 @@ class SharedConfig:
         return None if text is None else json.loads(text)
 
     def keep(self, resolved: Json) -> None:
-        """Write the configuration unless the file has it, or a newer one."""
+        """Write the configuration unless the file holds it or a newer one."""
         if not resolved["version"]:
             return  # as at start-up
         with suppress(FileExistsError):
@@ -79,9 +79,10 @@ _OPENED: dict[str, SharedConfig] = {}
 
 
 def shared_config(parallel_config: ParallelConfig) -> SharedConfig | None:
-    """What this process shares with other API servers; None: it is the only one.
+    """The file that this process shares with other API servers; None if it is the only
+    one.
 
-    Engine cores and workers get None too: they do not follow, they decide.
+    Engine cores and workers get None too, because they do not follow a front end.
     """
     directory = os.environ.get(DIRECTORY_ENV)
     if not (is_one_of_several(parallel_config) and directory):

@@ -20,9 +20,10 @@ from vllm.config.sae_steering_types import (
     SAEFullReconstructionSpec,
     SteeringSamplingParams,
 )
+from vllm.engine.steering_active_config import active_steering_config
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.steering.request_checks import check_request
 from vllm.exceptions import VLLMValidationError
-from vllm.plugins.steering.entrypoints.serving import check_request
 from vllm.v1.engine import EngineCoreRequest
 
 pytestmark = pytest.mark.engine
@@ -115,14 +116,14 @@ def test_servers_refuse_before_a_stream_begins(
 ) -> None:
     request = CompletionRequest(prompt="x", stream=stream, **BAD[path])
     with pytest.raises(VLLMValidationError) as caught:
-        check_request(request, llm.llm_engine.vllm_config)
+        check_request(request, active_steering_config(llm.llm_engine.vllm_config))
     assert caught.value.parameter == path
 
 
 @pytest.mark.parametrize("fields", [{}, {FULL: [{"module_name": "s"}]}])
 def test_servers_let_good_requests_pass(llm: LLM, fields: dict[str, Any]) -> None:
     request = CompletionRequest(prompt="x", vllm_xargs={"mine": 1}, **fields)
-    check_request(request, llm.llm_engine.vllm_config)
+    check_request(request, active_steering_config(llm.llm_engine.vllm_config))
 
 
 @pytest.mark.parametrize("path", BAD)

@@ -11,8 +11,9 @@ import vllm.plugins.steering as plugin
 from vllm import SamplingParams
 from vllm.config.sae_steering_admission import ROWS_KEY
 from vllm.plugins.steering.seam import BOUND
-from vllm.plugins.steering.v1.core.kv_cache_utils import TARGET, steering_block_key
+from vllm.plugins.steering.v1.core.kv_cache_utils import TARGET
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.steering_block_keys import steering_block_key
 from vllm.v1.request import Request
 
 PROMPT = 10

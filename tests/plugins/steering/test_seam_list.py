@@ -110,12 +110,14 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.outputs": ("RequestOutput.add",),
     "vllm.platforms.interface": ("Platform.validate_environ",),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys",),
-    "vllm.v1.core.sched.scheduler": ("Scheduler.update_from_output",),
+    "vllm.v1.core.sched.scheduler": (
+        "Scheduler.sae_step_reads",
+        "Scheduler.update_from_output",
+    ),
     "vllm.v1.engine.core": (
         "EngineCore.add_request",
         "EngineCore.collective_rpc",
         "EngineCore.preprocess_add_request",
-        "EngineCore.sae_read_counts",
         "EngineCore.steering_registry",
         "EngineCoreProc._handle_request_preproc_error",
     ),
@@ -130,6 +132,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.output_processor": (
         "OutputProcessor.add_request",
         "OutputProcessor.process_outputs",
+        "OutputProcessor.sae_read_log",
     ),
     "vllm.v1.engine.utils": ("wait_for_engine_startup",),
     "vllm.v1.request": (

@@ -32,6 +32,7 @@ from vllm.config.steering_checks import SteeringConfigError
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.steering.presets import select_preset
+from vllm.entrypoints.openai.steering.request_checks import check_request
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     delete_preset,
@@ -41,7 +42,6 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 from vllm.exceptions import VLLMValidationError
-from vllm.plugins.steering.entrypoints.serving import check_request
 
 pytestmark = pytest.mark.engine
 
@@ -224,7 +224,7 @@ def selected(llm: LLM, **fields: Any) -> CompletionRequest:
     request = CompletionRequest(prompt="x", **fields)
     config = active_steering_config(llm.llm_engine.vllm_config)
     select_preset(request, config, "base")
-    check_request(request, llm.llm_engine.vllm_config)
+    check_request(request, config)
     return request
 
 

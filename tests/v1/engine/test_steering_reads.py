@@ -4,26 +4,33 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.config.sae_features import merge
+from vllm import SamplingParams
+from vllm.config.sae_features import NOT_READ, merge
 from vllm.config.sae_readout_specs import SiteRead, reads_to_json
-from vllm.config.sae_readout_step import StepReadout
+from vllm.config.sae_readout_step import StepReadout, StepRows
 from vllm.config.steering import HookPoint
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine.steering_read_log import MAX_STEPS, Reader, ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import (
-    ReadCounts,
+    MAX_WAITING,
+    PAYLOAD_KEY,
+    Fired,
     RequestReads,
-    StepRows,
+    StepReads,
     step_start,
 )
+from vllm.v1.request import Request
 
 READ = SiteRead("m", HookPoint.POST_BLOCK, 1, 1, (), ((5, 100.0),), "both")
-PROMPT = 6
+PROMPT, SLOT = 6, 0
 
 
-def rows_of(positions: list[int]) -> np.ndarray:
+def rows_of(positions: list[int], fires: int | None = None) -> np.ndarray:
     """Rows that say their own position: value and feature `position`."""
     rows = np.zeros((len(positions), READ.width), dtype=np.int32)
     rows[:, 0] = rows[:, 1] = 1
@@ -31,109 +38,247 @@ def rows_of(positions: list[int]) -> np.ndarray:
     for at, position in enumerate(positions):
         rows[at, 3] = position
         values[at, 2] = float(position)
-        values[at, 0] = 200.0 if position == FIRES[0] else 0.0
+        values[at, 0] = 200.0 if position == fires else 0.0
     return rows
 
 
-FIRES = [10**6]
-
-
-def step_of(positions: list[int]) -> StepRows:
-    """A step of one request, whose tokens begin at the third row of the batch."""
-    n = len(positions)
-    return StepRows(StepReadout(["r"], [3], [n], [0], 3, {0: rows_of(positions)}))
+def request_of(req_id: str, min_tokens: int = 0, client: int = 0) -> Request:
+    ids = list(range(PROMPT))
+    params = SamplingParams(max_tokens=9)
+    request = Request(req_id, ids, params, None, client_index=client)
+    request.sae_reads = RequestReads((READ,), (SLOT,), (99,), PROMPT, min_tokens)
+    return request
 
 
 class Walk:
-    """A request as the scheduler and its worker would run it."""
+    """Requests as their scheduler, worker and front end would run them."""
 
-    def __init__(self) -> None:
-        FIRES[0] = 10**6
-        self.counts: dict[str, ReadCounts] = {}
-        self.reads = RequestReads((READ,), (0,), (99,), PROMPT, 0, self.counts)
-        self.front = Readings({"sae_readout_specs": reads_to_json((READ,))}, PROMPT)
-        self.num_tokens, self.computed = PROMPT, 0
+    def __init__(self, names: str = "r") -> None:
+        self.reads, self.log = StepReads(), ReadLog()
+        self.requests = {name: request_of(name) for name in names}
+        specs = {"sae_readout_specs": reads_to_json((READ,))}
+        self.fronts = {
+            name: Readings(specs, PROMPT, Reader(self.log, name)) for name in names
+        }
+        self.num_tokens = dict.fromkeys(names, PROMPT)
+        self.computed = dict.fromkeys(names, 0)
+        self.fires: int | None = None
+        self.fired: dict[str, Fired] = {}
 
-    def step(self, tokens: int, drafts: int, accepted: int) -> None:
-        """Run some known tokens, or all and drafts after them."""
-        left = self.num_tokens - self.computed
-        known = min(tokens, left)
-        last = known == left
-        drafts = drafts if last else 0
-        accepted = min(accepted, drafts)
-        positions = list(range(self.computed, self.computed + known + drafts))
-        generated = 1 + accepted if last else 0
-        start, count = step_start(
-            self.num_tokens, len(positions), self.computed, drafts, generated
+    def step(self, *tokens: tuple[str, int, int, int]) -> None:
+        """For each request, run some known tokens, or all and drafts after them."""
+        rows, firsts, own, computed, spans = [], [], [], [], []
+        outputs = []
+        for name, wanted, drafts, accepted in tokens:
+            left = self.num_tokens[name] - self.computed[name]
+            known = min(wanted, left)
+            last = known == left
+            drafts = drafts if last else 0
+            accepted = min(accepted, drafts)
+            at = self.computed[name]
+            firsts.append(sum(own) + 2)  # Two tokens before them read nothing.
+            own.append(known + drafts)
+            computed.append(at)
+            rows.append(rows_of(list(range(at, at + known + drafts)), self.fires))
+            generated = 1 + accepted if last else 0
+            spans.append(
+                step_start(self.num_tokens[name], own[-1], at, drafts, generated)
+            )
+            assert spans[-1][0] == at
+            self.num_tokens[name] += generated
+            self.computed[name] += known + (accepted if last else 0)
+            if generated:
+                outputs.append(EngineCoreOutput(name, [0] * generated))
+        before = np.full((2, READ.width), NOT_READ, dtype=np.int32)
+        step = StepReadout(
+            [name for name, *_ in tokens],
+            np.array(firsts),
+            np.array(own),
+            np.array(computed),
+            {SLOT: np.concatenate([before, *rows])},
         )
-        assert start == self.computed
-        assert self.reads.take(step_of(positions), 3, start, count) is None
-        self.num_tokens += generated
-        self.computed += known + (accepted if last else 0)
-        if generated and (payload := self.reads.payload()) is not None:
-            self.front.add(payload)
+        starts, counts = np.array(spans).T
+        self.fired = self.reads.take(step, starts, counts, self.requests)
+        of_client = EngineCoreOutputs(outputs=outputs)
+        self.reads.attach({0: of_client})
+        if outputs:
+            params = of_client.outputs[0].ec_transfer_params
+            assert params is not None
+            for wire in params[PAYLOAD_KEY]:
+                self.log.add(StepRows.from_wire(wire))
 
-    def preempt(self) -> None:
-        self.computed = 0
+    def advance(self, name: str = "r", fired: bool = False) -> Readings:
+        self.fronts[name].advance(self.num_tokens[name] - PROMPT, fired)
+        return self.fronts[name]
 
 
+ONE = st.tuples(st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
 STEPS = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
-    | st.just("preempt"),
+    st.tuples(st.sampled_from(["ab", "a", "b", "ba"]), ONE, ONE)
+    | st.sampled_from(["preempt a", "preempt b", "deliver a", "decode both"]),
     max_size=25,
 )
 
 
 @given(steps=STEPS)
 def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
-    walk = Walk()
-    for step in [*steps, (10**4, 0, 0)]:
-        if step == "preempt":
-            walk.preempt()
+    walk = Walk("ab")
+    early: dict = {}
+    for step in [*steps, ("ab", (10**4, 0, 0), (10**4, 0, 0))]:
+        if step == "decode both":
+            for _ in range(MAX_STEPS // 2 + 1):
+                walk.step(("a", 1, 0, 0), ("b", 1, 0, 0))
+        elif step == "deliver a":
+            if walk.num_tokens["a"] > PROMPT:
+                walk.advance("a")
+            early = merge(early, walk.fronts["a"].take_output(delta=True)) or {}
+        elif isinstance(step, str):
+            walk.computed[step[-1]] = 0
         else:
-            walk.step(*step)
-    generated = walk.num_tokens - PROMPT
-    walk.front.finish(generated, fired=False)
-    prompt = walk.front.take_prompt(delta=True)["m"]["post_block.1"]
-    assert prompt.positions.tolist() == list(range(PROMPT))
-    whole = [*prompt.positions.tolist()]
-    output = walk.front.take_output(delta=False)
-    if generated > 1:
-        record = output["m"]["post_block.1"]
-        whole += record.positions.tolist()
-        assert record.values[:, 0].tolist() == record.positions.tolist()
-    assert whole == list(range(walk.num_tokens - 1))
-    assert walk.counts["m"].tokens == len(whole)
-    assert walk.front.take_prompt(delta=True) == {}
+            names, *tokens = step
+            walk.step(*((n, *t) for n, t in zip(names, tokens, strict=False)))
+    for name in "ab":
+        front = walk.advance(name)
+        prompt = front.take_prompt(delta=True)["m"]["post_block.1"]
+        assert prompt.positions.tolist() == list(range(PROMPT))
+        whole = prompt.positions.tolist()
+        output = front.take_output(delta=False)
+        if name == "a":
+            output = merge(early, output) or {}
+        if output:
+            record = output["m"]["post_block.1"]
+            whole += record.positions.tolist()
+            assert record.values[:, 0].tolist() == record.positions.tolist()
+        assert whole == list(range(walk.num_tokens[name] - 1))
+        assert front.take_prompt(delta=True) == {}
+    # Tokens that were computed twice, and rejected drafts, are counted too.
+    total = sum(walk.num_tokens.values()) - 2
+    assert walk.reads.counts["m"].tokens >= total
 
 
-def test_the_first_firing_generated_token_ends_the_request() -> None:
+def test_recomputed_tokens_replace_what_no_token_has_confirmed() -> None:
     walk = Walk()
-    walk.step(PROMPT, 0, 0)
-    FIRES[0] = PROMPT + 1
-    step = step_of([6, 7, 8, 9])
-    fired = walk.reads.take(step, 3, *step_start(walk.num_tokens, 4, PROMPT, 3, 4))
-    assert fired is not None
-    assert (fired.position, fired.reason) == (7, "sae:m:post_block.1:5")
-    assert walk.counts["m"].stops == 1
+    walk.step(("r", PROMPT, 0, 0))
+    walk.step(("r", 1, 0, 0))
+    # The output of a step is dropped: the token is sampled again after the prompt.
+    walk.num_tokens["r"], walk.computed["r"] = PROMPT + 1, 0
+    walk.fires = PROMPT
+    walk.step(("r", PROMPT + 1, 0, 0))
+    record = walk.advance().take_output(delta=True)["m"]["post_block.1"]
+    assert record.positions.tolist() == [PROMPT]
+    read = Reader(walk.log, "late")
+    read.pull()
+    assert read.chunks == []
+
+
+def test_a_long_request_keeps_its_own_rows_only() -> None:
+    walk = Walk("ab")
+    for _ in range(3 * MAX_STEPS):
+        walk.step(("a", PROMPT, 0, 0), ("b", PROMPT, 0, 0))
+    assert sum(len(one.steps) for one in walk.log.segments) < MAX_STEPS
+    del walk.fronts["b"]
+    assert set(walk.log.readers) == {"a"}
+    chunks = walk.fronts["a"]._reader.chunks
+    assert sum(chunk.count for chunk in chunks) >= 2 * MAX_STEPS
+    assert all(rows is not None and rows.base is None or len(rows) == chunk.count
+               for chunk in chunks for rows in chunk.rows)  # fmt: skip
+    record = walk.advance("a").take_output(delta=True)["m"]["post_block.1"]
+    last = PROMPT + 3 * MAX_STEPS - 1
+    assert record.positions.tolist() == list(range(PROMPT, last))
+
+
+def test_front_ends_get_their_own_requests() -> None:
+    reads = StepReads()
+    requests = {
+        name: request_of(name, client=client)
+        for name, client in zip("abc", (0, 1, 0), strict=True)
+    }
+    spans = np.array([2, 3, 4]), np.array([0, 3, 5]), np.array([3, 2, 1])
+    rows = np.concatenate([rows_of([at * 10 + n for n in range(size)])
+                           for at, size in enumerate((3, 2, 1))])  # fmt: skip
+    step = StepReadout(list("abc"), spans[1], spans[2], spans[0], {SLOT: rows})
+    assert reads.take(step, spans[0], spans[2], requests) == {}
+    outputs = {
+        client: EngineCoreOutputs(outputs=[EngineCoreOutput("x", [1])])
+        for client in (0, 1)
+    }
+    reads.attach(outputs)
+    found = {}
+    for client, own in outputs.items():
+        (wire,) = own.outputs[0].ec_transfer_params[PAYLOAD_KEY]
+        part = StepRows.from_wire(wire)
+        assert part.new == {name: ((SLOT,), (99,)) for name in part.req_ids}
+        for name, span in zip(part.req_ids, part.spans.T.tolist(), strict=True):
+            first, start, count = span
+            read = part.rows[SLOT][first : first + count, 3].tolist()
+            found[name] = (client, start, read)
+    assert found == {
+        "a": (0, 2, [0, 1, 2]),
+        "b": (1, 3, [10, 11]),
+        "c": (0, 4, [20]),
+    }
+
+
+def test_steps_of_ended_requests_do_not_wait_for_ever() -> None:
+    reads = StepReads()
+    for at in range(2 * MAX_WAITING):
+        name = str(at)
+        step = StepReadout(
+            [name], np.array([0]), np.array([1]), np.array([0]), {SLOT: rows_of([0])}
+        )
+        # The request before this one has ended without an output.
+        requests = {name: request_of(name)}
+        reads.take(step, np.array([0]), np.array([1]), requests)
+    assert len(reads._waiting[0]) <= MAX_WAITING
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_first_firing_generated_token_ends_the_request(drafts: int) -> None:
+    walk = Walk("ab")
+    walk.step(("a", PROMPT, 0, 0), ("b", PROMPT, 0, 0))
+    assert walk.fired == {}
+    walk.step(("a", 1, drafts, 1), ("b", 1, 0, 0))
+    assert walk.fired == {}
+    walk.fires = walk.computed["a"] + (1 if drafts else 0)
+    walk.step(("a", 1, drafts, drafts), ("b", 1, 0, 0))
+    reason = "sae:m:post_block.1:5"
+    assert walk.fired["a"] == Fired(walk.fires, reason, "m")
+    assert ("b" in walk.fired) == (not drafts)
+    walk.reads.stopped(walk.fired["a"])
+    assert walk.reads.counts["m"].stops == 1
 
 
 def test_min_tokens_and_the_prompt_do_not_fire() -> None:
     for position, min_tokens in ((PROMPT - 1, 0), (PROMPT + 1, 3)):
         walk = Walk()
-        walk.reads.min_tokens = min_tokens
-        FIRES[0] = position
-        step = step_of(list(range(PROMPT + 2)))
-        assert walk.reads.take(step, 3, 0, PROMPT + 2) is None
+        walk.requests["r"] = request_of("r", min_tokens)
+        walk.fires = position
+        walk.step(("r", PROMPT, 0, 0))
+        assert walk.fired == {}
+        for _ in range(2):
+            walk.step(("r", 1, 0, 0))
+            assert walk.fired == {}
+    walk.fires = PROMPT + 2
+    walk.step(("r", 1, 0, 0))
+    assert walk.fired["r"].position == PROMPT + 2
+
+
+def test_a_step_without_the_watched_feature_does_not_fire() -> None:
+    walk = Walk()
+    walk.step(("r", PROMPT, 0, 0))
+    narrow = np.full((1, 2), NOT_READ, dtype=np.int32)
+    at = np.array([PROMPT])
+    step = StepReadout(["r"], np.array([0]), np.array([1]), at, {SLOT: narrow})
+    assert walk.reads.take(step, at, np.array([1]), walk.requests) == {}
 
 
 def test_what_a_stop_cuts_off_has_no_entry() -> None:
     for fired, kept in ((False, [6]), (True, [6, 7])):
         walk = Walk()
-        walk.step(PROMPT, 0, 0)
-        walk.step(1, 3, 3)
-        walk.front.finish(2, fired)
-        record = walk.front.take_output(delta=True)["m"]["post_block.1"]
+        walk.step(("r", PROMPT, 0, 0))
+        walk.step(("r", 1, 3, 3))
+        walk.fronts["r"].advance(2, fired)
+        record = walk.fronts["r"].take_output(delta=True)["m"]["post_block.1"]
         assert record.positions.tolist() == kept
 
 
@@ -141,8 +286,8 @@ def test_deltas_join_to_the_whole() -> None:
     walk = Walk()
     parts = None
     for step in ((PROMPT, 0, 0), (1, 2, 1), (1, 0, 0), (1, 0, 0)):
-        walk.step(*step)
-        parts = merge(parts, walk.front.take_output(delta=True))
+        walk.step(("r", *step))
+        parts = merge(parts, walk.advance().take_output(delta=True))
     assert parts is not None
     assert parts["m"]["post_block.1"].positions.tolist() == [6, 7, 8, 9]
     dense = parts["m"]["post_block.1"].to_dense()

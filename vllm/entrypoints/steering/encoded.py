@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -34,8 +34,7 @@ class EncodedText:
     Attributes:
         token_ids: of the text, with the tokenizer's special tokens.
         tokens: the text of each token.
-        features: by site (`hook.layer`). Tokens that the module leaves alone have no
-            entry.
+        features: by site (`hook.layer`). Tokens that the module bypasses have no entry.
         labels: what features stand for, where it is known.
     """
 
@@ -86,7 +85,7 @@ class EncodedText:
     def to_html(self, feature: int | None = None, site: str | None = None) -> str:
         """The tokens, shaded by a feature's activation; without one, by the largest.
 
-        What a token's features are is shown when the mouse is over it.
+        Hovering over a token shows its features.
         """
         site = site or next(iter(self.features), None)
         if site is None:
@@ -207,7 +206,7 @@ def encode(
 def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
     """The token ids of each text, with the tokenizer's own special tokens."""
     one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
-    listed: list[Any] = [texts] if one else list(texts)
+    listed = cast("Sequence[Text]", [texts] if one else texts)
     tokenizer = llm.get_tokenizer()
     return [
         list(tokenizer(text).input_ids if isinstance(text, str) else text)
@@ -228,8 +227,8 @@ def _read(
         detokenize=False,
         extra_args={**(steering or {}), READOUT_KEY: [spec]},
     )
-    prompts: list[Any] = [{"prompt_token_ids": own} for own in ids]
-    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    prompts = [{"prompt_token_ids": own} for own in ids]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [output.prompt_sae_features or {} for output in outputs]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,12 +30,12 @@ class SiteEvaluation:
 
     Attributes:
         site: `hook.layer`.
-        tokens: that were reconstructed; bos and the like are left alone.
+        tokens: number of reconstructed tokens; bos and the like are not.
         fvu: fraction of variance unexplained, `sum |y - y'|^2 / sum |y - mean|^2`.
         l0: mean number of active features of a token.
-        ce_plain: cross-entropy of the texts' tokens in nats, untouched.
-        ce_reconstructed: with every token reconstructed at this site.
-        ce_ablated: with every such token replaced by the mean.
+        ce_plain: cross-entropy in nats of the texts' tokens, without edits.
+        ce_reconstructed: the same with every token reconstructed at this site.
+        ce_ablated: the same with every such token replaced by the mean.
     """
 
     site: str
@@ -48,7 +48,8 @@ class SiteEvaluation:
 
     @property
     def recovered(self) -> float:
-        """Share of the loss recovered: 1 as the plain model, 0 as the ablated one."""
+        """Share of the loss that is recovered: 1 for the plain model, 0 for the ablated
+        one."""
         lost = self.ce_ablated - self.ce_plain
         return (self.ce_ablated - self.ce_reconstructed) / lost if lost else 1.0
 
@@ -125,9 +126,9 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     return found
 
 
-def _measure(llm: LLM, verb: str, *args: Any) -> dict[str, float]:
-    """One verb on every rank; what the rank with the site has measured."""
-    replies: list[Any] = llm.collective_rpc(METHOD, args=(verb, *args))
+def _measure(llm: LLM, verb: str, *args: object) -> dict[str, float]:
+    """Run one verb on every rank; returns what the rank with the site measured."""
+    replies = llm.collective_rpc(METHOD, args=(verb, *args))
     for reply in replies:
         if not reply["ok"]:
             raise ValueError(reply["error"])
@@ -145,11 +146,11 @@ def _loss(
         detokenize=False,
         extra_args=specs,
     )
-    # What is computed here is nobody else's: an ablated block has the key of a
-    # reconstructed one.
+    # The salt keeps other requests from these blocks: an ablated block would have the
+    # key of a reconstructed one.
     salt = uuid.uuid4().hex
-    prompts: list[Any] = [{"prompt_token_ids": own, "cache_salt": salt} for own in ids]
-    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    prompts = [{"prompt_token_ids": own, "cache_salt": salt} for own in ids]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     losses, active = [], []
     for own, output in zip(ids, outputs, strict=True):
         for token, scores in zip(own[1:], output.prompt_logprobs[1:], strict=True):

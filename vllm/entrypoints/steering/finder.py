@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-# Candidates that are read exactly, in a second pass.
+# How many candidates the second pass reads exactly.
 CANDIDATES = 256
 CONTEXT, EXAMPLES = 8, 3
 
@@ -49,13 +49,14 @@ class FoundFeature:
     Attributes:
         feature_idx: the feature.
         label: what it stands for, where that is known.
-        mean_difference: mean activation on A's tokens less that on B's.
+        mean_difference: mean activation on A's tokens minus that on B's.
         auroc: how often a text of A has a larger largest activation than one of B
             (0.5: no better than chance); None without B.
         frequency: share of A's tokens on which it is active.
         frequency_against: that of B's.
         max_activation: the largest on A.
-        examples: A's tokens on which it is strongest, each of another text if it can.
+        examples: A's tokens on which it is strongest, from different texts where
+            possible.
     """
 
     feature_idx: int
@@ -83,7 +84,7 @@ class FoundFeatures:
     features: list[FoundFeature]
     warnings: list[str] = field(default_factory=list)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[FoundFeature]:
         return iter(self.features)
 
     def __len__(self) -> int:
@@ -224,7 +225,7 @@ class _Values:
 
 
 def _columns(text: EncodedText, site: str, features: Sequence[int]) -> np.ndarray:
-    """`encode` lists given features in ascending order, in blocks; here as asked."""
+    """Values `[tokens, features]` in the order of `features`; `encode` sorts them."""
     record = text.features[site]
     place = {int(f): at for at, f in enumerate(record.features[0])}
     return record.values[:, [place[feature] for feature in features]]
@@ -285,7 +286,7 @@ def _examples(
 
 def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
     """A warning when the tokenizer does not know many of the texts' words."""
-    tokenizer: Any = llm.get_tokenizer()
+    tokenizer = llm.get_tokenizer()
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
         return []

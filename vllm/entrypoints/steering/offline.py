@@ -31,8 +31,8 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 class SteeringModuleError(ValueError):
     """The engine refused the change; nothing was changed.
 
-    `status` is the HTTP status that the server's routes answer, `field` what was
-    wrong, and `in_use` the number of requests that are in the way.
+    `status` is the HTTP status that the server's routes answer, `field` the bad field,
+    and `in_use` the number of requests that are in the way.
     """
 
     def __init__(self, reply: ModuleReply):
@@ -75,7 +75,7 @@ def register_vector(
     *,
     replace: bool = False,
 ) -> ModuleInfo:
-    """Load directions of a notebook as a steering vector module.
+    """Load tensors of this process as a steering vector module.
 
     Args:
         llm: an engine that was started with steering, on this machine.

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of single tokens, as they stand in their sentence."""
+"""The text of single tokens, as it appears in their sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 
-def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+class Decodes(Protocol):
+    """A tokenizer, as far as it turns token ids into text."""
+
+    def decode(self, token_ids: list[int], /) -> str: ...
+
+
+def token_pieces(tokenizer: Decodes, ids: Sequence[int]) -> list[str]:
     """The part of the text that each token adds, leading spaces kept.
 
     A token alone is often decoded without its space, so each is decoded behind the

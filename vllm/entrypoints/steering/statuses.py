@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP status of each outcome of a call of the registry."""
+"""The HTTP status for each outcome of a registry call."""
 
 from vllm.config.steering_replies import Outcome
 

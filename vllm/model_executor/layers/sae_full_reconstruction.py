@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAE full reconstruction: the stream becomes what the SAE says it is.
+"""SAE full reconstruction: the SAE's reconstruction replaces the stream.
 
 `x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]`: Golden Gate Claude
-(Templeton et al. 2024) with the error term dropped. A transcoder reads `x` at one point
-and its output, with `W_skip x` added where it has a skip connection, replaces what the
-MLP writes at another (Dunefsky et al. 2024, Paulo et al. 2025). `steering_reference`
-defines it; a GPU backend computes the same.
+(Templeton et al. 2024) with the error term dropped. A transcoder reads `x` at one
+point. Its output, plus `W_skip x` if it has a skip connection, replaces what the MLP
+writes at another point (Dunefsky et al. 2024, Paulo et al. 2025). `steering_reference`
+is the definition; a GPU backend computes the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def apply_layer_sae_full_reconstruction(
 ) -> None:
     """Full reconstruction alone at a site, in place.
 
-    Arguments as of `apply_layer_steering`.
+    The arguments are those of `apply_layer_steering`.
     """
     torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, site.name, source)
 
@@ -41,8 +41,8 @@ def apply_sae_full_reconstruction(
 ) -> None:
     """Reading and the full tier at a site.
 
-    Reading sees what the full tier's encoders are given. A token's row of the full tier
-    names one module, so the order of the slots is free.
+    Reading sees the input of the full tier's encoders. A token's row of the full tier
+    names one module, so the slots may run in any order.
     """
     site = get_site(site_name)
     read = (hidden, residual) if source is None else (source, None)

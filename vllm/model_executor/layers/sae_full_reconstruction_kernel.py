@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPU path of the three steering tiers: which kernels run, with which sizes.
 
-Every function here is legal under CUDA graph capture: launches depend on shapes only,
-the number of steered tokens stays on the device, nothing is allocated and nothing
-waits. What may change under a captured graph is what tensors hold: rows, flags,
-clamps, weights, meta, norm limits. docs/design/kernels.md has the reasons.
+Every function here may run under CUDA graph capture. Launches depend on shapes only,
+the number of steered tokens stays on the device, and nothing allocates or synchronises.
+Under a captured graph only the contents of tensors may change: rows, flags, clamps,
+weights, meta and norm limits. docs/design/kernels.md has the reasons.
 
-A token is steered for a slot where its row is active in the tier's table and, for the
-SAE tiers, no skip flag of the module is set and its norm is within the limit. Its
-result goes to `residual` and `hidden` becomes 0 (or to `hidden` where the stream is
-one tensor). The bits of any other token are never touched.
+A slot steers a token if the token's row is active in the tier's table. The SAE tiers
+also need that no skip flag of the module is set and that the norm is within the limit.
+The result goes to `residual`, and `hidden` becomes 0; if the stream is one tensor, the
+result goes to `hidden`. The bits of other tokens never change.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _check(hidden: torch.Tensor, residual: torch.Tensor | None, d_model: int) ->
 def _check_source(
     slot: SAESlot, hidden: torch.Tensor, source: torch.Tensor | None
 ) -> None:
-    """Raise ValueError unless there is a source exactly where the encoder reads one."""
+    """Raise ValueError unless a source is given exactly when the encoder reads one."""
     if (source is not None) != slot.reads_source:
         raise ValueError(
             f"steering: source given: {source is not None}, but the slot reads one: "
@@ -127,8 +127,9 @@ def sae_clamp(
 ) -> None:
     """Add `(g_c - f_c) W_dec[c]` of the row's clamps (`slot.delta`), in place.
 
-    Arguments as of `full_reconstruction`. TopK selects over all features, so it runs
-    the encoder; a threshold activation reads the clamped features' rows only.
+    The arguments are those of `full_reconstruction`. TopK selects among all features,
+    so it runs the whole encoder. A threshold activation reads only the clamped
+    features' rows.
     """
     _check_source(slot, hidden, source)
     if uses_threshold(slot):
@@ -165,7 +166,7 @@ def steering_vectors(
 def _takes_clamp(
     slot: SAESlot | VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
 ) -> bool:
-    """Whether the extension's clamp kernel is there and fits."""
+    """Whether the extension is built and its clamp kernel fits."""
     return extension_is_built() and stages_cuda.takes_clamp(slot, hidden, residual)
 
 
@@ -193,7 +194,7 @@ def _make_run(
         slot=slot,
         step=step,
         workspace=workspace,
-        # Longer lists than these are not decoded; selection keeps candidates there.
+        # Longer lists are not decoded. Selection keeps its candidates there.
         buffers=workspace.buffers(slot, tokens, topk, None if topk else LIST_MAX),
         hidden=hidden,
         residual=residual,

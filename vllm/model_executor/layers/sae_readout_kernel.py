@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPU path of reading features: which kernels run, with which sizes.
 
-Legal under CUDA graph capture, as `sae_full_reconstruction_kernel` is. The stages that
-find and encode the active tokens are those of full reconstruction, with the reading
-table and index in the place of a tier's; `steering_kernels/readout.py` is the last one.
+It may run under CUDA graph capture, as `sae_full_reconstruction_kernel` may. Full
+reconstruction's stages find and encode the active tokens; they get the reading table
+and index in place of a tier's. `steering_kernels/readout.py` is the last stage.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ReadRun(Run):
 
     @property
     def table(self) -> ClampTable:
-        # The stages read what both kinds of table have: active, and no clamps.
+        # The stages read only the columns that both kinds of table have.
         return self.reads  # type: ignore[return-value]
 
     @property
@@ -88,7 +88,7 @@ def launch(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> None:
-    """Run the stages, whoever reads."""
+    """Run the stages, even if no token is read."""
     if slot.reads is None or hidden.shape[0] == 0:
         return
     if uses_threshold(slot):
@@ -152,7 +152,8 @@ def _read_out(run: ReadRun, base: int, cuda: bool) -> None:
             f"{LEAST_CAPACITY}"
         )
     device = weights.W_enc.device
-    # The extension notes a token's id in its record, Triton's stages beside it.
+    # The extension stores a token's id in its record; Triton's stages store it in
+    # `tokens`.
     tokens = workspace.records[:, 1] if cuda else workspace.tokens
     readout_kernel[(min(plan.rows, device_facts(device)[0] * 8),)](
         index=run.index,

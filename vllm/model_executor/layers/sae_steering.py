@@ -2,8 +2,8 @@
 """The SAE delta tier: clamp features and keep what the SAE does not explain.
 
 `x' = x + sum_c (g_c - f_c) W_dec[c]` is Templeton et al. 2024, "Scaling
-Monosemanticity", with the SAE's error term added back. For a transcoder `x` is what the
-MLP truly wrote, and `f` comes from what it read.
+Monosemanticity", with the SAE's error term added back. For a transcoder, `x` is the
+MLP's true output and `f` comes from the MLP's input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def apply_sae_clamp(
     site_name: str,
     source: torch.Tensor | None = None,
 ) -> None:
-    """The delta tier at a site, module after module in registration order."""
+    """The delta tier at a site, one module after another in registration order."""
     site = get_site(site_name)
     for slot in site.saes:
         site.backend.sae_clamp(slot, hidden, residual, source)

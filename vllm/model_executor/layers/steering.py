@@ -2,10 +2,10 @@
 """Steering at one site of a decoder layer: `SteeringSite`, `apply_layer_steering`,
 and the additive tier's op.
 
-A layer's forward calls `apply_layer_steering(site, hidden, residual)` at each site it
-has. Every tier is one custom op that takes the stream and the *name* of the site; the
-forward context gives the site back, as it does for attention layers, so a compiled
-or captured graph holds no weights, and modules change under it.
+A layer's forward calls `apply_layer_steering(site, hidden, residual)` at each of its
+sites. Every tier is one custom op, which takes the stream and the *name* of the site.
+The forward context maps the name to the site, as it does for attention layers. So a
+compiled or captured graph holds no weights, and modules can change without a new graph.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SiteKey:
 
 
 class SteeringBackend(Protocol):
-    """What computes the tiers on a device; one per worker, shared by its sites.
+    """Computes the tiers on a device. All sites of a worker share one backend.
 
     Each call edits `hidden [T, d_out]` and `residual [T, d_out]` (None where the point
     is one tensor) in place for the slot's active tokens and touches no other token's
@@ -106,14 +106,14 @@ class SteeringBackend(Protocol):
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        """Write the read tokens' rows to `slot.reads`; the stream is left alone."""
+        """Write the read tokens' rows to `slot.reads`; the stream does not change."""
 
 
 class SteeringSite(nn.Module):
     """One `(layer, hook)` of the model, with the modules that may edit there.
 
     `saes` holds one slot per SAE module, in registration order; `vectors` the site's
-    steering vectors. A tier without a slot here is not in the traced graph.
+    steering vectors. The traced graph leaves out a tier that has no slot here.
     """
 
     def __init__(
@@ -169,7 +169,8 @@ def apply_layer_steering(
         torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name, source)
     limit = POINT_LIMIT.get(site.key.hook_out or site.key.hook)
     if limit is not None:
-        # Far beyond what a model computes there, so other tokens keep their bits.
+        # The limit is far beyond what models compute there, so other tokens keep their
+        # bits.
         hidden.clamp_(-limit, limit)
 
 

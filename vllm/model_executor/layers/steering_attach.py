@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the modules of a decoder layer apply the sites at their points.
+"""Makes the modules of a decoder layer apply the sites at its points.
 
-A steered module becomes an instance of a subclass whose forward edits what passes
-through it, around the stock forward. In a branch this is one call of
-`apply_layer_steering` per point in each layer's forward.
+A steered module becomes an instance of a subclass. Its forward calls the stock forward
+and edits the input or the output. A vLLM branch would instead call
+`apply_layer_steering` at each point in each layer's forward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,10 @@ from vllm.model_executor.layers.steering_families import (
     parts_of,
     require_point,
 )
+
+# What a layer, a norm or a sublayer returns: the stream, alone or first in a tuple.
+Output: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+Forward = Callable[..., Output]
 
 
 def check_site(layer: DecoderLayer, key: SiteKey) -> None:
@@ -97,13 +101,14 @@ class SteeredSublayer:
 
     Attributes:
         steering_stream: edits the input in place, which is the stream itself.
-        steering_in: edits what the module reads, and nothing else that reads it.
+        steering_in: edits the module's input, but not for other readers of the same
+            tensor.
         steering_transcoder: edits the output; its encoder reads what the module read.
         steering_out: edits the output, last.
         steering_shares_input: the input is the stream itself.
-        steering_norm: the norm that reads the output, if any: it is applied here, and
-            at its own place it passes its input through. A tuple, so that the norm is
-            not registered as a part of this module.
+        steering_norm: the norm that reads the output, if any. It is applied here, and
+            at its own place it returns its input. It is in a tuple, so that torch does
+            not register the norm as a child of this module.
     """
 
     steering_stream: SteeringSite | None
@@ -156,18 +161,18 @@ def _steered_sublayer(module: nn.Module, norm: nn.Module | None) -> SteeredSubla
     return cast(SteeredSublayer, module)
 
 
-def _take_forward(module: nn.Module) -> tuple[Any, Callable[..., Any]]:
+def _take_forward(module: nn.Module) -> tuple[type, Forward]:
     """A module's class, and the forward that a steered subclass is to call.
 
-    vLLM's Transformers backend binds rewritten forwards to modules; such a one comes
-    off its module, or the subclass's forward would never run.
+    vLLM's Transformers backend binds rewritten forwards to modules. Such a forward is
+    taken off its module, or the subclass's forward would never run.
     """
-    stock: Any = type(module)
+    stock = type(module)
     bound = vars(module).pop("forward", None)
     return stock, stock.forward if bound is None else bound.__func__
 
 
-def _named(steered: type, stock: Any) -> type:
+def _named(steered: type, stock: type) -> type:
     steered.__name__ = steered.__qualname__ = f"Steered{stock.__name__}"
     return steered
 
@@ -192,20 +197,18 @@ def _edit(
 
 
 @functools.cache
-def _steered_layer_class(
-    stock: Any, forward: Callable[..., Any], family: LayerFamily
-) -> type:
+def _steered_layer_class(stock: type, forward: Forward, family: LayerFamily) -> type:
     """The subclass of `stock` whose forward edits its input and its output."""
     stock_forward = forward
     names = list(inspect.signature(forward).parameters)[1:]
     hidden_at = names.index(family.hidden)
     residual_at = names.index(family.residual) if family.residual else None
 
-    def argument(at: int, args: tuple, kwargs: dict) -> Any:
+    def argument(at: int, args: tuple, kwargs: dict) -> torch.Tensor:
         return args[at] if at < len(args) else kwargs.get(names[at])
 
     class Steered(SteeredLayer, stock):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> Output:
             if self.steering_pre_attn is not None:
                 hidden = argument(hidden_at, args, kwargs)
                 residual = None
@@ -225,12 +228,14 @@ def _steered_layer_class(
 
 
 @functools.cache
-def _steered_norm_class(stock: Any, forward: Callable[..., Any]) -> type:
+def _steered_norm_class(stock: type, forward: Forward) -> type:
     """The subclass of a norm that edits the stream before it is normalised."""
     stock_forward = forward
 
     class Steered(SteeredNorm, stock):  # type: ignore[misc, valid-type]
-        def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        def forward(
+            self, x: torch.Tensor, residual: torch.Tensor | None = None
+        ) -> Output:
             _edit(self.steering_post_attn, x, residual)
             if residual is None:
                 return stock_forward(self, x)
@@ -240,7 +245,7 @@ def _steered_norm_class(stock: Any, forward: Callable[..., Any]) -> type:
 
 
 @functools.cache
-def _pass_through_class(stock: Any) -> type:
+def _pass_through_class(stock: type) -> type:
     """The subclass of a norm that a steered sublayer applies in its place."""
 
     class PassesThrough(stock):  # type: ignore[misc, valid-type]
@@ -251,14 +256,17 @@ def _pass_through_class(stock: Any) -> type:
 
 
 @functools.cache
-def _steered_sublayer_class(stock: Any, forward: Callable[..., Any]) -> type:
+def _steered_sublayer_class(stock: type, forward: Forward) -> type:
     """The subclass of `stock` that edits its first argument and its first result."""
     stock_forward = forward
     first = list(inspect.signature(forward).parameters)[1]
 
+    def first_argument(args: tuple, kwargs: dict) -> torch.Tensor:
+        return args[0] if args else kwargs[first]
+
     class Steered(SteeredSublayer, stock):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs[first]
+        def forward(self, *args: object, **kwargs: object) -> Output:
+            x = first_argument(args, kwargs)
             if self.steering_stream is not None:
                 _edit(self.steering_stream, x)
             if self.steering_in is not None:
@@ -271,7 +279,7 @@ def _steered_sublayer_class(stock: Any, forward: Callable[..., Any]) -> type:
                 out = stock_forward(self, **{**kwargs, first: x})
             return self._steered_output(x, out)
 
-        def _steered_output(self, x: torch.Tensor, out: Any) -> Any:
+        def _steered_output(self, x: torch.Tensor, out: Output) -> Output:
             written = out[0] if isinstance(out, tuple) else out
             for norm in self.steering_norm:
                 written = norm(written)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the points are in each decoder-layer class.
 
-vLLM splits the residual stream into `hidden + residual` and fuses the addition into
-the next norm. So, for a layer that returns such a pair: `post_block` is the pair it
-returns, `pre_attn` the pair it is given (before its input norm), and `post_attn` the
-pair that enters the norm before the MLP. Single-stream layers carry one tensor. The
+vLLM splits the residual stream into `hidden + residual` and fuses the addition into the
+next norm. For a layer that returns such a pair, `post_block` is the returned pair,
+`pre_attn` is the pair that the layer gets (before its input norm), and `post_attn` is
+the pair that enters the norm before the MLP. Single-stream layers pass one tensor. The
 other points are inputs and outputs of the layer's attention and MLP modules.
 """
 
@@ -32,7 +32,7 @@ class LayerFamily:
         residual: the parameter with the stream's other summand; None for a
             single-stream layer, which may still return a tuple.
         mid_norm: the norm between attention and MLP; None where there is none.
-        mid_norm_if: the flag of the layer without which the norm stands elsewhere.
+        mid_norm_if: a flag of the layer. If it is false, the norm is at another place.
         mlp_reads_stream: the MLP reads the stream without a norm, so its input is the
             `post_attn` point.
         attention: the attention module; the first of these that the layer has.
@@ -40,13 +40,12 @@ class LayerFamily:
         mlp: the MLP module; None where it is not a module of its own.
         attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
             it is added to the stream.
-        scale: a factor of the layer by which it multiplies what a sublayer writes, or a
-            flag that says that it does. A layer whose factor is not 1 has no `attn_out`
-            and no `mlp_out`.
+        scale: the layer's factor for what a sublayer writes, or a flag that there is
+            one. A layer whose factor is not 1 has no `attn_out` and no `mlp_out`.
         scales_float16: in float16 the layer keeps a multiple of the stream, so it has
             none of the points.
-        reduces_late: under tensor parallelism, ranks sum what the sublayers write
-            after adding them, so `attn_out` and `mlp_out` are in no rank's memory.
+        reduces_late: under tensor parallelism, the layer adds up the sublayers' outputs
+            before it reduces over ranks, so no rank ever has `attn_out` or `mlp_out`.
     """
 
     hidden: str = "hidden_states"
@@ -175,7 +174,7 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
 
 
 def _layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that stand at a numbered place, such as `model.layers.3`."""
+    """Modules whose name ends in a number, such as `model.layers.3`."""
     return [
         (name, module)
         for name, module in model.named_modules()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fold a norm's gain into an encoder that was trained before it.
 
-Some transcoders read the output of the norm before the MLP without its gain (Gemma
-Scope's; `ln2.hook_normalized` of TransformerLens). The MLP reads `g * n + b`, so the
-same encoder reads `mlp_in` with `W_enc / g` and `b_enc - (W_enc / g) b`; `W_skip` and
-`b_dec` likewise.
+Some transcoders read the normalised stream `n` before the norm's gain, such as Gemma
+Scope's (`ln2.hook_normalized` in TransformerLens). The MLP reads `g * n + b`. So the
+same encoder on `mlp_in` has `W_enc / g` and `b_enc - (W_enc / g) b`; `W_skip` and
+`b_dec` change in the same way.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PROBE = 64.0
 
 
 def norm_gain(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gain and bias of a norm, float32 `[D]`; no bias: None.
+    """Gain and bias of a norm, float32 `[D]`; the bias may be None.
 
-    Some norms multiply by their weight, others by one more. What the norm does to a
-    vector of plus and minus ones (mean zero, mean square one) says which.
+    Some norms multiply by their weight, others by the weight plus one. The norm's
+    output for a vector of plus and minus ones (mean 0, mean square 1) shows which.
 
     Raises:
         ValueError: it is neither, or has no weight.
@@ -50,17 +50,17 @@ def norm_gain(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _stock_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the norm makes of one token, in float32; a site at it is left out."""
+    """The norm's output for one token, in float32, without a site at the norm."""
     kind: type[nn.Module] = type(norm)
     if isinstance(norm, SteeredNorm):
-        # A steered norm's class stands between its mark and the stock class.
+        # The class of a steered norm inherits from its marker and from the stock class.
         kind = kind.__mro__[kind.__mro__.index(SteeredNorm) + 1]
     return kind.forward(norm, x[None])[0].float()
 
 
 @torch.no_grad()
 def fold_norm_gain(weights: SAEWeights, d_sae: int, norm: nn.Module | None) -> None:
-    """Make an encoder of the norm's output before its gain read the one after it.
+    """Change an encoder of the norm's output before its gain to read it after the gain.
 
     Args:
         weights: filled with such an SAE of `d_sae` features.
@@ -87,7 +87,7 @@ def _fold_into(
     bias: torch.Tensor | None,
     norm: nn.Module,
 ) -> None:
-    """Make `matrix n + added` read `gain * n + bias`, in place."""
+    """Change `matrix n + added`, in place, to read `gain * n + bias`."""
     folded = (matrix.float() / gain.to(matrix.device)).to(matrix.dtype)
     if not torch.isfinite(folded).all():
         raise ValueError(

@@ -18,11 +18,11 @@ NOT_READ = -1
 
 
 class ReadBuffers(nn.Module):
-    """What reads at one slot: the rows of requests, and the results of a step.
+    """The reading state of one slot: the rows of requests and the results of a step.
 
-    The table has the shape of a `ClampTable` of `max_clamps` clamps, whose columns 0
-    and 1 say "active" and "no clamps", so the stages that find and encode the active
-    tokens take one for the other.
+    The table has the shape of a `ClampTable` with `max_clamps` clamps. Columns 0 and 1
+    mean "active" and "no clamps" in both, so the stages that find and encode the active
+    tokens take either.
 
     Buffers:
         packed: int32 `[R, 2 + 3K]`: active, 0, top_k, count, then `count` feature

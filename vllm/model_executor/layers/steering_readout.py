@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading features at a site: the definition in plain PyTorch, used on a CPU.
 
-A token is read where its row of `StepState.read_index` is active in the slot's table
-and the module does not leave the token alone. Nothing of the stream is changed.
+A token is read if its row of `StepState.read_index` is active in the slot's table and
+the module does not bypass the token. The stream does not change.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_features(
 def write_rows(
     reads: ReadBuffers, rows: torch.Tensor, tokens: torch.Tensor, acts: torch.Tensor
 ) -> None:
-    """Write what the tokens' rows ask of their activations.
+    """Write the activations that the tokens' rows ask for.
 
     Args:
         rows, tokens: int64 `[n]`.

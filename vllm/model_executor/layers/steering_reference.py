@@ -6,11 +6,11 @@ where the caller passes float64 weights, as the oracle does), and rounded once t
 model's dtype. Weights are read in slices, so that no full-width float32 copy of a
 half-precision weight ever exists.
 
-What is written is finite, whatever a request asks for. Every backend does the same:
+Whatever a request asks for, the written values are finite. Every backend does the same:
 
 1. *Input.* A token whose stream `x` has a float32 norm `||x||_2` that is not finite is
-   left alone by every tier, and is not counted. A component that is NaN or infinite
-   makes the norm so; a component beyond 2^64 overflows its square.
+   left alone by every tier, and is not counted. A NaN or infinite component makes the
+   norm NaN or infinite, and the square of a component beyond 2^64 overflows.
 2. *Coefficients.* The change `g_c - f_c` of a clamp is computed in float32 and limited
    to `+-COEFFICIENT_LIMIT`. A steering vector's scale is such a change.
 3. *Output.* The sum `x'` is limited to `+-STREAM_LIMIT` of the model's dtype,
@@ -19,7 +19,8 @@ What is written is finite, whatever a request asks for. Every backend does the s
    limit)` makes it.
 
 `StepState.saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
-is not counted: what it changes ends in rule 3, unless the direction is zero there.
+is not counted, because a limited coefficient leads to rule 3, except where the
+direction's component is zero.
 """
 
 from __future__ import annotations
@@ -127,9 +128,9 @@ def clamp_activations(
 ) -> torch.Tensor:
     """`f_c [n, K]` of the clamps, for tokens with a clamp that depends on `f_c`.
 
-    Zero for tokens whose clamps are all unconditional additive ones: nothing of the
-    encoder is read for them. A threshold activation reads only the clamped features'
-    encoder rows; TopK needs every pre-activation.
+    Zero for tokens that have only additive clamps without conditions; the encoder is
+    not read for them. A threshold activation reads only the clamped features' encoder
+    rows; TopK needs every pre-activation.
     """
     features = table.feature[rows].long()
     acts = torch.zeros(features.shape, dtype=x.dtype, device=x.device)
@@ -151,7 +152,7 @@ def select_tokens(
     step: StepState,
     weights: SAEWeights | None = None,
 ) -> torch.Tensor:
-    """int64 ids of the tokens that the table's tier edits here, bypass applied."""
+    """int64 ids of the tokens that the table's tier edits here, bypassed ones not."""
     active = table.active[index.long()] != 0
     if weights is not None:
         mask = weights.meta[MetaField.SKIP_MASK]
@@ -182,7 +183,7 @@ def write_stream(
     residual: torch.Tensor | None,
     step: StepState,
 ) -> None:
-    """Write the edited stream back exactly, saturated; the one rounding."""
+    """Limit the edited stream, round it once and write it back exactly."""
     limit = STREAM_LIMIT[hidden.dtype]
     within = (x.abs() <= limit).all(dim=1)
     if not within.all():
@@ -260,7 +261,7 @@ def sae_clamp(
 ) -> None:
     """`x' = x + sum_c (g_c - f_c) W_dec[c]`, in place; `f` of `source` if given.
 
-    `clamp_activations` says what of the encoder is read.
+    `clamp_activations` says which rows of the encoder are read.
     """
     weights, table = slot.weights, slot.delta
     dtype = _compute_dtype(weights.W_dec)
@@ -299,7 +300,7 @@ def steering_vectors(
     rows = index[tokens].long()
     features = table.feature[rows].long()
     projects = (table.code[rows] & ClampFlag.PROJECTION) != 0
-    # Only a projection needs the vector's own norm; a zero vector has no direction.
+    # Only a projection needs the vector's norm. A zero vector has no direction.
     lengths = slot.directions.norm(dim=1)[features]
     along = (x @ slot.directions.T).gather(1, features) / lengths
     active = torch.where(projects & (lengths > 0), along, 0.0)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors that steering works with: clamp rows, SAE weights, the step's index.
 
-Data's way: spec -> row -> per-token index -> op. A request's specs become one *row*
-of the tables below; `StepState.index` says for every token of the step which row it
-has (0: none); the ops of the three tiers read both on the device. The same clamp
-row serves every tier: directions times per-row coefficients.
+Data flows as spec -> row -> per-token index -> op. A request's specs become one *row*
+of the tables below. `StepState.index` holds the row of every token of the step (0:
+none). The ops of the three tiers read both on the device. All tiers use the same kind
+of row: directions and their coefficients.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from torch import nn
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
-# The largest component that a tier writes back, by the model's dtype. Two of them add
-# up without overflow, and a norm over 2^16 such components has a sum of squares that
-# float32 holds, so that whatever reads the stream next stays finite.
+# The largest component that a tier writes back, by the model's dtype. Two such
+# components add up without overflow, and float32 holds the sum of squares of 2^16 of
+# them. So whatever reads the stream next stays finite.
 STREAM_LIMIT = {
     torch.bfloat16: 2.0**56,
     torch.float32: 2.0**56,
     torch.float16: 2.0**15,
 }
-# What the points that are not the residual stream may hold: they are limited further,
-# since nothing normalises them before they are multiplied or added. A product of two
-# projections of `mlp_in` stays below 2^56 after the down projection; the sums of many
-# layers' `attn_out` and `mlp_out` do too. Float16 has no room for this: see
-# `steering_resolution`.
+# The largest component at points outside the residual stream. These limits are lower,
+# because nothing normalises these points before they are multiplied or added. The
+# product of two projections of `mlp_in` stays below 2^56 after the down projection, and
+# so do the sums of many layers' `attn_out` and `mlp_out`. Float16's range is too small
+# for this: see `steering_resolution`.
 POINT_LIMIT = {
     HookPoint.ATTN_Z: 2.0**40,
     HookPoint.ATTN_OUT: 2.0**48,
     HookPoint.MLP_IN: 2.0**16,
     HookPoint.MLP_OUT: 2.0**48,
 }
-# The largest coefficient of a direction (see `steering_reference`). A thousand such
-# clamps of directions with components below 2^20 add up in float32.
+# The largest coefficient of a direction (see `steering_reference`). The sum of a
+# thousand such clamps does not overflow float32 if the directions' components are below
+# 2^20.
 COEFFICIENT_LIMIT = 2.0**96
-# `SAEWeights.norm_limit` without a norm guard: any norm that float32 holds.
+# `SAEWeights.norm_limit` without a norm guard: every finite float32 norm is allowed.
 NO_NORM_LIMIT = torch.finfo(torch.float32).max
 
 
@@ -69,7 +70,7 @@ ONLY_IF_ACTIVE = 4
 class ClampFlag(IntEnum):
     """More flags of a clamp code."""
 
-    # Vectors: `f` is the projection on the unit vector `u`, and `u` is what is moved.
+    # Vectors: `f` is the projection on the unit vector `u`, and the edit is along `u`.
     PROJECTION = 8
     # Vectors: `value` is in units of the stream's norm.
     RELATIVE = 16
@@ -78,14 +79,14 @@ class ClampFlag(IntEnum):
     IF_ABOVE = 64
 
 
-# A code's bits from here on: 1 + the place of the row's condition that the clamp needs
-# (0: none).
+# From this bit on, a code holds 1 + the place of the condition in the row that the
+# clamp needs (0: none).
 CONDITION_SHIFT = 8
 
 
 class MetaField(IntEnum):
-    """Columns of `SAEWeights.meta`: what a kernel must read as data, because a module
-    may be replaced under a captured graph."""
+    """Columns of `SAEWeights.meta`. Kernels read these as data, because a module may be
+    replaced under a captured graph."""
 
     D_SAE = 0
     USES_TOPK = 1
@@ -155,7 +156,7 @@ class SAEWeights(nn.Module):
         W_skip: `[d_out, d_in]` in the model's dtype, or None: no skip connection.
         meta: int32, columns of `MetaField`.
         norm_limit: float32 `[1]`; a token whose `x` has a larger L2 norm is left
-            untouched (`NO_NORM_LIMIT`: only one whose norm float32 does not hold).
+            untouched (`NO_NORM_LIMIT`: every finite float32 norm is allowed).
 
     An SAE has `d_out = d_in` and writes where it reads. TopK keeps the k largest `p`
     (ties: lowest index), clipped at zero if TOPK_RELU; its threshold is unused.
@@ -210,7 +211,7 @@ class SAEWeights(nn.Module):
         return cls(site.d_sae, site.d_in, dtype, device, site.out_width, site.has_skip)
 
     def clear(self) -> None:
-        """Make every feature silent: an empty slot edits nothing it could emit."""
+        """Set all weights so that no feature can fire."""
         for tensor in (self.W_enc, self.W_dec, self.b_dec, self.meta):
             tensor.zero_()
         if self.W_skip is not None:
@@ -222,7 +223,7 @@ class SAEWeights(nn.Module):
     def copy_from(self, staged: SAEWeights) -> None:
         """Take over the weights of an SAE of at most this capacity, in place.
 
-        `meta` and `norm_limit` are left as they are.
+        `meta` and `norm_limit` do not change.
         """
         d_sae = staged.d_sae_capacity
         for name in ("W_enc", "W_dec", "b_enc", "threshold"):
@@ -239,7 +240,7 @@ class SAEWeights(nn.Module):
     def set_meta(
         self, site: SiteInfo, skip_mask: int, norm_limit: float | None
     ) -> None:
-        """Write the site's scalars, once the weights are in place."""
+        """Write the site's scalars, after the weights are in place."""
         meta = [0] * len(MetaField)
         meta[MetaField.D_SAE] = site.d_sae
         meta[MetaField.USES_TOPK] = int(site.activation is Activation.TOPK)
@@ -260,14 +261,14 @@ class StepState(nn.Module):
         skip_bits: int32 `[vocab_size]`, the flag word of every token id.
         read_index: int32 `[max_tokens]`, the row of every token in the slots' reading
             tables; 0: not read.
-        reading: whether some token of the step is read; the host's.
+        reading: whether some token of the step is read; known on the host.
         bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
             edit and whose id is in a skip set; read for metrics only.
         saturated: int64 `[1]`, write-backs since start-up with a component at
             `STREAM_LIMIT`: one for each token, site and tier; read for metrics only.
-        sync: int32 `[SYNC_INTS]`, counters by which blocks of a GPU kernel wait for
-            one another; zero between launches, and a buffer, so that what sleeps and
-            wakes with the model brings them back.
+        sync: int32 `[SYNC_INTS]`, counters with which blocks of a GPU kernel wait for
+            one another; zero between launches. They are a buffer, so that sleeping and
+            waking the model restores them.
     """
 
     index: torch.Tensor
@@ -300,9 +301,9 @@ class StepState(nn.Module):
 class SAESlot(nn.Module):
     """One SAE at one site, with its rows for the delta and full tiers.
 
-    `activations` lists the kinds of module that the slot may ever hold; a slot with
-    TopK and a threshold activation decides by `meta` on the device. `reads_source`
-    says that it is a transcoder's: its encoder reads another point than it writes.
+    `activations` lists the kinds of module that the slot may ever hold. If these are
+    TopK and a threshold activation, `meta` decides on the device. `reads_source` is
+    true for a transcoder, whose encoder reads another point than it writes.
     """
 
     def __init__(
@@ -320,12 +321,12 @@ class SAESlot(nn.Module):
         device = weights.W_enc.device
         self.delta = ClampTable(num_rows, max_clamps, device)
         self.full = ClampTable(num_rows, max_clamps, device)
-        # None where the engine reads no features.
+        # None if the engine reads no features.
         self.reads: ReadBuffers | None = None
 
 
 class VectorSlot(nn.Module):
-    """The steering vectors of one site, stacked; a row is a list of additive clamps.
+    """The steering vectors of one site, stacked. A row is a list of clamps on them.
 
     `directions` is float32 `[V, D]`, one vector module's row each.
     """

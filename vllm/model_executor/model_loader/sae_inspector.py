@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspect modules that a client named in another process, with limits.
 
-The engine core must not parse files that it does not trust: a parser may take all its
-time, its memory, or the process with it. `ModuleInspector` keeps one helper process
-(`sae_inspector_process.py`) that forks a child for each module; the child has a limit
-on time and on memory, and what it says is one JSON object.
+The engine core must not parse files that it does not trust. A parser may use all time
+or memory, or end the process. `ModuleInspector` keeps one helper process
+(`sae_inspector_process.py`) that forks a child for each module; the child has limits on
+time and memory and replies with one JSON object.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from vllm.model_executor.model_loader.sae_loader import (
 PROCESS = "vllm.model_executor.model_loader.sae_inspector_process"
 # Importing torch and vLLM, once.
 START_SECONDS = 120.0
-# What the helper needs beyond a child's own limits before it is given up.
+# Seconds beyond a child's own limits after which the helper is stopped.
 GRACE_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class InspectionLimits:
-    """What one inspection may take.
+    """Limits of one inspection.
 
-    `seconds` bounds reading configurations and headers; hashing the weight files may
-    take as long again and the time that `bytes_per_second` gives them. `memory_bytes`
-    bounds what the child allocates.
+    `seconds` limits the reading of configurations and headers. Hashing the weight files
+    may take the same time again, plus their size divided by `bytes_per_second`.
+    `memory_bytes` limits what the child allocates.
     """
 
     seconds: float = 20.0
@@ -55,14 +55,14 @@ class InspectionLimits:
 
 
 class PipeLines:
-    """Whole lines from a pipe, each waited for with a limit on time."""
+    """Reads whole lines from a pipe, with a time limit for each."""
 
     def __init__(self, number: int):
         self._number = number
         self._buffer = b""
 
     def next(self, seconds: float) -> bytes:
-        """The next line; empty: the pipe ended, or the time is over."""
+        """The next line; empty if the pipe ended or the time is over."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = max(0.0, deadline - time.monotonic())
@@ -110,7 +110,7 @@ class ModuleInspector:
 
     def _ask(self, job: JsonView) -> Json:
         prefix = f"steering module {job['name']!r} ({job['path']})"
-        # Twice: something may have ended the helper since, or before, the last time.
+        # Try twice, because something may have ended the helper.
         for _ in range(2):
             with contextlib.suppress(BrokenPipeError, EOFError):
                 self._start()
@@ -132,7 +132,7 @@ class ModuleInspector:
         return json.loads(line)
 
     def _line(self, seconds: float) -> bytes:
-        """The helper's next line; empty: it ended, or said nothing in time."""
+        """The helper's next line; empty if it ended or wrote nothing in time."""
         assert self._from is not None
         return self._from.next(seconds)
 

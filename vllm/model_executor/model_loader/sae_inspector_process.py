@@ -44,7 +44,7 @@ def main(jobs: IO[bytes], replies: IO[bytes]) -> None:
 
 
 def supervise(job: Job, replies: IO[bytes]) -> None:
-    """Run a job in a child, and reply for it if it runs out of time or dies."""
+    """Run a job in a child. If the child runs out of time or dies, reply for it."""
     limits = InspectionLimits(**job["limits"])
     read_end, write_end = os.pipe()
     if (child := os.fork()) == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load SAEs and steering vectors from the file formats that people have.
+"""Load SAEs and steering vectors from published file formats.
 
 `inspect_module` reads configurations and headers, checks them and computes the
 content digest; `load_site` and `load_vectors` read one site's tensors. Formats are
@@ -106,9 +106,10 @@ def inspect_module(
             `saelens:RELEASE/SAE_ID[@revision]` for what is in SAELens's list.
         feature_units: what a clamp's value means; part of the digest.
         skip_token_ids: tokens to leave untouched; None for what the module states.
-        norm_guard: multiple of the module's reference norm; None likewise.
-        sites: e.g. `["post_block.20"]`: names the site of a module whose files do not
-            say theirs, selects among those of a module that has several.
+        norm_guard: multiple of the module's reference norm; None for what the module
+            states.
+        sites: e.g. `["post_block.20"]`. Names the site of a module whose files do not
+            state it, or selects among the sites of a module that has several.
 
     Returns:
         The module; `path` has its Hub revision pinned, and `digest` is a SHA-256
@@ -222,7 +223,7 @@ def _digest(location: Location, layout: ModuleLayout, options: dict) -> str:
 def _open_site(
     module: ModuleInfo, site: SiteInfo
 ) -> Iterator[tuple[Location, SAELayout | VectorLayout]]:
-    """The layout of one site, read again from the files it was inspected from."""
+    """Read the layout of one site again from the files that were inspected."""
     with naming_module(module.name, module.path):
         location, _ = resolve(module.path)
         names = [s.name for s in module.sites]

@@ -16,13 +16,13 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HF_PATH = re.compile(
     rf"hf:({_REPOSITORY.pattern})(?:/([^@]*?))?/?(?:@([\w-][\w./-]*))?"
 )
-# One step of a path in a repository, or of a revision: no way up, pattern or root.
+# One part of a path or revision: no `..`, no pattern and no absolute path.
 _STEP = re.compile(r"(?!\.{1,2}$)[\w.:+=, -]+")
 
 
 @contextmanager
 def naming_module(name: str, path: str) -> Iterator[None]:
-    """Turn what a file leads to into one line that names the module."""
+    """Turn file errors into one line that names the module."""
     try:
         yield
     except (LayoutError, OSError) as error:
@@ -31,7 +31,7 @@ def naming_module(name: str, path: str) -> Iterator[None]:
 
 
 def resolve(path: str) -> tuple[Location, str]:
-    """Local files of a path, and the path with its revision pinned.
+    """The local files of a path, and the path with its revision pinned.
 
     Raises:
         LayoutError: nothing there, or the Hugging Face Hub cannot give it.
@@ -94,7 +94,7 @@ def _resolve_hub(path: str) -> tuple[Location, str]:
 
 
 def _patterns(sub: str) -> list[str]:
-    """What to fetch for a sub-path: it, what is in it, and files that belong to it."""
+    """What to fetch for a sub-path: itself, its contents, and the files beside it."""
     folder, _, name = sub.rpartition("/")
     beside = [f"{name.removesuffix('.pt')}_cfg.json", "config.yaml"]
     return [sub, f"{sub}/*", *(f"{folder}/{n}".lstrip("/") for n in beside)]
@@ -106,7 +106,7 @@ def _parts(sub: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class LocatedModule:
-    """A module's files, found. `path` is as given, `pinned` with its Hub revision."""
+    """A module's files. `path` is as given; `pinned` has the Hub revision."""
 
     path: str
     pinned: str

@@ -11,8 +11,8 @@ from __future__ import annotations
 def register() -> None:
     """Install the seams, each when its stock module is imported. Idempotent.
 
-    On a vLLM outside the supported release line nothing is installed but a guard,
-    which raises one error naming both versions if steering is configured.
+    On an unsupported vLLM release, only a guard is installed. It raises one error that
+    names both versions if steering is configured.
 
     Raises:
         SeamError: a stock symbol of a supported vLLM is not as expected.
@@ -38,7 +38,7 @@ def install_front_end_seams() -> None:
 
 
 def install_worker_seams() -> None:
-    """What workers run: the runners' own seams follow when a worker starts."""
+    """The seam that installs the runners' seams when a worker starts."""
     from vllm.plugins.steering.lazy import when_imported
     from vllm.plugins.steering.v1.worker import worker_base
 

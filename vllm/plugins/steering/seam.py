@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a seam replaces one stock symbol: check it, wrap it once, remember it.
 
-A seam file states the edit that a vLLM branch would make to the stock module it is
-named after, and makes that edit here at run time through `wrap`.
+A seam file is named after a stock module. It states the edit that a vLLM branch would
+make there, and makes that edit at run time through `wrap`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUPPORTED_VLLM = " and ".join(f"{release}.x" for release in SUPPORTED_RELEASES)
 # Names of a function's parameters; a list holds one tuple per signature that is known.
 Signatures = tuple[str, ...] | list[tuple[str, ...]]
 
-# A stock function, or what takes its place.
+# A stock function, or its replacement.
 Stock = Callable[..., Any]
 
 # Every seam bound in this process: target -> the stock function it wraps.
@@ -80,7 +80,7 @@ def wrap(
             they differ between the supported releases.
         make: builds the replacement around the stock function; a class method's takes
             the class first.
-        kind: of method, where the descriptor must stay one.
+        kind: `classmethod` or `staticmethod`, if the stock function is one.
 
     Raises:
         SeamError: the symbol is missing or its signature has changed.
@@ -96,7 +96,7 @@ def replace_unchecked(
     make: Callable[[Stock], Stock],
     kind: type[classmethod] | type[staticmethod] | None = None,
 ) -> None:
-    """As `wrap`, where the replacement takes whatever the stock function takes."""
+    """As `wrap`, for a replacement that takes any arguments."""
     owner, name, stock = resolve(target)
     function = stock.__func__ if kind is classmethod else stock
     replacement = make(function)

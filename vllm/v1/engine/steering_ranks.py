@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A front end's call of the steering registries of all data-parallel ranks.
+"""Calls the steering registries of all data-parallel ranks from a front end.
 
-Every rank has an engine core of its own. A change happens on all of them or on none:
-all refuse new requests for the module, all put it in place, and only when each has
-succeeded do they admit requests under it.
+Every rank has an engine core of its own. A change happens on all of them or on none.
+All ranks refuse new requests for the module, then all put it in place. They admit
+requests under it only after every rank has succeeded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ async def call_registries(
         # The files are the same for every rank.
         reply = await one(engines[0], action, payload)
     elif action in CHANGES and len(engines) > 1:
-        # Not left half done when the caller is cancelled.
+        # Shielded, so that a cancelled caller does not leave the change half done.
         change = asyncio.create_task(change_together(ask, action, payload))
         reply = await asyncio.shield(change)
     else:
@@ -90,7 +90,7 @@ async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
 
 
 async def _give_up(ask: Ask, name: str, refusal: ModuleReply) -> ModuleReply:
-    """Let every rank serve the module again, and answer with the refusal."""
+    """Let every rank serve the module again; returns the refusal."""
     released = merged(await ask("release", {"name": name}))
     return replace(refusal, config=released.config)
 
@@ -98,8 +98,9 @@ async def _give_up(ask: Ask, name: str, refusal: ModuleReply) -> ModuleReply:
 def merged(replies: Sequence[ModuleReply]) -> ModuleReply:
     """One reply for those of all ranks.
 
-    A refusal stands for all, named by its rank where there are several. The
-    configuration is that of the first rank, whose changes are in one order.
+    One rank's refusal is the reply for all; if there are several ranks, it names the
+    rank. The configuration is the first rank's, because changes reach one rank in one
+    order.
     """
     first = replies[0]
     for rank, reply in enumerate(replies):
@@ -135,7 +136,7 @@ def _sum_listings(listings: Sequence[Json | None]) -> Json | None:
 
 
 def _sum_stats(stats: Sequence[Json | None]) -> Json | None:
-    """Counts of all ranks added up; lists one behind the other."""
+    """The sums of all ranks' counts, and their lists joined."""
     given = [one for one in stats if one is not None]
     return _added(given) if given else None
 

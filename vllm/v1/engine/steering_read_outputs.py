@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,43 +18,52 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
 from vllm.config.steering_json import JsonView
-from vllm.v1.engine.steering_reads import Chunk, Payload
+from vllm.v1.engine.steering_read_log import Chunk, Reader
 
 
 class Readings:
-    """What one request has read, as it arrives.
+    """What one request has read.
 
     Args:
         extra_args: of the request, with the canonical specs.
         num_prompt: tokens of its prompt.
+        reader: its place in the log of the engine's steps.
     """
 
-    def __init__(self, extra_args: JsonView, num_prompt: int):
+    def __init__(self, extra_args: JsonView, num_prompt: int, reader: Reader):
         self.reads = canonical_reads(extra_args)
         self.num_prompt = num_prompt
-        self._d_sae: Sequence[int] = ()
-        self._pending: list[Chunk] = []
+        self._reader = reader
+        self._end = 0  # positions before this one are in the records
         self._prompt: list[list[SAEFeatures]] = [[] for _ in self.reads]
         self._output: list[list[SAEFeatures]] = [[] for _ in self.reads]
 
-    def add(self, payload: Payload) -> None:
-        """Take what an engine's output brings; it is looked at when it is asked for."""
-        self._d_sae, chunks = payload
-        self._pending += chunks
+    def advance(self, num_generated: int, fired: bool) -> None:
+        """The request has `num_generated` tokens now.
 
-    def _read_pending(self) -> None:
-        chunks, self._pending = self._pending, []
-        for at in range(len(self.reads)) if chunks else ():
-            own = ((first, kept[at]) for first, kept in chunks)
-            parts = [(first, rows[0], rows[1]) for first, rows in own if rows]
+        The last one has not been read yet, unless it is the one on which a stop
+        condition held. Rows of later tokens are not this request's: the scheduler has
+        dropped those, or a stop has cut them off.
+        """
+        self._reader.pull()
+        limit = self.num_prompt + num_generated - (0 if fired else 1)
+        chunks, self._reader.chunks = self._reader.chunks, []
+        due: list[Chunk] = []
+        for chunk in chunks:
+            if (part := chunk.between(self._end, limit)) is not None:
+                due.append(part)
+            if (rest := chunk.between(limit, chunk.end)) is not None:
+                self._reader.chunks.append(rest)
+        self._end = max(self._end, limit)
+        for at in range(len(self.reads)) if due else ():
+            parts = [(c.first, rows) for c in due if (rows := c.rows[at]) is not None]
             # Rows of one width at a time: it follows the batch that a step had.
-            for width, same in itertools.groupby(parts, key=lambda part: part[1]):
-                self._add_rows(at, width, [(first, data) for first, _, data in same])
+            for _, same in itertools.groupby(parts, key=lambda part: part[1].shape[1]):
+                self._add_rows(at, list(same))
 
-    def _add_rows(self, at: int, width: int, parts: list[tuple[int, bytes]]) -> None:
-        joined = b"".join(data for _, data in parts)
-        rows = np.frombuffer(joined, dtype=np.int32).reshape(-1, width)
-        counts = [len(data) // (4 * width) for _, data in parts]
+    def _add_rows(self, at: int, parts: list[tuple[int, np.ndarray]]) -> None:
+        rows = np.concatenate([found for _, found in parts])
+        counts = [len(found) for _, found in parts]
         ends = np.cumsum(counts)
         starts = np.array([first for first, _ in parts]) - (ends - counts)
         positions = np.repeat(starts, counts) + np.arange(len(rows))
@@ -68,24 +76,9 @@ class Readings:
             (slice(split, None), self._output),
         ):
             if len(positions[part]):
-                read, d_sae = self.reads[at], self._d_sae[at]
+                read, d_sae = self.reads[at], self._reader.d_sae[at]
                 record = to_record(read, positions[part], rows[part], d_sae)
                 records[at].append(record)
-
-    def finish(self, num_generated: int, fired: bool) -> None:
-        """The request has ended with `num_generated` tokens.
-
-        Tokens past a stop are dropped; the last one has no entry, unless it is the
-        one on which a stop condition held.
-        """
-        self._read_pending()
-        limit = self.num_prompt + num_generated - (0 if fired else 1)
-        for records in self._output:
-            while records and records[-1].positions[-1] >= limit:
-                last = records.pop()
-                keep = int(np.searchsorted(last.positions, limit))
-                if keep:
-                    records.append(last.head(keep))
 
     def take_output(self, delta: bool) -> ReadFeatures:
         """Entries of generated tokens: all, or with `delta` those not taken yet."""
@@ -96,7 +89,6 @@ class Readings:
         return self._take(self._prompt, delta)
 
     def _take(self, kept: list[list[SAEFeatures]], delta: bool) -> ReadFeatures:
-        self._read_pending()
         found: ReadFeatures = {}
         for read, records in zip(self.reads, kept, strict=True):
             if not records:

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllm.config.sae_readout_step import StepRows
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import JsonView
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.steering_read_log import Reader, ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 
 @functools.cache
@@ -26,20 +29,22 @@ def reading_state() -> type:
         readings: Readings
 
         def _new_completion_output(
-            self, token_ids: Any, finish_reason: Any, stop_reason: Any
-        ) -> Any:
+            self,
+            token_ids: list[int],
+            finish_reason: FinishReason | None,
+            stop_reason: int | str | None,
+        ) -> CompletionOutput:
             output = super()._new_completion_output(
                 token_ids, finish_reason, stop_reason
             )
-            if finish_reason is not None:
-                assert self.detokenizer is not None
-                generated = self.detokenizer.num_output_tokens()
-                self.readings.finish(generated, is_ours(stop_reason))
+            assert self.detokenizer is not None
+            generated = self.detokenizer.num_output_tokens()
+            self.readings.advance(generated, is_ours(stop_reason))
             output.sae_features = self.readings.take_output(self._is_delta())
             return output
 
-        def _new_request_output(self, *args: Any, **kwargs: Any) -> Any:
-            output: Any = super()._new_request_output(*args, **kwargs)
+        def _new_request_output(self, *args: object, **kwargs: object) -> RequestOutput:
+            output = super()._new_request_output(*args, **kwargs)
             output.prompt_sae_features = self.readings.take_prompt(self._is_delta())
             return output
 
@@ -54,29 +59,33 @@ def is_ours(stop_reason: object) -> bool:
     return isinstance(stop_reason, str) and stop_reason.startswith(STOP_PREFIX)
 
 
-def follow(states: JsonView, request: EngineCoreRequest) -> None:
+def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
     """Have the state of a new request collect what it reads, if it does."""
     params = request.sampling_params
     if params is None or not params.extra_args:
         return
     if params.extra_args.get(READOUT_KEY):
         state = states[request.request_id]
-        state.readings = Readings(params.extra_args, state.prompt_len)
+        reader = Reader(log, request.request_id)
+        state.readings = Readings(params.extra_args, state.prompt_len, reader)
         state.__class__ = reading_state()
 
 
-def take_payloads(states: JsonView, outputs: Sequence[EngineCoreOutput]) -> None:
-    """Move what was read from the engine's outputs to the states of their requests."""
+def take_steps(
+    log: ReadLog, states: JsonView, outputs: Sequence[EngineCoreOutput]
+) -> None:
+    """Move the steps that the engine's outputs bring to the log."""
+    if not outputs:
+        return
+    first = outputs[0]
+    params = first.ec_transfer_params
+    if params is not None and PAYLOAD_KEY in params:
+        for step in params.pop(PAYLOAD_KEY):
+            log.add(StepRows.from_wire(step))
+        first.ec_transfer_params = params or None
     for output in outputs:
-        params = output.ec_transfer_params
-        if params is None or PAYLOAD_KEY not in params:
-            continue
-        payload = params.pop(PAYLOAD_KEY)
-        output.ec_transfer_params = params or None
-        state = states.get(output.request_id)
-        if state is None:
-            continue
-        state.readings.add(payload)
-        if is_ours(output.stop_reason):
-            # The token that fired belongs to the text, unlike a stop token.
-            state.detokenizer.include_stop_str_in_output = True
+        if output.stop_reason is not None and is_ours(output.stop_reason):
+            state = states.get(output.request_id)
+            if state is not None:
+                # The token that fired belongs to the text, unlike a stop token.
+                state.detokenizer.include_stop_str_in_output = True

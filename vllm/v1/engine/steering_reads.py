@@ -2,39 +2,37 @@
 """From what workers have read to what clients get: the scheduler's side.
 
 The scheduler knows which tokens of a step were accepted, so it knows the positions of
-a step's rows. It keeps the rows of a prompt until the request has its first output,
-drops positions that were read before (they are recomputed after preemption), and sees
-whether a stop condition holds.
+a step's rows. It sends a step's rows to the front ends as they are, with the step's
+outputs, and sees whether a stop condition holds. While the batch stays the same, a step
+costs a few array operations, however many requests read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.sae_readout_step import StepReadout
+from vllm.config.sae_readout_step import Places, StepReadout, StepRows
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import JsonView
-from vllm.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.request import Request
 
-# Where an engine's output carries the rows of a request to the front end.
+# Where an engine's outputs carry steps to the front end: in the first of a step.
 PAYLOAD_KEY = "sae_readout"
 STOP_PREFIX = "sae:"
 # On a `Request`: its `RequestReads`; None where it reads nothing.
 READS_ATTRIBUTE = "sae_reads"
-
-# (position of the first row, for each read its rows' width and bytes, or None).
-Chunk = tuple[int, list[tuple[int, bytes] | None]]
-# `d_sae` of each read, and the chunks in order; plain types, for msgpack.
-Payload = tuple[tuple[int, ...], list[Chunk]]
+# Steps that wait for an output before those of ended requests are dropped.
+MAX_WAITING = 64
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,9 @@ class ReadCounts:
     """What requests have read of one module since the engine started.
 
     Attributes:
-        tokens: rows that were read, one for each token and site.
-        bytes: of rows that went to the front end.
+        tokens: rows that were read, one for each token and site; twice if a token was
+            computed twice.
+        bytes: of the rows that went to a front end.
         stops: requests that a feature ended.
     """
 
@@ -61,40 +60,9 @@ class ReadCounts:
     stops: int = 0
 
 
-class SlotRows:
-    """The rows of one slot in a step, ready to be cut for its requests.
-
-    Whatever has to look at numbers does so once for all requests.
-    """
-
-    def __init__(self, rows: np.ndarray):
-        self.rows = rows
-        self.width = rows.shape[1]
-        self._data = rows.tobytes()
-        self._row_bytes = 4 * self.width
-        read = np.cumsum(rows[:, 0] != NOT_READ)
-        self._read: list[int] = [0, *read.tolist()]
-
-    def count(self, first: int, end: int) -> int:
-        """How many of some rows were read."""
-        return self._read[end] - self._read[first]
-
-    def cut(self, first: int, end: int) -> bytes:
-        """The bytes of some rows."""
-        return self._data[first * self._row_bytes : end * self._row_bytes]
-
-
-class StepRows:
-    """What a step has read, by slot."""
-
-    def __init__(self, readout: StepReadout):
-        self.first_row = readout.first_row
-        self.slots = {at: SlotRows(rows) for at, rows in readout.rows.items()}
-
-
-@dataclass
+@dataclass(eq=False)
 class RequestReads:
-    """What one request reads, and what of it has not been sent yet.
+    """What one request reads.
 
     Attributes:
         reads: in canonical order.
@@ -102,9 +70,7 @@ class RequestReads:
         d_sae: the number of features at each of them.
         num_prompt: tokens of the prompt.
         min_tokens: generated tokens before which nothing ends the request.
-        counts: of the engine, by module.
-        waits: nobody looks before the request ends, so nothing is sent before.
-        next_position: the first position that has not been read.
+        introduced: whether its front end knows `slots` and `d_sae`.
     """
 
     reads: tuple[SiteRead, ...]
@@ -112,77 +78,185 @@ class RequestReads:
     d_sae: tuple[int, ...]
     num_prompt: int
     min_tokens: int
-    counts: dict[str, ReadCounts]
-    waits: bool = False
-    next_position: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
+    introduced: bool = False
 
-    def take(
-        self, step: StepRows, first_row: int, start: int, accepted: int
+    @property
+    def stops(self) -> bool:
+        """Whether a feature can end the request."""
+        return any(read.stops for read in self.reads)
+
+    def introduce(self) -> Places:
+        """What the front end has to know, once."""
+        self.introduced = True
+        return self.slots, self.d_sae
+
+    def fired(
+        self, rows: Mapping[int, np.ndarray], first_row: int, start: int, count: int
     ) -> Fired | None:
-        """Keep the new rows of a step; the first stop condition that holds, if any.
+        """The first stop condition that holds in a step, if any.
 
         Args:
-            step: what the step has read.
-            first_row: place of the request's first token among the step's tokens.
+            rows: of the step, by slot.
+            first_row: the row of the request's first token.
             start: position of that token.
-            accepted: how many of its tokens count; the rest were rejected drafts.
+            count: how many of its tokens count.
         """
-        first = max(self.next_position, start)
-        end = start + accepted
-        if end <= first:
-            return None
-        self.next_position = end
-        offset = first_row - step.first_row - start
-        low, high = offset + first, offset + end
-        kept: list[tuple[int, bytes] | None] = []
+        # Generated tokens once the token itself is included.
+        generated: np.ndarray = np.arange(count) + (start - self.num_prompt + 1)
+        allowed = generated >= max(self.min_tokens, 1)
         fired: Fired | None = None
-        empty = True
         for read, slot in zip(self.reads, self.slots, strict=True):
-            rows = step.slots.get(slot)
-            count = 0 if rows is None else rows.count(low, high)
-            if rows is None or not count:
-                kept.append(None)
+            if slot not in rows:
                 continue
-            data = rows.cut(low, high)
-            kept.append((rows.width, data))
-            empty = False
-            counts = self.counts.setdefault(read.module, ReadCounts())
-            counts.tokens += count
-            counts.bytes += len(data)
-            if read.stops:
-                fired = self._sooner(fired, read, rows.rows[low:high], first)
-        if not empty:
-            self.chunks.append((first, kept))
-        if fired is not None:
-            self.counts[fired.module].stops += 1
+            own = rows[slot][first_row : first_row + count]
+            found = first_firing(read, own, allowed)
+            if found is None:
+                continue
+            position = start + found[0]
+            if fired is None or position < fired.position:
+                reason = f"{STOP_PREFIX}{read.module}:{read.site}:{found[1]}"
+                fired = Fired(position, reason, read.module)
         return fired
 
-    def _sooner(
-        self,
-        fired: Fired | None,
-        read: SiteRead,
-        rows: np.ndarray,
-        first: int,
-    ) -> Fired | None:
-        # Generated tokens once the token itself is included.
-        generated: np.ndarray = np.arange(len(rows)) + (first - self.num_prompt + 1)
-        found = first_firing(read, rows, generated >= max(self.min_tokens, 1))
-        if found is None:
-            return fired
-        row, feature = found
-        position = first + row
-        if fired is not None and fired.position <= position:
-            return fired
-        reason = f"{STOP_PREFIX}{read.module}:{read.site}:{feature}"
-        return Fired(position, reason, read.module)
 
-    def payload(self) -> Payload | None:
-        """What has not been sent yet, for `Readings.add`; None: nothing."""
-        if not self.chunks:
-            return None
-        chunks, self.chunks = self.chunks, []
-        return self.d_sae, chunks
+class Conditions:
+    """The stop conditions of a batch at one slot: arrays over the conditions."""
+
+    def __init__(self, found: Sequence[tuple[int, int, float]]):
+        places, columns, bounds = zip(*found, strict=True)
+        self.places = np.array(places, dtype=np.int64)
+        self.columns = np.array(columns, dtype=np.int64)
+        self.bounds = np.array(bounds, dtype=np.float32)
+
+    def met(self, rows: np.ndarray, firsts: np.ndarray) -> set[int]:
+        """Places of the requests whose first row meets a condition."""
+        at = firsts[self.places]
+        # A step may have no row wide enough: then nobody there was read.
+        there = (self.columns < rows.shape[1]) & (rows[at, 0] != NOT_READ)
+        columns = np.minimum(self.columns, rows.shape[1] - 1)
+        values = rows.view(np.float32)[at, columns]
+        return set(self.places[there & (values > self.bounds)].tolist())
+
+
+class Batch:
+    """The reading requests of a step, looked up once while they stay the same."""
+
+    def __init__(self, req_ids: Sequence[str], requests: Mapping[str, Request]):
+        self.req_ids = list(req_ids)
+        self.reads: list[RequestReads | None] = []
+        self.clients: dict[int, list[int]] = {}
+        self.modules: dict[int, str] = {}
+        self.stopping: list[int] = []
+        self.new: dict[str, Places] = {}
+        conditions: dict[int, list[tuple[int, int, float]]] = {}
+        for at, req_id in enumerate(self.req_ids):
+            request = requests.get(req_id)
+            reads = None if request is None else request.sae_reads
+            self.reads.append(reads)
+            if request is None or reads is None:
+                continue
+            self.clients.setdefault(request.client_index, []).append(at)
+            if not reads.introduced:
+                self.new[req_id] = reads.introduce()
+            if reads.stops:
+                self.stopping.append(at)
+            for read, slot in zip(reads.reads, reads.slots, strict=True):
+                self.modules[slot] = read.module
+                for feature, bound in read.stops:
+                    column = 2 + read.explicit.index(feature)
+                    conditions.setdefault(slot, []).append((at, column, bound))
+        self.conditions = {slot: Conditions(own) for slot, own in conditions.items()}
+
+    def take_new(self) -> dict[str, Places]:
+        """Requests that the front ends do not know yet."""
+        new, self.new = self.new, {}
+        return new
+
+    def fired(self, step: StepRows) -> dict[str, Fired]:
+        """The requests of which a stop condition holds."""
+        firsts, starts, counts = step.spans
+        candidates = self.stopping
+        if candidates and (counts == 1).all():
+            met: set[int] = set()
+            for slot, own in self.conditions.items():
+                if slot in step.rows:
+                    met |= own.met(step.rows[slot], firsts)
+            candidates = sorted(met)
+        fired: dict[str, Fired] = {}
+        for at in candidates:
+            reads = self.reads[at]
+            assert reads is not None
+            span = int(firsts[at]), int(starts[at]), int(counts[at])
+            found = reads.fired(step.rows, *span)
+            if found is not None:
+                fired[self.req_ids[at]] = found
+        return fired
+
+
+class StepReads:
+    """What the steps of one engine have read, on the way to its front ends.
+
+    Attributes:
+        counts: by module, since the engine started.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, ReadCounts] = {}
+        self._batch: Batch | None = None
+        # Steps that no output has taken along yet, by client.
+        self._waiting: dict[int, list[StepRows]] = {}
+
+    def batch(self, req_ids: Sequence[str], requests: Mapping[str, Request]) -> Batch:
+        """The batch of a step."""
+        if self._batch is None or self._batch.req_ids != req_ids:
+            self._batch = Batch(req_ids, requests)
+        return self._batch
+
+    def take(
+        self,
+        readout: StepReadout,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        requests: Mapping[str, Request],
+    ) -> dict[str, Fired]:
+        """Keep a step for the front ends; the requests that a feature may end.
+
+        Args:
+            readout: of the step.
+            starts: int64 `[n]`, position of each request's first token.
+            counts: int64 `[n]`, how many of its tokens count.
+            requests: that the scheduler knows, by id.
+        """
+        batch = self.batch(readout.req_ids, requests)
+        spans = np.stack([readout.first_rows, starts, counts])
+        step = StepRows(batch.req_ids, spans, readout.rows, batch.take_new())
+        for slot, rows in readout.rows.items():
+            if slot in batch.modules:
+                own = self.counts.setdefault(batch.modules[slot], ReadCounts())
+                own.tokens += int((rows[:, 0] != NOT_READ).sum())
+                own.bytes += rows.nbytes
+        for client, places in batch.clients.items():
+            part = step if len(batch.clients) == 1 else step.part(places)
+            waiting = self._waiting.setdefault(client, [])
+            waiting.append(part)
+            if len(waiting) > MAX_WAITING:
+                known = requests.keys()
+                waiting[:] = [s for s in waiting if not known.isdisjoint(s.req_ids)]
+        return batch.fired(step)
+
+    def stopped(self, fired: Fired) -> None:
+        """A condition has ended a request."""
+        self.counts.setdefault(fired.module, ReadCounts()).stops += 1
+
+    def attach(self, outputs: Mapping[int, EngineCoreOutputs]) -> None:
+        """Put the steps that wait into the first output of each client."""
+        for client, of_client in outputs.items():
+            if not of_client.outputs or client not in self._waiting:
+                continue
+            steps = [step.to_wire() for step in self._waiting.pop(client)]
+            first = of_client.outputs[0]
+            params = first.ec_transfer_params or {}
+            first.ec_transfer_params = {**params, PAYLOAD_KEY: steps}
 
 
 def reads_of(
@@ -194,13 +268,9 @@ def reads_of(
 
 
 def request_reads(
-    request: Request, config: SteeringConfig | None, counts: dict[str, ReadCounts]
+    request: Request, config: SteeringConfig | None
 ) -> RequestReads | None:
-    """The scheduler's state of an admitted request; None: it reads nothing.
-
-    Args:
-        counts: of the engine, by module; the request adds to them.
-    """
+    """The scheduler's state of an admitted request; None: it reads nothing."""
     params = request.sampling_params
     assert params is not None
     reads = reads_of(params.extra_args, config)
@@ -220,12 +290,6 @@ def request_reads(
         tuple(d_sae),
         request.num_prompt_tokens,
         params.min_tokens,
-        counts,
-        # Stop strings are found by the front end, which then has its last output. A
-        # step in which nobody reads sends nothing, so the last one must be read.
-        waits=params.output_kind is RequestOutputKind.FINAL_ONLY
-        and not params.stop
-        and any(read.reads("decode") for read in reads),
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the engine core refuses one steered request, and says why.
+"""How the engine core refuses one steered request and gives the reason.
 
-A front end checks each request, so the core refuses only what a change of modules has
-overtaken: the module is being removed or replaced, or is gone. The reason travels as
+A front end checks each request before. The core refuses a request only if its module
+has changed since: it is being removed or replaced, or is gone. The reason travels as
 the `stop_reason` of an output whose `finish_reason` is `error`.
 """
 
@@ -22,7 +22,7 @@ def stop_reason_of(error: VLLMValidationError) -> str:
 
 
 def refusal_in(stop_reason: int | str | None) -> ModuleChangedError | None:
-    """The refusal that `stop_reason_of` wrote; None: another stop reason."""
+    """The refusal that `stop_reason_of` wrote, or None for another stop reason."""
     if not isinstance(stop_reason, str) or not stop_reason.startswith(PREFIX):
         return None
     message, parameter = json.loads(stop_reason.removeprefix(PREFIX))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine core's registry: modules that come and go while requests run.
 
-Reached as `collective_rpc(METHOD, args=(action, payload))`, which every client of an
-engine has, and handled here instead of in the workers. All of it runs between two
-steps in the thread that schedules, so calls are serialised; only `inspect`, which
-reads whole files, runs beside.
+Clients call `collective_rpc(METHOD, args=(action, payload))`, which every client of an
+engine has. The engine core handles it here instead of in the workers. Calls run between
+two steps in the scheduling thread, one after another. Only `inspect`, which reads whole
+files, runs in a thread of its own.
 
 Each data-parallel rank has an engine core, hence a registry, of its own. One rank
 changes at once. Several change together in phases, which `steering_ranks.py` drives:
@@ -58,16 +58,19 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 WORKER_METHOD = "change_steering_modules"
-# A change that nobody finished for so long was given up by who asked for it.
+# After this time, the caller of an unfinished change is taken to have given up.
 PREPARED_LIMIT_S = 600.0
 
-# From the payload of a change to the configuration after it.
+# What reads or writes the memory of workers.
+NEEDS_WORKERS = ("register", "unregister", "finish", "rollback")
+
+# Makes the configuration after a change from the change's payload.
 Plan = Callable[[Json], SteeringConfig]
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChange:
-    """A change that the workers have made and requests do not see yet."""
+    """A change that the workers have made and that requests do not see yet."""
 
     ident: str
     name: str
@@ -83,6 +86,8 @@ class SteeringRegistry:
         self.lock = threading.Lock()
         self.inspector = ThreadPoolExecutor(1, "steering-inspect")
         self.prepared: PreparedChange | None = None
+        # The workers' last answer. While they sleep, their memory cannot be read.
+        self.known_stats: list[Json] = []
 
     def call(
         self, action: str, payload: Json | None = None
@@ -125,6 +130,12 @@ class SteeringRegistry:
                     f"found {shown(action)}, expected {known}",
                     "action",
                 )
+            if action in NEEDS_WORKERS and self.asleep:
+                raise RefusedCall(
+                    Outcome.CONFLICT,
+                    "the engine is asleep: expected it awake, since modules are in the "
+                    "memory that it has given back",
+                )
             with self.lock:
                 reply = actions[action](payload or {})
         except RefusedCall as refused:
@@ -137,6 +148,11 @@ class SteeringRegistry:
         """The configuration that requests are admitted under."""
         config = active_steering_config(self.core.vllm_config)
         return config or SteeringConfig()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the workers' weights, and so the modules, are off the device."""
+        return "weights" in self.core.model_executor.sleeping_tags
 
     def in_use(self, name: str) -> int:
         """Requests that run or wait and name the module."""
@@ -160,9 +176,14 @@ class SteeringRegistry:
         return ModuleReply(outcome=Outcome.DONE, listing=listing)
 
     def _stats(self, payload: Json) -> ModuleReply:
-        replies = self._workers("stats")
-        if error := first_error(replies):
-            raise RefusedCall(Outcome.FAILED, error["error"])
+        if not self.asleep:
+            replies = self._workers("stats")
+            if error := first_error(replies):
+                raise RefusedCall(Outcome.FAILED, error["error"])
+            self.known_stats = replies
+        if not (replies := self.known_stats):
+            text = "the engine is asleep, and was not asked before"
+            raise RefusedCall(Outcome.CONFLICT, text)
         # Every rank has the same rows and tokens; bytes are per rank.
         stats = {
             **replies[0]["stats"],
@@ -173,7 +194,8 @@ class SteeringRegistry:
 
     def _read_counts(self) -> Json:
         """Tokens and bytes that were read, and stops, of every module."""
-        counts = self.core.sae_read_counts or {}
+        reads = self.core.scheduler.sae_step_reads
+        counts = {} if reads is None else reads.counts
         return {
             name: dataclasses.asdict(counts.get(name, ReadCounts()))
             for name in self.config.modules
@@ -261,7 +283,7 @@ class SteeringRegistry:
         return ModuleReply(outcome=Outcome.DONE)
 
     def _wait_for(self, name: str, drain: bool, close: bool) -> ModuleReply | None:
-        """What to answer while requests use the module; None when none does.
+        """The answer while requests use the module, or None if none does.
 
         Args:
             name: of the module.

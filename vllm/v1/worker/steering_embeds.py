@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt positions that a client gives as embeddings: they have no token id.
+"""Prompt positions that a client gives as embeddings. They have no token id.
 
 The runners keep some id for such a position (zero, or what an earlier request left in
-its place). No bypass by id may read it.
+its place). The bypass by token id must not use it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_TOKEN_ID = -1
 
 
 def embedded_positions(new: NewRequestData) -> np.ndarray | None:
-    """bool `[prompt]`, true where the position has no id; None: each has one."""
+    """bool `[prompt]`, true where a position has no id; None if all have one."""
     if new.prompt_embeds is None:
         return None
     if new.prompt_is_token_ids is not None:

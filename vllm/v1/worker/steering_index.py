@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the batch's spans to the row of every token.
+"""Computes the row of every token of a step.
 
 The phase of a token is decided by its position alone, so chunking, preemption,
 recompute, draft tokens and prefix-cache hits cannot change it.
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class BatchView:
-    """What steering needs of a step; each runner builds it from its own batch.
+    """What steering needs to know of a step. Each runner builds it from its own batch.
 
     Attributes:
         req_ids: requests in batch order; their tokens follow one another.
@@ -55,7 +55,7 @@ class RequestRows:
 
     @property
     def pieces(self) -> tuple[tuple[int, Rows], ...]:
-        """The schedule, of phases too."""
+        """The schedule; a request with phases has two pieces."""
         return self.schedule or ((0, self.prefill), (NO_STOP, self.decode))
 
     def held(self, tier: int) -> list[int]:
@@ -90,16 +90,16 @@ def piece_counts(view: BatchView, stops: np.ndarray) -> np.ndarray:
 
 
 class StepIndex:
-    """The rows of a step's tokens, made anew only where the batch has changed.
+    """The rows of a step's tokens, computed again only when the batch has changed.
 
-    While the same requests decode, a step costs a comparison: the rows are gathered
-    again when the batch or a request's rows change, and laid out again when the
-    spans do.
+    While the same requests decode, a step costs only a comparison. A change of the
+    batch or of a request's rows gathers the rows again. A change of the token counts
+    lays them out again.
 
     Attributes:
         rows: int32 `[tier, tokens]`, the row of every token; None if all are 0.
-        steered: int64 `[tier, phase]`, tokens of the step that have a row (prefill,
-            decode).
+        steered: int64 `[tier, phase]`, number of the step's tokens that have a row
+            (prefill, decode).
     """
 
     def __init__(self, num_tiers: int):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row allocation: which table row a request's edits of one tier occupy.
 
-A row is one distinct content (the edits of one tier in one piece of a schedule).
+A row holds one distinct content: the edits of one tier in one piece of a schedule.
 Requests with the same content share a row by reference count. Tables hold `max_pieces *
 max_num_seqs + 1` rows and a request has at most `max_pieces`, so `acquire` cannot fail.
-Everything here depends on the sequence of calls alone, so every rank allocates alike
+Allocation depends only on the sequence of calls, so every rank allocates alike,
 whichever layers it owns.
 """
 
@@ -70,7 +70,7 @@ class RowManager:
         return row
 
     def release(self, row: int) -> None:
-        """Give back one hold on `row`; row 0 is nobody's and ignored."""
+        """Give back one hold on `row`. Row 0 is ignored."""
         if row == 0:
             return
         held = self._rows[row]
@@ -83,7 +83,7 @@ class RowManager:
         heapq.heappush(self._free, row)
 
     def take_changes(self) -> dict[int, Edits]:
-        """Rows whose tables must be written before the next forward; then none."""
+        """Take the rows whose tables must be written before the next forward."""
         changed, self._changed = self._changed, {}
         return changed
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how well an SAE reconstructs a site of a running, eager engine.
 
-While a measurement runs, the site's backend is wrapped: tokens that full reconstruction
-edits are counted, with the error it makes, or get the mean of what was measured.
+A measurement wraps the site's backend. It counts the tokens that full reconstruction
+edits and sums the error. With `ablates`, the tokens get the mean of what was measured.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,7 +28,10 @@ from vllm.model_executor.layers.steering_reference import (
     within_norm,
     write_stream,
 )
-from vllm.v1.worker.steering_runtime import SteeringRuntime
+from vllm.v1.worker.steering_runtime import SteeredRunner
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
@@ -51,7 +54,7 @@ class MeasuringBackend:
 
     @property
     def mean(self) -> torch.Tensor:
-        """float32 `[d_out]`, of the tokens that were measured."""
+        """float32 `[d_out]`, the mean over the tokens that were measured."""
         return (self.total / max(self.tokens, 1)).float()
 
     def sums(self) -> dict[str, float]:
@@ -113,8 +116,8 @@ class MeasuringBackend:
 class SteeringMeasureMixin:
     """Gives a worker the method by which `evaluate` measures a site."""
 
-    vllm_config: Any
-    model_runner: Any
+    vllm_config: VllmConfig
+    model_runner: SteeredRunner
     _steering_measured: tuple[SteeringSite, MeasuringBackend] | None = None
 
     def measure_steering(
@@ -144,7 +147,7 @@ class SteeringMeasureMixin:
         return {"ok": True}
 
     def _start_measuring(self, module: str, key: SiteKey) -> None:
-        runtime: SteeringRuntime | None = self.model_runner.steering
+        runtime = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
         if not self.vllm_config.model_config.enforce_eager:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model runner does for steering: calls the runtime at its own verbs.
+"""What a model runner does for steering: its own methods call the runtime's.
 
 The two runners differ only in how they say which requests come and go and in the
 `BatchView` of a step.
@@ -70,12 +70,12 @@ class SteeringModelRunnerMixin:
             context[key.name] = site
 
     def clear_steering_step(self) -> None:
-        """Dummy runs, profiling and capture steer nothing."""
+        """Give every token row 0: dummy runs, profiling and capture steer nothing."""
         if self.steering is not None:
             self.steering.clear_step()
 
     def take_steering_readout(self) -> StepReadout | None:
-        """What the step at hand has read; its copy to the host is under way."""
+        """What this step has read. Its copy to the host is under way."""
         return None if self.steering is None else self.steering.readout.take_step()
 
     @staticmethod
@@ -84,15 +84,15 @@ class SteeringModelRunnerMixin:
     ) -> None:
         """Send what was read with the step's output.
 
-        Its arrays are complete when the output is: the copies precede those of the
-        sampled tokens on the device.
+        Its arrays are complete when the output is complete, because on the device their
+        copies precede those of the sampled tokens.
         """
         if readout is not None:
             setattr(output, READOUT_ATTRIBUTE, readout)
 
 
 class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
-    """Model Runner V1: a persistent batch that requests drop out of and return to."""
+    """Model Runner V1: a persistent batch that requests leave and return to."""
 
     _steering_batch: list[str] = []  # as of the step before
 
@@ -134,7 +134,7 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
 
 
 class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
-    """Model Runner V2: slots that preempted requests leave as finished ones do."""
+    """Model Runner V2: preempted requests give up their slots, as finished ones do."""
 
     def finish_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow `finish_requests`."""

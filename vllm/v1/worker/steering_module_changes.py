@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that come and go on a running worker, in two phases.
+"""Changes the modules of a running worker, in two phases.
 
-`stage` loads and checks everything on the host and changes nothing; `commit` copies it
-into the slots and keeps what was there; then `finish` forgets that, or `rollback`
-brings it back. The engine runs each on every rank before the next, between two steps,
-and only for modules that no request uses.
+`stage` loads and checks everything on the host and changes nothing. `commit` copies it
+into the slots and keeps what was there. Then `finish` drops what was kept, or
+`rollback` restores it. The engine runs each verb on every rank before the next verb,
+between two steps, and only for modules that no request uses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ from vllm.v1.worker.steering_modules import (
     VectorPlace,
     unit_scale,
 )
-from vllm.v1.worker.steering_runtime import SteeringRuntime
+from vllm.v1.worker.steering_runtime import SteeredRunner, SteeringRuntime
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
@@ -78,10 +81,11 @@ class ModuleChanges:
         return self.runtime.modules
 
     def stage(self, config: SteeringConfig, name: str) -> None:
-        """Load what changes for the module `name`, on the host; attach nothing.
+        """Load what changes for the module `name` on the host; attach nothing.
 
         Raises:
-            ValueError: the module's files are not as they were inspected, or bad.
+            ValueError: the module's files have changed since they were inspected, or
+                are bad.
         """
         self.staged = None
         before = self.runtime.config
@@ -121,8 +125,8 @@ class ModuleChanges:
         self._synchronize()
 
     def finish(self) -> None:
-        """The change stands on every rank: silence the slots that it freed, and give
-        back the memory of those that are gone."""
+        """Called when every rank has committed: silence the slots that were freed, and
+        release the memory of slots that are gone."""
         change, self.staged = self._change(), None
         gone = set(slots_of(change.before)) - set(slots_of(change.after))
         if gone:
@@ -135,7 +139,7 @@ class ModuleChanges:
         logger.info("Steering module %s: the change is in place", name)
 
     def rollback(self) -> None:
-        """Undo `commit`, however far it came, or drop what was staged."""
+        """Undo `commit`, even if it failed half-way, or drop what was staged."""
         change, self.staged = self.staged, None
         if change is None or not change.committed:
             return
@@ -167,7 +171,7 @@ class ModuleChanges:
                 }
                 for tier in Tier
             },
-            # Waits for the step in flight; asked for every few seconds at most.
+            # This waits for the step in flight, at most once every few seconds.
             "bypassed_tokens": int(self.runtime.step.bypassed),
             "saturated_tokens": int(self.runtime.step.saturated),
             "bytes": self.modules.nbytes,
@@ -200,7 +204,7 @@ class ModuleChanges:
         modules.bind(module, scales)
 
     def _synchronize(self) -> None:
-        """Wait for the step in flight, and for copies to have succeeded."""
+        """Wait for the step in flight, and raise if a copy has failed."""
         if self.modules.device.type != "cpu":
             torch.accelerator.synchronize(self.modules.device)
 
@@ -237,8 +241,8 @@ def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
 class SteeringWorkerMixin:
     """Gives a worker the method that the engine calls on every rank."""
 
-    vllm_config: Any
-    model_runner: Any
+    vllm_config: VllmConfig
+    model_runner: SteeredRunner
     # Made when the modules first change.
     steering_module_changes: ModuleChanges | None = None
 
@@ -279,7 +283,7 @@ class SteeringWorkerMixin:
         return {"ok": True}
 
     def _changes(self) -> ModuleChanges:
-        runtime: SteeringRuntime | None = self.model_runner.steering
+        runtime = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
         if self.steering_module_changes is None:

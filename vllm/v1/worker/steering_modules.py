@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slots of a worker's sites: built at start-up, filled with modules.
+"""The slots of a worker's sites. They are built at start-up and filled with modules.
 
-The engine decides which slot holds which module (`ModuleInfo.slots`); a worker builds
-those of the layers that it owns. A slot's buffers never move, so captured graphs keep
-their addresses whatever module the slot holds.
+The engine decides which slot holds which module (`ModuleInfo.slots`). A worker builds
+the slots of the layers that it owns. A slot's buffers never move, so the addresses in
+captured graphs stay valid whatever module the slot holds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SiteModules:
     """The sites of this rank, their slots, and where each module's rows live.
 
     Rows are looked up by module and `SiteKey(layer, hook)`: a module has at most one
-    site that reads a point, whatever point it writes.
+    site that reads a given point.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class SiteModules:
         return lambda module, key: bound.get((module, key))
 
     def tables(self, tier: Tier) -> list[BoundTable]:
-        """The tier's distinct tables, those of free slots too."""
+        """The tier's distinct tables, including those of free slots."""
         found: dict[int, BoundTable] = {}
         for place in self.places.values():
             if isinstance(place, SAEPlace):
@@ -194,7 +194,7 @@ class SiteModules:
         return SAEPlace(key, sae, tables)
 
     def attach(self, places: dict[int, Place]) -> list[SteeringSite]:
-        """Add slots to their sites, and sites that are new to their layers.
+        """Add slots to their sites, and new sites to their layers.
 
         Returns:
             the sites that are new.
@@ -215,13 +215,13 @@ class SiteModules:
         return made
 
     def detach(self, ids: set[int]) -> None:
-        """Take slots away again; a site without slots edits nothing."""
+        """Remove slots from their sites. A site without slots edits nothing."""
         gone = [self.places.pop(at) for at in ids if at in self.places]
         for key in {place.key for place in gone}:
             self._fill_site(self.sites[key])
 
     def shrink(self) -> None:
-        """Give back the working memory that slots needed which are gone."""
+        """Release the working memory that only removed slots needed."""
         if self.places:
             self._use(make_backend(self.step, self.places, self.dtype, self.device))
 
@@ -239,7 +239,7 @@ class SiteModules:
         self.backend = backend
 
     def bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
-        """Have a module's rows written to its slots.
+        """From now on, a module's rows are written to its slots.
 
         Args:
             module: whose weights the slots hold.
@@ -259,7 +259,7 @@ class SiteModules:
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
 
     def unbind(self, module: ModuleInfo) -> None:
-        """Forget where a module's rows live, and the rows of its own tables."""
+        """Forget where a module's rows live, and clear its own tables."""
         for site, at in self.own_sites(module):
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
@@ -286,7 +286,8 @@ class SiteModules:
         self.step.skip_bits.copy_(torch.from_numpy(self.skip_sets.bits))
 
     def load(self, module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
-        """Stream one site's SAE into its buffers, as its layer's point has it.
+        """Stream one site's SAE into its buffers, with a norm's gain folded in if
+        needed.
 
         Raises:
             ValueError: as `load_site`, or the gain of a norm cannot be divided out.

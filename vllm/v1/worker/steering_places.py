@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places that modules go to: slots with the tables of their rows."""
+"""The places that hold modules: slots and the tables of their rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SAEPlace:
 
 @dataclass
 class VectorPlace:
-    """A site's stack of vectors, and the row of it that is one slot."""
+    """One slot for a vector: a row in the stack of vectors of its site."""
 
     key: SiteKey
     slot: VectorSlot
@@ -46,7 +46,7 @@ def make_backend(
     dtype: torch.dtype,
     device: torch.device,
 ) -> SteeringBackend:
-    """The device's way to compute the tiers."""
+    """The backend that computes the tiers on the device."""
     if device.type == "cpu":
         from vllm.model_executor.layers.steering_readout import ReadingReferenceBackend
 

@@ -9,7 +9,7 @@ one waits for it: it is complete when the sampled tokens are on the host.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -44,31 +44,34 @@ class Places(Protocol):
 
 @dataclass(frozen=True)
 class Readers:
-    """Who reads in a batch, and where: the first lists of a `StepReadout`.
+    """Who reads in a batch, and where: what steps of the same batch share.
 
-    `places` are the requests' places in the batch, `total` their tokens in all.
+    Attributes:
+        req_ids: the reading requests, in batch order; the arrays go with them.
+        places: int64 `[n]`, their places in the batch.
+        num_tokens: int64 `[n]`, their tokens in the step.
+        first_rows: int64 `[n]`, each one's first token within `part`.
+        part: of the step's tokens, from the first to the last that may be read.
+        total: tokens of all.
     """
 
-    req_ids: list[str] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    first_rows: list[int] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    total: int = 0
+    req_ids: list[str]
+    places: np.ndarray
+    num_tokens: np.ndarray
+    first_rows: np.ndarray
+    part: slice
+    total: int
 
 
 def readers_of(view: BatchView, reading: Collection[str]) -> Readers:
-    """The requests of a batch that are in `reading`."""
-    places = [at for at, req_id in enumerate(view.req_ids) if req_id in reading]
-    counts = view.num_scheduled[: len(view.req_ids)]
-    firsts = np.cumsum(counts) - counts
-    own = counts[places].tolist()
-    return Readers(
-        [view.req_ids[at] for at in places],
-        places,
-        firsts[places].tolist(),
-        own,
-        sum(own),
-    )
+    """The requests of a batch that are in `reading`; at least one is."""
+    found = [at for at, req_id in enumerate(view.req_ids) if req_id in reading]
+    places = np.array(found, dtype=np.int64)
+    counts: np.ndarray = view.num_scheduled[: len(view.req_ids)].astype(np.int64)
+    own, firsts = counts[places], (np.cumsum(counts) - counts)[places]
+    part = slice(int(firsts[0]), int(firsts[-1] + own[-1]))
+    req_ids = [view.req_ids[at] for at in found]
+    return Readers(req_ids, places, own, firsts - part.start, part, int(own.sum()))
 
 
 class SteeringReadout:
@@ -95,8 +98,8 @@ class SteeringReadout:
         self._written = 0
         # Of the step at hand: who reads, and where; kept while a batch only decodes.
         self._reading = False
-        self._readers = Readers()
-        self._computed: list[int] = []
+        self._readers: Readers | None = None
+        self._computed: np.ndarray = np.zeros(0, dtype=np.int64)
         # Slot -> width of its output, for the rows of the batch at hand.
         self._widths: dict[int, int] = {}
         # Tokens that had a row since the worker started, by slot.
@@ -148,7 +151,8 @@ class SteeringReadout:
         if changed or not self._written:
             self._write_index(rows[0])
             self._readers = readers_of(view, self._rows)
-        self._computed = view.num_computed[self._readers.places].tolist()
+        assert self._readers is not None
+        self._computed = view.num_computed[self._readers.places].astype(np.int64)
         self._reading = self.step.reading = True
         return True
 
@@ -202,19 +206,19 @@ class SteeringReadout:
             return None
         self._reading = False
         readers = self._readers
-        first = readers.first_rows[0]
-        part = slice(first, readers.first_rows[-1] + readers.num_tokens[-1])
+        assert readers is not None
         buffers = self.places.read_buffers()
         rows: dict[int, np.ndarray] = {}
         for at, width in self._widths.items():
-            out = buffers[at].out
+            out = buffers[at].out[readers.part]
             if self.sends:
-                copy = out[part, :width].contiguous()
+                # Pinned memory of PyTorch's pool, which knows when a copy is done; the
+                # next step may begin before this one has been looked at.
+                copy = out[:, :width].contiguous()
                 rows[at] = copy.to("cpu", non_blocking=True, copy=True).numpy()
-                tokens = self.tokens_read.get(at, 0) + readers.total
-                self.tokens_read[at] = tokens
+                self.tokens_read[at] = self.tokens_read.get(at, 0) + readers.total
             # Tokens of the next step count as not read until they are.
-            out[part, 0].fill_(NOT_READ)
+            out[:, 0].fill_(NOT_READ)
         if not rows:
             return None
         return StepReadout(
@@ -222,7 +226,6 @@ class SteeringReadout:
             readers.first_rows,
             readers.num_tokens,
             self._computed,
-            first,
             rows,
         )
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One worker's steering: its sites, rows and per-step index.
 
-The model runner owns one `SteeringRuntime` and calls its verbs; the runtime owns
-every tensor. Nothing here differs between the runners.
+The model runner owns one `SteeringRuntime` and calls its methods. The runtime owns
+every tensor. It is the same for both runners.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -135,8 +136,8 @@ class SteeringRuntime:
         try:
             return parse_steering_request(params.extra_args, self.config)
         except (ValueError, VLLMValidationError):
-            # The engine admits a request only after this same check, so this is a
-            # defect, not a client's error; a worker must survive it all the same.
+            # The engine admits a request only after this same check. A failure here is
+            # a defect of ours, not a client's error, and the worker must survive it.
             logger.exception("steering: request %s was admitted unparsable", req_id)
             return None
 
@@ -190,8 +191,8 @@ class SteeringRuntime:
         self._embedded.pop(req_id, None)
 
     def prepare_step(self, view: BatchView) -> None:
-        """Write the index, the rows and the bypass flags of a step, before its
-        forward. Nothing is copied where nothing has changed."""
+        """Write the index, the rows and the bypass flags of a step before its forward.
+        What has not changed is not copied."""
         if not self._rows:
             self.clear_step()
             return
@@ -203,7 +204,7 @@ class SteeringRuntime:
             backend.write_flags(known_token_ids(view, tokens, self._embedded))
 
     def _prepare_edits(self, view: BatchView) -> bool:
-        """Write what edits the step; whether a tier does that bypasses tokens."""
+        """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
         changed = index.update(view)
         if index.rows is None:
@@ -216,7 +217,7 @@ class SteeringRuntime:
         return bool(index.steered[[Tier.DELTA, Tier.FULL]].any())
 
     def clear_step(self) -> None:
-        """Unsteered step, dummy run or capture: every token has row 0."""
+        """Give every token row 0: for an unsteered step, a dummy run or a capture."""
         self.readout.clear_step()
         self._clear_edits()
 
@@ -242,8 +243,8 @@ class SteeringRuntime:
             return
         host[:, :tokens] = rows
         host[:, tokens:extent] = 0
-        # A fresh pinned buffer each time: the copy is asynchronous, and the host may
-        # be preparing the next step before it has been read.
+        # A new pinned buffer each time. The copy is asynchronous, and the host may
+        # prepare the next step before the copy has read the buffer.
         fresh = async_tensor_h2d(host[:, :extent].copy(), device=self.step.index.device)
         self.step.index[:, :extent].copy_(fresh)
         self._written_tokens = tokens
@@ -251,8 +252,9 @@ class SteeringRuntime:
     def check_integrity(self, live: Collection[str] | None = None) -> None:
         """Assert that the managers and the requests agree on who holds what.
 
-        `live` are the ids that the scheduler knows, or has just finished and not yet
-        told the worker about; a request that is none of these was never forgotten.
+        `live` are the ids that the scheduler knows, including finished requests that it
+        has not yet told the worker about. If the worker knows another request, it has
+        failed to forget it.
         """
         if live is not None:
             forgotten = set(self._requests) - set(live)
@@ -267,3 +269,9 @@ class SteeringRuntime:
         assert set(self._embedded) <= set(self._requests), "an unknown prompt"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
         self.readout.check_integrity()
+
+
+class SteeredRunner(Protocol):
+    """The attribute of a model runner that module changes and measurements use."""
+
+    steering: SteeringRuntime | None

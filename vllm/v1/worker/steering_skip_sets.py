@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which token ids the modules leave alone, as bits that the device looks up."""
+"""The token ids that modules bypass, as bits that the device looks up."""
 
 from __future__ import annotations
 

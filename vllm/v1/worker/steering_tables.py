@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes clamp rows: built on the host, uploaded once per change."""
+"""Builds clamp rows on the host and uploads each once per change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Term = tuple[int, int, float]
 
 @dataclass
 class BoundTable:
-    """A clamp table with what turns an entry of its module into the table's terms.
+    """A clamp table, and what converts an entry of its module to a row of the table.
 
     Attributes:
         table: the device table.
@@ -117,7 +117,7 @@ class BoundTable:
 
 
 def _vector_terms(feature: int, action: VectorAction) -> list[Term]:
-    """The clamps of a direction that a vector's action stands for."""
+    """The clamps that a vector's action stands for, on its direction."""
     along = ClampFlag.PROJECTION | (ClampFlag.RELATIVE if action.relative else 0)
     if action.sums:
         return [(feature, ClampKind.ADDITIVE, action.value)]
@@ -146,8 +146,8 @@ def write_rows(
 ) -> None:
     """Bring every table of a tier up to date with the changed rows.
 
-    A table that a row used to edit and no longer does gets an empty row. Edits at
-    sites that this rank does not own are passed over.
+    If a row no longer edits a table, that table gets an empty row. Edits at sites that
+    this rank does not own are skipped.
     """
     pending: dict[int, dict[int, np.ndarray]] = {}
     for row, edits in changes.items():

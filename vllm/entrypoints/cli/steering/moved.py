@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An SAE measured at another site than its files say: only `probe` does that."""
+"""Lets `probe` measure an SAE at a site other than the one its files state."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def at_asked_site(
 ) -> Iterator[tuple[str, Sequence[str] | None]]:
     """The path and the sites to measure.
 
-    An SAE of one site that is asked for at another one is written, folded, as a native
-    directory for that site, which lasts as long as the block; a note says so.
+    If an SAE has one site and another one is asked for, the SAE is written, folded, as
+    a native directory for that other site. The directory lasts as long as the block. A
+    note says so.
 
     Raises:
         ValueError: the module is refused, or has several sites and none of them is

@@ -74,7 +74,7 @@ the barn, wrote the date beneath it in chalk, and went to see about the fence.
 class ProbedSite:
     """What was measured at one site, beside what its author declares.
 
-    `bypassed` tokens are those that the module leaves untouched; FVU and L0 are over
+    `bypassed` counts the tokens that the module leaves untouched. FVU and L0 are over
     the others. `nearby` is the FVU of the same SAE at the same hook of the layers
     around it, by site name.
     """
@@ -93,7 +93,7 @@ class ProbedSite:
 def declared_values(
     site: SiteInfo, claims: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
-    """What the files claim of a site: `fvu`, `l0`; a TopK SAE's k is its L0."""
+    """What the files claim of a site: `fvu` and `l0`. A TopK SAE's L0 is its k."""
     found = dict(claims.get(site.name, {}))
     if site.activation is Activation.TOPK and site.k is not None:
         found.setdefault("l0", float(site.k))
@@ -101,9 +101,9 @@ def declared_values(
 
 
 def windows(ids: Sequence[int], bos: int | None, max_tokens: int) -> list[list[int]]:
-    """The text's tokens, at most `max_tokens`, as prompts that begin as it does.
+    """The text's first `max_tokens` tokens, cut into prompts.
 
-    Where the tokenizer puts a bos before a text, each prompt gets one.
+    If the tokenizer puts a bos before a text, each prompt gets one.
     """
     prefix = [bos] if bos is not None and ids[:1] == [bos] else []
     body = list(ids[len(prefix) : max_tokens])

@@ -67,7 +67,7 @@ class _Recorder:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        """Sees what `full_reconstruction` sees."""
+        """Records nothing: `full_reconstruction` records the same tensors."""
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -81,7 +81,7 @@ class _Recorder:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        """Nobody reads features of a probe."""
+        """Records nothing: no request of a probe reads features."""
 
     def _record(
         self,
@@ -187,7 +187,7 @@ def install_recorders(
 
 
 def key_of(info: SiteInfo) -> SiteKey:
-    """The site of a running engine that holds a module's site."""
+    """The key of the engine's site that holds a module's site."""
     return SiteKey(info.layer, info.hook, info.hook_out)
 
 

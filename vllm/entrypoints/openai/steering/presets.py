@@ -10,6 +10,7 @@ from vllm.config.sae_steering_specs import PRESET_KEY
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal, shown
 from vllm.config.steering_json import Json
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
 # Where routes name a parameter otherwise than `SamplingHints` does.
 _OTHER_NAMES = {"max_tokens": ("max_completion_tokens", "max_output_tokens")}
@@ -48,6 +49,21 @@ def select_preset(
         request.model = base_model  # type: ignore[attr-defined]
     if isinstance(name, str) and name in config.presets:
         _fill(request, config.presets[name]["sampling"])
+
+
+def preset_cards(config: SteeringConfig | None, base_model: str) -> list[ModelCard]:
+    """What `/v1/models` says of the presets.
+
+    Args:
+        config: of the engine; None when it is not steered.
+        base_model: the name that the engine's own model is served under.
+    """
+    return [
+        ModelCard(
+            id=name, root=base_model, parent=base_model, permission=[ModelPermission()]
+        )
+        for name in (() if config is None else config.presets)
+    ]
 
 
 def _fill(request: BaseModel, hints: Json) -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests have read, in the answers of the OpenAI routes.
 
-A stream is annotated from outside: the results that go into stock's generator are
-watched, and what they have read is put into the next chunk of the same choice.
+A stream is annotated from outside. `StreamedChoices` notes the results that enter
+vLLM's generator and adds what they have read to the next chunk of the same choice.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.config.sae_features import ReadFeatures, features_json, merge
 from vllm.config.sae_steering_specs import READOUT_KEY
@@ -17,6 +17,7 @@ from vllm.config.sae_steering_specs import READOUT_KEY
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from vllm.entrypoints.openai.responses.protocol import StreamingResponsesResponse
     from vllm.outputs import RequestOutput
 
 FEATURES = "sae_features"
@@ -40,7 +41,7 @@ def put(target: object, features: ReadFeatures, prompt: ReadFeatures | None) -> 
 
 
 class StreamedChoices:
-    """What the choices of a stream have read and their chunks have not carried yet.
+    """What a stream's choices have read and no chunk has carried yet.
 
     Args:
         n: choices of each prompt.
@@ -139,7 +140,9 @@ class ResponseReading:
         self.fresh = merge(self.fresh, features) or {}
         self.prompt = merge(self.prompt, result.prompt_sae_features) or {}
 
-    async def annotate(self, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def annotate(
+        self, events: AsyncIterator[StreamingResponsesResponse]
+    ) -> AsyncIterator[StreamingResponsesResponse]:
         """A stream's events, text deltas with what has been read since the last."""
         async for event in events:
             if event.type in _TEXT_DELTAS and self.fresh:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steering fields of HTTP requests: declared where carried, refused elsewhere.
+"""The steering fields of HTTP requests. Some routes carry them; the others refuse them.
 
 The models only declare the fields; the one strict parser checks them when the
 request's sampling parameters are validated, so every surface gives the same errors.
@@ -72,7 +72,7 @@ def _refuser(path: str, reason: str) -> Callable[[object], object]:
 def refuse_specs_beside_extra_args(value: object) -> object:
     """Refuse steering that is written into raw sampling parameters' top level.
 
-    There it would be dropped: only `extra_args` carries it.
+    vLLM would drop it there. Only `extra_args` carries it.
     """
     if isinstance(value, dict):
         for name in FIELD_SCHEMAS:
@@ -95,8 +95,8 @@ def refuse_event_fields(event: object) -> None:
 
 def specs_of(request: BaseModel) -> Json:
     """The steering fields of a request, by name; None where not given."""
-    # A route whose schema was built before the fields were declared keeps them
-    # among the extra fields, which are items of a model all the same.
+    # If a route's schema was built before the fields were declared, they are extra
+    # fields. `dict(request)` has those too.
     fields = dict(request)
     return {name: fields.get(name) for name in EXTRA_ARGS_KEYS}
 
@@ -121,7 +121,7 @@ async def refuse_ambiguous_body(raw_request: Request | None) -> None:
     """Refuse duplicate keys and `-0` in the steering of the body that was sent."""
     if raw_request is None:
         return
-    # Read before, when the request was made of it, and kept.
+    # Starlette has read the body before and keeps it.
     with suppress(RuntimeError, ValueError, RecursionError):
         refuse_ambiguous_fields(await raw_request.body(), EXTRA_ARGS_KEYS)
 

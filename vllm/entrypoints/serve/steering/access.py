@@ -14,12 +14,12 @@ from vllm.config.steering_checks import shown
 KEY_ENV = "VLLM_STEERING_API_KEY"
 # For servers whose own `--api-key` takes the Authorization header.
 OWN_HEADER = "x-steering-authorization"
-# Entries of a module's directory that are looked at for links that leave the roots.
+# A module's directory may hold this many entries; each is checked for links.
 MAX_ENTRIES = 4096
 
 
 class RequestRefused(Exception):
-    """A request that is answered with `status` (4xx) and the bad field."""
+    """A request that is refused with `status` (4xx) and the bad field."""
 
     def __init__(
         self,

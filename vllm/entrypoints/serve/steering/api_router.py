@@ -35,7 +35,7 @@ PATH = "/v1/steering/modules"
 async def list_steering_modules(request: Request) -> JSONResponse:
     """Every module with its sites, memory and requests; free slots; rows in use.
 
-    Answers without a key; only who holds it is told where the files are.
+    Needs no key. Only callers with the key are told where the files are.
     """
     try:
         listed = await modules_of(request).list()
@@ -47,7 +47,7 @@ async def list_steering_modules(request: Request) -> JSONResponse:
 
 @router.get(PATH + "/{name}")
 async def show_steering_module(name: str, request: Request) -> JSONResponse:
-    """One module, as the list has it."""
+    """One module, as the list shows it."""
     try:
         check_name(name)
         module = await modules_of(request).get(name)

@@ -7,7 +7,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 
@@ -21,7 +21,12 @@ from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.protocol import top_field
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import TokensPrompt
 from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.tokenizers import TokenizerLike
 
 MAX_TEXTS = 64
 DEFAULT_TOP_K = 16
@@ -93,10 +98,10 @@ class GeneratingEngine(Protocol):
     """The part of `EngineClient` that is used."""
 
     def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str
-    ) -> AsyncIterator[Any]: ...
+        self, prompt: TokensPrompt, sampling_params: SamplingParams, request_id: str
+    ) -> AsyncIterator[RequestOutput]: ...
 
-    def get_tokenizer(self) -> Any: ...
+    def get_tokenizer(self) -> TokenizerLike | None: ...
 
 
 @dataclass
@@ -136,7 +141,7 @@ class EncodeService:
             "usage": {"prompt_tokens": total, "total_tokens": total},
         }
 
-    async def _read(self, ids: Sequence[int], spec: JsonView) -> Any:
+    async def _read(self, ids: Sequence[int], spec: JsonView) -> RequestOutput:
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
@@ -145,7 +150,7 @@ class EncodeService:
         )
         last = None
         request_id = f"steering-encode-{uuid.uuid4().hex}"
-        prompt = {"prompt_token_ids": list(ids)}
+        prompt = TokensPrompt(prompt_token_ids=list(ids))
         async for output in self.engine.generate(prompt, params, request_id):
             last = output
         assert last is not None, "the engine gave no output"
@@ -153,7 +158,7 @@ class EncodeService:
 
 
 def _refused(error: VLLMValidationError) -> RequestRefused:
-    """The engine's refusal, about the field of this body."""
+    """The engine's refusal, with the path of the field in this route's body."""
     inside = f"{READOUT_KEY}[0]"
     path, message = error.parameter or "", error.args[0]
     if not path.startswith(inside):
@@ -162,14 +167,14 @@ def _refused(error: VLLMValidationError) -> RequestRefused:
     return RequestRefused(400, message.replace(f"{inside}.", ""), path)
 
 
-def _prompts(request: EncodeRequest, tokenizer: Any) -> list[list[int]]:
+def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]]:
     """The token ids of each text, with the tokenizer's own special tokens."""
     if request.messages is not None:
         try:
             ids = tokenizer.apply_chat_template(
                 request.messages, tokenize=True, return_dict=False
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise any error
             raise RequestRefused(400, f"messages: {error}", "messages") from None
         return [list(ids)]
     texts = [request.input] if isinstance(request.input, str) else request.input
@@ -177,7 +182,11 @@ def _prompts(request: EncodeRequest, tokenizer: Any) -> list[list[int]]:
 
 
 def _entry(
-    index: int, ids: list[int], output: Any, module: str, tokenizer: Any
+    index: int,
+    ids: list[int],
+    output: RequestOutput,
+    module: str,
+    tokenizer: TokenizerLike,
 ) -> Json:
     found = features_json(output.prompt_sae_features or {})
     return {

@@ -27,8 +27,8 @@ PREFIX = "vllm:steering_"
 class _Totals:
     """Counters of what the engine has counted since it started.
 
-    Of several API servers that read one engine, only one may count: Prometheus adds
-    their counters up.
+    If several API servers read one engine, only one may count, because Prometheus adds
+    up their counters.
     """
 
     def __init__(self, counts: bool):
@@ -36,7 +36,7 @@ class _Totals:
         self._seen: dict[tuple[str, ...], int] = {}
 
     def follow(self, counter: Counter, total: int, *labels: str) -> None:
-        """Raise the counter to the engine's total; a smaller one is a new engine's."""
+        """Raise the counter to the engine's total; a new engine begins at 0 again."""
         key = (counter._name, *labels)
         before = self._seen.get(key, 0)
         self._seen[key] = total

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`/steering/`: the playground, a static page that uses the server's own routes.
 
-It holds no data and no key, so it needs none; every request that it makes is
+The page holds no data and no key, so loading it needs no key. Its requests are
 authenticated like any other.
 """
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
@@ -87,8 +85,8 @@ async def set_default_steering_preset(request: Request) -> JSONResponse:
     return JSONResponse({"default_preset": given["preset"]})
 
 
-async def _json(request: Request) -> Any:
-    """The body, of which no reader understands something else."""
+async def _json(request: Request) -> object:
+    """The body as JSON, refused where readers of JSON could disagree."""
     try:
         found = marked_loads(await read_body(request))
         refuse_ambiguous("", found)

@@ -29,7 +29,7 @@ Name = Annotated[
 ]
 Path = Annotated[
     str,
-    # Nothing that cannot be printed; lone surrogates and NULs are among that.
+    # No unprintable characters: no lone surrogates and no NULs, for example.
     expects(
         "a path or hf:owner/repo",
         pattern=r"\A[^\x00-\x1f\x7f-\x9f]+\Z",
@@ -53,7 +53,7 @@ Guard = Annotated[float, expects("null or a positive number", gt=0)]
 
 
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to load under which name; the options are those of start-up."""
+    """A module to load: its name, its path and the options that start-up has too."""
 
     name: Name
     path: Path
@@ -97,7 +97,7 @@ def parse_register(body: bytes) -> RegisterRequest:
 
 
 def top_field(error: VLLMValidationError) -> str | None:
-    """The field of the body that an error is about; None: no field of its own."""
+    """The field of the body that an error is about, or None."""
     field = re.split(r"[.\[]", error.parameter or "")[0]
     return field if field and field != _REGISTER.root else None
 

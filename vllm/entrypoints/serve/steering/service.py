@@ -97,7 +97,7 @@ class SteeringModulesService:
         """Modules with memory and requests, free slots, rows and tokens."""
         listed = (await self.call("list", {})).listing or {}
         stats = (await self.call("stats", {})).stats or {}
-        # The modules themselves, not their names.
+        # `listed` replaces the names in `stats` by the modules.
         return {**stats, **listed}
 
     async def get(self, name: str) -> Json:
@@ -147,7 +147,7 @@ class SteeringModulesService:
         return (await self.get(name))["path"]
 
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
-        """Load a module; the module as the engine has it."""
+        """Load a module; returns it as the engine describes it."""
         roots = (self.steering or {}).get("module_roots", ())
         # Links are resolved off the event loop: a root may be a slow network folder.
         path = await asyncio.to_thread(allowed_path, request.path, roots)
@@ -155,7 +155,7 @@ class SteeringModulesService:
         try:
             inspected = await self.call("inspect", described)
         except RequestRefused as error:
-            # Where links lead is not for clients.
+            # Clients are not told where links lead.
             error.message = error.message.replace(path, request.path)
             raise
         payload = {

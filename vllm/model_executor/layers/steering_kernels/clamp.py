@@ -3,9 +3,9 @@
 
     x' = x + sum_c (g_c - f_c) W_dec[c],   f_c = act(x . W_enc[c] + b_enc[c])
 
-Only the clamped features' rows are read; a clamp that adds without a condition never
-reads the encoder. Steering vectors are such clamps over their own directions; one that
-does more than add has the projection on it as f_c.
+The kernel reads only the clamped features' rows. An additive clamp without a condition
+does not read the encoder. A steering vector is such a clamp along its own direction; if
+it does more than add, f_c is the projection of x on the vector.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def read_stream(
 
 @triton.jit
 def limited(out, mask, dtype: tl.constexpr):
-    """Components that may be written, and 1 where that changed one (within `mask`)."""
+    """Components limited to what may be written, and 1 where a component changed."""
     limit: tl.constexpr = STREAM_LIMIT_FLOAT16 if dtype == tl.float16 else STREAM_LIMIT
     over = (mask & ~(tl.abs(out) <= limit)).to(tl.int32)
     out = tl.where(out >= -limit, out, -limit)
@@ -189,9 +189,9 @@ def encode_clamps(
 
 @triton.jit
 def project(x, feature, projects, directions, col, D: tl.constexpr, NC: tl.constexpr):
-    """(x . u [NC], ||v|| [NC]) of the directions that project, with u = v / ||v||.
+    """(x . u [NC], ||v|| [NC]) of the directions that need a projection; u = v / ||v||.
 
-    Both are 0 where v is.
+    Both are 0 where v is 0.
     """
     place = tl.arange(0, NC)
     along = tl.zeros([NC], tl.float32)

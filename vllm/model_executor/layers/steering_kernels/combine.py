@@ -4,9 +4,9 @@
     full:  x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
     delta: x' = x + sum_c (g_c - f_c) W_dec[c]
 
-A program owns one token and one slice of D. Slices are the slow index of the walk, so
-that at any moment the rows of W_dec being gathered are narrow enough to stay in L2.
-The order of the sum depends on the token alone, never on its batch.
+A program owns one token and one slice of D. Programs walk all tokens of one slice
+before the next slice, so that the parts of W_dec in use fit L2. The order of a sum
+depends only on its token, never on the batch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1: the step's active tokens, in order, and their activations, side by side.
+"""Stage 1: lists the step's active tokens in order and gathers their activations.
 
     active[t] = table.active[index[t]] and not (flags[t] & skip_mask)
     tokens = [t for t in range(T) if active[t]];  x[i] = hidden[t] + residual[t]
 
-Every program counts the active tokens before its own, so one launch does it all and
-the order needs no atomics. A token past the norm limit keeps its place, with -1 in
-`tokens`: its norm is known only once its row has been read.
+Every program counts the active tokens before its own, so one launch is enough and the
+order needs no atomics. The norm of a token is known only after its row is read. A token
+past the norm limit therefore keeps its place, with -1 in `tokens`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from vllm.triton_utils import tl, triton
 D_SAE = tl.constexpr(0)  # columns of meta: layers/steering_state.py, MetaField
 USES_TOPK = tl.constexpr(1)
 SKIP_MASK = tl.constexpr(4)
-# Ints between two tokens' counters: a cache line each, or the atomics of a whole tile
-# would queue for a few lines.
+# Ints from one token's counter to the next. Each has a cache line of its own, because
+# atomics of a whole tile on a few lines would wait for each other.
 RECORD_INTS = tl.constexpr(32)
 SATURATED = tl.constexpr(3)  # int of a record: the token has been counted
 DENSE = tl.constexpr(4)  # int of a record: index of the n-th token that comes here
@@ -34,14 +34,14 @@ def pdl_wait(PDL: tl.constexpr):
 
 @triton.jit
 def note_dense(sync, records, i):
-    """Lists token i as one that no list holds."""
+    """Adds token i to the dense tokens, which have more non-zeros than a list holds."""
     at = tl.atomic_add(sync + DENSE_COUNT, 1)
     tl.store(records + at * RECORD_INTS + DENSE, i)
 
 
 @triton.jit
 def is_active(index, flags, table, table_stride, skip, t, T):
-    """1 where token `t` is steered, for a block of tokens (norm aside)."""
+    """1 where token `t` is steered, for a block of tokens. The norm is not checked."""
     inside = t < T
     row = tl.load(index + t, mask=inside, other=0)
     on = tl.load(table + row.to(tl.int64) * table_stride, mask=inside, other=0)

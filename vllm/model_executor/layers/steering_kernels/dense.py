@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens with more non-zeros than a list holds, for any number of them.
+"""Reconstructs the tokens that have more non-zeros than a list holds.
 
     x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
 
-Which tokens come here depends on a token's own number of non-zeros (`LIST_MAX`), so its
-bits are the same in any batch. All of its activations are made again, dense (for TopK
-they are in the scores), and multiplied by W_dec in tiles. Where W_dec has 16 bits, an
-activation is two such numbers, so that the product keeps 16 bits of it.
+A token is dense if it has more than `LIST_MAX` non-zeros. That depends on the token
+alone, so its bits are the same in any batch. Its activations are computed again as a
+dense row (TopK has them as scores) and multiplied by W_dec in tiles. If W_dec has 16
+bits, an activation is the sum of two 16-bit numbers, so that the product keeps 16 bits
+of it.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def decode_dense_kernel(
     d_sae = tl.load(meta + D_SAE)
     relu = tl.load(meta + RELU_FIELD)
     dtype: tl.constexpr = w_dec.dtype.element_ty
-    # float16's range is short: its activations count in sixteens, up to 1e6.
+    # float16's range is small, so activations are divided by 16. They may reach 1e6.
     unit: tl.constexpr = 16.0 if dtype == tl.float16 else 1.0
     n = tl.minimum(tl.load(sync + DENSE_COUNT) - base, rows)
     n_t = tl.cdiv(n, BT)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: scores of the active tokens, of which only non-zeros leave the chip.
+"""Stage 2: encodes the active tokens and writes only their non-zeros to memory.
 
     p = x W_enc^T + b_enc;   emit (i, p_i) where p_i > max(threshold_i, 0)
 
-Features are the rows of the matrix product and tokens its columns, so that few tokens
-cost a narrow tile and W_enc is streamed once at full bandwidth. Entries of a token are
-appended in any order; stage 3 sorts them, which keeps the sum deterministic.
-For TopK the scores themselves are stored, since selection needs all of them.
+Features are the rows of the matrix product and tokens its columns. Few tokens then need
+only a narrow tile, and W_enc is read once at full bandwidth. Entries of a token are
+appended in any order; stage 3 sorts them, which keeps the sum deterministic. For TopK
+the scores themselves are stored, since selection needs all of them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def encode_walk(
     TMA: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """All tiles of this program, in an order that keeps a group of tokens in L2."""
+    """Computes all tiles of this program, in an order that keeps a group of tokens in
+    L2."""
     n_f = tl.cdiv(F, BF)
     n_t = tl.cdiv(n, BT)
     for tile in range(tl.program_id(0), n_f * n_t, tl.num_programs(0)):
@@ -151,8 +152,8 @@ def encode_kernel(
 ):
     """Encodes one chunk; `out` is int64 entries [rows, capacity] or float32 [rows, F].
 
-    The active count chooses the token tile on the device, so a captured step of 256
-    tokens of which 5 are active costs what 5 cost.
+    The device chooses the token tile by the number of active tokens. If 5 of the 256
+    tokens of a captured step are active, the step costs as much as one of 5 tokens.
     """
     pdl_wait(PDL)
     n = tl.minimum(tl.load(count) - base, rows)

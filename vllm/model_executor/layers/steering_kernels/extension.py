@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and loads the CUDA C++ extension, where it was built (csrc/steering)."""
+"""Finds and loads the CUDA C++ extension (csrc/steering), if it was built."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def extension_is_built() -> bool:
-    """Whether `vllm/_steering_C*.so` is there and loads; `VLLM_STEERING_NO_CUDA=1`
-    keeps to Triton."""
+    """Whether `vllm/_steering_C*.so` loads; never with `VLLM_STEERING_NO_CUDA=1`."""
     if os.environ.get("VLLM_STEERING_NO_CUDA") == "1" or not torch.cuda.is_available():
         return False
     package = Path(__file__).resolve().parents[3]

@@ -5,8 +5,8 @@
 
 It also counts the tokens that have both a flag and a row of an SAE tier.
 
-The ids are read on the device, since under async scheduling the host does not know
-the tokens that the previous step sampled.
+The ids are read on the device: under async scheduling the host does not know the tokens
+that the previous step sampled.
 """
 
 from __future__ import annotations

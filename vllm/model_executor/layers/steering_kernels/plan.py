@@ -68,7 +68,7 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Chunking of a step of `tokens` tokens, so that every region keeps its limit.
 
-    `skip`: a transcoder's skip connection has its outputs beside x, in float32.
+    `skip`: the slot has a skip connection, whose float32 outputs are stored beside x.
     """
     listed = min(d_sae, LIST_MAX)
     rows = MAX_GATHER_BYTES // (d_in * itemsize + (4 * d_out if skip else 0))
@@ -105,8 +105,9 @@ def plan_chunks(
 class EncodePlan:
     """Tiles of the Triton encoder: features x tokens x reduction.
 
-    `token_tiles` are the token widths compiled into one kernel, ascending; the device
-    takes the narrowest one that holds the active tokens, and walks with the widest.
+    `token_tiles` are the token widths in one compiled kernel, ascending. The device
+    takes the narrowest one that holds the active tokens; if none does, it takes the
+    widest several times.
     """
 
     block_f: int
@@ -132,7 +133,7 @@ def plan_encode(tokens: int, itemsize: int) -> EncodePlan:
 class DensePlan:
     """Tiles of the Triton kernels for tokens that no list holds.
 
-    They do not depend on the number of tokens, nor then do a token's bits.
+    They do not depend on the number of tokens, so a token's bits do not either.
     """
 
     tokens: int
@@ -151,7 +152,7 @@ def plan_dense(itemsize: int) -> DensePlan:
 def sorts_ahead(rows: int) -> bool:
     """Whether the CUDA decoder sorts lists in a launch of its own.
 
-    Few tokens want one launch and eight warps a slice; with many, sorting again for
-    every slice costs more than the gather.
+    With few tokens, one launch with eight warps a slice is faster. With many, sorting
+    again for every slice would cost more than the gather.
     """
     return rows > 512

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading features: the asked-for activations of each read token, and the largest ones.
+"""Reads features: the requested activations of each read token, and the largest ones.
 
     out[t] = [num_active, num_listed, values of the given features, top-k list]
 
-It runs on the lists that the encoder makes (`compact` and `encode`, with the reading
-table in the place of a tier's, and `select` for TopK). An activation and its feature
-make one sortable key, larger for a larger value and, at equal values, for a lower
-feature. A token with more non-zeros than its list holds is encoded again, feature block
-after feature block, and keeps the best keys.
+It runs on the lists of `compact` and `encode`, which get the reading table in place of
+a tier's, and of `select` for TopK. An activation and its feature form one sortable key.
+The key is larger for a larger value and, at equal values, for a lower feature. A token
+with more non-zeros than its list holds is encoded again in blocks of features; only the
+best keys are kept.
 """
 
 from __future__ import annotations

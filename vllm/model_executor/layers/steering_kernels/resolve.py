@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 3 of threshold SAEs: sort a token's entries, and turn clamps into coefficients.
+"""Stage 3 of threshold SAEs: sorts a token's entries and computes clamp coefficients.
 
 Sorting by feature makes the decoder's sum independent of the order in which tiles
 appended; entries are int64, feature in the high half, so they sort as integers.
@@ -45,7 +45,7 @@ def sort_by_rank(entries, n, N: tl.constexpr):
         other_at = j + tl.arange(0, 16)
         o = tl.load(entries + other_at, mask=other_at < n, other=LAST)
         rank += tl.sum((entry_feature(o)[None, :] < key[:, None]).to(tl.int32), 1)
-    tl.debug_barrier()  # every program thread has read what is overwritten next
+    tl.debug_barrier()  # all threads have read what is overwritten next
     tl.store(entries + rank, e, mask=i < n)
     tl.debug_barrier()
 

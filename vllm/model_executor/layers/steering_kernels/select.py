@@ -2,9 +2,9 @@
 """Stage 3 of TopK SAEs: the k largest scores of each token, ties to the lowest index.
 
 A score and its feature make one sortable 63-bit key, larger for a larger score and, at
-equal scores, for a lower feature; the k-th largest key decides who is selected. The
-k-th largest of the maxima of many groups is a lower bound of it, so two passes over the
-scores suffice unless a great many scores tie.
+equal scores, for a lower feature; a feature is selected if its key is at least the k-th
+largest. The k-th largest of the maxima of many groups is a lower bound of that key, so
+two passes over the scores suffice unless very many scores tie.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def bound_of_block(keys, k):
 def kth_of_scores(scores, d_sae, k, BLOCK: tl.constexpr):
     """The k-th largest key of all, four bits at a time from the top.
 
-    For tokens where a great many scores tie, and for k beyond a thousand.
+    Used for tokens where very many scores tie, and for k above 1000.
     """
     digit = tl.arange(0, 16)
     found = tl.zeros([], tl.int64)

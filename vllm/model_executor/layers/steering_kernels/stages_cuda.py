@@ -60,7 +60,7 @@ def _fits_weights(hidden: torch.Tensor, *weights: torch.Tensor) -> bool:
 def takes_cuda(
     slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
 ) -> bool:
-    """Whether the extension's stages fit this site and stream: no transcoder's."""
+    """Whether the extension's stages fit this site, no transcoder, and stream."""
     w = slot.weights
     if w.d_in != w.d_out or w.W_skip is not None:
         return False

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the Triton stages that multiply dense tiles: tokens that no list holds,
-and the skip connection of transcoders."""
+"""Launches of the Triton stages that multiply dense tiles: dense tokens, and the skip
+connection of transcoders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .skip import skip_kernel
 
 
 def dense(run: Run) -> None:
-    """The tokens of a chunk that no list holds, `dense_rows` at a time."""
+    """Reconstruct the dense tokens of a chunk, `dense_rows` at a time."""
     if run.tier is Tier.DELTA or run.buffers.plan.dense_rows == 0:
         return
     plan = run.buffers.plan
@@ -101,7 +101,7 @@ def _decode_dense(run: Run, first: int, rows: int) -> None:
 
 
 def write_skip(run: Run, w_skip: torch.Tensor, base: int) -> None:
-    """`b_dec + W_skip x` of a chunk, where the decoder begins."""
+    """Write `b_dec + W_skip x` of a chunk, to which the decoder adds."""
     weights, rows = run.slot.weights, run.buffers.plan.rows
     blocks = plan_dense(w_skip.element_size())
     work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that the stages of full reconstruction hand to one another."""
+"""The scratch memory through which the stages of full reconstruction pass data."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def uses_topk(slot: SAESlot) -> bool:
 class SteeringWorkspace:
     """Scratch memory of all sites of a worker, which run one after another.
 
-    Build it before the KV cache is sized; `nbytes` is at most 256 MiB whatever the
-    number of tokens, since long steps pass in chunks.
+    Build it before the KV cache is sized. `nbytes` is at most 256 MiB for any number of
+    tokens, because long steps run in chunks.
 
     Args:
         max_tokens: the most tokens of a step.
@@ -109,7 +109,7 @@ class SteeringWorkspace:
 
     @staticmethod
     def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
-        """The chunks in which a step of `tokens` tokens passes through `slot`."""
+        """The chunks in which `slot` processes a step of `tokens` tokens."""
         w = slot.weights
         return plan_chunks(
             tokens,
@@ -124,7 +124,7 @@ class SteeringWorkspace:
 
     @classmethod
     def _shared_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
-        """The most that scores and entries of any step of up to `max_tokens` take."""
+        """The largest size of scores and entries of any step with `max_tokens`."""
         sizes = [max_tokens, *(2**i for i in range(max_tokens.bit_length()))]
         most = 0
         for plan in (cls.plan(slot, tokens, topk) for tokens in sizes):
@@ -136,7 +136,7 @@ class SteeringWorkspace:
 
     @staticmethod
     def _dense_bytes(slot: SAESlot) -> int:
-        """Scratch bytes of one token that no list holds."""
+        """Scratch bytes of one dense token."""
         w = slot.weights
         return dense_row_bytes(w.d_in, w.d_out, w.d_sae_capacity)
 

@@ -38,7 +38,7 @@ class Format:
     read: Callable[[Location], ModuleLayout]
 
 
-# In order: the first that matches reads the module.
+# The first format that matches reads the module.
 FORMATS = (
     Format("native", "manifest.json and safetensors", native.matches, native.read),
     Format(

@@ -110,13 +110,13 @@ def read(location: Location) -> ModuleLayout:
 
 
 def _site(config: Fields, trainer: Fields) -> tuple[int, HookPoint] | None:
-    """Layer and hook; without a submodule name, a layer's SAE is on its output."""
+    """Layer and hook. Without a submodule name, the SAE is on the layer's output."""
     layer = trainer.integer("layer")
     if layer is None:
         return None
     buffer = config.sub("buffer")
     if buffer.text("io") not in (None, "out"):
-        # What the submodule reads is a point that only the operator can name.
+        # The SAE is on the submodule's input, a point that only the operator can name.
         return None
     submodule = trainer.text("submodule_name")
     if submodule is None:

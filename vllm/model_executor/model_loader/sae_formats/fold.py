@@ -32,7 +32,7 @@ Progress = Callable[[int], None]
 
 
 def _info_of(tensors: TensorFile, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of a tensor that must be there and be floating."""
+    """Shape and dtype of a tensor, which must be present and floating."""
     info = tensors.infos.get(name)
     if info is None:
         found = ", ".join(sorted(tensors.infos)[:12]) or "nothing"
@@ -74,7 +74,7 @@ def _expect(
 
 
 def need_k(fields: Fields, d_sae: int, tensors: TensorFile) -> int:
-    """TopK's `k`: from the configuration, and the same as in the weights if they say.
+    """TopK's `k` from the configuration. If the weights state it too, it must be equal.
 
     Raises:
         LayoutError: absent, more than the features, or the two differ.
@@ -90,7 +90,7 @@ def need_k(fields: Fields, d_sae: int, tensors: TensorFile) -> int:
 
 
 def check_sae(layout: SAELayout, tensors: TensorFile) -> None:
-    """Hold every tensor's header against the layout.
+    """Check every tensor's header against the layout.
 
     Raises:
         LayoutError: naming file, tensor, what was expected and what was found.
@@ -153,7 +153,7 @@ def read_vector(tensors: TensorFile, name: str, row: int | None = None) -> torch
 
 
 def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
-    # Both ends are NaN where anything is, and no mask the size of `value` is made.
+    # Both are NaN if any element is. Unlike `isfinite(value)`, this needs no mask.
     lowest, highest = torch.aminmax(value)
     if bool(torch.isfinite(lowest) & torch.isfinite(highest)):
         return
@@ -185,7 +185,7 @@ def _read_rows(
     part = read_slice(tensors, matrix.name, rows.start, rows.stop, axis).to(device)
     if matrix.features_last:
         part = part.T
-    # Copied always: the reader may hand out a view of a mapped file.
+    # Always a copy, because the reader may return a view of a mapped file.
     return part.to(torch.float32, copy=True).contiguous()
 
 
@@ -195,9 +195,9 @@ def fold_sae(
 ) -> None:
     """Write the canonical SAE of a checked layout into a site's buffers.
 
-    Features past `d_sae` are left as they are. `progress` is told the stored bytes
-    read. Where `b_dec` is subtracted, the fold uses the encoder as `into` stores it,
-    so that rounding `W_enc` acts on `x - b_dec` as it does in the SAE itself.
+    Features past `d_sae` keep their values. `progress` is called with the number of
+    stored bytes read. If `b_dec` is subtracted, the fold uses the encoder as `into`
+    stores it. Rounding `W_enc` then acts on `x - b_dec`, as in the SAE itself.
 
     Raises:
         LayoutError: a NaN or infinity, also one made by rounding to `into`'s dtype.
@@ -241,7 +241,7 @@ def fold_sae(
         if layout.centre_input:
             mean = W.mean(dim=1)
             W -= mean[:, None]
-            # What the mean of a row adds to W_enc b_dec below.
+            # The part of W_enc b_dec (below) that comes from the mean of a row.
             b_enc[rows] -= mean * into.b_dec.sum() * layout.subtract_b_dec
         into.W_enc[rows].copy_(W)
         stored = into.W_enc[rows]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma Scope (`params.npz`) and Gemma Scope 2 (`params.safetensors`, `config.json`).
 
-JumpReLU SAEs with `W_enc [D, F]` and `W_dec [F, D]` that do not subtract `b_dec`.
-Gemma Scope's files say nothing about their site: the path does, as in
+JumpReLU SAEs with `W_enc [D, F]` and `W_dec [F, D]` that do not subtract `b_dec`. Gemma
+Scope's files do not state their site. The path does, as in
 `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Gemma Scope 2 has transcoders
-too, with `affine_skip_connection [d_in, d_out]`.
-Source: arXiv:2408.05147, https://huggingface.co/google/gemma-scope
+too, with `affine_skip_connection [d_in, d_out]`. Source: arXiv:2408.05147,
+https://huggingface.co/google/gemma-scope
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def matches_safetensors(location: Location) -> bool:
 
 
 def points_of_path(location: Location) -> Points | None:
-    """The points that a path of Gemma Scope's names; None: the path does not say.
+    """The points that a Gemma Scope path names, or None.
 
     The files of SAEs of the residual stream, of attention and of the MLP look alike,
     so a layer counts only beside the kind, as in `gemma-scope-2b-pt-res/layer_20` or
@@ -85,7 +85,7 @@ def points_of_path(location: Location) -> Points | None:
     if not layers or kind is None:
         return None
     if kind in ("transcoder", "transcoders"):
-        # Those of the first Gemma Scope were trained before the norm's gain.
+        # The first Gemma Scope's transcoders were trained before the norm's gain.
         return transcoder_points(int(layers[-1]), before_gain=kind == "transcoders")
     return Points(int(layers[-1]), _HOOKS[kind])
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a small GGUF file: metadata strings and F32 or F16 tensors.
 
-Every length is held against the bytes that are left before anything is read, so a
-declared length costs nothing. Source: the GGUF specification, versions 2 and 3
+Every length is compared with the bytes that are left before anything is read, so a
+false length costs nothing. Source: the GGUF specification, versions 2 and 3
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
@@ -56,7 +56,7 @@ class _Header:
         return self.data[start : start + length].decode()
 
     def value(self, kind: int, depth: int = 0) -> int | str | None:
-        """A scalar or a string; an array is passed over."""
+        """A scalar or a string. Arrays are skipped."""
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:

@@ -23,7 +23,7 @@ from vllm.config.steering import (
 from vllm.config.steering_json import Json, JsonView
 
 MAX_CONFIG_BYTES = 4 << 20
-# A module has a subdirectory a site; a directory of more entries is something else.
+# A module has one subdirectory a site. A directory with more entries is no module.
 MAX_ENTRIES = 4096
 MAX_INT32 = 2**31 - 1
 MAX_INTEGER_DIGITS = 40
@@ -53,11 +53,11 @@ class Overrides:
 class Location:
     """Where a module's files are.
 
-    `root` is a directory or a single file; `origin` is the path as it was given,
-    which some formats take the layer from. `given` is the site that the operator
-    named, for files that do not say theirs; `given_sites` are all of them.
-    `listed=False` keeps the names of other files out of messages, for clients who must
-    not see them. `overrides` are what a list of releases says beside the files.
+    `root` is a directory or a single file. `origin` is the path as it was given; some
+    formats read the layer from it. `given` is the one site that the operator named, for
+    files that do not state theirs; `given_sites` are all that the operator named.
+    `listed=False` keeps the names of other files out of messages, for clients that must
+    not see them. `overrides` is what a list of releases adds to the files.
     """
 
     root: Path
@@ -74,7 +74,7 @@ class Location:
     def site(
         self, stated: tuple[int, HookPoint] | None, where: str
     ) -> tuple[int, HookPoint]:
-        """The site that the files state, else the one that the operator named.
+        """The site that the files state, or else the one that the operator named.
 
         Raises:
             LayoutError: neither, or the two differ.
@@ -92,7 +92,7 @@ class Location:
         return site
 
     def entries(self) -> list[Path]:
-        """What the directory holds, by name; the file itself for a single file.
+        """The directory's entries by name, or the single file.
 
         Raises:
             LayoutError: more entries than any module has.
@@ -105,7 +105,7 @@ class Location:
         return sorted(entries)
 
     def listing(self) -> str:
-        """What is there, for messages."""
+        """The names of the entries, for messages."""
         if not self.listed:
             return "other files" if self.root.is_dir() else "a file"
         if self.root.is_dir():
@@ -145,10 +145,10 @@ class SAELayout:
         W_enc = n W,  W_dec = W' / n,  b_dec = b_dec_scale * b_dec,
         b_enc = n * b_enc_scale * b_enc - W_enc b_dec  (canonical W_enc and b_dec),
     the last term only if `subtract_b_dec`: the encoder reads `x - b_dec`. `threshold`
-    (a tensor, one number, or its logarithm) applies to the canonical pre-activation
-    and is multiplied by `threshold_scale`. `centre_input` makes the encoder read
-    `x - mean(x)`: the mean of each of its rows is taken off. A transcoder may have
-    `W_skip`, which is taken as it is.
+    (a tensor, one number, or its logarithm) applies to the canonical pre-activation and
+    is multiplied by `threshold_scale`. `centre_input` makes the encoder read `x -
+    mean(x)`: the fold subtracts the mean of each encoder row. A transcoder may have
+    `W_skip`, which does not change.
     """
 
     site: SiteInfo
@@ -183,10 +183,10 @@ class VectorLayout:
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """All that the files of one module say.
+    """Everything that the files of one module state.
 
-    `model` and `declared` (per site name: `fvu`, `l0`) are what the author claims;
-    they change nothing.
+    `model` and `declared` (per site name: `fvu`, `l0`) are the author's claims and
+    change nothing.
     """
 
     kind: ModuleKind

@@ -4,10 +4,9 @@
 `encoder.weight` is `[F, D]`, `decoder.weight` `[D, F]`; the threshold of each feature
 is the exponential of `log_jumprelu_threshold` (`activation_function.` may stand before
 it). With `sparsity_include_decoder_norm` it applies to the pre-activation times the
-norm of the decoder row. In `dataset-wise` mode the SAE reads `s_in x` and gives
-`s_out y`, with `s = sqrt(D) / average norm`; the norms are in the weights, or the
-release list says the factor.
-Source: https://github.com/OpenMOSS/Language-Model-SAEs
+norm of the decoder row. In `dataset-wise` mode the SAE reads `s_in x` and gives `s_out
+y`, with `s = sqrt(D) / average norm`; the norms are in the weights, or the release list
+states the factor. Source: https://github.com/OpenMOSS/Language-Model-SAEs
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def _log_threshold(name: str) -> Json:
 def _scales(
     config: Fields, tensors: TensorFile, d_model: int, listed: float | None
 ) -> tuple[float, float]:
-    """The factors of the SAE's input and output, 1 where they are folded already."""
+    """The factors of the SAE's input and output; 1 if they are folded already."""
     kind = config.text("norm_activation") or "dataset-wise"
     if kind == "inference":
         return 1.0, 1.0

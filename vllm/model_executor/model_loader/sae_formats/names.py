@@ -42,7 +42,7 @@ _HF_POINTS = {
 }
 # The output of the norm before the MLP, before its gain.
 _BEFORE_GAIN = re.compile(r"blocks\.([0-9]{1,9})\.ln2\.hook_normalized")
-# TransformerLens points that are no point of ours, and why.
+# TransformerLens points that are not supported, and why.
 _REFUSED = {
     "hook_mlp_in": "TransformerLens's name for the stream before the norm, which "
     "others use for what the MLP reads; say which it is with post_attn or mlp_in",
@@ -165,9 +165,8 @@ def need_points(name_in: str, name_out: str | None, where: str) -> Points:
 def choose_sites(
     layout: ModuleLayout, names: Sequence[str] | None, where: str
 ) -> ModuleLayout:
-    """Apply the operator's list of sites, which selects among those of the module.
-
-    A format whose files do not state their site has taken it from the list already.
+    """Select the sites that the operator listed. A format whose files do not state
+    their site has read it from the list before.
     """
     if names is None:
         return layout

@@ -248,7 +248,8 @@ def save_native(
         for key in ("k", "topk_relu", "fvu", "l0", "before_gain"):
             if content.get(key) is not None:
                 entry[key] = content[key]
-        # Read back by the reader's own rules, so that it can never refuse this.
+        # Check the manifest by the reader's own rules, so that the reader will accept
+        # it.
         _read_site(Fields(entry, name))
         if tensors["W_enc"].data_ptr() == tensors["W_dec"].data_ptr():
             # Tied weights; safetensors takes no tensors that share memory.
@@ -263,7 +264,8 @@ def save_native(
         "model": model,
     }
     manifest.update({k: v for k, v in optional.items() if v is not None})
-    # Last, so that an interrupted write leaves no directory that looks complete.
+    # Written last, so that an interrupted write leaves no directory that looks
+    # complete.
     (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 

@@ -10,7 +10,7 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class NpzFile:
 
     def _array(self, name: str) -> np.ndarray:
         member = self._members[name]
-        order: Any = "F" if member.fortran_order else "C"
+        order: Literal["F", "C"] = "F" if member.fortran_order else "C"
         if member.offset is not None:
             return np.memmap(
                 self._path,

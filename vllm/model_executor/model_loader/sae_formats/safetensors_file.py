@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a safetensors file through a read-only mapping, header first.
 
-The safetensors package maps a file so that its pages count as this process's own
-memory; here they do not, so that inspecting a large file fits a limit on memory.
-Source: the format's description, https://github.com/huggingface/safetensors
+The safetensors package maps a file so that its pages count as memory of this process.
+This mapping does not, so a large file can be inspected under a memory limit. Source:
+the format's description, https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class SafetensorsFile:
         for name, entry in header.items():
             self._describe(name, entry, data_bytes)
 
-    def _describe(self, name: str, entry: Any, data_bytes: int) -> None:
+    def _describe(self, name: str, entry: object, data_bytes: int) -> None:
         where = f"{self.label}: {name}"
         if not isinstance(entry, dict):
             raise LayoutError(f"{where}: expected an object in the header")
@@ -85,7 +85,7 @@ class SafetensorsFile:
         return value if info.shape else value.reshape(())
 
 
-def _sizes(value: Any, length: int | None = None) -> TypeGuard[list[int]]:
+def _sizes(value: object, length: int | None = None) -> TypeGuard[list[int]]:
     """Whether a value is a list of sizes, of this length if one is given."""
     return (
         isinstance(value, list)

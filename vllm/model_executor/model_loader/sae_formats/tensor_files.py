@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor files read piece by piece: safetensors, npz, npy, torch zip files and GGUF.
 
-Every reader shows names, shapes and dtypes without reading data, reads one slice of
-one tensor at a time, and refuses what could run code or exhaust memory. Data stays
-in the file's pages, except for a compressed npz member (one whole tensor at a time).
+Every reader lists names, shapes and dtypes without reading data. It reads one slice of
+one tensor at a time. It refuses files that could run code or exhaust memory. Data stays
+in the file's pages, except for a compressed npz member, which is read whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["TensorFile", "TensorInfo", "open_tensors", "read_slice"]
 
 
 def _broken(label: str, error: Exception) -> LayoutError:
-    """The error for a file that its parser chokes on, whatever the parser raises."""
+    """The error for a file that its parser fails on, whatever the parser raises."""
     detail = (str(error).splitlines() or [""])[0][:200]
     return LayoutError(f"{label}: cannot be read: {type(error).__name__}: {detail}")
 

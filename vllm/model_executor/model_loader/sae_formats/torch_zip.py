@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -91,8 +91,8 @@ class _Pickle:
         self.data = data
         self.label = label
         self.at = 0
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
 
     def refuse(self, what: str) -> LayoutError:
         return LayoutError(
@@ -100,7 +100,7 @@ class _Pickle:
             f"{what}; it was not run"
         )
 
-    def load(self) -> Any:
+    def load(self) -> object:
         """The pickled value."""
         while True:
             code = self.take(1)
@@ -132,7 +132,7 @@ class _Pickle:
     def string(self, code: str) -> None:
         self.stack.append(self.take(self.number(code)).decode())
 
-    def since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[object]:
         for start in range(len(self.stack) - 1, -1, -1):
             if self.stack[start] is _MARK:
                 items = self.stack[start + 1 :]
@@ -145,7 +145,7 @@ class _Pickle:
         del self.stack[len(self.stack) - count :]
         self.stack.append(items)
 
-    def set_items(self, items: list[Any]) -> None:
+    def set_items(self, items: list[object]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise LayoutError(f"{self.label}: data.pkl is malformed")
@@ -155,7 +155,7 @@ class _Pickle:
                 raise self.refuse(f"a key of type {type(key).__name__}")
             target[key] = value
 
-    def append(self, items: list[Any]) -> None:
+    def append(self, items: list[object]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
             raise LayoutError(f"{self.label}: data.pkl is malformed")
@@ -195,21 +195,20 @@ class _Pickle:
         else:
             raise self.refuse(f"a call of {name.replace(' ', '.')[:80]}")
 
-    def tensor(self, arguments: tuple[Any, ...]) -> _Tensor:
+    def tensor(self, arguments: tuple[object, ...]) -> _Tensor:
         storage, offset, shape, stride = (*arguments, *(None,) * 4)[:4]
-        good = isinstance(storage, _Storage) and all(
-            # The length first: a long tuple may be referred to many times.
-            type(sizes) is tuple
-            and len(sizes) <= MAX_DIMENSIONS
-            and all(type(n) is int and 0 <= n < 1 << 62 for n in sizes)
-            for sizes in ((offset,), shape, stride)
-        )
-        if not good or len(shape) != len(stride):
+        if (
+            not isinstance(storage, _Storage)
+            or not _are_sizes(shape)
+            or not _are_sizes(stride)
+            or len(shape) != len(stride)
+            or not _is_size(offset)
+        ):
             raise LayoutError(f"{self.label}: data.pkl: a tensor is malformed")
         return _Tensor(storage, offset, shape, stride)
 
     def build(self) -> None:
-        """Attributes of a dict, such as a state dict's `_metadata`: left out."""
+        """Skip the attributes of a dict, such as a state dict's `_metadata`."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise self.refuse("an object with attributes")
@@ -223,11 +222,24 @@ class _Pickle:
         self.stack.append(self.memo[index])
 
 
-def _push(value: Callable[[], Any]) -> Callable[[_Pickle], None]:
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _are_sizes(value: object) -> TypeGuard[tuple[int, ...]]:
+    # The length first: a long tuple may be referred to many times.
+    return (
+        type(value) is tuple
+        and len(value) <= MAX_DIMENSIONS
+        and all(_is_size(n) for n in value)
+    )
+
+
+def _push(value: Callable[[], object]) -> Callable[[_Pickle], None]:
     return lambda p: p.stack.append(value())
 
 
-_OPERATIONS: dict[bytes, Callable[[_Pickle], Any]] = {
+_OPERATIONS: dict[bytes, Callable[[_Pickle], object]] = {
     b"\x80": lambda p: p.take(1),  # PROTO
     b"\x95": lambda p: p.take(8),  # FRAME
     b"(": lambda p: p.stack.append(_MARK),
@@ -352,7 +364,7 @@ def _info(value: _Tensor) -> TensorInfo:
     return TensorInfo(value.shape, dtype if dtype in FLOATING else None, str(dtype))
 
 
-def _named_tensors(state: Any, label: str) -> dict[str, _Tensor]:
+def _named_tensors(state: object, label: str) -> dict[str, _Tensor]:
     """The tensors of a state dict; a bare tensor is named `BARE`."""
     if isinstance(state, _Tensor):
         return {BARE: state}

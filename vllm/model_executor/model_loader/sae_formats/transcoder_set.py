@@ -69,7 +69,7 @@ def _read_file(location: Location, config: Fields, path: Path) -> SAELayout:
         ("feature_output_hook", _POINTS_OUT),
     ):
         if (name := config.text(key)) not in (None, *known):
-            # Says why for the names that are known and mean another point.
+            # Raises for names that are known and mean another point.
             need_points(f"blocks.{match[1]}.{name}", None, f"{CONFIG}: {key}")
             raise config.fail(key, f"one of {', '.join(known)}")
     where = f"{path.name}: transcoder"

@@ -55,7 +55,7 @@ def matches_bare(location: Location) -> bool:
 
 
 def read_bare(location: Location) -> ModuleLayout:
-    """Layout of one tensor without a name that says its sites."""
+    """Layout of one tensor whose name does not state its sites."""
     with open_tensors(location.root) as tensors:
         ((name, info),) = tensors.infos.items()
         shape = info.shape
@@ -83,7 +83,7 @@ def read_safetensors(location: Location) -> ModuleLayout:
     """Layout of a safetensors file of steering vectors."""
     with open_tensors(location.root) as tensors:
         stated = tensors.metadata.get("format", SAFETENSORS_FORMAT)
-        # "pt" is what libraries write there for a file of PyTorch tensors.
+        # Libraries write "pt" there for a file of PyTorch tensors.
         if stated not in (SAFETENSORS_FORMAT, "pt"):
             raise LayoutError(
                 f"{tensors.label}: metadata: format: expected {SAFETENSORS_FORMAT!r}, "

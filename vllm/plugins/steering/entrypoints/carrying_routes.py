@@ -2,11 +2,11 @@
 """Seams into the OpenAI request models: routes that carry steering.
 
 `vllm.entrypoints.openai.{completion,chat_completion,responses}.protocol`. The edits a
-branch would make: each request class declares the three fields of
+branch would make: each request class declares the fields of
 `request_fields.FIELD_SCHEMAS`, its `to_sampling_params` folds them into `extra_args`,
-and `to_beam_search_params` refuses them. The batch chat request declares them only: it
-becomes chat completion requests. The render routes and `/invocations` use the same
-classes; so does the batch runner.
+and `to_beam_search_params` refuses them. The batch chat request only declares them,
+because vLLM turns it into chat completion requests. The render routes, `/invocations`
+and the batch runner use the same classes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seams into the OpenAI serving classes: answers carry what their requests have read.
 
-The edits a branch would make, where choices are made from outputs: set `sae_features`
-and, on a prompt's first choice, `prompt_sae_features`. Stock's generators make chunks
-inside, so here a stream that reads is annotated from outside; any other is stock's.
+The edits a branch would make: where choices are made from outputs, set `sae_features`
+and, on a prompt's first choice, `prompt_sae_features`. vLLM's generators make their
+chunks inside. So here a stream that reads is annotated from outside; other streams are
+vLLM's own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams into the request models of all other generation routes: steering refused.
+"""Seams into the request models of all other generation routes, which refuse steering.
 
-The edit a branch would make, in each class of `REFUSING`: declare the three steering
-fields with a validator that refuses them. Without it unknown fields are dropped, and a
-client would take unsteered text for steered.
+The edit a branch would make, in each class of `REFUSING`: declare the steering fields
+with a validator that refuses them. Without it vLLM drops unknown fields, and a client
+would take unsteered text for steered text.
 """
 
 from __future__ import annotations

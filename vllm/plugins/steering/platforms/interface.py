@@ -2,8 +2,8 @@
 """Seam into `vllm.platforms.interface`: our environment variables are known ones.
 
 The edit a branch would make: `vllm.envs` lists them, and its compile factors ignore
-them. Here they are listed while `validate_environ` looks, and not longer: what is
-listed goes into the compile-cache key, and one of them is a secret.
+them. Here they are listed only while `validate_environ` runs, because listed variables
+go into the compile-cache key, and one of these is a secret.
 """
 
 from __future__ import annotations

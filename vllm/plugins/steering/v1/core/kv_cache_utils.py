@@ -2,52 +2,23 @@
 """Seam into `vllm.v1.core.kv_cache_utils`: steering is part of a block's key.
 
 The edit a branch would make: `generate_block_hash_extra_keys` appends the key that
-`steering_block_key` returns. The key is a two-element tagged tuple of strings, as
-KV events want it.
+`steering_block_key` returns.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import admitted_schedule
 from vllm.plugins.steering.seam import BOUND, SeamError, Stock, resolve, wrap
+from vllm.v1.core.steering_block_keys import steering_block_key
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MODULE = "vllm.v1.core.kv_cache_utils"
 TARGET = f"{MODULE}:generate_block_hash_extra_keys"
-
-
-def steering_block_key(
-    schedule: Sequence[tuple[int | None, str | None]], start: int, end: int
-) -> tuple[str, str] | None:
-    """Key of the tokens `[start, end)` of a request, or None where not steered.
-
-    A block that is edited alike throughout is keyed by that digest. Another one is
-    keyed by its digests and where each begins in the block, so blocks are shared
-    exactly where every position is edited alike.
-
-    Args:
-        schedule: where each piece of the request stops (None: never), and its digest.
-        start, end: positions of the block.
-    """
-    parts: list[tuple[int, str | None]] = []
-    first = 0
-    for stop, digest in schedule:
-        last = end if stop is None else min(stop, end)
-        begin = max(first, start)
-        if begin < last and (not parts or parts[-1][1] != digest):
-            parts.append((begin - start, digest))
-        first = last
-    if len(parts) == 1:
-        digest = parts[0][1]
-        return None if digest is None else ("steering", digest)
-    key = "|".join(f"{digest or 'none'}@{offset}" for offset, digest in parts)
-    return ("steering", key) if parts else None
 
 
 def install() -> None:

@@ -35,12 +35,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.plugins.steering.seam import Stock, declare, wrap
 from vllm.utils import length_from_prompt_token_ids_or_embeds
-from vllm.v1.engine.steering_reads import (
-    READS_ATTRIBUTE,
-    ReadCounts,
-    reads_of,
-    request_reads,
-)
+from vllm.v1.engine.steering_reads import READS_ATTRIBUTE, reads_of, request_reads
 from vllm.v1.engine.steering_refusals import stop_reason_of
 
 if TYPE_CHECKING:
@@ -59,7 +54,6 @@ def install() -> None:
     declare("vllm.v1.request:Request", "steering_config")
     declare("vllm.v1.request:Request", READS_ATTRIBUTE)
     declare(f"{MODULE}:EngineCore", "steering_registry")
-    declare(f"{MODULE}:EngineCore", "sae_read_counts")
     core, process = f"{MODULE}:EngineCore", f"{MODULE}:EngineCoreProc"
     wrap(f"{core}.preprocess_add_request", ("self", "request"), _preprocess_add_request)
     wrap(f"{core}.add_request", ("self", "request", "request_wave"), _add_request)
@@ -97,7 +91,7 @@ def _preprocess_add_request(stock: Stock) -> Stock:
         request.sampling_params = params
         made, wave = stock(self, request)
         made.steering_config = config
-        made.sae_reads = request_reads(made, config, read_counts(self))
+        made.sae_reads = request_reads(made, config)
         return made, wave
 
     return preprocess_add_request
@@ -108,13 +102,6 @@ def is_steered(request: EngineCoreRequest) -> bool:
     params = request.sampling_params
     args = (params.extra_args if params is not None else None) or {}
     return any(key in args for key in _OURS)
-
-
-def read_counts(core: EngineCore) -> dict[str, ReadCounts]:
-    """What requests have read of each module since the engine started."""
-    if core.sae_read_counts is None:
-        core.sae_read_counts = {}
-    return core.sae_read_counts
 
 
 def admit_again(request: Request, core: EngineCore) -> None:
@@ -133,7 +120,7 @@ def admit_again(request: Request, core: EngineCore) -> None:
     before = params.extra_args or {}
     after = admitted_extra_args(before, config, request.num_prompt_tokens)
     request.steering_config = config
-    request.sae_reads = request_reads(request, config, read_counts(core))
+    request.sae_reads = request_reads(request, config)
     if after is not None and after.get(ROWS_KEY) != before.get(ROWS_KEY):
         # The module has other weights now, so the blocks have other keys.
         params.extra_args = after

@@ -2,7 +2,7 @@
 """Seam into `vllm.v1.engine.core_client`: what front ends do with module changes.
 
 The edits a branch would make: `collective_rpc_async` calls the registries of all
-data-parallel ranks as one, where stock answers with the first rank's reply, and the
+data-parallel ranks as one, where vLLM returns only the first rank's reply. The
 synchronous client takes over the configuration in the reply.
 """
 

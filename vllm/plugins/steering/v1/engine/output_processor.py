@@ -14,8 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm.plugins.steering.seam import Signatures, Stock, check_signature, resolve, wrap
-from vllm.v1.engine.steering_read_states import follow, take_payloads
+from vllm.plugins.steering.seam import (
+    Signatures,
+    Stock,
+    check_signature,
+    declare,
+    resolve,
+    wrap,
+)
+from vllm.v1.engine.steering_read_log import ReadLog
+from vllm.v1.engine.steering_read_states import follow, take_steps
 from vllm.v1.engine.steering_refusals import refusal_in
 
 if TYPE_CHECKING:
@@ -45,12 +53,20 @@ OVERRIDDEN: dict[str, Signatures] = {
 
 def install() -> None:
     """Hand refusals and what was read to the requests that they concern."""
+    declare(f"{MODULE}:OutputProcessor", "sae_read_log")
     added = ("self", "request", "prompt", "parent_req", "request_index", "queue")
     wrap(f"{MODULE}:OutputProcessor.add_request", added, _make_add_request)
     for method, parameters in OVERRIDDEN.items():
         target = f"{MODULE}:RequestState.{method}"
         check_signature(target, resolve(target)[2], parameters)
     wrap(f"{MODULE}:OutputProcessor.process_outputs", PARAMETERS, _make)
+
+
+def read_log(processor: OutputProcessor) -> ReadLog:
+    """What the engine's last steps have read."""
+    if processor.sae_read_log is None:
+        processor.sae_read_log = ReadLog()
+    return processor.sae_read_log
 
 
 def _make_add_request(stock: Stock) -> Stock:
@@ -61,7 +77,7 @@ def _make_add_request(stock: Stock) -> Stock:
         **kwargs: object,
     ) -> None:
         stock(self, request, *args, **kwargs)
-        follow(self.request_states, request)
+        follow(read_log(self), self.request_states, request)
 
     return add_request
 
@@ -73,7 +89,8 @@ def _make(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> OutputProcessorOutput:
-        take_payloads(self.request_states, engine_core_outputs)
+        if self.sae_read_log is not None:
+            take_steps(self.sae_read_log, self.request_states, engine_core_outputs)
         refused = [
             (state, refusal)
             for output in engine_core_outputs

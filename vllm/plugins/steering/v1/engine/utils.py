@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam into `vllm.v1.engine.utils`: the cause of a failed start comes to the front.
+"""Seam into `vllm.v1.engine.utils`: a failed start shows its cause.
 
-The edit a branch would make: `wait_for_engine_startup` raises what an engine core or a
-worker has left, in place of an error that says where to look for it.
+The edit a branch would make: `wait_for_engine_startup` raises the error of the engine
+core or worker, where vLLM's error only says where to look for it.
 """
 
 from __future__ import annotations

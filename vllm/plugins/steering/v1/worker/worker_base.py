@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seam into `vllm.v1.worker.worker_base`.
 
-A branch needs no edit here: its runners inherit the mixin in their own files. An
-overlay has to reach the runner classes before a worker makes its runner, in every
-worker process, and only when steering is configured. The worker class gets
-`SteeringWorkerMixin` as it would a `worker_extension_cls`; a branch's `WorkerBase`
-inherits it.
+A branch needs no edit here, because its runners inherit the mixin in their own files
+and its `WorkerBase` inherits `SteeringWorkerMixin`. An overlay must change the runner
+classes in every worker process before the worker makes its runner, and only when
+steering is configured. The worker class gets its mixins as it would get a
+`worker_extension_cls`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seam into `vllm.v1.core.sched.scheduler`: what a step has read goes to its requests.
 
-The edits a branch would make: `update_from_output` takes each request's rows of
-`model_runner_output.sae_readout` beside its log-probabilities, ends the request where a
-stop condition holds, and `EngineCoreOutput` has a field for the rows. A msgspec struct
-cannot grow, so here they travel in `ec_transfer_params` under a key of ours, which the
-front end takes out again (`plugins/steering/v1/engine/output_processor.py`).
+The edits a branch would make: `update_from_output` hands `model_runner_output.
+sae_readout` to `StepReads`, ends the requests of which a stop condition holds, and
+`EngineCoreOutputs` has a field for the rows of a step. A msgspec struct cannot grow, so
+here they travel in `ec_transfer_params` of the step's first output under a key of ours,
+which the front end takes out again (`plugins/steering/v1/engine/output_processor.py`).
 
 A step in which nobody reads costs one look-up.
 """
@@ -16,20 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
-from vllm.plugins.steering.seam import Stock, wrap
-from vllm.v1.engine.steering_reads import (
-    PAYLOAD_KEY,
-    Fired,
-    RequestReads,
-    StepRows,
-    step_start,
-)
+from vllm.plugins.steering.seam import Stock, declare, wrap
+from vllm.v1.engine.steering_reads import Fired, StepReads, step_start
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -38,11 +33,19 @@ MODULE = "vllm.v1.core.sched.scheduler"
 
 def install() -> None:
     """Take what a step has read."""
+    declare(f"{MODULE}:Scheduler", "sae_step_reads")
     wrap(
         f"{MODULE}:Scheduler.update_from_output",
         ("self", "scheduler_output", "model_runner_output"),
         _make_update_from_output,
     )
+
+
+def step_reads(scheduler: Scheduler) -> StepReads:
+    """What the scheduler's steps have read."""
+    if scheduler.sae_step_reads is None:
+        scheduler.sae_step_reads = StepReads()
+    return scheduler.sae_step_reads
 
 
 def _make_update_from_output(stock: Stock) -> Stock:
@@ -54,62 +57,67 @@ def _make_update_from_output(stock: Stock) -> Stock:
         readout = vars(model_runner_output).get(READOUT_ATTRIBUTE)
         if readout is None:
             return stock(self, scheduler_output, model_runner_output)
-        took, fired = take_step(self, scheduler_output, model_runner_output, readout)
-        with stopping(self, fired):
+        reads = step_reads(self)
+        starts, counts = positions(self, scheduler_output, model_runner_output, readout)
+        fired = reads.take(readout, starts, counts, self.requests)
+        fired = {
+            req_id: found
+            for req_id, found in fired.items()
+            if not _is_dropped(self.requests.get(req_id))
+        }
+        with stopping(self, reads, fired):
             outputs = stock(self, scheduler_output, model_runner_output)
-        attach(outputs, took)
+        reads.attach(outputs)
         return outputs
 
     return update_from_output
 
 
-def take_step(
+def positions(
     scheduler: Scheduler,
     scheduler_output: SchedulerOutput,
     model_runner_output: ModelRunnerOutput,
     readout: StepReadout,
-) -> tuple[dict[str, RequestReads], dict[str, Fired]]:
-    """Give every live request its rows; the requests, and those that end."""
-    took: dict[str, RequestReads] = {}
-    fired: dict[str, Fired] = {}
+) -> tuple[np.ndarray, np.ndarray]:
+    """(position of each request's first token, how many of its tokens count).
+
+    Without drafts the worker knows both.
+    """
+    if not scheduler.num_spec_tokens:
+        return readout.num_computed, readout.num_tokens
     sampled = model_runner_output.sampled_token_ids
     drafts = scheduler_output.scheduled_spec_decode_tokens
-    rows = StepRows(readout)
-    for req_id, first_row, own, computed in zip(
+    found = []
+    for req_id, own, computed in zip(
         readout.req_ids,
-        readout.first_rows,
-        readout.num_tokens,
-        readout.num_computed,
+        readout.num_tokens.tolist(),
+        readout.num_computed.tolist(),
         strict=True,
     ):
         request = scheduler.requests.get(req_id)
-        if request is None or request.is_finished():
-            continue
-        reads = request.sae_reads
-        if reads is None or _is_dropped(request):
+        if request is None or _is_dropped(request):
+            found.append((computed, 0))
             continue
         at = model_runner_output.req_id_to_index[req_id]
-        start, accepted = step_start(
-            request.num_tokens,
-            own,
-            computed,
-            len(drafts.get(req_id, ())),
-            len(sampled[at]) if sampled else 0,
-        )
-        found = reads.take(rows, first_row, start, accepted)
-        took[req_id] = reads
-        if found is not None:
-            fired[req_id] = found
-    return took, fired
+        num_drafts = len(drafts.get(req_id, ()))
+        generated = len(sampled[at]) if sampled else 0
+        num_tokens = request.num_tokens
+        found.append(step_start(num_tokens, own, computed, num_drafts, generated))
+    starts, counts = np.array(found, dtype=np.int64).T
+    return starts, counts
 
 
-def _is_dropped(request: Request) -> bool:
+def _is_dropped(request: Request | None) -> bool:
     """Whether the scheduler will drop this step's output of the request."""
-    return request.drop_stale_output and request.num_stale_output_tokens > 0
+    if request is None or request.is_finished():
+        return True
+    return bool(request.drop_stale_output and request.num_stale_output_tokens > 0)
 
 
 @contextmanager
-def stopping(scheduler: Scheduler, fired: dict[str, Fired]) -> Iterator[None]:
+def stopping(
+    scheduler: Scheduler, reads: StepReads, fired: dict[str, Fired]
+) -> Iterator[None]:
     """While a step's output is taken: end the requests whose condition holds."""
     if not fired:
         yield
@@ -130,6 +138,7 @@ def stopping(scheduler: Scheduler, fired: dict[str, Fired]) -> Iterator[None]:
         if not stopped:
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = found.reason
+            reads.stopped(found)
         return kept, True
 
     scheduler._update_request_with_output = _update_request_with_output
@@ -137,18 +146,3 @@ def stopping(scheduler: Scheduler, fired: dict[str, Fired]) -> Iterator[None]:
         yield
     finally:
         del scheduler._update_request_with_output
-
-
-def attach(
-    outputs: dict[int, EngineCoreOutputs], took: dict[str, RequestReads]
-) -> None:
-    """Put the rows that are due into the outputs of their requests."""
-    for of_client in outputs.values():
-        for output in of_client.outputs:
-            reads = took.get(output.request_id)
-            if reads is None or (reads.waits and output.finish_reason is None):
-                continue
-            payload = reads.payload()
-            if payload is not None:
-                params = output.ec_transfer_params or {}
-                output.ec_transfer_params = {**params, PAYLOAD_KEY: payload}

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sleep, wake-up and new model weights under captured CUDA graphs, on both runners.
+
+Float32 throughout, Hugging Face on the CPU is the oracle; for the tolerance see
+`test_engine_gpu.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from steering_testing import models, oracle
+from steering_testing.engine import (
+    DELTA,
+    FULL,
+    VECTORS,
+    assert_same,
+    engine,
+    generate,
+    params,
+    runner,
+    sae_spec,
+    save_sae,
+)
+from steering_testing.matrix import CLAMPS, FAMILY
+from steering_testing.matrix import POST as SITE
+from steering_testing.observe import steps_of
+from steering_testing.reference import Edit, random_sae
+from steering_testing.requests import SPECIAL, Modules, prompt, vector
+
+from vllm import LLM
+from vllm.entrypoints.steering import (
+    SteeringModuleError,
+    list_modules,
+    register_module,
+)
+
+TOKENS, TOLERANCE = 8, 1e-2
+SPARE = [{"layer": 1, "hook": "resid_post", "width": 160}]
+OPTIONS: dict[str, Any] = {
+    "attention_backend": "TRITON_ATTN",
+    "max_num_seqs": 8,
+    "enforce_eager": False,
+    "gpu_memory_utilization": 0.3,
+    "cudagraph_metrics": True,
+    "enable_sleep_mode": True,
+}
+SAES = {
+    "jumprelu": random_sae(160, models.HIDDEN, "jumprelu", 3),
+    "topk": random_sae(96, models.HIDDEN, "topk", 4),
+}
+for one in SAES.values():
+    one.skip_token_ids = SPECIAL
+
+
+@contextmanager
+def sleeper(root: Path, saved: Path) -> Iterator[LLM]:
+    """An engine that can sleep, with an SAE of each kind, a vector and a free slot."""
+    saes = {name: {SITE: sae} for name, sae in SAES.items()}
+    paths = Modules(saes, {"v": {SITE: vector(1)}}).save(saved)
+    with (
+        engine(FAMILY, root, paths, {"spare": SPARE}, **OPTIONS) as llm,
+        steps_of(llm) as steps,
+    ):
+        yield llm
+        assert steps.graphs["FULL"] > 0, steps
+
+
+def check(llm: LLM, name: str, seed: int = 0) -> None:
+    """A request of each tier and a plain one; `seed` is that of the model."""
+    ids, sae = prompt(7, 21), SAES.get(name, SAES["jumprelu"])
+    asks = [
+        params(TOKENS, **{FULL: [sae_spec(name, {SITE: CLAMPS})]}),
+        params(TOKENS, **{DELTA: [sae_spec(name, {SITE: CLAMPS})]}),
+        params(TOKENS, **{VECTORS: [{"module_name": "v", "scale": 1.5}]}),
+        params(TOKENS),
+    ]
+    edits = [
+        [Edit("full", sae, CLAMPS)],
+        [Edit("delta", sae, CLAMPS)],
+        [Edit("additive", vector=vector(1).double(), scale=1.5)],
+        [],
+    ]
+    for result, edit in zip(generate(llm, [ids] * 4, asks), edits, strict=True):
+        model = models.build(FAMILY, seed)
+        expected = oracle.follow(model, ids, {SITE: edit}, result.tokens)
+        assert_same(result, expected, f"{name}, seed {seed}", TOLERANCE)
+    runner(llm).steering.check_integrity()
+
+
+def check_all(llm: LLM, seed: int = 0) -> None:
+    for name in SAES:
+        check(llm, name, seed)
+
+
+def check_asleep(llm: LLM, path: str) -> None:
+    """Modules can be listed, and not changed: their memory is not there."""
+    assert list(list_modules(llm)) == [*SAES, "v"]
+    with pytest.raises(SteeringModuleError, match="asleep") as caught:
+        register_module(llm, "hot", path)
+    assert caught.value.status == 409
+
+
+@pytest.mark.parametrize("use_v2", ["0", "1"])
+def test_steering_sleeps_and_wakes_with_the_model(
+    use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    hot = save_sae(tmp_path / "hot", {SITE: SAES["jumprelu"]})
+    with sleeper(model_root, tmp_path) as llm:
+        check_all(llm)
+        llm.sleep(level=1)
+        check_asleep(llm, hot)
+        llm.wake_up()
+        check_all(llm)
+        llm.sleep(level=2)
+        check_asleep(llm, hot)
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+        check_all(llm)
+        # Kernels that wait for one another do so, and a free slot is still free.
+        register_module(llm, "hot", hot)
+        check(llm, "hot")
+
+
+@pytest.mark.parametrize("use_v2", ["0", "1"])
+def test_steering_stays_when_the_model_gets_new_weights(
+    use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    other = str(models.save(FAMILY, model_root, seed=1))
+    with sleeper(model_root, tmp_path) as llm:
+        check_all(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": other})
+        llm.reset_prefix_cache()
+        check_all(llm, seed=1)
+        state = models.build(FAMILY, 0).state_dict()
+        weights = [(name, tensor.cuda()) for name, tensor in state.items()]
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        llm.reset_prefix_cache()
+        check_all(llm)
