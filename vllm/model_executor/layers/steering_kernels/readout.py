@@ -23,6 +23,7 @@ TOP_K = tl.constexpr(2)
 COUNT = tl.constexpr(3)
 FEATURES = tl.constexpr(4)
 MAX_READ = tl.constexpr(64)
+RANKED = tl.constexpr(2)  # keys that others are compared with at a time
 BLOCK = tl.constexpr(64)  # entries looked at together
 BLOCK_F = tl.constexpr(16)  # features encoded together on the overflow path
 
@@ -110,8 +111,9 @@ def write_best(own, n, top_k, features_out, values_out, N: tl.constexpr):
     i = tl.arange(0, N)
     key = tl.load(own + i, mask=i < n, other=-1)
     rank = tl.zeros([N], tl.int32)
-    for j in range(0, n, 16):
-        at = j + tl.arange(0, 16)
+    # Few at a time, or a long list's comparisons do not fit the registers.
+    for j in range(0, n, RANKED):
+        at = j + tl.arange(0, RANKED)
         o = tl.load(own + at, mask=at < n, other=-1)
         rank += tl.sum((o[None, :] > key[:, None]).to(tl.int32), 1)
     listed = (i < n) & (rank < top_k)
@@ -218,9 +220,13 @@ def readout_kernel(
     D: tl.constexpr,
     GATE: tl.constexpr,
     TOPK: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes `out` of the read tokens of one chunk."""
+    """Writes `out` of the read tokens of one chunk.
+
+    OVERFLOW: of those with more non-zeros than their list holds.
+    """
     pdl_wait(PDL)
     n_tokens = tl.minimum(tl.load(count) - base, rows)
     if GATE >= 0 and tl.load(meta + USES_TOPK) != GATE:
@@ -228,16 +234,20 @@ def readout_kernel(
     place = tl.arange(0, MAX_READ)
     for i in range(tl.program_id(0), n_tokens, tl.num_programs(0)):
         token = tl.load(tokens + i * tokens_stride)
-        if token >= 0:
+        n = tl.load(records + i * RECORD_INTS)
+        row = tl.load(index + tl.maximum(token, 0)).to(tl.int64)
+        row_ptr = table + row * table_stride
+        reads = (token >= 0) & (tl.load(row_ptr) != 0)
+        if OVERFLOW:
+            reads = reads & (n > capacity)
+        if reads:
             i64 = tl.cast(i, tl.int64)
-            row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             top_k = tl.load(row_ptr + TOP_K)
             given_count = tl.load(row_ptr + COUNT)
             features = tl.load(
                 row_ptr + FEATURES + place, mask=place < given_count, other=-1
             )
             own = entries + i64 * capacity
-            n = tl.load(records + i * RECORD_INTS)
             active = n
             if n <= capacity:
                 given = keys_from_list(own, n, features, scale)
