@@ -10,7 +10,10 @@
 // token's bits depend neither on the run nor on its batch.
 #pragma once
 
+#include <algorithm>
+
 #include "decode.cuh"
+#include "dense_tail.cuh"
 #include "read.cuh"
 
 namespace vllm_steering {
@@ -24,9 +27,11 @@ __host__ __device__ inline int list_slots(int max_clamps) {
 // partial sums, which are needed one after another.
 static_assert(sizeof(LongReadMemory) <=
               kListMax * 8 + kDecodeWarps * kColumns * 4);
-inline int decode_smem(int max_clamps) {
-  return list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
+inline int decode_smem(int max_clamps, bool tail) {
+  const int own = list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
+  return tail ? std::max(own, kTailSmem) : own;
 }
+static_assert(kTailThreads == kDecodeThreads);
 
 // Appends the clamps' corrections behind the entries; returns the new length.
 template <typename T>
@@ -108,7 +113,8 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
 // token, or the last group does so too, where blocks are scarce.
 template <typename T, int Ahead, bool kReads>
 __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
-    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
+    decode_kernel(const __grid_constant__ DecodeArgs<T> a,
+                  const __grid_constant__ TailMaps maps) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
   float* scratch =
@@ -132,8 +138,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     const bool edits = record->row != 0 && work < n * groups;
     const bool reads = kReads && record->read != 0 && work / n == reader;
     if (token < 0 || !(edits || reads)) continue;
-    if (listed > kListMax) {
-      if (edits && work < n && threadIdx.x == 0) note_dense(a.ws, i);
+    if (listed > kListMax) {  // the tail's
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
                   *reinterpret_cast<LongReadMemory*>(memory));
@@ -161,6 +166,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
     }
   }
+  if (a.scratch.rows == 0 || a.ws.sync[kCrossed] == 0) return;
+  const DenseArgs<T> tail = {a.weights,   a.stream,   a.ws,     a.table,
+                             a.saturated, a.resolved, a.scratch};
+  dense_tail(tail, maps,
+             *reinterpret_cast<TailMemory*>(aligned_memory(memory)));
 }
 
 }  // namespace vllm_steering

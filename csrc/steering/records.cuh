@@ -35,6 +35,7 @@ enum SyncField {
   kDenseTicket = 3,
   kDenseDone = 4,
   kDenseExits = 5,
+  kCrossed = 6,  // not 0: some list may have become too short for its token
 };
 
 // A row of a packed clamp table: active, count, then features, codes, values.

@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     resolve_clamps(m, a, s, a.table.row(record->row), i, relu);
     if (threadIdx.x == 0) {
       record->listed = m.listed;
+      if (m.listed > kListMax) a.ws.sync[kCrossed] = 1;
       a.ws.kth[i] = static_cast<int64_t>(m.kth);
     }
   }
