@@ -63,20 +63,6 @@ __device__ __forceinline__ float saturate(float x, bool& over) {
   return fminf(fmaxf(x, -kLimit), kLimit);
 }
 
-// Limits eight components; as a rule one test of their sum is enough, and the
-// rest of the code is not fetched.
-template <typename T>
-__device__ __forceinline__ bool saturate_all(float (&x)[8]) {
-  const float low = fabsf(x[0]) + fabsf(x[1]) + (fabsf(x[2]) + fabsf(x[3]));
-  const float high = fabsf(x[4]) + fabsf(x[5]) + (fabsf(x[6]) + fabsf(x[7]));
-  bool over = false;
-  if (__builtin_expect(!(low + high <= kStreamLimit<T>), 0)) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = saturate<T>(x[i], over);
-  }
-  return over;
-}
-
 // Counts a token once, however many of its components were limited, and by
 // whichever thread.
 __device__ __forceinline__ void count_saturated(bool over, int* counted,

@@ -46,18 +46,6 @@ __device__ __forceinline__ float sum_over_warps(const float* partial) {
   return sum + __shfl_xor_sync(~0u, sum, 2);
 }
 
-// Adds the squares of eight components.
-template <typename T>
-__device__ __forceinline__ float square_of(const Pack8<T>& x) {
-  float square = 0.f;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float2 two = unpack2<T>(x.two[k]);
-    square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
-  }
-  return square;
-}
-
 __device__ __forceinline__ float float_warp_sum(float x) {
 #pragma unroll 1
   for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
@@ -117,7 +105,11 @@ __device__ __forceinline__ bool resolve_clamps(
           for (int i = 0; i < 2; ++i) ring.request(row);
         wait_copies<2>();  // all but the ring
         const Pack8<T> sum = stream.combine(base / 8 + lane);
-        square += square_of(sum);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 two = unpack2<T>(sum.two[k]);
+          square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
+        }
         columns[lane] = swap_middle(sum.raw);
         __syncwarp();
       }
@@ -199,33 +191,37 @@ __device__ __forceinline__ void resolve_vectors(
   }
 }
 
-// The norm of the token's stream, the same for every thread; each has the sum
-// of the squares of its own columns.
-__device__ __forceinline__ float norm_of(float square) {
+// Resolves vectors; false where float32 does not hold the norm of the token's
+// stream. `extended`: a clamp of this thread wants more than to be added.
+template <typename T, bool kTwo>
+__device__ __forceinline__ bool prepare_vectors(
+    const float* directions, const TokenStream<T, kTwo>& stream,
+    const StagedRow& row, bool extended) {
   __shared__ float norms[kClampWarps];
+  float square = 0.f;
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
+    const Pack8<T> x = stream.combine(i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 two = unpack2<T>(x.two[k]);
+      square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
+    }
+  }
+  // As a rule every share is far below the bound, and so is their sum.
+  constexpr float kLargest = 3.402823466e38f;
+  const bool usual = !extended && square <= kLargest / kClampThreads;
+  if (!__syncthreads_or(!usual)) return true;
   square = float_warp_sum(square);
   if (threadIdx.x % 32 == 0) norms[threadIdx.x / 32] = square;
   __syncthreads();
   float total = 0.f;
 #pragma unroll 1
   for (unsigned w = 0; w < blockDim.x / 32; ++w) total += norms[w];
-  return sqrtf(total);
-}
-
-constexpr float kLargest = 3.402823466e38f;
-
-// The block's vectors want more than to be added.
-template <typename T, bool kTwo>
-__device__ __forceinline__ void prepare_vectors(
-    const float* directions, const TokenStream<T, kTwo>& stream,
-    const StagedRow& row) {
-  float square = 0.f;
-#pragma unroll 1
-  for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x)
-    square += square_of(stream.combine(i));
-  const float norm = norm_of(square);
-  if (norm <= kLargest) resolve_vectors(directions, stream, row, norm);
+  if (!(total <= kLargest)) return false;
+  resolve_vectors(directions, stream, row, sqrtf(total));
   __syncthreads();
+  return true;
 }
 
 // Starts copying the clamps of a table row; entries past the count become
@@ -279,14 +275,12 @@ __device__ __forceinline__ void load_head(const ClampArgs<T, W>& a, uint64_t t,
 }
 
 // Writes x' of the thread's columns, once the deltas are known; true where a
-// component was limited. Without an encoder the norm is not known yet: then x'
-// waits in shared memory until every thread has seen its columns.
+// component was limited.
 template <typename T, typename W, bool kEncodes, bool kTwo>
 __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
                                          const StagedRow& row,
                                          RowRing<T, W>& ring) {
   bool over = false;
-  float square = 0.f;
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
     Pack8<T> x;
@@ -304,23 +298,7 @@ __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
 #pragma unroll 1
     for (int c = 0; c < row.count; c += RowRing<T, W>::kBatch)
       ring.add(acc, row, c);
-    if constexpr (!kEncodes) square += square_of(x);
-    over |= saturate_all<T>(acc);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) x.two[k] = pack2<T>(acc[2 * k], acc[2 * k + 1]);
-    if constexpr (kEncodes)
-      stream.write(i * 8, x.raw);
-    else
-      stream.x[i] = x.raw;
-  }
-  if constexpr (!kEncodes) {
-    // As a rule every share is far below the bound, and so is their sum.
-    if (__syncthreads_or(!(square <= kLargest / kClampThreads)) &&
-        !(norm_of(square) <= kLargest))
-      return false;
-#pragma unroll 1
-    for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x)
-      stream.write(i * 8, stream.x[i]);
+    over |= stream.write(i * 8, acc);
   }
   return over;
 }
@@ -359,11 +337,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   if (threadIdx.x == 0) counted = 0;
   stream.request();
   commit_copies();
-  bool more = false;
-  if constexpr (kEncodes)
-    __syncthreads();
-  else
-    more = __syncthreads_or(extended);
+  __syncthreads();
 
   row.count = head.count;
   bool within = head.on;
@@ -378,10 +352,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) ring.request(row);
       wait_copies<2>();  // all but the ring
-      if (more) {
-        __syncthreads();  // every thread's columns have come
-        prepare_vectors(a.directions, stream, row);
-      }
+      within = prepare_vectors(a.directions, stream, row, extended);
     }
     if (within)
       count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,

@@ -74,10 +74,19 @@ struct TokenStream {
     return sum;
   }
 
-  __device__ __forceinline__ void write(unsigned d, const uint4& out) const {
-    *reinterpret_cast<uint4*>((kTwo ? residual : hidden) + d) = out;
+  // True where a component was limited.
+  __device__ __forceinline__ bool write(unsigned d,
+                                        const float (&value)[8]) const {
+    Pack8<T> out;
+    bool over = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out.two[i] = pack2<T>(saturate<T>(value[2 * i], over),
+                            saturate<T>(value[2 * i + 1], over));
+    *reinterpret_cast<uint4*>((kTwo ? residual : hidden) + d) = out.raw;
     if constexpr (kTwo)
       *reinterpret_cast<uint4*>(hidden + d) = make_uint4(0, 0, 0, 0);
+    return over;
   }
 };
 

@@ -19,7 +19,7 @@ struct Histogram {
 // Finds the bin that holds the k-th from the top: h.bound is the bin, h.above
 // what the bins over it hold. Without so many in all, both stay as they are.
 template <int kThreads>
-__device__ __forceinline__ void find_bin(Histogram<kThreads>& h, int k) {
+__device__ void find_bin(Histogram<kThreads>& h, int k) {
   // Thread i owns the i-th highest few bins; a scan finds whose hold the k-th.
   constexpr int kOwn = kBins / kThreads;
   const int highest = kBins - 1 - threadIdx.x * kOwn, lane = threadIdx.x % 32;

@@ -90,9 +90,10 @@ __device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
 // The k-th largest key where there are very many candidates. Not inlined: the
 // usual path's code is cold, and short.
 __device__ __noinline__ unsigned long long search_scores(SelectMemory& m,
-                                                         Scores s, int k) {
+                                                         const Scores& s,
+                                                         int k) {
   return search_kth(m.histogram, s.d_sae, k,
-                    [=](int f) { return sort_key(s.p[f], f); });
+                    [&](int f) { return sort_key(s.p[f], f); });
 }
 
 __device__ void append_entry(SelectMemory& m, const SelectArgs& a, int64_t* own,

@@ -126,17 +126,6 @@ void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
          tail_maps(a));
 }
 
-template <int kGroups, typename T>
-void launch_gather(const DecodeArgs<T>& a, int processors,
-                   cudaStream_t stream) {
-  using S = GatherShape<kGroups>;
-  const int64_t slices = (a.weights.d_model + S::kSlice - 1) / S::kSlice;
-  const int64_t work = (a.ws.rows * slices + kDecodeWarps - 1) / kDecodeWarps;
-  const int64_t blocks = std::min<int64_t>(work, S::kBlocks * processors);
-  launch(gather_kernel<T, kGroups>, static_cast<int>(blocks), kDecodeThreads, 0,
-         stream, a);
-}
-
 // Tokens that lists hold. Few: one kernel. Many: sort once, then gather.
 template <typename T>
 void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
@@ -145,13 +134,11 @@ void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
     launch(
         a.reads.index != nullptr ? sort_kernel<T, true> : sort_kernel<T, false>,
         std::min(a.ws.rows, 8 * processors), kDecodeThreads, 0, stream, a);
-    const int groups = gather_groups(a.weights.num_features);
-    if (groups == 1)
-      launch_gather<1>(a, processors, stream);
-    else if (groups == 2)
-      launch_gather<2>(a, processors, stream);
-    else
-      launch_gather<4>(a, processors, stream);
+    const int64_t work =
+        static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_model);
+    const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
+    launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
+           stream, a);
   } else if (a.ws.rows <= kFewTokens) {
     launch_lists<16>(a, processors, stream);
   } else {

@@ -123,8 +123,8 @@ def read(activation: Activation, tokens: int, l0: float, full: bool) -> torch.Te
     step.read_index[:tokens] = 1
     workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
     hidden, residual = make_stream(tokens, 72, DTYPE)
-    readout.launch(slot, step, workspace, hidden, residual)
-    kernel.full_reconstruction(slot, step, workspace, hidden, residual)
+    step.reading = True
+    readout.read_and_reconstruct(slot, step, workspace, hidden, residual)
     assert residual is not None
     assert (reads.out[:, 0] >= 0).all()
     return residual
