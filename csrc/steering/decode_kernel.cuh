@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       reinterpret_cast<float*>(memory + list_slots(a.table.max_clamps) * 8);
   launch_dependents();
   wait_for_previous();
+  const int crossed = a.ws.sync[kCrossed];
   const int n = a.ws.tokens(), d_model = a.weights.d_model;
   const int slices = (d_model + kColumns - 1) / kColumns;
   const int groups =
@@ -166,7 +167,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
     }
   }
-  if (a.scratch.rows == 0 || a.ws.sync[kCrossed] == 0) return;
+  if (n <= 0 || crossed == 0) return;
+  if (a.scratch.rows == 0) {  // the delta tier, which has no dense tokens
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.ws.sync[kCrossed] = 0;
+    return;
+  }
   const DenseArgs<T> tail = {a.weights,   a.stream,   a.ws,     a.table,
                              a.saturated, a.resolved, a.scratch};
   dense_tail(tail, maps,

@@ -179,7 +179,9 @@ template <typename T>
 __device__ __forceinline__ void leave_dense(const Workspace<T>& ws) {
   if (atomicAdd(ws.sync + kDenseExits, 1) != static_cast<int>(gridDim.x) - 1)
     return;
-  for (int field = kDenseCount; field <= kCrossed; ++field) ws.sync[field] = 0;
+  for (int field = kDenseCount; field <= kDenseExits; ++field)
+    ws.sync[field] = 0;
+  ws.sync[kCrossed] = 0;
 }
 
 }  // namespace vllm_steering
