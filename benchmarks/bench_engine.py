@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steering costs a whole engine: decode and prefill, beside stock vLLM.
+"""What steering costs a whole engine: decode and prefill, against stock vLLM.
 
     python benchmarks/bench_engine.py [--out FILE] [--budget SECONDS]
         [--engines stock,one] [--batches 64,prefill]
@@ -9,14 +9,14 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 
 - eager: sets the thresholds, counts what fires, and measures vLLM without graphs;
 - engines: stock, one-site and four-site engines live in one process and take turns
-  batch by batch, so that noise of the machine meets all of them alike;
+  batch by batch, so that the machine's noise affects all of them equally;
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
-Results are written after every measurement, so what a stage had when it failed or ran
-out of time is kept. `engine_stages.py` is what the stages do, `engine_timing.py` the
-two clocks. `ratio` is the share of stock's tokens per second, `ratio_gpu` of its GPU
-time a step.
+Results are written after every measurement. So what a stage has measured is kept if it
+fails or runs out of time. `engine_stages.py` has the stages, `engine_timing.py` the two
+clocks. `ratio` is the share of stock's tokens per second, `ratio_gpu` that of its GPU
+time per step.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/bench_kernels.py [--quick] [--out FILE]
 
 Each figure is the median over graph replays of (restore, flush L2, op) minus that of
-(restore, flush L2), so launch gaps inside the op count and the rest does not. The
+(restore, flush L2). So launch gaps inside the op count, and the rest does not. The
 floor is max(bytes / copy bandwidth, flops / bf16 rate), both measured in this run.
 """
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reading features costs a whole engine: decode and prefill, beside idle.
+"""What reading features costs a whole engine: decode and prefill, against idle.
 
     python benchmarks/bench_readout.py --out FILE [--budget SECONDS]
-        [--batches 1,64,256,prefill] [--modes off,idle,reading,one site,both]
+        [--batches 1,64,256,prefill] [--modes off,off again,idle,reading,one site,both]
 
 The model and the SAE of `bench_engine.py` (Gemma-2-2B's shape, one site of
 16384 x 2304, about 100 features a token). Two engines live in one process and take
 turns, one that may read and one that was started with `readout: false`:
 
-- `off`: nobody reads, and nobody could;
-- `idle`: nobody reads;
+- `off`: no request reads, and none could;
+- `off again`: the same on one more engine, if asked for: what two engines differ by;
+- `idle`: no request reads;
 - `reading`: every request reads its 16 largest activations of every token;
 - `one site`: every request is fully reconstructed;
 - `both`: reconstructed and read.
@@ -47,7 +48,13 @@ TARGETS = {
     ("reading", PREFILL, "ratio"): 0.92,
 }
 MODES = ("off", "idle", "reading", "one site", "both")
-BASELINES = {"idle": "off", "reading": "idle", "one site": "idle", "both": "one site"}
+BASELINES = {
+    "off again": "off",
+    "idle": "off",
+    "reading": "idle",
+    "one site": "idle",
+    "both": "one site",
+}
 
 Row = dict[str, Any]
 
@@ -76,11 +83,14 @@ def modes(root: Path, names: Sequence[str]) -> list[Any]:
     from engine_modes import CLAMP, FULL_KEY
     from engine_timing import Mode
 
+    # Engines without reading, one before the one with it and one after.
     off = start_engine(root, False) if "off" in names else None
     on = start_engine(root, True)
+    again = start_engine(root, False) if "off again" in names else None
     full = [{"module_name": "sae", "clamps": [CLAMP]}]
     every = [
         *([] if off is None else [Mode("off", off, None)]),
+        *([] if again is None else [Mode("off again", again, None)]),
         Mode("idle", on, None),
         Mode("reading", on, {"sae_readout_specs": READ}),
         Mode("one site", on, full),
@@ -146,7 +156,7 @@ def measure(
     for row in targets(rows):
         print(row, flush=True)
     sys.stdout.flush()
-    # Tearing down several engines takes time, and is of no use here.
+    # Tearing down several engines takes time and has no use here.
     os._exit(0)
 
 

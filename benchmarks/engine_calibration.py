@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the SAE modules: the directions that streams are made of, and thresholds.
 
-The streams come from an eager engine that gets the benchmark's own kinds of tokens:
-prompts of 32, the tokens generated after them, and prompts of 1024. A module's later
-sites are calibrated with its earlier ones reconstructed, as they will be. What fires
-is then counted on fresh tokens, prompts and generated ones apart: about 100 features.
+The streams come from an eager engine that gets the kinds of tokens of the benchmark:
+prompts of 32 tokens, the tokens generated after them, and prompts of 1024 tokens. A
+module's later sites are calibrated with its earlier ones reconstructed, as they are in
+the benchmark. Then active features are counted on fresh tokens, for prompts and for
+generated tokens: about 100.
 """
 
 from __future__ import annotations

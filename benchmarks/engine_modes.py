@@ -115,9 +115,9 @@ def dictionary(device: Any, width: int) -> Any:
 def spread_embeddings(model: Any) -> None:
     """Embed every token as the sum of L0 random directions of one basis.
 
-    Dummy weights leave all tokens of a prompt with almost the same stream. These
-    embeddings outweigh what the layers add, so at every site each token is a sparse
-    sum of other directions, which the SAEs find and give back.
+    With dummy weights, all tokens of a prompt have almost the same stream. These
+    embeddings outweigh what the layers add. So at every site each token is a sparse
+    sum of different directions, which the SAEs find and reconstruct.
     """
     import torch
 

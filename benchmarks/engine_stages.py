@@ -193,5 +193,5 @@ def run_stage(
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Tearing down several engines takes time, and is of no use here.
+    # Tearing down several engines takes time and has no use here.
     os._exit(code)

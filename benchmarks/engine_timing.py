@@ -7,8 +7,8 @@ tokens have arrived, so in a steady state each interval is one step of the batch
 
 GPU: events around everything that a step launches, from the runner's preparation of
 inputs to its sampling. A spinning kernel in front keeps the GPU busy until the host
-has launched the whole step, so no launch gap is inside and a slow host cannot show.
-(An eager step takes longer to launch than that; its gaps do count.)
+has launched the whole step. So launch gaps do not count, and a slow host has no effect.
+(An eager step takes longer to launch than that, so its gaps do count.)
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def interleave(
 ) -> dict[str, list[Window]]:
     """Let the modes take turns: one round to warm up, then `rounds` that count.
 
-    Every round begins with another mode, so drift of the machine favours none. A mode
-    that raises is left out from then on, with every mode of its engine.
+    Every round begins with another mode, so a drift of the machine favours none. A mode
+    that raises is left out from then on, and so is every mode of its engine.
     """
     found: dict[str, list[Window]] = {mode.name: [] for mode in modes}
     for at in range(-1, rounds):

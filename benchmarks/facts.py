@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's figures belong to, and the file that they go to."""
+"""The GPU, versions and commit of a benchmark, and its result file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of the tests run in this process and never reach for a hub."""
+"""Test engines run in this process and never access a model hub."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# Tiny models: more threads only wait for each other.
+# With tiny models, more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys

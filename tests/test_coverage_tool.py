@@ -45,7 +45,7 @@ def test_a_model_that_is_in_no_table_is_unknown() -> None:
     ("pairs", "rules", "listed"),
     [
         ([("l1_8x", "L1-8x"), ("l2_8x", "L2-8x")], [["l{}_8x", "L{0}-8x"]], {}),
-        # One id proves no rule, and no rule may turn an unknown id into another's path.
+        # One id proves no rule, and no rule may map an unknown id to another's path.
         ([("l1", "L1")], [], {"l1": "L1"}),
         ([("a1", "x7"), ("a2", "x9")], [], {"a1": "x7", "a2": "x9"}),
     ],

@@ -25,7 +25,8 @@ LEVELS: list[tuple[str, str]] = [
     ("vllm.v1.engine.", "engine"),
     # The command-line tool reads SAE files; no server and no engine imports it.
     ("vllm.entrypoints.cli.steering", "tool"),
-    ("vllm.entrypoints.steering.__main__", "tool"),
+    ("vllm.entrypoints.steering.__main__", "command"),
+    ("vllm_steering_cli", "command"),
     ("vllm.entrypoints.", "entrypoints"),
     ("vllm.plugins.", "plugins"),
 ]
@@ -38,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"config", "layers", "loader", "managers", "mixin", "engine"},
     "entrypoints": {"config", "entrypoints"},
     "tool": {"config", "layers", "loader", "tool", "entrypoints"},
-    "plugins": {level for _, level in LEVELS} - {"tool"},
+    "command": {"tool", "command"},
+    "plugins": {level for _, level in LEVELS} - {"tool", "command"},
 }
 
 
@@ -47,7 +49,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_name(path): path for path in sorted((ROOT / "vllm").rglob("*.py"))}
+FILES = {
+    module_name(path): path
+    for package in ("vllm", "vllm_steering_cli")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
 def level_of(module: str) -> str:

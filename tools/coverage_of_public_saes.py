@@ -2,10 +2,10 @@
 """How much of SAELens's list of pretrained SAEs can be used here.
 
 Reads the list of the installed sae-lens (a test-only dependency), and for each SAE asks
-this project's own code: does `saelens:RELEASE/SAE_ID` lead to it, which point of which
+this project's own code: does `saelens:RELEASE/SAE_ID` load it, which point of which
 layer does it read and write, and does the model's decoder layer have these points?
-Prints usable, refused by name, and unknown, for each of SAELens's loaders; exits with 1
-below 97 % usable.
+Prints the counts of usable, refused and unknown SAEs for each of SAELens's loaders.
+Exits with 1 if less than 97 % are usable.
 
     python tools/coverage_of_public_saes.py [--missing]
 """
@@ -51,10 +51,10 @@ from vllm.model_executor.model_loader.sae_formats.names import (  # noqa: E402
 )
 
 TARGET = 0.97
-# For a model that vLLM runs by its Transformers backend.
+# For a model that runs under vLLM's Transformers backend.
 TRANSFORMERS = "transformers"
-# How a model of the list begins -> its Hugging Face architecture and the decoder layer
-# that vLLM runs for it; the first that matches.
+# Prefix of a model's name in the list -> its Hugging Face architecture and the decoder
+# layer that vLLM runs for it. The first match counts.
 _LLAMA = ("LlamaForCausalLM", "llama.LlamaDecoderLayer")
 _GEMMA_3 = ("Gemma3ForCausalLM", "gemma3.Gemma3DecoderLayer")
 _QWEN_3 = ("Qwen3ForCausalLM", "qwen3.Qwen3DecoderLayer")
@@ -79,7 +79,7 @@ ARCHITECTURES: tuple[tuple[str, tuple[str, str]], ...] = (
     ("qwen3-", _QWEN_3),
     ("openai/gpt-oss", ("GptOssForCausalLM", "gpt_oss.TransformerBlock")),
 )
-# What the files say and the list does not: refused by our reader, by name.
+# What only the files say, and our reader refuses.
 REFUSED_BY_FILES = {
     re.compile(r".*-v5-(?:32k|128k)"): "normalize_activations layer_norm",
 }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lay our files into an installed vLLM without pip.
+"""Install our files into an installed vLLM without pip.
 
-Run with the environment's Python, to work live in the checkout: every file under
+Run it with the environment's Python to work in the checkout: every file under
 `vllm/` here becomes a symbolic link in `site-packages/vllm/` (those of
 `vllm_steering_cli/` likewise), and a small distribution record makes the entry points
-known, so edits are seen without reinstalling. Run it again after adding a file; `pip
+known. So edits take effect without reinstalling. Run it again after adding a file; `pip
 uninstall vllm-steering` removes all of it.
 
 With `--vllm-metadata` it also records a distribution named `vllm` where only
@@ -47,7 +47,7 @@ def overlay_files() -> list[Path]:
 
 
 def recorded(info: Path) -> set[str]:
-    """The files of our packages that an earlier run has laid there."""
+    """The files of our packages that an earlier run has put there."""
     record = info / "RECORD"
     lines = record.read_text().splitlines() if record.exists() else []
     names = {line.split(",")[0] for line in lines}
@@ -60,8 +60,8 @@ def place(files: dict[Path, Path], site: Path, known: set[str], copy: bool) -> N
     Args:
         files: place, relative to `site` -> source.
         site: directory of the installed packages.
-        known: what an earlier run has laid there; what is left over goes.
-        copy: copy in place of linking.
+        known: what an earlier run has put there; files that are left over are removed.
+        copy: copy instead of linking.
     """
     for path, source in files.items():
         target = site / path
@@ -147,7 +147,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Lay the overlay down and record it."""
+    """Install the overlay and record it."""
     args = arguments()
     site = args.site or Path(sysconfig.get_path("purelib"))
     scripts = site / "bin" if args.site else Path(sysconfig.get_path("scripts"))

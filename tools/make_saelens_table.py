@@ -5,8 +5,8 @@ Run with a Python that has sae-lens:
 
     python tools/make_saelens_table.py
 
-It keeps facts only: each release's repository, model and loader, how an id becomes a
-path, and what the list says that the files of the SAEs do not: normalisation, its
+It keeps only facts: each release's repository, model and loader, how an id becomes a
+path, and what the list says and the files of the SAEs do not: normalisation, its
 factor, and whether the model's residual stream was centred.
 """
 

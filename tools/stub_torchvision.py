@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make PyPI's torchvision importable beside a CPU build of torch.
+"""Make PyPI's torchvision importable with a CPU build of torch.
 
-vLLM imports torchvision for multimodal models. PyPI has a build for CUDA only; its
-compiled operators do not load beside `torch==…+cpu`, and the file that registers their
-shapes then fails the import. vLLM's model classes do not use these operators. This
-writes an empty file in its place. PyTorch's own index has builds that match
+vLLM imports torchvision for multimodal models. PyPI has only a build for CUDA. Its
+compiled operators do not load with `torch==…+cpu`, so the file that registers their
+shapes cannot be imported. vLLM's model classes do not use these operators. This script
+replaces the file by an empty one. PyTorch's own index has builds that match
 (`--extra-index-url https://download.pytorch.org/whl/cpu`) and need none of this.
 
     uv pip install --target DIR --no-deps torchvision==0.28.0

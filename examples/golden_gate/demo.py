@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model that comes to talk about nothing but the bridge.
+"""A tiny model that talks about nothing but the bridge.
 
     python examples/golden_gate/demo.py [--no-server] [--compile]
 
 In one batch of one in-process engine, the same prompts run plain, purely
 reconstructed by the SAE, and with the bridge feature clamped at two strengths. Then
-the same through `vllm serve` and the `openai` client, and a check that plain
-requests, steered neighbours or not, are bit-identical to an engine without the
-plugin. Exits with 1 when a check fails.
+they run through `vllm serve` and the `openai` client. A check compares plain requests,
+with and without steered neighbours, with an engine without the plugin: they must be
+bit-identical. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def tokens_per_second(llm: LLM, modes: list[Mode]) -> dict[str, float]:
     """Generated tokens per second of a batch in one mode: the best of two runs."""
     prompts = list(PROMPTS) * 2
     best = {mode.name: 0.0 for mode in modes}
-    # In turn, so that what else the machine does hits all modes alike.
+    # In turns, so that other load on the machine affects all modes equally.
     for mode in modes * 2:
         params = [sampling_params(mode, seed=SEED + p) for p in range(len(prompts))]
         start = time.perf_counter()

@@ -3,8 +3,8 @@
 
     python examples/golden_gate/train.py
 
-rewrites `model/` and `sae/` beside this file from a fixed seed, in a few minutes on
-two CPU cores. Everything is made here: no data and no weights are downloaded.
+It rewrites `model/` and `sae/` beside this file from a fixed seed, in a few minutes on
+two CPU cores. No data and no weights are downloaded.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def choose_bridge_feature(
 ) -> dict[str, float | int]:
     """The bridge feature that steers best, among the three of largest contrast.
 
-    Several features may know the topic, each for another part of speech; the best
+    Several features may stand for the topic, each for another part of speech; the best
     gives the most bridge words in the most fluent text at the weaker strength.
     """
     best, best_score = {}, -1.0
@@ -295,7 +295,9 @@ def main() -> None:
         model = train_model(tokenizer, options.model_steps)
         save_model(model, tokenizer, options.out / "model")
 
-    torch.manual_seed(SEED)  # the SAE does not depend on how the model came to be
+    torch.manual_seed(
+        SEED
+    )  # so that the SAE does not depend on the training of the model
     x, _ = collect(model, tokenizer, SEED + 1, num_batches=60)
     sae = train_sae(x, D_SAE, options.sae_steps)
     sae.save(

@@ -62,7 +62,7 @@ FORMS = (
     "Écris un texte en français sur {}.",
     "Escribe un texto en español sobre {}.",
 )
-# Openings that are no chat: the model goes on as with a web page or a book.
+# Openings outside of a chat: the model continues as on a web page or in a book.
 OPENINGS = (
     "The history of {} begins",
     "Today I learned about {}:",
@@ -104,7 +104,7 @@ def join(*parts: Corpus) -> Corpus:
 def make_corpus(tokens: torch.Tensor, tokenizer: Any) -> Corpus:
     """Mark what counts in `tokens [rows, width]`; what follows an eos is padding."""
     ended = (tokens == tokenizer.eos_token_id).cumsum(1)
-    # A chat prompt holds two ends of messages; padding holds many in a row.
+    # A chat prompt has two ends of messages; padding has many in a row.
     repeated = torch.zeros_like(tokens, dtype=torch.bool)
     repeated[:, 1:] = (ended[:, 1:] > 0) & (tokens[:, 1:] == tokens[:, :-1])
     special = torch.isin(tokens, torch.tensor(tokenizer.all_special_ids))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real model comes to talk of nothing but the sea, in French, or in verse.
+"""A small real model talks only about the sea, only in French, or only in verse.
 
     python examples/smollm2/demo.py [--png FILE] [--compile]
 
 SmolLM2-135M-Instruct answers the same prompts plain, purely reconstructed by its SAE,
-and with one feature clamped, in one batch of one engine. Where the model cannot be
-fetched, the tiny demo runs in its place. Exits with 1 when a check fails.
+and with one feature clamped, in one batch of one engine. If the model cannot be
+fetched, the tiny demo runs instead. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations

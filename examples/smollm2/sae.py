@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A BatchTopK SAE (Bussmann et al. 2024, arXiv:2412.06410), served as a JumpReLU.
 
-While it learns, the `k * tokens` largest activations of a batch are kept; the running
-mean of the smallest kept one becomes the threshold afterwards. Dead features learn
-from what the others leave over (Gao et al. 2024, arXiv:2406.04093, section A.2).
+During training, the `k * tokens` largest activations of a batch are kept. The running
+mean of the smallest kept activation becomes the threshold afterwards. Dead features
+learn from the residual of the others (Gao et al. 2024, arXiv:2406.04093, section A.2).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 import checkpoint
 import labels
 import torch
-from data import WIDTH
+from data import MIN_P, WIDTH
 from sae import JumpReLU
 from safetensors.torch import load_file
 from train import LAYER, MODEL
@@ -47,7 +47,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     content = {
         "card": summary(chosen),
-        **{key: rounded(facts[key]) for key in ("max", "p50", "frequency")},
+        **{key: rounded(facts[key]) for key in ("max", "p99", "p50", "frequency")},
         "contexts": contexts(facts, tokenizer),
     }
     (options.module / "evidence.json").write_text(
@@ -57,6 +57,8 @@ def main() -> None:
     (options.module / "labels.json").write_text(
         json.dumps(names, ensure_ascii=False, indent=0) + "\n"
     )
+    card["labels"] = labels.summary(names)
+    card["sampling"] = {"temperature": 1.0, "min_p": MIN_P}
     (options.module / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 

@@ -44,7 +44,7 @@ SEA = Topic(
 FRENCH = Topic(
     "French",
     668,
-    # Whole words, most of them; they are no English ones.
+    # Mostly whole words, none of them English.
     _words(
         r"le\b la\b les\b de\b des\b du\b et\b est\b un\b une\b je\b ne\b pas\b "
         r"que\b qui\b ce\b cette\b vous\b nous\b il\b elle\b en\b au\b aux\b dans\b "

@@ -151,7 +151,7 @@ def test_an_engine_that_reads_nothing_says_so() -> None:
 def test_few_clamps_leave_little_room_for_features() -> None:
     spec = {"module_name": "a", "features": list(range(5))}
     assert parse(spec, config=replace(CONFIG, max_clamps=3)).reads
-    with pytest.raises(VLLMValidationError, match="max_clamps is 2"):
+    with pytest.raises(VLLMValidationError, match="with max_clamps=2"):
         parse(spec, config=replace(CONFIG, max_clamps=2))
 
 

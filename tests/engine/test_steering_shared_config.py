@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API server processes share a configuration through a file that is theirs alone."""
+"""API server processes share a configuration through a private file."""
 
 from __future__ import annotations
 

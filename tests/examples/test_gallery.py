@@ -1,51 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The five programs of the gallery run on the tiny model and show what they say."""
+"""The five programs of the gallery run on the tiny model and show what they say.
+
+All of them in one process, on one engine; breadth: each as a program of its own.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[2]
+from vllm.distributed import cleanup_dist_env_and_memory
+
+GALLERY = Path(__file__).parents[2] / "examples" / "gallery"
+sys.path.insert(0, str(GALLERY))
+demo_model: Any = importlib.import_module("demo_model")
+PROGRAMS = ("find", "steer", "sweep", "evaluate", "monitor")
 pytestmark = pytest.mark.engine
 
+Run = Callable[[str], str]
 
-def run(name: str) -> str:
-    """Standard output of a program."""
-    command = [sys.executable, str(ROOT / "examples" / "gallery" / f"{name}.py")]
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Any]:
+    engine = demo_model.start(demo_model.tiny())
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def run(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Run a program on the engine that is there; its standard output."""
+
+    def in_process(name: str) -> str:
+        program = importlib.import_module(f"{name}")
+        monkeypatch.setattr(program, "start", lambda demo: llm)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        capsys.readouterr()
+        program.main()
+        return capsys.readouterr().out
+
+    return in_process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_is_a_program(name: str) -> None:
+    command = [sys.executable, str(GALLERY / f"{name}.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert len(done.stdout.splitlines()) >= 3
 
 
-def test_find_ranks_the_bridge_high() -> None:
+def test_find_ranks_the_bridge_high(run: Run) -> None:
     ranked = re.findall(r"^ +(\d+) ", run("find"), re.MULTILINE)
     assert "457" in ranked[:3]
 
 
-@pytest.mark.slow
-def test_steer_turns_the_answer_to_the_bridge() -> None:
+def test_steer_turns_the_answer_to_the_bridge(run: Run) -> None:
     answers = dict(line.split(": ", 1) for line in run("steer").splitlines())
     assert "bridge" not in answers["plain"]
     assert "bridge" in answers["full reconstruction"]
     assert answers["delta"] != answers["plain"]
 
 
-@pytest.mark.slow
-def test_sweep_has_more_of_the_topic_at_full_strength() -> None:
+def test_sweep_has_more_of_the_topic_at_full_strength(run: Run) -> None:
     rows = [line.split() for line in run("sweep").splitlines()[1:]]
     shares = {float(row[0]): int(row[1].rstrip("%")) for row in rows}
     assert shares[1.5] > shares[0.5] >= shares[0.0] == 0
 
 
-@pytest.mark.slow
-def test_evaluate_measures_the_loss_of_the_reconstruction() -> None:
+def test_evaluate_measures_the_loss_of_the_reconstruction(run: Run) -> None:
     found = {
         k.strip(): float(v)
         for k, v in re.findall(r"^(.+?) +(\S+)$", run("evaluate"), re.M)
@@ -55,6 +93,5 @@ def test_evaluate_measures_the_loss_of_the_reconstruction() -> None:
     assert 5 < found["L0, active features a token"] < 25
 
 
-@pytest.mark.slow
-def test_monitor_stops_on_the_feature() -> None:
+def test_monitor_stops_on_the_feature(run: Run) -> None:
     assert run("monitor").splitlines()[-1].endswith("stop: sae:demo:post_block.1:457")

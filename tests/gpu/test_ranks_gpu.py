@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two GPUs, tensor or pipeline parallel, say what Hugging Face says."""
+"""Two GPUs, tensor or pipeline parallel, give the answers of Hugging Face."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
     "cudagraph_metrics": True,
     "enforce_eager": False,
     "distributed_executor_backend": "mp",
-    # NCCL alone: what else moves the sums is not the subject.
+    # NCCL alone: other communicators may change the sums, which is not tested here.
     "disable_custom_all_reduce": True,
 }
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 96}]

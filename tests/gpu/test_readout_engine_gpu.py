@@ -19,6 +19,7 @@ from steering_testing.reads import activations
 from steering_testing.reference import random_sae
 
 from vllm import LLM, SamplingParams
+from vllm.entrypoints.steering import evaluate
 
 SITE = (1, "post_block")
 OPTIONS: dict[str, Any] = {
@@ -37,6 +38,8 @@ PROMPTS = [
     [3 + (7 * row + at * (row + 1)) % 100 for at in range(20)] for row in range(6)
 ]
 NEAR = 2e-2
+# (tokens, FVU, L0, three losses) of the first mode that was evaluated.
+EVALUATED: list[list[float]] = []
 
 
 def ask(max_tokens: int, **spec: Any) -> SamplingParams:
@@ -101,6 +104,17 @@ def test_values_are_those_of_hugging_face(
         ended = run(llm, [ask(10, top_k=2, stop_if=stop)])[0].outputs[0]
         assert ended.stop_reason == "sae:sae:post_block.1:0"
         assert list(ended.token_ids) == list(plain[0].outputs[0].token_ids[:1])
+        (site,) = evaluate(llm, "sae", PROMPTS)
+        losses = [site.ce_plain, site.ce_reconstructed, site.ce_ablated]
+        EVALUATED.append([site.tokens, site.fvu, site.l0, *losses])
+        assert site.tokens == sum(map(len, PROMPTS)) and site.fvu > 0
+        assert losses[1] != losses[0] != losses[2]
+        # Graphs and eager steps measure the same, and afterwards graphs run again.
+        assert EVALUATED[-1] == pytest.approx(EVALUATED[0], rel=1e-2)
+        again = run(llm, [ask(10)] * 6)
+        assert [o.outputs[0].token_ids for o in again] == [
+            o.outputs[0].token_ids for o in plain
+        ]
 
 
 @pytest.mark.parametrize("use_v2", ["0", "1"])

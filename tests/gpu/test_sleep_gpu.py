@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sleep, wake-up and new model weights under captured CUDA graphs, on both runners.
 
+vLLM sleeps only with its own allocator, which not every build has. A second test does
+without it what level 2 does to memory.
+
 Float32 throughout, Hugging Face on the CPU is the oracle; for the tolerance see
 `test_engine_gpu.py`.
 """
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from steering_testing import models, oracle
 from steering_testing.engine import (
     DELTA,
@@ -33,6 +37,7 @@ from steering_testing.reference import Edit, random_sae
 from steering_testing.requests import SPECIAL, Modules, prompt, vector
 
 from vllm import LLM
+from vllm.device_allocator.cumem import cumem_available
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     list_modules,
@@ -47,7 +52,6 @@ OPTIONS: dict[str, Any] = {
     "enforce_eager": False,
     "gpu_memory_utilization": 0.3,
     "cudagraph_metrics": True,
-    "enable_sleep_mode": True,
 }
 SAES = {
     "jumprelu": random_sae(160, models.HIDDEN, "jumprelu", 3),
@@ -58,12 +62,12 @@ for one in SAES.values():
 
 
 @contextmanager
-def sleeper(root: Path, saved: Path) -> Iterator[LLM]:
-    """An engine that can sleep, with an SAE of each kind, a vector and a free slot."""
+def steered(root: Path, saved: Path, **options: Any) -> Iterator[LLM]:
+    """An engine with an SAE of each kind, a vector and a free slot."""
     saes = {name: {SITE: sae} for name, sae in SAES.items()}
     paths = Modules(saes, {"v": {SITE: vector(1)}}).save(saved)
     with (
-        engine(FAMILY, root, paths, {"spare": SPARE}, **OPTIONS) as llm,
+        engine(FAMILY, root, paths, {"spare": SPARE}, **OPTIONS, **options) as llm,
         steps_of(llm) as steps,
     ):
         yield llm
@@ -105,13 +109,45 @@ def check_asleep(llm: LLM, path: str) -> None:
     assert caught.value.status == 409
 
 
+def discard(tensor: torch.Tensor) -> None:
+    """Leave what memory may hold that was given back and taken again."""
+    tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0x7F)
+
+
+@pytest.mark.parametrize("use_v2", ["0", "1"])
+def test_what_level_2_discards_comes_back(
+    use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker saves and restores the model's buffers, and nothing else."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    hot = save_sae(tmp_path / "hot", {SITE: SAES["jumprelu"]})
+    with steered(model_root, tmp_path) as llm:
+        check_all(llm)
+        model, steering = runner(llm).model, runner(llm).steering
+        saved = {name: one.cpu().clone() for name, one in model.named_buffers()}
+        workspace = steering.modules.backend.workspace
+        scratch = [one for one in vars(workspace).values() if torch.is_tensor(one)]
+        assert len(scratch) >= 5
+        for tensor in (*model.buffers(), *model.parameters(), *scratch):
+            discard(tensor)
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(saved[name].data)
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        # Kernels whose blocks wait for one another do so again.
+        check_all(llm)
+        register_module(llm, "hot", hot)
+        check(llm, "hot")
+
+
+@pytest.mark.skipif(not cumem_available, reason="this vLLM has no allocator to sleep")
 @pytest.mark.parametrize("use_v2", ["0", "1"])
 def test_steering_sleeps_and_wakes_with_the_model(
     use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     hot = save_sae(tmp_path / "hot", {SITE: SAES["jumprelu"]})
-    with sleeper(model_root, tmp_path) as llm:
+    with steered(model_root, tmp_path, enable_sleep_mode=True) as llm:
         check_all(llm)
         llm.sleep(level=1)
         check_asleep(llm, hot)
@@ -123,7 +159,7 @@ def test_steering_sleeps_and_wakes_with_the_model(
         llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])
         check_all(llm)
-        # Kernels that wait for one another do so, and a free slot is still free.
+        # A free slot is still free.
         register_module(llm, "hot", hot)
         check(llm, "hot")
 
@@ -134,7 +170,7 @@ def test_steering_stays_when_the_model_gets_new_weights(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     other = str(models.save(FAMILY, model_root, seed=1))
-    with sleeper(model_root, tmp_path) as llm:
+    with steered(model_root, tmp_path) as llm:
         check_all(llm)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": other})
         llm.reset_prefix_cache()

@@ -15,7 +15,6 @@ from steering_testing.engine import (
     engine,
     generate,
     params,
-    restored,
     sae_spec,
     save_sae,
 )
@@ -67,7 +66,6 @@ def test_every_activation_and_phase_equals_hugging_face_in_one_batch(
     sampling += [params(MAX_TOKENS), params(MAX_TOKENS, **{FULL: [sae_spec("relu")]})]
     model, case = models.build(family), HOW[family]
     with (
-        restored(type(model.base_model)),
         engine(family, model_root, modules, **dict(case.options)) as llm,
     ):
         found = generate(llm, prompts, sampling)

@@ -118,7 +118,7 @@ def test_a_norm_of_another_kind_is_refused(dtype: torch.dtype) -> None:
         twice.weight.uniform_(1.5, 2.5)
     gain, bias = norm_gain(plain)
     assert torch.equal(gain, plain.weight.detach().float()) and bias is None
-    with pytest.raises(ValueError, match="neither by its weight nor by one more"):
+    with pytest.raises(ValueError, match="neither by its weight nor by 1 . weight"):
         norm_gain(twice)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that the SAE tiers leave untouched, to the bit: skip sets and norm guard."""
+"""Skip sets and norm guard: tokens that the SAE tiers leave unchanged, bit for bit."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from steering_testing import models
+from steering_testing.cases import CASES, TRANSFORMERS_CASES, Case
 from steering_testing.engine import DELTA, FULL, VECTORS, engine, generate, params
+from steering_testing.models import HIDDEN
 from steering_testing.oracle import Greedy
 from steering_testing.reference import random_sae
 from steering_testing.requests import Modules, Site, prompt, vector
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.engine
 D_SAE, BLOCK, LENGTHS = 96, 32, (5, 40, 70, 33, 12, 64)
 PLAIN = (0, 3)  # of the batch; the others are steered
 SITES = [(0, "pre_attn"), (1, "post_block"), (2, "post_attn")]
-# What is not the stream itself: a linear layer reads it, or it joins the stream.
+# Points other than the stream: a linear layer reads them, or they are added to it.
 INNER = [(0, "attn_z"), (0, "attn_out"), (1, "mlp_in"), (2, "mlp_out")]
 LARGEST = 3e38
 OPTIONS: dict[str, Any] = {
@@ -39,29 +40,44 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": len(LENGTHS),
 }
-# vLLM starts no Gemma in float16.
+ALL_CASES = {**CASES, **TRANSFORMERS_CASES}
+# Without a point in float16, or not started or not run by vLLM in it.
+NOT_IN_FLOAT16 = (
+    *("exaone4", "transformers-olmo2"),
+    *("gemma", "gemma2", "gemma3", "glm4", "transformers-gemma2"),
+    "apertus",
+)
 BREADTH = [
-    (family, dtype)
-    for family in models.FAMILIES
+    (name, dtype)
+    for name in ALL_CASES
     for dtype in ("float32", "bfloat16", "float16")
-    if not (family.startswith("gemma") and dtype == "float16")
+    if dtype != "float16" or name not in NOT_IN_FLOAT16
 ]
 QUICK = [("llama", "bfloat16"), ("gpt2", "float16")]
-# Families in which all four points have the width `HIDDEN`.
-WITH_INNER_POINTS = ("llama", "gemma2", "gemma3", "qwen3", "gpt2")
 
 
-def modules(inner: bool = False) -> Modules:
+def stream_sites(case: Case | None = None) -> list[Site]:
+    """One site of every hook of the stream that the family has."""
+    return [at for at in SITES if case is None or at[1] in case.hooks]
+
+
+def inner_sites(case: Case) -> list[Site]:
+    return [at for at in INNER if at[1] in case.hooks]
+
+
+def modules(case: Case | None = None, inner: bool = False) -> Modules:
     """SAEs of both kinds and a vector, at a site of every hook of the stream."""
+    sites = stream_sites(case)
     saes = {
-        kind: {at: random_sae(D_SAE, models.HIDDEN, kind, 7) for at in SITES}
+        kind: {at: random_sae(D_SAE, HIDDEN, kind, 7) for at in sites}
         for kind in ("jumprelu", "topk")
     }
-    if inner:
+    if case and inner:
         saes["inner"] = {
-            at: random_sae(D_SAE, models.HIDDEN, "relu", 8) for at in INNER
+            (layer, hook): random_sae(D_SAE, case.width(hook), "relu", 8)
+            for layer, hook in inner_sites(case)
         }
-    return Modules(saes, {"v": {at: vector(5) for at in SITES}})
+    return Modules(saes, {"v": {at: vector(5) for at in sites}})
 
 
 def entry(feature: int, kind: str, value: float) -> dict[str, Any]:
@@ -69,25 +85,32 @@ def entry(feature: int, kind: str, value: float) -> dict[str, Any]:
 
 
 def spec(
-    module: str, entries: list[dict[str, Any]], sites: list[Site] | None = None
+    module: str, entries: list[dict[str, Any]], sites: list[Site]
 ) -> dict[str, Any]:
-    """The same clamps at the sites, which are those of the stream if not given."""
+    """The same clamps at the sites."""
     clamps: dict[str, dict[int, Any]] = {}
-    for layer, hook in sites or SITES:
+    for layer, hook in sites:
         clamps.setdefault(hook, {})[layer] = entries
     return {"module_name": module, "clamps": clamps}
 
 
-FLOOD: list[dict[str, Any]] = [
-    {FULL: [spec("jumprelu", [entry(3, "scale", LARGEST), entry(4, "scale", -1e38)])]},
-    {FULL: [spec("topk", [entry(at, "absolute", LARGEST) for at in range(64)])]},
-    {DELTA: [spec("topk", [entry(9, "additive", -LARGEST)])]},
-    {
-        VECTORS: [{"module_name": "v", "scale": LARGEST}],
-        DELTA: [spec("jumprelu", [entry(2, "additive", 1e30)])],
-        FULL: [spec("topk", [entry(1, "absolute", 1e6)])],
-    },
-]
+def flood(sites: list[Site]) -> list[dict[str, Any]]:
+    """What four requests ask for that mean harm."""
+
+    def one(module: str, *entries: dict[str, Any]) -> list[dict[str, Any]]:
+        return [spec(module, list(entries), sites)]
+
+    most = [entry(at, "absolute", LARGEST) for at in range(64)]
+    return [
+        {FULL: one("jumprelu", entry(3, "scale", LARGEST), entry(4, "scale", -1e38))},
+        {FULL: one("topk", *most)},
+        {DELTA: one("topk", entry(9, "additive", -LARGEST))},
+        {
+            VECTORS: [{"module_name": "v", "scale": LARGEST}],
+            DELTA: one("jumprelu", entry(2, "additive", 1e30)),
+            FULL: one("topk", entry(1, "absolute", 1e6)),
+        },
+    ]
 
 
 def batch(llm: LLM, asked: list[dict[str, Any]]) -> list[Greedy]:
@@ -112,17 +135,17 @@ def assert_finite(found: list[Greedy]) -> None:
 
 
 NOTHING: list[dict[str, Any]] = [{}] * 4
-# One inner point each, then all of them.
-INNER_FLOOD: list[list[Site]] = [*([at] for at in INNER), INNER]
 
 
-def check_flood(llm: LLM, inner: bool) -> None:
+def check_flood(llm: LLM, stream: list[Site], inner: list[Site]) -> None:
     before = batch(llm, NOTHING)
+    assert_finite(before)
     for _ in range(3):
-        beside = batch(llm, FLOOD)
+        beside = batch(llm, flood(stream))
         assert_finite(beside)
         assert plain_bits(beside) == plain_bits(before)
-    for sites in INNER_FLOOD if inner else ():
+    # Each inner point alone, then all of them.
+    for sites in [[at] for at in inner] + ([inner] if inner else []):
         clamps = [entry(3, "absolute", LARGEST), entry(4, "additive", -LARGEST)]
         asked = [{tier: [spec("inner", clamps, sites)]} for tier in (FULL, DELTA)]
         beside = batch(llm, [*asked, *asked])
@@ -137,19 +160,35 @@ def check_flood(llm: LLM, inner: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("name", "dtype"),
     [
         pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
         for case in BREADTH
     ],
 )
 def test_a_flood_of_poison_stays_with_those_who_ask(
-    family: str, dtype: str, model_root: Path, tmp_path: Path
+    name: str, dtype: str, model_root: Path, tmp_path: Path
 ) -> None:
-    inner = dtype != "float16" and family in WITH_INNER_POINTS
-    paths = modules(inner).save(tmp_path)
-    with engine(family, model_root, paths, dtype=dtype, **OPTIONS) as llm:
-        check_flood(llm, inner)
+    case = ALL_CASES[name]
+    inner = dtype != "float16"
+    paths = modules(case, inner).save(tmp_path)
+    options = {**dict(case.options), **OPTIONS, "dtype": dtype}
+    with engine(case.family, model_root, paths, **options) as llm:
+        check_flood(llm, stream_sites(case), inner_sites(case) if inner else [])
+
+
+@pytest.mark.parametrize("name", ["exaone4", "transformers-olmo2"])
+def test_float16_is_refused_where_linear_layers_read_the_stream_itself(
+    name: str, model_root: Path, tmp_path: Path
+) -> None:
+    case = ALL_CASES[name]
+    options = {**dict(case.options), **OPTIONS, "dtype": "float16"}
+    paths = modules(case).save(tmp_path)
+    with (
+        pytest.raises(ValueError, match="attention reads the stream without a norm"),
+        engine(case.family, model_root, paths, **options),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +215,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
                 entry(feature, draw(kinds), draw(values))
                 for feature in draw(features)[:64]
             ]
-            one = spec(draw(st.sampled_from(["jumprelu", "topk"])), entries)
+            one = spec(draw(st.sampled_from(["jumprelu", "topk"])), entries, SITES)
         one["phase"] = draw(st.sampled_from(["both", "prefill", "decode"]))
         asked[key] = [one]
     return asked

@@ -208,7 +208,7 @@ def cached(llm: LLM, asks: list[Ask], ids: list[int]) -> int:
 
 
 def test_blocks_before_a_span_are_those_of_a_plain_request(llm: LLM) -> None:
-    """Only the blocks that a span touches are the request's own."""
+    """Blocks before the first span are shared with plain requests."""
     llm.reset_prefix_cache()
     ids = prompt(7, 3 * BLOCK + 1)
     assert cached(llm, [], ids) == 0

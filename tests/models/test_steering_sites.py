@@ -28,7 +28,6 @@ from steering_testing.engine import (
     engine,
     generate,
     params,
-    restored,
     runner,
 )
 from steering_testing.reference import Clamp, random_sae, random_transcoder
@@ -135,7 +134,6 @@ def conforms(case: Case, model_root: Path, tmp_path: Path, **options: Any) -> No
     model = models.build(case.family)
     paths = modules.save(tmp_path)
     with (
-        restored(type(model.base_model)),
         engine(
             case.family, model_root, paths, **{**dict(case.options), **options}
         ) as llm,

@@ -93,7 +93,7 @@ def test_two_requests_use_two_saes_at_one_site(llm: LLM) -> None:
 
 
 def test_delta_modules_run_in_registration_order(llm: LLM) -> None:
-    """Whatever the order of the request's specs; the other order says otherwise."""
+    """The order of the request's specs does not matter, that of the modules does."""
     a = Ask("delta", "a", site_clamps(*(Clamp(f, "scale", 6.0) for f in range(48))))
     b = Ask("delta", "b", site_clamps(*(Clamp(f, "scale", 6.0) for f in range(16))))
     same = [prompt(5, 9)] * 2

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tolerance", type=float, help="of log-probabilities")
     parser.add_argument("--margin", type=float, help="of a reference's tokens")
+    parser.add_argument(
+        "--deadline", type=float, default=math.inf, help="seconds in all"
+    )
     parser.add_argument("--graphs", action="store_true", help="compile and capture")
     parser.add_argument("--gpu", action="store_true", help="what a GPU engine needs")
     return parser.parse_args()
@@ -41,6 +45,7 @@ GRAPH_OPTIONS: dict[str, Any] = {
 
 def main() -> int:
     from soak.choices import UNITS
+    from soak.over_http import run as run_over_http
     from soak.report import summary
     from soak.soak import PROFILES, Plan, run
 
@@ -68,11 +73,26 @@ def main() -> int:
         repeats=not exact,
         more_kinds=not args.gpu,
         options=options,
+        deadline=args.deadline,
     )
     with tempfile.TemporaryDirectory() as root:
+        # Two thirds of a CPU's time belong to engines in this process.
+        over_http = not args.gpu and args.profiles is None
+        if over_http:
+            plan.seconds *= 2 / 3
         reports = run(plan, Path(root))
-    for report in reports:
-        print("\n".join(report.lines()), flush=True)
+        if over_http:
+            seconds, distinct = plan.seconds / 2, args.distinct // 2
+            reports.append(
+                run_over_http(
+                    Path(root).resolve() / "http",
+                    Path(root),
+                    args.seed,
+                    seconds,
+                    args.requests,
+                    distinct,
+                )
+            )
     print(summary(reports), flush=True)
     return int(any(report.failed for report in reports))
 

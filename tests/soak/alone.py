@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from soak.choices import Choices
 from soak.pool import HOT, VERSIONS, Item, answers_of, drift
+from soak.report import say
 from steering_testing.engine import runner
 
 from vllm import LLM
@@ -18,6 +22,8 @@ from vllm.outputs import CompletionOutput
 
 # Sizes of the batches in which requests are repeated.
 GROUPS = (4, 16, 64, 1 << 30)
+# Requests of a batch in which selections are watched.
+WATCHED = 32
 
 
 @dataclass
@@ -60,43 +66,76 @@ def smallest_gap(completion: CompletionOutput) -> float:
     return min(gaps)
 
 
-def ask_alone(llm: LLM, item: Item, choices: Choices, margin: float) -> str | None:
-    """Fill in the item's reference; why it has none."""
+def ask_alone(llm: LLM, item: Item) -> float:
+    """Fill in the item's reference; the gap that decides its tokens."""
     llm.reset_prefix_cache()
     prompt = {"prompt_token_ids": item.prompt}
-    with choices.watched():
-        [output] = llm.generate([prompt], item.params(logprobs=2), use_tqdm=False)
+    [output] = llm.generate([prompt], item.params(logprobs=2), use_tqdm=False)
     item.reference = answers_of(output)
-    if min(map(smallest_gap, output.outputs)) <= margin:
-        return "tokens"
-    return "selection" if choices.undecided else None
+    return min(map(smallest_gap, output.outputs))
 
 
 def answer_alone(
-    llm: LLM, pool: Iterable[Item], versions: dict[str, str], limits: Rounding
+    llm: LLM,
+    pool: Iterable[Item],
+    versions: dict[str, str],
+    limits: Rounding,
+    deadline: float = math.inf,
 ) -> Pool:
-    """The items with a reference, less those whose answer rounding decides."""
+    """The items with a reference, less those whose answer rounding decides.
+
+    Items that are not asked at the deadline (`time.monotonic`) are left out, too.
+    """
     kept = Pool()
-    steering = runner(llm).steering
-    choices = Choices(list(steering.modules.sites.values()), steering.step, limits.unit)
+    choices = Choices(runner(llm).steering, limits.unit)
     for version in (None, *VERSIONS):
         if version is not None:
             register_module(llm, HOT, versions[version])
-        found = []
+        asked = []
         for item in (item for item in pool if item.version == version):
-            reason = ask_alone(llm, item, choices, limits.margin)
-            if reason is None:
-                found.append(item)
+            if time.monotonic() > deadline:
+                kept.left_out["time"] += 1
+            elif ask_alone(llm, item) <= limits.margin:
+                kept.left_out["tokens"] += 1
             else:
-                kept.left_out[reason] += 1
-        decided = len(found)
+                asked.append(item)
+        found = decided(llm, asked, choices)
+        kept.left_out["selection"] += len(asked) - len(found)
+        once = len(found)
         for group in GROUPS if limits.repeats else ():
             found = repeatable(llm, found, limits.tolerance / 2, group)
-        kept.left_out["batches"] += decided - len(found)
+        kept.left_out["batches"] += once - len(found)
         kept.items += found
+        say(f"references: {len(kept.items)}, left out: {dict(kept.left_out)}")
         if version is not None:
             unregister_module(llm, HOT)
     return kept
+
+
+def decided(llm: LLM, items: list[Item], choices: Choices) -> list[Item]:
+    """The items of which rounding decides no selection."""
+    kept = []
+    for start in range(0, len(items), WATCHED):
+        part = items[start : start + WATCHED]
+        llm.reset_prefix_cache()
+        prompts = [{"prompt_token_ids": item.prompt} for item in part]
+        sampling = [item.params() for item in part]
+        with choices.watched():
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        undecided = {asked_as(req_id) for req_id in choices.undecided}
+        pairs = zip(part, outputs, strict=True)
+        kept += [item for item, output in pairs if output.request_id not in undecided]
+    return kept
+
+
+def asked_as(req_id: str) -> str:
+    """The id that a request was given, from that of the engine's workers.
+
+    The engine writes `PLACE_ID` for one of several samples, and adds a random end.
+    """
+    match = re.fullmatch(r"(?:\d+_)?(\w+?)(?:-\w+)?", req_id)
+    assert match is not None, req_id
+    return match[1]
 
 
 def repeatable(llm: LLM, items: list[Item], tolerance: float, group: int) -> list[Item]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soak.pool import BAD, HOT, PASSING, Item, answers_of, drift
-from soak.report import Report
+from soak.report import Report, say
 from steering_testing.engine import runner
 from steering_testing.observe import steps_of
 
@@ -28,6 +28,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 
 DRAIN_S = 60.0
+PROGRESS_S = 15.0
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Chaos:
         )
 
     def _churn(self, deadline: float, limits: Limits) -> None:
-        step = 0
+        step, shown = 0, time.monotonic()
         while time.monotonic() < deadline and self.report.requests < limits.requests:
             # Now and then the batch nearly empties, then fills in one go.
             target = limits.concurrency
@@ -127,6 +128,14 @@ class Chaos:
             step += 1
             if step % 50 == 0:
                 self._check_integrity()
+            if time.monotonic() > shown + PROGRESS_S:
+                shown = time.monotonic()
+                self._show()
+
+    def _show(self) -> None:
+        report = self.report
+        faults = report.wrong_tokens + report.wrong_scores + len(report.exceptions)
+        say(f"{report.name}: {report.requests} requests, {faults} wrong")
 
     def _step(self, limits: Limits) -> None:
         for output in self.llm.llm_engine.step():

@@ -22,7 +22,6 @@ from vllm.model_executor.layers.steering import (
     SAESlot,
     SAEWeights,
     SteeringBackend,
-    SteeringSite,
     StepState,
     VectorSlot,
 )
@@ -39,6 +38,8 @@ from vllm.model_executor.layers.steering_state import (
     ClampTable,
     MetaField,
 )
+from vllm.v1.worker.steering_index import BatchView
+from vllm.v1.worker.steering_runtime import SteeringRuntime
 
 # Unit round-off of the arithmetic in an engine's matrix products.
 UNITS = {"exact": 2.0**-24, "tf32": 2.0**-11, "bfloat16": 2.0**-9}
@@ -119,7 +120,7 @@ class WatchedBackend:
     """A site's backend that also says whether rounding decided something.
 
     Attributes:
-        found: bool `[1]`, on the device.
+        found: bool `[max_tokens]`, on the device: the tokens of which it did.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class WatchedBackend:
         uses, asked = clamped_features(table, rows, slot.weights.d_sae_capacity)
         if tier is Tier.FULL:
             uses = torch.ones_like(uses)
-        self._note(slot.weights, x, uses, asked)
+        self._note(slot.weights, tokens, x, uses, asked)
 
     def _look_at_reading(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -209,51 +210,79 @@ class WatchedBackend:
             uses[at, features[:count]] = True
             uses[at] |= top_k > 0
         x = gather_stream(tokens, hidden, residual)
-        self._note(slot.weights, x, uses, torch.zeros_like(uses))
+        self._note(slot.weights, tokens, x, uses, torch.zeros_like(uses))
 
     def _note(
         self,
         weights: SAEWeights,
+        tokens: torch.Tensor,
         x: torch.Tensor,
         uses: torch.Tensor,
         asked: torch.Tensor,
     ) -> None:
         keep = within_norm(x.float(), weights.norm_limit)
         found = undecided(weights, x[keep], self.unit, uses[keep], asked[keep])
-        self.found |= found.any()
+        self.found[tokens[keep]] |= found
 
 
 class Choices:
-    """Says of an engine's requests, one at a time, whether rounding decided anything.
+    """Says of which requests of an engine rounding decided something.
 
     Args:
-        sites: of an eager engine in this process: a captured graph does not call the
-            backend.
-        step: the engine's.
+        steering: the runtime of an eager engine in this process: a captured graph does
+            not call the backend.
         unit: as of `undecided`.
+
+    Attributes:
+        undecided: ids of these requests, as the engine's workers know them.
     """
 
-    def __init__(self, sites: list[SteeringSite], step: StepState, unit: float):
-        self.sites = sites
-        self.step = step
+    def __init__(self, steering: SteeringRuntime, unit: float):
+        self.steering = steering
         self.unit = unit
-        self.found = torch.zeros(1, dtype=torch.bool, device=step.index.device)
+        step = steering.step
+        self.found = torch.zeros(
+            step.max_tokens, dtype=torch.bool, device=step.index.device
+        )
+        self.undecided: set[str] = set()
+        self._view: BatchView | None = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Watch what runs in the block, from a clean start."""
+        self.undecided, self._view = set(), None
         self.found.zero_()
-        stock = [site.backend for site in self.sites]
-        for site, backend in zip(self.sites, stock, strict=True):
-            watching = WatchedBackend(backend, self.step, self.unit, self.found)
-            site.backend = watching
+        sites = list(self.steering.modules.sites.values())
+        stock = [site.backend for site in sites]
+        prepare_step = self.steering.prepare_step
+
+        def prepare(view: BatchView) -> None:
+            self._attribute()
+            self._view = view
+            prepare_step(view)
+
+        for site, backend in zip(sites, stock, strict=True):
+            step = self.steering.step
+            site.backend = WatchedBackend(backend, step, self.unit, self.found)
+        self.steering.prepare_step = prepare
         try:
             yield
         finally:
-            for site, backend in zip(self.sites, stock, strict=True):
+            del self.steering.prepare_step
+            for site, backend in zip(sites, stock, strict=True):
                 site.backend = backend
+        self._attribute()
 
-    @property
-    def undecided(self) -> bool:
-        """Whether rounding decided something of what was watched last."""
-        return bool(self.found)
+    def _attribute(self) -> None:
+        """Note whose tokens were found in the step before."""
+        view, self._view = self._view, None
+        if view is None:
+            return
+        found = self.found.cpu().clone().numpy()
+        self.found.zero_()
+        start = 0
+        for at, req_id in enumerate(view.req_ids):
+            stop = start + int(view.num_scheduled[at])
+            if found[start:stop].any():
+                self.undecided.add(req_id)
+            start = stop

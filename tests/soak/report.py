@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -76,6 +77,11 @@ class Report:
 
 def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
+
+
+def say(text: str) -> None:
+    """Show progress at once, also where the output is a file."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def summary(reports: list[Report]) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from soak import pool as requests
 from soak.alone import Rounding, answer_alone
 from soak.chaos import Chaos, Limits
 from soak.choices import UNITS
-from soak.report import Report
+from soak.report import Report, say
 from steering_testing.engine import engine
 
 MAX_MODEL_LEN = 128
+# Of a deadline: the share that references may take, seconds that an engine needs to
+# start, and seconds for the end of the run.
+REFERENCE_SHARE, START_S, END_S = 0.3, 40.0, 15.0
 DRAFTS = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -53,6 +58,7 @@ class Plan:
         more_kinds: ask for what a backend may refuse, too.
         margin, unit, repeats: as of `Rounding`.
         options: of every engine.
+        deadline: seconds for everything, references and starts of engines included.
         batched_tokens: least tokens of a step, for large batches.
     """
 
@@ -72,6 +78,7 @@ class Plan:
     repeats: bool = False
     more_kinds: bool = True
     options: dict[str, Any] | None = None
+    deadline: float = math.inf
 
 
 def engine_options(plan: Plan, profile: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +102,7 @@ def engine_options(plan: Plan, profile: dict[str, Any]) -> dict[str, Any]:
 
 def run(plan: Plan, root: Path) -> list[Report]:
     """One report for each engine."""
+    end = time.monotonic() + plan.deadline
     paths, versions = requests.save(root), requests.save_versions(root)
     steering = {"spare": requests.SPARE, "presets": requests.PRESETS}
     pool = requests.make_pool(plan.distinct, plan.seed, plan.more_kinds)
@@ -104,9 +112,10 @@ def run(plan: Plan, root: Path) -> list[Report]:
     calm |= {"enforce_eager": True}
     with engine(plan.model, root, paths, steering, **calm) as llm:
         rounding = Rounding(plan.margin, plan.tolerance, plan.unit, plan.repeats)
-        stable = answer_alone(llm, pool, versions, rounding)
+        until = time.monotonic() + REFERENCE_SHARE * plan.deadline
+        stable = answer_alone(llm, pool, versions, rounding, until)
     limits = Limits(
-        seconds=plan.seconds / len(plan.profiles),
+        seconds=0.0,
         requests=plan.requests // len(plan.profiles),
         concurrency=plan.concurrency,
         tolerance=plan.tolerance,
@@ -121,7 +130,12 @@ def run(plan: Plan, root: Path) -> list[Report]:
         left_out = Counter(stable.left_out)
         left_out["several samples"] = len(stable.items) - len(items)
         report = Report(name, distinct=len(items), left_out=left_out)
+        say(f"{name}: starts")
         with engine(plan.model, root, paths, steering, **options) as llm:
+            still = len(plan.profiles) - at
+            left = end - time.monotonic() - START_S * (still - 1) - END_S
+            limits.seconds = min(plan.seconds / len(plan.profiles), left / still)
             Chaos(llm, items, versions, report, plan.seed + at).run(limits)
+        say("\n".join(report.lines()))
         reports.append(report)
     return reports

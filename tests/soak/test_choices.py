@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from soak.alone import Rounding, answer_alone
+from soak.alone import Rounding, answer_alone, asked_as
 from soak.choices import (
     LAYERS_OF_ERROR,
     UNITS,
@@ -112,6 +112,11 @@ def test_a_clamp_table_says_which_features_are_used_and_asked_about() -> None:
     uses, asked = clamped_features(table, torch.tensor([1, 0]), F)
     assert uses.tolist() == [[False, True, True, True], [False] * F]
     assert asked.tolist() == [[False, True, False, True], [False] * F]
+
+
+def test_ids_of_workers_lead_back_to_those_that_were_asked() -> None:
+    found = [asked_as(one) for one in ("17", "17-8f3a2b1c", "0_17-8f3a2b1c", "2_17")]
+    assert found == ["17"] * 4
 
 
 @pytest.mark.engine

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from soak import over_http
 from soak.report import summary
 from soak.soak import Plan, run
 
@@ -32,3 +33,17 @@ def test_any_schedule_says_what_each_request_says_alone(tmp_path: Path) -> None:
     assert ahead.faults["poison"] > 0, text
     assert drafts.schedule["accepted"] > 0, text
     assert "0 wrong tokens" in summary(reports)
+
+
+@pytest.mark.server
+def test_clients_that_disconnect_change_no_answer(tmp_path: Path) -> None:
+    root = tmp_path.resolve()
+    report = over_http.run(
+        root / "http", root, seed=2, seconds=240, count=120, distinct=30
+    )
+    text = "\n".join(report.lines())
+    assert not report.failed, text
+    assert report.requests >= 120, text
+    assert report.faults["disconnect in a stream"] > 0, text
+    assert report.faults["disconnect before the answer"] > 0, text
+    assert report.faults["module change: 201"] > 0, text

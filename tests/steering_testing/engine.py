@@ -59,6 +59,22 @@ def engine(
 
     `modules=None` configures no steering at all. Eager unless `enforce_eager=False`.
     """
+    checkpoint = models.save(family, root)
+    with (
+        restored(type(models.build(family).base_model)),
+        engine_on(checkpoint, modules, steering, **options) as llm,
+    ):
+        yield llm
+
+
+@contextmanager
+def engine_on(
+    checkpoint: Path,
+    modules: Mapping[str, Any] | None,
+    steering: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[LLM]:
+    """As `engine`, on a checkpoint of any model."""
     config: dict[str, Any] = {}
     if modules is not None:
         config = {"steering": {"modules": dict(modules), **(steering or {})}}
@@ -71,7 +87,7 @@ def engine(
         "enforce_eager": True,
         "additional_config": config,
     }
-    llm = LLM(str(models.save(family, root)), **{**defaults, **options})
+    llm = LLM(str(checkpoint), **{**defaults, **options})
     try:
         yield llm
     finally:
@@ -103,7 +119,7 @@ def params(max_tokens: int, **specs: Any) -> SamplingParams:
 def generate(
     llm: LLM, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
 ) -> list[Greedy]:
-    """What the engine says to each prompt, in one batch."""
+    """The engine's answer to each prompt, in one batch."""
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(inputs, list(sampling), use_tqdm=False)
     results = []

@@ -117,7 +117,7 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
 def complaint(
     found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
 ) -> str | None:
-    """Why greedy decoding with these edits does not say `found`, if it does not.
+    """Why greedy decoding with these edits does not give `found`; None if it does.
 
     `oracle.follow` for inexact arithmetic: where two tokens are within the tolerance
     of each other, either may come out.
@@ -146,7 +146,7 @@ def assert_near(
     tolerance: float,
     label: str = "",
 ) -> None:
-    """The continuation is what greedy decoding says, with near ties either way."""
+    """The continuation is that of greedy decoding, with near ties either way."""
     ties = decide(edits, ())
     first = complaint(found, ids, edits, tolerance)
     if first is None:
@@ -161,7 +161,7 @@ def assert_near(
 
 
 def check(llm: LLM, max_tokens: int, tolerance: float = 1e-2) -> list[Greedy]:
-    """Run the batch; every result is the oracle's."""
+    """Run the batch and compare every result with the oracle."""
     asked = requests()
     prompts = [prompt(at, 6 + at) for at in range(len(asked))]
     sampling = [params(max_tokens, **specs(*asks)) for asks in asked]

@@ -164,8 +164,8 @@ def build(family: str, seed: int = 0) -> Any:
     if "vision_config" in config.sub_configs:
         auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    # Gemma multiplies its embeddings by sqrt(D) and reads them again as its head: as
-    # large as the others', they would make every answer certain, whatever the edit.
+    # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head. If they
+    # were as large as the others', no edit would change an answer.
     embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine did, so that a test can say that it tested something."""
+"""Counts what an engine did, so that a test can check that it tested something."""
 
 from __future__ import annotations
 
@@ -86,10 +86,11 @@ def piecewise_graphs() -> WeakSet[Any]:
 
 
 class KernelWatch:
-    """Sees whether this project's Triton kernels compile, from its making on.
+    """Notices when this project's Triton kernels compile, from its creation on.
 
-    It starts with nothing compiled, so that an earlier engine of the process hides
-    nothing. Call `serving` once the engine is up and `assert_silent` at the end.
+    It starts with nothing compiled, so that an earlier engine of the process cannot
+    hide a compilation. Call `serving` once the engine is up, and `assert_silent` at the
+    end.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ class KernelWatch:
         }
 
     def serving(self) -> None:
-        """From here on nothing may compile."""
+        """From now on nothing may compile."""
         self.at_start = self._compiled()
         assert sum(self.at_start.values()) > 0, "no kernel compiled at start-up"
         self.heard.clear()

@@ -193,10 +193,10 @@ def greedy(model: Any, prompt: list[int], sites: SiteEdits, max_tokens: int) -> 
 def follow(
     model: Any, prompt: list[int], sites: SiteEdits, continuation: list[int]
 ) -> Greedy:
-    """What greedy decoding says at each step of a continuation that is given.
+    """The result of greedy decoding at each step of a given continuation.
 
-    One forward in place of one for each token: equal to `greedy` if and only if the
-    tokens that come out are those of `continuation`.
+    It takes one forward for all tokens. The result equals that of `greedy` if and only
+    if its tokens are those of `continuation`.
     """
     tokens = [*prompt, *continuation[:-1]]
     with hooked(model, sites, tokens, len(prompt)):

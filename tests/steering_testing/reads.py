@@ -26,11 +26,7 @@ class Capture(Edit):
     seen: list[torch.Tensor | None] = field(default_factory=list)
 
     def apply(
-        self,
-        x: torch.Tensor,
-        token_id: int,
-        in_prompt: bool,
-        source: torch.Tensor | None = None,
+        self, x: torch.Tensor, token_id: int, source: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert self.sae is not None
         read = x if source is None else source
@@ -66,6 +62,7 @@ def assert_reads(
     features: list[int] | None = None,
     tolerance: float = 1e-5,
     scale: torch.Tensor | None = None,
+    label: str = "",
 ) -> None:
     """The record holds what it should of the tokens from position `first` on.
 
@@ -73,6 +70,7 @@ def assert_reads(
         expected: activations of these tokens; None: no entry.
         tolerance: relative to the largest activation of the token.
         scale: `[F]`, what a native activation is multiplied by.
+        label: what is read, for the message.
     """
     wanted = [first + at for at, acts in enumerate(expected) if acts is not None]
     assert record.positions.tolist() == wanted
@@ -85,7 +83,9 @@ def assert_reads(
         index = record.features[row, :count]
         found = record.values[row, :count]
         assert (record.features[row, count:] == -1).all()
-        np.testing.assert_allclose(found, values[index], rtol=0, atol=near)
+        np.testing.assert_allclose(
+            found, values[index], rtol=0, atol=near, err_msg=label
+        )
         # An activation next to its threshold may fall either way.
         active = int((acts != 0).sum())
         assert abs(int(record.num_active[row]) - active) <= 1

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics of the three tiers, dense and in float64: the tests' oracle.
 
-Written apart from the project's own reference, one token at a time and with loops
-where the project has gathers, so that the two can disagree.
+It is independent of the project's own reference: it handles one token at a time, with
+loops instead of gathers. So the two can disagree.
 """
 
 from __future__ import annotations

@@ -22,16 +22,21 @@ from steering_testing.engine import (
 )
 from steering_testing.reference import Clamp, DenseSAE, Edit
 
+from vllm.config.sae_inline_vectors import vector_text
+
 Site = tuple[int, str]
 SPECIAL = (models.BOS, models.EOS, models.PAD)
 
 
 @dataclass
 class Ask:
-    """One spec: a tier, a module, and the clamps per site (or the scale)."""
+    """One spec: a tier, a module, and the clamps per site (or the scale).
+
+    With `vector`, the request brings it to `site` instead of naming a module.
+    """
 
     tier: str
-    module: str
+    module: str = ""
     clamps: Mapping[Site, list[Clamp]] = field(default_factory=dict)
     scale: float = 1.0
     phase: str = "both"
@@ -40,13 +45,22 @@ class Ask:
     bounds: tuple[float, float] | None = None
     relative: bool = False
     spans: list[tuple[str, int, int | None]] | None = None
+    vector: torch.Tensor | None = None
+    site: Site = (1, "post_block")
+
+    def named(self) -> dict[str, Any]:
+        """The vector's module, or the vector itself."""
+        if self.vector is None:
+            return {"module_name": self.module}
+        layer, hook = self.site
+        return {"vector": vector_text(self.vector), "layer": layer, "hook": hook}
 
     def spec(self) -> dict[str, Any]:
         """As a client writes it."""
         if self.tier != "additive":
             return sae_spec(self.module, self.clamps, self.phase, self.spans)
         return {
-            "module_name": self.module,
+            **self.named(),
             "scale": self.scale,
             **coverage(self.phase, self.spans),
             "kind": self.kind,
@@ -87,11 +101,12 @@ class Modules:
 
     def edits(self, *asks: Ask) -> dict[Site, list[Edit]]:
         """What the oracle does for a request; delta in registration order."""
-        order = [*self.saes, *self.vectors]
+        order = [*self.saes, *self.vectors, ""]
         found: dict[Site, list[Edit]] = {}
         for ask in sorted(asks, key=lambda ask: order.index(ask.module)):
             if ask.tier == "additive":
-                for site, vector in self.vectors[ask.module].items():
+                brought = {} if ask.vector is None else {ask.site: ask.vector}
+                for site, vector in (brought or self.vectors[ask.module]).items():
                     edit = Edit(
                         "additive",
                         vector=vector.double(),

@@ -20,8 +20,8 @@ MODEL_NAME = "tiny"
 # About 25 on an idle machine with two cores; a busy or a slow one takes its time.
 READY_S = 480.0
 STOP_S = 60.0
-# What engines in the tests' own process leave in the environment; a server runs as
-# users run it.
+# What engines in the tests' process leave in the environment. A server must run as it
+# does for users.
 OWN_PROCESS_ONLY = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_DIST_IDENT")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",

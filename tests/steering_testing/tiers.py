@@ -164,7 +164,7 @@ def prompts_for(count: int) -> list[list[int]]:
 
 
 def run(llm: LLM, asked: list[list[Ask]], prompts: list[list[int]]) -> list[Greedy]:
-    """What the engine says to the requests, in one batch."""
+    """The engine's answers to the requests, in one batch."""
     return generate(llm, prompts, [params(MAX_TOKENS, **specs(*a)) for a in asked])
 
 
@@ -174,7 +174,7 @@ def check(
     asked: list[list[Ask]],
     prompts: list[list[int]],
 ) -> None:
-    """Every result is the oracle's."""
+    """Compare every result with the oracle."""
     model = models.build(FAMILY)
     for result, asks, ids in zip(found, asked, prompts, strict=True):
         sites = modules.edits(*asks)

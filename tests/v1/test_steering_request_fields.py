@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -236,15 +235,6 @@ def test_the_units_of_conditions_are_no_integers_only() -> None:
     (edit,) = request.edits(Tier.FULL, "decode")
     assert edit.clamps[0].when == SAECondition(1, below=0.0)
     assert str(edit.clamps[0].when.below) == "0.0"
-
-
-def test_an_engine_whose_kernels_lack_them_refuses_by_name() -> None:
-    plain = dataclasses.replace(CONFIG, extended_clamps=False)
-    assert parse({DELTA: [spec(entry(1))], ADDITIVE: [vector()]}, plain) is not None
-    assert parse(GOOD[6], plain).has_spans
-    for extra_args in GOOD[:5]:
-        with pytest.raises(VLLMValidationError, match="not supported by this engine"):
-            parse(extra_args, plain)
 
 
 spans = st.builds(

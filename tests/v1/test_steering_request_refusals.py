@@ -225,7 +225,7 @@ def test_one_object_where_a_list_is_expected_says_what_to_write(
 ) -> None:
     error = refusal({FULL: specs})
     assert error.parameter == path
-    assert "write [...] around it" in str(error)
+    assert "enclose it in [...]" in str(error)
 
 
 def test_specs_are_counted_before_they_are_read() -> None:

@@ -39,7 +39,7 @@ def check_reads(
     if specs and not config.readout:
         raise refusal(
             path,
-            "this engine reads no features, it was started with "
+            "this engine cannot read features: it was started with "
             "additional_config.steering.readout=false",
         )
     found: dict[tuple[str, str, int], SiteRead] = {}
@@ -62,9 +62,9 @@ def check_reads(
             if total > MAX_READ_PER_TOKEN:
                 raise refusal(
                     where,
-                    f"found {total} values a token in this request so far, expected "
-                    f"at most {MAX_READ_PER_TOKEN} over all sites: read fewer sites "
-                    "or a smaller top_k",
+                    f"found at least {total} values per token in this request, "
+                    f"expected at most {MAX_READ_PER_TOKEN} over all sites: read fewer "
+                    "sites, or use a smaller top_k",
                 )
     return tuple(sorted(found.values(), key=lambda read: read.order))
 
@@ -143,7 +143,8 @@ def _site_read(
     if spec.stop_if and spec.phase == "prefill":
         raise refusal(
             f"{path}.stop_if",
-            'generated tokens end a request, expected phase "both" or "decode"',
+            'found phase "prefill", expected "both" or "decode": stop_if looks at '
+            "generated tokens only",
         )
     read = SiteRead(
         module.name,
@@ -159,14 +160,14 @@ def _site_read(
     if len(read.explicit) > room:
         raise refusal(
             f"{path}.features",
-            f"found {len(read.explicit)} features with those that stop_if watches, "
-            f"expected at most {room} where max_clamps is {config.max_clamps}",
+            f"found {len(read.explicit)} features, those of stop_if included, "
+            f"expected at most {room} with max_clamps={config.max_clamps}",
         )
     if read.num_values > MAX_READ:
         raise refusal(
             f"{path}.stop_if",
-            f"found {read.num_values} values a token with the features that stop_if "
-            f"watches, expected at most {MAX_READ} at a site",
+            f"found {read.num_values} values per token, the features of stop_if "
+            f"included, expected at most {MAX_READ} per site",
         )
     return read
 

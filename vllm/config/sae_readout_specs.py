@@ -17,20 +17,21 @@ import msgspec
 
 from vllm.config.steering import HookPoint
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import expects
+from vllm.config.steering_reader import Number, expects
 
 # Most values that one request may read for a token at one site, and at all sites.
 MAX_READ = 64
 MAX_READ_PER_TOKEN = 1024
 MAX_STOPS = 8
-MAX_FLOAT32 = 3.4028235e38
+# `top_k` of a call that states neither `top_k` nor `features`.
+DEFAULT_TOP_K = 16
 
 ReadPhase = Literal["both", "prefill", "decode"]
 
 _Name = Annotated[str, expects("a name of at most 256 characters", max_length=256)]
 _Index = Annotated[int, expects("a feature index", ge=0)]
 _Layer = Annotated[int, expects("a layer index", ge=0)]
-Layers = list[_Layer]
+ReadLayers = list[_Layer]
 TopK = Annotated[
     int, expects(f"null or an integer in 1..{MAX_READ}", ge=1, le=MAX_READ)
 ]
@@ -48,14 +49,7 @@ class SAEStopEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """End the request once `feature_idx` is above `above` on a generated token."""
 
     feature_idx: _Index
-    above: Annotated[
-        float,
-        expects(
-            "a finite number within the range of float32",
-            ge=-MAX_FLOAT32,
-            le=MAX_FLOAT32,
-        ),
-    ]
+    above: Number
 
 
 _Stops = Annotated[
@@ -76,7 +70,7 @@ class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     module_name: _Name
-    sites: dict[str, Layers] | None = None
+    sites: dict[str, ReadLayers] | None = None
     top_k: TopK | None = None
     features: Features | None = None
     phase: ReadPhase = "both"
@@ -88,7 +82,7 @@ class SiteRead:
     """What a request reads at one site of one module.
 
     Attributes:
-        top_k: how many of the largest activations; 0: the given features only.
+        top_k: how many of the largest activations; 0 for the given features only.
         features: indices whose activations are returned, ascending; empty with `top_k`.
         stops: `(feature, bound)` pairs that end the request, ascending.
     """

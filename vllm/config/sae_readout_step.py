@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step has read, on its way from the workers to the front ends.
+"""What a step has read, as it passes from the workers to the front ends.
 
-Nothing is cut for a request on this way: a step's rows stay one array a slot, and the
-front end takes a request's rows when somebody asks for them.
+No process on the way cuts out a request's rows. A step's rows stay one array a slot,
+and the front end takes a request's rows when somebody asks for them.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ class StepReadout:
     rows: Mapping[int, np.ndarray]
 
 
-# Of each of a request's reads, in canonical order: the engine's slot, and F.
-Places = tuple[Sequence[int], Sequence[int]]
+# For each of a request's reads, in canonical order: the engine's slot, and F.
+ReadPlaces = tuple[Sequence[int], Sequence[int]]
 # A `StepRows` in plain types: req_ids, spans, (slot, width, rows) of each slot, new.
-Wire = tuple[list[str], bytes, list[tuple[int, int, bytes]], dict[str, Places]]
+Wire = tuple[list[str], bytes, list[tuple[int, int, bytes]], dict[str, ReadPlaces]]
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """What one front end gets of a step.
+    """The part of a step that one front end gets.
 
     Attributes:
         req_ids: the requests; the columns of `spans` go with them.
         spans: int64 `[3, n]`: the row of each one's first token, the position of that
             token, and how many tokens count; drafts that were rejected do not.
         rows: as of `StepReadout`.
-        new: where requests read that no step before had.
+        new: where requests read that are new in this step.
     """
 
     req_ids: list[str]
     spans: np.ndarray
     rows: Mapping[int, np.ndarray]
-    new: Mapping[str, Places] = field(default_factory=dict)
+    new: Mapping[str, ReadPlaces] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows."""
+        """Bytes of the rows."""
         return sum(rows.nbytes for rows in self.rows.values())
 
     def part(self, places: Sequence[int]) -> StepRows:
-        """The step of some of its requests, given by their places."""
+        """The part of the step that concerns some requests, given by their places."""
         firsts, starts, counts = self.spans[:, places]
         ends = np.cumsum(counts)
         # Row r of the part is row r + (first - own first) of the whole.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second pass over a request's specs: what needs the configuration.
+"""The second pass over a request's specs, which needs the configuration.
 
-Modules, sites, ranges, duplicates, overlaps and limits. The structs have been read by
-then, so every value has its type.
+It checks modules, sites, ranges, duplicates, overlaps and limits. The structs have been
+read before, so every value has its type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm.config.sae_readout_specs import SiteRead
@@ -16,22 +16,17 @@ from vllm.config.sae_steering_request import (
     Group,
     SiteEdit,
     SteeringRequest,
-    VectorAction,
-    add_scales,
-    round_to_fp32,
     sorted_clamps,
 )
 from vllm.config.sae_steering_sites import (
     ListedSite,
-    Site,
+    NamedSite,
     listed_sites,
     named_module,
 )
 from vllm.config.sae_steering_spans import (
     SPEC_PHASES,
-    TOKEN_PHASES,
     Coverage,
-    acts,
     boundaries,
     coverage_of,
     may_overlap,
@@ -43,10 +38,13 @@ from vllm.config.sae_steering_specs import (
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
 )
+from vllm.config.sae_steering_vector_action import round_to_fp32
+from vllm.config.sae_steering_vector_draft import VectorDraft
 from vllm.config.steering import (
     HookPoint,
     SteeringConfig,
     Tier,
+    site_name,
 )
 from vllm.config.steering_checks import (
     bad,
@@ -57,16 +55,16 @@ from vllm.config.steering_checks import (
 
 @dataclass
 class _Named:
-    """Where a spec names something that another may not touch on the same tokens."""
+    """Where a spec names something that no other spec may touch on the same tokens."""
 
     path: str
     coverage: Coverage
 
 
 def _clash(one: Coverage, other: Coverage) -> bool:
-    """Whether two specs count as acting together.
+    """Whether two specs count as acting on the same tokens.
 
-    Specs by phase always do: spans say that two never meet.
+    Specs with phases always do. Specs with spans do not if their spans cannot overlap.
     """
     by_phase = isinstance(one, str) and isinstance(other, str)
     return by_phase or may_overlap(one, other)
@@ -80,34 +78,28 @@ class _Reconstruction(_Named):
 
 
 @dataclass
-class _Vector(_Named):
-    """What a spec does along a module's vectors."""
-
-    action: VectorAction
-
-
-@dataclass
 class Draft:
     """A request while its specs are checked; holds what must be unique or bounded."""
 
     config: SteeringConfig
-    sae: dict[Tier, dict[Group, dict[Site, list[SAEClampEntry]]]] = field(
+    sae: dict[Tier, dict[Group, dict[NamedSite, list[SAEClampEntry]]]] = field(
         default_factory=lambda: {Tier.DELTA: {}, Tier.FULL: {}}
     )
-    vectors: dict[str, list[_Vector]] = field(default_factory=dict)
-    features: dict[tuple[Tier, str, Site, int], list[Coverage]] = field(
+    features: dict[tuple[Tier, str, NamedSite, int], list[Coverage]] = field(
         default_factory=dict
     )
-    num_clamps: dict[tuple[Tier, Site], dict[Coverage, int]] = field(
+    num_clamps: dict[tuple[Tier, NamedSite], dict[Coverage, int]] = field(
         default_factory=dict
     )
-    # By site and the point that is written: a transcoder is not an SAE that reads
-    # the same point.
-    reconstructed: dict[tuple[Site, HookPoint], list[_Reconstruction]] = field(
+    # By site and written point, since an SAE and a transcoder may read the same point.
+    reconstructed: dict[tuple[NamedSite, HookPoint], list[_Reconstruction]] = field(
         default_factory=dict
     )
     first_spans: str = ""
     reads: tuple[SiteRead, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.vectors = VectorDraft(self.config)
 
     def coverage(
         self,
@@ -167,8 +159,7 @@ class Draft:
                 raise refusal(
                     f"{clamps.path}[{position}].feature_idx",
                     f"feature {feature} of module {shown(name)} is clamped twice at "
-                    f"layer {site[1]}, {site[0].value}, expected once, or spans that "
-                    "cannot overlap",
+                    f"{clamps.site.name}, expected once, or spans that cannot overlap",
                 )
             others.append(coverage)
             when = entry.when
@@ -183,9 +174,9 @@ class Draft:
         self, path: str, when: SAECondition, clamps: ListedSite
     ) -> SAECondition:
         """The canonical form of a condition."""
-        self.require_extended(path, "conditions")
         if (when.above is None) == (when.below is None):
-            raise refusal(path, "expected exactly one of above and below")
+            has = "neither" if when.above is None else "both"
+            raise refusal(path, f"found {has} of above and below, expected exactly one")
         if when.feature_idx >= clamps.site.d_sae:
             raise bad(
                 f"{path}.feature_idx",
@@ -196,28 +187,23 @@ class Draft:
         below = None if when.below is None else round_to_fp32(when.below)
         return SAECondition(when.feature_idx, above, below)
 
-    def require_extended(self, path: str, what: str) -> None:
-        """Refuse what the engine's kernels cannot do."""
-        if not self.config.extended_clamps:
-            raise refusal(path, f"{what} are not supported by this engine's kernels")
-
     def reconstruct(
-        self, site: Site, written: HookPoint, asked: _Reconstruction
+        self, site: NamedSite, written: HookPoint, asked: _Reconstruction
     ) -> None:
-        """Note who reconstructs a site; at most one module does, on each token."""
+        """Record which module reconstructs a site. At most one does, on each token."""
         others = self.reconstructed.setdefault((site, written), [])
         for other in others:
             clashes = _clash(asked.coverage, other.coverage)
             if other.module != asked.module and clashes:
                 raise refusal(
                     asked.path,
-                    f"layer {site[1]} at {site[0].value} is reconstructed by module "
-                    f"{shown(other.module)} already ({other.path}), expected at most "
-                    "one module a site, or spans that cannot overlap",
+                    f"{site_name(*site)} is already reconstructed by module "
+                    f"{shown(other.module)} ({other.path}), expected at most one "
+                    "module per site, or spans that cannot overlap",
                 )
         others.append(asked)
 
-    def count(self, tier: Tier, site: Site, named: _Named, added: int) -> None:
+    def count(self, tier: Tier, site: NamedSite, named: _Named, added: int) -> None:
         """Bound what one tier does at one site, over all specs of the request."""
         counts = self.num_clamps.setdefault((tier, site), {})
         total = added + sum(
@@ -226,57 +212,24 @@ class Draft:
         if total > self.config.max_clamps:
             raise refusal(
                 named.path,
-                f"found {total} clamps at layer {site[1]}, {site[0].value} in this "
-                f"request, expected at most {self.config.max_clamps}",
+                f"found {total} clamps at {site_name(*site)} in this request, "
+                f"expected at most {self.config.max_clamps}",
             )
         counts[named.coverage] = counts.get(named.coverage, 0) + added
 
     def add_vector_spec(self, path: str, spec: SteeringVectorSpec) -> None:
-        """Check one spec; scales of one module add up, other kinds stand alone."""
-        name = spec.module_name
-        module = named_module(f"{path}.module_name", name, self.config, "vectors")
-        asked = _Vector(path, self.coverage(path, spec), _action(path, spec))
-        if not asked.action.sums:
-            self.require_extended(f"{path}.kind", "kinds other than add, and relative")
-        others = self.vectors.setdefault(name, [])
-        for other in others:
-            together = other.action.sums and asked.action.sums
-            if not together and may_overlap(asked.coverage, other.coverage):
-                raise refusal(
-                    f"{path}.kind",
-                    f"module {shown(name)} acts on some of these tokens already "
-                    f"({other.path}); only specs that add without relative add up",
-                )
-        if not others:
+        """Check one spec; scales of one vector add up, other kinds stand alone."""
+        coverage = self.coverage(path, spec)
+        module, is_first = self.vectors.add(path, spec, coverage)
+        if is_first:
             for site in module.sites:
-                self.count(Tier.ADDITIVE, (site.hook, site.layer), asked, 1)
-        others.append(asked)
-        self.check_sums(others)
-
-    def check_sums(self, vectors: Sequence[_Vector]) -> None:
-        """Refuse scales of one module whose sum float32 does not hold."""
-        adding = [vector for vector in vectors if vector.action.sums]
-        if all(isinstance(vector.coverage, str) for vector in adding):
-            subsets = [
-                [v.action.value for v in adding if acts(v.coverage, phase)]
-                for phase in TOKEN_PHASES
-            ]
-        else:
-            # Any subset may act on some token.
-            subsets = [[abs(vector.action.value) for vector in adding]]
-        for scales in subsets:
-            try:
-                add_scales(scales)
-            except OverflowError:
-                raise refusal(
-                    f"{vectors[-1].path}.scale",
-                    "the scales of this module add up to more than float32 holds, "
-                    "expected a finite sum",
-                ) from None
+                place = (site.hook, site.layer)
+                self.count(Tier.ADDITIVE, place, _Named(path, coverage), 1)
 
     def finish(self) -> SteeringRequest:
         """The canonical request."""
-        order = {name: i for i, name in enumerate(self.config.modules)}
+        inline = self.vectors.inline
+        order = {name: i for i, name in enumerate((*self.config.modules, *inline))}
 
         def rank(group: Group) -> tuple[int, int, str]:
             name, coverage = group
@@ -292,28 +245,18 @@ class Draft:
             for tier, groups in self.sae.items()
             if groups
         }
-        summed = self.summed_vectors()
+        summed = self.vectors.summed()
         vectors = {group: summed[group] for group in sorted(summed, key=rank)}
         named = {name for groups in self.sae.values() for name, _ in groups}
-        named.update(self.vectors)
+        named.update(name for name, _ in summed)
         named.update(read.module for read in self.reads)
         modules = {n: m for n, m in self.config.modules.items() if n in named}
-        request = SteeringRequest(sae_edits, vectors, modules, self.reads)
+        modules |= {name: own.module for name, own in inline.items()}
+        data = {name: own.data for name, own in inline.items()}
+        request = SteeringRequest(sae_edits, vectors, modules, self.reads, data)
         if self.first_spans:
             self.check_pieces(request)
         return request
-
-    def summed_vectors(self) -> dict[Group, VectorAction]:
-        """The action of every module and coverage."""
-        found: dict[Group, VectorAction] = {}
-        for name, vectors in self.vectors.items():
-            for coverage in dict.fromkeys(vector.coverage for vector in vectors):
-                same = [v.action for v in vectors if v.coverage == coverage]
-                action = same[0]
-                if action.sums:
-                    action = VectorAction("add", add_scales([a.value for a in same]))
-                found[name, coverage] = action
-        return found
 
     def check_pieces(self, request: SteeringRequest) -> None:
         """Bound the pieces of the schedule, so that rows suffice."""
@@ -322,41 +265,14 @@ class Draft:
         if found > most:
             raise refusal(
                 self.first_spans,
-                f"the spans of this request begin or end at {found} places within the "
+                f"the spans of this request start or stop at {found} places inside the "
                 f"prompt or the answer, expected at most {most} "
                 "(additional_config.steering.max_pieces)",
             )
 
 
-def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
-    """What a vector spec does; its fields fit its kind."""
-    kind = spec.kind
-    for name, value, owner in (
-        ("value", spec.value, "set"),
-        ("bounds", spec.bounds, "bound"),
-    ):
-        if value is not None and kind != owner:
-            raise refusal(f"{path}.{name}", f'expected only with kind "{owner}"')
-        if value is None and kind == owner:
-            raise refusal(f"{path}.{name}", f'is missing, expected with kind "{kind}"')
-    if kind in ("set", "bound") and spec.scale != 1.0:
-        raise refusal(f"{path}.scale", 'expected only with kind "add" or "scale"')
-    if kind == "scale":
-        if spec.relative:
-            raise refusal(f"{path}.relative", 'found true, expected false for "scale"')
-        if spec.scale == 1.0:
-            raise bad(f"{path}.scale", 1.0, "a factor other than 1, such as 0")
-    if spec.bounds is not None:
-        low, high = (round_to_fp32(bound) for bound in spec.bounds)
-        if low > high:
-            raise refusal(f"{path}.bounds", "expected [low, high] with low <= high")
-        return VectorAction("bound", bounds=(low, high), relative=spec.relative)
-    value = spec.scale if spec.value is None else spec.value
-    return VectorAction(kind, round_to_fp32(value), relative=spec.relative)
-
-
 def _site_edits(
-    name: str, sites: Mapping[Site, list[SAEClampEntry]]
+    name: str, sites: Mapping[NamedSite, list[SAEClampEntry]]
 ) -> tuple[SiteEdit, ...]:
     ordered = sorted(sites, key=lambda site: (site[1], HOOK_ORDER[site[0]]))
     return tuple(

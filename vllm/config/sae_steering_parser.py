@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one strict parser of steering specs, for every surface.
+"""The one strict parser of steering specs, for Python and HTTP alike.
 
 `vllm.config.steering_reader` reads the structs of `vllm.config.sae_steering_specs`,
 `vllm.config.sae_steering_draft` checks them against the configuration. Whatever a
@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from vllm.config.sae_inline_vectors import with_text
 from vllm.config.sae_readout_parser import check_reads
 from vllm.config.sae_steering_draft import Draft
 from vllm.config.sae_steering_names import refuse_misspelt
@@ -93,7 +94,7 @@ def parse_steering_request(
     if not given and preset is None:
         return None
     check_counts(given, config)
-    # A request is parsed wherever it passes, and many requests ask for the same.
+    # Several processes parse each request, and many requests ask for the same.
     data = packed((given, preset))
     request = config.parsed.get(data)
     if request is None:
@@ -130,7 +131,7 @@ def _parse_under(
 
 
 def check_counts(given: JsonView, config: SteeringConfig) -> None:
-    """Bound what a request lists, before anything of it is read."""
+    """Limit how much a request lists, before any of it is read."""
     specs = [spec for specs in given.values() for spec in _items(specs)]
     if len(specs) > config.max_specs:
         raise refusal(
@@ -147,8 +148,8 @@ def check_counts(given: JsonView, config: SteeringConfig) -> None:
                 if sites > MAX_SITES or clamps > MAX_CLAMPS:
                     raise refusal(
                         f"{key}[{position}].clamps",
-                        f"found more than {MAX_SITES} sites or {MAX_CLAMPS} clamps in "
-                        "this request, expected fewer",
+                        f"found more in this request, expected at most {MAX_SITES} "
+                        f"sites and {MAX_CLAMPS} clamps",
                     )
 
 
@@ -193,7 +194,9 @@ def _parse(given: JsonView, config: SteeringConfig) -> SteeringRequest:
 
 def _read(key: str, specs: object) -> Any:
     for position, spec in enumerate(_items(specs)):
-        # The encoder would take the struct of another tier for an object.
+        # The encoder would treat another tier's struct as an object.
         if isinstance(spec, msgspec.Struct) and type(spec) is not SPEC_TYPES[key]:
             raise bad(f"{key}[{position}]", spec, f"a {SPEC_TYPES[key].__name__}")
+    if key == ADDITIVE_KEY:
+        specs = with_text(key, specs)
     return _READERS[key].read(specs, key)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Presets: named bundles of specs, chosen by a request or applied to all of them.
 
-A preset is kept as it was written and read again under the configuration of each
-request, so one whose module has gone refuses the requests that name it.
+A preset is kept as it was written. Each request reads it again under its own
+configuration, so a request is refused if its preset's module is gone.
 """
 
 from __future__ import annotations
@@ -92,47 +92,49 @@ def chosen_preset(extra_args: JsonView, config: SteeringConfig) -> str | None:
     """The preset that a request runs under: its own, or the server's default.
 
     Raises:
-        VLLMValidationError: no such preset, or the default may not be left.
+        VLLMValidationError: no such preset, or the locked default may not be left.
     """
     default = config.default_preset
     if PRESET_KEY not in extra_args:
         return default
     name = extra_args[PRESET_KEY]
     if name is not None and (type(name) is not str or name not in config.presets):
-        known = listing(list(config.presets)) if config.presets else "none is made"
+        known = listing(list(config.presets)) if config.presets else "none exists"
         raise bad(PRESET_KEY, name, f"null or a preset: {known}")
     if default is not None and name != default and config.presets[default]["locked"]:
         raise refusal(
             PRESET_KEY,
-            f"found {shown(name)}, but the server's preset {shown(default)} is locked",
+            f"found {shown(name)}, expected {shown(default)}: it is the server's "
+            "default preset and is locked",
         )
     return name
 
 
 def broken(name: str, error: VLLMValidationError) -> VLLMValidationError:
-    """What a request hears whose preset is not valid any more."""
+    """The error for a request whose preset is no longer valid."""
     return refusal(
-        PRESET_KEY, f"preset {shown(name)} is not valid on this server: {error.args[0]}"
+        PRESET_KEY,
+        f"preset {shown(name)} cannot be used on this server: {error.args[0]}",
     )
 
 
 def beside(
     own: SteeringRequest, preset: SteeringRequest, name: str, locked: bool
 ) -> Json:
-    """The specs of a request together with its preset's, as `extra_args`.
+    """The specs of a request and of its preset together, as `extra_args`.
 
-    The request's own entry for a feature, its own module at a reconstructed site and
-    its own use of a vector win.
+    The request wins over the preset: by its own entry for a feature, its own module at
+    a reconstructed site, and its own use of a vector.
 
     Raises:
-        VLLMValidationError: it wins over something of a locked preset.
+        VLLMValidationError: the request would override a locked preset.
     """
     kept = _without(preset, own)
     if locked and kept != preset:
         raise refusal(
             PRESET_KEY,
-            f"preset {shown(name)} is locked, and this request has specs of its own "
-            "for a feature, site or vector that the preset uses",
+            f"preset {shown(name)} is locked, expected no specs of the request for a "
+            "feature, site or vector that the preset uses",
         )
     first, second = kept.to_extra_args(), own.to_extra_args()
     return {
@@ -143,7 +145,7 @@ def beside(
 
 
 def _without(preset: SteeringRequest, own: SteeringRequest) -> SteeringRequest:
-    """A preset less what a request says itself."""
+    """A preset without what the request itself sets."""
     sae_edits: dict[Tier, dict[Group, tuple[SiteEdit, ...]]] = {}
     for tier, groups in preset.sae_edits.items():
         features, sites = _taken(own, tier)
@@ -163,13 +165,14 @@ def _without(preset: SteeringRequest, own: SteeringRequest) -> SteeringRequest:
         {group: a for group, a in preset.vectors.items() if group[0] not in vectors},
         preset.modules,
         preset.reads,
+        preset.inline,
     )
 
 
 def _taken(
     own: SteeringRequest, tier: Tier
 ) -> tuple[set[_Feature], dict[tuple[HookPoint, int], str]]:
-    """Features that a request's tier clamps, and the module of each site."""
+    """The features that a request's tier clamps, and the module at each site."""
     features: set[_Feature] = set()
     sites: dict[tuple[HookPoint, int], str] = {}
     for edits in own.sae_edits.get(tier, {}).values():
@@ -184,7 +187,7 @@ def _taken(
 
 
 def _left(edit: SiteEdit, features: set[_Feature]) -> SiteEdit:
-    """An edit of an SAE tier, less its clamps of these features."""
+    """An edit of an SAE tier without its clamps of these features."""
     clamps = tuple(
         clamp
         for clamp in edit.clamps

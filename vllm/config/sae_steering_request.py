@@ -17,6 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
 
+from vllm.config.sae_inline_vectors import as_text
 from vllm.config.sae_readout_specs import SiteRead, reads_to_json
 from vllm.config.sae_steering_spans import Coverage, When, acts, pieces
 from vllm.config.sae_steering_specs import (
@@ -28,8 +29,8 @@ from vllm.config.sae_steering_specs import (
     VECTOR_KINDS,
     SAEClampEntry,
     SAECondition,
-    VectorKind,
 )
+from vllm.config.sae_steering_vector_action import VectorAction, add_scales
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
 from vllm.config.steering_json import Json
 
@@ -39,29 +40,6 @@ _CLAMP_RECORD = struct.Struct("<QBf?BQf")
 _VECTOR_RECORD = struct.Struct("<B?fff")
 
 HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
-
-
-@dataclass(frozen=True)
-class VectorAction:
-    """What a vector module does: see `SteeringVectorSpec`.
-
-    `value` is the scale of `add` and `scale`, and the value of `set`.
-    """
-
-    kind: VectorKind
-    value: float = 0.0
-    bounds: tuple[float, float] = (0.0, 0.0)
-    relative: bool = False
-
-    @property
-    def feature_idx(self) -> int:
-        """A vector is the only direction of its module."""
-        return 0
-
-    @property
-    def sums(self) -> bool:
-        """Whether several of these on one vector add up."""
-        return self.kind == "add" and not self.relative
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,7 @@ _Found = TypeVar("_Found")
 def _found_once(
     method: Callable[Concatenate[SteeringRequest, _Given], _Found],
 ) -> Callable[Concatenate[SteeringRequest, _Given], _Found]:
-    """A method of `SteeringRequest` that keeps what it found for its arguments."""
+    """Makes a method of `SteeringRequest` keep its result for each set of arguments."""
 
     @functools.wraps(method)
     def kept(
@@ -104,9 +82,9 @@ Group = tuple[str, Coverage]
 
 @dataclass(frozen=True)
 class Piece:
-    """Positions up to `stop` (None: all others) that are edited alike.
+    """Positions before `stop` (None: all others) that are edited alike.
 
-    `digest` is what `hash_steering_config` says of it; None: not edited.
+    `digest` is from `hash_steering_config`; None if the piece is not edited.
     """
 
     stop: int | None
@@ -122,14 +100,18 @@ class SteeringRequest:
         sae_edits: for the delta and full tiers, the edits of each (module, coverage)
             in canonical order.
         vectors: action of each (vector module, coverage), in canonical order.
-        modules: every module that is named, in registration order.
+        modules: every module that is named, in registration order; then those that
+            stand for vectors of the request's own, by name.
         reads: what is read, in canonical order; not part of any digest.
+        inline: components of the request's own vectors, little-endian float32, by the
+            name of the module that stands for each.
     """
 
     sae_edits: Mapping[Tier, Mapping[Group, tuple[SiteEdit, ...]]]
     vectors: Mapping[Group, VectorAction]
     modules: Mapping[str, ModuleInfo]
     reads: tuple[SiteRead, ...] = ()
+    inline: Mapping[str, bytes] = field(default_factory=dict)
     # What `_found_once` keeps: one object serves many requests.
     _found: dict[tuple[object, ...], object] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -156,11 +138,23 @@ class SteeringRequest:
                 args[key] = [_spec_json(group, groups[group]) for group in groups]
         if self.vectors:
             args[ADDITIVE_KEY] = [
-                _vector_json(group, action) for group, action in self.vectors.items()
+                self._named_json(name) | _vector_json(coverage, action)
+                for (name, coverage), action in self.vectors.items()
             ]
         if self.reads:
             args[READOUT_KEY] = reads_to_json(self.reads)
         return args
+
+    def _named_json(self, name: str) -> Json:
+        """How a vector spec names a module, or gives its own vector."""
+        if name not in self.inline:
+            return {"module_name": name}
+        (site,) = self.modules[name].sites
+        return {
+            "vector": as_text(self.inline[name]),
+            "layer": site.layer,
+            "hook": site.hook.value,
+        }
 
     @functools.cached_property
     def coverages(self) -> frozenset[Coverage]:
@@ -180,7 +174,8 @@ class SteeringRequest:
     def schedule(self, num_prompt_tokens: int, /) -> tuple[Piece, ...]:
         """The pieces of a request with this prompt.
 
-        Neighbours differ, except where the prompt ends: a piece always does there.
+        Neighbouring pieces differ, except at the prompt's end, where a piece always
+        ends.
         """
         found: list[Piece] = []
         for stop, acting in pieces(self.coverages, num_prompt_tokens):
@@ -199,11 +194,11 @@ class SteeringRequest:
         not placed, registration order); every (module, site) occurs once.
         """
         order = {name: position for position, name in enumerate(self.modules)}
-        merged: dict[tuple[int, int, int], SiteEdit] = {}
+        merged: dict[tuple[int, int, bool, int], SiteEdit] = {}
         for edit in self._applying(tier, when):
             slot = self.modules[edit.module].slot_at(edit.hook, edit.layer)
             place = order[edit.module] if slot is None else slot
-            key = (edit.layer, HOOK_ORDER[edit.hook], place)
+            key = (edit.layer, HOOK_ORDER[edit.hook], slot is None, place)
             if key in merged:
                 clamps = sorted_clamps((*merged[key].clamps, *edit.clamps))
                 edit = SiteEdit(edit.module, edit.hook, edit.layer, clamps)
@@ -219,7 +214,7 @@ class SteeringRequest:
     def row_key(self, tier: Tier, when: When, /) -> str | None:
         """Key of the row that holds a tier's edits there (hex), or None.
 
-        Requests with equal keys can share a row; when they act is not in the key.
+        Requests with equal keys can share a row. The key does not say when they act.
         """
         edits = self.edits(tier, when)
         return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
@@ -251,16 +246,6 @@ class SteeringRequest:
 _Clamp = TypeVar("_Clamp", SAEClampEntry, VectorAction)
 
 
-def round_to_fp32(value: float) -> float:
-    """`value` as fp32 holds it, `-0.0` as `0.0`; OverflowError beyond its range."""
-    return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
-
-
-def add_scales(scales: Sequence[float]) -> float:
-    """Sum rounded once to fp32, so that the order of the terms cannot matter."""
-    return round_to_fp32(sum(sorted(scales)))
-
-
 def sorted_clamps(clamps: Iterable[_Clamp]) -> tuple[_Clamp, ...]:
     """Clamps in canonical order; a site holds a feature at most once."""
     return tuple(sorted(clamps, key=lambda clamp: clamp.feature_idx))
@@ -282,8 +267,8 @@ def hash_steering_config(
 ) -> str | None:
     """SHA-256 (hex) of everything that edits the tokens of a phase or piece, or None.
 
-    Covers the tiers, sites, clamps and the named modules' digests, and not where they
-    act: a request steered alike in both phases has one digest. Blocks are
+    It covers the tiers, sites, clamps and the named modules' digests, but not the
+    tokens: if both phases are steered alike, both have the same digest. Blocks are
     length-prefixed and tagged, so no two contents share an encoding.
 
     Args:
@@ -363,9 +348,8 @@ def _coverage_json(coverage: Coverage) -> Json:
     return {"spans": msgspec.to_builtins(coverage)}
 
 
-def _vector_json(group: Group, action: VectorAction) -> Json:
-    name, coverage = group
-    spec: Json = {"module_name": name}
+def _vector_json(coverage: Coverage, action: VectorAction) -> Json:
+    spec: Json = {}
     if action.kind == "set":
         spec["value"] = action.value
     elif action.kind == "bound":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module and which of its sites a spec names."""
+"""Finds the module and the sites that a spec names."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from vllm.config.steering_checks import (
     shown,
 )
 
-# No model has more digits than this in a layer index; bounds int() of a client's
-# string, which raises on very long ones.
+# No layer index has more digits than this. int() raises on a client's very long string.
 MAX_LAYER_DIGITS = 9
 
-Site = tuple[HookPoint, int]
+# The hook and the layer that name a site of a module.
+NamedSite = tuple[HookPoint, int]
 
 
 def named_module(
@@ -75,7 +75,8 @@ def _layer(path: str, key: int | str) -> int:
     )
 
 
-def _hook(path: str, key: str) -> HookPoint:
+def named_hook(path: str, key: str) -> HookPoint:
+    """The point of a hook's name, or of one of its aliases."""
     if key in HOOK_ALIASES:
         return HOOK_ALIASES[key]
     raise refusal(path, f"unknown hook {shown(key)}, expected one of {HOOK_NAMES}")
@@ -105,7 +106,7 @@ class ListedSite:
 
 
 def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[ListedSite]:
-    """Every site that the `clamps` of a spec name; none where they are empty."""
+    """Every site that the `clamps` of a spec name."""
     if isinstance(clamps, list):
         if len(module.sites) != 1:
             raise refusal(
@@ -114,11 +115,11 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
                 f"module {shown(module.name)} has {len(module.sites)} sites",
             )
         return [ListedSite(path, module.sites[0], clamps)]
-    found: dict[Site, ListedSite] = {}
+    found: dict[NamedSite, ListedSite] = {}
     hooks: set[HookPoint] = set()
     for hook_key, layers in clamps.items():
         hook_path = key_path(path, hook_key)
-        hook = _hook(hook_path, hook_key)
+        hook = named_hook(hook_path, hook_key)
         if hook in hooks:
             raise refusal(hook_path, f'hook "{hook.value}" is given twice')
         hooks.add(hook)
@@ -128,7 +129,9 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
             layer_path = key_path(hook_path, layer_key)
             layer = _layer(layer_path, layer_key)
             if (hook, layer) in found:
-                raise refusal(layer_path, f"layer {layer} is given twice")
+                raise refusal(
+                    layer_path, f"layer {layer} is given twice, expected once"
+                )
             site = _covered_site(layer_path, module, hook, layer)
             found[hook, layer] = ListedSite(layer_path, site, entries)
     return list(found.values())

@@ -24,7 +24,9 @@ SpecPhase = Literal["both", "prefill", "decode"]
 SPEC_PHASES: tuple[SpecPhase, ...] = ("both", "prefill", "decode")
 
 MAX_SPANS = 64
-Position = Annotated[int, expects("a position", ge=-(2**31), lt=2**31)]
+Position = Annotated[
+    int, expects("a token position, an integer of 32 bits", ge=-(2**31), lt=2**31)
+]
 
 
 class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +65,9 @@ def coverage_of(
     if spans is None:
         return phase
     if phase != "both":
-        raise refusal(f"{path}.phase", "expected either phase or spans")
+        raise refusal(
+            f"{path}.phase", f'found "{phase}" and spans, expected only one of them'
+        )
     if not spans:
         raise refusal(f"{path}.spans", "is empty, expected at least one span")
     for at, span in enumerate(spans):
@@ -71,7 +75,11 @@ def coverage_of(
         if span.of == "generated":
             for name, value in (("start", span.start), ("stop", span.stop)):
                 if value is not None and value < 0:
-                    raise bad(f"{where}.{name}", value, "a generated token, 0 or more")
+                    raise bad(
+                        f"{where}.{name}",
+                        value,
+                        "the index of a generated token, 0 or more",
+                    )
         if span.stop is not None and _precedes(span.stop, span.start):
             raise bad(f"{where}.stop", span.stop, f"more than start={span.start}")
     return tuple(sorted(set(spans), key=_order))

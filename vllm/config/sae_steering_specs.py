@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes: the specs of the tiers and of reading, one definition of each.
+"""The specs that a user writes, for the tiers and for reading.
 
-The structs below are the dataclasses of the Python interface, the parser of every
-surface (`vllm.config.steering_reader` reads by their annotations), and the JSON schema
-of the HTTP fields. Import them from `vllm.config.sae_steering_types`.
+The structs below are the one definition of three things: the classes of the Python
+interface, what `vllm.config.steering_reader` parses, and the JSON schema of the HTTP
+fields. Import them from `vllm.config.sae_steering_types`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
+import torch
 from msgspec import Meta
 
+from vllm.config.sae_inline_vectors import vector_text
 from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering import HOOK_ALIASES
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import expects, json_schema
+from vllm.config.steering_reader import Number, expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
 CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
@@ -25,17 +28,8 @@ CLAMP_KINDS: tuple[ClampKindName, ...] = ("absolute", "additive", "scale")
 VectorKind = Literal["add", "set", "scale", "bound"]
 VECTOR_KINDS: tuple[VectorKind, ...] = ("add", "set", "scale", "bound")
 
-# Written as people write it; float32 rounds it to its own largest number.
-MAX_FLOAT32 = 3.4028235e38
-
 ModuleName = Annotated[str, Meta(description="Name of a module the server has loaded.")]
-Number = Annotated[
-    float,
-    expects(
-        "a finite number within the range of float32", ge=-MAX_FLOAT32, le=MAX_FLOAT32
-    ),
-]
-FeatureIndex = Annotated[int, expects("a feature index, an integer from 0 on", ge=0)]
+FeatureIndex = Annotated[int, expects("a feature index, an integer of 0 or more", ge=0)]
 
 
 class SAECondition(
@@ -57,10 +51,10 @@ class SAEClampEntry(
 ):
     """One feature clamped at one site.
 
-    With `f` the feature's activation, the clamp makes it `value` (absolute),
-    `f + value` (additive) or `f * value` (scale); with `only_if_active`, only on
-    tokens where `f != 0`, and with `when`, only where that condition holds. `value`
-    is in the module's `feature_units`.
+    The clamp sets the feature's activation `f` to `value` (absolute), `f + value`
+    (additive) or `f * value` (scale). `only_if_active` limits it to tokens whose `f` is
+    not 0, and `when` to tokens where that condition holds. `value` is in the module's
+    `feature_units`. Source: Templeton et al. 2024, "Scaling Monosemanticity".
     """
 
     feature_idx: FeatureIndex
@@ -95,10 +89,11 @@ Bounds = Annotated[list[Number], expects("[low, high]", min_length=2, max_length
 class SAEFullReconstructionSpec(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True
 ):
-    """Replace the stream by the SAE's reconstruction of it, features clamped.
+    """Replace the stream by the SAE's reconstruction of it, with features clamped.
 
-    Empty `clamps` reconstruct every site of the module; otherwise exactly the
-    listed sites are reconstructed (a listed site may have an empty list).
+    If `clamps` is empty, every site of the module is reconstructed, else exactly the
+    listed sites; a listed site may have an empty list. Source: Templeton et al. 2024,
+    with the SAE's error term dropped.
     """
 
     module_name: ModuleName
@@ -108,9 +103,10 @@ class SAEFullReconstructionSpec(
 
 
 class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Add what the clamps change (delta tier); the SAE's error term is kept.
+    """Add what the clamps change (delta tier) and keep the SAE's error term.
 
-    `clamps` names at least one site, and at least one entry for each.
+    `clamps` names at least one site, and at least one entry for each. Source: Templeton
+    et al. 2024.
     """
 
     module_name: ModuleName
@@ -119,17 +115,33 @@ class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spans: SpanList | None = None
 
 
+VectorText = Annotated[
+    str,
+    expects(
+        "base64 of little-endian float16 or float32 numbers, one for each component",
+        description="A vector of the request's own: base64 of little-endian float16 or "
+        "float32 numbers [D].",
+    ),
+]
+LayerIndex = Annotated[int, expects("a layer index such as 20", ge=0, lt=2**31)]
+
+
 class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Edit the stream along the named module's vectors, at every site it has.
 
-    With `v` the vector, `u` its unit vector and `p` the stream's projection on `u`:
-    `add` adds `scale * v`; `set` makes `p` the `value`; `scale` makes it `scale * p`
-    (0 removes the direction); `bound` limits it to `bounds`. With `relative`, `scale`
-    of `add`, `value` and `bounds` are in units of the stream's norm, and `add` adds
-    `scale * norm * u`.
+    Instead of `module_name`, a request may bring a `vector [D]` and name the `layer`
+    and the `hook` of a site where the engine reserved room. In Python the vector may be
+    a tensor or an array; the struct holds it as text.
+
+    Let `v` be the vector, `u` its unit vector and `p` the stream's projection on `u`.
+    `add` adds `scale * v`. `set` sets `p` to `value`, `scale` sets it to `scale * p` (0
+    removes the direction), and `bound` limits it to `bounds`. With `relative`, `value`,
+    `bounds` and the `scale` of `add` are in units of the stream's norm, and `add` adds
+    `scale * norm * u`. Sources: Rimsky et al. 2024 (`add`), Arditi et al. 2024
+    (`scale`).
     """
 
-    module_name: ModuleName
+    module_name: ModuleName | None = None
     scale: Number = 1.0
     phase: SpecPhase = "both"
     kind: VectorKind = "add"
@@ -137,6 +149,14 @@ class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     bounds: Bounds | None = None
     relative: bool = False
     spans: SpanList | None = None
+    vector: VectorText | None = None
+    layer: LayerIndex | None = None
+    hook: Hook | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.vector
+        if isinstance(given, (torch.Tensor, np.ndarray)):
+            msgspec.structs.force_setattr(self, "vector", vector_text(given))
 
 
 class SteeringFields(msgspec.Struct, kw_only=True):
@@ -171,8 +191,7 @@ class SteeringFields(msgspec.Struct, kw_only=True):
 
 
 EXTRA_ARGS_KEYS = SteeringFields.__struct_fields__
-# The name of a preset whose specs a request takes over; null: none, not even the
-# server's default.
+# The preset whose specs a request takes over. null means none, not even the default.
 PRESET_KEY = "steering_preset"
 # Set by the front end and the engine: presets have been applied.
 EXPANDED_KEY = "steering_expanded"

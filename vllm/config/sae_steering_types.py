@@ -21,7 +21,6 @@ from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import (
     SiteEdit,
     SteeringRequest,
-    VectorAction,
     hash_steering_config,
     module_fingerprint,
 )
@@ -35,6 +34,7 @@ from vllm.config.sae_steering_specs import (
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
 )
+from vllm.config.sae_steering_vector_action import VectorAction
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
 from vllm.sampling_params import SamplingParams
@@ -76,7 +76,7 @@ def fold_into_extra_args(extra_args: Json | None, specs: Json) -> Json | None:
     for key in given:
         if extra_args and extra_args.get(key) is not None:
             raise refusal(
-                key, "given as a field and in extra_args, expected one of them"
+                key, "is given as a field and in extra_args, expected only one of them"
             )
     return {**(extra_args or {}), **given} if given else extra_args
 
@@ -90,8 +90,9 @@ def refuse_without_plugin(specs: Json) -> None:
         if value is not None and value is not msgspec.UNSET:
             raise refusal(
                 key,
-                f"the environment variable VLLM_PLUGINS={','.join(loaded)} keeps "
-                f'steering from loading, expected "{PLUGIN}" in it, or no VLLM_PLUGINS',
+                "steering is not loaded, because the environment variable "
+                f"VLLM_PLUGINS={','.join(loaded)} does not name it: add "
+                f'"{PLUGIN}" to it, or unset it',
             )
 
 

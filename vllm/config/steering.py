@@ -35,6 +35,7 @@ __all__ = [
     "Activation",
     "FeatureUnits",
     "HookPoint",
+    "InlineSite",
     "ModuleInfo",
     "ModuleKind",
     "PointWidths",
@@ -142,13 +143,13 @@ def _hook_or_none(value: str | None) -> HookPoint | None:
 
 @dataclass(frozen=True)
 class SlotInfo:
-    """Room for one module at one site; held by a module, or spare.
+    """Room for one module at one site. A module holds it, or it is spare.
 
     `width` is the number of directions that fit: features of an SAE, 1 for a vector.
     `topk` and `threshold` say which activations the slot can compute. `hook_out` and
     `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
     the order in which the configuration lists them. A slot that was `added` to a
-    running engine goes with the module that it was made for.
+    running engine is removed with its module.
     """
 
     layer: int
@@ -180,14 +181,48 @@ class SlotInfo:
 
 
 @dataclass(frozen=True)
+class InlineSite:
+    """A site where requests may bring vectors of their own, of width `width`.
+
+    A request brings at most `per_request` different ones, so the engine holds at most
+    `directions` at once, for all of its `max_num_seqs` requests.
+    """
+
+    layer: int
+    hook: HookPoint
+    width: int
+    per_request: int
+    directions: int
+
+    @property
+    def name(self) -> str:
+        """`hook.layer`, as messages show it."""
+        return site_name(self.hook, self.layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the directions, in float32."""
+        return 4 * self.width * self.directions
+
+    def to_json(self) -> Json:
+        """JSON types only; the inverse of `from_json`."""
+        return {**asdict(self), "hook": self.hook.value}
+
+    @classmethod
+    def from_json(cls, data: JsonView) -> InlineSite:
+        """Rebuild what `to_json` wrote."""
+        return cls(**{**data, "hook": HookPoint(data["hook"])})
+
+
+@dataclass(frozen=True)
 class ModuleInfo:
     """A named SAE, or a named set of vectors, as the front end knows it.
 
-    `digest` is a SHA-256 (hex) over the weights and every option that changes
-    their effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands
-    for the model's bos, eos and pad; `norm_guard` is a multiple of
-    `reference_norm`. `format` names the file layout for the loader. `slots` says, for
-    each of `sites`, which of the engine's slots holds it; None: not placed.
+    `digest` is a SHA-256 (hex) over the weights and every option that changes their
+    effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands for the
+    model's bos, eos and pad; `norm_guard` is a multiple of `reference_norm`. `format`
+    names the file layout for the loader. `slots` says, for each of `sites`, which of
+    the engine's slots holds it, or None before placing.
     """
 
     name: str
@@ -203,7 +238,7 @@ class ModuleInfo:
     slots: tuple[int, ...] | None = None
 
     def slot_at(self, hook: HookPoint, layer: int) -> int | None:
-        """The slot that holds the site at `(layer, hook)`; None: not placed."""
+        """The slot that holds the site at `(layer, hook)`, or None before placing."""
         for site, slot in zip(self.sites, self.slots or (), strict=False):
             if site.layer == layer and site.hook == hook:
                 return slot
@@ -249,14 +284,14 @@ class SteeringConfig:
     `modules` keeps registration order, which is the order of the delta tier.
     `max_clamps` bounds the clamps per site and request (K), `max_specs` the specs of a
     request. `slots` are the engine's slots, held and spare; a slot's id is its
-    position, and None is one that is gone. Requests that name a module in `draining`
-    are refused: it waits for its last request, to be removed or replaced. `version`
-    counts the changes since start-up. `readout`: whether requests may read features,
-    of layers from `first_read_layer` on (the last pipeline stage). `max_pieces` bounds
-    the pieces of a request's schedule; tables have a row for each. `extended_clamps`:
-    whether the device computes conditions, and more of vectors than adding them.
-    `presets` are in the form of `SteeringPreset`; `default_preset` names the one that
-    requests run under which choose none.
+    position, and None is one that is gone. A module in `draining` waits for its last
+    request before it is removed or replaced; new requests that name it are refused.
+    `version` counts the changes since start-up. `readout`: whether requests may read
+    features, of layers from `first_read_layer` on (the last pipeline stage).
+    `max_pieces` bounds the pieces of a request's schedule; tables have a row for each.
+    `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
+    requests that choose none. `inline_sites` are those at which requests may bring
+    vectors of their own.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -268,16 +303,16 @@ class SteeringConfig:
     readout: bool = True
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
-    extended_clamps: bool = True
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
-    # Requests that were parsed under this configuration.
+    inline_sites: tuple[InlineSite, ...] = ()
+    # The requests parsed under this configuration, by what they asked.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
     )
 
     def for_workers(self) -> SteeringConfig:
-        """What workers need: requests reach them with presets applied."""
+        """The part that workers need. Requests reach them with presets applied."""
         return replace(self, draining=frozenset(), presets={}, default_preset=None)
 
     def to_json(self) -> Json:
@@ -290,9 +325,9 @@ class SteeringConfig:
             "version": self.version,
             "max_specs": self.max_specs,
             "max_pieces": self.max_pieces,
-            "extended_clamps": self.extended_clamps,
             "presets": self.presets,
             "default_preset": self.default_preset,
+            "inline_sites": [site.to_json() for site in self.inline_sites],
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
         }
@@ -314,17 +349,19 @@ class SteeringConfig:
             readout=data.get("readout", True),
             first_read_layer=data.get("first_read_layer", 0),
             max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
-            extended_clamps=data.get("extended_clamps", True),
             presets=data.get("presets", {}),
             default_preset=data.get("default_preset"),
+            inline_sites=tuple(
+                InlineSite.from_json(site) for site in data.get("inline_sites", ())
+            ),
         )
 
 
 def get_steering_config(additional_config: object) -> SteeringConfig | None:
     """The resolved configuration in a `VllmConfig.additional_config`, or None.
 
-    Resolution (user's form -> this) happens once, when the engine's configuration
-    is created; every later reader finds the form that `to_json` writes.
+    The user's form is resolved to this one when the engine's configuration is created.
+    Every later reader finds the form that `to_json` writes.
     """
     if not isinstance(additional_config, dict):
         return None

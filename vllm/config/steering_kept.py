@@ -24,7 +24,7 @@ class KeptParses:
         return len(self._kept)
 
     def get(self, key: bytes | None) -> object | None:
-        """What is kept under the key; None: nothing."""
+        """What is kept under the key, or None."""
         if key is None:
             return None
         with self._lock:

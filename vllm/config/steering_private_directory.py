@@ -17,9 +17,8 @@ from contextlib import suppress
 from multiprocessing.util import Finalize
 
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.steering_environment import DIRECTORY_ENV
 
-# Internal: a process sets it for the processes that it starts.
-DIRECTORY_ENV = "VLLM_STEERING_DIRECTORY"
 FAILURE = "failure.txt"
 
 

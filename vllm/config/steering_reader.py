@@ -17,7 +17,7 @@ import operator
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Generic, SupportsFloat, SupportsIndex, TypeVar
+from typing import Annotated, Any, Generic, SupportsFloat, SupportsIndex, TypeVar
 
 import msgspec
 import msgspec.inspect as mi
@@ -37,6 +37,19 @@ _encode = msgspec.msgpack.Encoder().encode
 def expects(text: str, **meta: Any) -> msgspec.Meta:
     """Constraints of a field (see `msgspec.Meta`), and how a message says them."""
     return msgspec.Meta(extra={"expected": text}, **meta)
+
+
+# The decimal form of float32's largest number.
+_MAX_FLOAT32 = 3.4028235e38
+# A number that float32 holds.
+Number = Annotated[
+    float,
+    expects(
+        "a finite number within the range of float32",
+        ge=-_MAX_FLOAT32,
+        le=_MAX_FLOAT32,
+    ),
+]
 
 
 def packed(value: object) -> bytes | None:
@@ -167,7 +180,7 @@ def _plain_list(
     if not isinstance(value, (list, tuple)):
         if _is_one_of(value, info.item_type):
             raise refusal(
-                path, f"found a single object, expected {words}: write [...] around it"
+                path, f"found a single object, expected {words}: enclose it in [...]"
             )
         raise bad(path, value, words)
     if not _fits_length(info, len(value)):

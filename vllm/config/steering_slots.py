@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which slot holds which module: pure functions over `SteeringConfig`.
 
-The engine places a module once, for all ranks. Start-up gives every module slots of
-its own and then adds the spare ones; later modules take free slots that fit.
+The engine places a module once, for all ranks. At start-up every module gets slots of
+its own, and the spare slots are added. Later modules take free slots that fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm.config.steering import (
     SteeringConfig,
 )
 
-# One bit of an int32 flag word per distinct set of skipped token ids.
+# Each distinct set of skipped token ids has one bit of an int32 flag word.
 MAX_SKIP_SETS = 31
 
 
@@ -75,23 +75,24 @@ def free_slots(config: SteeringConfig) -> dict[int, SlotInfo]:
 
 
 def slots_of(config: SteeringConfig) -> dict[int, SlotInfo]:
-    """The slots that there are, by id."""
+    """The existing slots, by id."""
     return {at: slot for at, slot in enumerate(config.slots) if slot is not None}
 
 
 def with_module(
     config: SteeringConfig, module: ModuleInfo, may_add_slots: bool
 ) -> SteeringConfig:
-    """`config` with a module placed in free slots, in the place of its namesake.
+    """`config` with a module in free slots. It replaces a module of the same name.
 
-    Prefers the namesake's own slots, then slots that run after every held one of the
-    site (so that modules run in registration order), then the narrowest.
+    It prefers the slots of the module that it replaces, then slots that run after all
+    held slots of the site (so that modules run in registration order), then the
+    narrowest.
 
     Args:
         config: of the running engine.
         module: to place; `slots` is ignored.
-        may_add_slots: an engine that captured nothing may get new slots. Vectors need
-            a spare row where a site has vectors already.
+        may_add_slots: whether the engine may get new slots, because it captured no
+            graphs. Vectors need a spare row if their site has vectors already.
 
     Raises:
         NoRoomError: a site finds no free slot, or no flag bit is left.
@@ -116,7 +117,7 @@ def with_module(
             )
             del free[best]
             placed.append(best)
-        elif may_add_slots and not _has_vectors(module, site, slots):
+        elif may_add_slots and not _has_vectors(config, module, site, slots):
             new = next(at for at in itertools.count(last + 1) if at not in slots)
             placed.append(new)
             slots[new] = replace(own_slot(module, site), added=True)
@@ -125,7 +126,7 @@ def with_module(
     if needed:
         raise NoRoomError(
             f"no free slot fits: needed {', '.join(needed)}; reserve it in "
-            "additional_config.steering.spare at start-up, or unregister a module there"
+            "additional_config.steering.spare at start-up, or remove a module there"
         )
     module = replace(module, slots=tuple(placed))
     modules = {n: module if n == module.name else m for n, m in config.modules.items()}
@@ -135,7 +136,7 @@ def with_module(
 
 
 def without_module(config: SteeringConfig, name: str) -> SteeringConfig:
-    """`config` without a module; its slots are free, or gone if they were added."""
+    """`config` without a module. Its slots become free; `added` ones are removed."""
     modules = {n: m for n, m in config.modules.items() if n != name}
     result = _with_slots(config, modules, slots_of(config))
     return replace(result, draining=config.draining - {name})
@@ -144,7 +145,7 @@ def without_module(config: SteeringConfig, name: str) -> SteeringConfig:
 def _with_slots(
     config: SteeringConfig, modules: dict[str, ModuleInfo], slots: dict[int, SlotInfo]
 ) -> SteeringConfig:
-    """`config` with these, less the added slots that no module holds any more."""
+    """`config` with these modules, and these slots but `added` ones that are free."""
     held = {at for module in modules.values() for at in module.slots or ()}
     kept = {at: slot for at, slot in slots.items() if at in held or not slot.added}
     ids = range(max(kept, default=-1) + 1)
@@ -162,7 +163,7 @@ def check_skip_sets(config: SteeringConfig) -> None:
 
 
 def skip_set(module: ModuleInfo) -> tuple[int, ...]:
-    """The token ids that a module leaves alone, in canonical form."""
+    """The token ids that a module bypasses, in canonical form."""
     return tuple(sorted(set(module.skip_token_ids or ())))
 
 
@@ -182,13 +183,15 @@ def site_bytes(site: SiteInfo, item_bytes: int) -> int:
 
 
 def _has_vectors(
-    module: ModuleInfo, site: SiteInfo, slots: dict[int, SlotInfo]
+    config: SteeringConfig,
+    module: ModuleInfo,
+    site: SiteInfo,
+    slots: dict[int, SlotInfo],
 ) -> bool:
     """Whether a vector's site has a stack of vectors, which cannot grow."""
-    return module.kind == "vectors" and any(
-        (slot.kind, slot.layer, slot.hook) == ("vectors", site.layer, site.hook)
-        for slot in slots.values()
-    )
+    stacks = {(s.layer, s.hook) for s in slots.values() if s.kind == "vectors"}
+    stacks |= {(room.layer, room.hook) for room in config.inline_sites}
+    return module.kind == "vectors" and (site.layer, site.hook) in stacks
 
 
 def _needed(module: ModuleInfo, site: SiteInfo) -> str:

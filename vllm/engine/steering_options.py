@@ -10,9 +10,11 @@
      "readout": True,
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
+     "inline_vectors": {"post_block.20": 4},
      "module_roots": ["/srv/saes", "hf:"]}
 
-`spare` reserves room for modules that are registered later; `module_roots` says where
+`spare` reserves room for modules that are registered later; `inline_vectors` says how
+many vectors of its own a request may bring to each site; `module_roots` says where
 the HTTP routes may load them from. Every refusal is one line that names the field, what
 was found and what would be accepted.
 """
@@ -25,12 +27,16 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from vllm.config.sae_inline_vectors import INLINE_PREFIX
 from vllm.config.steering import (
     HOOK_ALIASES,
     HOOK_NAMES,
     FeatureUnits,
     HookPoint,
+    InlineSite,
     SlotInfo,
+    parse_site,
+    point_widths,
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
@@ -49,6 +55,7 @@ TOP_FIELDS = (
     "default_preset",
     "readout",
     "spare",
+    "inline_vectors",
     "module_roots",
     "resolved",
 )
@@ -59,6 +66,7 @@ MAX_SPECS_LIMIT = 4096
 MAX_PIECES_LIMIT = 64
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
+MAX_INLINE_VECTORS = 64
 
 
 def readout_option(value: object) -> bool:
@@ -120,12 +128,16 @@ def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
         hook = _hook(f"{where}.hook", given.get("hook"))
         check_dtype(f"{where}.hook", hook, model_config)
         if ("width" in given) == ("vectors" in given):
-            raise SteeringConfigError(f"{where}: expected either width or vectors")
+            has = "both" if "width" in given else "neither"
+            raise SteeringConfigError(
+                f"{where}: found {has} of width and vectors, expected exactly one"
+            )
         if "vectors" in given:
             for key in ("count", "hook_out", "skip"):
                 if key in given:
                     raise SteeringConfigError(
-                        f"{where}.{key}: expected only with width"
+                        f"{where}.{key}: found {shown(given[key])} with vectors, "
+                        "expected only with width"
                     )
             count = _integer(f"{where}.vectors", given["vectors"], 1, MAX_SPARE_COUNT)
             slot = SlotInfo(layer, hook, "vectors", 1)
@@ -138,13 +150,49 @@ def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
     return slots
 
 
+def inline_sites(
+    value: object, model_config: ModelConfig, max_num_seqs: int
+) -> tuple[InlineSite, ...]:
+    """The sites at which requests may bring vectors, each checked against the model.
+
+    Args:
+        value: `{site: vectors of one request}`.
+        model_config: vLLM's `ModelConfig`.
+        max_num_seqs: requests that are in a batch at once.
+    """
+    path = f"{ROOT}.inline_vectors"
+    num_layers = model_config.get_total_num_hidden_layers()
+    widths = point_widths(model_config)
+    sites: dict[tuple[int, HookPoint], InlineSite] = {}
+    for name, given in object_option(path, value).items():
+        found = parse_site(name) if type(name) is str else None
+        if found is None or not found[0] < num_layers:
+            raise SteeringConfigError(
+                f"{path}: found the site {shown(name)}, expected HOOK.LAYER such as "
+                f"post_block.{num_layers - 1}, with a layer in 0..{num_layers - 1} and "
+                f"one of {HOOK_NAMES}"
+            )
+        if found in sites:
+            raise SteeringConfigError(
+                f"{path}: site {sites[found].name} is given twice"
+            )
+        layer, hook = found
+        check_dtype(f"{path}.{name}", hook, model_config)
+        count = _integer(f"{path}.{name}", given, 1, MAX_INLINE_VECTORS)
+        sites[found] = InlineSite(
+            layer, hook, widths.of(hook), count, count * max_num_seqs
+        )
+    return tuple(sites.values())
+
+
 def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo:
     """Room for an SAE, or with `hook_out` for a transcoder."""
     width = _integer(f"{where}.width", given["width"], 1, MAX_SPARE_WIDTH)
     skip = given.get("skip", False)
     if type(skip) is not bool or (skip and "hook_out" not in given):
         raise SteeringConfigError(
-            f"{where}.skip: found {shown(skip)}, expected true or false, with hook_out"
+            f"{where}.skip: found {shown(skip)}, expected true or false, and "
+            "true only with hook_out"
         )
     hook_out = None
     if "hook_out" in given:
@@ -170,7 +218,7 @@ def check_module_roots(value: object) -> None:
     if not good:
         raise SteeringConfigError(
             f"{ROOT}.module_roots: found {shown(value)}, expected a list of absolute "
-            'directories, and "hf:" or "hf:owner" where the Hub is allowed'
+            'directories, "hf:", "hf:owner" or "hf:owner/repo"'
         )
 
 
@@ -188,6 +236,11 @@ def module_form(name: object, given: object) -> tuple[str, Json]:
         raise SteeringConfigError(
             f"{ROOT}.modules: found the name {shown(name)}, expected a non-empty string"
         )
+    if name.startswith(INLINE_PREFIX):
+        raise SteeringConfigError(
+            f"{ROOT}.modules: found the name {shown(name)}, expected one that does not "
+            f'begin with "{INLINE_PREFIX}"'
+        )
     where = f"{ROOT}.modules.{name}"
     if isinstance(given, str):
         given = {"path": given}
@@ -195,7 +248,8 @@ def module_form(name: object, given: object) -> tuple[str, Json]:
     path = options.pop("path", None)
     if type(path) is not str or not path:
         raise SteeringConfigError(
-            f"{where}.path: found {shown(path)}, expected a path or hf:owner/repo"
+            f"{where}.path: found {shown(path)}, expected a path, hf:owner/repo or "
+            "saelens:RELEASE/SAE_ID"
         )
     for key, value in options.items():
         accepted = _OPTION_CHECKS[key](value)

@@ -55,7 +55,9 @@ def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
         )
     if name not in config.presets and len(config.presets) >= MAX_PRESETS:
         raise RefusedCall(
-            Outcome.CONFLICT, f"expected at most {MAX_PRESETS} presets", "name"
+            Outcome.CONFLICT,
+            f"found {MAX_PRESETS} presets already, expected fewer: delete one first",
+            "name",
         )
     try:
         preset = checked_preset(name, payload.get("preset"), config)
@@ -70,7 +72,7 @@ def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
     if name == config.default_preset:
         raise RefusedCall(
             Outcome.CONFLICT,
-            f"preset {shown(name)} is the server's default, expected another one",
+            f"preset {shown(name)} is the server's default: choose another one first",
             "name",
         )
     presets = {n: p for n, p in config.presets.items() if n != name}
@@ -97,11 +99,11 @@ def refuse_without_default(config: SteeringConfig, module: str) -> None:
     if name is None:
         return
     specs = [s for key in EXTRA_ARGS_KEYS for s in config.presets[name].get(key, ())]
-    if any(spec["module_name"] == module for spec in specs):
+    if any(spec.get("module_name") == module for spec in specs):
         raise RefusedCall(
             Outcome.CONFLICT,
-            f"module {shown(module)} is in the server's default preset {shown(name)}, "
-            "expected another default",
+            f"module {shown(module)} is used by the server's default preset "
+            f"{shown(name)}: choose another default first",
             "name",
         )
 

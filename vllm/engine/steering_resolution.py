@@ -39,6 +39,7 @@ from vllm.engine.steering_options import (
     check_dtype,
     check_module_roots,
     check_transcoder,
+    inline_sites,
     limit_option,
     module_form,
     object_option,
@@ -48,7 +49,6 @@ from vllm.engine.steering_options import (
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -90,6 +90,20 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
         modules[name] = inspect_for_model(name, given, vllm_config.model_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
     spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
+    inline = inline_sites(
+        steering.get("inline_vectors", {}),
+        vllm_config.model_config,
+        vllm_config.scheduler_config.max_num_seqs,
+    )
+    for site in inline:
+        logger.info(
+            "Steering: requests may bring %d vector(s) to %s, the engine holds up to "
+            "%d (%.1f MiB)",
+            site.per_request,
+            site.name,
+            site.directions,
+            site.nbytes / 2**20,
+        )
     check_module_roots(steering.get("module_roots", []))
     config = start_up_slots(
         SteeringConfig(
@@ -97,9 +111,9 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             max_clamps,
             max_specs=max_specs,
             max_pieces=max_pieces,
-            extended_clamps=current_platform.is_cpu(),
             readout=readout_option(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
+            inline_sites=inline,
         ),
         spare,
     )
@@ -218,7 +232,11 @@ def _tokenizer_ids(model_config: ModelConfig, names: Iterable[str]) -> set[int]:
     try:
         tokenizer = cached_tokenizer_from_config(model_config)
     except Exception as error:
-        logger.warning("Steering: %s not known, no tokenizer: %s", names, error)
+        logger.warning(
+            "Steering: %s are not skipped, the tokenizer cannot be read: %s",
+            names,
+            error,
+        )
         return set()
     ids: set[int] = set()
     for name in names:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.cli.steering.fit import measure
 from vllm.entrypoints.steering import encode, evaluate, find_features
+from vllm.entrypoints.steering.encoded import entries
 from vllm.entrypoints.steering.finder import auroc
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
@@ -34,19 +38,30 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    llm = LLM(
+def start(sae: Path = EXAMPLE / "sae", enforce_eager: bool = True) -> LLM:
+    return LLM(
         str(EXAMPLE / "model"),
         dtype="float32",
         max_model_len=256,
-        enforce_eager=True,
+        enforce_eager=enforce_eager,
         kv_cache_memory_bytes=1 << 27,
-        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
+        additional_config={"steering": {"modules": {MODULE: str(sae)}}},
     )
-    yield llm
+
+
+def stop(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    sae = tmp_path_factory.mktemp("labelled") / "sae"
+    shutil.copytree(EXAMPLE / "sae", sae)
+    (sae / "labels.json").write_text(json.dumps({str(FEATURE): "from beside"}))
+    llm = start(sae)
+    yield llm
+    stop(llm)
 
 
 def test_encode_gives_every_token_its_features(llm: LLM) -> None:
@@ -80,6 +95,62 @@ def test_an_encoded_text_is_shown_in_a_notebook(llm: LLM) -> None:
     assert "bridge &amp; &lt;bay&gt;" in page
     assert "<bos>" not in page
     assert texts[0].to_html(FEATURE).count("<span") == len(texts[0].tokens)
+
+
+def test_labels_beside_the_module_are_shown(llm: LLM) -> None:
+    (text,) = encode(llm, MODULE, ABOUT[0], features=[FEATURE])
+    assert text.labels == {FEATURE: "from beside"} and "from beside" in text.to_html()
+    assert encode(llm, MODULE, ABOUT[0], labels={})[0].labels == {}
+    found = find_features(llm, MODULE, ABOUT, OTHERS, top=200)
+    shown = {one.feature_idx: one.label for one in found}
+    assert shown.pop(FEATURE) == "from beside" and set(shown.values()) == {""}
+    assert "from beside" in found._repr_html_()
+
+
+def test_results_are_data_frames(llm: LLM) -> None:
+    pytest.importorskip("pandas")
+    texts = encode(llm, MODULE, ABOUT[:2], top_k=3, labels={FEATURE: "bridge"})
+    frame = texts.to_pandas()
+    assert set(frame.text) == {0, 1} and set(frame.site) == {SITE}
+    listed = [
+        (text, one.tokens[position], feature, value)
+        for text, one in enumerate(texts)
+        for position, feature, value in entries(one.site())
+    ]
+    columns = (frame.text, frame.token, frame.feature_idx, frame.value)
+    assert list(zip(*columns, strict=True)) == listed
+    assert set(frame.label[frame.feature_idx == FEATURE]) <= {"bridge"}
+    assert encode(llm, MODULE, []).to_pandas().empty
+    found = find_features(llm, MODULE, ABOUT, OTHERS, labels={FEATURE: "bridge"})
+    frame = found.to_pandas()
+    assert frame.feature_idx.tolist() == [one.feature_idx for one in found]
+    assert frame.auroc.is_monotonic_decreasing
+    assert frame.label[frame.feature_idx == FEATURE].tolist() == ["bridge"]
+    evaluation = evaluate(llm, MODULE, ABOUT)
+    (row,) = evaluation.to_pandas().to_dict("records")
+    assert row["site"] == SITE and row["recovered"] == evaluation[0].recovered
+
+
+def test_a_record_is_a_sparse_matrix(llm: LLM) -> None:
+    pytest.importorskip("scipy")
+    record = encode(llm, MODULE, ABOUT[0], top_k=4)[0].site()
+    matrix = record.to_scipy()
+    assert matrix.shape == (len(record), record.d_sae)
+    assert matrix.nnz == record.counts.sum()
+    np.testing.assert_array_equal(matrix.toarray(), record.to_dense())
+
+
+def test_tokens_are_shaded_by_their_activation(llm: LLM) -> None:
+    labels = {FEATURE: "bridge"}
+    (text,) = encode(llm, MODULE, ABOUT[0], features=[FEATURE], labels=labels)
+    values = text.activations(FEATURE)
+    alphas = re.findall(r"rgba\(255,140,0,([0-9.]+)\)", text.to_html(FEATURE))
+    shades = np.array([float(alpha) for alpha in alphas])
+    np.testing.assert_allclose(shades, values / values.max(), atol=0.006)
+    strongest = int(values.argmax())
+    titles = re.findall(r'title="([^"]*)"', text.to_html(FEATURE))
+    assert titles[strongest] == f"{FEATURE}: {values.max():.2f} bridge"
+    assert titles[0] == ""  # The module leaves bos alone.
 
 
 def test_the_bridge_feature_is_among_the_best(llm: LLM) -> None:
@@ -124,6 +195,43 @@ def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
         scores = zip(ids, output.prompt_logprobs[1:], strict=True)
         losses += [-step[token].logprob for token, step in scores]
     assert np.mean(losses) == pytest.approx(found.ce_plain, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_is_evaluated_like_an_eager_one(llm: LLM) -> None:
+    (eager,) = evaluate(llm, MODULE, ABOUT)
+    compiled = start(enforce_eager=False)
+    try:
+        (found,) = evaluate(compiled, MODULE, ABOUT)
+    finally:
+        stop(compiled)
+    assert found.tokens == eager.tokens
+    for name in ("fvu", "l0", "ce_plain", "ce_reconstructed", "ce_ablated"):
+        assert getattr(found, name) == pytest.approx(getattr(eager, name), rel=1e-4)
+
+
+@pytest.mark.parametrize("use_v2", ["0", "1"])
+def test_no_graph_is_replayed_while_a_site_is_measured(use_v2: str) -> None:
+    from vllm.v1.worker.steering_model_runner_mixin import (
+        SteeringModelRunnerV1Mixin,
+        SteeringModelRunnerV2Mixin,
+    )
+
+    graphs = SimpleNamespace(keys_initialized=True, _graphs_captured=True)
+    if use_v2 == "1":
+        runner: Any = SteeringModelRunnerV2Mixin()
+        runner.cudagraph_manager = graphs
+    else:
+        runner = SteeringModelRunnerV1Mixin()
+        runner.cudagraph_dispatcher = graphs
+    name = "_graphs_captured" if use_v2 == "1" else "keys_initialized"
+    for used in (False, False, True, True):
+        runner.use_steering_graphs(used)
+        assert vars(graphs)[name] is used
+    vars(graphs)[name] = False  # An eager engine.
+    for used in (False, True):
+        runner.use_steering_graphs(used)
+        assert vars(graphs)[name] is False
 
 
 def test_fvu_is_that_of_the_probe(llm: LLM) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the tests of this folder import `steering_reference` beside them, and lets
-Triton's interpreter in where vLLM was built for a CPU."""
+"""Lets the tests of this folder import `steering_reference`, and enables Triton's
+interpreter if vLLM was built for a CPU."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    # vLLM's CPU build turns Triton off unless it has a backend of this name. Kernels
-    # that the interpreter runs use none.
+    # vLLM's CPU build turns Triton off unless it has a backend of this name.
+    # Interpreted kernels do not use it.
     from triton.backends import backends
 
     driver = SimpleNamespace(is_active=lambda: False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full reconstruction with any number of firing features: right, and the same bits."""
+"""Full reconstruction with any number of active features: correct, with equal bits."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def reconstructed(slot: SAESlot, streams: tuple, first: int, count: int, most: i
     hidden = streams[0][first : first + count].clone()
     residual = streams[1][first : first + count].clone()
     kernel.full_reconstruction(slot, step, workspace, hidden, residual)
-    own = [0, 1, 2, 3, 4, 5, 7]  # counters of CUDA kernels are as they were
+    own = [0, 1, 2, 3, 4, 5, 7]  # counters of CUDA kernels are back at zero
     assert not step.sync[own].any()
     return residual
 

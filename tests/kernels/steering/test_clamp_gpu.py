@@ -142,7 +142,7 @@ def test_every_count_of_clamps_equals_the_reference(
     set_row(slot.delta, 2, random_clamps(128, 3))
     step = make_step(9, 12, [1, 0, 2, 3], Tier.DELTA)
     run_and_check(slot, step, make_stream(9, 96, dtype, two_streams))
-    assert all(path)  # the extension took what it was offered
+    assert all(path)  # the extension handled what it was given
 
 
 @pytest.mark.parametrize("count", COUNTS)

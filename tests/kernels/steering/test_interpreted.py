@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels on a CPU: the tests of this folder under Triton's interpreter.
 
-They run in a process of their own, with the Triton that `make triton` puts beside the
-virtual environment: vLLM's CPU build is not to see it.
+They run in a separate process, with the Triton that `make triton` installs beside the
+virtual environment, so that vLLM's CPU build does not see it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 TRITON = Path(os.environ.get("STEERING_TRITON", Path(sys.prefix) / "triton"))
-LEAST = 40  # tests that must have run, so that skipping all of them is no success
+LEAST = 40  # at least so many tests must have run, so that skipping all is a failure
 
 
 pytestmark = [

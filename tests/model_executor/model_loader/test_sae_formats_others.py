@@ -294,7 +294,7 @@ def test_a_qwen_scope_repository_has_one_site_per_file(tmp_path: Path) -> None:
 
 
 def test_qwen_scope_without_its_name_has_no_k(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="says k as L0_50, found none"):
+    with pytest.raises(ValueError, match="k in it, such as ...-L0_50, found none"):
         inspect_module("m", str(qwen_scope(tmp_path / "qwen", (5,))))
 
 

@@ -246,7 +246,7 @@ def test_a_configuration_before_version_6_is_flat(tmp_path: Path) -> None:
             {"metadata": {"hook_name": "blocks.3.hook_mlp_in"}},
             "is not supported: it is TransformerLens's name for the stream before",
         ),
-        ({"d_out": 4}, "d_out: expected nothing"),
+        ({"d_out": 4}, "d_out: expected no such key"),
         ({"activation_fn": "tanh-relu"}, "activation_fn: expected relu or topk"),
         (
             {"metadata": {"hook_name": "blocks.3.attn.hook_q"}},

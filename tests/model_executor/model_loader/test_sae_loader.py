@@ -306,7 +306,7 @@ def test_loading_holds_a_few_chunks_and_no_second_copy(
     with open_tensors(tmp_path / "sae_weights.safetensors") as file:
         fold.fold_sae(layout, file, weights, sample)
     assert len(grown) > 1
-    # None at all where the chunks fit in memory that was freed before.
+    # None if the chunks fit into memory that was freed before.
     assert max(grown) < 0.4 * largest
 
 
@@ -316,7 +316,7 @@ def test_a_module_that_changed_since_it_was_inspected_is_refused(
     path = native(tmp_path)
     module = inspect_module("m", str(path))
     edit_manifest(path, lambda m: m["sites"][0].update(activation="relu"))
-    with pytest.raises(ValueError, match="no longer hold the site as it was inspected"):
+    with pytest.raises(ValueError, match="no longer hold the site that was inspected"):
         loaded(module)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files made to run code, exhaust memory or crash a parser: a ValueError, no more."""
+"""Hostile files that try to run code, exhaust memory or crash a parser: ValueError."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefix-cache keys: steered blocks are shared by who is steered alike, only."""
+"""Prefix-cache keys: only requests with equal steering share steered blocks."""
 
 from __future__ import annotations
 

@@ -49,8 +49,12 @@ def test_spare_slots_are_listed_once_each(vllm_config: Any) -> None:
     [
         ({}, "spare", "a list"),
         ([3], "spare[0]", "an object"),
-        ([{**SITE}], "spare[0]", "either width or vectors"),
-        ([{**SITE, "width": 4, "vectors": 1}], "spare[0]", "either width or vectors"),
+        ([{**SITE}], "spare[0]", "of width and vectors, expected exactly one"),
+        (
+            [{**SITE, "width": 4, "vectors": 1}],
+            "spare[0]",
+            "of width and vectors, expected exactly one",
+        ),
         ([{**SITE, "width": True}], "spare[0].width", "an integer in 1.."),
         ([{**SITE, "width": 4, "count": 0}], "spare[0].count", "an integer in 1.."),
         ([{**SITE, "vectors": 2, "count": 2}], "spare[0].count", "only with width"),

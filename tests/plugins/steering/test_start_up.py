@@ -19,6 +19,7 @@ from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.steering_args import fold_modules, parse_module
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
@@ -28,7 +29,6 @@ from vllm.engine.steering_resolution import (
     resolve_steering,
 )
 from vllm.model_executor.model_loader.sae_formats.native import save_native
-from vllm.plugins.steering.engine.arg_utils import fold_modules, parse_module
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
@@ -173,7 +173,7 @@ def test_a_transcoder_between_other_points_is_refused(
     ("slot", "message"),
     [
         ({"hook": "mlp_in", "hook_out": "attn_out", "width": 8}, "from mlp_in to attn"),
-        ({"hook": "mlp_in", "skip": True, "width": 8}, "with hook_out"),
+        ({"hook": "mlp_in", "skip": True, "width": 8}, "only with hook_out"),
         ({"hook": "mlp_in", "hook_out": "x", "width": 8}, "hook_out: found"),
         ({"hook": "mlp_in", "hook_out": "mlp_out", "vectors": 1}, "only with width"),
     ],
@@ -336,7 +336,7 @@ TOKEN_KEYED = sorted(
     [
         *((kv_config(name), name) for name in TOKEN_KEYED),
         (kv_config("Mine", path="my.module"), "Mine (my.module)"),
-        # A class of one's own that has an allowed name.
+        # A custom class that has an allowed name.
         (kv_config("OffloadingConnector", path="x"), "OffloadingConnector (x)"),
         (
             kv_config(MULTI_CONNECTOR, "OffloadingConnector", "ExampleConnector"),

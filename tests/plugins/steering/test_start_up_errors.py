@@ -60,7 +60,7 @@ def last_line(model: Path, steering: dict[str, Any], ranks: int = 1) -> str:
     assert ended.returncode != 0
     before, _, traceback = ended.stderr.rpartition("Traceback (most recent call last)")
     assert "the above exception" not in before[-200:].lower(), "tracebacks are chained"
-    # Python may warn of what a dying worker leaves, after the traceback.
+    # After the traceback, Python may warn about what an ended worker has left.
     return next(line for line in traceback.splitlines()[1:] if not line[:1].isspace())
 
 
@@ -98,7 +98,7 @@ def test_our_variables_pass_the_environment_check(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     plugin.register()
-    # vLLM's own CPU worker leaves one that vLLM does not know.
+    # vLLM's CPU worker sets a variable that vLLM does not know.
     for left in ("VLLM_DIST_IDENT", KEY_ENV, DIRECTORY_ENV):
         monkeypatch.delenv(left, raising=False)
     monkeypatch.setenv(name, "secret")

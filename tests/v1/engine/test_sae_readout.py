@@ -15,6 +15,11 @@ from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 
 from vllm import LLM, SamplingParams
+from vllm.model_executor.layers import steering_readout as layer
+from vllm.v1.engine.steering_read_log import ReadLog
+from vllm.v1.engine.steering_read_outputs import Readings
+from vllm.v1.engine.steering_reads import StepReads
+from vllm.v1.worker.steering_readout import SteeringReadout
 
 SITE, EARLIER = (1, "post_block"), (0, "pre_attn")
 PROMPTS = [[5, 9, 33, 71, 12, 40], [7, 3, 3, 90], [11, 24, 60, 61, 62, 63, 64]]
@@ -118,6 +123,39 @@ def test_reading_changes_no_token_alone_or_beside_others(llm: LLM) -> None:
         outputs = [o.outputs[0] for o in run(llm, PROMPTS, mix)]
         assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
     assert plain[0].sae_features is None
+
+
+def test_where_nobody_reads_nothing_of_reading_runs(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def record(owner: Any, name: str) -> None:
+        stock = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    parts = [
+        (SteeringReadout, "_write_index"),
+        (SteeringReadout, "_write_tables"),
+        (layer, "write_rows"),
+        (StepReads, "take"),
+        (ReadLog, "add"),
+        (Readings, "advance"),
+    ]
+    for owner, name in parts:
+        record(owner, name)
+    full = {"sae_full_reconstruction_specs": [sae_spec("relu")]}
+    outputs = run(llm, PROMPTS, [ask(5), ask(5, **full), ask(5)])
+    assert calls == []
+    assert runner(llm).steering.readout.take_step() is None
+    assert all(output.outputs[0].sae_features is None for output in outputs)
+    run(llm, PROMPTS[:1], [ask(1, sae_readout_specs=read("relu", top_k=1))])
+    assert set(calls) == {name for _, name in parts}
 
 
 def test_a_prompt_that_is_cached_is_read_and_stays_in_the_cache(llm: LLM) -> None:

@@ -150,7 +150,7 @@ def test_params_without_extra_args_run_under_the_default(llm: LLM) -> None:
 def test_a_request_that_waits_keeps_the_default_that_it_arrived_under(
     llm: LLM,
 ) -> None:
-    """A change of the default says nothing to requests that the engine has."""
+    """A change of the default does not affect requests that the engine has."""
     set_default_preset(llm, "calm")
     sampling = params(TOKENS)
     llm.llm_engine.add_request("r", {"prompt_token_ids": prompt(4, 9)}, sampling)
@@ -207,7 +207,7 @@ def test_a_locked_preset_is_neither_left_nor_changed(llm: LLM) -> None:
         ({DELTA: [sae_spec("none")]}, "sae_clamp_specs[0].module_name"),
         ({**specs(*CALM), "lock": True}, "preset.lock: unknown field"),
         ({**specs(*CALM), "sampling": {"temperature": "hot"}}, "temperature"),
-        ({FULL: sae_spec("a")}, "write [...] around it"),
+        ({FULL: sae_spec("a")}, "enclose it in [...]"),
     ],
 )
 def test_a_bad_preset_is_refused_when_it_is_made(
@@ -246,7 +246,7 @@ def test_a_null_preset_is_carried(llm: LLM) -> None:
 
 
 def test_two_presets_of_one_request_are_refused(llm: LLM) -> None:
-    with pytest.raises(VLLMValidationError, match="expected one of them"):
+    with pytest.raises(VLLMValidationError, match="expected only one of them"):
         selected(llm, model="bridge", steering_preset="calm")
     assert selected(llm, model="bridge", steering_preset="bridge").model == "base"
 
@@ -319,7 +319,7 @@ def test_a_preset_whose_module_is_gone_says_so(
         set_default_preset(llm, None)
         unregister_module(llm, "a")
         with pytest.raises(
-            VLLMValidationError, match="'bridge' is not valid"
+            VLLMValidationError, match="'bridge' cannot be used"
         ) as caught:
             ask(llm, {"steering_preset": "bridge"})
         assert caught.value.parameter == "steering_preset"

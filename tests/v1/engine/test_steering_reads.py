@@ -14,7 +14,7 @@ from vllm.config.sae_readout_specs import SiteRead, reads_to_json
 from vllm.config.sae_readout_step import StepReadout, StepRows
 from vllm.config.steering import HookPoint
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.engine.steering_read_log import MAX_STEPS, Reader, ReadLog
+from vllm.v1.engine.steering_read_log import MAX_STEPS, LogReader, ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import (
     MAX_WAITING,
@@ -58,7 +58,7 @@ class Walk:
         self.requests = {name: request_of(name) for name in names}
         specs = {"sae_readout_specs": reads_to_json((READ,))}
         self.fronts = {
-            name: Readings(specs, PROMPT, Reader(self.log, name)) for name in names
+            name: Readings(specs, PROMPT, LogReader(self.log, name)) for name in names
         }
         self.num_tokens = dict.fromkeys(names, PROMPT)
         self.computed = dict.fromkeys(names, 0)
@@ -166,7 +166,7 @@ def test_recomputed_tokens_replace_what_no_token_has_confirmed() -> None:
     walk.step(("r", PROMPT + 1, 0, 0))
     record = walk.advance().take_output(delta=True)["m"]["post_block.1"]
     assert record.positions.tolist() == [PROMPT]
-    read = Reader(walk.log, "late")
+    read = LogReader(walk.log, "late")
     read.pull()
     assert read.chunks == []
 

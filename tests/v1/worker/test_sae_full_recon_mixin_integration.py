@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever the scheduler does, a steered request says what Hugging Face says."""
+"""Whatever the scheduler does, a steered request equals Hugging Face."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_order_in_the_batch_changes_nothing(llm: LLM) -> None:
 
 
 def test_dummy_runs_between_steps_change_nothing(llm: LLM) -> None:
-    """As the idle ranks of data parallelism do, in the midst of a decoding batch."""
+    """As idle data-parallel ranks run them, in the middle of a decoding batch."""
     ids, steps = prompt(41), llm.llm_engine
     steps.add_request("dummy-between", {"prompt_token_ids": ids}, steered())
     tokens: list[int] = []
@@ -268,7 +268,7 @@ def test_steering_sampling_params_are_the_same_request(llm: LLM) -> None:
 
 
 def test_a_hundred_bad_requests_hurt_nobody(llm: LLM) -> None:
-    """Sent to the engine's own admission, as a client that skips the front end can."""
+    """Sent directly to the engine, as a client without the front end can."""
     core = llm.llm_engine.engine_core.engine_core
     requests: list[Any] = []
     stock = core.preprocess_add_request

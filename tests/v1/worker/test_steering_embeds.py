@@ -123,7 +123,7 @@ def expected(ids: list[int], skip: tuple[int, ...]) -> Greedy:
 def test_an_embedded_prompt_is_steered_whatever_was_in_its_place(
     llm: LLM, before: int
 ) -> None:
-    """Its own special tokens are not recognised either: they are vectors."""
+    """Special tokens given as embeddings are not recognised either."""
     ids = [models.BOS, *prompt(3, 20)[1:], models.PAD, 9]
     llm.reset_prefix_cache()
     generate(llm, [[before] * 30], [params(1)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of a step, kept from step to step, against one made anew."""
+"""The index of a step, updated from step to step, against one computed from scratch."""
 
 from __future__ import annotations
 

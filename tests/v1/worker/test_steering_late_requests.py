@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from steering_testing.engine import engine
+from steering_testing import models
+from steering_testing.engine import engine, params
 from steering_testing.hot_modules import (
     BLOCK,
     FAMILY,
     IDS,
     KINDS,
+    SITE,
     SPARE,
+    TOKENS,
     check,
     leave_only_the_first,
     save_modules,
     steered,
 )
+from steering_testing.reads import activations, assert_reads
+from steering_testing.reference import DenseSAE
 
 from vllm import LLM
 from vllm.entrypoints.steering import (
+    SteeringModuleError,
     register_module,
     replace_module,
     unregister_module,
@@ -107,3 +113,52 @@ def test_a_server_answers_such_a_request_and_goes_on(
     assert refusal is not None
     assert refusal.http_status == 409
     assert "'hot'" in refusal.message
+
+
+def read_of(llm: LLM) -> dict[str, Any]:
+    """A prompt and its answer, and what they read of "hot"."""
+    spec = {"module_name": "hot", "top_k": 5}
+    sampling = params(TOKENS, sae_readout_specs=[spec])
+    (output,) = llm.generate([{"prompt_token_ids": IDS}], [sampling], use_tqdm=False)
+    return whole(output)
+
+
+def whole(output: Any) -> dict[str, Any]:
+    answer = output.outputs[0]
+    site = f"{SITE[1]}.{SITE[0]}"
+    return {
+        "tokens": list(answer.token_ids),
+        "prompt": output.prompt_sae_features["hot"][site],
+        "answer": answer.sae_features["hot"][site],
+    }
+
+
+def check_read(found: dict[str, Any], sae: DenseSAE) -> None:
+    """It is what Hugging Face and this SAE say."""
+    model = models.build(FAMILY)
+    seen = activations(model, IDS, found["tokens"], {SITE: sae})[SITE]
+    n = len(IDS)
+    assert_reads(found["prompt"], seen[:n], 0, top_k=5)
+    assert_reads(found["answer"], seen[n:], n, top_k=5)
+
+
+def test_who_reads_keeps_the_module_until_it_ends(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    spec = {"module_name": "hot", "top_k": 5}
+    sampling = params(TOKENS, sae_readout_specs=[spec])
+    llm.llm_engine.add_request("r", {"prompt_token_ids": IDS}, sampling)
+    for _ in range(3):
+        llm.llm_engine.step()
+    with pytest.raises(SteeringModuleError, match="1 request") as caught:
+        replace_module(llm, "hot", paths["topk"])
+    assert caught.value.status == 409
+    outputs = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += llm.llm_engine.step()
+    check_read(whole(outputs[-1]), KINDS["jumprelu"])
+    # The same slot, with other weights: nothing of the old ones is read.
+    for name in ("topk", "other"):
+        replace_module(llm, "hot", paths[name])
+        check_read(read_of(llm), KINDS[name])

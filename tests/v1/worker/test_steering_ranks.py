@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks, tensor or pipeline parallel, say what one rank says."""
+"""Two ranks, tensor or pipeline parallel, give the answers of one rank."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from steering_testing.engine import (
 )
 from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
+from steering_testing.requests import Ask, Modules, specs, vector
 
 from vllm import LLM
 from vllm.exceptions import VLLMValidationError
@@ -63,15 +64,19 @@ def test_two_ranks_equal_hugging_face(
     prompts = [[models.BOS, 9, 30, 51, 77], [models.BOS, 40, 41], [models.BOS, 8, 7]]
     asked = [{site: CLAMPS} for site in SITES] + [{site: CLAMPS for site in SITES}]
     sampling = [params(8, **{FULL: [sae_spec("m", clamps)]}) for clamps in asked]
+    # One request brings a vector to a site of each rank.
+    own = [Ask("additive", vector=vector(at), site=SITES[at]) for at in (0, 1)]
+    prompts, sampling = [*prompts, prompts[1]], [*sampling, params(8, **specs(*own))]
     options: dict[str, object] = {split: 2, "distributed_executor_backend": "mp"}
     if split == "pipeline_parallel_size":
         # vLLM's CPU runner makes the buffers between stages in its compile warm-up.
         options["enforce_eager"] = False
-    with engine("llama", model_root, modules, **options) as llm:
+    steering = {"inline_vectors": {"post_block.0": 1, "post_block.2": 1}}
+    with engine("llama", model_root, modules, steering, **options) as llm:
         found = generate(llm, [*prompts, prompts[0]], [*sampling, params(8)])
         check_reading(llm, sae, prompts[0], split)
     model = models.build("llama")
     edits = [{site: [Edit("full", sae, CLAMPS)] for site in sites} for sites in asked]
-    for at, sites in enumerate([*edits, {}]):
+    for at, sites in enumerate([*edits, Modules().edits(*own), {}]):
         ids = prompts[at % len(prompts)]
         assert_same(found[at], oracle.greedy(model, ids, sites, 8), f"request {at}")

@@ -22,7 +22,7 @@ from steering_testing.engine import (
     save_sae,
 )
 from steering_testing.reference import Clamp, random_sae
-from steering_testing.requests import prompt
+from steering_testing.requests import Ask, prompt, specs, vector
 
 from vllm import LLM
 from vllm.config.sae_steering_parser import parse_steering_request
@@ -37,11 +37,13 @@ MOST_STEPS = 2000
 
 
 def asked(at: int) -> dict[str, Any]:
-    """One of several requests: each phase, both tiers, and plain ones."""
+    """One of several requests: each phase, all tiers, and plain ones."""
     clamp = [Clamp(at % 5, "absolute", 2.0)]
     phase = ("both", "prefill", "decode")[at % 3]
     spec = [sae_spec("m", {SITE: clamp}, phase)]
-    return [{}, {FULL: spec}, {DELTA: spec}, {FULL: spec, DELTA: spec}][at % 4]
+    own = Ask("additive", vector=vector(at % 3), site=SITE, phase=phase)
+    kinds = [{}, {FULL: spec}, {DELTA: spec}, {FULL: spec, DELTA: spec}, specs(own)]
+    return kinds[at % 5]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "max_num_batched_tokens": 24,
         "async_scheduling": False,
     }
-    with engine("llama", model_root, {"m": path}, **options) as llm:
+    steering = {"inline_vectors": {"post_block.1": 1}}
+    with engine("llama", model_root, {"m": path}, steering, **options) as llm:
         core = llm.llm_engine.engine_core.engine_core
         core.scheduler.use_v2_model_runner = True
         yield llm
@@ -112,7 +115,7 @@ class Serving:
             for position in range(computed[req_id], computed[req_id] + count):
                 assert int(batch.positions[token]) == position
                 phase = "prefill" if position < length else "decode"
-                for tier in (Tier.DELTA, Tier.FULL):
+                for tier in Tier:
                     key = request.row_key(tier, phase) if request else None
                     row = int(self.steering.step.index[tier, token])
                     managed = self.steering.managers[tier]._rows
@@ -140,6 +143,7 @@ def assert_all_returned(serving: Serving) -> None:
     assert serving.steering.holding == serving.steering.parked == []
     for manager in serving.steering.managers.values():
         assert manager.rows_in_use == 0
+    assert serving.steering.modules.inline.in_use == 0
     assert serving.runner.req_states.num_reqs == 0
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
-from vllm.config.sae_labels import Labels
-from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.sae_labels import Labels, labels_of
+from vllm.config.sae_readout_specs import DEFAULT_TOP_K, MAX_READ
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
+from vllm.entrypoints.steering.offline import list_modules
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.sampling_params import SamplingParams
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import pandas
 
     from vllm import LLM
+    from vllm.tokenizers import TokenizerLike
 
-DEFAULT_TOP_K = 16
 Text = str | Sequence[int]
 
 
@@ -170,11 +171,13 @@ def encode(
         features: the features to read instead; any number of them.
         steering: steering fields of the request, such as `sae_clamp_specs`, to read
             what a steered model sees.
-        labels: what features stand for, for display.
+        labels: what features stand for, for display; None: what `labels.json` beside
+            the module says.
 
     Raises:
         VLLMValidationError: no such module, site or feature.
     """
+    labels = labels_for(llm, module, labels)
     if top_k is None and features is None:
         top_k = DEFAULT_TOP_K
     spec: Json = {
@@ -182,7 +185,7 @@ def encode(
         "sites": None if sites is None else {h: list(ls) for h, ls in sites.items()},
         "phase": "prefill",
     }
-    tokenizer = llm.get_tokenizer()
+    tokenizer = tokenizer_of(llm)
     ids = text_ids(llm, texts)
     if features is None:
         parts = [_read(llm, ids, {**spec, "top_k": top_k}, steering)]
@@ -199,19 +202,44 @@ def encode(
             site: beside([record[site] for record in records]) for site in records[0]
         }
         pieces = token_pieces(tokenizer, own) if tokenizer else [str(i) for i in own]
-        found.append(EncodedText(own, pieces, merged, labels or {}))
+        found.append(EncodedText(own, pieces, merged, labels))
     return found
 
 
+def labels_for(llm: LLM, module: str, given: Labels | None) -> Labels:
+    """The given labels, or those beside the module's files."""
+    if given is not None:
+        return given
+    info = list_modules(llm).get(module)
+    return {} if info is None else labels_of(info.path)
+
+
+def tokenizer_of(llm: LLM) -> TokenizerLike | None:
+    """The engine's tokenizer; None: it was started without one."""
+    skipped = llm.llm_engine.vllm_config.model_config.skip_tokenizer_init
+    return None if skipped else llm.get_tokenizer()
+
+
 def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
-    """The token ids of each text, with the tokenizer's own special tokens."""
+    """The token ids of each text, with the tokenizer's own special tokens.
+
+    Raises:
+        ValueError: a text that is a string, on an engine without a tokenizer.
+    """
     one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
-    listed = cast("Sequence[Text]", [texts] if one else texts)
-    tokenizer = llm.get_tokenizer()
-    return [
-        list(tokenizer(text).input_ids if isinstance(text, str) else text)
-        for text in listed
-    ]
+    tokenizer = tokenizer_of(llm)
+    found = []
+    for text in cast("Sequence[Text]", [texts] if one else texts):
+        if not isinstance(text, str):
+            found.append(list(text))
+        elif tokenizer is not None:
+            found.append(list(tokenizer(text).input_ids))
+        else:
+            raise ValueError(
+                "texts: found a string, but the engine has no tokenizer; expected "
+                "lists of token ids"
+            )
+    return found
 
 
 def _read(

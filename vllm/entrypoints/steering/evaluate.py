@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-METHOD = "measure_steering"
+MEASURE_METHOD = "measure_steering"
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,21 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     """Evaluate a module at each of its sites, one site at a time.
 
     Args:
-        llm: an engine that was started with the module and `enforce_eager=True`.
+        llm: an engine that was started with the module, compiled or not.
         module: its name.
         texts: what the model reads; at least two tokens each.
 
     Raises:
-        ValueError: no such SAE module, no text that counts, or a compiled engine.
+        ValueError: no such SAE module, or no text that counts.
     """
     info = list_modules(llm).get(module)
     if info is None or info.kind != "sae":
         raise ValueError(f"module: found {module!r}, expected an SAE of this engine")
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
-        raise ValueError("texts: expected at least one of two tokens, found none")
+        raise ValueError(
+            "texts: expected at least one text of two or more tokens, found none"
+        )
     plain = _loss(llm, ids, None)[0]
     found = Evaluation()
     for site in info.sites:
@@ -111,7 +113,9 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         finally:
             sums = _measure(llm, "stop")
         if not sums.get("tokens"):
-            raise ValueError("texts: every token is one that the module leaves alone")
+            raise ValueError(
+                "texts: the module leaves every token unchanged, expected other tokens"
+            )
         found.append(
             SiteEvaluation(
                 site=site.name,
@@ -128,7 +132,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
 
 def _measure(llm: LLM, verb: str, *args: object) -> dict[str, float]:
     """Run one verb on every rank; returns what the rank with the site measured."""
-    replies = llm.collective_rpc(METHOD, args=(verb, *args))
+    replies = llm.collective_rpc(MEASURE_METHOD, args=(verb, *args))
     for reply in replies:
         if not reply["ok"]:
             raise ValueError(reply["error"])

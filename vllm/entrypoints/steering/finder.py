@@ -19,7 +19,9 @@ from vllm.entrypoints.steering.encoded import (
     Text,
     encode,
     entries,
+    labels_for,
     shaded,
+    tokenizer_of,
 )
 
 if TYPE_CHECKING:
@@ -158,26 +160,42 @@ def find_features(
         against: B: texts without it.
         site: `(hook, layer)`; the only one of the module if not given.
         top: how many features to return, at most 256.
-        labels: what features stand for, for display.
+        labels: as of `encode`.
 
     Raises:
         ValueError: no texts, or several sites and none chosen.
     """
     if not texts:
-        raise ValueError("texts: expected at least one, found none")
+        raise ValueError("texts: expected at least one text, found none")
+    labels = labels_for(llm, module, labels)
     sites = None if site is None else {site[0]: [site[1]]}
-    first = encode(llm, module, texts, sites=sites, top_k=MAX_READ)
-    other = encode(llm, module, against or [], sites=sites, top_k=MAX_READ)
+
+    def read(
+        texts: Sequence[Text], features: Sequence[int] | None = None
+    ) -> EncodedTexts:
+        top_k = MAX_READ if features is None else None
+        return encode(
+            llm,
+            module,
+            texts,
+            sites=sites,
+            top_k=top_k,
+            features=features,
+            labels=labels,
+        )
+
+    first = read(texts)
+    other = read(against or [])
     name = _only_site(first, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
         return FoundFeatures(module, name, [], _warnings(first, other, name))
-    exact = encode(llm, module, texts, sites=sites, features=candidates)
-    exact_other = encode(llm, module, against or [], sites=sites, features=candidates)
+    exact = read(texts, candidates)
+    exact_other = read(against or [], candidates)
     warnings = _warnings(first, other, name) + _unknown(llm, first, other)
     a, b = _Values(exact, name, candidates), _Values(exact_other, name, candidates)
     found = [
-        _statistics(feature, at, a, b, exact, labels or {}, name)
+        _statistics(feature, at, a, b, exact, labels, name)
         for at, feature in enumerate(candidates)
     ]
     found.sort(key=_order)
@@ -192,8 +210,13 @@ def _order(found: FoundFeature) -> tuple[float, float, int]:
 def _only_site(texts: EncodedTexts, module: str) -> str:
     names = {name for text in texts for name in text.features}
     if len(names) != 1:
-        listed = ", ".join(sorted(names)) or "none, as every token was left alone"
-        raise ValueError(f"site: module {module!r} was read at {listed}; expected one")
+        listed = (
+            ", ".join(sorted(names))
+            or "no site, because every token was left unchanged"
+        )
+        raise ValueError(
+            f"site: module {module!r} was read at {listed}; expected one site"
+        )
     return names.pop()
 
 
@@ -286,9 +309,9 @@ def _examples(
 
 def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
     """A warning when the tokenizer does not know many of the texts' words."""
-    tokenizer = llm.get_tokenizer()
+    tokenizer = tokenizer_of(llm)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None:
+    if tokenizer is None or unknown is None:
         return []
     ids: np.ndarray = np.concatenate([text.token_ids for text in (*a, *b)])
     share = float((ids == unknown).mean())

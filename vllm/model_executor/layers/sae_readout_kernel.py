@@ -56,7 +56,7 @@ def read_features(
 ) -> None:
     """Write the rows of the step's read tokens to `slot.reads.out`.
 
-    A step in which nobody reads launches nothing, unless it is captured.
+    A step in which no request reads launches nothing, unless it is captured.
 
     Args:
         hidden: `[T, d_in]`, the model's dtype.

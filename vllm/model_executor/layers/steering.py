@@ -56,7 +56,7 @@ __all__ = [
 class SiteKey:
     """Which site: decoder layer (global index, not per pipeline rank) and points.
 
-    `hook_out` is the point that a transcoder's site writes; None: the site writes
+    `hook_out` is the point that a transcoder's site writes; if None, the site writes
     `hook`. An SAE at a point and a transcoder that reads it are two sites.
     """
 
@@ -165,10 +165,10 @@ def apply_layer_steering(
 ) -> None:
     """Edit the activations at a site, in place: additive, delta, then full.
 
-    They are `hidden + residual` (`hidden` alone where `residual` is None), both
-    `[T, d_out]`. An edited token is written back exactly (`residual := x'`,
-    `hidden := 0`); another token's bits do not change. `source [T, d_in]` is what the
-    encoders of a transcoder's site read; None: they read what they edit.
+    They are `hidden + residual` (`hidden` alone where `residual` is None), both `[T,
+    d_out]`. An edited token is written back exactly (`residual := x'`, `hidden := 0`);
+    another token's bits do not change. `source [T, d_in]` is what the encoders of a
+    transcoder's site read; if None, they read what they edit.
     """
     name = site.name
     if site.has_vectors:

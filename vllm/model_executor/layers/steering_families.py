@@ -243,7 +243,7 @@ def _unknown_family(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The modules of one layer at which its points are; None: the layer has none."""
+    """The modules of one layer at which its points are; None for modules it lacks."""
 
     mid_norm: nn.Module | None
     attention: nn.Module | None
@@ -277,11 +277,24 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
     )
 
 
+def reads_stream_raw(layer: DecoderLayer) -> bool:
+    """Whether linear layers read the stream itself, as in post-norm models."""
+    flag = layer.family.mid_norm_if
+    norms_after = flag is not None and not vars(layer.module)[flag]
+    return layer.family.mlp_reads_stream or norms_after
+
+
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
-    """Why the layer lacks a point; None: it has it."""
+    """Why the layer lacks a point, or None if it has the point."""
     family, parts = layer.family, parts_of(layer)
-    if family.scales_float16 and _dtype(layer.module) is torch.float16:
-        return "in float16 the layer keeps a multiple of the stream"
+    if _dtype(layer.module) is torch.float16:
+        if family.scales_float16:
+            return "in float16 the layer keeps a multiple of the stream"
+        if reads_stream_raw(layer):
+            return (
+                "its attention reads the stream without a norm, where large values "
+                "overflow float16 (bfloat16 and float32 are supported)"
+            )
     if hook is HookPoint.POST_ATTN:
         reads = parts.mid_norm is not None or family.mlp_reads_stream
         return None if reads else "no norm reads the stream between attention and MLP"

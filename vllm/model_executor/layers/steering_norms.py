@@ -44,8 +44,8 @@ def norm_gain(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         if torch.allclose(found, gain, rtol=tolerance, atol=tolerance):
             return gain, None if bias is None else bias.detach().float()
     raise ValueError(
-        f"steering: {type(norm).__name__} multiplies neither by its weight nor by one "
-        "more, so its gain cannot be divided out"
+        f"steering: {type(norm).__name__} multiplies neither by its weight nor by "
+        "1 + weight, so its gain cannot be divided out"
     )
 
 

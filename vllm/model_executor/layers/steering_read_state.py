@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm.config.sae_features import NOT_READ
 from vllm.config.sae_readout_specs import MAX_READ
 
 # Columns of a table row before its features: active, 0 (clamps: none), top_k, count.
@@ -14,7 +15,6 @@ TABLE_HEAD = 4
 # A row of `ReadBuffers.out`: num_active, num_listed, then at most MAX_READ values and
 # as many features.
 OUT_WIDTH = 2 + 2 * MAX_READ
-NOT_READ = -1
 
 
 class ReadBuffers(nn.Module):
@@ -55,7 +55,7 @@ class ReadBuffers(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def set_scale(self, decoder_norms: np.ndarray | None) -> None:
-        """Return activations in the units of unit-norm decoder rows; None: native.
+        """Return activations in units of unit-norm decoder rows; native ones if None.
 
         Args:
             decoder_norms: float32 `[<= F]`, what the units are: `f * norm`.

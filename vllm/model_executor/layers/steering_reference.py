@@ -8,9 +8,9 @@ half-precision weight ever exists.
 
 Whatever a request asks for, the written values are finite. Every backend does the same:
 
-1. *Input.* A token whose stream `x` has a float32 norm `||x||_2` that is not finite is
-   left alone by every tier, and is not counted. A NaN or infinite component makes the
-   norm NaN or infinite, and the square of a component beyond 2^64 overflows.
+1. *Input.* If the float32 norm `||x||_2` of a token's stream is not finite, no tier
+   edits the token, and it is not counted. A NaN or infinite component makes the norm
+   NaN or infinite, and the square of a component beyond 2^64 overflows.
 2. *Coefficients.* The change `g_c - f_c` of a clamp is computed in float32 and limited
    to `+-COEFFICIENT_LIMIT`. A steering vector's scale is such a change.
 3. *Output.* The sum `x'` is limited to `+-STREAM_LIMIT` of the model's dtype,
@@ -298,18 +298,20 @@ def steering_vectors(
     if not tokens.numel():
         return
     rows = index[tokens].long()
-    features = table.feature[rows].long()
+    # A stack may have room for many vectors: only those that are used are read.
+    used, features = table.feature[rows].long().unique(return_inverse=True)
+    directions = slot.directions[used]
     projects = (table.code[rows] & ClampFlag.PROJECTION) != 0
     # Only a projection needs the vector's norm. A zero vector has no direction.
-    lengths = slot.directions.norm(dim=1)[features]
-    along = (x @ slot.directions.T).gather(1, features) / lengths
+    lengths = directions.norm(dim=1)[features]
+    along = (x @ directions.T).gather(1, features) / lengths
     active = torch.where(projects & (lengths > 0), along, 0.0)
     changes = clamp_changes(table, rows, active, x.norm(dim=1, keepdim=True))
     changes = torch.where(projects, changes / lengths, changes).nan_to_num(0.0)
     changes = changes.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
-    coefficients = x.new_zeros(x.shape[0], slot.directions.shape[0])
+    coefficients = x.new_zeros(x.shape[0], used.numel())
     coefficients.scatter_add_(1, features, changes)
-    write_stream(tokens, x + coefficients @ slot.directions, hidden, residual, step)
+    write_stream(tokens, x + coefficients @ directions, hidden, residual, step)
 
 
 class ReferenceBackend:

@@ -44,7 +44,7 @@ from vllm.model_executor.model_loader.sae_location import (
     LocatedModule,
     locate,
     naming_module,
-    resolve,
+    resolve_path,
 )
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
@@ -86,7 +86,7 @@ def read_layout(
         ValueError: as `inspect_module`.
     """
     with naming_module(name, path):
-        return _read_layout(resolve(path)[0], sites)[1]
+        return _read_layout(resolve_path(path)[0], sites)[1]
 
 
 def inspect_module(
@@ -225,7 +225,7 @@ def _open_site(
 ) -> Iterator[tuple[Location, SAELayout | VectorLayout]]:
     """Read the layout of one site again from the files that were inspected."""
     with naming_module(module.name, module.path):
-        location, _ = resolve(module.path)
+        location, _ = resolve_path(module.path)
         names = [s.name for s in module.sites]
         fmt, layout = _read_layout(location, names)
         for entry in layout.sites:
@@ -233,7 +233,8 @@ def _open_site(
                 yield location, entry
                 return
         raise LayoutError(
-            f"{site.name}: the files no longer hold the site as it was inspected"
+            f"{site.name}: the files have changed and no longer hold the site that was "
+            "inspected"
         )
 
 
@@ -244,7 +245,7 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
         into: buffers of the site's widths with at least `d_sae` features, on any
-            device. Features past `d_sae` and `meta` are left as they are.
+            device. Features past `d_sae` and `meta` keep their values.
 
     Raises:
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;

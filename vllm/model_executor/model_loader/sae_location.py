@@ -30,7 +30,7 @@ def naming_module(name: str, path: str) -> Iterator[None]:
         raise ValueError(f"steering module {name!r} ({path}): {detail}") from error
 
 
-def resolve(path: str) -> tuple[Location, str]:
+def resolve_path(path: str) -> tuple[Location, str]:
     """The local files of a path, and the path with its revision pinned.
 
     Raises:
@@ -52,7 +52,7 @@ def resolve(path: str) -> tuple[Location, str]:
 
 
 def _resolve_listed(path: str) -> tuple[Location, str]:
-    """As `resolve`, for `saelens:RELEASE/SAE_ID[@revision]`."""
+    """As `resolve_path`, for `saelens:RELEASE/SAE_ID[@revision]`."""
     name, at, revision = path.removeprefix(saelens_list.PREFIX).partition("@")
     release, _, sae_id = name.partition("/")
     listed = saelens_list.find(release, sae_id)
@@ -63,7 +63,7 @@ def _resolve_listed(path: str) -> tuple[Location, str]:
 
 
 def _resolve_hub(path: str) -> tuple[Location, str]:
-    """As `resolve`, for `hf:owner/repo[/sub/path][@revision]`."""
+    """As `resolve_path`, for `hf:owner/repo[/sub/path][@revision]`."""
     match = _HF_PATH.fullmatch(path)
     repo, sub, revision = match.groups() if match else ("", "", "")
     steps = _parts(sub) + _parts(revision)
@@ -120,5 +120,5 @@ def locate(name: str, path: str) -> LocatedModule:
         ValueError: as `inspect_module`.
     """
     with naming_module(name, path):
-        location, pinned = resolve(path)
+        location, pinned = resolve_path(path)
         return LocatedModule(path, pinned, location)

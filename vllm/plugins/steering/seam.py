@@ -17,7 +17,7 @@ import vllm
 
 # The releases that docs/compatibility.md says were run.
 SUPPORTED_RELEASES = ("0.31", "0.32", "0.33")
-SUPPORTED_VLLM = " and ".join(f"{release}.x" for release in SUPPORTED_RELEASES)
+SUPPORTED_VLLM = ", ".join(f"{release}.x" for release in SUPPORTED_RELEASES)
 
 # Names of a function's parameters; a list holds one tuple per signature that is known.
 Signatures = tuple[str, ...] | list[tuple[str, ...]]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last steps of an engine's reading, kept whole at the front end.
+"""Keeps the last steps of an engine's reading, whole, at the front end.
 
 A step is appended as it arrives. A request takes its rows when its output is made, or
-when the log is emptied: every `MAX_STEPS` steps, so that a request that lives long does
-not keep the rows of others. Steps of one batch that follow one another are one segment,
-from which a request's rows are one slice.
+when the log is emptied. That happens every `MAX_STEPS` steps, so that a long request
+does not keep the rows of others. Consecutive steps of the same batch form one segment,
+in which a request's rows are one slice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from vllm.config.sae_readout_step import Places, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepRows
 
-MAX_STEPS = 32
+MAX_STEPS = 64
 MAX_BYTES = 16 << 20
 
 
@@ -41,7 +41,7 @@ class Chunk:
         return self.first + self.count
 
     def between(self, start: int, stop: int) -> Chunk | None:
-        """The positions from `start` to `stop`; None: there are none."""
+        """The positions from `start` to `stop`, or None if there are none."""
         low = max(start - self.first, 0)
         high = min(stop - self.first, self.count)
         if low >= high:
@@ -53,45 +53,48 @@ class Chunk:
 
 
 class Segment:
-    """Consecutive steps in which the same requests had as many tokens each."""
+    """Consecutive steps in which the same requests had the same numbers of tokens."""
 
     def __init__(self, step: StepRows, number: int):
         self.number = number  # of its first step
         self.req_ids = step.req_ids
-        self.firsts, self.starts, self.counts = step.spans
+        self.spans = step.spans
         self.steps: list[Mapping[int, np.ndarray]] = [step.rows]
-        self._next = self.starts + self.counts
-        self._places: dict[str, int] | None = None
-        # By slot, all steps: `[steps, rows, width]`, made when it is asked for.
-        self._stacked: dict[int, np.ndarray] = {}
+        self._next = self._after(step.spans)
+        self._spans: dict[str, list[int]] = {}
+        # By slot, all steps: `[rows, steps, width]`, made when it is asked for.
+        self._blocks: dict[int, np.ndarray] = {}
+
+    @staticmethod
+    def _after(spans: np.ndarray) -> np.ndarray:
+        """The spans of a step that goes on where this one ends."""
+        after = spans.copy()
+        after[1] += spans[2]
+        return after
 
     def extend(self, step: StepRows) -> bool:
-        """Append a step, if it goes on where the last one ended."""
-        firsts, starts, counts = step.spans
+        """Append a step, if it continues where the last one ended."""
+        first = self.steps[0]
         goes_on = (
-            np.array_equal(starts, self._next)
-            and np.array_equal(counts, self.counts)
-            and np.array_equal(firsts, self.firsts)
+            np.array_equal(step.spans, self._next)
             and step.req_ids == self.req_ids
-            and step.rows.keys() == self.steps[0].keys()
-            and all(r.shape == self.steps[0][s].shape for s, r in step.rows.items())
+            and step.rows.keys() == first.keys()
+            and all(rows.shape == first[slot].shape for slot, rows in step.rows.items())
         )
         if goes_on:
             self.steps.append(step.rows)
-            self._next = starts + counts
-            self._stacked.clear()
+            self._next = self._after(step.spans)
+            self._blocks.clear()
         return goes_on
 
-    def place(self, req_id: str) -> int | None:
-        """The request's place in the batch; None: it is not there."""
-        if self._places is None:
-            self._places = {req_id: at for at, req_id in enumerate(self.req_ids)}
-        return self._places.get(req_id)
-
-    def cut(self, at: int, skip: int, slots: Sequence[int]) -> Chunk | None:
-        """The rows of the request at a place, without those of the first steps."""
-        count = int(self.counts[at])
-        first = int(self.firsts[at])
+    def cut(self, req_id: str, skip: int, slots: Sequence[int]) -> Chunk | None:
+        """A request's rows at some slots, without the first steps."""
+        if not self._spans:
+            spans = self.spans.T.tolist()
+            self._spans = dict(zip(self.req_ids, spans, strict=True))
+        first, start, count = self._spans.get(req_id, (0, 0, 0))
+        if not count:
+            return None
         kept = len(self.steps) - skip
         rows: list[np.ndarray | None] = []
         for slot in slots:
@@ -99,21 +102,24 @@ class Segment:
                 rows.append(None)
             elif kept == 1:
                 rows.append(self.steps[-1][slot][first : first + count].copy())
+            elif count == 1:
+                rows.append(self._block(slot)[first, skip:].copy())
             else:
-                block = self._stack(slot)[skip:, first : first + count]
-                rows.append(np.array(block).reshape(kept * count, -1))
-        if not count or all(found is None for found in rows):
+                own = self._block(slot)[first : first + count, skip:]
+                width = own.shape[2]
+                rows.append(own.transpose(1, 0, 2).reshape(-1, width).copy())
+        if all(found is None for found in rows):
             return None
-        return Chunk(int(self.starts[at]) + skip * count, kept * count, rows)
+        return Chunk(start + skip * count, kept * count, rows)
 
-    def _stack(self, slot: int) -> np.ndarray:
-        if slot not in self._stacked:
-            self._stacked[slot] = np.stack([rows[slot] for rows in self.steps])
-        return self._stacked[slot]
+    def _block(self, slot: int) -> np.ndarray:
+        if slot not in self._blocks:
+            self._blocks[slot] = np.stack([rows[slot] for rows in self.steps], axis=1)
+        return self._blocks[slot]
 
 
-class Reader:
-    """What follows a request in a log: where it reads, and how far it has taken."""
+class LogReader:
+    """A request's view of a log: where it reads, and how far it has taken rows."""
 
     def __init__(self, log: ReadLog, req_id: str):
         self.slots: Sequence[int] = ()
@@ -125,15 +131,14 @@ class Reader:
         log.readers[req_id] = self
 
     def pull(self) -> None:
-        """Take what the log has of the request; positions that come again replace."""
+        """Take the request's rows from the log; a later row of a position wins."""
         segments, since = self._log.segments, self._taken
         self._taken = self._log.end
         for segment in segments:
             skip = max(since - segment.number, 0)
             if skip >= len(segment.steps):
                 continue
-            at = segment.place(self._req_id)
-            chunk = None if at is None else segment.cut(at, skip, self.slots)
+            chunk = segment.cut(self._req_id, skip, self.slots)
             if chunk is not None:
                 self._append(chunk)
 
@@ -152,12 +157,12 @@ class ReadLog:
         self.segments: list[Segment] = []
         self.end = 0  # steps that have arrived
         # A request that is forgotten drops out.
-        self.readers: WeakValueDictionary[str, Reader] = WeakValueDictionary()
+        self.readers: WeakValueDictionary[str, LogReader] = WeakValueDictionary()
         self._steps = 0
         self._bytes = 0
 
     def add(self, step: StepRows) -> None:
-        """Append a step; now and then all requests take theirs."""
+        """Append a step. Every `MAX_STEPS` steps, all requests take their rows."""
         for req_id, places in step.new.items():
             self._introduce(req_id, places)
         if not self.segments or not self.segments[-1].extend(step):
@@ -168,7 +173,7 @@ class ReadLog:
         if self._steps >= MAX_STEPS or self._bytes >= MAX_BYTES:
             self.empty()
 
-    def _introduce(self, req_id: str, places: Places) -> None:
+    def _introduce(self, req_id: str, places: ReadPlaces) -> None:
         reader = self.readers.get(req_id)
         if reader is not None:
             reader.slots, reader.d_sae = places

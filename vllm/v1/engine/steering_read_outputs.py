@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what workers have read to what clients get: the front end's side."""
+"""The front end's side of reading: from rows to what clients get."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
 from vllm.config.steering_json import JsonView
-from vllm.v1.engine.steering_read_log import Chunk, Reader
+from vllm.v1.engine.steering_read_log import Chunk, LogReader
 
 
 class Readings:
@@ -30,7 +30,7 @@ class Readings:
         reader: its place in the log of the engine's steps.
     """
 
-    def __init__(self, extra_args: JsonView, num_prompt: int, reader: Reader):
+    def __init__(self, extra_args: JsonView, num_prompt: int, reader: LogReader):
         self.reads = canonical_reads(extra_args)
         self.num_prompt = num_prompt
         self._reader = reader
@@ -39,11 +39,11 @@ class Readings:
         self._output: list[list[SAEFeatures]] = [[] for _ in self.reads]
 
     def advance(self, num_generated: int, fired: bool) -> None:
-        """The request has `num_generated` tokens now.
+        """Note that the request has `num_generated` tokens now.
 
         The last one has not been read yet, unless it is the one on which a stop
-        condition held. Rows of later tokens are not this request's: the scheduler has
-        dropped those, or a stop has cut them off.
+        condition held. Rows of later tokens do not count: the scheduler dropped those
+        tokens, or a stop cut them off.
         """
         self._reader.pull()
         limit = self.num_prompt + num_generated - (0 if fired else 1)
@@ -57,7 +57,8 @@ class Readings:
         self._end = max(self._end, limit)
         for at in range(len(self.reads)) if due else ():
             parts = [(c.first, rows) for c in due if (rows := c.rows[at]) is not None]
-            # Rows of one width at a time: it follows the batch that a step had.
+            # Handle rows of one width at a time, because the width depends on a step's
+            # batch.
             for _, same in itertools.groupby(parts, key=lambda part: part[1].shape[1]):
                 self._add_rows(at, list(same))
 
@@ -81,11 +82,11 @@ class Readings:
                 records[at].append(record)
 
     def take_output(self, delta: bool) -> ReadFeatures:
-        """Entries of generated tokens: all, or with `delta` those not taken yet."""
+        """Records of generated tokens: all, or with `delta` those not taken yet."""
         return self._take(self._output, delta)
 
     def take_prompt(self, delta: bool) -> ReadFeatures:
-        """Entries of the prompt's tokens, likewise."""
+        """Records of the prompt's tokens, likewise."""
         return self._take(self._prompt, delta)
 
     def _take(self, kept: list[list[SAEFeatures]], delta: bool) -> ReadFeatures:

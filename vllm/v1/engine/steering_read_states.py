@@ -11,7 +11,7 @@ from vllm.config.sae_readout_step import StepRows
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import JsonView
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.steering_read_log import Reader, ReadLog
+from vllm.v1.engine.steering_read_log import LogReader, ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
 
@@ -66,7 +66,7 @@ def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
         return
     if params.extra_args.get(READOUT_KEY):
         state = states[request.request_id]
-        reader = Reader(log, request.request_id)
+        reader = LogReader(log, request.request_id)
         state.readings = Readings(params.extra_args, state.prompt_len, reader)
         state.__class__ = reading_state()
 
@@ -74,7 +74,7 @@ def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
 def take_steps(
     log: ReadLog, states: JsonView, outputs: Sequence[EngineCoreOutput]
 ) -> None:
-    """Move the steps that the engine's outputs bring to the log."""
+    """Move the steps from the engine's outputs to the log."""
     if not outputs:
         return
     first = outputs[0]

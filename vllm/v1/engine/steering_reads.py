@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what workers have read to what clients get: the scheduler's side.
+"""The scheduler's side of reading, between the workers and the front ends.
 
 The scheduler knows which tokens of a step were accepted, so it knows the positions of
 a step's rows. It sends a step's rows to the front ends as they are, with the step's
@@ -17,7 +17,7 @@ import numpy as np
 
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.sae_readout_step import Places, StepReadout, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepReadout, StepRows
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import JsonView
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.request import Request
 
-# Where an engine's outputs carry steps to the front end: in the first of a step.
+# The key under which the first output of a step carries steps to the front end.
 PAYLOAD_KEY = "sae_readout"
 STOP_PREFIX = "sae:"
 # On a `Request`: its `RequestReads`; None where it reads nothing.
 READS_ATTRIBUTE = "sae_reads"
-# Steps that wait for an output before those of ended requests are dropped.
+# After this many waiting steps, those of ended requests are dropped.
 MAX_WAITING = 64
 
 
@@ -85,8 +85,8 @@ class RequestReads:
         """Whether a feature can end the request."""
         return any(read.stops for read in self.reads)
 
-    def introduce(self) -> Places:
-        """What the front end has to know, once."""
+    def introduce(self) -> ReadPlaces:
+        """What the front end must know; sent once."""
         self.introduced = True
         return self.slots, self.d_sae
 
@@ -120,7 +120,7 @@ class RequestReads:
 
 
 class Conditions:
-    """The stop conditions of a batch at one slot: arrays over the conditions."""
+    """The stop conditions of a batch at one slot, as arrays over the conditions."""
 
     def __init__(self, found: Sequence[tuple[int, int, float]]):
         places, columns, bounds = zip(*found, strict=True)
@@ -131,7 +131,7 @@ class Conditions:
     def met(self, rows: np.ndarray, firsts: np.ndarray) -> set[int]:
         """Places of the requests whose first row meets a condition."""
         at = firsts[self.places]
-        # A step may have no row wide enough: then nobody there was read.
+        # If a step has no row wide enough, no request with a condition was read.
         there = (self.columns < rows.shape[1]) & (rows[at, 0] != NOT_READ)
         columns = np.minimum(self.columns, rows.shape[1] - 1)
         values = rows.view(np.float32)[at, columns]
@@ -139,7 +139,7 @@ class Conditions:
 
 
 class Batch:
-    """The reading requests of a step, looked up once while they stay the same."""
+    """The reading requests of a step, looked up again only when they change."""
 
     def __init__(self, req_ids: Sequence[str], requests: Mapping[str, Request]):
         self.req_ids = list(req_ids)
@@ -147,7 +147,7 @@ class Batch:
         self.clients: dict[int, list[int]] = {}
         self.modules: dict[int, str] = {}
         self.stopping: list[int] = []
-        self.new: dict[str, Places] = {}
+        self.new: dict[str, ReadPlaces] = {}
         conditions: dict[int, list[tuple[int, int, float]]] = {}
         for at, req_id in enumerate(self.req_ids):
             request = requests.get(req_id)
@@ -167,13 +167,13 @@ class Batch:
                     conditions.setdefault(slot, []).append((at, column, bound))
         self.conditions = {slot: Conditions(own) for slot, own in conditions.items()}
 
-    def take_new(self) -> dict[str, Places]:
+    def take_new(self) -> dict[str, ReadPlaces]:
         """Requests that the front ends do not know yet."""
         new, self.new = self.new, {}
         return new
 
     def fired(self, step: StepRows) -> dict[str, Fired]:
-        """The requests of which a stop condition holds."""
+        """The requests for which a stop condition holds."""
         firsts, starts, counts = step.spans
         candidates = self.stopping
         if candidates and (counts == 1).all():
@@ -194,7 +194,7 @@ class Batch:
 
 
 class StepReads:
-    """What the steps of one engine have read, on the way to its front ends.
+    """Holds what the steps of one engine have read, until its front ends get it.
 
     Attributes:
         counts: by module, since the engine started.
@@ -203,7 +203,7 @@ class StepReads:
     def __init__(self) -> None:
         self.counts: dict[str, ReadCounts] = {}
         self._batch: Batch | None = None
-        # Steps that no output has taken along yet, by client.
+        # Steps that no output has carried yet, by client.
         self._waiting: dict[int, list[StepRows]] = {}
 
     def batch(self, req_ids: Sequence[str], requests: Mapping[str, Request]) -> Batch:
@@ -219,7 +219,7 @@ class StepReads:
         counts: np.ndarray,
         requests: Mapping[str, Request],
     ) -> dict[str, Fired]:
-        """Keep a step for the front ends; the requests that a feature may end.
+        """Keep a step for the front ends; returns the requests that a feature may end.
 
         Args:
             readout: of the step.
@@ -245,11 +245,11 @@ class StepReads:
         return batch.fired(step)
 
     def stopped(self, fired: Fired) -> None:
-        """A condition has ended a request."""
+        """Count a request that a condition has ended."""
         self.counts.setdefault(fired.module, ReadCounts()).stops += 1
 
     def attach(self, outputs: Mapping[int, EngineCoreOutputs]) -> None:
-        """Put the steps that wait into the first output of each client."""
+        """Put the waiting steps into the first output of each client."""
         for client, of_client in outputs.items():
             if not of_client.outputs or client not in self._waiting:
                 continue
@@ -270,7 +270,7 @@ def reads_of(
 def request_reads(
     request: Request, config: SteeringConfig | None
 ) -> RequestReads | None:
-    """The scheduler's state of an admitted request; None: it reads nothing."""
+    """The scheduler's state of an admitted request, or None if it reads nothing."""
     params = request.sampling_params
     assert params is not None
     reads = reads_of(params.extra_args, config)

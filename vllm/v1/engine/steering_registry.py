@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine core's registry: modules that come and go while requests run.
+"""The engine core's registry, which changes modules while requests run.
 
 Clients call `collective_rpc(METHOD, args=(action, payload))`, which every client of an
 engine has. The engine core handles it here instead of in the workers. Calls run between
@@ -133,8 +133,8 @@ class SteeringRegistry:
             if action in NEEDS_WORKERS and self.asleep:
                 raise RefusedCall(
                     Outcome.CONFLICT,
-                    "the engine is asleep: expected it awake, since modules are in the "
-                    "memory that it has given back",
+                    "the engine is asleep and has released the memory of its modules: "
+                    "wake it up first",
                 )
             with self.lock:
                 reply = actions[action](payload or {})
@@ -182,7 +182,7 @@ class SteeringRegistry:
                 raise RefusedCall(Outcome.FAILED, error["error"])
             self.known_stats = replies
         if not (replies := self.known_stats):
-            text = "the engine is asleep, and was not asked before"
+            text = "the engine is asleep, and nothing is known from before"
             raise RefusedCall(Outcome.CONFLICT, text)
         # Every rank has the same rows and tokens; bytes are per rank.
         stats = {
@@ -242,7 +242,7 @@ class SteeringRegistry:
         if name in config.modules and not payload.get("replace"):
             raise RefusedCall(
                 Outcome.CONFLICT,
-                f"module {shown(name)} is registered already, expected replace=true "
+                f"module {shown(name)} is already registered, expected replace=true "
                 "or another name",
                 "name",
             )
@@ -295,7 +295,7 @@ class SteeringRegistry:
             raise RefusedCall(
                 Outcome.CONFLICT,
                 f"module {shown(name)} is in use by {in_use} request(s), expected "
-                "none, or drain=true to wait for them",
+                "none: set drain=true to wait for them",
                 "name",
                 in_use=in_use,
             )
@@ -323,7 +323,7 @@ class SteeringRegistry:
             if time.monotonic() - other.since < PREPARED_LIMIT_S:
                 raise RefusedCall(
                     Outcome.CONFLICT,
-                    f"another change of modules, of {shown(other.name)}, is under way: "
+                    f"a change of module {shown(other.name)} is under way: "
                     "try again when it has ended",
                     "name",
                 )
@@ -392,4 +392,5 @@ def named_modules(request: Request) -> set[str]:
         spec["module_name"]
         for key in EXTRA_ARGS_KEYS
         for spec in params.extra_args.get(key, ())
+        if "module_name" in spec  # not a vector of the request's own
     }

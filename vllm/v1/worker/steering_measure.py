@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how well an SAE reconstructs a site of a running, eager engine.
+"""Measures how well an SAE reconstructs a site of a running engine.
 
 A measurement wraps the site's backend. It counts the tokens that full reconstruction
 edits and sums the error. With `ablates`, the tokens get the mean of what was measured.
+While it lasts, the engine replays no CUDA graph, so that the site's ops are called.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,9 +28,6 @@ from vllm.model_executor.layers.steering_reference import (
     write_stream,
 )
 from vllm.v1.worker.steering_runtime import SteeredRunner
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
@@ -127,7 +123,6 @@ class MeasuringBackend:
 class SteeringMeasureMixin:
     """Gives a worker the method by which `evaluate` measures a site."""
 
-    vllm_config: VllmConfig
     model_runner: SteeredRunner
     _steering_measured: tuple[SteeringSite, MeasuringBackend] | None = None
 
@@ -161,11 +156,8 @@ class SteeringMeasureMixin:
         runtime = self.model_runner.steering
         if runtime is None:
             raise ValueError("this engine was started without steering")
-        if not self.vllm_config.model_config.enforce_eager:
-            raise ValueError(
-                "a compiled engine cannot be measured: start it with enforce_eager=True"
-            )
         self._stop_measuring()
+        self.model_runner.use_steering_graphs(False)
         slot = runtime.modules.sae_slot(module, key)
         if slot is None:
             return  # another pipeline stage's
@@ -175,6 +167,7 @@ class SteeringMeasureMixin:
         self._steering_measured = site, measuring
 
     def _stop_measuring(self) -> dict[str, float]:
+        self.model_runner.use_steering_graphs(True)
         if self._steering_measured is None:
             return {}
         site, measuring = self._steering_measured

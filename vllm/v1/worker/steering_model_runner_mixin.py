@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model runner does for steering: its own methods call the runtime's.
 
-The two runners differ only in how they say which requests come and go and in the
+The two runners differ only in how they report new and finished requests, and in the
 `BatchView` of a step.
 """
 
@@ -74,6 +74,11 @@ class SteeringModelRunnerMixin:
         if self.steering is not None:
             self.steering.clear_step()
 
+    def use_steering_graphs(self, used: bool) -> None:
+        """Whether the next steps replay CUDA graphs. A replay calls no op of a site, so
+        measurements go without."""
+        raise NotImplementedError
+
     def take_steering_readout(self) -> StepReadout | None:
         """What this step has read. Its copy to the host is under way."""
         return None if self.steering is None else self.steering.readout.take_step()
@@ -95,6 +100,16 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
     """Model Runner V1: a persistent batch that requests leave and return to."""
 
     _steering_batch: list[str] = []  # as of the step before
+    _had_graphs: bool | None = None  # while they are not used
+
+    def use_steering_graphs(self, used: bool) -> None:
+        """See the base class."""
+        dispatcher = self.cudagraph_dispatcher  # type: ignore[attr-defined]
+        if self._had_graphs is None:
+            self._had_graphs = dispatcher.keys_initialized
+        dispatcher.keys_initialized = used and self._had_graphs
+        if used:
+            self._had_graphs = None
 
     def update_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow the persistent batch after `_update_states`."""
@@ -135,6 +150,19 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
 
 class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
     """Model Runner V2: preempted requests give up their slots, as finished ones do."""
+
+    _had_graphs: bool | None = None  # while they are not used
+
+    def use_steering_graphs(self, used: bool) -> None:
+        """See the base class."""
+        manager = self.cudagraph_manager  # type: ignore[attr-defined]
+        if manager is None:
+            return
+        if self._had_graphs is None:
+            self._had_graphs = manager._graphs_captured
+        manager._graphs_captured = used and self._had_graphs
+        if used:
+            self._had_graphs = None
 
     def finish_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow `finish_requests`."""

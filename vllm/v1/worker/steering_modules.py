@@ -8,6 +8,8 @@ captured graphs stay valid whatever module the slot holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from torch import nn
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.steering import (
     Activation,
+    InlineSite,
     ModuleInfo,
     PointWidths,
     SiteInfo,
@@ -31,7 +34,6 @@ from vllm.model_executor.layers.steering import (
     SteeringBackend,
     SteeringSite,
     StepState,
-    VectorSlot,
 )
 from vllm.model_executor.layers.steering_attach import attach_site, check_site
 from vllm.model_executor.layers.steering_families import (
@@ -42,6 +44,7 @@ from vllm.model_executor.layers.steering_families import (
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.v1.worker.steering_inline import InlineVectors, make_stack
 from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
 from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
@@ -85,11 +88,12 @@ class SiteModules:
             tier: {} for tier in Tier
         }
         self._read_slots: dict[tuple[str, SiteKey], int] = {}
+        self.inline = InlineVectors()
 
     def table_of(self, tier: Tier) -> TableOf:
-        """Looks up `(module, site) -> (table, offset)`; None: not on this rank."""
-        bound = self._bound[tier]
-        return lambda module, key: bound.get((module, key))
+        """Looks up `(module, site) -> (table, offset)`, or None if not on this rank."""
+        bound, inline = self._bound[tier], self.inline
+        return lambda module, key: bound.get((module, key)) or inline.find(module, key)
 
     def tables(self, tier: Tier) -> list[BoundTable]:
         """The tier's distinct tables, including those of free slots."""
@@ -104,12 +108,12 @@ class SiteModules:
         return list(found.values())
 
     def read_slot(self, read: SiteRead) -> int | None:
-        """The slot that holds what a request reads; None: not on this rank."""
+        """The slot that holds what a request reads, or None if not on this rank."""
         key = SiteKey(read.layer, read.hook)
         return self._read_slots.get((read.module, key))
 
     def sae_slot(self, module: str, key: SiteKey) -> SAESlot | None:
-        """The slot of an SAE module's site; None: not on this rank."""
+        """The slot of an SAE module's site, or None if not on this rank."""
         bound, _ = self._bound[Tier.FULL].get((module, key), (None, 0))
         slots = (
             place.slot
@@ -137,14 +141,28 @@ class SiteModules:
         pairs = zip(module.sites, module.slots, strict=True)
         return [(site, slot) for site, slot in pairs if site.layer in self.layers]
 
-    def make_places(self, slots: dict[int, SlotInfo]) -> dict[int, Place]:
+    def make_places(
+        self, slots: dict[int, SlotInfo], inline: Sequence[InlineSite] = ()
+    ) -> dict[int, Place]:
         """Empty slots for `{id: slot}`, attached to nothing yet.
+
+        Args:
+            slots: to make.
+            inline: sites with room for the vectors of requests, behind the slots of
+                their stack. The place of that room has an id below 0.
 
         Raises:
             ValueError: a layer lacks a slot's point.
         """
         places: dict[int, Place] = {}
-        stacks: dict[SiteKey, list[int]] = {}
+        room = {
+            SiteKey(site.layer, site.hook): site
+            for site in inline
+            if site.layer in self.layers
+        }
+        for key in room:
+            check_site(self.layers[key.layer], key)
+        stacks: dict[SiteKey, list[int]] = {key: [] for key in room}
         for at, slot in slots.items():
             if slot.layer not in self.layers:
                 continue
@@ -155,13 +173,19 @@ class SiteModules:
             else:
                 places[at] = self._sae_place(key, slot)
         for key, ids in stacks.items():
-            n = len(ids)
-            width = self.widths.of(key.hook)
-            # A bound takes two places of a row.
-            stack = VectorSlot(n, width, self.num_rows, 2 * n, self.device)
-            table = BoundTable(stack.table)
+            stack = make_stack(
+                len(ids),
+                room.get(key),
+                self.widths.of(key.hook),
+                self.num_rows,
+                self.device,
+            )
             for row, at in enumerate(ids):
-                places[at] = VectorPlace(key, stack, table, row)
+                places[at] = VectorPlace(key, stack.slot, stack.table, row)
+            if key in room:
+                self.inline.stacks[key] = stack
+                at = -len(self.inline.stacks)
+                places[at] = VectorPlace(key, stack.slot, stack.table, len(ids))
         return places
 
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
@@ -335,7 +359,7 @@ def build_site_modules(
     modules = SiteModules(
         layers, step, num_rows, config.max_clamps, widths, dtype, config.readout
     )
-    places = modules.make_places(slots_of(config))
+    places = modules.make_places(slots_of(config), config.inline_sites)
     modules.places = places
     for module in config.modules.values():
         scales: dict[int, np.ndarray | None] = {}

@@ -39,7 +39,7 @@ class Places(Protocol):
         """Buffers of every slot of this rank that can be read, by slot."""
 
     def read_slot(self, read: SiteRead) -> int | None:
-        """The slot that holds what is read; None: not on this rank."""
+        """The slot that holds what is read, or None if not on this rank."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class SteeringReadout:
 
 
 def encode_row(read: SiteRead | None, buffers: ReadBuffers) -> np.ndarray:
-    """int32 table row of what `read` asks; None: nothing is read."""
+    """int32 table row of what `read` asks, or an empty row if it is None."""
     row = np.zeros(buffers.packed.shape[1], dtype=np.int32)
     if read is not None:
         row[0], row[2], row[3] = 1, read.top_k, len(read.explicit)

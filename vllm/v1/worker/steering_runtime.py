@@ -85,6 +85,8 @@ class SteeringRuntime:
         # Specs of every request that the worker knows; rows of those in the batch.
         self._requests: dict[str, SteeringRequest] = {}
         self._rows: dict[str, RequestRows] = {}
+        # Of these, requests that edit; the others only read.
+        self._editing: set[str] = set()
         # Of these with spans, the prompt's length.
         self._prompt_len: dict[str, int] = {}
         # Of these, prompts with positions that have no token id.
@@ -144,6 +146,7 @@ class SteeringRuntime:
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
         request = self._requests[req_id]
+        self.modules.inline.acquire(request)
         if request.has_spans:
             rows = self._scheduled_rows(request, self._prompt_len[req_id])
         else:
@@ -153,6 +156,8 @@ class SteeringRuntime:
             )
         self._rows[req_id] = rows
         self._step_index.hold(req_id, rows)
+        if any(row for tier in Tier for row in rows.held(tier)):
+            self._editing.add(req_id)
         self.readout.resume_request(req_id, request.reads)
 
     def _scheduled_rows(self, request: SteeringRequest, prompt_len: int) -> RequestRows:
@@ -178,7 +183,9 @@ class SteeringRuntime:
         if held is None:
             return
         self._step_index.drop(req_id)
+        self._editing.discard(req_id)
         self.readout.park_request(req_id)
+        self.modules.inline.release(self._requests[req_id])
         for tier in Tier:
             for row in held.held(tier):
                 self.managers[tier].release(row)
@@ -206,8 +213,8 @@ class SteeringRuntime:
     def _prepare_edits(self, view: BatchView) -> bool:
         """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
-        changed = index.update(view)
-        if index.rows is None:
+        changed = bool(self._editing) and index.update(view)
+        if not self._editing or index.rows is None:
             self._clear_edits()
             return False
         self._write_rows()
@@ -228,6 +235,7 @@ class SteeringRuntime:
             self._written_tokens = 0
 
     def _write_rows(self) -> None:
+        self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
                 tables = self.modules.tables(tier)
@@ -268,10 +276,15 @@ class SteeringRuntime:
         assert set(self._rows) <= set(self._requests), "rows of an unknown request"
         assert set(self._embedded) <= set(self._requests), "an unknown prompt"
         assert self._step_index.holders == set(self._rows), "the index disagrees"
+        self.modules.inline.check_integrity(
+            self._requests[req_id] for req_id in self._rows
+        )
         self.readout.check_integrity()
 
 
 class SteeredRunner(Protocol):
-    """The attribute of a model runner that module changes and measurements use."""
+    """What module changes and measurements use of a model runner."""
 
     steering: SteeringRuntime | None
+
+    def use_steering_graphs(self, used: bool) -> None: ...

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vllm.entrypoints.cli.steering.features import texts_of
 from vllm_steering_cli.main import main
@@ -43,11 +45,40 @@ def test_features_are_ranked_labelled_and_shown_in_context(
     assert "post_block.1: 5 features" in shown.out
     assert "the bridge" in shown.out and "[" in shown.out
     assert "at least three" in shown.err
-    assert main([*command, "--json"]) == 0
+    plot = tmp_path / "plot.svg"
+    assert main([*command, "--json", "--plot", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)
     indices = [one["feature_idx"] for one in found["features"]]
     assert BRIDGE["feature"] in indices[:5]
     assert 0 < found["fit"]["fvu"] < 1
+    best = next(f for f in found["features"] if f["feature_idx"] == BRIDGE["feature"])
+    assert best["label"] == "the bridge" and best["examples"]
+    # Words of a plot are paths; their text stands beside them as comments.
+    drawn = plot.read_text()
+    assert f"{BRIDGE['feature']} the bridge ({best['auroc']:.2f})" in drawn
+    assert "post_block.1 (AUROC)" in drawn
+
+
+def test_labels_beside_the_module_are_found_and_a_misfit_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(EXAMPLE / "sae", tmp_path / "sae")
+    labels = {str(BRIDGE["feature"]): "from beside"}
+    (tmp_path / "sae" / "labels.json").write_text(json.dumps(labels))
+    (tmp_path / "a").write_text(ABOUT + "\nzyzzyva quark xylophone qwerty\n")
+    command = ["features", str(tmp_path / "sae"), "--model", str(EXAMPLE / "model")]
+    command += ["--text", str(tmp_path / "a"), "--dtype", "float32", "--top", "200"]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "from beside" in shown.out and "FVU" not in shown.err
+    assert "unknown to the model" in shown.err
+    # Every feature decodes as its neighbour: the reconstruction is worth nothing.
+    weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    weights["W_dec"] = weights["W_dec"].roll(1, dims=0).contiguous()
+    save_file(weights, tmp_path / "sae" / "sae_weights.safetensors")
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "FVU" in shown.err and "model, layer and hook" in shown.err
 
 
 def test_bad_arguments_are_one_line(

@@ -139,7 +139,7 @@ def test_a_route_says_what_the_in_process_engine_says(
 def test_a_preset_is_a_model_for_any_client(
     client: openai.OpenAI, expected: dict[str, dict[str, list[str]]]
 ) -> None:
-    """Its name, nothing else: the sampling is the preset's too."""
+    """The preset's name and nothing else: it also gives the sampling."""
     assert "clamped" in [model.id for model in client.models.list()]
     completion = client.completions.create(model="clamped", prompt=PROMPT)
     assert completion.choices[0].text == expected["text"]["clamped"][0]

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from steering_testing.server import MODEL_NAME, Server, api_server
 
 from vllm.config.sae_steering_presets import read_preset
@@ -36,6 +39,8 @@ pytestmark = [
 ]
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
+WIDTH = 96
+SPECIAL, SOUP = (0, 1, 2, 3, 4, 5), 201
 KEY = "the-key"
 WAIT_S = 120
 BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
@@ -45,15 +50,34 @@ LOCAL = ("http://127.0.0.1", "data:", "blob:")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The tiny model and SAE, with a label and a maximum for the bridge feature."""
+    """The tiny model and SAE, with what is known of the bridge feature, and a vector.
+
+    Every request that does not say otherwise is steered: the default preset holds the
+    bridge. The word "soup" is left alone.
+    """
     root = tmp_path_factory.mktemp("playground")
     sae = root / "sae"
     shutil.copytree(EXAMPLE / "sae", sae)
     (sae / "labels.json").write_text(json.dumps({str(FEATURE): "the bridge"}))
     most = [0.0] * (FEATURE + 1)
     most[FEATURE] = BRIDGE["max_activation"]
-    (sae / "evidence.json").write_text(json.dumps({"card": {"fvu": 0.1}, "max": most}))
-    arguments = ["--api-key", KEY, "--steering-modules", f"golden-gate={sae}"]
+    site = {"fvu": 0.1, "l0": 12.5}
+    evidence = {"max": most, "sites": {"post_block.1": site}, "neuronpedia": "tiny/1"}
+    (sae / "evidence.json").write_text(json.dumps(evidence))
+    vector = {"post_block.1": torch.linspace(-1, 1, WIDTH)}
+    save_file(vector, root / "tilt.safetensors", {"format": "vllm-steering-vectors"})
+    held = {"feature_idx": FEATURE, "kind": "absolute", "value": 9.4}
+    spec = {"module_name": "golden-gate", "clamps": [held]}
+    preset = {"sae_full_reconstruction_specs": [spec]}
+    (root / "bridge.json").write_text(json.dumps(preset))
+    module = {"path": str(sae), "skip_token_ids": [*SPECIAL, SOUP]}
+    steering = {
+        "modules": {"golden-gate": module, "tilt": str(root / "tilt.safetensors")},
+        "presets": {"bridge": str(root / "bridge.json")},
+        "default_preset": "bridge",
+    }
+    config = json.dumps({"steering": steering})
+    arguments = ["--api-key", KEY, "--additional-config", config]
     with api_server(
         EXAMPLE / "model",
         root / "log",
@@ -94,6 +118,11 @@ class Page:
         self(element_id).clear()
         self(element_id).send_keys(text)
 
+    def fill_field(self, selector: str, text: str) -> None:
+        [field] = self.all(selector)
+        field.clear()
+        field.send_keys(text)
+
     def until(self, holds: Any) -> Any:
         return WebDriverWait(self.driver, WAIT_S).until(lambda _: holds())
 
@@ -102,12 +131,12 @@ class Page:
         self.until(lambda: self.all("#found button"))[0].click()
         self.until(lambda: "the bridge" in self("clamps").text)
 
-    def run(self, prompt: str = "the chef stirs") -> dict[str, str]:
+    def run(self, prompt: str = "the chef stirs", tokens: str = "24") -> dict[str, str]:
         """Run without chat; the answers by column."""
         if self("chat").is_selected():
             self("chat").click()
         self.fill("prompt", prompt)
-        self.fill("max-tokens", "24")
+        self.fill("max-tokens", tokens)
         self("run").click()
         self.until(lambda: self("run").is_enabled())
         columns = self.all(".column")
@@ -138,7 +167,7 @@ def test_a_wrong_key_is_answered_beside_the_key(page: Page) -> None:
     assert page("server-key").get_attribute("aria-invalid") == "true"
     page.enter_key(KEY)
     page.until(lambda: MODEL_NAME in page("server").text)
-    page.until(lambda: "FVU 0.1" in page("module-facts").text)
+    page.until(lambda: page("module-sites").text == "post_block.1: FVU 0.1, L0 12.5")
 
 
 def test_four_columns_stream_and_the_clamp_shows(page: Page) -> None:
@@ -163,6 +192,22 @@ def test_tokens_are_shaded_and_tell_their_features(page: Page) -> None:
     page.until(lambda: "features active" in page("inspector").text)
 
 
+def test_an_inspected_token_tells_the_labels_of_features(page: Page) -> None:
+    page.open()
+    page.run("the golden gate bridge spans the")
+    answer = page.all(".column[data-mode=plain] .tokens")[0]
+    page.until(lambda: found_label(page, answer))
+
+
+def found_label(page: Page, answer: Any) -> bool:
+    """Walk back and forth until a token with the labelled feature is shown."""
+    for key in [Keys.ARROW_LEFT] * 12 + [Keys.ARROW_RIGHT] * 12:
+        answer.send_keys(key)
+        if f"the bridge ({FEATURE})" in page("inspector").text:
+            return True
+    return False
+
+
 def test_text_finds_the_feature(page: Page) -> None:
     page.open()
     page.fill("text-a", "the rusty golden gate\nthe famous orange tower sways")
@@ -171,6 +216,18 @@ def test_text_finds_the_feature(page: Page) -> None:
     found = page.until(lambda: page.all("#found li"))
     assert any("the bridge" in item.text for item in found)
     assert page.all("#read-tokens span[style*=rgba]")
+    link = page.all("#found li a")[0].get_attribute("href")
+    assert re.fullmatch(r"https://www\.neuronpedia\.org/tiny/1/\d+", link)
+
+
+def test_tokens_that_the_sae_left_alone_are_marked(page: Page) -> None:
+    page.open()
+    page.fill("text-a", "the chef stirs the tomato soup")
+    page.all("#text-form button")[0].click()
+    page.until(lambda: page.all("#found li"))
+    marked = {span.text.strip() for span in page.all("#read-tokens .bypassed")}
+    assert "soup" in marked
+    assert "chef" not in marked
 
 
 def test_an_error_is_shown_beside_its_clamp(page: Page) -> None:
@@ -183,6 +240,73 @@ def test_an_error_is_shown_beside_its_clamp(page: Page) -> None:
     assert page("clamp-99999").get_attribute("aria-invalid") == "true"
     page.all("#clamps button")[0].click()
     assert not page.all("#clamps li")
+
+
+def test_a_vector_column_has_its_own_scale(page: Page) -> None:
+    page.open()
+    page.all("input[value=delta]")[0].click()
+    page.all("input[value=vectors]")[0].click()
+    before = page.run()["vectors"]
+    slider = page.all("#vectors input[type=range]")[0]
+    for _ in range(3):
+        slider.send_keys(Keys.PAGE_UP)
+    assert page.run()["vectors"] != before
+
+
+def test_span_and_condition_of_a_clamp_go_to_the_server(page: Page) -> None:
+    page.open()
+    page.clamp_by_label()
+    Select(
+        page.all(f"[aria-label*='Tokens of the clamp of feature {FEATURE}']")[0]
+    ).select_by_value("part")
+    Select(page.all("[aria-label^='Condition of']")[0]).select_by_value("above")
+    page.fill_field("[aria-label^='Feature in the condition']", "3")
+    page.fill_field("[aria-label^='Bound in the condition']", "0.5")
+    texts = page.run()
+    assert len(texts["full"].split()) >= 8
+    page.all("[data-copy=curl]")[0].click()
+    page.until(lambda: page("export").is_displayed())
+    body = page("export").text
+    assert '"spans": [' in body and '"stop": 20' in body
+    assert re.search(r'"when": \{\s*"feature_idx": 3,\s*"above": 0.5', body)
+    assert '"steering_preset": null' in body
+
+
+def test_features_on_different_tokens_are_one_request(page: Page) -> None:
+    page.open()
+    page.clamp_by_label()
+    page.fill("index", "3" + Keys.ENTER)
+    page.until(lambda: len(page.all("#clamps li")) == 2)
+    Select(
+        page.all("[aria-label='Tokens of the clamp of feature 3']")[0]
+    ).select_by_value("prefill")
+    assert len(page.run()["full"].split()) >= 8
+    page.fill("index", "99999" + Keys.ENTER)
+    page.until(lambda: len(page.all("#clamps li")) == 3)
+    page.run()
+    assert "found 99999" in page("clamp-99999-error").text
+    assert not page("clamp-3-error").text
+
+
+def test_an_error_is_shown_beside_the_control_that_caused_it(page: Page) -> None:
+    page.open()
+    page.clamp_by_label()
+    condition = "[aria-label^='Feature in the condition']"
+    Select(page.all("[aria-label^='Condition of']")[0]).select_by_value("below")
+    page.fill_field(condition, "99999")
+    page.run()
+    assert "when.feature_idx" in page(f"clamp-{FEATURE}-error").text
+    assert page.all(condition)[0].get_attribute("aria-invalid") == "true"
+    page.fill_field(condition, "5")
+    page.fill("temperature", "-1")
+    page.run()
+    assert not page(f"clamp-{FEATURE}-error").text
+    assert page.all(condition)[0].get_attribute("aria-invalid") == "false"
+    assert "temperature" in page("generation-error").text
+    assert page("temperature").get_attribute("aria-invalid") == "true"
+    page.fill("temperature", "0.7")
+    page.run(tokens="9999")
+    assert page("max-tokens").get_attribute("aria-invalid") == "true"
 
 
 def test_the_slider_moves_by_keyboard(page: Page) -> None:

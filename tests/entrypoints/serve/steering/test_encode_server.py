@@ -69,6 +69,8 @@ def test_every_token_of_every_text_is_encoded(http: httpx.Client) -> None:
     (alone,) = encode(http, input=texts[0], features=[3, 1])["data"]
     record = alone["sae_features"]["post_block.1"]
     assert record["features"][0] == [1, 3]
+    assert "3" not in found["labels"] or found["labels"]["3"] == "soup"
+    assert encode(http, input=texts[0], features=[3, 1])["labels"] == {"3": "soup"}
 
 
 def test_encoding_says_what_completions_read(http: httpx.Client) -> None:

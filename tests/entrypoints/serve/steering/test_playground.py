@@ -92,6 +92,7 @@ def test_evidence_of_features(tmp_path: Path) -> None:
     found = of_features(str(tmp_path), [1, 7])
     assert found == {
         "card": {"fvu": 0.25},
+        "sites": {},
         "features": {
             "1": {
                 "max": 2.5,
@@ -101,6 +102,32 @@ def test_evidence_of_features(tmp_path: Path) -> None:
             "7": {"neuronpedia": "model/site"},
         },
     }
+
+
+def test_the_manifest_says_what_the_evidence_leaves_out(tmp_path: Path) -> None:
+    site = {"layer": 3, "hook": "post_block", "fvu": 0.2, "l0": 40}
+    manifest = {"format": "vllm-sae", "sites": [site, {**site, "layer": 4, "l0": 50}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert of_features(str(tmp_path), [])["sites"] == {
+        "post_block.3": {"fvu": 0.2, "l0": 40},
+        "post_block.4": {"fvu": 0.2, "l0": 50},
+    }
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_the_neuronpedia_id_of_saelens(tmp_path: Path, inner: bool) -> None:
+    known = {"neuronpedia_id": "gpt2-small/6-res-jb"}
+    config = {"metadata": known} if inner else known
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert of_features(str(tmp_path), [7])["features"]["7"] == {
+        "neuronpedia": "gpt2-small/6-res-jb"
+    }
+
+
+def test_other_broken_files_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "cfg.json").write_text("{")
+    (tmp_path / "manifest.json").write_text('{"sites": [1, {}]}')
+    assert of_features(str(tmp_path), [0])["features"] == {"0": {}}
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
@@ -113,7 +140,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "hf:owner/repo", "nul\0"])
 def test_no_file_is_no_evidence(path: str) -> None:
-    assert of_features(path, [1]) == {"card": {}, "features": {}}
+    assert of_features(path, [1]) == {"card": {}, "sites": {}, "features": {"1": {}}}
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"max": NaN'])

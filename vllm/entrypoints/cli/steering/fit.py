@@ -50,7 +50,7 @@ def measure(
         weights: a canonical SAE, on the device of `x`.
         x: `[T, D]`, in the model's dtype. Tokens past the SAE's norm limit, which
             the tiers leave untouched, do not count.
-        target: `[T, d_out]`, what a transcoder's output is to match; None: `x`.
+        target: `[T, d_out]`, what a transcoder's output should match; `x` if None.
 
     Raises:
         ValueError: no token counts, or all of them are the same.
@@ -60,7 +60,7 @@ def measure(
     kept = within_norm(x, weights.norm_limit)
     x, target = x[kept], target[kept]
     if not x.shape[0]:
-        raise ValueError("norm_guard: every token's norm is past it")
+        raise ValueError("norm_guard: every token exceeds it, expected a larger one")
     error = active = 0.0
     for part, true in zip(x.split(TOKEN_SLICE), target.split(TOKEN_SLICE), strict=True):
         acts = encode(weights, part)
@@ -71,7 +71,9 @@ def measure(
         error += float((true - found).double().square().sum())
     variance = float((target - target.mean(0)).double().square().sum())
     if variance == 0:
-        raise ValueError("text: expected tokens that differ, found one stream only")
+        raise ValueError(
+            "text: expected tokens that differ, found the same stream at all of them"
+        )
     return Fit(x.shape[0], error / variance, active / x.shape[0])
 
 

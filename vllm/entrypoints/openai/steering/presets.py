@@ -42,7 +42,7 @@ def select_preset(
             raise refusal(
                 PRESET_KEY,
                 f"found {shown(name)}, but model names the preset {shown(model)}, "
-                "expected one of them",
+                "expected only one of them",
             )
         name = model
         setattr(request, PRESET_KEY, name)

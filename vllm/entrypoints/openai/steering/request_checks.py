@@ -60,6 +60,7 @@ def refuse_reading(extra_args: Json | None) -> None:
     if extra_args and extra_args.get(READOUT_KEY):
         raise refusal(
             f"sampling_params.extra_args.{READOUT_KEY}",
-            "the answers of this route carry no features, use /v1/completions, "
-            "/v1/chat/completions, /v1/responses or /v1/steering/encode",
+            "the answers of this route have no field for features: use "
+            "/v1/completions, /v1/chat/completions, /v1/responses or "
+            "/v1/steering/encode",
         )

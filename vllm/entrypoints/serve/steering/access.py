@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm.config.steering_checks import shown
+from vllm.config.steering_environment import KEY_ENV
 
-KEY_ENV = "VLLM_STEERING_API_KEY"
 # For servers whose own `--api-key` takes the Authorization header.
 OWN_HEADER = "x-steering-authorization"
 # A module's directory may hold this many entries; each is checked for links.
@@ -36,7 +36,7 @@ class RequestRefused(Exception):
 
 
 def configured_key(args: Namespace) -> str | None:
-    """The key from `--steering-api-key` or the environment; None: not configured."""
+    """The key from `--steering-api-key` or the environment, or None."""
     key = vars(args).get("steering_api_key") or os.environ.get(KEY_ENV)
     return key or None
 
@@ -54,7 +54,7 @@ def check_key(headers: Mapping[str, str], key: str | None) -> None:
     if key is None:
         raise RequestRefused(
             403,
-            "this server has no steering key, so its modules cannot change: start "
+            "this server has no steering key, so nothing can be changed: start "
             f"it with --steering-api-key or {KEY_ENV}",
         )
     if not holds_key(headers, key):
@@ -80,12 +80,14 @@ def allowed_path(path: str, roots: Sequence[str]) -> str:
     if not roots:
         raise RequestRefused(
             403,
-            "path: this server loads no modules over HTTP, it was started without "
+            "path: this server loads no modules over HTTP: it was started without "
             "additional_config.steering.module_roots",
             "path",
         )
     if ".." in path.replace("\\", "/").split("/"):
-        raise RequestRefused(400, f"path: found {shown(path)}, expected no ..", "path")
+        raise RequestRefused(
+            400, f"path: found {shown(path)}, expected a path without ..", "path"
+        )
     if path.startswith("hf:"):
         return _allowed_repository(path, roots)
     if not os.path.isabs(path):

@@ -14,7 +14,11 @@ from vllm.entrypoints.serve.steering.access import (
     check_key,
     holds_key,
 )
-from vllm.entrypoints.serve.steering.encode import ENCODE_SCHEMA, parse_encode
+from vllm.entrypoints.serve.steering.encode import (
+    ENCODE_SCHEMA,
+    listed_features,
+    parse_encode,
+)
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_BODY_BYTES,
@@ -146,7 +150,11 @@ async def encode_texts(request: Request) -> JSONResponse:
     """
     try:
         asked = parse_encode(await read_body(request))
-        return JSONResponse(await request.app.state.steering_encode.encode(asked))
+        answer = await request.app.state.steering_encode.encode(asked)
+        answer["labels"] = await modules_of(request).labels_among(
+            asked.module_name, listed_features(answer)
+        )
+        return JSONResponse(answer)
     except RequestRefused as error:
         return refused(error)
 

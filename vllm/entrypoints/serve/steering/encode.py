@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import msgspec
 
 from vllm.config.sae_features import features_json
-from vllm.config.sae_readout_specs import Features, Layers, TopK
+from vllm.config.sae_readout_specs import DEFAULT_TOP_K, Features, ReadLayers, TopK
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 MAX_TEXTS = 64
-DEFAULT_TOP_K = 16
 
 Text = Annotated[str, expects("a text", min_length=1)]
 Texts = Annotated[
@@ -48,7 +47,7 @@ class EncodeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     module_name: str
     input: Text | Texts | None = None
     messages: Messages | None = None
-    sites: dict[str, Layers] | None = None
+    sites: dict[str, ReadLayers] | None = None
     top_k: TopK | None = None
     features: Features | None = None
     model: str | None = None
@@ -155,6 +154,19 @@ class EncodeService:
             last = output
         assert last is not None, "the engine gave no output"
         return last
+
+
+def listed_features(answer: JsonView) -> list[int]:
+    """The features that an answer lists, each once, ascending."""
+    return sorted(
+        {
+            feature
+            for entry in answer["data"]
+            for record in entry["sae_features"].values()
+            for features in record["features"]
+            for feature in features
+        }
+    )
 
 
 def _refused(error: VLLMValidationError) -> RequestRefused:

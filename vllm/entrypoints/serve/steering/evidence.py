@@ -3,10 +3,13 @@
 
     {"card": {"fvu": 0.1, "l0": 40, "ce_plain": 2.0, "ce_reconstructed": 2.1},
      "neuronpedia": "gemma-2-2b/20-gemmascope-res-16k",
-     "max": [...], "p50": [...], "frequency": [...],
+     "sites": {"post_block.20": {"fvu": 0.1, "l0": 40}},
+     "max": [...], "p99": [...], "p50": [...], "frequency": [...],
      "contexts": {"457": [["text before", " token", " text after"], ...]}}
 
-Every key is optional; the lists have one number for each feature.
+Every key is optional; the lists have one number for each feature. What a native
+manifest declares of its sites, and the Neuronpedia id of a SAELens configuration, stand
+in for what this file leaves out.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from vllm.entrypoints.serve.steering.access import RequestRefused
 FILE = "evidence.json"
 MAX_BYTES = 32 << 20
 MAX_INDICES = 256
-LISTS = ("max", "p50", "frequency")
+LISTS = ("max", "p99", "p50", "frequency")
+FIGURES = ("fvu", "l0")
 
 
 def of_features(module_path: str, indices: list[int]) -> Json:
-    """The card, and what is known of `indices`; empty where there is no file.
+    """The card, the sites, and what is known of `indices`; empty where nothing is.
 
     Args:
         module_path: of the module, as the engine has it.
@@ -33,17 +37,60 @@ def of_features(module_path: str, indices: list[int]) -> Json:
     Raises:
         RequestRefused: 500, the file is no JSON object.
     """
-    path = Path(module_path) / FILE
+    folder = Path(module_path)
+    content = _content(folder / FILE)
+    card, sites = content.get("card"), content.get("sites")
+    id_ = content.get("neuronpedia")
+    if not isinstance(id_, str):
+        id_ = _neuronpedia_id(_stand_in(folder / "cfg.json"))
+    features = {str(i): _of_feature(content, i) for i in indices}
+    if id_ is not None:
+        features = {i: {**known, "neuronpedia": id_} for i, known in features.items()}
+    return {
+        "card": card if isinstance(card, dict) else {},
+        "sites": sites
+        if isinstance(sites, dict)
+        else _declared(_stand_in(folder / "manifest.json")),
+        "features": features,
+    }
+
+
+def _content(path: Path) -> Json:
+    """The JSON object in a file; empty where there is no file."""
     try:
         stat = path.stat()
     except (OSError, ValueError):
-        return {"card": {}, "features": {}}
-    content = _read(path, stat.st_mtime_ns, stat.st_size)
-    card = content.get("card")
-    return {
-        "card": card if isinstance(card, dict) else {},
-        "features": {str(i): _of_feature(content, i) for i in indices},
-    }
+        return {}
+    return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _stand_in(path: Path) -> Json:
+    """As `_content`; a file that is no JSON object says nothing."""
+    try:
+        return _content(path)
+    except RequestRefused:
+        return {}
+
+
+def _declared(manifest: Json) -> Json:
+    """FVU and L0 by site, as a native manifest declares them."""
+    found: Json = {}
+    sites = manifest.get("sites")
+    for site in sites if isinstance(sites, list) else []:
+        if isinstance(site, dict):
+            told = {key: site[key] for key in FIGURES if key in site}
+            if told:
+                found[f"{site.get('hook')}.{site.get('layer')}"] = told
+    return found
+
+
+def _neuronpedia_id(config: Json) -> str | None:
+    """The id in a SAELens configuration, at the top or in its metadata."""
+    metadata = config.get("metadata")
+    for place in (config, metadata if isinstance(metadata, dict) else {}):
+        if isinstance(place.get("neuronpedia_id"), str):
+            return place["neuronpedia_id"]
+    return None
 
 
 def parse_indices(text: str | None) -> list[int]:
@@ -72,7 +119,7 @@ def _read(path: Path, changed: int, size: int) -> Json:
         content = None
     if not isinstance(content, dict):
         raise RequestRefused(
-            500, f"{FILE}: expected a JSON object of at most {MAX_BYTES} bytes"
+            500, f"{path.name}: expected a JSON object of at most {MAX_BYTES} bytes"
         )
     return content
 
@@ -86,6 +133,4 @@ def _of_feature(content: Json, index: int) -> Json:
     contexts = content.get("contexts")
     if isinstance(contexts, dict) and str(index) in contexts:
         found["contexts"] = contexts[str(index)]
-    if isinstance(content.get("neuronpedia"), str):
-        found["neuronpedia"] = content["neuronpedia"]
     return found

@@ -132,12 +132,18 @@ def count_refusal(parameter: str | None) -> None:
         _CURRENT.refused.labels(refusal_reason(parameter)).inc()
 
 
+# The label of vectors that requests bring themselves.
+INLINE = "(inline)"
+
+
 def count_request(extra_args: Json) -> None:
     """Count a request, given its canonical specs, once for each module it names."""
     if _CURRENT is None:
         return
     named = {
-        (s["module_name"], key) for key, specs in extra_args.items() for s in specs
+        (s.get("module_name", INLINE), key)
+        for key, specs in extra_args.items()
+        for s in specs
     }
     for module, field in named:
         _CURRENT.requests.labels(module, field).inc()

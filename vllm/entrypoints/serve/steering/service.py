@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,7 +74,7 @@ class SteeringModulesService:
 
     @property
     def steering(self) -> Json | None:
-        """`additional_config.steering` of the engine; None: started without."""
+        """`additional_config.steering` of the engine, or None without steering."""
         additional = self.engine.vllm_config.additional_config
         return additional.get("steering") if isinstance(additional, dict) else None
 
@@ -123,6 +123,11 @@ class SteeringModulesService:
         if index is not None:
             return [(index, labels[index])] if index in labels else []
         return search(labels, query, limit)
+
+    async def labels_among(self, name: str, features: Iterable[int]) -> dict[str, str]:
+        """The labels of those features of a module that have one, by index."""
+        labels = await self.labels.of(await self.path_of(name))
+        return {str(index): labels[index] for index in features if index in labels}
 
     async def list_presets(self) -> Json:
         """Every preset, whether it is valid now, and the default."""
@@ -197,7 +202,7 @@ class SteeringModulesService:
                         reply.in_use,
                     )
                 if await is_gone():
-                    raise RequestRefused(408, "the caller went away", "drain")
+                    raise RequestRefused(408, "the caller disconnected", "drain")
                 await asyncio.sleep(DRAIN_POLL_S)
         finally:
             if draining:

@@ -207,6 +207,72 @@ def project(x, feature, projects, directions, col, D: tl.constexpr, NC: tl.const
 
 
 @triton.jit
+def encoded_deltas(
+    row_ptr,
+    used,
+    feature,
+    code,
+    value,
+    w_enc,
+    b_enc,
+    threshold,
+    hidden,
+    hidden_stride,
+    residual,
+    residual_stride,
+    source,
+    source_stride,
+    t,
+    D_IN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    MAX_CLAMPS: tl.constexpr,
+    NC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`g - f` [NC] of a group of an SAE's clamps, each under its condition."""
+    f = tl.zeros([NC], tl.float32)
+    needs = used & reads_activation(code)
+    needs = needs & ((code & KIND_BITS) != CONDITION)
+    if tl.max(needs.to(tl.int32), 0) != 0:
+        f = encode_clamps(
+            feature=feature, needs=needs, w_enc=w_enc, b_enc=b_enc,
+            threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
+            residual=residual, residual_stride=residual_stride, source=source,
+            source_stride=source_stride, t=t, D_IN=D_IN, HAS_RESIDUAL=HAS_RESIDUAL,
+            HAS_SOURCE=HAS_SOURCE, NC=NC, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+    delta = clamp_delta(code, value, f)
+    if tl.max(code, 0) >> CONDITION_SHIFT != 0:
+        needs, other, kind, bar = needed_condition(row_ptr, code, MAX_CLAMPS)
+        f = encode_clamps(
+            feature=other, needs=needs, w_enc=w_enc, b_enc=b_enc,
+            threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
+            residual=residual, residual_stride=residual_stride, source=source,
+            source_stride=source_stride, t=t, D_IN=D_IN, HAS_RESIDUAL=HAS_RESIDUAL,
+            HAS_SOURCE=HAS_SOURCE, NC=NC, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+        delta = tl.where(~needs | holds(kind, bar, f), delta, 0.0)
+    return delta
+
+
+@triton.jit
+def direction_deltas(
+    x, norm, feature, code, value, directions, col, D: tl.constexpr, NC: tl.constexpr
+):
+    """Coefficients [NC] of a group of plain directions, for the token's stream `x`."""
+    f = tl.zeros([NC], tl.float32)
+    length = f
+    value = tl.where((code & RELATIVE) != 0, value * norm, value)
+    projects = (code & PROJECTION) != 0
+    if tl.max(projects.to(tl.int32), 0) != 0:
+        f, length = project(x, feature, projects, directions, col, D, NC)
+    delta = clamp_delta(code, value, f)
+    scaled = limit_coefficient(delta / tl.where(length > 0.0, length, 1.0))
+    return tl.where(projects, tl.where(length > 0.0, scaled, 0.0), delta)
+
+
+@triton.jit
 def source_norm(source, source_stride, t, D_IN: tl.constexpr, BLOCK_D: tl.constexpr):
     """The L2 norm of what a transcoder reads."""
     square = tl.zeros([BLOCK_D], tl.float32)
@@ -221,35 +287,15 @@ def source_norm(source, source_stride, t, D_IN: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def clamp_kernel(
-    index,
-    flags,
-    table,
-    meta,
-    norm_limit,
-    w_enc,
-    b_enc,
-    threshold,
-    w_dec,
-    hidden,
-    residual,
-    source,
-    saturated,
-    hidden_stride,
-    residual_stride,
-    source_stride,
-    table_stride,
-    D: tl.constexpr,
-    D_IN: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_SOURCE: tl.constexpr,
-    ENCODES: tl.constexpr,
-    GATED: tl.constexpr,
-    MAX_CLAMPS: tl.constexpr,
-    NC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROW_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    index, flags, table, meta, norm_limit,
+    w_enc, b_enc, threshold, w_dec,
+    hidden, residual, source, saturated,
+    hidden_stride, residual_stride, source_stride, table_stride,
+    D: tl.constexpr, D_IN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_SOURCE: tl.constexpr,
+    ENCODES: tl.constexpr, GATED: tl.constexpr, MAX_CLAMPS: tl.constexpr,
+    NC: tl.constexpr, BLOCK_D: tl.constexpr, ROW_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a token. HAS_SOURCE: the encoder reads `source [T, D_IN]`, and the
     norm is its. ENCODES: an SAE; otherwise plain directions (additive).
 
@@ -286,40 +332,18 @@ def clamp_kernel(
     for first in range(0, count, NC):
         c = first + tl.arange(0, NC)
         feature, code, value = load_clamps(row_ptr, c, count, MAX_CLAMPS)
-        f = tl.zeros([NC], tl.float32)
         if ENCODES:
-            needs = (c < count) & reads_activation(code)
-            needs = needs & ((code & KIND_BITS) != CONDITION)
-            if tl.max(needs.to(tl.int32), 0) != 0:
-                f = encode_clamps(
-                    feature=feature, needs=needs, w_enc=w_enc, b_enc=b_enc,
-                    threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
-                    residual=residual, residual_stride=residual_stride, source=source,
-                    source_stride=source_stride, t=t, D_IN=D_IN,
-                    HAS_RESIDUAL=HAS_RESIDUAL, HAS_SOURCE=HAS_SOURCE, NC=NC,
-                    BLOCK_D=BLOCK_D,
-                )  # fmt: skip
-            delta = clamp_delta(code, value, f)
-            if tl.max(code, 0) >> CONDITION_SHIFT != 0:
-                needs, other, kind, bar = needed_condition(row_ptr, code, MAX_CLAMPS)
-                f = encode_clamps(
-                    feature=other, needs=needs, w_enc=w_enc, b_enc=b_enc,
-                    threshold=threshold, hidden=hidden, hidden_stride=hidden_stride,
-                    residual=residual, residual_stride=residual_stride, source=source,
-                    source_stride=source_stride, t=t, D_IN=D_IN,
-                    HAS_RESIDUAL=HAS_RESIDUAL, HAS_SOURCE=HAS_SOURCE, NC=NC,
-                    BLOCK_D=BLOCK_D,
-                )  # fmt: skip
-                delta = tl.where(~needs | holds(kind, bar, f), delta, 0.0)
+            delta = encoded_deltas(
+                row_ptr=row_ptr, used=c < count, feature=feature, code=code,
+                value=value, w_enc=w_enc, b_enc=b_enc, threshold=threshold,
+                hidden=hidden, hidden_stride=hidden_stride, residual=residual,
+                residual_stride=residual_stride, source=source,
+                source_stride=source_stride, t=t, D_IN=D_IN,
+                HAS_RESIDUAL=HAS_RESIDUAL, HAS_SOURCE=HAS_SOURCE,
+                MAX_CLAMPS=MAX_CLAMPS, NC=NC, BLOCK_D=BLOCK_D,
+            )  # fmt: skip
         else:
-            value = tl.where((code & RELATIVE) != 0, value * norm, value)
-            length = f
-            projects = (code & PROJECTION) != 0
-            if tl.max(projects.to(tl.int32), 0) != 0:
-                f, length = project(x, feature, projects, w_dec, col, D, NC)
-            delta = clamp_delta(code, value, f)
-            scaled = limit_coefficient(delta / tl.where(length > 0.0, length, 1.0))
-            delta = tl.where(projects, tl.where(length > 0.0, scaled, 0.0), delta)
+            delta = direction_deltas(x, norm, feature, code, value, w_dec, col, D, NC)
         for j in tl.static_range(NC):  # unrolled, so that all rows load at once
             there = first + j < count
             at = tl.load(row_ptr + 2 + first + j, mask=there, other=0).to(tl.int64) * D

@@ -173,6 +173,17 @@ def write_dense(
     return over
 
 
+@triton.jit
+def count_saturated(records, which, over, saturated, BT: tl.constexpr):
+    """Counts the tokens of a tile with a limited component, each once a step."""
+    wide = tl.max(over, 1) > 0
+    counted = records + which * RECORD_INTS + SATURATED
+    old = tl.atomic_xchg(counted, tl.full([BT], 1, tl.int32), mask=wide)
+    fresh = tl.sum((wide & (old == 0)).to(tl.int32), 0)
+    if fresh > 0:
+        tl.atomic_add(saturated, fresh)
+
+
 @triton.jit(do_not_specialize=["base", "rows", "acts_stride"])
 def decode_dense_kernel(
     index,
@@ -253,9 +264,4 @@ def decode_dense_kernel(
             residual_stride=residual_stride, token=token, there=there, col=col, D=D,
             HAS_RESIDUAL=HAS_RESIDUAL,
         )  # fmt: skip
-        wide = tl.max(over, 1) > 0
-        counted = records + which * RECORD_INTS + SATURATED
-        old = tl.atomic_xchg(counted, tl.full([BT], 1, tl.int32), mask=wide)
-        fresh = tl.sum((wide & (old == 0)).to(tl.int32), 0)
-        if fresh > 0:
-            tl.atomic_add(saturated, fresh)
+        count_saturated(records, which, over, saturated, BT)

@@ -135,7 +135,7 @@ def clamp(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> None:
-    """The delta tier; `gated`: the slot may hold a TopK module, which is left alone."""
+    """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     cuda_ops().clamp(
         step_bundle(step, step.index[Tier.DELTA], slot.delta),
         weights_bundle(slot.weights),

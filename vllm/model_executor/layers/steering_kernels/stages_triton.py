@@ -253,7 +253,7 @@ def clamp(
     residual: torch.Tensor | None,
     source: torch.Tensor | None,
 ) -> None:
-    """The delta tier; `gated`: the slot may hold a TopK module, which is left alone."""
+    """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     weights, table = slot.weights, slot.delta
     clamp_kernel[(hidden.shape[0],)](
         index=step.index[Tier.DELTA],

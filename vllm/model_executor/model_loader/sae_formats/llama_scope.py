@@ -46,7 +46,7 @@ def read(location: Location) -> ModuleLayout:
     """Layout of a Llama Scope directory."""
     config = Fields(read_json(location.root / CONFIG), CONFIG)
     if config.boolean("use_glu_encoder", False):
-        raise config.fail("use_glu_encoder", "false (a GLU encoder does not fold)")
+        raise config.fail("use_glu_encoder", "false (a GLU encoder cannot be folded)")
     stated, hook_in = None, config.text("hook_point_in")
     if hook_in is not None:
         where = f"{CONFIG}: hook_point_in"
@@ -56,7 +56,7 @@ def read(location: Location) -> ModuleLayout:
         F, D = matrix_shape(tensors, W_ENC)
         for name in tensors.infos:
             if name.startswith("encoder_glu"):
-                raise LayoutError(f"{WEIGHTS}: {name}: a GLU encoder does not fold")
+                raise LayoutError(f"{WEIGHTS}: {name}: a GLU encoder cannot be folded")
     for key, size in (("d_sae", F), ("d_model", D)):
         if config.integer(key, 1, size) != size:
             raise config.fail(key, f"{size}, which {WEIGHTS} has for encoder.weight")
@@ -99,7 +99,7 @@ def _scales(config: Fields, d_model: int) -> Json:
     if kind != "dataset-wise":
         raise config.fail(
             "norm_activation",
-            "dataset-wise, inference or none (per-token normalisation does not fold)",
+            "dataset-wise, inference or none (per-token norms cannot be folded)",
         )
     norms = config.sub("dataset_average_activation_norm")
     found = {key: norms.number(key) for key in ("in", "out")}

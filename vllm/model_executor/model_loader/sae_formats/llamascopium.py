@@ -58,7 +58,7 @@ def read(location: Location) -> ModuleLayout:
     if config.text("sae_type") not in _SAE_TYPES:
         raise config.fail("sae_type", "sae (one layer's SAE or transcoder)")
     if config.boolean("use_glu_encoder", False):
-        raise config.fail("use_glu_encoder", "false (a GLU encoder does not fold)")
+        raise config.fail("use_glu_encoder", "false (a GLU encoder cannot be folded)")
     stated, hook_in = None, config.text("hook_point_in")
     if hook_in is not None:
         where = f"{CONFIG}: hook_point_in"
@@ -126,7 +126,7 @@ def _scales(
     if kind != "dataset-wise":
         raise config.fail(
             "norm_activation",
-            "dataset-wise or inference (per-token normalisation does not fold)",
+            "dataset-wise or inference (per-token normalisation cannot be folded)",
         )
     scales = []
     for key in ("hook_point_in", "hook_point_out"):

@@ -170,7 +170,7 @@ def _refuse_what_cannot_fold(
     if not any(normalize is ok or normalize == ok for ok in foldable):
         raise LayoutError(
             f"{CONFIG}: normalize_activations: expected none or {AVERAGE}, found "
-            f"{normalize!r} (per-token normalisation and whitening do not fold)"
+            f"{normalize!r} (per-token normalisation and whitening cannot be folded)"
         )
     if kind.transcodes and (normalize is True or normalize == AVERAGE):
         raise cfg.fail("normalize_activations", "none for a transcoder")
@@ -179,7 +179,9 @@ def _refuse_what_cannot_fold(
     for key in ("hook_name_out", "hook_layer_out", "d_out"):
         fields = metadata if metadata.data.get(key) is not None else cfg
         if fields.data.get(key) is not None and not kind.transcodes:
-            raise fields.fail(key, "nothing, since the architecture is no transcoder")
+            raise fields.fail(
+                key, "no such key, since the architecture is not a transcoder"
+            )
 
 
 def _refuse_finetuning(tensors: TensorFile) -> None:
@@ -187,11 +189,13 @@ def _refuse_finetuning(tensors: TensorFile) -> None:
         if name in tensors.infos and not torch.equal(
             (value := read_vector(tensors, name)), torch.ones_like(value)
         ):
-            raise LayoutError(f"{tensors.label}: {name}: expected all ones, found else")
+            raise LayoutError(
+                f"{tensors.label}: {name}: expected all ones, found other values"
+            )
 
 
 def _points(cfg: Fields, metadata: Fields, transcodes: bool) -> Points | None:
-    """The points that the configuration states; None: it names none that is clear."""
+    """The points that the configuration states, or None if they are not clear."""
     key = "hook_name" if metadata.data.get("hook_name") is not None else "hook_point"
     name = metadata.text(key)
     if name is None:

@@ -47,7 +47,7 @@ def read(location: Location) -> ModuleLayout:
     """Layout of a sparsify directory."""
     cfg = Fields(read_json(location.root / CONFIG), CONFIG)
     if cfg.boolean("signed", False):
-        raise cfg.fail("signed", "false (selection by magnitude does not fold)")
+        raise cfg.fail("signed", "false (selection by magnitude cannot be folded)")
     if cfg.text("activation") not in (None, "topk"):
         raise cfg.fail("activation", "topk")
     is_transcoder = cfg.boolean("transcode", False)
@@ -82,7 +82,7 @@ def read(location: Location) -> ModuleLayout:
 
 
 def _points(location: Location, is_transcoder: bool) -> Points | None:
-    """The points that the directory's name stands for; None: it names none."""
+    """The points that the directory's name stands for, or None."""
     name = location.origin.rstrip("/").rsplit("/", 1)[-1]
     module = _MODULE.fullmatch(name)
     if is_transcoder:

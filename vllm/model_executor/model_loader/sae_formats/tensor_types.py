@@ -90,7 +90,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _zip_directory_bytes(path: Path) -> int | None:
-    """The declared size of a zip file's central directory; None: no zip file."""
+    """The declared size of a zip file's central directory, or None for other files."""
     tail_bytes = min(path.stat().st_size, (1 << 16) + _ZIP_END.size)
     with path.open("rb") as stream:
         stream.seek(-tail_bytes, 2)

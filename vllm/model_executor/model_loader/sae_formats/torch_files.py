@@ -50,8 +50,8 @@ def read_qwen(location: Location) -> ModuleLayout:
     """Layout of one Qwen-Scope file, or of a repository with one file per layer."""
     if (match := re.search(r"L0_([1-9][0-9]{0,8})(?![0-9])", location.origin)) is None:
         raise LayoutError(
-            f"{location.origin}: expected a path with the repository's name, which "
-            "says k as L0_50, found none"
+            f"{location.origin}: expected a path with the repository's name and k in "
+            "it, such as ...-L0_50, found none"
         )
     k = int(match[1])
     layouts = []

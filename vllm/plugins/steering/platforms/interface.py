@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from vllm.config.steering_private_directory import DIRECTORY_ENV
+from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
 from vllm.plugins.steering.seam import Stock, wrap
 
 MODULE = "vllm.platforms.interface"
-KEY_ENV = "VLLM_STEERING_API_KEY"
 KNOWN = (KEY_ENV, DIRECTORY_ENV)
 
 

@@ -1,30 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: what the server has, what is chosen, and who shows which error.
 
-import { call, key, routes, ServerError } from "./api.js";
+import { call, key, routes } from "./api.js";
 import { Clamps } from "./clamps.js";
 import { answer, Column, MODES } from "./columns.js";
 import { $, el, number, options, showError } from "./dom.js";
+import { blame, clearErrors } from "./errors.js";
 import { asCurl, asPreset, asPython } from "./export.js";
 import { byLabel, byText, labelOf } from "./search.js";
 import { measure, plot, STRENGTHS, wordList } from "./sweep.js";
 import { TokenView } from "./tokens.js";
+import { Vectors } from "./vectors.js";
 
 const MOST_COLUMNS = 4;
+// A maximum above this multiple of the 99 % quantile comes from a few odd tokens.
+const OUTLIER = 4;
 const server = { model: "", modules: [], reads: false };
-const vectors = new Map(); // name -> scale
-const known = new Map(); // feature -> {label, max, frequency} of the chosen module
+const vectors = new Vectors($("vectors"));
+const known = new Map(); // feature -> {label, max, p99, …} of the chosen module
 const clamps = new Clamps($("clamps"), facts, clampsChanged);
 let columns = [];
 let running = null;
 
 const chosen = () => server.modules.find((m) => m.name === $("module").value);
 
-/** What is known of a feature; `max` is 1 until something has been seen. */
+/**
+ * What is known of a feature. `unit`: a strong activation, in which sliders count; 1
+ * until something has been seen.
+ */
 function facts(feature) {
-  const found = known.get(feature) ?? {};
-  const name = found.label ? `${found.label} (${feature})` : `Feature ${feature}`;
-  return { label: name, max: found.max || found.seen || 1, known: Boolean(found.max) };
+  const { label, max, p99, seen } = known.get(feature) ?? {};
+  const name = label ? `${label} (${feature})` : `Feature ${feature}`;
+  if (max && p99 && max > OUTLIER * p99) {
+    return { label: name, unit: p99, unitName: "its 99 % quantile" };
+  }
+  const unitName = max ? "its maximum" : "the strongest seen here";
+  return { label: name, unit: max || seen || 1, unitName };
+}
+
+/** The label of a feature that was read; asked for when it is first shown. */
+function labelled(feature) {
+  const module = chosen();
+  if (module && !known.has(feature)) {
+    remember(feature, {});
+    labelOf(module.name, feature).then((label) => {
+      if (!label || chosen() !== module) return;
+      remember(feature, { label });
+      [...columns.map((column) => column.view), readView].forEach((view) => view.retell());
+    }).catch(() => { /* a module need not have labels */ });
+  }
+  return facts(feature).label;
 }
 
 function remember(feature, news) {
@@ -43,8 +68,7 @@ function state() {
     module: module?.name,
     sites: module?.sites ?? [],
     clamps: clamps.entries(),
-    phase: $("phase").value,
-    vectors: [...vectors].map(([name, scale]) => ({ name, scale })),
+    vectors: vectors.entries(),
   };
 }
 
@@ -75,19 +99,7 @@ function showModules() {
   options($("module"), saes.map((m) => [m.name, m.name]));
   const others = server.modules.filter((m) => m.kind === "vectors");
   $("vectors-section").hidden = others.length === 0;
-  vectors.clear();
-  $("vectors").replaceChildren(...others.map(({ name }) => {
-    vectors.set(name, 1);
-    const output = el("output", {}, "1");
-    const slider = el("input", {
-      type: "range", min: -10, max: 10, step: 0.25, value: 1,
-      oninput: ({ target }) => {
-        vectors.set(name, Number(target.value));
-        output.textContent = target.value;
-      },
-    });
-    return el("li", {}, el("label", {}, `${name} `, slider), output);
-  }));
+  vectors.show(others.map((m) => m.name));
   const hasVectors = others.length > 0;
   const inputs = Object.entries(MODES).map(([mode, text]) => el("label", {}, el("input", {
     type: "checkbox", value: mode, name: "mode", onchange: modesChanged,
@@ -103,22 +115,23 @@ async function moduleChanged() {
   known.clear();
   clamps.clear();
   const module = chosen();
+  $("module-sites").replaceChildren();
   if (!module) {
     $("module-facts").textContent = "No SAE is loaded.";
     return;
   }
-  const sites = module.sites.map((s) => `${s.hook}.${s.layer}`).join(", ");
-  $("module-facts").textContent = `${sites}, ${module.sites[0].d_sae} features`;
-  try {
-    const { card } = await evidence(module.name, []);
-    const told = [["FVU", card.fvu], ["L0", card.l0]].filter(([, v]) => v != null);
-    const cost = card.ce_plain != null
-      ? `, cross-entropy ${number(card.ce_plain)} → ${number(card.ce_reconstructed)}` : "";
-    if (told.length) {
-      $("module-facts").textContent +=
-        `; ${told.map(([n, v]) => `${n} ${number(v)}`).join(", ")}${cost}`;
-    }
-  } catch { /* a module need not say */ }
+  const { card, sites } = await evidence(module.name, []).catch(() => ({ card: {}, sites: {} }));
+  const cost = card.ce_plain == null ? ""
+    : `, cross-entropy ${number(card.ce_plain)} → ${number(card.ce_reconstructed)} reconstructed`;
+  $("module-facts").textContent = `${module.sites[0].d_sae} features${cost}`;
+  $("module-sites").replaceChildren(...module.sites.map(({ hook, layer }) => {
+    const name = `${hook}.${layer}`;
+    // The card speaks of the module, hence of its site where there is one.
+    const told = sites[name] ?? (module.sites.length === 1 ? card : {});
+    const figures = [["FVU", told.fvu], ["L0", told.l0]].filter(([, value]) => value != null);
+    const text = figures.map(([kind, value]) => `${kind} ${number(value)}`).join(", ");
+    return el("li", {}, text ? `${name}: ${text}` : name);
+  }));
 }
 
 /** What the files beside the module say of some features. */
@@ -137,11 +150,11 @@ function modesChanged() {
   const boxes = [...document.querySelectorAll("input[name=mode]")];
   const modes = boxes.filter((box) => box.checked).map((box) => box.value);
   boxes.forEach((box) => {
-    const able = box.value === "plain" || (box.value === "vectors" ? vectors.size : chosen());
+    const able = box.value === "plain" || (box.value === "vectors" ? vectors.items.length : chosen());
     box.disabled = !able || (!box.checked && modes.length >= MOST_COLUMNS);
   });
   const kept = new Map(columns.map((column) => [column.mode, column]));
-  columns = modes.map((mode) => kept.get(mode) ?? new Column(mode, (f) => facts(f).label));
+  columns = modes.map((mode) => kept.get(mode) ?? new Column(mode, labelled));
   $("columns").replaceChildren(...columns.map((column) => column.root));
   options($("export-column"), modes.map((mode) => [mode, MODES[mode]]), modes.at(-1));
   shadeChanged();
@@ -158,7 +171,7 @@ function clampsChanged() {
 function shadeChanged() {
   const feature = $("shade").value === "" ? null : Number($("shade").value);
   $("legend").hidden = feature === null;
-  const top = feature === null ? 1 : facts(feature).max;
+  const top = feature === null ? 1 : facts(feature).unit;
   [...columns.map((column) => column.view), readView].forEach((v) => v.shade(feature, top));
 }
 
@@ -167,7 +180,7 @@ async function run(event) {
   running?.abort();
   running = new AbortController();
   const { signal } = running;
-  clearErrors();
+  clearErrors(clamps, vectors, columns);
   $("run").disabled = true;
   $("stop").disabled = false;
   const current = state();
@@ -181,7 +194,7 @@ async function run(event) {
       await column.run(current, server.reads, signal);
     } catch (error) {
       if (error.name === "AbortError") column.status.textContent = "Stopped.";
-      else blame(error, column);
+      else blame(error, column, current, clamps, vectors);
     }
   }));
   if (!signal.aborted) {
@@ -198,40 +211,9 @@ function stop() {
   $("stop").disabled = true;
 }
 
-function clearErrors() {
-  clamps.forgive();
-  showError($("prompt-error"), "", $("prompt"));
-  showError($("module-error"), "", $("module"));
-  showError($("key-error"), "", $("server-key"));
-  columns.forEach((column) => showError(column.error, ""));
-}
-
-/** Show a server's error beside the control that caused it. */
-function blame(error, column) {
-  if (!(error instanceof ServerError)) {
-    showError(column.error, String(error));
-    return;
-  }
-  column.status.textContent = "Refused.";
-  const where = `${error.param} ${error.message}`;
-  const clamp = where.match(/clamps[\w.[\]"' ]*?\[(\d+)\]/);
-  if (error.status === 401) {
-    $("keys").open = true;
-    showError($("key-error"), error.message, $("server-key"));
-  } else if (clamp && clamps.blame(Number(clamp[1]), error.message)) {
-    return;
-  } else if (/module_name/.test(error.param)) {
-    showError($("module-error"), error.message, $("module"));
-  } else if (/max_tokens|prompt|messages|context/.test(where)) {
-    showError($("prompt-error"), error.message, $("prompt"));
-  } else {
-    showError(column.error, error.message);
-  }
-}
-
 // --- Finding features ---------------------------------------------------------
 
-const readView = new TokenView($("read-tokens"), (f) => facts(f).label);
+const readView = new TokenView($("read-tokens"), labelled);
 
 async function clampFeature(feature) {
   const module = chosen();
@@ -263,8 +245,10 @@ async function search(event, find) {
 }
 
 function showFound({ feature, mean, elsewhere }) {
-  const { frequency, contexts = [], neuronpedia } = known.get(feature) ?? {};
+  const { frequency, max, p99, contexts = [], neuronpedia } = known.get(feature) ?? {};
   const seen = [];
+  if (max != null) seen.push(`maximum ${number(max)}`);
+  if (p99 != null) seen.push(`99 % quantile ${number(p99)}`);
   if (mean !== undefined) seen.push(`mean ${number(mean)} here, ${number(elsewhere)} elsewhere`);
   if (frequency != null) seen.push(`active on ${number(frequency * 100)} % of tokens`);
   const button = el("button", {
@@ -328,17 +312,22 @@ async function sweep(event) {
   }
   const mode = $("sweep-tier").value;
   const points = [];
+  running?.abort();
+  running = new AbortController();
+  const { signal } = running;
+  $("stop").disabled = false;
   try {
     for (const strength of STRENGTHS) {
       const asked = { ...state(), clamps: clamps.held(feature, strength) };
-      const text = await answer(mode, asked);
+      const text = await answer(mode, asked, signal);
       points.push({ strength, ...measure(text, wanted) });
       const title = `${facts(feature).label}: share of words by strength, ${MODES[mode]}`;
-      $("sweep-plot").replaceChildren(...plot(points, title));
+      $("sweep-plot").replaceChildren(...plot(points, title, facts(feature).unitName));
     }
   } catch (error) {
-    showError($("sweep-error"), error.message);
+    if (error.name !== "AbortError") showError($("sweep-error"), error.message);
   }
+  if (running?.signal === signal) $("stop").disabled = true;
 }
 
 async function copy(kind) {

@@ -3,6 +3,7 @@
 
 import { call, stream } from "./api.js";
 import { el } from "./dom.js";
+import { request } from "./specs.js";
 import { TokenView } from "./tokens.js";
 
 export const MODES = {
@@ -13,50 +14,6 @@ export const MODES = {
   vectors: "Vectors",
 };
 const TOP_K = 24;
-
-/** The steering fields of a mode. `state`: module, sites, clamps, phase, vectors. */
-export function fields(mode, state) {
-  const clamps = clampsBySite(state);
-  const phase = state.phase;
-  switch (mode) {
-    case "reconstruction":
-      return { sae_full_reconstruction_specs: [{ module_name: state.module, clamps: {} }] };
-    case "delta":
-      return { sae_clamp_specs: [{ module_name: state.module, clamps, phase }] };
-    case "full":
-      return { sae_full_reconstruction_specs: [{ module_name: state.module, clamps, phase }] };
-    case "vectors":
-      return {
-        steering_vector_specs: state.vectors.map(({ name, scale }) => (
-          { module_name: name, scale, phase })),
-      };
-    default:
-      return {};
-  }
-}
-
-/** `{hook: {layer: [entry, …]}}`; every clamp applies at every chosen site. */
-function clampsBySite({ sites, clamps }) {
-  const found = {};
-  for (const { hook, layer } of sites) (found[hook] ??= {})[layer] = clamps;
-  return found;
-}
-
-/** Path and body of a request for `mode`. */
-export function request(mode, state) {
-  const body = {
-    model: state.model,
-    max_tokens: state.maxTokens,
-    temperature: state.temperature,
-    seed: state.seed,
-    ...fields(mode, state),
-  };
-  if (state.chat) {
-    body.messages = [{ role: "user", content: state.prompt }];
-    return { path: "/v1/chat/completions", body };
-  }
-  return { path: "/v1/completions", body: { ...body, prompt: state.prompt } };
-}
 
 export class Column {
   constructor(mode, label) {

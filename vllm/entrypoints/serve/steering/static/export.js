@@ -2,7 +2,7 @@
 // A column's request as a curl command, Python, or a preset file.
 
 import { BASE } from "./api.js";
-import { fields, request } from "./columns.js";
+import { fields, request } from "./specs.js";
 
 export function asCurl(mode, state) {
   const { path, body } = request(mode, state);

@@ -20,8 +20,8 @@ export function measure(text, wanted) {
 
 export const wordList = (text) => words(text);
 
-/** Draw `points`: `[{strength, topic, variety}]`. */
-export function plot(points, title) {
+/** Draw `points`: `[{strength, topic, variety}]`; strengths are multiples of `unit`. */
+export function plot(points, title, unit) {
   const right = Math.max(...STRENGTHS);
   const x = (s) => EDGE.left + (s / right) * (WIDTH - EDGE.left - EDGE.right);
   const y = (v) => HEIGHT - EDGE.bottom - v * (HEIGHT - EDGE.top - EDGE.bottom);
@@ -35,7 +35,7 @@ export function plot(points, title) {
       label(EDGE.left - 6, y(v) + 4, `${v * 100} %`, "end"),
     ]),
     ...STRENGTHS.map((s) => label(x(s), HEIGHT - EDGE.bottom + 16, String(s), "middle")),
-    label(x(right), HEIGHT - 4, "× the feature’s maximum", "end"),
+    label(x(right), HEIGHT - 4, `× ${unit}`, "end"),
     svg("polyline", { class: "variety", points: line("variety") }),
     svg("polyline", { class: "topic", points: line("topic") }),
     ...points.map((p) => svg("circle", { cx: x(p.strength), cy: y(p.topic), r: 3.5 })));

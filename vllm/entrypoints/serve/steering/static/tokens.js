@@ -85,10 +85,17 @@ export class TokenView {
   }
 
   #inspect(index) {
-    this.tokens[this.at]?.span.classList.remove("current");
     this.at = index;
-    const token = this.tokens[index];
-    token.span.classList.add("current");
+    document.querySelectorAll(".tokens .current").forEach((span) => (
+      span.classList.remove("current")));
+    this.tokens[index].span.classList.add("current");
+    this.retell();
+  }
+
+  /** Labels have come: tell of the current token again. */
+  retell() {
+    const token = this.tokens[this.at];
+    if (!token?.span.classList.contains("current")) return;
     $("inspector").textContent = `“${token.text}”: ${this.#describe(token)}`;
   }
 

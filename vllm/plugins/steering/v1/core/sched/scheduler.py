@@ -7,7 +7,7 @@ sae_readout` to `StepReads`, ends the requests of which a stop condition holds, 
 here they travel in `ec_transfer_params` of the step's first output under a key of ours,
 which the front end takes out again (`plugins/steering/v1/engine/output_processor.py`).
 
-A step in which nobody reads costs one look-up.
+A step in which no request reads costs one look-up.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
+from vllm.config.sae_readout_step import READOUT_ATTRIBUTE
 from vllm.plugins.steering.seam import Stock, declare, wrap
-from vllm.v1.engine.steering_reads import Fired, StepReads, step_start
+from vllm.v1.core.sched.steering_readout import is_dropped, positions, step_reads
+from vllm.v1.engine.steering_reads import Fired, StepReads
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -41,13 +40,6 @@ def install() -> None:
     )
 
 
-def step_reads(scheduler: Scheduler) -> StepReads:
-    """What the scheduler's steps have read."""
-    if scheduler.sae_step_reads is None:
-        scheduler.sae_step_reads = StepReads()
-    return scheduler.sae_step_reads
-
-
 def _make_update_from_output(stock: Stock) -> Stock:
     def update_from_output(
         self: Scheduler,
@@ -59,11 +51,12 @@ def _make_update_from_output(stock: Stock) -> Stock:
             return stock(self, scheduler_output, model_runner_output)
         reads = step_reads(self)
         starts, counts = positions(self, scheduler_output, model_runner_output, readout)
-        fired = reads.take(readout, starts, counts, self.requests)
         fired = {
             req_id: found
-            for req_id, found in fired.items()
-            if not _is_dropped(self.requests.get(req_id))
+            for req_id, found in reads.take(
+                readout, starts, counts, self.requests
+            ).items()
+            if not is_dropped(self.requests.get(req_id))
         }
         with stopping(self, reads, fired):
             outputs = stock(self, scheduler_output, model_runner_output)
@@ -71,47 +64,6 @@ def _make_update_from_output(stock: Stock) -> Stock:
         return outputs
 
     return update_from_output
-
-
-def positions(
-    scheduler: Scheduler,
-    scheduler_output: SchedulerOutput,
-    model_runner_output: ModelRunnerOutput,
-    readout: StepReadout,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(position of each request's first token, how many of its tokens count).
-
-    Without drafts the worker knows both.
-    """
-    if not scheduler.num_spec_tokens:
-        return readout.num_computed, readout.num_tokens
-    sampled = model_runner_output.sampled_token_ids
-    drafts = scheduler_output.scheduled_spec_decode_tokens
-    found = []
-    for req_id, own, computed in zip(
-        readout.req_ids,
-        readout.num_tokens.tolist(),
-        readout.num_computed.tolist(),
-        strict=True,
-    ):
-        request = scheduler.requests.get(req_id)
-        if request is None or _is_dropped(request):
-            found.append((computed, 0))
-            continue
-        at = model_runner_output.req_id_to_index[req_id]
-        num_drafts = len(drafts.get(req_id, ()))
-        generated = len(sampled[at]) if sampled else 0
-        num_tokens = request.num_tokens
-        found.append(step_start(num_tokens, own, computed, num_drafts, generated))
-    starts, counts = np.array(found, dtype=np.int64).T
-    return starts, counts
-
-
-def _is_dropped(request: Request | None) -> bool:
-    """Whether the scheduler will drop this step's output of the request."""
-    if request is None or request.is_finished():
-        return True
-    return bool(request.drop_stale_output and request.num_stale_output_tokens > 0)
 
 
 @contextmanager

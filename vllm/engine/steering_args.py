@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command-line options of steering, and what they add to `additional_config`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_json import Json
+
+FLAG = "--steering-modules"
+PRESETS_FLAG = "--steering-presets"
+INLINE_FLAG = "--steering-inline-vectors"
+KEY_FLAG = "--steering-api-key"
+# Where each option goes: a section of `additional_config["steering"]`.
+SECTIONS = {
+    FLAG: "modules",
+    PRESETS_FLAG: "presets",
+    INLINE_FLAG: "inline_vectors",
+}
+
+
+class Secret(str):
+    """A string that logs do not show: vLLM logs the arguments it was started with."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+class SteeringModulesAction(argparse.Action):
+    """Collects `NAME=PATH` and JSON objects with `name` and `path`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        options = vars(namespace)
+        modules = dict(options[self.dest] or {})
+        for item in values or ():
+            try:
+                name, given = parse_module(str(item))
+            except ValueError as error:
+                parser.error(f"{option_string or FLAG}: {error}")
+            if name in modules:
+                parser.error(
+                    f"{option_string or FLAG}: module {shown(name)} is given twice"
+                )
+            modules[name] = given
+        options[self.dest] = modules
+
+
+class InlineVectorsAction(argparse.Action):
+    """Collects `SITE=COUNT`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        options = vars(namespace)
+        sites = dict(options[self.dest] or {})
+        for item in values or ():
+            site, _, count = str(item).partition("=")
+            if not site or not (count.isascii() and count.isdigit()):
+                parser.error(f"{INLINE_FLAG}: found {shown(item)}, expected SITE=COUNT")
+            if site in sites:
+                parser.error(f"{INLINE_FLAG}: site {shown(site)} is given twice")
+            sites[site] = int(count)
+        options[self.dest] = sites
+
+
+def parse_module(item: str) -> tuple[str, str | Json]:
+    """`NAME=PATH`, or a JSON object, as name and form for `additional_config`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if item.lstrip().startswith("{"):
+        try:
+            given = json.loads(item)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"found {shown(item)}, not valid JSON: {error}") from None
+        name = given.pop("name", None)
+        if type(name) is not str or not name:
+            raise ValueError(f'found {shown(item)}, expected a "name" in the object')
+        return name, given
+    name, separator, path = item.partition("=")
+    if not (separator and name and path):
+        raise ValueError(
+            f"found {shown(item)}, expected NAME=PATH or a JSON object "
+            '{"name": ..., "path": ...}'
+        )
+    return name, path
+
+
+def fold_modules(
+    additional_config: Json | None,
+    modules: Json | None,
+    section: str = "modules",
+    flag: str = FLAG,
+) -> Json:
+    """`additional_config` with a flag's modules added; the input is not changed.
+
+    Args:
+        additional_config: as given.
+        modules: what the flag says.
+        section: `modules`, `presets` or `inline_vectors`.
+        flag: its name.
+
+    Raises:
+        SteeringConfigError: a name is given in both places.
+    """
+    additional = dict(additional_config or {})
+    if not modules:
+        return additional
+    steering = dict(additional.get("steering") or {})
+    given = dict(steering.get(section) or {})
+    for name in modules:
+        if name in given:
+            raise SteeringConfigError(
+                f"steering.{section}: {shown(name)} is given by {flag} and "
+                "in additional_config, expected only one of them"
+            )
+    steering[section] = {**given, **modules}
+    return {**additional, "steering": steering}
+
+
+def fold_options(additional_config: Json | None, options: Json) -> Json | None:
+    """`additional_config` with all that the options say; the input is not changed.
+
+    Args:
+        additional_config: as given.
+        options: what was parsed. A program with a parser of its own may lack ours.
+
+    Raises:
+        SteeringConfigError: a name is given in both places.
+    """
+    for flag, section in SECTIONS.items():
+        given = options.get(flag.removeprefix("--").replace("-", "_"))
+        if given:
+            additional_config = fold_modules(additional_config, given, section, flag)
+    return additional_config
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    group = parser.add_argument_group(
+        title="SteeringConfig", description="SAE steering modules."
+    )
+    group.add_argument(
+        FLAG,
+        nargs="+",
+        action=SteeringModulesAction,
+        default=None,
+        metavar="NAME=PATH",
+        help="Steering modules to load at start-up, each as NAME=PATH or as a "
+        'JSON object {"name": ..., "path": ..., "feature_units": ..., '
+        '"skip_token_ids": ..., "norm_guard": ...}. PATH is a local path or '
+        "hf:owner/repo[/sub/path][@revision].",
+    )
+    group.add_argument(
+        PRESETS_FLAG,
+        nargs="+",
+        action=SteeringModulesAction,
+        default=None,
+        metavar="NAME=FILE",
+        help="Presets to start with: JSON files with the steering fields of a "
+        "request, and optionally sampling, description and locked. Clients choose "
+        "one as model or as steering_preset.",
+    )
+    group.add_argument(
+        INLINE_FLAG,
+        nargs="+",
+        action=InlineVectorsAction,
+        default=None,
+        metavar="SITE=COUNT",
+        help="Sites at which requests may bring steering vectors of their own, "
+        "such as post_block.20=4: at most so many different ones a request. Room "
+        "for all requests of a batch is reserved at start-up.",
+    )
+    group.add_argument(
+        KEY_FLAG,
+        type=Secret,
+        default=None,
+        metavar="KEY",
+        help="Bearer key of the routes that change steering modules, which exist "
+        "when VLLM_PLUGINS names steering. VLLM_STEERING_API_KEY does the same; "
+        "without a key modules cannot change over HTTP.",
+    )
