@@ -41,15 +41,15 @@ PROMPT = 32
 KINDS = ("phases", "spans")
 
 
-def clamps(value: float) -> list[dict[str, Any]]:
-    return [{"feature_idx": 7, "kind": "absolute", "value": value}]
+def clamps(value: float, feature: int = 7) -> list[dict[str, Any]]:
+    return [{"feature_idx": feature, "kind": "absolute", "value": value}]
 
 
 def by_phases(at: int, steps: int) -> list[dict[str, Any]]:
     """The specs of a request that is steered by phase."""
     return [
-        {"module_name": "gg", "clamps": clamps(at + share), "phase": phase}
-        for share, phase in ((0.25, "prefill"), (0.5, "decode"))
+        {"module_name": "gg", "clamps": clamps(at, feature), "phase": phase}
+        for feature, phase in ((7, "prefill"), (8, "decode"))
     ]
 
 

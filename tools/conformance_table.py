@@ -21,12 +21,13 @@ def table() -> str:
     """The table as Markdown."""
     sys.path.insert(0, str(ROOT / "tests"))
     from steering_testing.cases import (
+        AUTO_CASES,
         CASES,
+        GPU_CASES,
         MULTIMODAL_CASES,
         RESIDUAL,
         SUBLAYER,
         TRANSFORMERS_CASES,
-        UNCHECKED,
     )
 
     hooks = (*RESIDUAL, *SUBLAYER, "transcoder")
@@ -36,17 +37,18 @@ def table() -> str:
         + " |",
         "|---|---|" + "---|" * len(hooks),
     ]
-    groups = (CASES, MULTIMODAL_CASES, TRANSFORMERS_CASES)
-    for case in (case for group in groups for case in group.values()):
+    groups = {
+        "": {**CASES, **MULTIMODAL_CASES, **TRANSFORMERS_CASES},
+        ", `--steering-decoder-layer auto`": AUTO_CASES,
+        ", on a GPU": GPU_CASES,
+    }
+    rows = [(case, how) for how, group in groups.items() for case in group.values()]
+    for case, how in rows:
         lacks = set(case.lacks) | ({"transcoder"} if "mlp_out" in case.lacks else set())
-        cells = ["–" if hook in lacks else "✓" for hook in hooks]
+        tick = "≈" if case.rounds else "✓"
+        cells = ["–" if hook in lacks else tick for hook in hooks]
         name = case.layer_class.rsplit(".", 1)[1]
-        lines.append(f"| {case.title} | `{name}` | " + " | ".join(cells) + " |")
-    lines += ["", "In the table of families, and not compared with Hugging Face:", ""]
-    lines += [
-        f"- {title} (`{name.rsplit('.', 1)[1]}`): {why}."
-        for name, (title, why) in UNCHECKED.items()
-    ]
+        lines.append(f"| {case.title}{how} | `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

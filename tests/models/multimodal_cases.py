@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from steering_testing import models
 from steering_testing.cases import MULTIMODAL_CASES
+from steering_testing.conformance import conforms
 from steering_testing.engine import engine, save_sae
 from steering_testing.reference import random_sae
 
 from tests.models.test_steering_sites import (
     NEEDS_TORCHVISION,
-    conforms,
     names_are_those_of_the_class,
 )
 from vllm import SamplingParams
@@ -102,7 +102,57 @@ def mistral3() -> Any:
     )
 
 
+def qwen3_vl_moe() -> Any:
+    config = qwen3_vl()
+    text = {**config.text_config.to_dict(), **models.MOE, "mlp_only_layers": []}
+    text.pop("model_type")
+    return transformers.Qwen3VLMoeConfig(
+        text_config=text,
+        vision_config=config.vision_config.to_dict(),
+        image_token_id=IMAGE,
+        vision_start_token_id=BEGIN,
+        vision_end_token_id=END,
+        tie_word_embeddings=False,
+    )
+
+
+def qwen3_5_mm() -> Any:
+    rope = {**MROPE, "partial_rotary_factor": 0.5, "mrope_interleaved": True}
+    return transformers.Qwen3_5Config(
+        text_config={
+            **models.LINEAR,
+            "rope_parameters": {**rope, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={**QWEN_VISION, "num_position_embeddings": 16},
+        image_token_id=IMAGE,
+        vision_start_token_id=BEGIN,
+        vision_end_token_id=END,
+        tie_word_embeddings=False,
+    )
+
+
+def llama4_mm() -> Any:
+    return transformers.Llama4Config(
+        text_config=models.FAMILIES["llama4"]().to_dict(),
+        vision_config={
+            **VISION,
+            "vision_output_dim": 48,
+            "projector_input_dim": 48,
+            "projector_output_dim": 48,
+            "intermediate_size": 128,
+        },
+        image_token_index=IMAGE,
+        boi_token_index=BEGIN,
+        eoi_token_index=END,
+        tie_word_embeddings=False,
+    )
+
+
+models.ROUNDED.add("qwen3_5_mm")
 models.FAMILIES |= {
+    "llama4_mm": llama4_mm,
+    "qwen3_5_mm": qwen3_5_mm,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "gemma3_mm": gemma3,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,

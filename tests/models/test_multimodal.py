@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from steering_testing.cases import MULTIMODAL_CASES
 
 from tools.stub_torchvision import STUB, stub
 
@@ -35,7 +36,7 @@ def run(selection: str) -> None:
 
 
 def test_gemma_3_with_images_equals_hugging_face_on_text() -> None:
-    run("gemma3_mm")
+    run("[gemma3_mm]")
 
 
 def test_image_positions_are_steered() -> None:
@@ -43,9 +44,9 @@ def test_image_positions_are_steered() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", sorted({*MULTIMODAL_CASES, "table"} - {"gemma3_mm"}))
 def test_a_multimodal_checkpoint_equals_hugging_face_on_text(family: str) -> None:
-    run(family)
+    run(f"[{family}]" if family != "table" else "names_in_the_table")
 
 
 def test_the_stub_replaces_a_file_that_others_share(tmp_path: Path) -> None:

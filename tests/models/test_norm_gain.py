@@ -9,16 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering_testing import models
+from steering_testing import models, oracle
 from steering_testing.engine import (
     FULL,
+    assert_same,
     engine,
     generate,
     params,
     sae_spec,
     save_sae,
 )
-from steering_testing.reference import DenseSAE, random_transcoder
+from steering_testing.reference import (
+    DenseSAE,
+    Edit,
+    random_sae,
+    random_transcoder,
+)
+from steering_testing.requests import SPECIAL
 from torch import nn
 
 from vllm.config.steering import HookPoint
@@ -37,15 +44,15 @@ NORMS = {
 LAYER = 1
 
 
-def norm_of(family: str) -> nn.Module:
+def norm_of(family: str, seed: int = 0) -> nn.Module:
     """The Hugging Face model's norm before the MLP of one layer."""
-    layer = models.decoder_layers(models.build(family))[LAYER]
+    layer = models.decoder_layers(models.build(family, seed))[LAYER]
     return layer.get_submodule(NORMS[family])
 
 
-def folded_by_hand(family: str, sae: DenseSAE) -> DenseSAE:
+def folded_by_hand(family: str, sae: DenseSAE, seed: int = 0) -> DenseSAE:
     """The transcoder that reads the norm's output after its gain."""
-    norm = norm_of(family)
+    norm = norm_of(family, seed)
     gain = norm.weight.detach().double() + (family == "gemma2")
     bias = norm.bias.detach().double() if family == "gpt2" else torch.zeros(len(gain))
     W_enc = sae.W_enc / gain
@@ -92,6 +99,37 @@ def test_a_transcoder_from_before_the_gain_reads_what_the_mlp_reads(
     assert before.tokens == after.tokens
     assert before.logprobs == pytest.approx(after.logprobs, abs=1e-4)
     assert raw.logprobs != pytest.approx(after.logprobs, abs=1e-3)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
+    enforce_eager: bool, tmp_path: Path
+) -> None:
+    family, site, point = "gemma2", (LAYER, "mlp_in"), (LAYER, "post_block")
+    transcoder = random_transcoder(40, "relu", 7, skip=True)
+    sae = random_sae(40, models.HIDDEN, "relu", 3)
+    for one in (transcoder, sae):
+        one.skip_token_ids = SPECIAL
+    paths = {
+        "transcoder": before_gain(save_sae(tmp_path / "t", {site: transcoder})),
+        "sae": save_sae(tmp_path / "s", {point: sae}),
+    }
+    prompt = [3 + i * 5 % 90 for i in range(12)]
+    asks = [params(6), *(params(6, **{FULL: [sae_spec(name)]}) for name in paths)]
+    with engine(family, tmp_path, paths, enforce_eager=enforce_eager) as llm:
+        answers = [generate(llm, [prompt] * len(asks), asks)]
+        other = models.save(family, tmp_path, seed=1)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        llm.reset_prefix_cache()
+        answers.append(generate(llm, [prompt] * len(asks), asks))
+    for seed, found in enumerate(answers):
+        read = folded_by_hand(family, transcoder, seed)
+        edits = [{}, {site: [Edit("full", read)]}, {point: [Edit("full", sae)]}]
+        for one, sites in zip(found, edits, strict=True):
+            model = models.build(family, seed)
+            expected = oracle.follow(model, prompt, sites, one.tokens)
+            assert_same(one, expected, f"seed {seed}, {list(sites)}")
 
 
 def test_a_gain_too_small_to_divide_by_is_refused() -> None:

@@ -24,7 +24,10 @@ class Case:
     """A tiny model, and the class of the decoder layer that runs it.
 
     `title` names the checkpoints that the class runs. `lacks` are the points that its
-    layers do not have; `z` is the width of `attn_z`.
+    layers do not have; `z` is the width of `attn_z`. `linear` are the layers with
+    linear attention, which have no `attn_z`. `environment` is set for the engine.
+    `tolerance` is that of log-probabilities where arithmetic is not exact; with it, a
+    token may be any that is as likely within it. None: equal tokens, within 1e-4.
     """
 
     title: str
@@ -33,17 +36,28 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     lacks: tuple[str, ...] = ()
     z: int = models.HIDDEN
+    linear: tuple[int, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    tolerance: float | None = None
 
     @property
     def hooks(self) -> list[str]:
         return [hook for hook in (*RESIDUAL, *SUBLAYER) if hook not in self.lacks]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the engine computes in bfloat16."""
+        return ("dtype", "bfloat16") in self.options
+
+    def hooks_of(self, layer: int) -> list[str]:
+        return [h for h in self.hooks if h != "attn_z" or layer not in self.linear]
 
     def sites(self) -> list[Site]:
         """Residual points of three layers, the others of two."""
         return [
             (layer, hook)
             for layer in (0, 1, LAST)
-            for hook in self.hooks
+            for hook in self.hooks_of(layer)
             if hook in RESIDUAL or layer > 0
         ]
 
@@ -51,7 +65,10 @@ class Case:
         return self.z if hook == "attn_z" else models.HIDDEN
 
 
-# Every line of the family table has a case here, or a test below fails.
+BFLOAT16 = (("dtype", "bfloat16"),)
+# What the rounding of activations moves a tiny model's log-probabilities by.
+BFLOAT16_TOLERANCE = 5e-2
+# Every line of the family table has a case here, or a test of them fails.
 CASES = {
     "gemma2": Case("Gemma-2", "gemma2", f"{MODELS}.gemma2.Gemma2DecoderLayer"),
     "gemma3": Case("Gemma-3 (text)", "gemma3", f"{MODELS}.gemma3.Gemma3DecoderLayer"),
@@ -93,30 +110,51 @@ CASES = {
         "GLM-4.5 (MoE)", "glm4_moe", f"{MODELS}.glm4_moe.Glm4MoeDecoderLayer"
     ),
     "apertus": Case("Apertus", "apertus", f"{MODELS}.apertus.ApertusDecoderLayer"),
+    "deepseek_v2": Case(
+        "DeepSeek-V2",
+        "deepseek_v2",
+        f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer",
+        z=128,
+        # The CPU's latent attention is not Hugging Face's, even without steering.
+        environment=(("VLLM_MLA_DISABLE", "1"),),
+    ),
+    "qwen3_next": Case(
+        "Qwen3-Next",
+        "qwen3_next",
+        f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer",
+        BFLOAT16,
+        linear=(0, 2),
+        tolerance=BFLOAT16_TOLERANCE,
+    ),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
 }
-# Lines that no tiny model checks, and why. Their modules' names and forwards are
-# compared with the classes of the installed vLLM.
-UNCHECKED = {
-    f"{MODELS}.minimax_m2.MiniMaxM2DecoderLayer": (
-        "MiniMax-M2",
-        "vLLM's CPU experts take no sigmoid scores",
+# In tests/gpu/test_families_gpu.py.
+GPU_CASES = {
+    name: Case(
+        title,
+        name,
+        f"{MODELS}.{layer}",
+        BFLOAT16,
+        z=z,
+        linear=linear,
+        tolerance=BFLOAT16_TOLERANCE,
+    )
+    for title, name, layer, z, linear in (
+        ("DeepSeek-V2", "deepseek_v2", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
+        ("DeepSeek-V3", "deepseek_v3", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
+        ("MiniMax-M2", "minimax_m2", "minimax_m2.MiniMaxM2DecoderLayer", 64, ()),
+        ("Qwen3-Next", "qwen3_next", "qwen3_next.Qwen3NextDecoderLayer", 64, (0, 2)),
+        ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
+    )
+}
+AUTO = (("steering", {"decoder_layer": "auto"}),)
+# Of classes that the table lacks, which `decoder_layer: "auto"` finds to be right.
+AUTO_CASES = {
+    "stablelm": Case(
+        "StableLM", "stablelm", f"{MODELS}.stablelm.StablelmDecoderLayer", AUTO
     ),
-    f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer": (
-        "Qwen3-Next",
-        "linear attention needs bfloat16 on a CPU",
-    ),
-    f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer": (
-        "Qwen3.5",
-        "linear attention needs bfloat16 on a CPU",
-    ),
-    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": (
-        "Qwen3-VL MoE",
-        "its forward is that of Qwen3 MoE",
-    ),
-    f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer": (
-        "DeepSeek-V2, -V3",
-        "on a CPU, vLLM's tiny model is not Hugging Face's even without steering",
+    "nemotron": Case(
+        "Nemotron", "nemotron", f"{MODELS}.nemotron.NemotronDecoderLayer", AUTO
     ),
 }
 # In tests/models/multimodal_cases.py, on prompts of text alone.
@@ -137,6 +175,34 @@ MULTIMODAL_CASES = {
         "Qwen2.5-VL",
         "qwen2_5_vl",
         f"{MODELS}.qwen2.Qwen2DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
+    ),
+    "llama4_mm": Case(
+        "Llama 4 (multimodal)",
+        "llama4_mm",
+        f"{MODELS}.llama4.Llama4DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "qwen3_5_mm": Case(
+        "Qwen3.5 (multimodal)",
+        "qwen3_5_mm",
+        f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer",
+        (*BFLOAT16, ("limit_mm_per_prompt", {"image": 0, "video": 0})),
+        linear=(0, 2),
+        tolerance=BFLOAT16_TOLERANCE,
+    ),
+    "qwen3_5": Case(
+        "Qwen3.5 (text)",
+        "qwen3_5",
+        f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer",
+        BFLOAT16,
+        linear=(0, 2),
+        tolerance=BFLOAT16_TOLERANCE,
+    ),
+    "qwen3_vl_moe": Case(
+        "Qwen3-VL MoE",
+        "qwen3_vl_moe",
+        f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer",
         (("limit_mm_per_prompt", {"image": 0, "video": 0}),),
     ),
     "qwen3_vl": Case(

@@ -8,6 +8,7 @@ import functools
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from steering_testing import models
@@ -64,9 +65,9 @@ def save(root: Path) -> dict[str, str]:
 class Ties:
     """Near ties that a sequence meets, numbered in their order; which way each falls.
 
-    A score within `TIE` of the threshold, or of the score that TopK leaves out, falls
-    on either side in arithmetic that is not exact, and what follows differs by a
-    whole activation.
+    A score within `TIE` of the threshold, of the score that TopK leaves out, or of a
+    condition's bound, falls on either side in arithmetic that is not exact, and what
+    follows differs by a whole activation.
     """
 
     choices: tuple[bool, ...] = ()
@@ -80,9 +81,10 @@ class Ties:
 
 
 class Undecided(DenseSAE):
-    """An SAE whose near ties `ties` decides."""
+    """An SAE whose near ties `ties` decides; `bounds` are those of conditions."""
 
     ties: Ties
+    bounds: list[tuple[int, float]]
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         acts = super().encode(x)
@@ -100,6 +102,9 @@ class Undecided(DenseSAE):
             for i in ((pre - bar).abs() < TIE).nonzero()[:, 0].tolist():
                 if self.ties.other_side():
                     acts[i] = 0.0 if acts[i] else pre[i]
+        for feature, bound in self.bounds:
+            if abs(acts[feature] - bound) < TIE and self.ties.other_side():
+                acts[feature] = 2 * bound - acts[feature]
         return acts
 
 
@@ -110,12 +115,25 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
         values = {f.name: getattr(edit.sae, f.name) for f in fields(DenseSAE)}
         edit.sae = Undecided(**values)
         edit.sae.ties = ties
+        conditions = {clamp.when for clamp in edit.clamps if clamp.when is not None}
+        edit.sae.bounds = sorted((feature, bound) for feature, _, bound in conditions)
     return ties
 
 
-@torch.no_grad()
 def complaint(
-    found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
+    found: Greedy,
+    ids: list[int],
+    edits: SiteEdits,
+    tolerance: float,
+    family: str = FAMILY,
+) -> str | None:
+    """`departs` for a family's tiny model."""
+    return departs(models.build(family), found, ids, edits, tolerance)
+
+
+@torch.no_grad()
+def departs(
+    model: Any, found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
 ) -> str | None:
     """Why greedy decoding with these edits does not give `found`; None if it does.
 
@@ -123,7 +141,6 @@ def complaint(
     of each other, either may come out.
     """
     tokens = [*ids, *found.tokens[:-1]]
-    model = models.build(FAMILY)
     with hooked(model, edits, tokens, len(ids)):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     scores = logits[len(ids) - 1 :].double().log_softmax(-1)
@@ -145,17 +162,18 @@ def assert_near(
     edits: SiteEdits,
     tolerance: float,
     label: str = "",
+    family: str = FAMILY,
 ) -> None:
     """The continuation is that of greedy decoding, with near ties either way."""
     ties = decide(edits, ())
-    first = complaint(found, ids, edits, tolerance)
+    first = complaint(found, ids, edits, tolerance, family)
     if first is None:
         return
     count = ties.met
     assert count <= MOST_TIES, f"{label}: {first}, and {count} near ties"
     for choices in itertools.product((False, True), repeat=count):
         decide(edits, choices)
-        if complaint(found, ids, edits, tolerance) is None:
+        if complaint(found, ids, edits, tolerance, family) is None:
             return
     raise AssertionError(f"{label}: {first}, whichever way {count} near ties fall")
 

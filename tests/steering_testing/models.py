@@ -42,6 +42,35 @@ MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+# The CPU kernel for rotary embeddings turns the first head alone of a tensor
+# `[T, heads, D]`, so DeepSeek has one head; the kernels for latent attention know the
+# published ranks only.
+DEEPSEEK = {
+    **COMMON,
+    "num_attention_heads": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 24,
+    "head_dim": 64,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LINEAR = {
+    **COMMON,
+    **HEAD,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
 
 
 def _config(name: str, **values: Any) -> Callable[[], Any]:
@@ -149,10 +178,43 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         interleave_moe_layer_step=2,
         attention_chunk_size=128,
     ),
+    "deepseek_v2": _config("DeepseekV2Config", **DEEPSEEK),
+    "deepseek_v3": _config(
+        "DeepseekV3Config",
+        **DEEPSEEK,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+    ),
+    "qwen3_next": _config(
+        "Qwen3NextConfig",
+        **LINEAR,
+        **{**MOE, "num_experts_per_tok": 4},
+        shared_expert_intermediate_size=48,
+    ),
+    "qwen3_5": _config("Qwen3_5TextConfig", **LINEAR),
+    "minimax_m2": _config(
+        "MiniMaxM2Config",
+        **COMMON,
+        **HEAD,
+        rotary_dim=32,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        num_local_experts=4,
+        num_experts_per_tok=4,
+    ),
+    # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
+    "stablelm": _config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
+    "nemotron": _config("NemotronConfig", **COMMON, **HEAD),
     "olmo2": _config("Olmo2Config", **COMMON),
     "phi": _config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
     "gpt_neox": _config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
 }
+
+
+# Families that engines run in bfloat16; it holds their weights exactly. Their experts
+# are all chosen: rounding would choose another where two are nearly as good.
+ROUNDED = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next", "qwen3_5"}
 
 
 @cache
@@ -173,6 +235,8 @@ def build(family: str, seed: int = 0) -> Any:
                 weight.normal_(0, 0.08 if "embed" not in name else embedding)
             elif "norm" in name or "ln_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))
+            if family in ROUNDED:
+                weight.copy_(weight.bfloat16())
     for module in model.modules():
         # vLLM holds xIELU's constants in bfloat16 and computes their softplus in it,
         # whatever the model's dtype. The activation itself is computed in float32.

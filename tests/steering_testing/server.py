@@ -65,19 +65,33 @@ def api_server(
         RuntimeError: not ready within `READY_S`, or processes are left after
             `STOP_S`; with the end of the log.
     """
-    port = free_port()
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--served-model-name", MODEL_NAME,
-        "--host", "127.0.0.1", "--port", str(port),
+    words = [
+        str(model), "--served-model-name", MODEL_NAME,
         "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32",
         "--enforce-eager", *arguments,
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k not in OWN_PROCESS_ONLY}
+    with serving(words, log, env | ENVIRONMENT | (environment or {})) as server:
+        yield server
+
+
+@contextmanager
+def serving(
+    words: list[str], log: Path, env: dict[str, str], cwd: Path | None = None
+) -> Iterator[Server]:
+    """Run `vllm serve` with these words, on a port of its own, until the block ends.
+
+    Raises:
+        RuntimeError: as `api_server`.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *words]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command,
-            env=env | ENVIRONMENT | (environment or {}),
+            cwd=cwd,
+            env=env,
             stdout=sink,
             stderr=sink,
             start_new_session=True,

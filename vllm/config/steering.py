@@ -33,6 +33,7 @@ __all__ = [
     "HOOK_NAMES",
     "RESIDUAL_HOOKS",
     "Activation",
+    "DecoderLayers",
     "FeatureUnits",
     "HookPoint",
     "InlineSite",
@@ -68,6 +69,7 @@ class Tier(IntEnum):
 
 ModuleKind = Literal["sae", "vectors"]
 FeatureUnits = Literal["native", "unit_decoder"]
+DecoderLayers = Literal["known", "auto"]
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ class SteeringConfig:
     `version` counts the changes since start-up. `readout`: whether requests may read
     features, of layers from `first_read_layer` on (the last pipeline stage).
     `max_pieces` bounds the pieces of a request's schedule; tables have a row for each.
+    `decoder_layer`: "known" for classes of the table alone, "auto" to try others.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
     requests that choose none. `inline_sites` are those at which requests may bring
     vectors of their own.
@@ -305,6 +308,7 @@ class SteeringConfig:
     max_pieces: int = DEFAULT_MAX_PIECES
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
+    decoder_layer: DecoderLayers = "known"
     inline_sites: tuple[InlineSite, ...] = ()
     # The requests parsed under this configuration, by what they asked.
     parsed: KeptParses = field(
@@ -330,6 +334,7 @@ class SteeringConfig:
             "inline_sites": [site.to_json() for site in self.inline_sites],
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
+            "decoder_layer": self.decoder_layer,
         }
 
     @classmethod
@@ -351,6 +356,7 @@ class SteeringConfig:
             max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
             presets=data.get("presets", {}),
             default_preset=data.get("default_preset"),
+            decoder_layer=data.get("decoder_layer", "known"),
             inline_sites=tuple(
                 InlineSite.from_json(site) for site in data.get("inline_sites", ())
             ),

@@ -6,13 +6,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import get_args
 
+from vllm.config.steering import DecoderLayers
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
 
 FLAG = "--steering-modules"
 PRESETS_FLAG = "--steering-presets"
 INLINE_FLAG = "--steering-inline-vectors"
+DECODER_FLAG = "--steering-decoder-layer"
 KEY_FLAG = "--steering-api-key"
 # Where each option goes: a section of `additional_config["steering"]`.
 SECTIONS = {
@@ -146,6 +149,13 @@ def fold_options(additional_config: Json | None, options: Json) -> Json | None:
         given = options.get(flag.removeprefix("--").replace("-", "_"))
         if given:
             additional_config = fold_modules(additional_config, given, section, flag)
+    if decoder_layer := options.get("steering_decoder_layer"):
+        additional = dict(additional_config or {})
+        steering = {
+            **(additional.get("steering") or {}),
+            "decoder_layer": decoder_layer,
+        }
+        additional_config = {**additional, "steering": steering}
     return additional_config
 
 
@@ -184,6 +194,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Sites at which requests may bring steering vectors of their own, "
         "such as post_block.20=4: at most so many different ones a request. Room "
         "for all requests of a batch is reserved at start-up.",
+    )
+    group.add_argument(
+        DECODER_FLAG,
+        choices=get_args(DecoderLayers),
+        default=None,
+        help="auto: a decoder-layer class that no table lists is recognised by its "
+        "names, and refused unless a forward on made-up values shows that it does "
+        "what they say.",
     )
     group.add_argument(
         KEY_FLAG,

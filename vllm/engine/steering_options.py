@@ -8,6 +8,7 @@
      "max_specs": 64,
      "max_pieces": 8,
      "readout": True,
+     "decoder_layer": "known" | "auto",
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
                {"layer": 20, "hook": "resid_post", "vectors": 4}],
      "inline_vectors": {"post_block.20": 4},
@@ -31,6 +32,7 @@ from vllm.config.sae_inline_vectors import INLINE_PREFIX
 from vllm.config.steering import (
     HOOK_ALIASES,
     HOOK_NAMES,
+    DecoderLayers,
     FeatureUnits,
     HookPoint,
     InlineSite,
@@ -54,6 +56,7 @@ TOP_FIELDS = (
     "presets",
     "default_preset",
     "readout",
+    "decoder_layer",
     "spare",
     "inline_vectors",
     "module_roots",
@@ -75,6 +78,15 @@ def readout_option(value: object) -> bool:
             f"{ROOT}.readout: found {shown(value)}, expected true or false"
         )
     return value
+
+
+def decoder_layer_option(value: object) -> DecoderLayers:
+    for known in get_args(DecoderLayers):
+        if value == known:
+            return known
+    raise SteeringConfigError(
+        f'{ROOT}.decoder_layer: found {shown(value)}, expected "known" or "auto"'
+    )
 
 
 def check_dtype(where: str, hook: HookPoint, model_config: ModelConfig) -> None:

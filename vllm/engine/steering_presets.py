@@ -22,6 +22,9 @@ from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
 
 ROOT = "additional_config.steering"
 MAX_FILE_BYTES = 1 << 20
@@ -106,6 +109,51 @@ def refuse_without_default(config: SteeringConfig, module: str) -> None:
             f"{shown(name)}: choose another default first",
             "name",
         )
+
+
+def broken_presets(config: SteeringConfig) -> dict[str, str]:
+    """The presets that requests could not run under now, and why."""
+    found = {}
+    for name, preset in config.presets.items():
+        try:
+            check_preset(name, preset, config)
+        except VLLMValidationError as error:
+            found[name] = str(error.args[0])
+    return found
+
+
+def warn_of_broken_presets(
+    before: SteeringConfig, after: SteeringConfig, module: str
+) -> None:
+    """Log which presets the change of a module breaks."""
+    known = broken_presets(_ready(before, module))
+    for name, why in broken_presets(_ready(after, module)).items():
+        if name not in known:
+            logger.warning("Steering: preset %s is not valid any more: %s", name, why)
+
+
+def with_valid_default(after: SteeringConfig, module: str) -> SteeringConfig:
+    """`after`, unless a module that is replaced would break the default preset.
+
+    Args:
+        after: the configuration with the new module.
+        module: its name.
+    """
+    name = after.default_preset
+    why = None if name is None else broken_presets(_ready(after, module)).get(name)
+    if why is not None:
+        raise RefusedCall(
+            Outcome.CONFLICT,
+            f"the server's default preset {shown(name)} would not be valid: {why}; "
+            "expected another module or another default",
+            "name",
+        )
+    return after
+
+
+def _ready(config: SteeringConfig, module: str) -> SteeringConfig:
+    """The configuration once the drain of a module has ended."""
+    return replace(config, draining=config.draining - {module})
 
 
 def _known(config: SteeringConfig, name: object) -> str:

@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 import vllm.plugins.steering as plugin
 from vllm import SamplingParams
-from vllm.config.sae_steering_admission import ROWS_KEY
+from vllm.config.sae_steering_admission import (
+    ROWS_KEY,
+    admitted_extra_args,
+    admitted_schedule,
+)
+from vllm.config.sae_steering_types import parse_steering_request
+from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.exceptions import VLLMValidationError
 from vllm.plugins.steering.seam import BOUND
 from vllm.plugins.steering.v1.core.kv_cache_utils import TARGET
 from vllm.v1.core import kv_cache_utils
@@ -84,6 +92,76 @@ def test_kv_events_accept_the_key() -> None:
     (event,) = kv_cache_utils.to_event_extra_keys([key])
     assert event == (key[0][1],)
     assert all(isinstance(part, str) for part in key[0])
+
+
+SITES = (SiteInfo(1, HookPoint.POST_BLOCK, 8, 16),)
+CONFIG = SteeringConfig({"a": ModuleInfo("a", "sae", "p", "native", "da", SITES)})
+FULL = "sae_full_reconstruction_specs"
+
+
+def asked(*parts: tuple[float, str, int, int | None]) -> dict[str, Any]:
+    """A request that clamps one feature in spans: value, of, start, stop."""
+    return {
+        FULL: [
+            {
+                "module_name": "a",
+                "clamps": [{"feature_idx": 1, "kind": "absolute", "value": value}],
+                "spans": [{"of": of, "start": start, "stop": stop}],
+            }
+            for value, of, start, stop in parts
+        ]
+    }
+
+
+def small_requests() -> list[dict[str, Any]]:
+    """All of one span, and all of two that do not overlap, of a prompt of four."""
+    ends = (1, 2, None)
+    spans = [("prompt", a, b) for a in (-3, -1, 0, 1) for b in (None, -1, 3)]
+    spans += [
+        ("generated", a, b) for a in (0, 1, 2) for b in ends if b is None or a < b
+    ]
+    found: list[dict[str, Any]] = [{}]
+    for one in ((value, *span) for value in (1.0, 2.0) for span in spans):
+        for other in (
+            None,
+            *((value, *span) for value in (1.0, 3.0) for span in spans),
+        ):
+            given = asked(one) if other is None else asked(one, other)
+            with suppress(VLLMValidationError):
+                parse_steering_request(given, CONFIG)
+                found.append(given)
+    return found
+
+
+def test_every_pair_of_small_schedules_shares_the_blocks_that_are_edited_alike() -> (
+    None
+):
+    """From what a client writes to the key: equal exactly where the edits of every
+    position of the block are equal."""
+    length, block = 4, 2
+    by_key: dict[Any, set[Any]] = {}
+    by_content: dict[Any, set[Any]] = {}
+    requests = small_requests()
+    for given in requests:
+        args = admitted_extra_args(given or None, CONFIG, length)
+        schedule = admitted_schedule(args or {}, length)
+        request = parse_steering_request(given, CONFIG)
+        edits = []
+        for position in range(8):
+            when = None
+            if request is not None:
+                pieces = request.schedule(length)
+                when = next(p for p in pieces if p.stop is None or position < p.stop)
+            found = () if when is None else request.edits(Tier.FULL, when.when)
+            edits.append(found)
+        for start in range(0, 8, block):
+            key = start % block, steering_block_key(schedule, start, start + block)
+            content = tuple(edits[start : start + block])
+            by_key.setdefault(key, set()).add(content)
+            by_content.setdefault(content, set()).add(key)
+    assert len(requests) > 200 and len(by_key) > 15
+    assert all(len(found) == 1 for found in by_key.values())
+    assert all(len(found) == 1 for found in by_content.values())
 
 
 def test_blocks_are_shared_exactly_where_every_position_is_edited_alike() -> None:

@@ -147,6 +147,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "GPUModelRunner.finish_requests",
         "GPUModelRunner.load_model",
         "GPUModelRunner.prepare_inputs",
+        "GPUModelRunner.reload_weights",
         "GPUModelRunner.sample_tokens",
     ),
     "vllm.v1.worker.gpu_model_runner": (
@@ -154,6 +155,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "GPUModelRunner._prepare_inputs",
         "GPUModelRunner._update_states",
         "GPUModelRunner.load_model",
+        "GPUModelRunner.reload_weights",
         "GPUModelRunner.sample_tokens",
     ),
     "vllm.v1.worker.worker_base": ("WorkerWrapperBase.init_device",),

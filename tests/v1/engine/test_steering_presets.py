@@ -20,11 +20,12 @@ from steering_testing.engine import (
     generate,
     params,
     sae_spec,
+    save_sae,
 )
 from steering_testing.oracle import Greedy
 from steering_testing.reference import Clamp
 from steering_testing.requests import Ask, Modules, prompt, specs, vector
-from steering_testing.tiers import FAMILY, POST, sae
+from steering_testing.tiers import FAMILY, POST, PRE, sae
 
 from vllm import LLM, SamplingParams
 from vllm.config.sae_steering_types import SteeringSamplingParams
@@ -38,6 +39,7 @@ from vllm.entrypoints.steering import (
     delete_preset,
     put_preset,
     register_vector,
+    replace_module,
     set_default_preset,
     unregister_module,
 )
@@ -316,6 +318,10 @@ def test_a_preset_whose_module_is_gone_says_so(
         check(ask(llm, {})[0], BRIDGE)
         with pytest.raises(SteeringModuleError, match="default preset 'bridge'"):
             unregister_module(llm, "a")
+        elsewhere = save_sae(tmp_path / "elsewhere", {PRE: sae("jumprelu", 2)})
+        with pytest.raises(SteeringModuleError, match="would not be valid: .*layer 1"):
+            replace_module(llm, "a", elsewhere)
+        check(ask(llm, {})[0], BRIDGE)
         set_default_preset(llm, None)
         unregister_module(llm, "a")
         with pytest.raises(

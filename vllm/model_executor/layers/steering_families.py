@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -146,6 +147,13 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def has_known_layers(model: nn.Module) -> bool:
+    """Whether `find_decoder_layers` finds any."""
+    return any(
+        _family_of(model, module) for _, module in decoder_layer_candidates(model)
+    )
+
+
 def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     """This rank's decoder layers by global index.
 
@@ -157,7 +165,7 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
         # Vision and audio towers have layers too.
         model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
-    for name, module in _layer_candidates(model):
+    for name, module in decoder_layer_candidates(model):
         family = _family_of(model, module)
         if family is None:
             continue
@@ -173,7 +181,16 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     return found
 
 
-def _layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+# What `decoder_layer: "auto"` has found to be right, by the model it was found in.
+_trusted: WeakKeyDictionary[nn.Module, dict[str, LayerFamily]] = WeakKeyDictionary()
+
+
+def trust_family(model: nn.Module, layer_class: str, family: LayerFamily) -> None:
+    """Let a model's layers of a class that the table lacks be steered."""
+    _trusted[model] = {layer_class: family}
+
+
+def decoder_layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules whose name ends in a number, such as `model.layers.3`."""
     return [
         (name, module)
@@ -183,7 +200,8 @@ def _layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
-    if family := FAMILIES.get(class_name(module)):
+    name = class_name(module)
+    if family := FAMILIES.get(name) or _trusted.get(model, {}).get(name):
         return family
     if f"{MODELS}.transformers." not in _lineage(model):
         return None
@@ -230,14 +248,15 @@ def _lineage(model: nn.Module) -> str:
 
 
 def _unknown_family(model: nn.Module) -> str:
-    classes = {class_name(module) for _, module in _layer_candidates(model)}
+    classes = {class_name(module) for _, module in decoder_layer_candidates(model)}
     layers = sorted(name for name in classes if re.search(r"Layer$|Block$", name))
     known = ", ".join(sorted(FAMILIES))
     return (
         f"steering: no decoder-layer class of {type(model).__name__} is known: found "
         f"{layers or sorted(classes)}; known are {known}, and models run by the "
-        "Transformers backend (--model-impl transformers). To add one, name its "
-        "points in vllm/model_executor/layers/steering_families.py"
+        "Transformers backend (--model-impl transformers). With "
+        "--steering-decoder-layer auto, others are tried and checked. To add one, name "
+        "its points in vllm/model_executor/layers/steering_families.py"
     )
 
 
@@ -287,7 +306,7 @@ def reads_stream_raw(layer: DecoderLayer) -> bool:
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     """Why the layer lacks a point, or None if it has the point."""
     family, parts = layer.family, parts_of(layer)
-    if _dtype(layer.module) is torch.float16:
+    if _is_float16(layer.module):
         if family.scales_float16:
             return "in float16 the layer keeps a multiple of the stream"
         if reads_stream_raw(layer):
@@ -315,8 +334,9 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     return None
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def _is_float16(module: nn.Module) -> bool:
+    # Quantised layers hold integers and float32 scales too; a norm says the dtype.
+    return any(weight.dtype is torch.float16 for weight in module.parameters())
 
 
 def points_of(layer: DecoderLayer) -> list[HookPoint]:

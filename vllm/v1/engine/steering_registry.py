@@ -39,8 +39,10 @@ from vllm.config.steering_slots import (
 from vllm.engine.steering_active_config import active_steering_config, publish
 from vllm.engine.steering_presets import (
     refuse_without_default,
+    warn_of_broken_presets,
     with_default,
     with_preset,
+    with_valid_default,
     without_preset,
 )
 from vllm.engine.steering_resolution import (
@@ -249,12 +251,13 @@ class SteeringRegistry:
         model_config = self.core.vllm_config.model_config
         try:
             check_against_model(module, model_config)
-            return with_module(config, module, model_config.enforce_eager)
+            after = with_module(config, module, model_config.enforce_eager)
         except NoRoomError as error:
             text = f"module {shown(name)}: {error}"
             raise RefusedCall(Outcome.CONFLICT, text, "path") from error
         except SteeringConfigError as error:
             raise RefusedCall(Outcome.INVALID, str(error), "path") from error
+        return with_valid_default(after, name)
 
     def _without(self, payload: Json) -> SteeringConfig:
         """The configuration without the payload's module."""
@@ -345,6 +348,7 @@ class SteeringRegistry:
         if done is None or done.ident != payload.get("change", ""):
             raise RefusedCall(Outcome.FAILED, "no such change is prepared", "change")
         self.prepared = None
+        warn_of_broken_presets(self.config, done.after, done.name)
         draining = self.config.draining - {done.name}
         self._publish(dataclasses.replace(done.after, draining=draining))
         if error := first_error(self._workers("finish")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes the row of every token of a step.
+"""From the batch's spans to the row of every token.
 
 The phase of a token is decided by its position alone, so chunking, preemption,
 recompute, draft tokens and prefix-cache hits cannot change it.
@@ -7,6 +7,7 @@ recompute, draft tokens and prefix-cache hits cannot change it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class BatchView:
-    """What steering needs to know of a step. Each runner builds it from its own batch.
+    """What steering needs of a step; each runner builds it from its own batch.
 
     Attributes:
         req_ids: requests in batch order; their tokens follow one another.
@@ -36,6 +37,8 @@ class BatchView:
 NO_STOP = 1 << 40
 
 Rows = tuple[int, ...]
+# So many requests that enter another piece are moved one by one.
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class RequestRows:
 
     @property
     def pieces(self) -> tuple[tuple[int, Rows], ...]:
-        """The schedule; a request with phases has two pieces."""
+        """The schedule, of phases too."""
         return self.schedule or ((0, self.prefill), (NO_STOP, self.decode))
 
     def held(self, tier: int) -> list[int]:
@@ -63,43 +66,29 @@ class RequestRows:
         return [rows[tier] for _, rows in self.pieces]
 
 
-def phase_counts(view: BatchView) -> np.ndarray:
-    """`[2n]` tokens of the step: prefill and decode of each request in turn."""
-    n = len(view.req_ids)
-    scheduled = view.num_scheduled[:n]
-    left = view.prompt_len[:n] - view.num_computed[:n]
-    counts: np.ndarray = np.empty((n, 2), dtype=np.int64)
-    np.minimum(np.maximum(left, 0), scheduled, out=counts[:, 0])
-    np.subtract(scheduled, counts[:, 0], out=counts[:, 1])
-    return counts.reshape(-1)
-
-
-def piece_counts(view: BatchView, stops: np.ndarray) -> np.ndarray:
-    """`[nW]` tokens of the step: those of each piece of each request in turn.
+def piece_counts(first: np.ndarray, last: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """`[n, W]` tokens of each request in each of its pieces.
 
     Args:
-        view: of the step.
-        stops: `[n, W]` where the pieces stop, counted from the end of the prompt.
+        first, last: `[n]` the request's positions, `last` left out.
+        stops: `[n, W]` where the pieces stop; all count from the end of the prompt.
     """
-    n = len(view.req_ids)
-    first = view.num_computed[:n].astype(np.int64) - view.prompt_len[:n]
     bounds = np.concatenate([first[:, None], stops], axis=1)
-    last = (first + view.num_scheduled[:n])[:, None]
-    np.clip(bounds, first[:, None], last, out=bounds)
-    return np.diff(bounds, axis=1).reshape(-1)
+    np.clip(bounds, first[:, None], last[:, None], out=bounds)
+    return np.diff(bounds, axis=1)
 
 
 class StepIndex:
-    """The rows of a step's tokens, computed again only when the batch has changed.
+    """The rows of a step's tokens, made anew only where something has changed.
 
-    While the same requests decode, a step costs only a comparison. A change of the
-    batch or of a request's rows gathers the rows again. A change of the token counts
-    lays them out again.
+    While the same requests go on within their pieces, a step costs two comparisons of
+    `[n]`. When some of them enter another piece, only their tokens get new rows; when
+    the batch or its layout changes, all do.
 
     Attributes:
         rows: int32 `[tier, tokens]`, the row of every token; None if all are 0.
-        steered: int64 `[tier, phase]`, number of the step's tokens that have a row
-            (prefill, decode).
+        steered: int64 `[tier, phase]`, tokens of the step that have a row (prefill,
+            decode).
     """
 
     def __init__(self, num_tiers: int):
@@ -109,16 +98,24 @@ class StepIndex:
         # [slot, piece, tier]: a slot for each request that holds rows, 0 for others.
         # Phases are two pieces; the width grows with the first request that has more.
         self._slots: np.ndarray = np.zeros((8, 2, num_tiers), dtype=np.int32)
+        # [slot, piece]: where it stops, and begins, counted from the prompt's end.
         self._stops: np.ndarray = _phase_stops(8, 2)
+        self._starts: np.ndarray = _starts_of(self._stops)
+        none = (0,) * num_tiers
+        self._pieces = [RequestRows(none, none).pieces] * 8
         self._slot_of: dict[str, int] = {}
         self._free = list(range(7, 0, -1))
+        # Of the step before: its requests, the slot of each, and its tokens' rows.
         self._req_ids: list[str] | None = None
-        self._held: np.ndarray = np.zeros((num_tiers, 0), dtype=np.int32)
-        self._batch_stops: np.ndarray = _phase_stops(0, 2)
-        self._counts: np.ndarray = np.zeros(0, dtype=np.int64)
-        self._batch_slots: np.ndarray = np.zeros(0, dtype=np.int64)
-        # The piece of each request's token, if the last step had one token of each.
-        self._pieces: np.ndarray | None = None
+        self._batch: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._scheduled: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._laid: np.ndarray = np.zeros((num_tiers, 0), dtype=np.int32)
+        self._one_each = False  # whether each request had one token
+        # Of each request: it keeps its rows while `0 <= computed - base <= room`; and
+        # whether its first token is of the prompt.
+        self._base: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._room: np.ndarray = np.zeros(0, dtype=np.uint64)
+        self._in_prompt: np.ndarray = np.zeros(0, dtype=bool)
 
     @property
     def holders(self) -> set[str]:
@@ -139,17 +136,22 @@ class StepIndex:
             self._slots = np.pad(self._slots, ((0, 0), (0, more), (0, 0)))
             never: np.ndarray = np.full((size, more), NO_STOP, dtype=np.int64)
             self._stops = np.concatenate([self._stops, never], axis=1)
+            self._starts = _starts_of(self._stops)
         if not self._free:
             self._slots = np.concatenate([self._slots, np.zeros_like(self._slots)])
             stops = _phase_stops(size, self.width)
             self._stops = np.concatenate([self._stops, stops])
+            self._starts = _starts_of(self._stops)
+            self._pieces += self._pieces[:1] * size
             self._free = list(range(2 * size - 1, size - 1, -1))
         slot = self._slot_of[req_id] = self._free.pop()
-        self._slots[slot] = 0
-        self._stops[slot] = NO_STOP
-        for at, (stop, held) in enumerate(pieces):
-            self._slots[slot, at] = held
-            self._stops[slot, at] = stop
+        n = len(pieces)
+        self._pieces[slot] = pieces
+        self._slots[slot, :n] = [held for _, held in pieces]
+        self._slots[slot, n:] = 0
+        self._stops[slot, :n] = [stop for stop, _ in pieces]
+        self._stops[slot, n:] = NO_STOP
+        self._starts[slot, 1:] = self._stops[slot, :-1]
         self._req_ids = None
 
     def drop(self, req_id: str) -> None:
@@ -159,48 +161,108 @@ class StepIndex:
 
     def update(self, view: BatchView) -> bool:
         """Follow a step; whether `rows` may have changed."""
+        n = len(view.req_ids)
+        scheduled, computed = view.num_scheduled[:n], view.num_computed[:n]
         same_batch = view.req_ids == self._req_ids
         if not same_batch:
             slots = [self._slot_of.get(req_id, 0) for req_id in view.req_ids]
-            held = self._slots[slots].transpose(2, 0, 1)
-            self._held = held.reshape(self.num_tiers, -1)
-            self._batch_stops = self._stops[slots]
-            self._batch_slots = np.array(slots, dtype=np.int64)
-            self._pieces = None
+            self._batch = np.array(slots, dtype=np.int64)
             self._req_ids = list(view.req_ids)
-        if self.width == 2:
-            counts = phase_counts(view)
-        elif (view.num_scheduled[: len(view.req_ids)] == 1).all():
-            return self._update_single(view)
-        else:
-            counts = piece_counts(view, self._batch_stops)
-            self._pieces = None
-        if same_batch and np.array_equal(counts, self._counts):
-            return False
-        self._counts = counts
-        used = (self._held != 0) * counts
-        in_prompt = self._batch_stops.reshape(-1) <= 0
-        prefill = used[:, in_prompt].sum(axis=1)
-        self.steered = np.stack([prefill, used.sum(axis=1) - prefill], axis=1)
-        steers = bool(self.steered.any())
-        self.rows = np.repeat(self._held, counts, axis=1) if steers else None
+        elif np.array_equal(scheduled, self._scheduled):
+            # A position before the piece wraps around, beyond any room.
+            moved = (computed - self._base).view(np.uint64) > self._room
+            if not moved.any():
+                return False
+            if self._one_each and np.count_nonzero(moved) <= FEW:
+                self._enter_pieces(view, moved.nonzero()[0].tolist())
+                return True
+        self._scheduled = scheduled.astype(np.int64)
+        self._one_each = bool((scheduled == 1).all())
+        self._lay_out(view)
         return True
 
-    def _update_single(self, view: BatchView) -> bool:
-        """Follow a step of one token a request: which piece each has reached."""
-        n = len(view.req_ids)
-        at = view.num_computed[:n].astype(np.int64) - view.prompt_len[:n]
-        pieces = (at[:, None] >= self._batch_stops).sum(axis=1)
-        if self._pieces is not None and np.array_equal(pieces, self._pieces):
-            return False
-        self._pieces = pieces
-        self._counts = np.zeros(0, dtype=np.int64)  # none of `piece_counts`
-        rows = self._slots[self._batch_slots, pieces]
-        used = rows != 0
-        prefill = used[at < 0].sum(axis=0)
-        self.steered = np.stack([prefill, used.sum(axis=0) - prefill], axis=1)
-        self.rows = np.ascontiguousarray(rows.T) if used.any() else None
-        return True
+    def _enter_pieces(self, view: BatchView, moved: Sequence[int]) -> None:
+        """Give these few requests, of one token each, the rows of their new piece.
+
+        A loop: for a handful of requests it is faster than arrays.
+        """
+        for at in moved:
+            prompt_len = int(view.prompt_len[at])
+            position = int(view.num_computed[at]) - prompt_len
+            start, stop, rows = _piece_at(self._pieces[self._batch[at]], position)
+            column = self._laid[:, at]
+            before, was_prompt = column.tolist(), int(not self._in_prompt[at])
+            for tier, (old, new) in enumerate(zip(before, rows, strict=True)):
+                self.steered[tier, was_prompt] -= old != 0
+                self.steered[tier, int(position >= 0)] += new != 0
+            column[:] = rows
+            self._base[at] = start + prompt_len
+            self._room[at] = stop - start - 1
+            self._in_prompt[at] = position < 0
+        self.rows = self._laid if self.steered.any() else None
+
+    def _lay_out(self, view: BatchView) -> None:
+        """The rows of every token of a step."""
+        n, scheduled = len(view.req_ids), self._scheduled
+        computed: np.ndarray = view.num_computed[:n].astype(np.int64)
+        prompt_len = view.prompt_len[:n]
+        first = computed - prompt_len
+        stops = self._stops[self._batch]
+        pieces = (first[:, None] >= stops).sum(axis=1)
+        starts = self._starts[self._batch, pieces]
+        base = starts + prompt_len
+        room = self._stops[self._batch, pieces] - starts - scheduled
+        self._in_prompt = first < 0
+        crosses = computed - base > room
+        if not crosses.any():
+            self._base, self._room = base, room.view(np.uint64)
+            rows = self._slots[self._batch, pieces].T
+            self._laid = np.repeat(rows, scheduled, axis=1)
+            self._count(rows, self._in_prompt, scheduled)
+            return
+        # A request that goes on into another piece keeps its rows only where it is.
+        self._base = np.where(crosses, computed, base)
+        self._room = np.where(crosses, 0, room).view(np.uint64)
+        self._lay_out_runs(crosses, pieces, first, stops)
+
+    def _lay_out_runs(
+        self,
+        crosses: np.ndarray,
+        pieces: np.ndarray,
+        first: np.ndarray,
+        stops: np.ndarray,
+    ) -> None:
+        """As `_lay_out`, with one run of tokens for each piece of those that cross."""
+        width = self.width
+        runs = np.where(crosses, width, 1)
+        starts = np.cumsum(runs) - runs
+        lengths: np.ndarray = np.repeat(self._scheduled, runs)
+        piece: np.ndarray = np.repeat(pieces, runs)
+        in_prompt: np.ndarray = np.repeat(self._in_prompt, runs)
+        where = (starts[crosses][:, None] + np.arange(width)).reshape(-1)
+        begin = first[crosses]
+        counts = piece_counts(begin, begin + self._scheduled[crosses], stops[crosses])
+        lengths[where] = counts.reshape(-1)
+        piece[where] = np.tile(np.arange(width), len(begin))
+        in_prompt[where] = (stops[crosses] <= 0).reshape(-1)
+        rows = self._slots[np.repeat(self._batch, runs), piece].T
+        self._laid = np.repeat(rows, lengths, axis=1)
+        self._count(rows, in_prompt, lengths)
+
+    def _count(
+        self, rows: np.ndarray, in_prompt: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """Set what the step says of its tokens.
+
+        Args:
+            rows: `[tier, runs]`, of runs of tokens.
+            in_prompt: bool `[runs]`.
+            lengths: `[runs]`.
+        """
+        used = (rows != 0) * lengths
+        prefill = used[:, in_prompt].sum(axis=1)
+        self.steered = np.stack([prefill, used.sum(axis=1) - prefill], axis=1)
+        self.rows = self._laid if self.steered.any() else None
 
 
 def _phase_stops(slots: int, width: int) -> np.ndarray:
@@ -208,3 +270,22 @@ def _phase_stops(slots: int, width: int) -> np.ndarray:
     stops: np.ndarray = np.full((slots, width), NO_STOP, dtype=np.int64)
     stops[:, 0] = 0
     return stops
+
+
+def _starts_of(stops: np.ndarray) -> np.ndarray:
+    """`[slots, width]`: where each piece begins; the first one before any position."""
+    starts: np.ndarray = np.full_like(stops, -NO_STOP)
+    starts[:, 1:] = stops[:, :-1]
+    return starts
+
+
+def _piece_at(
+    pieces: Sequence[tuple[int, Rows]], position: int
+) -> tuple[int, int, Rows]:
+    """Where the piece of a position begins and stops, and its rows."""
+    start = -NO_STOP
+    for stop, rows in pieces:
+        if position < stop:
+            return start, stop, rows
+        start = stop
+    raise AssertionError("the last piece has no end")

@@ -7,6 +7,7 @@ The two runners differ only in how they report new and finished requests, and in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +19,10 @@ from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
 from vllm.config.steering import get_steering_config, point_widths
 from vllm.config.steering_private_directory import start_up_failure
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_index import BatchView
+from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ class SteeringModelRunnerMixin:
         model_config = self.vllm_config.model_config
         captured = compilation.max_cudagraph_capture_size or 0
         try:
+            if config.decoder_layer == "auto":
+                try_unknown_layers(self.get_model(), self.vllm_config, self.device)
             self.steering = SteeringRuntime(
                 config,
                 self.get_model(),
@@ -68,6 +73,14 @@ class SteeringModelRunnerMixin:
         context = compilation.static_forward_context
         for key, site in self.steering.modules.sites.items():
             context[key.name] = site
+
+    def reload_under_steering(self, reload: Callable[[], None]) -> None:
+        """Load new weights of the model; the modules stay as they are."""
+        if self.steering is None:
+            return reload()
+        with sites_out_of(self.get_model()):
+            reload()
+        fold_gains_again(self.steering.modules, self.steering.config.modules.values())
 
     def clear_steering_step(self) -> None:
         """Give every token row 0: dummy runs, profiling and capture steer nothing."""

@@ -221,7 +221,7 @@ class SteeringRuntime:
         if changed or not self._written_tokens:
             self._write_index(index.rows)
         self.steered_tokens += index.steered
-        return bool(index.steered[[Tier.DELTA, Tier.FULL]].any())
+        return bool(index.steered[Tier.DELTA :].any())
 
     def clear_step(self) -> None:
         """Give every token row 0: for an unsteered step, a dummy run or a capture."""
@@ -253,7 +253,7 @@ class SteeringRuntime:
         host[:, tokens:extent] = 0
         # A new pinned buffer each time. The copy is asynchronous, and the host may
         # prepare the next step before the copy has read the buffer.
-        fresh = async_tensor_h2d(host[:, :extent].copy(), device=self.step.index.device)
+        fresh = async_tensor_h2d(host[:, :extent], device=self.step.index.device)
         self.step.index[:, :extent].copy_(fresh)
         self._written_tokens = tokens
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from steering_testing.modules_http import (
     KEY,
     MODULES,
@@ -21,6 +22,8 @@ from steering_testing.modules_http import (
     steering_server,
     tokens,
 )
+from steering_testing.requests import Ask, vector
+from steering_testing.server import MODEL_NAME
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -39,6 +42,7 @@ def url(
 ) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ("--data-parallel-size", "2", "--api-server-count", "2")
+    arguments += ("--steering-inline-vectors", "post_block.1=1")
     with steering_server(model_root, root, log, {}, *arguments) as server:
         yield server.url
 
@@ -48,6 +52,30 @@ def answers(url: str) -> list[list[int]]:
     found = [[tokens(ask(url, "hot", 8, rank)) for _ in range(4)] for rank in RANKS]
     assert all(answer == of_rank[0] for of_rank in found for answer in of_rank)
     return [of_rank[0] for of_rank in found]
+
+
+def with_vector(url: str, rank: int, *given: torch.Tensor) -> httpx.Response:
+    """A completion under vectors that the request brings."""
+    specs = [Ask("additive", vector=one, scale=4.0) for one in given]
+    body = {"model": MODEL_NAME, "prompt": [5, 6, 7, 8], "max_tokens": 8}
+    body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body |= {"detokenize": False, "steering_vector_specs": [s.spec() for s in specs]}
+    headers = {"X-data-parallel-rank": str(rank)}
+    return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)
+
+
+def test_every_rank_takes_the_vectors_of_requests(url: str) -> None:
+    found = [
+        [tokens(with_vector(url, rank, vector(seed))) for rank in RANKS for _ in "1234"]
+        for seed in (1, 2)
+    ]
+    first, second = (answers_of[0] for answers_of in found)
+    assert found == [[first] * 8, [second] * 8]
+    plain = tokens(with_vector(url, 0))
+    assert len({tuple(first), tuple(second), tuple(plain)}) == 3
+    beyond = with_vector(url, 1, vector(1), vector(2))
+    assert beyond.status_code == 400
+    assert "inline_vectors" in beyond.json()["error"]["message"]
 
 
 def listed(url: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ The edit a branch would make: `GPUModelRunner` inherits `SteeringModelRunnerV1Mi
 and
 
 - `load_model` ends with `self.load_steering()` (in `CPUModelRunner` too),
+- `reload_weights` does its work in `self.reload_under_steering(...)`,
 - `_update_states` ends with `self.update_steering_requests(scheduler_output)`,
 - `_prepare_inputs` ends with `self.prepare_steering(num_scheduled_tokens)`,
 - `sample_tokens` begins with `readout = self.take_steering_readout()` and puts it into
@@ -57,6 +58,8 @@ def install() -> None:
     wrap(f"{RUNNER}.load_model", [(*loads, "model"), loads], load_model)
     if current_platform.is_cpu():
         wrap(f"{CPU_RUNNER}.load_model", loads, load_model)
+    source = ("self", "weights_iterator", "weights_path", "is_checkpoint_format")
+    wrap(f"{RUNNER}.reload_weights", source, reload_weights)
     states = ("self", "scheduler_output")
     wrap(f"{RUNNER}._update_states", states, update_states)
     inputs = ("self", "scheduler_output", "num_scheduled_tokens")
@@ -71,6 +74,13 @@ def load_model(stock: Stock) -> Stock:
         self.load_steering()
 
     return load_model
+
+
+def reload_weights(stock: Stock) -> Stock:
+    def reload_weights(self: GPUModelRunner, *args: object, **kwargs: object) -> None:
+        self.reload_under_steering(lambda: stock(self, *args, **kwargs))
+
+    return reload_weights
 
 
 def update_states(stock: Stock) -> Stock:

@@ -5,6 +5,7 @@ The edit a branch would make: `GPUModelRunner` inherits `SteeringModelRunnerV2Mi
 and
 
 - `load_model` ends with `self.load_steering()`,
+- `reload_weights` does its work in `self.reload_under_steering(...)`,
 - `finish_requests` ends with `self.finish_steering_requests(scheduler_output)`,
 - `add_requests` ends with `self.add_steering_requests(scheduler_output)`,
 - `prepare_inputs` ends with `self.prepare_steering(input_batch)`,
@@ -18,7 +19,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.plugins.steering.seam import Stock, resolve, wrap
-from vllm.plugins.steering.v1.worker.gpu_model_runner import dummy_run, load_model
+from vllm.plugins.steering.v1.worker.gpu_model_runner import (
+    dummy_run,
+    load_model,
+    reload_weights,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -51,6 +56,10 @@ def install() -> None:
     # Since 0.32, and before.
     known = [(*loads, "model", "kwargs"), (*loads, "kwargs")]
     wrap(f"{RUNNER}.load_model", known, load_model)
+    source = ("self", "weights_iterator", "weights_path", "is_checkpoint_format")
+    # Before 0.32, it calls the V1 runner's.
+    known = [source, ("self", "args", "kwargs")]
+    wrap(f"{RUNNER}.reload_weights", known, reload_weights)
     scheduled = ("self", "scheduler_output")
     wrap(f"{RUNNER}.finish_requests", scheduled, finish_requests)
     wrap(f"{RUNNER}.add_requests", scheduled, add_requests)

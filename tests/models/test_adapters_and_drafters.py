@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters and drafters: a request is steered as it runs, and drafts are not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from steering_testing import models, oracle
+from steering_testing.cases import CASES
+from steering_testing.conformance import requests, site_modules
+from steering_testing.engine import assert_same, engine, generate, params, runner
+from steering_testing.oracle import Greedy
+from steering_testing.requests import prompt, specs
+
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.steering_attach import (
+    SteeredLayer,
+    SteeredNorm,
+    SteeredSublayer,
+)
+
+pytestmark = pytest.mark.engine
+
+CASE = CASES["llama"]
+RANK = 4
+TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+STEERED = (SteeredLayer, SteeredNorm, SteeredSublayer)
+
+
+def save_adapter(path: Path) -> Any:
+    """A random adapter as PEFT saves it, and the model that it makes."""
+    model = copy.deepcopy(models.build("llama"))
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if not name.endswith(TARGETS):
+                continue
+            out_size, in_size = module.weight.shape
+            A = torch.randn(RANK, in_size, generator=generator) * 0.1
+            B = torch.randn(out_size, RANK, generator=generator) * 0.1
+            module.weight += 2.0 * B @ A
+            tensors[f"base_model.model.{name}.lora_A.weight"] = A
+            tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": list(TARGETS),
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_requests_of_an_adapter_and_of_the_model_are_steered_side_by_side(
+    model_root: Path, tmp_path: Path
+) -> None:
+    adapted = save_adapter(tmp_path / "adapter")
+    lora = LoRARequest("a", 1, str(tmp_path / "adapter"))
+    modules = site_modules(CASE)
+    asked = [asks for asks in requests(CASE, modules) for _ in range(2)]
+    prompts = [prompt(at // 2, 4 + at // 2 % 5) for at in range(len(asked))]
+    loras = [lora if at % 2 else None for at in range(len(asked))]
+    sampling = [params(3, **specs(*asks)) for asks in asked]
+    paths = modules.save(tmp_path / "modules")
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    with engine("llama", model_root, paths, **options) as llm:
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = llm.generate(inputs, sampling, use_tqdm=False, lora_request=loras)
+    for at, output in enumerate(outputs):
+        model = adapted if at % 2 else models.build("llama")
+        one = output.outputs[0]
+        steps = zip(one.logprobs, one.token_ids, strict=True)
+        scores = [step[token].logprob for step, token in steps]
+        found = Greedy(list(one.token_ids), scores)
+        edits = modules.edits(*asked[at])
+        expected = oracle.follow(model, prompts[at], edits, found.tokens)
+        assert_same(found, expected, f"adapter {at % 2}: {asked[at]}")
+
+
+def save_eagle(path: Path) -> None:
+    """A random EAGLE head for the tiny Llama."""
+    config = models.FAMILIES["llama"]()
+    config.num_hidden_layers = 1
+    one = type(models.build("llama"))(config)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name.removeprefix("model."): torch.randn(w.shape, generator=generator) * 0.08
+        for name, w in one.named_parameters()
+        if ".layers." in name and "input_layernorm" not in name
+    }
+    D = models.HIDDEN
+    tensors["fc.weight"] = torch.randn(D, 2 * D, generator=generator) * 0.08
+    config.save_pretrained(path)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((path / "config.json").read_text())
+    values["architectures"] = ["EagleLlamaForCausalLM"]
+    (path / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "method", ["draft_model", pytest.param("eagle", marks=pytest.mark.slow)]
+)
+def test_what_a_drafter_proposes_is_steered_and_the_drafter_is_not(
+    method: str, model_root: Path, tmp_path: Path
+) -> None:
+    if method == "eagle":
+        save_eagle(tmp_path / "eagle")
+        drafter = tmp_path / "eagle"
+    else:
+        # The model itself: without steering, all that it drafts would be accepted.
+        drafter = models.save("llama", model_root)
+    case = dataclasses.replace(CASE, lacks=("attn_out", "mlp_in"))
+    modules = site_modules(case)
+    asked = requests(case, modules)
+    prompts = [prompt(at, 4 + at % 5) for at in range(len(asked))]
+    sampling = [params(6, **specs(*asks)) for asks in asked]
+    speculation = {
+        "method": method,
+        "model": str(drafter),
+        "num_speculative_tokens": 2,
+    }
+    paths = modules.save(tmp_path / "modules")
+    with engine("llama", model_root, paths, speculative_config=speculation) as llm:
+        found = generate(llm, prompts, sampling)
+        steered = [
+            {type(module) for module in model.modules() if isinstance(module, STEERED)}
+            for model in (runner(llm).get_model(), runner(llm).drafter.model)
+        ]
+        runner(llm).steering.check_integrity()
+    assert steered[0] and not steered[1]
+    for ids, asks, result in zip(prompts, asked, found, strict=True):
+        edits = modules.edits(*asks)
+        expected = oracle.follow(models.build("llama"), ids, edits, result.tokens)
+        assert_same(result, expected, f"{method}: {asks}")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New weights of the model under steering modules that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from vllm.config.steering import ModuleInfo
+from vllm.model_executor.layers.steering import SteeringSite
+from vllm.v1.worker.steering_modules import SAEPlace, SiteModules
+
+
+@contextmanager
+def sites_out_of(model: nn.Module) -> Iterator[None]:
+    """Take the sites out of the model's tree of modules for a while.
+
+    vLLM empties the buffers of every module that its checkpoint knows nothing of.
+    """
+    held = [
+        (owner, name, child)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, SteeringSite)
+    ]
+    for owner, name, _ in held:
+        delattr(owner, name)
+    try:
+        yield
+    finally:
+        for owner, name, site in held:
+            setattr(owner, name, site)
+
+
+def fold_gains_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
+    """Divide the gains of the model's norms, as they are now, out of the encoders that
+    were trained before them.
+
+    Raises:
+        ValueError: as `SiteModules.load`.
+    """
+    for module in modules:
+        folded = False
+        for site, at in sites.own_sites(module):
+            place = sites.places[at]
+            if site.before_gain and isinstance(place, SAEPlace):
+                sites.load(module, site, place.slot.weights)
+                folded = True
+        if folded:
+            sites.set_meta(module)
