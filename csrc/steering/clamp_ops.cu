@@ -8,8 +8,8 @@
 namespace vllm_steering {
 namespace {
 
-// Leaves to L1 what two blocks an SM do not need as shared memory: blocks that
-// want the same rows at the same time get them from there.
+// Leaves the shared memory that two blocks per SM do not need to L1: blocks
+// that read the same rows at the same time get them from there.
 template <typename Kernel>
 void share_l1(Kernel* kernel, int smem) {
   constexpr int kReserved = 2 * 1024;  // the system's, and the static part

@@ -5,9 +5,9 @@
 //   tokens = [t : active(t)],  x[i] = hidden[t] + residual[t],  count =
 //   len(tokens)
 //
-// Every block counts the active tokens before its own, so one launch does it
-// all and the order needs no atomics. A token past the norm limit keeps its
-// place with -1 as its id: its norm is known only once its row has been read.
+// Every block counts the active tokens before its own. So one launch is enough,
+// and the order needs no atomics. A token past the norm limit keeps its place
+// with -1 as its id, because its norm is known only after its row was read.
 #pragma once
 
 #include "compact.cuh"

@@ -32,8 +32,8 @@ inline cudaStream_t stream_of(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Multiprocessors that the current context may use: a context can have a part
-// of its device, and a grid that must be resident has to fit into it.
+// Multiprocessors that the current context may use. A context can have a part
+// of its device, and a grid that must be resident has to fit into that part.
 inline int context_multiprocessors(int of_device) {
 #if CUDA_VERSION >= 12040
   using GetResource =
@@ -101,7 +101,7 @@ void launch_with(cudaLaunchAttribute* attributes, int count,
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch");
 }
 
-// Launches so that the kernel's prologue may overlap the end of the one before.
+// Launches so that the kernel's prologue may overlap the previous kernel's end.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
             cudaStream_t stream, const Args&... args) {
@@ -111,8 +111,8 @@ void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
   launch_with(&overlap, 1, kernel, blocks, threads, smem, stream, args...);
 }
 
-// Launches blocks that wait for one another: all of them run, or none. Two such
-// grids never hold a part of the multiprocessors each.
+// Launches blocks that wait for one another: all of them run, or none. So two
+// such grids never each hold a part of the multiprocessors.
 template <typename... Params, typename... Args>
 void launch_together(void (*kernel)(Params...), int blocks, int threads,
                      int smem, cudaStream_t stream, const Args&... args) {

@@ -45,7 +45,7 @@ struct EncodeMemory {
 constexpr int kEncodeSmem = sizeof(EncodeMemory) + 1024;
 static_assert(kEncodeSmem <= 227 * 1024, "more than a multiprocessor has");
 
-// Dynamic shared memory from its first multiple of 1024.
+// Dynamic shared memory from its first multiple of 1024 on.
 __device__ __forceinline__ char* aligned_memory(char* raw) {
   return raw + ((1024 - (smem_address(raw) & 1023)) & 1023);
 }
@@ -75,8 +75,8 @@ struct Stages {
   static constexpr int kX0 = kCount * kStageW;  // where the x stages begin
 };
 
-// Requests the first `stages` of feature tile blockIdx.x, which fit whatever
-// the width of the step will be, before anything is known of its tokens.
+// Requests the first `stages` of feature tile blockIdx.x before the step's
+// tokens are known. They fit whatever the tile width will be.
 __device__ void request_first(EncodeMemory& m, const CUtensorMap* w, int stages,
                               int k_tiles) {
   int k = first_k(blockIdx.x, k_tiles);
@@ -104,9 +104,9 @@ __device__ __forceinline__ void pace(long long start, int stage) {
 }
 
 // One thread: requests one operand of every tile of the block, stage by stage.
-// The weights' `first` stages have been requested already; the rest of the
-// first round is then spread over the time that it takes, or the tokens, which
-// are requested later, would wait behind all of it.
+// The weights' `first` stages have been requested already. The rest of the
+// first round is spread over the time that it takes. Otherwise the tokens,
+// which are requested later, would wait behind all of it.
 template <int N, bool Weights>
 __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
                             int d_model, TileWalk walk, int first) {
@@ -136,7 +136,7 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
   }
 }
 
-// A warp of the last warpgroup: appends the hits that consumers leave.
+// A warp of the last warpgroup: appends the hits that consumers hand over.
 template <typename T>
 __device__ void append_left(const EncodeArgs<T>& a, EncodeMemory& m,
                             TileWalk walk, int width, int n, int emitter) {
@@ -190,9 +190,8 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
     barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
 }
 
-// The consumers' walk. It begins with a round without a tile, while the
-// operands are still on their way: that brings the epilogue's code into the
-// instruction cache.
+// The consumers' loop. Its first round has no tile: while the operands load, it
+// warms the instruction cache for the epilogue.
 template <typename T, int N>
 __device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, TileWalk walk,
                         int n) {

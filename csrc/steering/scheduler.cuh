@@ -31,9 +31,9 @@ __device__ __forceinline__ int tile_width(int n) {
   return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : 256;
 }
 
-// Walks the tiles of one block: a group of token tiles stays in L2 while the
-// features pass, and the token tile is the fast index, so a tile of weights is
-// fetched once.
+// Iterates over the tiles of one block. The token tile is the fast index, and a
+// group of token tiles stays in L2 while the features change, so a tile of
+// weights is fetched once.
 struct TileWalk {
   int n_f, n_t, group;
   __device__ void at(int tile, int& f, int& t) const {
@@ -54,9 +54,9 @@ __device__ __forceinline__ TileWalk tile_walk(int num_features, int n) {
           kTokenGroup};
 }
 
-// Where tile `f` of the features begins its reduction. Blocks that work side by
-// side begin at different columns, or all would read the same lines of x at the
-// same time; the order of a feature's sum depends on the feature alone.
+// Where feature tile `f` begins its reduction. Blocks that run at the same time
+// begin at different columns; otherwise all would read the same lines of x at
+// once. The order of a feature's sum depends on the feature alone.
 __device__ __forceinline__ int first_k(int f, int k_tiles) {
   return f * 7 % k_tiles;
 }

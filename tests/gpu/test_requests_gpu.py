@@ -111,11 +111,11 @@ def test_chunks_preemption_and_a_warm_cache(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     asked = [*everything(), *inline()]
-    # Thirty-two requests of up to 44 tokens want three blocks each; there are 40.
+    # Prompts of two or three blocks, of which there are eleven, grow by half a block.
     options = {
         **OPTIONS,
         "max_num_batched_tokens": 40,
-        "num_gpu_blocks_override": 41,
+        "num_gpu_blocks_override": 12,
         "max_model_len": 64,
         "block_size": 16,
     }

@@ -64,11 +64,11 @@ def folded_by_hand(family: str, sae: DenseSAE, seed: int = 0) -> DenseSAE:
     )
 
 
-def before_gain(path: str) -> str:
+def before_gain(path: str, flag: str = "before_gain") -> str:
     """The native directory, with its site said to be before the gain."""
     manifest = Path(path) / "manifest.json"
     data = json.loads(manifest.read_text())
-    data["sites"][0]["before_gain"] = True
+    data["sites"][0][flag] = True
     manifest.write_text(json.dumps(data))
     return path
 
@@ -130,6 +130,36 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
             model = models.build(family, seed)
             expected = oracle.follow(model, prompt, sites, one.tokens)
             assert_same(one, expected, f"seed {seed}, {list(sites)}")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("family", "hook", "fits"),
+    [
+        ("llama", "mlp_out", True),
+        ("gemma2", "mlp_out", False),
+        ("gemma2", "attn_out", False),
+        pytest.param("glm4", "mlp_out", False, marks=pytest.mark.slow),
+    ],
+)
+def test_an_sae_of_a_modules_own_output_does_not_fit_a_layer_that_norms_it(
+    family: str, hook: str, fits: bool, tmp_path: Path
+) -> None:
+    sae = random_sae(40, models.HIDDEN, "relu", 3)
+    stated = save_sae(tmp_path / "stated", {(LAYER, hook): sae})
+    raw = before_gain(save_sae(tmp_path / "raw", {(LAYER, hook): sae}), "raw_output")
+    paths = {"stated": stated, "raw": raw}
+    if not fits:
+        with (
+            pytest.raises(ValueError, match=f"one of {hook}, which is after the norm"),
+            engine(family, tmp_path, paths),
+        ):
+            pass
+        return
+    asks = [params(4, **{FULL: [sae_spec(name)]}) for name in paths]
+    with engine(family, tmp_path, paths) as llm:
+        one, other = generate(llm, [[5, 9, 33]] * 2, asks)
+    assert_same(one, other)
 
 
 def test_a_gain_too_small_to_divide_by_is_refused() -> None:

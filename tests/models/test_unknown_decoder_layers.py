@@ -121,6 +121,14 @@ class NormsOutputs(Layer):
         return x + self.mlp(x), x
 
 
+class NormReadsAttention(Layer):
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        written = self.self_attn(hidden_states)
+        self.post_attention_layernorm(written)
+        x = hidden_states + written
+        return x + self.mlp(x), x
+
+
 class Scales(Layer):
     def forward(self, hidden_states: torch.Tensor) -> Any:
         x = hidden_states + 1.01 * self.self_attn(hidden_states)
@@ -224,21 +232,23 @@ def test_what_does_as_its_names_say_is_trusted_in_its_own_model(model: Model) ->
     assert has_known_layers(model) and not has_known_layers(other)
 
 
-WRONG = {
-    "plus what attention and the MLP wrote": Model(Scales),
-    "norm before the MLP does not read the stream": Model(NormsOutputs),
-    "MLP does not read what the norm": Model(MlpReadsAnother),
-    "does not return what its output projection": Model(AttentionWritesMore),
-    "not read as the sum of its parts": ReadsOneOfTwo(Pair),
-    "is not read as": ReadsBoth(Layer),
-    "as the layer before returned it": ScalesBetween(Layer),
-    "forward did not run it": SkipsALayer(Layer),
-}
+WRONG = [
+    (Model(Scales), "plus what attention and the MLP wrote"),
+    (Model(NormsOutputs), "plus what attention and the MLP wrote"),
+    (Model(NormReadsAttention), "norm before the MLP does not read the stream"),
+    (Model(MlpReadsAnother), "MLP does not read what the norm"),
+    (Model(AttentionWritesMore), "does not return what its output projection"),
+    (ReadsOneOfTwo(Pair), "not read as the sum of its parts"),
+    (ReadsBoth(Layer), "what it returns is not read as"),
+    (ScalesBetween(Layer), "as the layer before returned it"),
+    (SkipsALayer(Layer), "forward did not run it"),
+]
 
 
-@pytest.mark.parametrize("message", WRONG)
-def test_what_does_otherwise_is_refused_by_the_check(message: str) -> None:
-    model = WRONG[message]
+@pytest.mark.parametrize(("model", "message"), WRONG)
+def test_what_does_otherwise_is_refused_by_the_check(
+    model: Model, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         trust_unknown_layers(model, model.forward)
     assert not has_known_layers(model)
@@ -252,9 +262,10 @@ def test_a_model_without_recognisable_layers_is_left_to_the_table() -> None:
 
 
 @pytest.mark.parametrize("given", ["auto", "known"])
-def test_the_flag_fills_additional_config(given: str) -> None:
+def test_the_flag_fills_additional_config(given: str, model_root: Path) -> None:
+    path = str(models.save("llama", model_root))
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    argv = ["--model", "m", "--steering-decoder-layer", given]
+    argv = ["--model", path, "--steering-decoder-layer", given]
     made = AsyncEngineArgs.from_cli_args(parser.parse_args(argv))
     assert made.additional_config == {"steering": {"decoder_layer": given}}
 

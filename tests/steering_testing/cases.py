@@ -118,6 +118,13 @@ CASES = {
         # The CPU's latent attention is not Hugging Face's, even without steering.
         environment=(("VLLM_MLA_DISABLE", "1"),),
     ),
+    "deepseek_v3": Case(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer",
+        z=128,
+        environment=(("VLLM_MLA_DISABLE", "1"),),
+    ),
     "qwen3_next": Case(
         "Qwen3-Next",
         "qwen3_next",

@@ -81,6 +81,8 @@ class SiteInfo:
     writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`, and
     `before_gain` that its encoder was trained on `mlp_in` before the norm's gain, which
     is divided out of `W_enc` when the module is loaded into a layer.
+    `raw_output`: what it reads or writes of attention or the MLP is the module's own
+    output, so a layer that norms it before adding it does not fit.
     `d_sae` is the number of directions: F features of an SAE, 1 for a vector. `k` and
     `topk_relu` (clip the selected pre-activations at zero) are set for TopK only.
     """
@@ -96,6 +98,7 @@ class SiteInfo:
     d_out: int | None = None
     has_skip: bool = False
     before_gain: bool = False
+    raw_output: bool = False
 
     @property
     def name(self) -> str:

@@ -273,6 +273,9 @@ def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
         "KV-sharing fast prefill (--kv-sharing-fast-prefill)": (
             vllm_config.cache_config.kv_sharing_fast_prefill
         ),
+        "weights sent by a trainer (--weight-transfer-config)": (
+            vllm_config.weight_transfer_config is not None
+        ),
         "the Rust front end (VLLM_USE_RUST_FRONTEND=1)": envs.VLLM_USE_RUST_FRONTEND,
         "pooling models (--runner pooling)": (
             vllm_config.model_config.runner_type == "pooling"

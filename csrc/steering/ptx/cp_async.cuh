@@ -6,8 +6,8 @@
 
 namespace vllm_steering {
 
-// Loads that stay where they are written, all in flight before the first use.
-// A guard in C++ would make the compiler wait for one after the other.
+// Loads that the compiler does not move, so all are in flight before the first
+// use. With a guard in C++ the compiler would wait for each of them.
 __device__ __forceinline__ uint4 load_if(const void* from, bool there) {
   uint4 v;
   asm volatile(
@@ -36,8 +36,8 @@ __device__ __forceinline__ int load_now(const int* from) {
   return load_if(from, true, 0);
 }
 
-// Copies 16 or 4 bytes, or writes zeros and reads nothing. Through L1, for the
-// blocks of an SM often want the same rows.
+// Copies 16 or 4 bytes, or writes zeros and reads nothing. It goes through L1,
+// because the blocks of an SM often read the same rows.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(const void* to, const void* from,
                                            bool there) {

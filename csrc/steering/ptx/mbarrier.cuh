@@ -53,8 +53,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, int parity) {
       : "memory");
 }
 
-// Says that this block has come to the barrier. What the block wrote before a
-// block-wide sync and this call is seen by whoever waits.
+// Announces that this block has reached the barrier. Blocks that wait see what
+// this block wrote before a block-wide sync and this call.
 __device__ __forceinline__ void grid_arrive(int* arrivals) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(arrivals)
                : "memory");
@@ -71,8 +71,8 @@ __device__ __forceinline__ void grid_wait(const int* arrivals, int target) {
   } while (seen < target);
 }
 
-// Called once by every block after its last wait: the last one makes the
-// counters zero again, for the next launch.
+// Called once by every block after its last wait. The last block resets the
+// counters to zero for the next launch.
 __device__ __forceinline__ void grid_leave(int* arrivals, int* exits) {
   if (atomicAdd(exits, 1) != static_cast<int>(gridDim.x) - 1) return;
   *arrivals = 0;

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny files in the layout of each of SAELens's loaders: same features, same output.
 
-Runs where sae-lens is installed; it is not in the lock file. Each case writes files as
+`make test-sae-lens` runs it; elsewhere it skips. Each case writes files as
 the release has them, lets SAELens's own loader read them, and compares in float64.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from safetensors.torch import save_file
 from vllm.config.steering import SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import inspect_module
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+from make_saelens_table import read_list  # noqa: E402
 
 sae_lens = pytest.importorskip("sae_lens", reason="needs the sae-lens package")
 from huggingface_hub.utils import EntryNotFoundError  # noqa: E402
@@ -350,6 +354,15 @@ def features(weights: SAEWeights, site: SiteInfo, x: torch.Tensor) -> torch.Tens
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert expected.abs().max() > 0.01
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_every_loader_of_the_list_has_a_case_or_is_refused() -> None:
+    listed = {
+        release["conversion_func"] or "sae_lens" for release in read_list().values()
+    }
+    # test_sae_lens_round_trip.py has SAELens's own layout.
+    elsewhere = {"sae_lens", "temporal", "mntss_clt_layer_transcoder"}
+    assert listed == {case.loader for case in CASES} | elsewhere
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.loader}-{c.site}-{c.path}")

@@ -33,7 +33,7 @@ from sae_reference import (
 )
 from safetensors.torch import save_file
 
-from vllm.config.steering import Activation
+from vllm.config.steering import Activation, HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 # Gemma Scope
@@ -203,6 +203,28 @@ def test_llama_scope_scales_input_and_output_apart(tmp_path: Path) -> None:
     norms = W_dec.double().norm(dim=1) * s_in / s_out
     f = p * (p / s_in * norms > 0.6)
     close(reconstruct(llama_scope(tmp_path)), decode(f) / s_out)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_llama_scope_transcoder_reads_what_the_mlp_reads_and_writes_its_output(
+    tmp_path: Path, before: bool
+) -> None:
+    hook_in = "ln2.hook_normalized" if before else "mlp.hook_in"
+    path = llama_scope(
+        tmp_path,
+        hook_point_in=f"blocks.12.{hook_in}",
+        hook_point_out="blocks.12.hook_mlp_out",
+    )
+    site = inspect_module("m", str(path)).sites[0]
+    assert (site.name, site.hook_out, site.before_gain) == (
+        "mlp_in.12",
+        HookPoint.MLP_OUT,
+        before,
+    )
+    s_in, s_out = D**0.5 / 3.0, D**0.5 / 2.0
+    p = (inputs() * s_in) @ W_enc.double().T + b_enc.double()
+    f = p * (p / s_in * W_dec.double().norm(dim=1) * s_in / s_out > 0.6)
+    close(reconstruct(path), decode(f) / s_out)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_a_sparsify_transcoder_does_not_subtract_its_bias(
     cfg = {"transcode": True, "skip_connection": skip}
     path = sparsify(tmp_path / "layers.6.mlp", tensors, **cfg)
     assert is_transcoder(site_of(path), 6, skip)
+    assert site_of(path).raw_output
     p = pre().relu()
     close(reconstruct(path), transcode(p * topk_mask(p, K), skip))
 
@@ -152,6 +153,8 @@ def test_a_sparsify_folder_names_the_module_whose_output_is_read(
 ) -> None:
     path = sparsify(tmp_path / folder, SAE)
     assert site_of(path).name == name
+    # What a layer may norm before it adds it; the stream is not.
+    assert site_of(path).raw_output == (folder != "h.6")
     p = pre(inputs() - b_dec.double()).relu()
     close(reconstruct(path), decode(p * topk_mask(p, K)))
 

@@ -17,6 +17,7 @@ from tests.steering_testing import models
 from vllm.config import KVTransferConfig
 from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.engine.steering_args import fold_modules, parse_module
@@ -253,6 +254,13 @@ def test_an_unsupported_feature_is_refused_by_name(
     setattr(config, part, changed)
     refuse_unsupported_features(vllm_config)
     with pytest.raises(SteeringConfigError, match=name):
+        refuse_unsupported_features(config)
+
+
+def test_weights_sent_by_a_trainer_are_refused(vllm_config: Any) -> None:
+    config = copy.copy(vllm_config)
+    config.weight_transfer_config = WeightTransferConfig()
+    with pytest.raises(SteeringConfigError, match="weights sent by a trainer"):
         refuse_unsupported_features(config)
 
 

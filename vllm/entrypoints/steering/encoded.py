@@ -171,8 +171,8 @@ def encode(
         features: the features to read instead; any number of them.
         steering: steering fields of the request, such as `sae_clamp_specs`, to read
             what a steered model sees.
-        labels: what features stand for, for display; None: what `labels.json` beside
-            the module says.
+        labels: what features stand for, for display; if None, `labels.json` beside the
+            module.
 
     Raises:
         VLLMValidationError: no such module, site or feature.
@@ -215,7 +215,7 @@ def labels_for(llm: LLM, module: str, given: Labels | None) -> Labels:
 
 
 def tokenizer_of(llm: LLM) -> TokenizerLike | None:
-    """The engine's tokenizer; None: it was started without one."""
+    """The engine's tokenizer, or None if it was started without one."""
     skipped = llm.llm_engine.vllm_config.model_config.skip_tokenizer_init
     return None if skipped else llm.get_tokenizer()
 
@@ -224,7 +224,7 @@ def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
     """The token ids of each text, with the tokenizer's own special tokens.
 
     Raises:
-        ValueError: a text that is a string, on an engine without a tokenizer.
+        ValueError: a text is a string, and the engine has no tokenizer.
     """
     one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
     tokenizer = tokenizer_of(llm)

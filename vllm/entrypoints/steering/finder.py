@@ -160,7 +160,7 @@ def find_features(
         against: B: texts without it.
         site: `(hook, layer)`; the only one of the module if not given.
         top: how many features to return, at most 256.
-        labels: as of `encode`.
+        labels: as for `encode`.
 
     Raises:
         ValueError: no texts, or several sites and none chosen.

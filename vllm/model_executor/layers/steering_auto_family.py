@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder-layer classes that no table lists: recognised by names, proved by numbers.
+"""Recognises decoder-layer classes that the table lacks, and checks them by numbers.
 
 `decoder_layer: "auto"` lets an engine start with such a class. Its parameters and its
 modules must have the names that decoder layers usually have. Then one forward of the
-whole model, on made-up values, must show that each layer does what the names say. No
-class is used that fails it.
+whole model, on made-up values, must show that each layer does what the names say. A
+class that fails is not used.
 
 In that forward, every layer is given a stream of small integers, and the attention
-module and the MLP return small integers too. Such sums are exact in every dtype, so
-results are compared bit for bit: a factor, a further norm or a further branch shows.
+module and the MLP return small integers too. Sums of these are exact in every dtype, so
+results are compared bit for bit. A factor, another norm or another branch changes the
+result.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Forward = Callable[[], torch.Tensor]
 
 
 def recognise(module: nn.Module) -> LayerFamily | None:
-    """The points that a layer's names suggest; None: it is no decoder layer."""
+    """The points that a layer's names suggest, or None if it is no decoder layer."""
     parts = {name for name, _ in module.named_children()}
     parameters = inspect.signature(type(module).forward).parameters
     hidden = next((name for name in HIDDEN if name in parameters), None)
@@ -76,7 +77,7 @@ def trust_unknown_layers(model: nn.Module, forward: Forward) -> LayerFamily | No
             and returns its last hidden states `[TOKENS, D]`.
 
     Returns:
-        what was recognised; None: nothing was.
+        what was recognised, or None.
 
     Raises:
         ValueError: a layer does not do what its names say.
@@ -103,7 +104,7 @@ def trust_unknown_layers(model: nn.Module, forward: Forward) -> LayerFamily | No
 
 @dataclass
 class _Seen:
-    """What reached one layer, what it was given, and what its parts did."""
+    """The inputs and outputs of one layer and of its parts."""
 
     arrived: torch.Tensor
     given: torch.Tensor
@@ -281,7 +282,7 @@ def check_layers(layers: list[DecoderLayer], forward: Forward) -> None:
 
 
 def _wrong(layer: DecoderLayer, seen: _Seen, before: _Seen | None) -> str:
-    """What the layer does otherwise than its names say; empty: nothing."""
+    """What the layer does that its names do not say; empty if nothing."""
     if seen.attention is None or seen.mlp is None or seen.returned is None:
         return "attention or the MLP did not run, or it returned no stream"
     parts, middle = parts_of(layer), seen.given + seen.attention

@@ -181,12 +181,12 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     return found
 
 
-# What `decoder_layer: "auto"` has found to be right, by the model it was found in.
+# Families that `decoder_layer: "auto"` has checked, by the model.
 _trusted: WeakKeyDictionary[nn.Module, dict[str, LayerFamily]] = WeakKeyDictionary()
 
 
 def trust_family(model: nn.Module, layer_class: str, family: LayerFamily) -> None:
-    """Let a model's layers of a class that the table lacks be steered."""
+    """Allow steering of a layer class that the table lacks, in this model."""
     _trusted[model] = {layer_class: family}
 
 
@@ -335,7 +335,8 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
 
 
 def _is_float16(module: nn.Module) -> bool:
-    # Quantised layers hold integers and float32 scales too; a norm says the dtype.
+    # A norm has the stream's dtype. Quantised layers also hold integers and float32
+    # scales.
     return any(weight.dtype is torch.float16 for weight in module.parameters())
 
 
@@ -351,4 +352,16 @@ def require_point(layer: DecoderLayer, hook: HookPoint) -> None:
         raise ValueError(
             f"steering: {class_name(layer.module)} has no {hook.value} point at layer "
             f"{layer.index}: {why}; its points are {have}"
+        )
+
+
+def refuse_output_norm(layer: DecoderLayer, hook: HookPoint) -> None:
+    """Raise ValueError if the layer norms what a sublayer writes at this point."""
+    parts = parts_of(layer)
+    norm = parts.attention_norm if hook is HookPoint.ATTN_OUT else parts.mlp_norm
+    if norm is not None:
+        raise ValueError(
+            f"steering: found an SAE of the output of a module of "
+            f"{class_name(layer.module)} at layer {layer.index}; the layer norms this "
+            f"output, expected one of {hook.value}, which is after the norm"
         )

@@ -67,7 +67,7 @@ class Segment:
 
     @staticmethod
     def _after(spans: np.ndarray) -> np.ndarray:
-        """The spans of a step that goes on where this one ends."""
+        """The spans of a step that continues where this one ends."""
         after = spans.copy()
         after[1] += spans[2]
         return after

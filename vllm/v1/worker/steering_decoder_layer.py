@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`decoder_layer: "auto"` in a worker: the forward that checks an unknown class."""
+"""Runs the forward that checks an unknown layer class (`decoder_layer: "auto"`)."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class SteeringModelRunnerMixin:
             context[key.name] = site
 
     def reload_under_steering(self, reload: Callable[[], None]) -> None:
-        """Load new weights of the model; the modules stay as they are."""
+        """Load new weights of the model. The modules do not change."""
         if self.steering is None:
             return reload()
         with sites_out_of(self.get_model()):
@@ -88,8 +88,8 @@ class SteeringModelRunnerMixin:
             self.steering.clear_step()
 
     def use_steering_graphs(self, used: bool) -> None:
-        """Whether the next steps replay CUDA graphs. A replay calls no op of a site, so
-        measurements go without."""
+        """Set whether the next steps replay CUDA graphs. A replay calls no op of a
+        site, so measurements turn replay off."""
         raise NotImplementedError
 
     def take_steering_readout(self) -> StepReadout | None:

@@ -40,6 +40,7 @@ from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
     find_decoder_layers,
     parts_of,
+    refuse_output_norm,
 )
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
@@ -314,8 +315,11 @@ class SiteModules:
         needed.
 
         Raises:
-            ValueError: as `load_site`, or the gain of a norm cannot be divided out.
+            ValueError: as `load_site`; the gain of a norm cannot be divided out; or
+                the layer norms an output that the SAE takes as it is.
         """
+        if site.raw_output:
+            refuse_output_norm(self.layers[site.layer], site.out_hook)
         load_site(module, site, into)
         if site.before_gain:
             norm = parts_of(self.layers[site.layer]).mid_norm

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New weights of the model under steering modules that stay."""
+"""Loads new weights of the model while its steering modules stay."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vllm.v1.worker.steering_modules import SAEPlace, SiteModules
 
 @contextmanager
 def sites_out_of(model: nn.Module) -> Iterator[None]:
-    """Take the sites out of the model's tree of modules for a while.
+    """Take the sites out of the model's tree of modules inside the block.
 
-    vLLM empties the buffers of every module that its checkpoint knows nothing of.
+    vLLM empties the buffers of every module that is not in the checkpoint.
     """
     held = [
         (owner, name, child)
@@ -35,8 +35,7 @@ def sites_out_of(model: nn.Module) -> Iterator[None]:
 
 
 def fold_gains_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
-    """Divide the gains of the model's norms, as they are now, out of the encoders that
-    were trained before them.
+    """Fold the norms' new gains into the encoders that were trained before the gain.
 
     Raises:
         ValueError: as `SiteModules.load`.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.server
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODULE = "golden-gate"
 URL = "/v1/steering/encode"
+PAGE = EXAMPLE.parents[1] / "docs" / "features" / "reading.md"
 LABELS = f"/v1/steering/modules/{MODULE}/features"
 
 
@@ -157,3 +159,37 @@ def test_what_is_read_is_counted(http: httpx.Client) -> None:
     # num_active, num_listed, two features and two values of four bytes.
     assert count("bytes") >= tokens * 24
     assert count("stops") == 0
+
+
+def shape(value: Any) -> Any:
+    """Keys and types of JSON; lists by an element, features by `#`."""
+    if isinstance(value, dict):
+        return {"#" if k.isdigit() else k: shape(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [next((shape(one) for one in value if one != []), None)]
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
+def test_the_json_of_the_reading_page_is_what_the_server_takes_and_gives(
+    http: httpx.Client,
+) -> None:
+    blocks = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    request, features, to_encode, encoded = map(json.loads, blocks)
+    chunks = []
+    body = {**request, "model": MODEL_NAME, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                chunks.append(choice)
+    found = [one for chunk in chunks if (one := chunk.get("sae_features"))]
+    assert found and {json.dumps(shape(one)) for one in found} == {
+        json.dumps(shape(features))
+    }
+    assert shape(chunks[0]["prompt_sae_features"]) == shape(features)
+    answered = http.post(URL, json=to_encode)
+    assert answered.status_code == 200, answered.text
+    given = answered.json()
+    assert isinstance(given["labels"], dict)
+    # Which features are listed, hence labelled, is the model's matter.
+    assert shape({**given, "labels": {"1": ""}}) == shape(encoded)

@@ -156,6 +156,8 @@ class LoadedSites(Mapping[SiteName, JsonView]):
             content["hook_out"] = site.out_hook
         if site.before_gain:
             content["before_gain"] = True
+        if site.raw_output:
+            content["raw_output"] = True
         if weights.W_skip is not None:
             content["W_skip"] = weights.W_skip
         if site.activation is Activation.JUMPRELU:

@@ -7,9 +7,9 @@
      "max": [...], "p99": [...], "p50": [...], "frequency": [...],
      "contexts": {"457": [["text before", " token", " text after"], ...]}}
 
-Every key is optional; the lists have one number for each feature. What a native
-manifest declares of its sites, and the Neuronpedia id of a SAELens configuration, stand
-in for what this file leaves out.
+Every key is optional; the lists have one number for each feature. If the file leaves
+out the sites or the Neuronpedia id, they come from a native manifest or a SAELens
+configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIGURES = ("fvu", "l0")
 
 
 def of_features(module_path: str, indices: list[int]) -> Json:
-    """The card, the sites, and what is known of `indices`; empty where nothing is.
+    """The card, the sites, and what is known of the features `indices`.
 
     Args:
         module_path: of the module, as the engine has it.
@@ -56,7 +56,7 @@ def of_features(module_path: str, indices: list[int]) -> Json:
 
 
 def _content(path: Path) -> Json:
-    """The JSON object in a file; empty where there is no file."""
+    """The JSON object in a file, or an empty one if there is no file."""
     try:
         stat = path.stat()
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def _content(path: Path) -> Json:
 
 
 def _stand_in(path: Path) -> Json:
-    """As `_content`; a file that is no JSON object says nothing."""
+    """As `_content`, but a file that holds no JSON object counts as empty."""
     try:
         return _content(path)
     except RequestRefused:

@@ -125,7 +125,7 @@ class SteeringModulesService:
         return search(labels, query, limit)
 
     async def labels_among(self, name: str, features: Iterable[int]) -> dict[str, str]:
-        """The labels of those features of a module that have one, by index."""
+        """The labels of those of some features that have one, by index."""
         labels = await self.labels.of(await self.path_of(name))
         return {str(index): labels[index] for index in features if index in labels}
 

@@ -53,13 +53,15 @@ _REFUSED = {
 class Points:
     """What one SAE reads and, for a transcoder, what it writes (`hook_out`).
 
-    `before_gain`: it reads `mlp_in` before the gain of the norm.
+    `before_gain`: it reads `mlp_in` before the gain of the norm. `raw_output`: see
+    `SiteInfo`.
     """
 
     layer: int
     hook: HookPoint
     hook_out: HookPoint | None = None
     before_gain: bool = False
+    raw_output: bool = False
 
     def site(
         self,
@@ -80,6 +82,7 @@ class Points:
                 activation=activation,
                 k=k,
                 before_gain=self.before_gain,
+                raw_output=self.raw_output,
             )
         return SiteInfo(
             layer=self.layer,
@@ -92,6 +95,7 @@ class Points:
             d_out=d_in if d_out is None else d_out,
             has_skip=has_skip,
             before_gain=self.before_gain,
+            raw_output=self.raw_output,
         )
 
 

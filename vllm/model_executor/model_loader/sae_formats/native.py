@@ -49,6 +49,7 @@ _SITE_KEYS = frozenset(
         "d_out",
         "has_skip",
         "before_gain",
+        "raw_output",
         "d_sae",
         "activation",
         "k",
@@ -153,6 +154,7 @@ def _read_site(fields: Fields) -> SAELayout:
         d_out=fields.integer("d_out", 1),
         has_skip=fields.boolean("has_skip", False),
         before_gain=fields.boolean("before_gain", False),
+        raw_output=fields.boolean("raw_output", False),
     )
     if site.before_gain and site.hook is not HookPoint.MLP_IN:
         raise fields.fail("before_gain", "false, since the site is not mlp_in")
@@ -245,7 +247,7 @@ def save_native(
             entry["hook_out"] = HookPoint(content["hook_out"]).value
             entry["d_out"] = tensors["W_dec"].shape[1]
             entry["has_skip"] = "W_skip" in tensors
-        for key in ("k", "topk_relu", "fvu", "l0", "before_gain"):
+        for key in ("k", "topk_relu", "fvu", "l0", "before_gain", "raw_output"):
             if content.get(key) is not None:
                 entry[key] = content[key]
         # Check the manifest by the reader's own rules, so that the reader will accept

@@ -3,14 +3,16 @@
 
 TopK after ReLU; the encoder (`encoder.weight [F, D]`) reads `x - b_dec`, and `W_dec`
 is `[F, D]`. The directory's name is the hook point: `layers.N` (or `h.N`) is the
-output of block N, `layers.N.mlp` that of its MLP. A transcoder (`transcode`) reads what
-the MLP reads, without subtracting `b_dec`, and may have `W_skip [d_out, d_in]`.
+output of block N, `layers.N.mlp` that of its MLP, before any norm after it. A
+transcoder (`transcode`) reads what the MLP reads, without subtracting `b_dec`, and may
+have `W_skip [d_out, d_in]`.
 Source: https://github.com/EleutherAI/sparsify
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from vllm.config.steering import Activation, HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape, need_k
@@ -54,7 +56,7 @@ def read(location: Location) -> ModuleLayout:
     where = f"{location.origin}: layers.N or layers.N.mlp"
     points = choose_points(location, _points(location, is_transcoder), where)
     if is_transcoder and points.hook is HookPoint.MLP_IN:
-        points = transcoder_points(points.layer)
+        points = replace(transcoder_points(points.layer), raw_output=True)
     elif is_transcoder:
         raise LayoutError(f"{where}: expected a transcoder of an MLP (mlp_in.N)")
     W_enc, W_dec = Matrix("encoder.weight"), Matrix("W_dec")
@@ -91,7 +93,7 @@ def _points(location: Location, is_transcoder: bool) -> Points | None:
     if module:
         is_mlp = module[2] == "mlp"
         hook = HookPoint.MLP_OUT if is_mlp else HookPoint.ATTN_OUT
-        return Points(int(module[1]), hook)
+        return Points(int(module[1]), hook, raw_output=True)
     if (site := parse_site_name(name)) is not None:
         return Points(*site)
     if name.startswith(("layers.", "h.", "embed")) and location.given is None:
