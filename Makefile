@@ -39,7 +39,7 @@ $(VENV)/.triton: $(STAMP) requirements/triton.lock
 	  --target $(VENV)/triton -r requirements/triton.lock
 	touch $@
 
-# sae-lens (0.5 GB with what it needs) for the tests that compare with it, which skip
+# sae-lens and sparsify (0.5 GB in all) for the tests that compare with them, which skip
 # elsewhere, and for the coverage of its list.
 $(VENV)/.sae-lens: $(STAMP) requirements/sae-lens.lock
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from steering_testing import models, oracle
 from steering_testing.cases import CASES
 from steering_testing.conformance import requests, site_modules
@@ -111,30 +111,60 @@ def save_eagle(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(values))
 
 
+def save_mtp(path: Path) -> None:
+    """The tiny GLM-4.5 with a layer that predicts one token more."""
+    models.build("glm4_moe").save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    last, extra = f"model.layers.{models.LAYERS - 1}.", f"model.layers.{models.LAYERS}."
+    tensors |= {
+        extra + name.removeprefix(last): value.clone()
+        for name, value in tensors.items()
+        if name.startswith(last)
+    }
+    D = models.HIDDEN
+    generator = torch.Generator().manual_seed(3)
+    tensors[f"{extra}eh_proj.weight"] = torch.randn(D, 2 * D, generator=generator) * 0.1
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{extra}{norm}.weight"] = torch.ones(D)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((path / "config.json").read_text())
+    values["num_nextn_predict_layers"] = 1
+    (path / "config.json").write_text(json.dumps(values))
+
+
+def speculation(method: str, root: Path) -> dict[str, Any]:
+    """The drafter of a model that `root` holds."""
+    found = {"method": method, "num_speculative_tokens": 1 if method == "mtp" else 2}
+    if method == "mtp":
+        save_mtp(root / "glm4_moe-0")  # where `engine` looks
+        return found
+    if method == "eagle":
+        save_eagle(root / "eagle")
+        return {**found, "model": str(root / "eagle")}
+    # The model itself: without steering, all that it drafts would be accepted.
+    return {**found, "model": str(models.save("llama", root))}
+
+
 @pytest.mark.parametrize(
-    "method", ["draft_model", pytest.param("eagle", marks=pytest.mark.slow)]
+    "method",
+    [
+        "draft_model",
+        pytest.param("eagle", marks=pytest.mark.slow),
+        pytest.param("mtp", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_drafter_proposes_is_steered_and_the_drafter_is_not(
-    method: str, model_root: Path, tmp_path: Path
+    method: str, tmp_path: Path
 ) -> None:
-    if method == "eagle":
-        save_eagle(tmp_path / "eagle")
-        drafter = tmp_path / "eagle"
-    else:
-        # The model itself: without steering, all that it drafts would be accepted.
-        drafter = models.save("llama", model_root)
-    case = dataclasses.replace(CASE, lacks=("attn_out", "mlp_in"))
+    family = "glm4_moe" if method == "mtp" else "llama"
+    case = dataclasses.replace(CASES[family], lacks=("attn_out", "mlp_in"))
     modules = site_modules(case)
     asked = requests(case, modules)
     prompts = [prompt(at, 4 + at % 5) for at in range(len(asked))]
     sampling = [params(6, **specs(*asks)) for asks in asked]
-    speculation = {
-        "method": method,
-        "model": str(drafter),
-        "num_speculative_tokens": 2,
-    }
+    drafter = speculation(method, tmp_path)
     paths = modules.save(tmp_path / "modules")
-    with engine("llama", model_root, paths, speculative_config=speculation) as llm:
+    with engine(family, tmp_path, paths, speculative_config=drafter) as llm:
         found = generate(llm, prompts, sampling)
         steered = [
             {type(module) for module in model.modules() if isinstance(module, STEERED)}
@@ -144,5 +174,5 @@ def test_what_a_drafter_proposes_is_steered_and_the_drafter_is_not(
     assert steered[0] and not steered[1]
     for ids, asks, result in zip(prompts, asked, found, strict=True):
         edits = modules.edits(*asks)
-        expected = oracle.follow(models.build("llama"), ids, edits, result.tokens)
+        expected = oracle.follow(models.build(family), ids, edits, result.tokens)
         assert_same(result, expected, f"{method}: {asks}")

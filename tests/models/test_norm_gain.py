@@ -102,7 +102,9 @@ def test_a_transcoder_from_before_the_gain_reads_what_the_mlp_reads(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize(
+    "enforce_eager", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
     enforce_eager: bool, tmp_path: Path
 ) -> None:
@@ -136,9 +138,9 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
 @pytest.mark.parametrize(
     ("family", "hook", "fits"),
     [
-        ("llama", "mlp_out", True),
+        pytest.param("llama", "mlp_out", True, marks=pytest.mark.slow),
         ("gemma2", "mlp_out", False),
-        ("gemma2", "attn_out", False),
+        pytest.param("gemma2", "attn_out", False, marks=pytest.mark.slow),
         pytest.param("glm4", "mlp_out", False, marks=pytest.mark.slow),
     ],
 )

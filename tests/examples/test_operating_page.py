@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/features/operating.md lists every option, flag, route, metric and status."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vllm.engine import steering_args
+from vllm.engine.steering_options import (
+    MAX_CLAMPS_LIMIT,
+    MAX_PIECES_LIMIT,
+    MAX_SPECS_LIMIT,
+    MODULE_OPTIONS,
+    SPARE_FIELDS,
+    TOP_FIELDS,
+)
+from vllm.entrypoints.serve.steering import api_router, metrics, preset_router
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "features" / "operating.md").read_text()
+SERVE = ROOT / "vllm" / "entrypoints" / "serve" / "steering"
+
+
+def rows() -> list[str]:
+    return [line for line in PAGE.splitlines() if line.startswith("| ")]
+
+
+def test_every_option_has_a_row_with_its_range() -> None:
+    for field in set(TOP_FIELDS) - {"resolved"}:
+        assert any(row.startswith(f"| `{field}`") for row in rows()), field
+    ranges = {
+        "max_clamps": f"1 to {MAX_CLAMPS_LIMIT}",
+        "max_specs": f"1 to {MAX_SPECS_LIMIT}",
+        "max_pieces": f"2 to {MAX_PIECES_LIMIT}",
+    }
+    for field, limits in ranges.items():
+        assert any(field in row and limits in row for row in rows()), field
+    for field in (*MODULE_OPTIONS, *SPARE_FIELDS):
+        assert f"`{field}`" in PAGE or f'"{field}"' in PAGE, field
+
+
+def test_every_flag_has_a_row() -> None:
+    flags = [
+        value
+        for name, value in vars(steering_args).items()
+        if name.endswith("FLAG") and isinstance(value, str)
+    ]
+    assert len(flags) >= 4
+    for flag in flags:
+        assert any(row.startswith(f"| `{flag} ") for row in rows()), flag
+
+
+def test_every_route_is_named() -> None:
+    routes = [*api_router.router.routes, *preset_router.router.routes]
+    for path in {route.path for route in routes}:  # type: ignore[attr-defined]
+        name = path.replace("/presets/{name}", "/presets[/{name}]")
+        assert name in PAGE or name.removesuffix("/presets") in PAGE, path
+
+
+def test_every_metric_has_a_row() -> None:
+    source = Path(metrics.__file__).read_text()
+    found = re.findall(r"_(gauge|counter)\(\s*\"(\w+)\"", source)
+    assert len(found) >= 10
+    for kind, name in found:
+        full = f"vllm:steering_{name}" + ("_total" if kind == "counter" else "")
+        assert any(row.startswith(f"| `{full}` |") for row in rows()), full
+
+
+def test_every_status_of_a_refusal_is_explained() -> None:
+    sources = [file.read_text() for file in SERVE.glob("*.py")]
+    statuses = {
+        status
+        for source in sources
+        for status in re.findall(r"RequestRefused\(\s*(\d{3})", source)
+    }
+    assert {"400", "401", "403", "409"} <= statuses
+    for status in statuses:
+        assert any(row.startswith(f"| {status} |") for row in rows()), status
