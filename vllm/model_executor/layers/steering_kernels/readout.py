@@ -24,7 +24,7 @@ COUNT = tl.constexpr(3)
 FEATURES = tl.constexpr(4)
 MAX_READ = tl.constexpr(64)
 RANKED = tl.constexpr(2)  # keys that others are compared with at a time
-BLOCK = tl.constexpr(64)  # entries looked at together
+BLOCK = tl.constexpr(32)  # entries looked at together
 BLOCK_F = tl.constexpr(16)  # features encoded together on the overflow path
 
 
