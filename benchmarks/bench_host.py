@@ -10,7 +10,7 @@ runner drives it. Every request is steered its own way, so that nothing is share
 - spans: six places of the prompt and the answer where the edit changes, drawn at
   random, so that some request changes in most steps.
 
-Three costs, medians of the rounds in microseconds: `decode`, a step of one token a
+Three costs, the least of the rounds in microseconds: `decode`, a step of one token a
 request, on average over the answer; `life`, all that the batch costs (admission,
 prefill, decoding, end) divided by its steps; and `admit`, the admission of one request.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,7 +128,10 @@ def live(runtime: SteeringRuntime, batch: Batch, steps: int) -> dict[str, float]
 
 
 def measure(runtime: SteeringRuntime, args: argparse.Namespace) -> dict[str, Any]:
-    """Medians in microseconds, by kind; the kinds take turns."""
+    """The least costs in microseconds, by kind; the kinds take turns.
+
+    The least, because whatever else runs on the machine only adds to it.
+    """
     batches = {
         kind: make_batch(kind, runtime.config, args.requests, args.steps)
         for kind in KINDS
@@ -141,7 +143,7 @@ def measure(runtime: SteeringRuntime, args: argparse.Namespace) -> dict[str, Any
     per = {"life": args.steps, "admit": args.requests, "decode": args.steps}
     return {
         kind: {
-            cost: 1e6 * statistics.median(one[cost] for one in found[1:]) / count
+            cost: 1e6 * min(one[cost] for one in found[1:]) / count
             for cost, count in per.items()
         }
         for kind, found in rounds.items()

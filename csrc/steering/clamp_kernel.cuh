@@ -5,11 +5,11 @@
 //
 // A steering vector that does more than add has the projection on it as f_c.
 //
-// Latency decides: a token reads a handful of rows, each from cold memory, and
-// a row's address is known only once another load has returned. So the chain
-// is index -> table row and x -> encoder rows, decoder rows, bias -> result,
-// with everything of one link in flight at once, and the code is small because
-// it is cold too. Encoder rows go to registers in the layout of the tensor
+// Latency is the limit: a token reads a few rows, each from cold memory, and a
+// row's address is known only after another load has returned. So the chain is
+// index -> table row and x -> encoder rows, decoder rows, bias -> result. All
+// loads of one link are in flight at once, and the code is small because it is
+// cold too. Encoder rows go to registers in the layout of the tensor
 // core, which sums over a warp's columns without shuffles; decoder rows go to
 // a ring in shared memory, where each thread reads only what it copied itself.
 #pragma once
@@ -191,8 +191,8 @@ __device__ __forceinline__ void resolve_vectors(
   }
 }
 
-// Resolves vectors; false where float32 does not hold the norm of the token's
-// stream. `extended`: a clamp of this thread wants more than to be added.
+// Resolves vectors; false where the norm of the token's stream exceeds
+// float32. `extended`: a clamp of this thread wants more than to be added.
 template <typename T, bool kTwo>
 __device__ __forceinline__ bool prepare_vectors(
     const float* directions, const TokenStream<T, kTwo>& stream,
@@ -208,7 +208,7 @@ __device__ __forceinline__ bool prepare_vectors(
       square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
     }
   }
-  // As a rule every share is far below the bound, and so is their sum.
+  // Usually every share is far below the bound, and so is their sum.
   constexpr float kLargest = 3.402823466e38f;
   const bool usual = !extended && square <= kLargest / kClampThreads;
   if (!__syncthreads_or(!usual)) return true;
@@ -257,7 +257,7 @@ __device__ __forceinline__ bool load_clamps(const Weights<T>& weights,
   return extended;
 }
 
-// What the last thread does meanwhile: as a rule its warp loads no clamps.
+// Work of the last thread meanwhile: its warp usually loads no clamps.
 template <bool kEncodes, typename T, typename W>
 __device__ __forceinline__ void load_head(const ClampArgs<T, W>& a, uint64_t t,
                                           const ClampRow& from,
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   __shared__ StagedRow::Head head;
   __shared__ int counted;
   const uint64_t t = blockIdx.x;
-  // Nothing of the kernel before is read yet, only moved into L2.
+  // This does not read what the previous kernel wrote; it only moves it to L2.
   if (threadIdx.x == 0) prefetch_line(a.step.index + t);
   wait_for_previous();
   launch_dependents();
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
       count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,
                       a.step.saturated);
   }
-  wait_copies<0>();  // none may land after the block has gone
+  wait_copies<0>();  // none may land after the block has ended
 }
 
 }  // namespace vllm_steering

@@ -106,8 +106,8 @@ struct StagedRow {
 
 // The thread's columns of decoder rows, in the order in which they are added:
 // clamp after clamp, then the next columns. Batches of rows are requested two
-// ahead. Only the thread itself reads what it requested, so nothing but its
-// own copies need waiting for.
+// ahead. A thread reads only what it requested itself, so it waits only for its
+// own copies.
 template <typename T, typename W>
 struct RowRing {
   static constexpr int kParts = sizeof(W) / 2;  // 16-byte parts of 8 numbers

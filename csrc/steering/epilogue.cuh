@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What leaves the encoder: the non-zeros of a tile of scores, or all of them.
 //
-// A lane notes its hits in shared memory while it scans its accumulators, then
-// appends them to their tokens' lists in global memory, several atomics in
+// A lane collects its hits in shared memory while it scans its accumulators,
+// then appends them to their tokens' lists in global memory, several atomics in
 // flight. Where another tile follows, spare warps append while the tensor cores
 // already work on it.
 #pragma once
@@ -12,8 +12,8 @@
 
 namespace vllm_steering {
 
-// Up to here L2 is asked for each row of W_dec that fires: few tokens leave the
-// decoder short of requests, many keep memory busy by themselves.
+// Up to here L2 is asked for the W_dec row of every active feature. With few
+// tokens the decoder has too few requests; many tokens keep memory busy.
 constexpr int kEagerTokens = 32;
 constexpr int kHitsPerLane = 16;
 constexpr int kHitsPerWarp = 32 * kHitsPerLane;

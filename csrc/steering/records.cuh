@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the stages know of a token, and how a row of a clamp table lies.
+// What the stages know about a token, and the layout of a clamp table's row.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ __host__ __device__ constexpr float power_of_2(int n) {
   return power;
 }
 
-// An active token, in a cache line of its own, or the atomics of a whole tile
+// An active token, in its own cache line. Otherwise the atomics of a whole tile
 // would queue for a few lines.
 struct alignas(4 * kRecordInts) TokenRecord {
   int listed;     // non-zeros found so far

@@ -37,8 +37,8 @@ struct Scores {
   int d_sae;
 };
 
-// Order bits of the largest score of each of this thread's groups. Which group
-// a score belongs to is of no matter.
+// Order bits of the largest score of each of this thread's groups. Any
+// assignment of scores to groups works.
 __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
                                              const Scores& s) {
   int done = 0;

@@ -30,7 +30,8 @@ def run(selection: str) -> None:
         pytest.skip(f"no torchvision in {TORCHVISION}")
     inherited = os.environ.get("PYTHONPATH", "")
     environment = {**os.environ, "PYTHONPATH": f"{TORCHVISION}:{inherited}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(CASES), "-k", selection]
+    command = [sys.executable, "-m", "pytest", "-qx", "--tb=short", "--show-capture=no"]
+    command += [str(CASES), "-k", selection]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 

@@ -256,7 +256,7 @@ def save(family: str, root: Path, seed: int = 0) -> Path:
 def decoder_layers(model: Any) -> Any:
     """The decoder layers of a Hugging Face model, in order."""
     base = model.base_model
-    base = model.model if base is model else base
-    base = base.language_model if hasattr(base, "language_model") else base
-    base = base.decoder if hasattr(base, "decoder") else base
+    while not (hasattr(base, "h") or hasattr(base, "layers")):
+        inner = ("language_model", "model", "decoder")
+        base = next(getattr(base, name) for name in inner if hasattr(base, name))
     return base.h if hasattr(base, "h") else base.layers

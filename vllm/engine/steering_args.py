@@ -23,6 +23,10 @@ SECTIONS = {
     PRESETS_FLAG: "presets",
     INLINE_FLAG: "inline_vectors",
 }
+# What `fold_options` reads, as a parser names it.
+FOLDED = {
+    flag.removeprefix("--").replace("-", "_") for flag in (*SECTIONS, DECODER_FLAG)
+}
 
 
 class Secret(str):

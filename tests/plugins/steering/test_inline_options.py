@@ -12,6 +12,7 @@ import vllm.plugins.steering as plugin
 from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.plugins.steering.seam import BOUND
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 FLAG = "--steering-inline-vectors"
@@ -38,6 +39,21 @@ def test_the_flag_reserves_room_for_every_request_of_the_batch(
     assert (first.name, first.per_request, first.directions) == ("post_block.0", 2, 14)
     assert (second.name, second.per_request, second.directions) == ("pre_attn.1", 1, 7)
     assert SteeringConfig.from_json(config.to_json()) == config
+
+
+def test_a_process_without_the_plugin_finds_what_the_flags_say(
+    model_path: Path,
+) -> None:
+    """Of several API servers, each reads the arguments before it loads plugins."""
+    argv = ["--model", str(model_path), FLAG, "post_block.0=2"]
+    args = parser().parse_args(argv)
+    made = AsyncEngineArgs.from_cli_args(args)
+    stock = BOUND["vllm.engine.arg_utils:EngineArgs.from_cli_args"]
+    unpatched = stock.__func__(AsyncEngineArgs, args)  # type: ignore[attr-defined]
+    again = AsyncEngineArgs.from_cli_args(args)
+    for other in (unpatched, again):
+        assert other.additional_config == made.additional_config
+    assert made.additional_config["steering"]["inline_vectors"] == {"post_block.0": 2}
 
 
 @pytest.mark.parametrize("bad", ["post_block.0", "=1", "post_block.0=x", "a=1 a=2"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import vllm
 from vllm.config.steering_checks import SteeringConfigError
-from vllm.engine.steering_args import add_options, fold_options
+from vllm.engine.steering_args import FOLDED, add_options, fold_options
 from vllm.engine.steering_resolution import resolve_steering
 from vllm.plugins.steering.seam import (
     BOUND,
@@ -87,9 +87,14 @@ def _make_add_cli_args(stock: Stock) -> Stock:
 def _make_from_cli_args(stock: Stock) -> Stock:
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = stock(cls, args)
+        options = vars(args)
         engine_args.additional_config = fold_options(
-            engine_args.additional_config, vars(args)
+            engine_args.additional_config, options
         )
+        # The processes of several API servers are given these arguments, and read them
+        # before this plugin is loaded.
+        options["additional_config"] = engine_args.additional_config
+        options.update(dict.fromkeys(FOLDED & set(options)))
         return engine_args
 
     return from_cli_args
