@@ -221,11 +221,11 @@ def _digest(location: Location, layout: ModuleLayout, options: dict) -> str:
 
 @contextmanager
 def _open_site(
-    module: ModuleInfo, site: SiteInfo
+    module: ModuleInfo, site: SiteInfo, location: Location | None
 ) -> Iterator[tuple[Location, SAELayout | VectorLayout]]:
     """Read the layout of one site again from the files that were inspected."""
     with naming_module(module.name, module.path):
-        location, _ = resolve_path(module.path)
+        location = location or resolve_path(module.path)[0]
         names = [s.name for s in module.sites]
         fmt, layout = _read_layout(location, names)
         for entry in layout.sites:
@@ -238,7 +238,12 @@ def _open_site(
         )
 
 
-def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
+def load_site(
+    module: ModuleInfo,
+    site: SiteInfo,
+    into: SAEWeights,
+    location: Location | None = None,
+) -> None:
     """Stream one site's SAE into its buffers, folded to the canonical form.
 
     Args:
@@ -246,12 +251,13 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
         site: one of `module.sites`.
         into: buffers of the site's widths with at least `d_sae` features, on any
             device. Features past `d_sae` and `meta` keep their values.
+        location: the module's files, if `locate` has found them; no progress is shown.
 
     Raises:
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;
             `into` then holds a part of the module.
     """
-    with _open_site(module, site) as (location, layout):
+    with _open_site(module, site, location) as (location, layout):
         if not isinstance(layout, SAELayout):
             raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
         _check_room(site, into)
@@ -262,7 +268,7 @@ def load_site(module: ModuleInfo, site: SiteInfo, into: SAEWeights) -> None:
                 total=sae_bytes(layout, tensors),
                 unit="B",
                 unit_scale=True,
-                disable=not enable_tqdm(True),
+                disable=location is not None or not enable_tqdm(True),
             ) as bar,
         ):
             fold_sae(layout, tensors, into, bar.update)
@@ -280,13 +286,17 @@ def _check_room(site: SiteInfo, into: SAEWeights) -> None:
         )
 
 
-def load_vectors(module: ModuleInfo, site: SiteInfo) -> torch.Tensor:
+def load_vectors(
+    module: ModuleInfo, site: SiteInfo, location: Location | None = None
+) -> torch.Tensor:
     """The steering vector of one site, float32 `[D]` on the CPU.
+
+    `location` is as of `load_site`.
 
     Raises:
         ValueError: the files changed, or hold a NaN or infinity.
     """
-    with _open_site(module, site) as (location, layout):
+    with _open_site(module, site, location) as (location, layout):
         if not isinstance(layout, VectorLayout):
             raise LayoutError(f"{site.name}: expected a steering vector, found an SAE")
         with open_tensors(_file(location, layout)) as tensors:
