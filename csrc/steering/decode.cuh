@@ -23,7 +23,6 @@ struct DecodeArgs {
   bool resolved;  // ws.coef holds g - f of the clamps already
   bool delta;     // add to x: no entries, no b_dec
   Reads reads;
-  DenseScratch<T> scratch;  // without rows: no token is dense
 };
 
 inline int decode_slices(int d_model) {

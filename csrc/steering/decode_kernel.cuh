@@ -10,10 +10,7 @@
 // token's bits depend neither on the run nor on its batch.
 #pragma once
 
-#include <algorithm>
-
 #include "decode.cuh"
-#include "dense_tail.cuh"
 #include "read.cuh"
 
 namespace vllm_steering {
@@ -27,11 +24,9 @@ __host__ __device__ inline int list_slots(int max_clamps) {
 // partial sums, which are needed one after another.
 static_assert(sizeof(LongReadMemory) <=
               kListMax * 8 + kDecodeWarps * kColumns * 4);
-inline int decode_smem(int max_clamps, bool tail) {
-  const int own = list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
-  return tail ? std::max(own, kTailSmem) : own;
+inline int decode_smem(int max_clamps) {
+  return list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
 }
-static_assert(kTailThreads == kDecodeThreads);
 
 // Appends the clamps' corrections behind the entries; returns the new length.
 template <typename T>
@@ -113,15 +108,13 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
 // token, or the last group does so too, where blocks are scarce.
 template <typename T, int Ahead, bool kReads>
 __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
-    decode_kernel(const __grid_constant__ DecodeArgs<T> a,
-                  const __grid_constant__ TailMaps maps) {
+    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
   extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
   float* scratch =
       reinterpret_cast<float*>(memory + list_slots(a.table.max_clamps) * 8);
   launch_dependents();
   wait_for_previous();
-  const int crossed = a.ws.sync[kCrossed];
   const int n = a.ws.tokens(), d_model = a.weights.d_model;
   const int slices = (d_model + kColumns - 1) / kColumns;
   const int groups =
@@ -139,7 +132,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     const bool edits = record->row != 0 && work < n * groups;
     const bool reads = kReads && record->read != 0 && work / n == reader;
     if (token < 0 || !(edits || reads)) continue;
-    if (listed > kListMax) {  // the tail's
+    if (listed > kListMax) {
+      if (edits && work < n && threadIdx.x == 0) note_dense(a.ws, i);
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
                   *reinterpret_cast<LongReadMemory*>(memory));
@@ -167,15 +161,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
     }
   }
-  if (n <= 0 || crossed == 0) return;
-  if (a.scratch.rows == 0) {  // the delta tier, which has no dense tokens
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.ws.sync[kCrossed] = 0;
-    return;
-  }
-  const DenseArgs<T> tail = {a.weights,   a.stream,   a.ws,     a.table,
-                             a.saturated, a.resolved, a.scratch};
-  dense_tail(tail, maps,
-             *reinterpret_cast<TailMemory*>(aligned_memory(memory)));
 }
 
 }  // namespace vllm_steering

@@ -18,8 +18,8 @@
 
 namespace vllm_steering {
 
-// Scratch memory of `rows` dense tokens at a time. In long steps it takes the
-// place of the lists, which have been read by then.
+// Scratch memory of `rows` dense tokens at a time; it takes the place of the
+// lists, which have been read by then.
 template <typename T>
 struct DenseScratch {
   T* x;            // [rows, D]
@@ -82,9 +82,8 @@ __device__ __forceinline__ float limb_value(const DenseScratch<T>& s, int d,
 // begins when all that is before it is done.
 enum DensePhase { kGather, kEncode, kDecode, kFinish, kPhases };
 
-// The tokens of a tile, at most `widest`.
-__device__ __forceinline__ int dense_width(int n, int widest) {
-  return min(n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : 128, widest);
+__device__ __forceinline__ int dense_width(int n) {
+  return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : 128;
 }
 
 struct DenseItem {
@@ -98,8 +97,8 @@ struct DenseItem {
 // The items of each phase of a chunk of n tokens.
 struct DenseCounts {
   int of[kPhases];
-  __device__ DenseCounts(int n, int width, int n_f, int n_d, bool topk) {
-    const int tiles = (n + width - 1) / width;
+  __device__ DenseCounts(int n, int n_f, int n_d, bool topk) {
+    const int tiles = (n + dense_width(n) - 1) / dense_width(n);
     of[kGather] = n;
     of[kEncode] = topk ? 0 : n_f * tiles;
     of[kDecode] = n_d * tiles * kDenseSplits;
@@ -112,20 +111,18 @@ struct DenseCounts {
 
 // The ticket-th item of a step with n dense tokens.
 template <typename T>
-__device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n,
-                                int widest) {
+__device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n) {
   const int rows = a.scratch.rows;
   const int n_f = (a.scratch.padded + kTileF - 1) / kTileF;
   const int n_d = (a.weights.d_model + kTileF - 1) / kTileF;
-  const int full =
-      DenseCounts(rows, dense_width(rows, widest), n_f, n_d, a.topk).total();
+  const int full = DenseCounts(rows, n_f, n_d, a.topk).total();
   const int chunk = min(ticket / full, n / rows);
   DenseItem item = {kPhases,      ticket - chunk * full,       chunk * full,
                     chunk * rows, min(rows, n - chunk * rows), 0};
   if (item.tokens <= 0) return item;
-  const int width = dense_width(item.tokens, widest);
+  const int width = dense_width(item.tokens);
   item.token_tiles = (item.tokens + width - 1) / width;
-  const DenseCounts counts(item.tokens, width, n_f, n_d, a.topk);
+  const DenseCounts counts(item.tokens, n_f, n_d, a.topk);
 #pragma unroll
   for (int phase = 0; phase < kPhases; ++phase) {
     if (item.phase != kPhases) continue;

@@ -17,7 +17,6 @@ namespace vllm_steering {
 constexpr int kEagerTokens = 32;
 constexpr int kHitsPerLane = 16;
 constexpr int kHitsPerWarp = 32 * kHitsPerLane;
-constexpr int kNoSlot = 1 << 30;  // of lanes without a hit: past any list
 constexpr int kPart = 8;  // accumulators scanned between looks at the buffer
 
 template <typename T>
@@ -58,7 +57,6 @@ struct TilePlace {
 template <typename T>
 __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
                                           int slot, TilePlace at) {
-  if (slot == kListMax) a.ws.sync[kCrossed] = 1;
   if (slot >= a.ws.capacity) return;
   const int64_t f = at.f0 + (hit.x & 0xFF), t = at.t0 + (hit.x >> 8);
   a.ws.entries[t * a.ws.capacity + slot] =
@@ -88,7 +86,7 @@ __device__ __forceinline__ void append_together(const EncodeArgs<T>& a,
       const int t = at.t0 + (hit[u].x >> 8);
       const bool there = first + u < own && t < at.n;
       same[u] = __match_any_sync(~0u, there ? t : -1);
-      slot[u] = kNoSlot;
+      slot[u] = a.ws.capacity;  // for lanes without a hit: no room
       if (there && lane == __ffs(same[u]) - 1)
         slot[u] = atomicAdd(&a.ws.records[t].listed, __popc(same[u]));
     }
@@ -117,7 +115,7 @@ __device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
     int slot[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      slot[u] = kNoSlot;
+      slot[u] = a.ws.capacity;
       if (first + u >= own) continue;
       hit[u] = hits[(first + u) * 32];
       const int t = at.t0 + (hit[u].x >> 8);  // columns past n hold junk

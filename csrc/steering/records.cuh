@@ -35,8 +35,6 @@ enum SyncField {
   kDenseTicket = 3,
   kDenseDone = 4,
   kDenseExits = 5,
-  // 6 is the Triton kernels'.
-  kCrossed = 7,  // not 0: some list has become too short for its token
 };
 
 // A row of a packed clamp table: active, count, then features, codes, values.

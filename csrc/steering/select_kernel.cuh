@@ -7,13 +7,14 @@
 #pragma once
 
 #include "bundles.cuh"
-#include "histogram.cuh"
+#include "keys.cuh"
 #include "ptx/launch_control.cuh"
 
 namespace vllm_steering {
 
 constexpr int kSelectThreads = 512;
 constexpr int kGroupsPerThread = 4;
+constexpr int kBins = 2048;  // the upper 11 bits of a score
 constexpr int kCandidates = 1024;
 
 // The same for every element type of the model: x and the stream are not read.
@@ -25,9 +26,10 @@ struct SelectArgs {
 };
 
 struct SelectMemory {
-  Histogram<kSelectThreads> histogram;  // of the upper 11 bits of scores
+  int bins[kBins];
   unsigned long long keys[kCandidates];
-  int listed, candidates;
+  int warp_sums[kSelectThreads / 32];
+  int listed, candidates, bound, above;
   unsigned long long kth;
 };
 
@@ -70,30 +72,93 @@ __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
     top[0] = max(top[0], order_bits(s.p[f]));
 }
 
-// Leaves in the histogram's bound a lower bound (order bits) of the k-th
-// largest score, zero where there are fewer than k groups.
+// Finds the bin that holds the k-th from the top: m.bound is the bin, m.above
+// what the bins over it hold. Without so many in all, both stay as they are.
+__device__ void find_bin(SelectMemory& m, int k) {
+  // Thread i owns the i-th highest four bins; a scan finds whose hold the k-th.
+  constexpr int kOwn = kBins / kSelectThreads;
+  const int highest = kBins - 1 - threadIdx.x * kOwn, lane = threadIdx.x % 32;
+  int own = 0;
+  for (int b = 0; b < kOwn; ++b) own += m.bins[highest - b];
+  int upto = own;
+  for (int d = 1; d < 32; d <<= 1) {
+    const int other = __shfl_up_sync(~0u, upto, d);
+    if (lane >= d) upto += other;
+  }
+  if (lane == 31) m.warp_sums[threadIdx.x / 32] = upto;
+  __syncthreads();
+  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w)
+    upto += m.warp_sums[w];
+  int before = upto - own;
+  if (before < k && upto >= k) {
+    for (int b = 0; b < kOwn; ++b) {
+      const int here = m.bins[highest - b];
+      if (before + here >= k) {
+        m.bound = highest - b;
+        m.above = before;
+        break;
+      }
+      before += here;
+    }
+  }
+  __syncthreads();
+}
+
+// Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero
+// where there are fewer than k groups.
 __device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
   unsigned top[kGroupsPerThread] = {};
-  int* bins = m.histogram.bins;
-  for (int b = threadIdx.x; b < kBins; b += kSelectThreads) bins[b] = 0;
-  if (threadIdx.x == 0)
-    m.histogram.bound = m.listed = m.candidates = 0, m.kth = 0;
+  for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+  if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
   group_maxima(top, s);
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroupsPerThread; ++g)
-    if (top[g] != 0) atomicAdd(&bins[top[g] >> 21], 1);
+    if (top[g] != 0) atomicAdd(&m.bins[top[g] >> 21], 1);
   __syncthreads();
-  find_bin(m.histogram, k);
+  find_bin(m, k);
 }
 
-// The k-th largest key where there are very many candidates. Not inlined: the
-// usual path's code is cold, and short.
-__device__ __noinline__ unsigned long long search_scores(SelectMemory& m,
-                                                         const Scores& s,
-                                                         int k) {
-  return search_kth(m.histogram, s.d_sae, k,
-                    [&](int f) { return sort_key(s.p[f], f); });
+// Adds one to a thread's bin, if it has one. Where a warp's bins are the same,
+// as when scores tie, one thread adds for all.
+__device__ __forceinline__ void count_in_bin(SelectMemory& m, int bin) {
+  const unsigned mask = __activemask();
+  int same;
+  __match_all_sync(mask, bin, &same);
+  if (bin < 0) return;
+  if (!same)
+    atomicAdd(&m.bins[bin], 1);
+  else if (threadIdx.x % 32 == __ffs(mask) - 1)
+    atomicAdd(&m.bins[bin], __popc(mask));
+}
+
+// The k-th largest key where there are very many candidates: eleven of its bits
+// at a time, by a histogram of the keys that agree with it so far. Not inlined:
+// the usual path's code is cold, and short.
+__device__ __noinline__ unsigned long long search_kth(SelectMemory& m,
+                                                      const Scores& s, int k) {
+  constexpr int kKeyBits = 63, kDigit = 11;
+  static_assert(1 << kDigit == kBins);
+  unsigned long long found = 0;
+#pragma unroll 1
+  for (int top = kKeyBits; top > 0; top -= kDigit) {
+    const int shift = max(top - kDigit, 0);
+    __syncthreads();
+    for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+    __syncthreads();
+    for (int f = threadIdx.x; f < s.d_sae; f += kSelectThreads) {
+      const unsigned long long key = sort_key(s.p[f], f);
+      const bool agrees = key >> top == found >> top;
+      const int digit =
+          static_cast<int>(key >> shift) & ((1 << (top - shift)) - 1);
+      count_in_bin(m, agrees ? digit : -1);
+    }
+    __syncthreads();
+    find_bin(m, k);
+    found |= static_cast<unsigned long long>(m.bound) << shift;
+    k -= m.above;
+  }
+  return found;
 }
 
 __device__ void append_entry(SelectMemory& m, const SelectArgs& a, int64_t* own,
@@ -146,7 +211,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     int64_t* own = a.ws.entries + i * a.ws.capacity;
     __syncthreads();
     bound_scores(m, s, k);
-    const unsigned bound = static_cast<unsigned>(m.histogram.bound) << 21;
+    const unsigned bound = static_cast<unsigned>(m.bound) << 21;
 #pragma unroll 8
     for (int f = threadIdx.x; f < d_sae; f += kSelectThreads) {
       const float score = s.p[f];
@@ -159,7 +224,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     if (m.candidates <= kCandidates) {
       rank_candidates(m, a, own, m.candidates, k, relu);
     } else {
-      const unsigned long long kth = search_scores(m, s, k);
+      const unsigned long long kth = search_kth(m, s, k);
       for (int f = threadIdx.x; f < d_sae; f += kSelectThreads)
         if (sort_key(s.p[f], f) >= kth && survives(s.p[f], relu))
           append_entry(m, a, own, f, s.p[f]);
@@ -169,7 +234,6 @@ __global__ void __launch_bounds__(kSelectThreads)
     resolve_clamps(m, a, s, a.table.row(record->row), i, relu);
     if (threadIdx.x == 0) {
       record->listed = m.listed;
-      if (m.listed > kListMax) a.ws.sync[kCrossed] = 1;
       a.ws.kth[i] = static_cast<int64_t>(m.kth);
     }
   }

@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(kDecodeThreads)
   launch_dependents();
   wait_for_previous();
   const int n = a.ws.tokens();
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.ws.sync[kCrossed] = 0;
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
     const TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;

@@ -97,23 +97,6 @@ void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
   });
 }
 
-template <typename T>
-TailMaps tail_maps(const DecodeArgs<T>& a) {
-  const DenseScratch<T>& s = a.scratch;
-  const Weights<T>& w = a.weights;
-  TailMaps maps = {};
-  if (s.rows == 0) return maps;
-  constexpr int kWidths[kTailWidths] = {8, kTailWidest};
-  maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_model, kTileF, kTileK);
-  maps.w_dec = tensor_map(w.w_dec, w.num_features, w.d_model, kTileK, 64);
-  for (int i = 0; i < kTailWidths; ++i) {
-    maps.x[i] = tensor_map(s.x, s.rows, w.d_model, kWidths[i], kTileK);
-    maps.limbs[i] =
-        tensor_map(s.limbs, 2 * s.rows, s.padded, kWidths[i], kTileK);
-  }
-  return maps;
-}
-
 template <int Ahead, typename T>
 void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
   const bool reads = a.reads.index != nullptr;
@@ -122,8 +105,7 @@ void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
       std::min<int64_t>(a.ws.rows * each, 32 / Ahead * processors);
   launch(reads ? decode_kernel<T, Ahead, true> : decode_kernel<T, Ahead, false>,
          static_cast<int>(blocks), kDecodeThreads,
-         decode_smem(a.table.max_clamps, a.scratch.rows > 0), stream, a,
-         tail_maps(a));
+         decode_smem(a.table.max_clamps), stream, a);
 }
 
 // Tokens that lists hold. Few: one kernel. Many: sort once, then gather.
@@ -159,14 +141,16 @@ DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
   return maps;
 }
 
-// Tokens of a long step that no list holds: their number is known on the device
-// only. In short steps the decoder's tail takes them.
+// Tokens that no list holds: their number is known on the device only.
 template <typename T>
-void launch_dense(const DecodeArgs<T>& d, int processors, cudaStream_t stream) {
-  const DenseArgs<T> a = {d.weights,   d.stream,   d.ws,     d.table,
-                          d.saturated, d.resolved, d.scratch};
+void launch_dense(const Bundles<T>& b, const DenseScratch<T>& scratch,
+                  bool topk, int processors, cudaStream_t stream) {
+  STD_TORCH_CHECK(b.step.table.max_clamps <= kDenseClamps,
+                  "steering: more than ", kDenseClamps, " clamps a row");
+  const DenseArgs<T> a = {b.weights,        b.stream, b.ws,   b.step.table,
+                          b.step.saturated, topk,     scratch};
   launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem, stream, a,
-         dense_maps(d.scratch, d.weights));
+         dense_maps(scratch, b.weights));
 }
 
 // Stage 4, and stage 3 of threshold SAEs. `many`: sort in a launch of its own.
@@ -181,21 +165,12 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     STD_TORCH_CHECK(
         delta || b.ws.capacity >= std::min(b.weights.num_features, kListMax),
         "steering: lists of ", b.ws.capacity, " entries are too short");
-    DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
-                       b.step.saturated, topk,     delta, b.step.reads};
-    if (!delta && b.weights.num_features > kListMax) {
-      a.scratch = make_dense_scratch(workspace, b.weights, b.expected);
-      STD_TORCH_CHECK(a.table.max_clamps <= kTailClamps, "steering: more than ",
-                      kTailClamps, " clamps a row");
-      const auto* lists = reinterpret_cast<const char*>(a.ws.entries);
-      const int64_t bytes = int64_t{a.ws.rows} * a.ws.capacity * 8;
-      STD_TORCH_CHECK(
-          many || (a.ws.rows <= kTailTokens &&
-                   reinterpret_cast<const char*>(a.scratch.x) >= lists + bytes),
-          "steering: a short step's dense lies in entries");
-    }
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
+                             b.step.saturated, topk,     delta, b.step.reads};
     launch_decode(a, many && !delta, processors, on);
-    if (many && a.scratch.rows > 0) launch_dense(a, processors, on);
+    if (delta || b.weights.num_features <= kListMax) return;
+    launch_dense(b, make_dense_scratch(workspace, b.weights, b.expected), topk,
+                 processors, on);
   });
 }
 

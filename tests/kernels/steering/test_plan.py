@@ -65,23 +65,3 @@ def test_a_workspace_has_room_for_every_shorter_step(tokens: int, topk: bool) ->
     assert views.plan.capacity >= LIST_MAX
     assert views.dense.shape[0] >= min(tokens, 128)
     assert views.dense.shape[1] == dense_row_bytes(2304, 2304, 16384)
-
-
-@pytest.mark.parametrize("most", [1, 3, 200, 512, 8192])
-@pytest.mark.parametrize("topk", [False, True])
-@pytest.mark.parametrize("capacity", [None, LIST_MAX])
-def test_lists_and_dense_tokens_of_a_short_step_lie_side_by_side(
-    most: int, topk: bool, capacity: int | None
-) -> None:
-    kinds = frozenset({Activation.TOPK if topk else Activation.RELU})
-    for shape in ((16384, 2304), (131072, 5376), (600, 64)):
-        slot = SAESlot(SAEWeights(*shape, torch.bfloat16, META), 3, 8, kinds)
-        workspace = SteeringWorkspace(most, [slot], META)
-        for tokens in {most, most // 2 + 1, min(most, 17)}:
-            views = workspace.buffers(slot, tokens, topk, capacity)
-            lists, dense = views.entries, views.dense
-            assert views.plan.capacity >= min(shape[0], LIST_MAX)
-            assert dense.shape[0] == views.plan.dense_rows >= 1
-            begin = lists.storage_offset() * lists.element_size()
-            gap = dense.storage_offset() - begin - lists.nbytes
-            assert gap >= 0 or views.plan.rows > 512

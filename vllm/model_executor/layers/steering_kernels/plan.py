@@ -92,42 +92,13 @@ def plan_chunks(
     capacity = min(d_sae, room // (ENTRY_BYTES * rows))
     dense = 0
     if d_sae > LIST_MAX:
-        beside = 0 if sorts_ahead(rows) else ENTRY_BYTES * rows * listed + PAGE
-        dense = dense_rows(rows, dense_row_bytes(d_in, d_out, d_sae), room - beside)
+        dense = dense_rows(rows, dense_row_bytes(d_in, d_out, d_sae), room)
         if dense < 1:
             raise ValueError(
                 f"steering: d_in={d_in}, d_sae={d_sae}: the activations of one token "
                 "do not fit the workspace; use a narrower SAE"
             )
     return ChunkPlan(rows, num_chunks, capacity, dense)
-
-
-@dataclass(frozen=True)
-class RoomPlan:
-    """How lists of `capacity` entries and the scratch of `dense_rows` dense tokens,
-    which begins `dense_offset` bytes behind the lists' begin, share memory."""
-
-    capacity: int
-    dense_offset: int
-    dense_rows: int
-
-
-def plan_room(plan: ChunkPlan, capacity: int, room: int, row_bytes: int) -> RoomPlan:
-    """Share `room` bytes; lists need not be longer than `capacity`.
-
-    A short step's decoder works with both at a time, so they lie side by side. In a
-    longer one dense tokens take the place of the lists, which have been read by then.
-    """
-    each = ENTRY_BYTES * plan.rows
-    longest = min(plan.capacity, capacity)
-    if sorts_ahead(plan.rows) or plan.dense_rows == 0:
-        dense = min(plan.dense_rows, room // row_bytes)
-        return RoomPlan(min(longest, room // each), 0, dense)
-    kept = max(room // 2, row_bytes) + PAGE  # for dense tokens
-    longest = max(min(longest, (room - kept) // each), min(longest, LIST_MAX))
-    offset = cdiv(longest * each, PAGE) * PAGE
-    dense = min(plan.dense_rows, dense_rows(plan.rows, row_bytes, room - offset))
-    return RoomPlan(longest, offset, dense)
 
 
 @dataclass(frozen=True)

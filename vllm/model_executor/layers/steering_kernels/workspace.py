@@ -13,15 +13,11 @@ from vllm.model_executor.layers.steering_state import SAESlot
 
 from .plan import (
     ENTRY_BYTES,
-    LIST_MAX,
     MIB,
-    PAGE,
     RECORD_INTS,
     ChunkPlan,
     dense_row_bytes,
     plan_chunks,
-    plan_room,
-    sorts_ahead,
 )
 
 LIMIT_BYTES = 256 * MIB
@@ -36,8 +32,8 @@ class StageBuffers:
     scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
         a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
-    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds; in a
-        long step it takes the memory of `entries`, which have been read by then.
+    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds; it
+        takes the memory of `entries`, which have been read by then.
     coef: float32 `[rows, K]`, `g - f` of every clamp.
     """
 
@@ -135,8 +131,6 @@ class SteeringWorkspace:
             scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
             entries = plan.rows * plan.capacity * ENTRY_BYTES
             dense = plan.dense_rows * cls._dense_bytes(slot)
-            beside = plan.rows * min(plan.capacity, LIST_MAX) * ENTRY_BYTES + PAGE
-            dense += 0 if sorts_ahead(plan.rows) else beside
             most = max(most, align(scores) + align(max(entries, dense)))
         return most
 
@@ -171,10 +165,13 @@ class SteeringWorkspace:
         plan = self.plan(slot, tokens, topk)
         scores_bytes = plan.rows * w.d_sae_capacity * 4 if topk else 0
         entries = self._shared[align(scores_bytes) :]
+        fit = entries.numel() // (ENTRY_BYTES * plan.rows)
         row_bytes = self._dense_bytes(slot)
-        room = plan_room(plan, capacity or w.d_sae_capacity, entries.numel(), row_bytes)
-        plan = replace(plan, capacity=room.capacity, dense_rows=room.dense_rows)
-        dense = entries[room.dense_offset :]
+        plan = replace(
+            plan,
+            capacity=min(plan.capacity, fit, capacity or fit),
+            dense_rows=min(plan.dense_rows, entries.numel() // row_bytes),
+        )
 
         def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return arena.view(dtype)[: shape[0] * shape[1]].view(shape)
@@ -190,6 +187,6 @@ class SteeringWorkspace:
             view(self._x[x_bytes:], torch.float32, *skip_shape),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
-            dense[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
+            entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
         )
