@@ -125,32 +125,8 @@ KINDS: dict[str, tuple[Quantise, dict[str, Any]]] = {
 }
 
 
-def round_inputs(model: Any, kind: str) -> None:
-    """Make the layers' matrices read what eight bits hold of each token."""
-    most, cast = (127, torch.round) if kind == "int8" else (448, to_fp8)
-
-    def reads_rounded(forward: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        def rounded(x: torch.Tensor) -> torch.Tensor:
-            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / most
-            return forward(cast(x / scale) * scale)
-
-        return rounded
-
-    for name, module in model.named_modules():
-        if "layers." in name and isinstance(module, torch.nn.Linear):
-            # Inside the hooks that edit what the layer reads.
-            module.forward = reads_rounded(module.forward)
-
-
-def to_fp8(values: torch.Tensor) -> torch.Tensor:
-    """The nearest fp8 numbers."""
-    return values.to(torch.float8_e4m3fn).to(values.dtype)
-
-
 def save_quantised(family: str, kind: str, path: Path) -> Any:
     """Save the family's model with its layers' matrices quantised.
-
-    Eight-bit layers round what they read too, with one scale for each token.
 
     Returns:
         the Hugging Face model with the weights that they stand for, bfloat16 values.
@@ -168,8 +144,6 @@ def save_quantised(family: str, kind: str, path: Path) -> Any:
             weight.copy_(meant)
             owner = name.removesuffix("weight")
             tensors |= {f"{owner}{part}": value for part, value in stored.items()}
-    if "config_groups" in config:
-        round_inputs(model, kind)
     models.build(family).save_pretrained(path)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((path / "config.json").read_text())
