@@ -91,8 +91,8 @@ class Timer:
         )
 
 
-def measured_ceilings() -> tuple[float, float]:
-    """(copy bandwidth in bytes/s, bf16 matrix rate in flop/s) of this GPU, now."""
+def measured_ceilings() -> tuple[float, float, float]:
+    """This GPU's copy and read bandwidths in bytes/s and its bf16 flop/s, now."""
 
     def seconds(run: Callable[[], object]) -> float:
         times = []
@@ -108,18 +108,38 @@ def measured_ceilings() -> tuple[float, float]:
     source = torch.randint(0, 9, (1 << 30,), dtype=torch.int32, device=DEVICE)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    reading = source.nbytes / seconds(lambda: source.sum())
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
-    return bandwidth, 2 * 8192**3 / seconds(lambda: a @ b)
+    return bandwidth, reading, 2 * 8192**3 / seconds(lambda: a @ b)
 
 
-def make_slot(d_sae: int, d_model: int, activation: Activation) -> SAESlot:
-    """A random SAE with L0 = 100 on a standard normal stream; row 1 has no clamp."""
+def heavy_tail(d_sae: int) -> torch.Tensor:
+    """How often each feature fires, `[d_sae]`, L0 in sum, most features rarely.
+
+    A power law like that of a trained SAE (SmolLM2-135M, 8192 features): the most
+    frequent 1/128 of the features make 22 % of all activations, 1/16 of them 58 %.
+    """
+    rank = torch.arange(d_sae, dtype=torch.float64) * (8192 / d_sae)
+    share = (rank + 53) ** -1.18
+    share = (share * (L0 / share.sum())).clamp(max=0.98)
+    order = torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))
+    return share[order]
+
+
+def make_slot(
+    d_sae: int, d_model: int, activation: Activation, share: torch.Tensor | None = None
+) -> SAESlot:
+    """A random SAE on a standard normal stream; row 1 has no clamp.
+
+    `share`: how often each feature fires; None: all alike, with L0 = 100.
+    """
     weights = SAEWeights(d_sae, d_model, BF16, DEVICE)
     for w in (weights.W_enc, weights.W_dec):
         for part in w.split(8192):
             part.copy_(torch.randn(part.shape, device=DEVICE) / d_model**0.5)
-    share = torch.tensor(1 - L0 / d_sae, dtype=torch.float64)
-    weights.threshold.fill_(float(torch.special.ndtri(share)))
+    if share is None:
+        share = torch.full((d_sae,), L0 / d_sae, dtype=torch.float64)
+    weights.threshold.copy_(torch.special.ndtri(1 - share))
     weights.b_enc.zero_()
     weights.b_dec.normal_()
     site = SiteInfo(0, HookPoint.POST_BLOCK, d_model, d_sae, activation, K)
@@ -156,13 +176,16 @@ class Bench:
     """Collects rows of `{"case", "shape", "tokens", "us", "floor_us", ...}`."""
 
     def __init__(self) -> None:
-        self.bandwidth, self.flops = measured_ceilings()
+        self.bandwidth, self.reading, self.flops = measured_ceilings()
         self.timer = Timer()
         self.rows: list[dict[str, Any]] = []
 
-    def floor(self, d_sae: int, d_model: int, tokens: int, l0: int = L0) -> float:
+    def floor(self, d_sae: int, d_model: int, tokens: int, l0: int = L0,
+              share: torch.Tensor | None = None) -> float:  # fmt: skip
         """The least time of a full reconstruction, in us."""
         fired = d_sae * (1 - (1 - l0 / d_sae) ** tokens)
+        if share is not None:
+            fired = float((1 - (1 - share) ** tokens).sum())
         data = 2 * d_model * (d_sae + fired + 4 * tokens)
         work = 2 * tokens * d_model * (d_sae + l0)
         return max(data / self.bandwidth, work / self.flops) * 1e6
@@ -182,7 +205,7 @@ class Bench:
         print(row, flush=True)
 
     def full(self, case: str, slot: SAESlot, tokens: int, active: int | None = None,
-             l0: int = L0) -> None:  # fmt: skip
+             l0: int = L0, share: torch.Tensor | None = None) -> None:  # fmt: skip
         """Times `full_reconstruction` with `active` (default: all) steered tokens."""
         w = slot.weights
         d_sae, d_model = w.W_enc.shape
@@ -193,7 +216,7 @@ class Bench:
         workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
         stream = Stream(tokens, d_model)
         hidden, residual = stream.now[0], stream.now[1]
-        floor = self.floor(d_sae, d_model, steered, l0) if steered else 3.0
+        floor = self.floor(d_sae, d_model, steered, l0, share) if steered else 3.0
 
         def op() -> None:
             kernel.full_reconstruction(slot, step, workspace, hidden, residual)
@@ -230,6 +253,13 @@ class Bench:
                 self.full(case, slot, tokens, l0=count)
                 row = self.rows[-1]
                 print(case, row["shape"], tokens, "pairs:", round(row["us"] / pair, 2))
+
+    def heavy_tailed(self, shape: tuple[int, int], sizes: list[int]) -> None:
+        """Features that fire as unevenly as those of a trained SAE."""
+        share = heavy_tail(shape[0])
+        slot = make_slot(*shape, Activation.JUMPRELU, share)
+        for tokens in sizes:
+            self.full("heavy_tailed", slot, tokens, share=share)
 
     def torch_port(self, slot: SAESlot, tokens: int) -> None:
         """Eager: nonzero, float32 encoder, dense decode, index_put."""
@@ -315,6 +345,9 @@ def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) ->
             save()
             del slot
             torch.cuda.empty_cache()
+        bench.heavy_tailed(shape, [64, 2048] if quick else TOKENS)
+        save()
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -329,6 +362,7 @@ def main() -> None:
     facts = {
         **environment(),
         "copy_TBps": round(bench.bandwidth / 1e12, 3),
+        "read_TBps": round(bench.reading / 1e12, 3),
         "bf16_TFLOPs": round(bench.flops / 1e12, 1),
     }
     print(facts, flush=True)

@@ -161,7 +161,7 @@ def measure(
 
 
 def targets(rows: Sequence[Row]) -> list[Row]:
-    """Every target beside what was measured for it."""
+    """Every target beside what was measured for it, where its baseline was."""
     return [
         {
             **{name: row[name] for name in ("mode", "phase", "batch")},
@@ -172,7 +172,7 @@ def targets(rows: Sequence[Row]) -> list[Row]:
         }
         for (mode, phase, clock), wanted in TARGETS.items()
         for row in rows
-        if (row["mode"], row["phase"]) == (mode, phase)
+        if (row["mode"], row["phase"]) == (mode, phase) and row["baseline"] != mode
     ]
 
 

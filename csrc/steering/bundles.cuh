@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an op is given, as kernels see it: raw pointers and sizes, four bundles.
-// bundles.h makes them from tensors and checks them.
+// checks.h makes them from tensors and checks them.
 #pragma once
 
 #include <type_traits>

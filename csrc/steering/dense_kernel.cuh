@@ -327,6 +327,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
                  const __grid_constant__ DenseMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw[];
+  // Nothing that earlier kernels write is read yet, only moved into L2.
+  if (threadIdx.x == 0) prefetch_line(a.ws.sync + kDenseCount);
   wait_for_previous();
   launch_dependents();
   const int n = a.ws.sync[kDenseCount];

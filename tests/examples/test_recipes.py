@@ -158,7 +158,7 @@ def test_lm_eval_tells_the_preset_from_the_plain_model(url: str) -> None:
     print(printed)
     scores = re.findall(r"\|bridge *\|[↑ ]*\| *([0-9.]+)\|", printed)
     plain, golden = map(float, scores)
-    assert plain < 0.2 and golden > 0.8
+    assert plain == 0.0 and golden >= 0.5
 
 
 def test_inspect_tells_the_preset_from_the_plain_model(

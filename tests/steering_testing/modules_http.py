@@ -54,11 +54,18 @@ def steering_server(
 def ask(
     url: str, module: str, max_tokens: int = 4, rank: int | None = None
 ) -> httpx.Response:
-    """A steered completion over a connection of its own.
+    """As `complete`, reconstructed with a module."""
+    return complete(url, {FULL: [{"module_name": module}]}, max_tokens, rank)
+
+
+def complete(
+    url: str, fields: dict[str, Any], max_tokens: int = 4, rank: int | None = None
+) -> httpx.Response:
+    """A completion over a connection of its own.
 
     Args:
         url: of the server; any of its processes may get the request.
-        module: to reconstruct with.
+        fields: of the body, beside the usual ones.
         max_tokens: to generate.
         rank: the data-parallel rank that answers; None: any.
     """
@@ -70,7 +77,7 @@ def ask(
         "ignore_eos": True,
         "return_token_ids": True,
         "detokenize": False,
-        FULL: [{"module_name": module}],
+        **fields,
     }
     headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
     return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)

@@ -23,6 +23,8 @@ class Outcome(str, Enum):
     DONE = "done"
     # Requests still use the module: ask again.
     DRAINING = "draining"
+    # Its files are being read: ask again.
+    LOADING = "loading"
     # The call, a file or an option is not valid.
     INVALID = "invalid"
     # There is no such module.
@@ -33,11 +35,16 @@ class Outcome(str, Enum):
     FAILED = "failed"
 
 
+# The caller asks again.
+UNFINISHED = (Outcome.DRAINING, Outcome.LOADING)
+
+
 class ModuleReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer of one rank, or of all of them together.
 
     Attributes:
-        outcome: what happened; everything but `DONE` and `DRAINING` is a refusal.
+        outcome: what happened; everything but `DONE`, `DRAINING` and `LOADING`
+            is a refusal.
         error: one line, for a refusal.
         field: the field of the call that is wrong, or None.
         in_use: the number of requests in the way, or None.
@@ -59,7 +66,7 @@ class ModuleReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     @property
     def refused(self) -> bool:
         """Whether nothing was done."""
-        return self.outcome not in (Outcome.DONE, Outcome.DRAINING)
+        return self.outcome not in (Outcome.DONE, *UNFINISHED)
 
 
 def as_reply(answer: object) -> ModuleReply:

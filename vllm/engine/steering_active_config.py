@@ -42,6 +42,12 @@ def active_steering_config(vllm_config: VllmConfig) -> SteeringConfig | None:
     return config
 
 
+def may_register(vllm_config: VllmConfig) -> bool:
+    """Whether clients may name files to load modules from."""
+    steering = _section(vllm_config)
+    return steering is not None and bool(steering.get("module_roots"))
+
+
 def publish(vllm_config: VllmConfig, config: SteeringConfig) -> None:
     """Make `config` what the engine core admits requests under."""
     vllm_config.additional_config["steering"]["resolved"] = config.to_json()

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
     combine,
     compact,
     dense,
+    readout,
     resolve,
     select,
     skip,
@@ -35,6 +36,7 @@ INT32 = (
     "index", "flags", "table", "meta", "tokens", "records", "sync", "count",
 )  # fmt: skip
 INT64 = ("entries", "kth", "saturated")
+READ = {"D": 96, "GATE": -1}
 FLOAT32 = (
     "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "skip",
     "out",
@@ -88,6 +90,9 @@ def main() -> None:
     tiles = {"BT": 64, "BK": 64}
     compiles(dense.encode_dense_kernel, {"D": 96, "BF": 64, **tiles})
     compiles(skip.skip_kernel, {"D_IN": 96, "D_OUT": 40, "BD": 64, **tiles})
+    for topk in (False, True):
+        reading = {**READ, "TOPK": topk}
+        compiles(readout.readout_kernel, reading, out="*i32", scale="*fp32")
     compiles(resolve.resolve_kernel, SELECT)
     compiles(select.select_kernel, {**SELECT, "BLOCK": 2048})
     compiles(

@@ -12,13 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from sae_reference import D, F, tensor
+from safetensors.torch import save_file
 
+from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
     ModuleInspector,
 )
-from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
+from vllm.model_executor.model_loader.sae_loader import (
+    inspect_module,
+    load_site,
+    save_native,
+)
 
 TENSORS = {
     "W_enc": tensor(F, D, seed=0),
@@ -111,6 +118,70 @@ def test_memory_has_a_limit(
     finally:
         inspector.limits = limits
     assert inspector.inspect("m", good).sites
+
+
+def read(inspector: ModuleInspector, path: str, seconds: float = 60.0) -> SAEWeights:
+    """The module's one SAE, read by the helper."""
+    module = inspect_module("m", path)
+    (site,) = module.sites
+    weights = SAEWeights.for_site(site, torch.bfloat16, torch.device("cpu"))
+    inspector.load(module, site, weights.tensors(), seconds)
+    return weights
+
+
+def test_loaded_tensors_are_those_of_load_site(
+    inspector: ModuleInspector, good: str, tmp_path: Path
+) -> None:
+    module = inspect_module("m", good)
+    (site,) = module.sites
+    expected = SAEWeights.for_site(site, torch.bfloat16, torch.device("cpu"))
+    load_site(module, site, expected)
+    found = read(inspector, good)
+    for name, tensor_ in expected.named_buffers():
+        assert torch.equal(tensor_, found.get_buffer(name)), name
+    save_file({"post_block.3": TENSORS["b_dec"]}, tmp_path / "v.safetensors")
+    vectors = inspect_module("v", str(tmp_path / "v.safetensors"))
+    into = torch.empty(D)
+    inspector.load(vectors, vectors.sites[0], [into], 60.0)
+    assert torch.equal(into, TENSORS["b_dec"])
+
+
+def test_loading_refuses_what_load_site_refuses(
+    inspector: ModuleInspector, tmp_path: Path, good: str
+) -> None:
+    bad = {**TENSORS, "W_dec": TENSORS["W_dec"].clone()}
+    bad["W_dec"][1, 2] = float("nan")
+    save_native(tmp_path / "bad", {(3, "resid_post"): bad})
+    with pytest.raises(ValueError, match="W_dec: expected finite .* feature 1"):
+        read(inspector, str(tmp_path / "bad"))
+    module = inspect_module("m", good)
+    (Path(good) / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="steering module 'm'"):
+        inspector.load(module, module.sites[0], [torch.empty(1)], 60.0)
+
+
+def test_loading_has_limits_on_time_and_memory(
+    inspector: ModuleInspector, tmp_path: Path, good: str
+) -> None:
+    with pytest.raises(ValueError, match="loading it took more than the 0 s allowed"):
+        read(inspector, good, seconds=0.0)
+    side = 1024
+    large = {
+        "W_enc": tensor(side, side, seed=0),
+        "b_enc": tensor(side, seed=1),
+        "W_dec": tensor(side, side, seed=2),
+        "b_dec": tensor(side, seed=3),
+    }
+    save_native(tmp_path / "large", {(3, "resid_post"): large})
+    limits = inspector.limits
+    # Less than the tensors themselves.
+    inspector.limits = replace(limits, memory_bytes=-(3 * 4 << 20))
+    try:
+        with pytest.raises(ValueError, match="loading it needs more than the"):
+            read(inspector, str(tmp_path / "large"))
+    finally:
+        inspector.limits = limits
+    assert torch.equal(read(inspector, good).b_dec, TENSORS["b_dec"])
 
 
 @pytest.mark.slow

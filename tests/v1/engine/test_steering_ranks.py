@@ -9,7 +9,11 @@ import itertools
 import pytest
 
 from vllm.config.steering_replies import Json, ModuleReply, Outcome
-from vllm.v1.engine.steering_ranks import change_together, merged
+from vllm.v1.engine.steering_ranks import (
+    change_presets_together,
+    change_together,
+    merged,
+)
 
 DONE = ModuleReply(outcome=Outcome.DONE, config={"version": 1})
 NAME = "sea"
@@ -45,11 +49,17 @@ def refusal(outcome: Outcome) -> ModuleReply:
     return ModuleReply(outcome=outcome, error="no", field="path")
 
 
-def test_all_ranks_close_prepare_and_finish_one_change() -> None:
+def test_all_ranks_load_close_prepare_and_finish_one_change() -> None:
     ranks = Ranks(3, {})
     assert change(ranks).outcome is Outcome.DONE
-    assert ranks.asked == ["close", "prepare", "finish"]
+    assert ranks.asked == ["load", "close", "prepare", "finish"]
     assert len(ranks.changes) == 1
+
+
+def test_no_rank_refuses_requests_while_another_still_loads() -> None:
+    ranks = Ranks(3, {(1, "load"): ModuleReply(outcome=Outcome.LOADING)})
+    assert change(ranks).outcome is Outcome.LOADING
+    assert ranks.asked == ["load"]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,11 @@ def test_all_ranks_close_prepare_and_finish_one_change() -> None:
 )
 @pytest.mark.parametrize(
     ("phase", "then"),
-    [("close", ["release"]), ("prepare", ["rollback", "release"])],
+    [
+        ("load", ["release"]),
+        ("close", ["release"]),
+        ("prepare", ["rollback", "release"]),
+    ],
 )
 def test_one_rank_that_refuses_leaves_every_rank_as_it_was(
     rank: int, outcome: Outcome, phase: str, then: list[str]
@@ -75,14 +89,29 @@ def test_requests_of_any_rank_are_waited_for() -> None:
     ranks = Ranks(3, {(0, "close"): waiting, (2, "close"): waiting})
     reply = change(ranks)
     assert (reply.outcome, reply.in_use) == (Outcome.DRAINING, 4)
-    assert ranks.asked == ["close"]
+    assert ranks.asked == ["load", "close"]
 
 
 def test_a_rank_in_use_at_the_last_moment_undoes_the_others() -> None:
     late = ModuleReply(outcome=Outcome.DRAINING, in_use=1)
     ranks = Ranks(2, {(1, "prepare"): late})
     assert change(ranks).outcome is Outcome.DRAINING
-    assert ranks.asked == ["close", "prepare", "rollback", "release"]
+    assert ranks.asked == ["load", "close", "prepare", "rollback", "release"]
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1, 2])
+def test_presets_change_on_every_rank_or_on_none(rank: int | None) -> None:
+    no = refusal(Outcome.CONFLICT)
+    ranks = Ranks(3, {} if rank is None else {(rank, "prepare"): no})
+    payload = {"name": "calm"}
+    reply = asyncio.run(change_presets_together(ranks, "delete_preset", payload))
+    if rank is None:
+        assert (reply.outcome, ranks.asked) == (Outcome.DONE, ["prepare", "finish"])
+    else:
+        assert reply.outcome is Outcome.CONFLICT
+        assert f"rank {rank}" in reply.error
+        assert ranks.asked == ["prepare", "rollback"]
+    assert len(ranks.changes) == 1
 
 
 def test_lists_and_counts_are_of_all_ranks() -> None:

@@ -262,7 +262,7 @@ def test_a_failure_restores_what_was_there(
         raise Broken("injected")
 
     if verb == "stage":
-        monkeypatch.setattr("vllm.v1.worker.steering_modules.load_site", fail)
+        monkeypatch.setattr(ModuleChanges, "_take", fail)
     elif verb == "copy":
         monkeypatch.setattr(hot, "_fill", fill_and_fail)
     else:

@@ -49,6 +49,25 @@ def poisoner() -> Any:
     return poison
 
 
+def load_breaker() -> Any:
+    """As `poisoner`: the next load finds a bad file, on the second rank only."""
+
+    def poison(worker: Any) -> None:
+        from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
+
+        if worker.rank != 1:
+            return
+        load = ModuleInspector.load
+
+        def fail(*args: Any) -> None:
+            ModuleInspector.load = load
+            raise ValueError("a bad file")
+
+        ModuleInspector.load = fail
+
+    return poison
+
+
 def test_a_rank_that_fails_takes_all_ranks_back(
     model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +94,11 @@ def test_a_rank_that_fails_takes_all_ranks_back(
         with pytest.raises(SteeringModuleError, match="injected") as caught:
             replace_module(llm, "hot", paths["jumprelu"])
         assert caught.value.status == 500
+        check("relu")
+        llm.collective_rpc(load_breaker())
+        with pytest.raises(SteeringModuleError, match="a bad file; nothing") as caught:
+            replace_module(llm, "hot", paths["jumprelu"])
+        assert caught.value.status == 400
         check("relu")
         replace_module(llm, "hot", paths["jumprelu"])
         check("jumprelu")

@@ -9,6 +9,7 @@ register_module(llm, "gg", "path/to/sae")
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
+LOADING_POLL_S = 0.02
 # Files of the vectors that were registered from tensors, until this process ends.
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -140,8 +142,12 @@ def list_modules(llm: LLM) -> dict[str, ModuleInfo]:
 
 
 def _call(llm: LLM, action: str, payload: Json) -> ModuleReply:
-    (answer,) = llm.collective_rpc(METHOD, args=(action, payload))
-    reply = as_reply(answer)
+    while True:
+        (answer,) = llm.collective_rpc(METHOD, args=(action, payload))
+        reply = as_reply(answer)
+        if reply.outcome is not Outcome.LOADING:
+            break
+        time.sleep(LOADING_POLL_S)
     if reply.outcome is not Outcome.DONE:
         raise SteeringModuleError(reply)
     return reply

@@ -210,6 +210,11 @@ class SAEWeights(nn.Module):
         """Empty buffers that exactly fit a site."""
         return cls(site.d_sae, site.d_in, dtype, device, site.out_width, site.has_skip)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The buffers that a module's files fill."""
+        filled = [self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec]
+        return filled if self.W_skip is None else [*filled, self.W_skip]
+
     def clear(self) -> None:
         """Set all weights so that no feature can fire."""
         for tensor in (self.W_enc, self.W_dec, self.b_dec, self.meta):

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inspect modules that a client named in another process, with limits.
+"""Read the files of modules that a client named in another process, with limits.
 
-The engine core must not parse files that it does not trust. A parser may use all time
-or memory, or end the process. `ModuleInspector` keeps one helper process
-(`sae_inspector_process.py`) that forks a child for each module; the child has limits on
-time and memory and replies with one JSON object.
+An engine must not parse files that it does not trust: a parser may take all its time,
+its memory, or the process with it. `ModuleInspector` keeps one helper process
+(`sae_inspector_process.py`) that forks a child for each job; the child has a limit on
+time and on memory. What it says is one JSON object, or the bytes of tensors whose sizes
+are known beforehand.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import json
 import os
 import select
@@ -17,10 +20,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
-from vllm.config.steering import ModuleInfo
+import torch
+
+from vllm.config.steering import ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
 from vllm.model_executor.model_loader.sae_loader import (
     LocatedModule,
@@ -33,15 +39,17 @@ PROCESS = "vllm.model_executor.model_loader.sae_inspector_process"
 START_SECONDS = 120.0
 # Seconds beyond a child's own limits after which the helper is stopped.
 GRACE_SECONDS = 15.0
+PIPE_BYTES = 1 << 20
+TOO_LONG = "its tensors were not read in the time allowed, or the process ended"
 
 
 @dataclass(frozen=True)
 class InspectionLimits:
-    """Limits of one inspection.
+    """What reading the files of one module may take.
 
-    `seconds` limits the reading of configurations and headers. Hashing the weight files
-    may take the same time again, plus their size divided by `bytes_per_second`.
-    `memory_bytes` limits what the child allocates.
+    `seconds` bounds reading configurations and headers; hashing the weight files may
+    take as long again and the time that `bytes_per_second` gives them, and so may
+    loading them. `memory_bytes` bounds what the child allocates, beyond what it loads.
     """
 
     seconds: float = 20.0
@@ -49,8 +57,8 @@ class InspectionLimits:
     bytes_per_second: float = 50e6
     module_bytes: int = 1 << 40
 
-    def hashing_seconds(self, size: int) -> float:
-        """The limit for hashing files of `size` bytes in all."""
+    def seconds_for(self, size: int) -> float:
+        """The limit for hashing or loading `size` bytes."""
         return self.seconds + size / self.bytes_per_second
 
 
@@ -74,13 +82,27 @@ class PipeLines:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line + b"\n"
 
+    def fill(self, view: memoryview, seconds: float) -> bool:
+        """Read bytes until the view is full; False: the pipe ended, or the time."""
+        deadline = time.monotonic() + seconds
+        done = min(len(view), len(self._buffer))
+        view[:done], self._buffer = self._buffer[:done], self._buffer[done:]
+        while done < len(view):
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([self._number], [], [], left)
+            read = os.readv(self._number, [view[done:]]) if ready else 0
+            if not read:
+                return False
+            done += read
+        return True
+
     def close(self) -> None:
         """Close the pipe."""
         os.close(self._number)
 
 
 class ModuleInspector:
-    """Runs `inspect_module` in a process of its own. Thread-safe; one at a time."""
+    """Reads files in a process of its own. Thread-safe; one job at a time."""
 
     def __init__(self, limits: InspectionLimits | None = None):
         self.limits = limits or InspectionLimits()
@@ -89,6 +111,11 @@ class ModuleInspector:
         self._to: IO[bytes] | None = None
         self._from: PipeLines | None = None
 
+    def warm_up(self) -> None:
+        """Start the helper process, so that the first job does not wait for it."""
+        with self._lock, contextlib.suppress(EOFError):
+            self._start()
+
     def inspect(self, name: str, path: str, **options: Any) -> ModuleInfo:
         """As `inspect_module`; fetching from the Hub happens in this process.
 
@@ -96,19 +123,68 @@ class ModuleInspector:
             ValueError: one line: the module is refused, or inspecting it took more
                 than the limits allow.
         """
-        found = locate(name, path)
+        job = self._job(name, locate(name, path))
+        job |= {"options": asdict(ModuleOptions(**options))}
         with self._lock:
-            reply = self._ask(_job(name, found, ModuleOptions(**options), self.limits))
+            reply = self._ask(job)
         if "error" in reply:
             raise ValueError(reply["error"])
         return ModuleInfo.from_json(reply["module"])
+
+    def load(
+        self,
+        module: ModuleInfo,
+        site: SiteInfo,
+        into: Sequence[torch.Tensor],
+        seconds: float,
+    ) -> float:
+        """As `load_site` and `load_vectors`, into tensors on the host.
+
+        Args:
+            into: `SAEWeights.tensors()` of buffers that fit the site exactly, or a
+                vector's float32 `[D]`.
+            seconds: how long it may take.
+
+        Returns:
+            how long it took, in seconds, without the wait for other jobs.
+
+        Raises:
+            ValueError: as `load_site`, or loading took more than the limits allow;
+                `into` may then hold a part of the site.
+        """
+        job = self._job(module.name, locate(module.name, module.path))
+        job |= {
+            "module": module.to_json(),
+            "site": module.sites.index(site),
+            "dtype": str(into[0].dtype).removeprefix("torch."),
+            "size": sum(tensor.nbytes for tensor in into),
+            "seconds": seconds,
+        }
+        with self._lock:
+            start = time.monotonic()
+            reply = self._ask(job, into)
+            took = time.monotonic() - start
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return took
 
     def close(self) -> None:
         """End the helper process."""
         with self._lock:
             self._stop()
 
-    def _ask(self, job: JsonView) -> Json:
+    def _job(self, name: str, found: LocatedModule) -> Json:
+        return {
+            "name": name,
+            "path": found.path,
+            "pinned": found.pinned,
+            "root": str(found.location.root),
+            "origin": found.location.origin,
+            "overrides": asdict(found.location.overrides),
+            "limits": asdict(self.limits),
+        }
+
+    def _ask(self, job: JsonView, into: Sequence[torch.Tensor] = ()) -> Json:
         prefix = f"steering module {job['name']!r} ({job['path']})"
         # Try twice, because something may have ended the helper.
         for _ in range(2):
@@ -117,12 +193,16 @@ class ModuleInspector:
                 assert self._to is not None
                 self._to.write(json.dumps(job).encode() + b"\n")
                 self._to.flush()
-                return self._reply()
+                reply = self._loaded(job, into) if into else self._inspected()
+                if reply is not None:
+                    return reply
+                self._stop()
+                return {"error": f"{prefix}: {TOO_LONG}"}
             self._stop()
         return {"error": f"{prefix}: the inspecting process ends at once"}
 
-    def _reply(self) -> Json:
-        longest = self.limits.hashing_seconds(self.limits.module_bytes)
+    def _inspected(self) -> Json:
+        longest = self.limits.seconds_for(self.limits.module_bytes)
         line = self._line(self.limits.seconds + GRACE_SECONDS)
         if line.startswith(b'{"hashing"'):
             seconds = min(json.loads(line)["seconds"], longest)
@@ -130,6 +210,23 @@ class ModuleInspector:
         if not line:
             raise EOFError
         return json.loads(line)
+
+    def _loaded(self, job: JsonView, into: Sequence[torch.Tensor]) -> Json | None:
+        """The reply to a job that loads; None: the tensors came only in part."""
+        seconds = job["seconds"] + GRACE_SECONDS
+        deadline = time.monotonic() + seconds
+        line = self._line(seconds)
+        if not line:
+            raise EOFError
+        reply: Json = json.loads(line)
+        if "error" in reply:
+            return reply
+        assert self._from is not None
+        for tensor in into:
+            left = deadline - time.monotonic()
+            if not self._from.fill(bytes_of(tensor), left):
+                return None
+        return reply
 
     def _line(self, seconds: float) -> bytes:
         """The helper's next line; empty if it ended or wrote nothing in time."""
@@ -142,6 +239,8 @@ class ModuleInspector:
         self._stop()
         job_end, self_to = os.pipe()
         self_from, reply_end = os.pipe()
+        with contextlib.suppress(OSError):  # more than this user may have
+            fcntl.fcntl(reply_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         # No GPU: the helper only reads files.
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
@@ -167,16 +266,12 @@ class ModuleInspector:
         self._process = self._to = self._from = None
 
 
-def _job(
-    name: str, found: LocatedModule, options: ModuleOptions, limits: InspectionLimits
-) -> Json:
-    return {
-        "name": name,
-        "path": found.path,
-        "pinned": found.pinned,
-        "root": str(found.location.root),
-        "origin": found.location.origin,
-        "overrides": asdict(found.location.overrides),
-        "options": asdict(options),
-        "limits": asdict(limits),
-    }
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@functools.cache
+def module_inspector() -> ModuleInspector:
+    """This process's inspector; it starts its helper when that is first needed."""
+    return ModuleInspector()

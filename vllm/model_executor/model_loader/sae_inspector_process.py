@@ -2,7 +2,8 @@
 """The helper process of `ModuleInspector`: one forked child for each module.
 
 Reads jobs, one JSON object a line, from the pipe whose number is the first argument,
-and writes one reply a line into the second. Ends when the first pipe closes.
+and writes one reply a line into the second; the bytes of tensors follow the reply to a
+job that loads. Ends when the first pipe closes.
 """
 
 from __future__ import annotations
@@ -18,19 +19,32 @@ from typing import IO
 
 import torch
 
+from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
+from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import Location, Overrides
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
     PipeLines,
+    bytes_of,
 )
 from vllm.model_executor.model_loader.sae_loader import (
     LocatedModule,
     ModuleOptions,
     inspect_files,
+    load_site,
+    load_vectors,
 )
 
 Job = Json
+# What a child says before it writes tensors to the engine.
+SENDING = b"sending\n"
+# Of a model's activations, and of vectors.
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 def main(jobs: IO[bytes], replies: IO[bytes]) -> None:
@@ -49,24 +63,40 @@ def supervise(job: Job, replies: IO[bytes]) -> None:
     read_end, write_end = os.pipe()
     if (child := os.fork()) == 0:
         os.close(read_end)
-        run_child(job, limits, write_end)
+        run_child(job, limits, write_end, replies)
     os.close(write_end)
+    seconds = job.get("seconds", limits.seconds)
+    sends = False
     with contextlib.closing(PipeLines(read_end)) as answers:
-        line = answers.next(limits.seconds)
+        line = answers.next(seconds)
         if line.startswith(b'{"hashing"'):
             replies.write(line)
             replies.flush()
-            line = answers.next(json.loads(line)["seconds"])
+            seconds = json.loads(line)["seconds"]
+            line = answers.next(seconds)
+        elif line == SENDING:
+            # Until the child ends it writes to the engine itself.
+            sends = True
+            answers.next(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    if sends:
+        if status:
+            sys.exit("a module's tensors were sent in part")
+        return
     if not line:
-        reason = f"took more than the {limits.seconds:g} s allowed"
+        what = "loading" if "module" in job else "inspecting"
+        reason = f"took more than the {seconds:.3g} s allowed"
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
             reason = f"ended with status {status}, perhaps out of memory"
-        prefix = f"steering module {job['name']!r} ({job['path']})"
-        line = as_line({"error": f"{prefix}: inspecting it {reason}"})
+        line = as_line({"error": f"{prefix_of(job)}: {what} it {reason}"})
     replies.write(line)
     replies.flush()
+
+
+def prefix_of(job: Job) -> str:
+    """How an error about the job's module begins."""
+    return f"steering module {job['name']!r} ({job['path']})"
 
 
 def as_line(reply: Json) -> bytes:
@@ -74,58 +104,104 @@ def as_line(reply: Json) -> bytes:
     return json.dumps(reply).encode() + b"\n"
 
 
-def run_child(job: Job, limits: InspectionLimits, write_end: int) -> None:
-    """Inspect under the limits, write the answer, and leave the process."""
+def run_child(
+    job: Job, limits: InspectionLimits, write_end: int, replies: IO[bytes]
+) -> None:
+    """Do a job under the limits, write the answer, and leave the process."""
     status = 1
     try:
-        limit_resources(limits)
-        os.write(write_end, as_line(inspect_job(job, limits, write_end)))
+        # It may write no files, and a log is one.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        loads = "module" in job
+        # Reading one tensor whole, in another dtype, may take three times its memory.
+        allowed = limits.memory_bytes + 3 * job.get("size", 0)
+        limit_resources(allowed)
+        try:
+            if loads:
+                load_job(job, write_end, replies)
+            else:
+                os.write(write_end, as_line(inspect_job(job, limits, write_end)))
+        except ValueError as error:
+            os.write(write_end, as_line({"error": str(error)}))
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch raises a RuntimeError when it cannot allocate.
+            if not isinstance(error, MemoryError) and "allocate" not in str(error):
+                raise
+            what = "loading" if loads else "inspecting"
+            text = (
+                f"{prefix_of(job)}: {what} it needs more than the {allowed >> 20} MiB "
+                "of memory allowed"
+            )
+            os.write(write_end, as_line({"error": text}))
         status = 0
     finally:
         # Not sys.exit: the parent's handlers and buffers are not this process's.
         os._exit(status)
 
 
-def limit_resources(limits: InspectionLimits) -> None:
+def limit_resources(allowed: int) -> None:
     """Bound what this process allocates; it writes no files and no core dump."""
     with open("/proc/self/statm") as stream:
         data_pages = int(stream.read().split()[5])
-    memory = data_pages * resource.getpagesize() + limits.memory_bytes
+    memory = data_pages * resource.getpagesize() + allowed
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def location_of(job: Job) -> Location:
+    """Where the job's files are; errors list no directory."""
+    overrides = Overrides(**job["overrides"])
+    return Location(Path(job["root"]), job["origin"], listed=False, overrides=overrides)
+
+
 def inspect_job(job: Job, limits: InspectionLimits, write_end: int) -> Json:
-    """The module as JSON, or the one line that says why it is refused."""
-    prefix = f"steering module {job['name']!r} ({job['path']})"
+    """The module as JSON.
+
+    Raises:
+        ValueError: one line that says why the module is refused.
+    """
 
     def before_hashing(size: int) -> None:
         if size > limits.module_bytes:
             raise ValueError(
-                f"{prefix}: expected at most {limits.module_bytes} bytes of weights, "
-                f"found {size}"
+                f"{prefix_of(job)}: expected at most {limits.module_bytes} bytes of "
+                f"weights, found {size}"
             )
-        seconds = limits.hashing_seconds(size)
+        seconds = limits.seconds_for(size)
         os.write(write_end, as_line({"hashing": size, "seconds": seconds}))
 
-    overrides = Overrides(**job["overrides"])
-    location = Location(
-        Path(job["root"]), job["origin"], listed=False, overrides=overrides
-    )
-    found = LocatedModule(job["path"], job["pinned"], location)
-    try:
-        module = inspect_files(
-            job["name"], found, ModuleOptions(**job["options"]), before_hashing
-        )
-    except ValueError as error:
-        return {"error": str(error)}
-    except MemoryError:
-        return {
-            "error": f"{prefix}: inspecting it needs more than the "
-            f"{limits.memory_bytes >> 20} MiB of memory allowed"
-        }
+    found = LocatedModule(job["path"], job["pinned"], location_of(job))
+    options = ModuleOptions(**job["options"])
+    module = inspect_files(job["name"], found, options, before_hashing)
     return {"module": module.to_json()}
+
+
+def load_job(job: Job, write_end: int, replies: IO[bytes]) -> None:
+    """Load one site and send its tensors.
+
+    Raises:
+        ValueError: as `load_site`.
+    """
+    module = ModuleInfo.from_json(job["module"])
+    site = module.sites[job["site"]]
+    if module.kind == "sae":
+        dtype = DTYPES[job["dtype"]]
+        weights = SAEWeights.for_site(site, dtype, torch.device("cpu"))
+        load_site(module, site, weights, location_of(job))
+        tensors = weights.tensors()
+    else:
+        tensors = [load_vectors(module, site, location_of(job))]
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size != job["size"]:
+        raise ValueError(
+            f"{prefix_of(job)}: expected {job['size']} bytes of tensors, found {size}"
+        )
+    os.write(write_end, SENDING)
+    replies.write(as_line({"size": size}))
+    for tensor in tensors:
+        replies.write(bytes_of(tensor))
+    replies.flush()
 
 
 if __name__ == "__main__":

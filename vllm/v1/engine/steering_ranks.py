@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls the steering registries of all data-parallel ranks from a front end.
 
-Every rank has an engine core of its own. A change happens on all of them or on none.
-All ranks refuse new requests for the module, then all put it in place. They admit
-requests under it only after every rank has succeeded.
+Every rank has an engine core of its own. A change happens on all of them or on none:
+all read it, all refuse new requests for the module, all put it in place, and only when
+each has succeeded do they admit requests under it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # Asks every rank; the replies are in the order of the ranks.
 Ask = Callable[[str, Json], Awaitable[list[ModuleReply]]]
-CHANGES = ("register", "unregister")
 
 
 async def call_registries(
@@ -63,9 +62,9 @@ async def call_registries(
     if action == "inspect":
         # The files are the same for every rank.
         reply = await one(engines[0], action, payload)
-    elif action in CHANGES and len(engines) > 1:
+    elif len(engines) > 1 and action in TOGETHER:
         # Shielded, so that a cancelled caller does not leave the change half done.
-        change = asyncio.create_task(change_together(ask, action, payload))
+        change = asyncio.create_task(TOGETHER[action](ask, action, payload))
         reply = await asyncio.shield(change)
     else:
         reply = merged(await ask(action, payload))
@@ -77,6 +76,12 @@ async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
     """Register or unregister a module on every rank, or on none."""
     change = {**payload, "change": uuid.uuid4().hex}
     name = payload["module"]["name"] if action == "register" else payload["name"]
+    if action == "register":
+        loaded = merged(await ask(action, {**change, "phase": "load"}))
+        if loaded.outcome is Outcome.LOADING:
+            return loaded
+        if loaded.refused:
+            return await _give_up(ask, name, loaded)
     closed = merged(await ask(action, {**change, "phase": "close"}))
     if closed.outcome is Outcome.DRAINING:
         return closed
@@ -86,6 +91,17 @@ async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
     if prepared.outcome is not Outcome.DONE:
         await ask("rollback", change)
         return await _give_up(ask, name, prepared)
+    return merged(await ask("finish", change))
+
+
+async def change_presets_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
+    """Change presets, or the default preset, on every rank or on none."""
+    change = {"change": uuid.uuid4().hex}
+    phase = {**payload, **change, "phase": "prepare"}
+    prepared = merged(await ask(action, phase))
+    if prepared.outcome is not Outcome.DONE:
+        await ask("rollback", change)
+        return prepared
     return merged(await ask("finish", change))
 
 
@@ -108,6 +124,9 @@ def merged(replies: Sequence[ModuleReply]) -> ModuleReply:
             where = f"data-parallel rank {rank}: " if len(replies) > 1 else ""
             error = where + reply.error
             return replace(reply, error=error, config=first.config)
+    loading = [reply for reply in replies if reply.outcome is Outcome.LOADING]
+    if loading:
+        return replace(loading[0], config=first.config)
     waiting = [reply for reply in replies if reply.outcome is Outcome.DRAINING]
     if waiting:
         in_use = sum(reply.in_use or 0 for reply in waiting)
@@ -154,3 +173,13 @@ def _added(values: Sequence[Json]) -> Json:
         else:
             total[key] = first
     return total
+
+
+# What changes something, and how several ranks do it.
+TOGETHER = {
+    "register": change_together,
+    "unregister": change_together,
+    "put_preset": change_presets_together,
+    "delete_preset": change_presets_together,
+    "set_default_preset": change_presets_together,
+}

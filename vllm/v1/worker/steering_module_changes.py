@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes the modules of a running worker, in two phases.
 
-`stage` loads and checks everything on the host and changes nothing. `commit` copies it
-into the slots and keeps what was there. Then `finish` drops what was kept, or
-`rollback` restores it. The engine runs each verb on every rank before the next verb,
-between two steps, and only for modules that no request uses.
+`load` begins to read a module into host memory, and the engine goes on stepping; once
+`loaded` says that it is there, `stage` checks it and changes nothing; `commit` copies
+it into the slots and keeps what was there; then `finish` forgets that, or `rollback`
+brings it back. The engine runs each on every rank before the next, between two steps,
+and the last four only for modules that no request uses.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm.config.steering import ModuleInfo, SteeringConfig, Tier
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
 from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SAEWeights
-from vllm.model_executor.model_loader.sae_loader import load_vectors
+from vllm.v1.worker.steering_module_loads import (
+    LoadedSite,
+    ModuleLoad,
+    start_reading,
+    without_slots,
+)
 from vllm.v1.worker.steering_modules import (
     Place,
     SAEPlace,
     SiteModules,
     VectorPlace,
-    unit_scale,
 )
 from vllm.v1.worker.steering_runtime import SteeredRunner, SteeringRuntime
 
@@ -34,8 +39,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
-
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -75,17 +78,43 @@ class ModuleChanges:
         self.runtime = runtime
         self.forward_context = forward_context
         self.staged: StagedModule | None = None
+        self.loading: ModuleLoad | None = None
 
     @property
     def modules(self) -> SiteModules:
         return self.runtime.modules
 
-    def stage(self, config: SteeringConfig, name: str) -> None:
-        """Load what changes for the module `name` on the host; attach nothing.
+    def load(self, module: ModuleInfo) -> None:
+        """Begin to load a module, in place of one that is being loaded."""
+        self.forget()
+        self.loading = ModuleLoad(module, self.modules)
+
+    def loaded(self) -> bool:
+        """Whether the module is there.
 
         Raises:
-            ValueError: the module's files have changed since they were inspected, or
-                are bad.
+            ValueError: as `ModuleLoad.result`.
+            RuntimeError: no module is being loaded.
+        """
+        if self.loading is None:
+            raise RuntimeError("steering: no module is being loaded")
+        if not self.loading.done:
+            return False
+        self.loading.result()
+        return True
+
+    def forget(self) -> None:
+        """Give up what is being loaded, or was loaded and not staged."""
+        if self.loading is not None:
+            self.loading.give_up()
+        self.loading = None
+
+    def stage(self, config: SteeringConfig, name: str) -> None:
+        """Prepare what changes for the module `name`; attach nothing.
+
+        Raises:
+            ValueError: the module does not fit this rank's layers.
+            RuntimeError: it was not loaded.
         """
         self.staged = None
         before = self.runtime.config
@@ -95,16 +124,18 @@ class ModuleChanges:
         fresh = {at: slot for at, slot in slots_of(config).items() if at not in known}
         change.added = self.modules.make_places(fresh)
         if change.new is not None:
+            found = self._take(change.new)
             for site, at in self.modules.own_sites(change.new):
-                place = change.added.get(at) or self.modules.places[at]
-                if isinstance(place, VectorPlace):
-                    change.weights[at] = load_vectors(change.new, site)
-                    continue
-                staged = SAEWeights.for_site(site, self.modules.dtype, CPU)
-                self.modules.load(change.new, site, staged)
-                change.weights[at] = staged
-                change.scales[at] = unit_scale(change.new, staged)
+                change.weights[at] = found[site].weights
+                change.scales[at] = found[site].scale
         self.staged = change
+
+    def _take(self, module: ModuleInfo) -> dict[SiteInfo, LoadedSite]:
+        """What was loaded for the module, which is then forgotten here."""
+        loading, self.loading = self.loading, None
+        if loading is None or loading.module != without_slots(module):
+            raise RuntimeError(f"steering: module {module.name!r} was not loaded")
+        return loading.result()
 
     def commit(self) -> None:
         """Put the staged module in place."""
@@ -252,21 +283,29 @@ class SteeringWorkerMixin:
         """Run one verb of `ModuleChanges`; never raises.
 
         Args:
-            verb: stage, commit, finish, rollback or stats.
-            config: for stage, `SteeringConfig.to_json` after the change.
+            verb: warm_up, load, loaded, forget, stage, commit, finish, rollback or
+                stats.
+            config: for stage, `SteeringConfig.to_json` after the change; for load,
+                `ModuleInfo.to_json`.
             name: for stage, the module that changes.
 
         Returns:
-            `ok`; `error`, one line, when not; `stats` for stats.
+            `ok`; `error`, one line, when not; `stats` for stats, `ready` for loaded.
         """
         try:
             changes = self._changes()
             if verb == "stage":
                 changes.stage(SteeringConfig.from_json(config or {}), name)
+            elif verb == "load":
+                changes.load(ModuleInfo.from_json(config or {}))
+            elif verb == "loaded":
+                return {"ok": True, "ready": changes.loaded()}
             elif verb == "stats":
                 return {"ok": True, "stats": changes.stats()}
             else:
                 verbs = {
+                    "warm_up": start_reading,
+                    "forget": changes.forget,
                     "commit": changes.commit,
                     "finish": changes.finish,
                     "rollback": changes.rollback,

@@ -321,6 +321,14 @@ class SiteModules:
         if site.raw_output:
             refuse_output_norm(self.layers[site.layer], site.out_hook)
         load_site(module, site, into)
+        self.fold_gain(site, into)
+
+    def fold_gain(self, site: SiteInfo, into: SAEWeights) -> None:
+        """Fit a loaded SAE to its layer's point.
+
+        Raises:
+            ValueError: the gain of a norm cannot be divided out.
+        """
         if site.before_gain:
             norm = parts_of(self.layers[site.layer]).mid_norm
             fold_norm_gain(into, site.d_sae, norm)

@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from steering_testing.engine import FULL
 from steering_testing.modules_http import (
     KEY,
     MODULES,
     ask,
+    complete,
     register,
     remove,
     save_modules,
@@ -28,7 +30,7 @@ from steering_testing.server import MODEL_NAME
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 RANKS = (0, 1)
-LONG = 1500  # tokens of an answer that takes the engine seconds
+LONG = 3500  # tokens of an answer that takes the engine many seconds
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,11 @@ def answers(url: str) -> list[list[int]]:
     found = [[tokens(ask(url, "hot", 8, rank)) for _ in range(4)] for rank in RANKS]
     assert all(answer == of_rank[0] for of_rank in found for answer in of_rank)
     return [of_rank[0] for of_rank in found]
+
+
+def ask_plain(url: str, max_tokens: int, rank: int) -> httpx.Response:
+    """A completion that names no module."""
+    return complete(url, {}, max_tokens, rank)
 
 
 def with_vector(url: str, rank: int, *given: torch.Tensor) -> httpx.Response:
@@ -92,6 +99,28 @@ def test_both_ranks_get_a_module_another_and_none(url: str, root: Path) -> None:
     assert [ask(url, "hot", rank=rank).status_code for rank in RANKS] == [400, 400]
 
 
+def test_presets_and_the_default_change_on_both_ranks(url: str, root: Path) -> None:
+    assert register(url, root).status_code == 201
+    steered = answers(url)[0]
+    preset = {FULL: [{"module_name": "hot"}]}
+    presets, default = f"{url}/v1/steering/presets", f"{url}/v1/steering/default_preset"
+    options: dict[str, Any] = {"headers": KEY, "timeout": 300}
+    made = httpx.put(f"{presets}/calm", json=preset, **options)
+    assert made.status_code == 200, made.text
+    chosen = httpx.put(default, json={"preset": "calm"}, **options)
+    assert chosen.status_code == 200, chosen.text
+    for rank in RANKS:
+        assert {str(tokens(ask_plain(url, 8, rank))) for _ in range(4)} == {
+            str(steered)
+        }
+    assert httpx.delete(f"{presets}/calm", **options).status_code == 409
+    assert httpx.put(default, json={"preset": None}, **options).status_code == 200
+    for rank in RANKS:
+        assert tokens(ask_plain(url, 8, rank)) != steered
+    assert httpx.delete(f"{presets}/calm", **options).status_code == 200
+    assert remove(url).status_code == 200
+
+
 def test_a_module_that_no_rank_can_load_changes_nothing(url: str, root: Path) -> None:
     assert register(url, root).status_code == 201
     before = answers(url)
@@ -111,6 +140,7 @@ def test_one_busy_rank_keeps_both_as_they_were(url: str, root: Path, rank: int) 
     thread.start()
     deadline = time.monotonic() + 60
     while not listed(url)[0]["requests"]:
+        assert not done, f"the request ended before it was seen: {done[0].text[:300]}"
         assert time.monotonic() < deadline, "the request was never seen"
     other = {"path": str(root / "two"), "replace": True}
     busy = register(url, root, **other)

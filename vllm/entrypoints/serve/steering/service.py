@@ -14,7 +14,13 @@ from vllm.config.sae_steering_parser import check_preset
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
+from vllm.config.steering_replies import (
+    METHOD,
+    UNFINISHED,
+    ModuleReply,
+    Outcome,
+    as_reply,
+)
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
@@ -23,7 +29,7 @@ from vllm.exceptions import VLLMValidationError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-DRAIN_POLL_S = 0.1
+POLL_S = 0.05
 DRAIN_LIMIT_S = 600.0
 
 IsGone = Callable[[], Awaitable[bool]]
@@ -179,21 +185,22 @@ class SteeringModulesService:
     async def _drained(
         self, action: str, name: str, payload: Json, is_gone: IsGone
     ) -> ModuleReply:
-        """Repeat an action until no request is in its way.
+        """Repeat an action until the module is read and no request is in its way.
 
-        A caller that goes away, or waits too long, ends the drain: the module takes
-        requests again.
+        A caller that goes away, or waits too long for requests, ends that: the module
+        takes requests again. What reading a module may take is limited by who reads.
         """
         deadline = time.monotonic() + DRAIN_LIMIT_S
-        draining = False
+        unfinished = False
         try:
             while True:
                 reply = await self.call(action, payload)
-                if reply.outcome is Outcome.DONE:
-                    draining = False
+                unfinished = reply.outcome in UNFINISHED
+                if not unfinished:
                     return reply
-                draining = True
-                if time.monotonic() > deadline:
+                if reply.outcome is Outcome.LOADING:
+                    deadline = time.monotonic() + DRAIN_LIMIT_S
+                elif time.monotonic() > deadline:
                     raise RequestRefused(
                         409,
                         f"module {name!r} is still in use by {reply.in_use} "
@@ -203,7 +210,7 @@ class SteeringModulesService:
                     )
                 if await is_gone():
                     raise RequestRefused(408, "the caller disconnected", "drain")
-                await asyncio.sleep(DRAIN_POLL_S)
+                await asyncio.sleep(POLL_S)
         finally:
-            if draining:
+            if unfinished:
                 await asyncio.shield(self.call("release", {"name": name}))

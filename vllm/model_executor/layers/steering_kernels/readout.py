@@ -23,7 +23,8 @@ TOP_K = tl.constexpr(2)
 COUNT = tl.constexpr(3)
 FEATURES = tl.constexpr(4)
 MAX_READ = tl.constexpr(64)
-BLOCK = tl.constexpr(64)  # entries looked at together
+RANKED = tl.constexpr(2)  # keys that others are compared with at a time
+BLOCK = tl.constexpr(32)  # entries looked at together
 BLOCK_F = tl.constexpr(16)  # features encoded together on the overflow path
 
 
@@ -110,8 +111,9 @@ def write_best(own, n, top_k, features_out, values_out, N: tl.constexpr):
     i = tl.arange(0, N)
     key = tl.load(own + i, mask=i < n, other=-1)
     rank = tl.zeros([N], tl.int32)
-    for j in range(0, n, 16):
-        at = j + tl.arange(0, 16)
+    # Few at a time, or a long list's comparisons do not fit the registers.
+    for j in range(0, n, RANKED):
+        at = j + tl.arange(0, RANKED)
         o = tl.load(own + at, mask=at < n, other=-1)
         rank += tl.sum((o[None, :] > key[:, None]).to(tl.int32), 1)
     listed = (i < n) & (rank < top_k)
