@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_steering_cli.bare import bare_packages, can_be_bare
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -157,6 +159,19 @@ def _need_there(path: str) -> None:
         )
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    """Describe a module, without vLLM and PyTorch where neither is needed."""
+    if can_be_bare():
+        with bare_packages():
+            from vllm.entrypoints.cli.steering.inspect import inspect
+
+            if inspect(args.path, args.sites, as_json=args.json, quick=True):
+                return
+    from vllm.entrypoints.cli.steering.inspect import inspect
+
+    inspect(args.path, args.sites, as_json=args.json)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -171,8 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor(run=not args.no_run, repair=args.repair, as_json=args.json)
     try:
         _need_there(args.path)
-        from vllm.entrypoints.cli.steering import commands
-
+        if args.command == "inspect":
+            _inspect(args)
+            return 0
         if args.command == "probe":
             from vllm.entrypoints.cli.steering.probe import probe
 
@@ -200,10 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 as_json=args.json,
                 plot=args.plot,
             )
-        if args.command == "inspect":
-            commands.inspect(args.path, args.sites, as_json=args.json)
-        else:
-            commands.convert(args.path, args.out, args.sites, args.dtype)
+        from vllm.entrypoints.cli.steering.commands import convert
+
+        convert(args.path, args.out, args.sites, args.dtype)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from vllm.config.steering import FeatureUnits, ModuleInfo, SiteInfo
-from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import Format, recognise
 from vllm.model_executor.model_loader.sae_formats import read_layout as read_files
 from vllm.model_executor.model_loader.sae_formats.fold import (
@@ -46,7 +46,9 @@ from vllm.model_executor.model_loader.sae_location import (
     naming_module,
     resolve_path,
 )
-from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.steering import SAEWeights
 
 __all__ = ["inspect_module", "load_site", "load_vectors", "read_layout", "save_native"]
 
@@ -54,7 +56,8 @@ DIGEST_DOMAIN = "vllm-steering-module-v1"
 _HASH_BLOCK = 4 << 20
 
 
-def _file(location: Location, entry: SAELayout | VectorLayout) -> Path:
+def site_file(location: Location, entry: SAELayout | VectorLayout) -> Path:
+    """The file that holds a site's tensors."""
     return location.root / entry.file if location.root.is_dir() else location.root
 
 
@@ -69,7 +72,7 @@ def _read_layout(
     fmt = recognise(location)
     layout = choose_sites(read_files(fmt, location), sites, fmt.name)
     for entry in layout.sites:
-        with open_tensors(_file(location, entry)) as tensors:
+        with open_tensors(site_file(location, entry)) as tensors:
             if isinstance(entry, SAELayout):
                 check_sae(entry, tensors)
             else:
@@ -200,7 +203,7 @@ def _check_options(
 
 
 def _weight_files(location: Location, layout: ModuleLayout) -> list[Path]:
-    return sorted({_file(location, entry) for entry in layout.sites})
+    return sorted({site_file(location, entry) for entry in layout.sites})
 
 
 def _digest(location: Location, layout: ModuleLayout, options: dict) -> str:
@@ -257,12 +260,15 @@ def load_site(
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;
             `into` then holds a part of the module.
     """
+    # Deferred: of the loader, only this needs the rest of vLLM.
+    from vllm.model_executor.model_loader.weight_utils import enable_tqdm
+
     with _open_site(module, site, location) as (location, layout):
         if not isinstance(layout, SAELayout):
             raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
         _check_room(site, into)
         with (
-            open_tensors(_file(location, layout)) as tensors,
+            open_tensors(site_file(location, layout)) as tensors,
             tqdm(
                 desc=f"Loading SAE {module.name} {site.name}",
                 total=sae_bytes(layout, tensors),
@@ -299,5 +305,5 @@ def load_vectors(
     with _open_site(module, site, location) as (location, layout):
         if not isinstance(layout, VectorLayout):
             raise LayoutError(f"{site.name}: expected a steering vector, found an SAE")
-        with open_tensors(_file(location, layout)) as tensors:
+        with open_tensors(site_file(location, layout)) as tensors:
             return read_vector(tensors, layout.tensor, layout.row)

@@ -6,10 +6,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm_steering_cli.main import main
 
 # Runs the command's entry point; the last line of stderr says what was imported.
 PROGRAM = """
@@ -23,6 +30,27 @@ roots = {name.split(".")[0] for name in sys.modules}
 heavy = sorted(roots & {"torch", "vllm", "numpy"})
 print(json.dumps([code, heavy]), file=sys.stderr)
 """
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Native directories, by the dtype of the matrices."""
+    root = tmp_path_factory.mktemp("native")
+    for name, dtype in (
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+    ):
+        site = {
+            "W_enc": torch.randn(24, 8).to(dtype),
+            "W_dec": torch.randn(24, 8).to(dtype),
+            "b_enc": torch.randn(24),
+            "b_dec": torch.randn(8),
+            "threshold": torch.rand(24),
+            "l0": 3.0,
+        }
+        save_native(root / name, {(2, "post_block"): site}, model="m")
+    return root
 
 
 def run(*arguments: str) -> tuple[int, list[str], str]:
@@ -53,6 +81,42 @@ def test_neither_torch_nor_vllm_is_imported(
     code, heavy, said = run(*arguments)
     assert (code, heavy) == (status, [])
     assert says in said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_module_that_needs_no_folding_is_described_without_torch(
+    native: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = str(native / dtype)
+    code, heavy, said = run("inspect", module, "--json")
+    assert (code, heavy) == (0, ["numpy"])
+    # As in a process that has vLLM and loads the weights.
+    assert main(["inspect", module, "--json"]) == 0
+    assert json.loads(said) == json.loads(capsys.readouterr().out)
+
+
+def test_a_value_that_is_not_finite_is_found_without_torch_and_told_with_it(
+    native: Path, tmp_path: Path
+) -> None:
+    module = tmp_path / "module"
+    shutil.copytree(native / "bfloat16", module)
+    [path] = module.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["W_dec"][5, 1] = torch.nan
+    save_file(tensors, path)
+    code, heavy, said = run("inspect", str(module))
+    assert code == 1
+    assert "torch" in heavy
+    assert "W_dec: expected finite values" in said
+    assert "feature 5" in said
+
+
+def test_describing_a_module_takes_less_than_a_second(native: Path) -> None:
+    module = str(native / "float16")
+    command = [sys.executable, "-m", "vllm_steering_cli", "inspect", module]
+    before = children_s()
+    subprocess.run(command, check=True, capture_output=True)
+    assert children_s() - before < 1.0
 
 
 def test_the_version_is_that_of_the_packages() -> None:

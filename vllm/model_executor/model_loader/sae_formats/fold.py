@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -24,6 +24,10 @@ from vllm.model_executor.model_loader.sae_formats.tensor_files import (
     TensorFile,
     read_slice,
 )
+from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.steering import SAEWeights
 
 # One fp32 chunk; several of them are alive at a time.
 CHUNK_BYTES = 8 << 20
@@ -31,7 +35,7 @@ CHUNK_BYTES = 8 << 20
 Progress = Callable[[int], None]
 
 
-def _info_of(tensors: TensorFile, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+def _info_of(tensors: TensorFile, name: str) -> tuple[tuple[int, ...], FloatType]:
     """Shape and dtype of a tensor, which must be present and floating."""
     info = tensors.infos.get(name)
     if info is None:
@@ -189,7 +193,6 @@ def _read_rows(
     return part.to(torch.float32, copy=True).contiguous()
 
 
-@torch.no_grad()
 def fold_sae(
     layout: SAELayout, tensors: TensorFile, into: SAEWeights, progress: Progress
 ) -> None:
@@ -202,6 +205,13 @@ def fold_sae(
     Raises:
         LayoutError: a NaN or infinity, also one made by rounding to `into`'s dtype.
     """
+    with torch.no_grad():
+        _fold_sae(layout, tensors, into, progress)
+
+
+def _fold_sae(
+    layout: SAELayout, tensors: TensorFile, into: SAEWeights, progress: Progress
+) -> None:
     F = layout.site.d_sae
     device = into.W_enc.device
 

@@ -16,14 +16,17 @@ import numpy as np
 import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
-from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorInfo
+from vllm.model_executor.model_loader.sae_formats.tensor_types import (
+    FloatType,
+    TensorInfo,
+)
 
 MAX_HEADER_BYTES = 1 << 20
 DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
 # Value type -> struct code; strings and arrays have a length instead.
 _SCALARS = dict(zip([*range(8), 10, 11, 12], "BbHhIif?Qqd", strict=True))
-_DTYPES = {0: (torch.float32, "<f4"), 1: (torch.float16, "<f2")}
+_DTYPES = {0: (FloatType.F32, "<f4"), 1: (FloatType.F16, "<f2")}
 _MAX_DEPTH = 4
 
 
@@ -117,7 +120,7 @@ class GGUFFile:
         if name in self.infos:
             raise LayoutError(f"{self.label}: {name}: appears twice")
         dtype = _DTYPES[kind][0]
-        self.infos[name] = TensorInfo(shape, dtype, str(dtype))
+        self.infos[name] = TensorInfo(shape, dtype, dtype.value)
         self._tensors[name] = (shape, kind, offset)
 
     def _check_sizes(self) -> None:
@@ -134,7 +137,7 @@ class GGUFFile:
         shape, kind, offset = self._tensors[name]
         dtype, code = _DTYPES[kind]
         if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype.dtype)
         array: np.ndarray = np.memmap(
             self._path, code, mode="r", offset=self._start + offset, shape=shape
         )

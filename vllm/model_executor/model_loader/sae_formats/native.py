@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from vllm.config.steering import (
     HOOK_ALIASES,
@@ -220,6 +219,9 @@ def save_native(
     Raises:
         ValueError: a tensor is missing, has another shape, or is not floating.
     """
+    # Deferred: it imports torch, which reading headers does without.
+    from safetensors.torch import save_file
+
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     entries = []

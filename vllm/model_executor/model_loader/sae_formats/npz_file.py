@@ -17,6 +17,7 @@ import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
+    FloatType,
     TensorInfo,
     open_zip,
     stored_member_offset,
@@ -27,9 +28,9 @@ MAX_INFLATION = 8
 INFLATION_ALLOWANCE = 1 << 20
 
 _DTYPES = {
-    "<f8": torch.float64,
-    "<f4": torch.float32,
-    "<f2": torch.float16,
+    "<f8": FloatType.F64,
+    "<f4": FloatType.F32,
+    "<f2": FloatType.F16,
 }
 
 

@@ -19,7 +19,7 @@ import torch
 from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
-    FLOAT_DTYPES,
+    FloatType,
     TensorInfo,
 )
 
@@ -63,7 +63,8 @@ class SafetensorsFile:
                 f"{where}: {kind} {shape} at {offsets} does not fit the {data_bytes} "
                 "bytes of data in the file"
             )
-        self.infos[name] = TensorInfo(tuple(shape), FLOAT_DTYPES.get(kind), kind)
+        dtype = FloatType[kind] if kind in FloatType.__members__ else None
+        self.infos[name] = TensorInfo(tuple(shape), dtype, kind)
         self._offsets[name] = self._start + begin
 
     def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
@@ -71,18 +72,23 @@ class SafetensorsFile:
         info = self.infos[name]
         assert info.dtype is not None
         if not math.prod(info.shape):
-            return torch.empty(info.shape, dtype=info.dtype)
-        array: np.ndarray = np.memmap(
+            return torch.empty(info.shape, dtype=info.dtype.dtype)
+        array = self.array(name)
+        if info.shape:
+            array = array[start:stop] if axis == 0 else array[:, start:stop]
+        value = torch.from_numpy(np.array(array)).view(info.dtype.dtype)
+        return value if info.shape else value.reshape(())
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor with elements, mapped; bfloat16 as integers, a scalar as `[1]`."""
+        info = self.infos[name]
+        return np.memmap(
             self._path,
             _NUMPY[info.stored_as],
             mode="r",
             offset=self._offsets[name],
             shape=info.shape or (1,),
         )
-        if info.shape:
-            array = array[start:stop] if axis == 0 else array[:, start:stop]
-        value = torch.from_numpy(np.array(array)).view(info.dtype)
-        return value if info.shape else value.reshape(())
 
 
 def _sizes(value: object, length: int | None = None) -> TypeGuard[list[int]]:

@@ -6,16 +6,18 @@ from __future__ import annotations
 import struct
 import zipfile
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LFS_POINTER,
     LayoutError,
     lfs_pointer,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 # The largest public SAEs are about 30 GB a file.
 MAX_FILE_BYTES = 128 << 30
@@ -25,13 +27,34 @@ _ZIP_END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR_BYTES = 20
 _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
 
-FLOAT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-FLOATING = frozenset(FLOAT_DTYPES.values())
+
+class FloatType(Enum):
+    """The types that weights may have; names as in safetensors, values as in PyTorch.
+
+    Headers are read without PyTorch, whose import takes longer than they do.
+    """
+
+    F64 = "float64"
+    F32 = "float32"
+    F16 = "float16"
+    BF16 = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return {"F64": 8, "F32": 4}.get(self.name, 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """PyTorch's type."""
+        import torch
+
+        return {
+            FloatType.F64: torch.float64,
+            FloatType.F32: torch.float32,
+            FloatType.F16: torch.float16,
+            FloatType.BF16: torch.bfloat16,
+        }[self]
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class TensorInfo:
     and `stored_as` then says what it is."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    dtype: FloatType | None
     stored_as: str
 
 

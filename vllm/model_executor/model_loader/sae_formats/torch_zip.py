@@ -23,7 +23,7 @@ import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
-    FLOATING,
+    FloatType,
     TensorInfo,
     open_zip,
     stored_member_offset,
@@ -36,19 +36,21 @@ MAX_ARGUMENTS = 16
 # The name of the one tensor of a file that holds nothing else.
 BARE = "tensor"
 
-# Storage class in the pickle -> dtype, and how NumPy reads its elements.
-_STORAGES: dict[str, tuple[torch.dtype, str]] = {
-    "DoubleStorage": (torch.float64, "<f8"),
-    "FloatStorage": (torch.float32, "<f4"),
-    "HalfStorage": (torch.float16, "<f2"),
-    "BFloat16Storage": (torch.bfloat16, "<i2"),
-    "LongStorage": (torch.int64, "<i8"),
-    "IntStorage": (torch.int32, "<i4"),
-    "ShortStorage": (torch.int16, "<i2"),
-    "CharStorage": (torch.int8, "<i1"),
-    "ByteStorage": (torch.uint8, "<u1"),
-    "BoolStorage": (torch.bool, "<u1"),
+# Storage class in the pickle -> PyTorch's name of its dtype, and how NumPy reads its
+# elements.
+_STORAGES: dict[str, tuple[str, str]] = {
+    "DoubleStorage": ("float64", "<f8"),
+    "FloatStorage": ("float32", "<f4"),
+    "HalfStorage": ("float16", "<f2"),
+    "BFloat16Storage": ("bfloat16", "<i2"),
+    "LongStorage": ("int64", "<i8"),
+    "IntStorage": ("int32", "<i4"),
+    "ShortStorage": ("int16", "<i2"),
+    "CharStorage": ("int8", "<i1"),
+    "ByteStorage": ("uint8", "<u1"),
+    "BoolStorage": ("bool", "<u1"),
 }
+_FLOATS = {kind.value: kind for kind in FloatType}
 _DICTS = ("collections OrderedDict", "builtins dict", "__builtin__ dict")
 _TENSORS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor")
 _PARAMETERS = ("torch._utils _rebuild_parameter",)
@@ -312,7 +314,7 @@ class TorchZipFile:
         value, offset, elements = self._tensors[name]
         dtype, code = _STORAGES[value.storage.kind]
         if not elements:
-            return torch.empty(value.shape, dtype=dtype)
+            return _as_torch(np.empty(value.shape, code), dtype)
         flat: np.ndarray = np.memmap(
             self._path, dtype=code, mode="r", offset=offset, shape=(elements,)
         )
@@ -322,7 +324,7 @@ class TorchZipFile:
         )
         if array.ndim:
             array = array[start:stop] if axis == 0 else array[:, start:stop]
-        return torch.from_numpy(np.array(array)).view(dtype)
+        return _as_torch(np.array(array), dtype)
 
     def _small_member(self, name: str, default: bytes) -> bytes:
         item = self._members.get(self._root + name)
@@ -342,7 +344,7 @@ class TorchZipFile:
         item = self._members.get(f"{self._root}data/{value.storage.key}")
         if item is None:
             raise LayoutError(f"{self.label}: {name}: its storage is missing")
-        item_bytes = _STORAGES[value.storage.kind][0].itemsize
+        item_bytes = np.dtype(_STORAGES[value.storage.kind][1]).itemsize
         spans = 0
         if math.prod(value.shape):
             steps = zip(value.shape, value.stride, strict=True)
@@ -359,9 +361,16 @@ class TorchZipFile:
         return start + value.offset * item_bytes, spans
 
 
+def _as_torch(array: np.ndarray, name: str) -> torch.Tensor:
+    """A tensor of the named dtype; NumPy has no bfloat16, and reads bool as bytes."""
+    tensor = torch.from_numpy(array)
+    views = {"bfloat16": torch.bfloat16, "bool": torch.bool}
+    return tensor.view(views[name]) if name in views else tensor
+
+
 def _info(value: _Tensor) -> TensorInfo:
-    dtype = _STORAGES[value.storage.kind][0]
-    return TensorInfo(value.shape, dtype if dtype in FLOATING else None, str(dtype))
+    name = _STORAGES[value.storage.kind][0]
+    return TensorInfo(value.shape, _FLOATS.get(name), f"torch.{name}")
 
 
 def _named_tensors(state: object, label: str) -> dict[str, _Tensor]:

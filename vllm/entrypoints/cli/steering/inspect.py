@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that describes a module: `inspect`.
+
+A module that PyTorch is not needed for is described without it: importing PyTorch
+takes much longer than reading the module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vllm.config.steering import ModuleInfo, SiteInfo
+from vllm.config.steering_json import Json
+from vllm.config.steering_slots import site_bytes as sae_bytes
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    ModuleLayout,
+    SAELayout,
+)
+from vllm.model_executor.model_loader.sae_formats.safetensors_file import (
+    SafetensorsFile,
+)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
+from vllm.model_executor.model_loader.sae_loader import (
+    inspect_module,
+    load_site,
+    load_vectors,
+    read_layout,
+    site_file,
+)
+from vllm.model_executor.model_loader.sae_location import locate
+
+# Elements that are checked at a time.
+FINITE_CHUNK = 1 << 22
+# All ones in the exponent: NaN or infinity.
+BF16_EXPONENT = 0x7F80
+
+
+def describe_folds(layout: SAELayout) -> list[str]:
+    """One phrase for each change that loading makes to the stored tensors."""
+    folds = []
+    if layout.gate is not None:
+        folds.append("gate into threshold and W_enc")
+    if layout.subtract_b_dec:
+        folds.append("input bias into b_enc")
+    scales = {
+        "W_enc": layout.W_enc_scale,
+        "b_enc": layout.b_enc_scale,
+        "W_dec": layout.W_dec_scale,
+        "b_dec": layout.b_dec_scale,
+        "threshold": layout.threshold_scale,
+    }
+    for name, scale in scales.items():
+        if scale != 1:
+            folds.append(f"{name} x {scale:.6g}")
+    if layout.unit_decoder_rows:
+        folds.append("decoder norms into W_enc and b_enc")
+    if layout.centre_input:
+        folds.append("mean of the input into W_enc")
+    if layout.site.before_gain:
+        folds.append("gain of the norm before the MLP into W_enc (in the worker)")
+    if layout.threshold_is_log:
+        folds.append("exp(threshold)")
+    return folds
+
+
+def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
+    """Memory of one site's weights with matrices of `itemsize` bytes an element."""
+    return 4 * site.d_in if kind == "vectors" else sae_bytes(site, itemsize)
+
+
+def report(module: ModuleInfo, layout: ModuleLayout) -> Json:
+    """All that `inspect` shows, as JSON types."""
+    data = module.to_json()
+    data["model"] = layout.model
+    for site, entry, shown in zip(
+        module.sites, layout.sites, data["sites"], strict=True
+    ):
+        shown["name"] = site.name
+        shown["folds"] = describe_folds(entry) if isinstance(entry, SAELayout) else []
+        shown["declared"] = dict(layout.declared.get(site.name, {}))
+        shown["bytes_16_bit"] = site_bytes(site, module.kind, 2)
+        shown["bytes_32_bit"] = site_bytes(site, module.kind, 4)
+    return data
+
+
+def check_weights(module: ModuleInfo) -> None:
+    """Load each site once, as an engine would, to find values that are not finite."""
+    import torch
+
+    from vllm.model_executor.layers.steering import SAEWeights
+
+    cpu = torch.device("cpu")
+    for site in module.sites:
+        if module.kind == "vectors":
+            load_vectors(module, site)
+        else:
+            load_site(module, site, SAEWeights.for_site(site, torch.float32, cpu))
+
+
+def plainly_finite(path: str, layout: ModuleLayout) -> bool:
+    """Whether NumPy can tell that every weight is finite as an engine would hold it.
+
+    False also where it cannot tell: for weights that loading folds, and for files
+    other than safetensors.
+    """
+    location = locate("module", path).location
+    for entry in layout.sites:
+        if not isinstance(entry, SAELayout) or describe_folds(entry):
+            return False
+        with open_tensors(site_file(location, entry)) as tensors:
+            if not isinstance(tensors, SafetensorsFile):
+                return False
+            if not all(is_finite(tensors, name) for name in _tensors_of(entry)):
+                return False
+    return True
+
+
+def _tensors_of(layout: SAELayout) -> Iterator[str]:
+    for matrix in (layout.W_enc, layout.W_dec, layout.W_skip):
+        if matrix is not None:
+            yield matrix.name
+    for name in (layout.b_enc, layout.b_dec, layout.threshold):
+        if isinstance(name, str):
+            yield name
+
+
+def is_finite(tensors: SafetensorsFile, name: str) -> bool:
+    """Whether all elements are finite as float32; False also for float64."""
+    kind = tensors.infos[name].dtype
+    if kind is None or kind is FloatType.F64:
+        return False
+    if 0 in tensors.infos[name].shape:
+        return True
+    flat = tensors.array(name).reshape(-1)
+    for start in range(0, len(flat), FINITE_CHUNK):
+        part = flat[start : start + FINITE_CHUNK]
+        if kind is FloatType.BF16:
+            good = (part & BF16_EXPONENT) != BF16_EXPONENT
+        else:
+            good = np.isfinite(part)
+        if not good.all():
+            return False
+    return True
+
+
+def inspect(
+    path: str, sites: Sequence[str] | None, as_json: bool, quick: bool = False
+) -> bool:
+    """Print what a module is.
+
+    Args:
+        quick: only if neither PyTorch nor the rest of vLLM is needed to check it.
+
+    Returns:
+        Whether it was printed; always, unless `quick`.
+
+    Raises:
+        ValueError: the module is refused; one line says why.
+    """
+    module = inspect_module("module", path, sites=sites)
+    layout = read_layout("module", path, sites)
+    data = report(module, layout)
+    if not plainly_finite(path, layout):
+        if quick:
+            return False
+        check_weights(module)
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        show(data)
+    return True
+
+
+def show(data: Json) -> None:
+    """Print a report as text."""
+    for key in ("path", "format", "kind", "model", "digest", "reference_norm"):
+        if data[key] is not None:
+            print(f"{key:15}{data[key]}")
+    for shown in data["sites"]:
+        activation = shown["activation"] + (f" k={shown['k']}" if shown["k"] else "")
+        size = shown["bytes_16_bit"] / 2**20
+        print(
+            f"{shown['name']:15}d_in {shown['d_in']}, d_sae {shown['d_sae']}, "
+            f"{activation}, {size:.1f} MiB in 16 bit"
+        )
+        if shown["hook_out"] is not None:
+            skip = " with W_skip" if shown["has_skip"] else ""
+            print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")
+        for fold in shown["folds"]:
+            print(f"{'':15}folds {fold}")
+        for name, value in shown["declared"].items():
+            print(f"{'':15}declared {name} {value:g}")
