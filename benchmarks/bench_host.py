@@ -10,9 +10,10 @@ runner drives it. Every request is steered its own way, so that nothing is share
 - spans: six places of the prompt and the answer where the edit changes, drawn at
   random, so that some request changes in most steps.
 
-Three costs, the least of the rounds in microseconds: `decode`, a step of one token a
-request, on average over the answer; `life`, all that the batch costs (admission,
-prefill, decoding, end) divided by its steps; and `admit`, the admission of one request.
+Three costs, the least of the rounds, in microseconds of the thread's own time:
+`decode`, a step of one token a request, on average over the answer; `life`, all that
+the batch costs (admission, prefill, decoding, end) divided by its steps; and `admit`,
+the admission of one request.
 """
 
 from __future__ import annotations
@@ -111,19 +112,19 @@ def live(runtime: SteeringRuntime, batch: Batch, steps: int) -> dict[str, float]
     """Seconds of the life of a batch: all of it, admission, and the decode steps."""
     views = [batch.view(PROMPT + step, 1) for step in range(steps)]
     prefill = batch.view(0, PROMPT)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for req_id, params in zip(batch.req_ids, batch.params, strict=True):
         runtime.add_request(req_id, params)
-    admitted = time.perf_counter()
+    admitted = time.thread_time()
     runtime.prepare_step(prefill)
-    first = time.perf_counter()
+    first = time.thread_time()
     for view in views:
         runtime.prepare_step(view)
-    last = time.perf_counter()
+    last = time.thread_time()
     for req_id in batch.req_ids:
         runtime.remove_request(req_id)
     runtime.clear_step()
-    end = time.perf_counter()
+    end = time.thread_time()
     return {"life": end - begin, "admit": admitted - begin, "decode": last - first}
 
 

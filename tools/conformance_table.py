@@ -40,7 +40,6 @@ def table() -> str:
     groups = {
         "": {**CASES, **MULTIMODAL_CASES, **TRANSFORMERS_CASES},
         ", `--steering-decoder-layer auto`": AUTO_CASES,
-        ", on a GPU": GPU_CASES,
     }
     rows = [(case, how) for how, group in groups.items() for case in group.values()]
     for case, how in rows:
@@ -49,6 +48,9 @@ def table() -> str:
         cells = ["–" if hook in lacks else tick for hook in hooks]
         name = case.layer_class.rsplit(".", 1)[1]
         lines.append(f"| {case.title}{how} | `{name}` | " + " | ".join(cells) + " |")
+    waiting = sorted({case.title for case in GPU_CASES.values()})
+    lines += ["", "`tests/gpu/test_families_gpu.py` has cases that were not run yet:"]
+    lines += [f"{', '.join(waiting)} (in bfloat16; DeepSeek with latent attention)."]
     return "\n".join(lines)
 
 

@@ -23,12 +23,22 @@ struct Weights {
   int num_features, d_model;
 };
 
+// Who reads, and where to; ReadBuffers in layers/steering_read_state.py.
+struct Reads {
+  const int* index;  // [tokens], rows of the table; null: nobody
+  const int* table;
+  const float* scale;  // [F]
+  int* out;            // [tokens, 2 + 2 kMaxRead]
+  int64_t table_stride, out_stride;
+};
+
 // Rows and flags of the step's tokens, and the clamps of the rows.
 struct Step {
   const int* index;  // [tokens]
   const int* flags;  // [tokens]
   ClampTable table;
   unsigned long long* saturated;  // write-backs that were limited
+  Reads reads;
 };
 
 // The residual stream: hidden + residual, or hidden alone.

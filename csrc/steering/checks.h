@@ -118,6 +118,27 @@ Weights<T> make_weights(const Tensors& w, int64_t d_model, const Expected& e) {
       data<float>(norm_limit), static_cast<int>(f), static_cast<int>(d_model)};
 }
 
+// Who reads, where a step's bundle says so; the scale is checked with weights.
+inline Reads make_reads(const Tensors& step, int64_t tokens,
+                        const Expected& e) {
+  if (step.size() <= kReadIndex) return {};
+  const auto i32 = ScalarType::Int;
+  const Tensor& index = check(step[kReadIndex], "read_index", i32, {kAny}, e);
+  const Tensor& table = check(get(step, kReadTable, "read_table"), "read_table",
+                              i32, {kAny, kAny}, e, true);
+  const Tensor& scale = check(get(step, kReadScale, "read_scale"), "read_scale",
+                              ScalarType::Float, {kAny}, e);
+  const Tensor& out = check(get(step, kReadOut, "read_out"), "read_out", i32,
+                            {kAny, 2 + 2 * kMaxRead}, e);
+  check_length(index, tokens, "read_index");
+  STD_TORCH_CHECK(out.size(0) >= tokens, "steering: read_out has ", out.size(0),
+                  " rows, expected at least ", tokens);
+  STD_TORCH_CHECK(table.size(1) >= kTableHead, "steering: read_table has ",
+                  table.size(1), " columns, expected at least ", kTableHead);
+  return {data<int>(index), data<int>(table), data<float>(scale),
+          data<int>(out),   table.stride(0),  out.stride(0)};
+}
+
 inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
   const auto i32 = ScalarType::Int;
   const Tensor& index =
@@ -137,7 +158,8 @@ inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
           data<int>(flags),
           {data<int>(table), table.stride(0),
            static_cast<int>((table.size(1) - 2) / 3)},
-          data<unsigned long long>(saturated)};
+          data<unsigned long long>(saturated),
+          make_reads(step, tokens, e)};
 }
 
 // `topk`: with scores and the k-th keys.
@@ -215,6 +237,9 @@ Bundles<T> make_bundles(const Tensors& step, const Tensors& weights,
   const Stream<T> s = make_stream<T>(stream, e);
   const Weights<T> w = make_weights<T>(weights, stream[kHidden].size(1), e);
   const Step st = make_step(step, s.tokens, e);
+  if (st.reads.index != nullptr)
+    check(step[kReadScale], "read_scale", ScalarType::Float, {w.num_features},
+          e);
   return {st, w, s,
           make_workspace<T>(ws, w, st.table.max_clamps, topk, base, e), e};
 }

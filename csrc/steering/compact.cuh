@@ -18,10 +18,26 @@ __device__ __forceinline__ bool is_meant(int gate, int uses_topk) {
   return gate == kAnyModule || (uses_topk != 0) == (gate != 0);
 }
 
+// A token's rows at this site, 0 where it is not edited, or not read.
+struct TokenRows {
+  int edit, read;
+};
+
+__device__ __forceinline__ TokenRows active_rows(const Step& step, int edit,
+                                                 int read) {
+  if (edit != 0 && !step.table.row(edit).active()) edit = 0;
+  const Reads& r = step.reads;
+  if (read != 0 && r.table[read * r.table_stride + kReadActive] == 0) read = 0;
+  return {edit, read};
+}
+
+__device__ __forceinline__ int read_index(const Step& step, int t) {
+  return step.reads.index == nullptr ? 0 : step.reads.index[t];
+}
+
 __device__ __forceinline__ bool is_active(const Step& step, int t, int skip) {
-  const int row = step.index[t];
-  return row != 0 && step.table.row(row).active() &&
-         (step.flags[t] & skip) == 0;
+  const TokenRows rows = active_rows(step, step.index[t], read_index(step, t));
+  return (rows.edit | rows.read) != 0 && (step.flags[t] & skip) == 0;
 }
 
 // Copies one token's row with `threads` threads; returns this thread's share of
@@ -78,8 +94,12 @@ template <typename T>
 __device__ __forceinline__ void note_token(const Workspace<T>& ws,
                                            const Step& step, int i, int t,
                                            bool within) {
+  TokenRows rows = {step.index[t], 0};
+  if (step.reads.index != nullptr)
+    rows = active_rows(step, rows.edit, step.reads.index[t]);
   ws.records[i].token = within ? t : -1;
-  ws.records[i].row = step.index[t];
+  ws.records[i].row = rows.edit;
+  ws.records[i].read = rows.read;
   ws.records[i].saturated = 0;
 }
 

@@ -26,7 +26,7 @@ struct CompactEncodeArgs {
 
 // What is read before anything is known; all loads are in flight together.
 struct FirstLoads {
-  int row, flags, skip, topk;
+  int row, read, flags, skip, topk;
   float limit;
 };
 
@@ -35,8 +35,9 @@ __device__ __forceinline__ FirstLoads load_first(const CompactEncodeArgs<T>& a,
                                                  int t) {
   const bool there = t < a.stream.tokens;
   const Weights<T>& w = a.encode.weights;
-  return {there ? a.step.index[t] : 0, there ? a.step.flags[t] : 0,
-          w.meta[kSkipMask], w.meta[kUsesTopk], *w.norm_limit};
+  return {there ? a.step.index[t] : 0, there ? read_index(a.step, t) : 0,
+          there ? a.step.flags[t] : 0, w.meta[kSkipMask],
+          w.meta[kUsesTopk],           *w.norm_limit};
 }
 
 // Asks L2 for the rows that this block may have to gather.
@@ -56,9 +57,10 @@ template <typename T>
 __device__ int list_active(const CompactEncodeArgs<T>& a, const FirstLoads& own,
                            EncodeMemory& m) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool active = is_meant(a.gate, own.topk) && own.row != 0 &&
+  const TokenRows rows = active_rows(a.step, own.row, own.read);
+  const bool active = is_meant(a.gate, own.topk) &&
                       (own.flags & own.skip) == 0 &&
-                      a.step.table.row(own.row).active();
+                      (rows.edit | rows.read) != 0;
   const unsigned votes = __ballot_sync(~0u, active);
   if (lane == 0) m.sums[warp] = __popc(votes);
   __syncthreads();
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     for (int i = 0; i < kWidths; ++i) prefetch_map(&maps.x[i]);
   const FirstLoads own = load_first(a, t);
   // A row of the tier is a hint: this site may still have nothing to do.
-  if (!__syncthreads_or(own.row != 0)) {
+  if (!__syncthreads_or((own.row | own.read) != 0)) {
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;
   }

@@ -42,6 +42,12 @@ constexpr int kDenseSplits = 7;
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;
 
+// layers/steering_read_state.py: columns of a reading table's row; its
+// features begin at TABLE_HEAD. config/sae_readout_specs.py: MAX_READ.
+enum ReadColumn { kReadActive = 0, kReadTopK = 2, kReadCount = 3 };
+constexpr int kTableHead = 4;
+constexpr int kMaxRead = 64;
+
 // steering_kernels/bundles.py: the order of the tensors in an op's bundles.
 enum WeightsField {
   kWEnc = 0,
@@ -63,7 +69,16 @@ enum WorkspaceField {
   kCoef = 7,
   kDense = 8,
 };
-enum StepField { kIndex = 0, kFlags = 1, kTable = 2, kSaturated = 3 };
+enum StepField {
+  kIndex = 0,
+  kFlags = 1,
+  kTable = 2,
+  kSaturated = 3,
+  kReadIndex = 4,
+  kReadTable = 5,
+  kReadScale = 6,
+  kReadOut = 7
+};
 enum StreamField { kHidden = 0, kResidual = 1 };
 
 }  // namespace vllm_steering

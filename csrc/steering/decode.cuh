@@ -22,6 +22,7 @@ struct DecodeArgs {
   unsigned long long* saturated;
   bool resolved;  // ws.coef holds g - f of the clamps already
   bool delta;     // add to x: no entries, no b_dec
+  Reads reads;
 };
 
 inline int decode_slices(int d_model) {

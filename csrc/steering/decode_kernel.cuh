@@ -11,6 +11,7 @@
 #pragma once
 
 #include "decode.cuh"
+#include "read.cuh"
 
 namespace vllm_steering {
 
@@ -21,6 +22,8 @@ __host__ __device__ inline int list_slots(int max_clamps) {
 
 // Bytes of shared memory: list (feature, weight), then features to sort or the
 // partial sums, which are needed one after another.
+static_assert(sizeof(LongReadMemory) <=
+              kListMax * 8 + kDecodeWarps * kColumns * 4);
 inline int decode_smem(int max_clamps) {
   return list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
 }
@@ -101,8 +104,9 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
 // Blocks share a token's slices in groups, as many as keep all of them busy:
 // the list is sorted once a group, not once a slice. `Ahead` rows are in flight
 // in a warp, and blocks share a multiprocessor accordingly: many for one
-// token's latency, few for many tokens.
-template <typename T, int Ahead>
+// token's latency, few for many tokens. With kReads a group more reads the
+// token, or the last group does so too, where blocks are scarce.
+template <typename T, int Ahead, bool kReads>
 __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
   extern __shared__ __align__(16) char memory[];
@@ -116,16 +120,23 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
   const int groups =
       max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
   const int room = a.delta ? 0 : a.ws.capacity;
-  for (int work = blockIdx.x; work < n * groups; work += gridDim.x) {
+  const bool apart = kReads && n * (groups + 1) <= static_cast<int>(gridDim.x);
+  const int reader = apart ? groups : groups - 1;
+  for (int work = blockIdx.x; work < n * (groups + apart); work += gridDim.x) {
     const int64_t i = work % n;
     const int64_t* own = a.ws.entries + i * a.ws.capacity;
     TokenRecord* record = a.ws.records + i;
     const int token = record->token;
     const int listed = a.delta ? 0 : record->listed;
     const EntryLoads mine = load_entries(own, room);
-    if (token < 0) continue;
+    const bool edits = record->row != 0 && work < n * groups;
+    const bool reads = kReads && record->read != 0 && work / n == reader;
+    if (token < 0 || !(edits || reads)) continue;
     if (listed > kListMax) {
-      if (work < n && threadIdx.x == 0) note_dense(a.ws, i);
+      if (edits && work < n && threadIdx.x == 0) note_dense(a.ws, i);
+      if (reads && listed <= a.ws.capacity)
+        read_long(read_row(a.reads, record->read, token), own, listed,
+                  *reinterpret_cast<LongReadMemory*>(memory));
       continue;
     }
     const ClampRow row = a.table.row(record->row);
@@ -135,6 +146,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
                ? nullptr
                : a.stream.residual + token * a.stream.residual_stride;
     sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
+    if constexpr (kReads) {
+      if (reads)
+        read_list(read_row(a.reads, record->read, token), list, listed,
+                  reinterpret_cast<unsigned long long*>(scratch));
+      if (!edits) continue;
+    }
     const int total = append_clamps(a, row, i, list, listed);
     for (int slice = work / n; slice < slices; slice += groups) {
       const int first = slice * kColumns,

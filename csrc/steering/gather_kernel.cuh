@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int64_t i = work % n;
     TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;
-    if (token < 0 || listed > kListMax) continue;
+    if (token < 0 || record->row == 0 || listed > kListMax) continue;
     const int column = work / n * kColumns + (threadIdx.x & 31) * 8;
     const ClampRow row = a.table.row(record->row);
     float acc[kDecodeWarps][8] = {};

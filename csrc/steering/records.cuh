@@ -20,9 +20,10 @@ __host__ __device__ constexpr float power_of_2(int n) {
 struct alignas(4 * kRecordInts) TokenRecord {
   int listed;     // non-zeros found so far
   int token;      // id in the step, -1: past the norm limit
-  int row;        // of the clamp table
+  int row;        // of the clamp table; 0: only read
   int saturated;  // whether the token has been counted as saturated
   int dense;      // the n-th record: index of the n-th token that no list holds
+  int read;       // row of the reading table, 0: not read
 };
 static_assert(sizeof(TokenRecord) == 4 * kRecordInts);
 

@@ -1,17 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stage 3 for many tokens: one block a token sorts its entries in place and
-// writes coef = g - f of its clamps.
+// writes coef = g - f of its clamps; and, with kReads, reads the token.
 #pragma once
 
 #include "decode.cuh"
+#include "read.cuh"
 
 namespace vllm_steering {
 
-template <typename T>
+union SortMemory {
+  struct {
+    int2 list[kListMax];
+    unsigned long long scratch[kListMax];  // features to sort, then keys
+  };
+  LongReadMemory reading;
+};
+
+template <typename T, bool kReads>
 __global__ void __launch_bounds__(kDecodeThreads)
     sort_kernel(const __grid_constant__ DecodeArgs<T> a) {
-  __shared__ int2 list[kListMax];
-  __shared__ __align__(16) int features[kListMax];
+  __shared__ __align__(16) SortMemory memory;
+  int2* list = memory.list;
   launch_dependents();
   wait_for_previous();
   const int n = a.ws.tokens();
@@ -19,20 +28,30 @@ __global__ void __launch_bounds__(kDecodeThreads)
     const TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;
     if (token < 0) continue;
+    const bool reads = kReads && record->read != 0;
+    int64_t* own = a.ws.entries + i * a.ws.capacity;
     if (listed > kListMax) {
-      if (threadIdx.x == 0) note_dense(a.ws, i);
+      if (record->row != 0 && threadIdx.x == 0) note_dense(a.ws, i);
+      __syncthreads();
+      if (reads && listed <= a.ws.capacity)
+        read_long(read_row(a.reads, record->read, token), own, listed,
+                  memory.reading);
       continue;
     }
-    int64_t* own = a.ws.entries + i * a.ws.capacity;
     __syncthreads();
-    sort_entries(load_entries(own, listed), listed, list, features);
+    sort_entries(load_entries(own, listed), listed, list,
+                 reinterpret_cast<int*>(memory.scratch));
+    if (reads)
+      read_list(read_row(a.reads, record->read, token), list, listed,
+                memory.scratch);
+    if (record->row == 0) continue;
     for (int e = threadIdx.x; e < listed; e += kDecodeThreads)
       own[e] = pack_entry(list[e].x, __int_as_float(list[e].y));
     if (a.resolved) continue;
     const ClampRow row = a.table.row(record->row);
     for (int c = threadIdx.x; c < row.count(); c += kDecodeThreads)
       a.ws.coef[i * row.max_clamps + c] = clamp_delta(
-          row, c, [listed](int f) { return find_feature(list, listed, f); });
+          row, c, [=](int f) { return find_feature(list, listed, f); });
   }
 }
 

@@ -99,10 +99,12 @@ void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
 
 template <int Ahead, typename T>
 void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
-  const int64_t work =
-      static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_model);
-  const int64_t blocks = std::min<int64_t>(work, 32 / Ahead * processors);
-  launch(decode_kernel<T, Ahead>, static_cast<int>(blocks), kDecodeThreads,
+  const bool reads = a.reads.index != nullptr;
+  const int64_t each = decode_slices(a.weights.d_model) + reads;
+  const int64_t blocks =
+      std::min<int64_t>(a.ws.rows * each, 32 / Ahead * processors);
+  launch(reads ? decode_kernel<T, Ahead, true> : decode_kernel<T, Ahead, false>,
+         static_cast<int>(blocks), kDecodeThreads,
          decode_smem(a.table.max_clamps), stream, a);
 }
 
@@ -111,10 +113,11 @@ template <typename T>
 void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
                    cudaStream_t stream) {
   if (many) {
+    launch(
+        a.reads.index != nullptr ? sort_kernel<T, true> : sort_kernel<T, false>,
+        std::min(a.ws.rows, 8 * processors), kDecodeThreads, 0, stream, a);
     const int64_t work =
         static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_model);
-    launch(sort_kernel<T>, std::min(a.ws.rows, 8 * processors), kDecodeThreads,
-           0, stream, a);
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
     launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
            stream, a);
@@ -162,8 +165,8 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     STD_TORCH_CHECK(
         delta || b.ws.capacity >= std::min(b.weights.num_features, kListMax),
         "steering: lists of ", b.ws.capacity, " entries are too short");
-    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws, b.step.table,
-                             b.step.saturated, topk,     delta};
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
+                             b.step.saturated, topk,     delta, b.step.reads};
     launch_decode(a, many && !delta, processors, on);
     if (delta || b.weights.num_features <= kListMax) return;
     launch_dense(b, make_dense_scratch(workspace, b.weights, b.expected), topk,

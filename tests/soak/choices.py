@@ -165,6 +165,17 @@ class WatchedBackend:
         self._look_at_reading(slot, hidden, residual)
         self.stock.read_features(slot, hidden, residual)
 
+    def read_and_reconstruct(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        read = (hidden, residual) if source is None else (source, None)
+        self.read_features(slot, *read)
+        self.full_reconstruction(slot, hidden, residual, source)
+
     def _look(
         self,
         slot: SAESlot,

@@ -91,7 +91,7 @@ def main() -> None:
     compiles(dense.encode_dense_kernel, {"D": 96, "BF": 64, **tiles})
     compiles(skip.skip_kernel, {"D_IN": 96, "D_OUT": 40, "BD": 64, **tiles})
     for topk in (False, True):
-        reading = {**READ, "TOPK": topk}
+        reading = {**READ, "TOPK": topk, "OVERFLOW": topk}
         compiles(readout.readout_kernel, reading, out="*i32", scale="*fp32")
     compiles(resolve.resolve_kernel, SELECT)
     compiles(select.select_kernel, {**SELECT, "BLOCK": 2048})

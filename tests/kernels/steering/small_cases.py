@@ -124,8 +124,7 @@ def read(activation: Activation, tokens: int, l0: float, full: bool) -> torch.Te
     workspace = kernel.SteeringWorkspace(tokens, [slot], DEVICE)
     hidden, residual = make_stream(tokens, 72, DTYPE)
     step.reading = True
-    readout.read_features(slot, step, workspace, hidden, residual)
-    kernel.full_reconstruction(slot, step, workspace, hidden, residual)
+    readout.read_and_reconstruct(slot, step, workspace, hidden, residual)
     assert residual is not None
     assert (reads.out[:, 0] >= 0).all()
     return residual

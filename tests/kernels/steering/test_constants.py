@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.steering_kernels import bundles, plan
+from vllm.model_executor.layers.steering_read_state import MAX_READ, TABLE_HEAD
 from vllm.model_executor.layers.steering_state import (
     COEFFICIENT_LIMIT,
     CONDITION_SHIFT,
@@ -94,6 +95,7 @@ def test_every_number_of_the_header_has_its_python_twin() -> None:
     twins = {plain(k): v for k, v in vars(plan).items() if isinstance(v, int)}
     twins["syncints"] = SYNC_INTS
     twins |= {"kindbits": KIND_BITS, "conditionshift": CONDITION_SHIFT}
+    twins |= {"maxread": MAX_READ, "tablehead": TABLE_HEAD}
     twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")

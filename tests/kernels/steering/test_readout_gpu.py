@@ -21,19 +21,30 @@ from steering_reference import (  # noqa: E402
     make_slot,
     make_stream,
     needs_gpu,
+    set_row,
     settle,
     stream,
 )
 
 from vllm.config.steering import Activation, Tier  # noqa: E402
+from vllm.model_executor.layers import (  # noqa: E402
+    sae_full_reconstruction_kernel as full,
+)
 from vllm.model_executor.layers import sae_readout_kernel as kernel  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.plan import ChunkPlan  # noqa: E402
+from vllm.model_executor.layers.steering_kernels.plan import (  # noqa: E402
+    LIST_MAX,
+    ChunkPlan,
+)
+from vllm.model_executor.layers.steering_kernels.stages_triton_read import (  # noqa: E402
+    LEAST_CAPACITY,
+)
 from vllm.model_executor.layers.steering_read_state import (  # noqa: E402
     NOT_READ,
     TABLE_HEAD,
     ReadBuffers,
 )
 from vllm.model_executor.layers.steering_state import (  # noqa: E402
+    ClampKind,
     MetaField,
     SAESlot,
     StepState,
@@ -55,8 +66,8 @@ ROWS: dict[int, tuple[int, list[int]]] = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs after the extension's stages, where built, and Triton's."""
     if request.param == "triton":
-        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
-    elif not kernel.extension_is_built():
+        monkeypatch.setattr(full, "extension_is_built", lambda: False)
+    elif not full.extension_is_built():
         pytest.skip("the CUDA extension is not built")
 
 
@@ -178,19 +189,22 @@ def test_more_non_zeros_than_a_list_holds(
 ) -> None:
     stock = kernel.SteeringWorkspace.plan
 
+    # The extension's lists are never shorter than what a block sorts.
+    capacity = LEAST_CAPACITY if INTERPRETED else LIST_MAX
+    d_sae, l0 = (512, 250) if INTERPRETED else (1500, 700)
+
     def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
-        plan = stock(slot, tokens, topk)
-        return replace(plan, capacity=kernel.LEAST_CAPACITY)
+        return replace(stock(slot, tokens, topk), capacity=capacity)
 
     monkeypatch.setattr(kernel.SteeringWorkspace, "plan", staticmethod(narrow))
-    slot = make_slot(512, 64, activation, k=300, l0=250, max_clamps=64)
+    slot = make_slot(d_sae, 64, activation, k=l0 + 50, l0=l0, max_clamps=64)
     readable(slot, 9)
     step, x = read(slot, 6, [1, 2, 3, 4])
     check(slot, step, x)
     counts = slot.reads.out[:6, 0]
     was_read = counts != NOT_READ  # `settle` may have given a token's row up
     assert was_read.any()
-    assert (counts[was_read] > kernel.LEAST_CAPACITY).all()
+    assert (counts[was_read] > capacity).all()
 
 
 def test_lists_of_any_length_give_their_largest() -> None:
@@ -245,3 +259,46 @@ def test_a_captured_step_reads_whoever_reads_when_it_is_replayed() -> None:
     graph.replay()
     torch.cuda.synchronize()
     check(slot, step, x)
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 300, 600])
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("l0", [40, 640])
+def test_reading_beside_full_reconstruction_changes_no_bit_of_either(
+    activation: Activation, tokens: int, l0: int
+) -> None:
+    if INTERPRETED and (tokens > 3 or l0 > 40):
+        pytest.skip("too slow when interpreted")
+    # Five of seven tokens are read, four edited, two of them both.
+    slot = make_slot(900, 64, activation, k=l0, l0=l0, max_clamps=64)
+    reads = readable(slot, tokens + 3)
+    edit = torch.tensor([5, 5, 0, 0, 0, 5, 5] * (tokens // 7 + 1), dtype=torch.int32)
+    for row, clamps in ((5, []), (6, [(3, ClampKind.ABSOLUTE, 2.0, False)])):
+        set_row(slot.full, row, clamps)
+    edit[: tokens // 2] += (edit[: tokens // 2] == 5).int()
+    step = StepState(tokens + 3, DEVICE)
+    step.reading = True
+    step.index[Tier.FULL, :tokens] = edit[:tokens].to(DEVICE)
+    read_rows = torch.tensor([1, 2, 3, 4, 1, 0, 0] * (tokens // 7 + 1))
+    hidden, residual = make_stream(tokens, 64, DTYPE)
+    assert residual is not None
+    workspace = kernel.SteeringWorkspace(tokens + 3, [slot], DEVICE)
+
+    def run(reading: bool, editing: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        reads.out.fill_(NOT_READ)
+        step.read_index[:tokens] = (read_rows[:tokens] * reading).int().to(DEVICE)
+        h, r = hidden.clone(), residual.clone()
+        rows = step.index.clone()
+        step.index *= editing
+        kernel.read_and_reconstruct(slot, step, workspace, h, r)
+        step.index.copy_(rows)
+        return r, reads.out.clone()
+
+    edited, unread = run(False, True)
+    unedited, found = run(True, False)
+    both = run(True, True)
+    assert (unread == NOT_READ).all() and torch.equal(unedited, residual)
+    assert not torch.equal(edited, residual)
+    assert (found[:, 0] != NOT_READ).sum() == (read_rows[:tokens] != 0).sum()
+    assert torch.equal(both[0], edited)
+    assert torch.equal(both[1], found)

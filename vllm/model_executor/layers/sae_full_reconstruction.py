@@ -41,15 +41,18 @@ def apply_sae_full_reconstruction(
 ) -> None:
     """Reading and the full tier at a site.
 
-    Reading sees the input of the full tier's encoders. A token's row of the full tier
-    names one module, so the slots may run in any order.
+    Reading sees the input of the full tier's encoders, so every other slot has read
+    before the first one edits; that one does both at once. A token's row of the full
+    tier names one module, so the slots may run in any order.
     """
     site = get_site(site_name)
     read = (hidden, residual) if source is None else (source, None)
-    for slot in site.saes:
+    first, *others = site.saes
+    for slot in others:
         if slot.reads is not None:
             site.backend.read_features(slot, *read)
-    for slot in site.saes:
+    site.backend.read_and_reconstruct(first, hidden, residual, source)
+    for slot in others:
         site.backend.full_reconstruction(slot, hidden, residual, source)
 
 

@@ -15,6 +15,7 @@ result goes to `hidden`. The bits of other tokens never change.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +29,7 @@ from vllm.model_executor.layers.steering_kernels.workspace import (
     uses_threshold,
     uses_topk,
 )
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import (
     SAESlot,
     StepState,
@@ -39,6 +41,7 @@ if HAS_TRITON:
     from vllm.model_executor.layers.steering_kernels import (
         stages_triton,
         stages_triton_dense,
+        stages_triton_read,
     )
 
 __all__ = [
@@ -48,6 +51,22 @@ __all__ = [
     "steering_vectors",
     "warm_up",
 ]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one passage of a step through a slot does.
+
+    reads: who reads features on the way; None: nobody. Only the extension can.
+    edits: False where no token is to be changed, whatever its row.
+    """
+
+    tier: Tier
+    reads: ReadBuffers | None = None
+    edits: bool = True
+
+
+FULL, DELTA = Passage(Tier.FULL), Passage(Tier.DELTA)
 
 
 def _check_rows(name: str, x: torch.Tensor, width: int) -> None:
@@ -96,6 +115,7 @@ def full_reconstruction(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     source: torch.Tensor | None = None,
+    passage: Passage = FULL,
 ) -> None:
     """Replace steered tokens by their reconstruction with the row's clamps, in place.
 
@@ -106,15 +126,23 @@ def full_reconstruction(
         hidden: `[T, d_out]`, the model's dtype.
         residual: `[T, d_out]`, or None where the stream is one tensor.
         source: `[T, d_in]`, what a transcoder's encoder reads; None for an SAE.
+        passage: who reads on the way (`reads_on_the_way`), and whether tokens change.
     """
     _check_source(slot, hidden, source)
-    tier = Tier.FULL
+    streams = (hidden, residual, source)
     if uses_threshold(slot):
-        run = _make_run(slot, step, workspace, tier, False, hidden, residual, source)
-        _pipeline(run)
+        _pipeline(_make_run(slot, step, workspace, passage, False, *streams))
     if uses_topk(slot):
-        run = _make_run(slot, step, workspace, tier, True, hidden, residual, source)
-        _pipeline(run)
+        _pipeline(_make_run(slot, step, workspace, passage, True, *streams))
+
+
+def reads_on_the_way(
+    slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> bool:
+    """Whether one passage through the slot can read features and edit tokens."""
+    if slot.reads_source or not extension_is_built():
+        return False
+    return stages_cuda.takes_cuda(slot, hidden, residual)
 
 
 def sae_clamp(
@@ -142,9 +170,8 @@ def sae_clamp(
         else:
             stages_triton.clamp(slot, step, gated, hidden, residual, source)
     if uses_topk(slot):
-        tier = Tier.DELTA
-        run = _make_run(slot, step, workspace, tier, True, hidden, residual, source)
-        _pipeline(run)
+        streams = (hidden, residual, source)
+        _pipeline(_make_run(slot, step, workspace, DELTA, True, *streams))
 
 
 def steering_vectors(
@@ -174,7 +201,7 @@ def _make_run(
     slot: SAESlot,
     step: StepState,
     workspace: SteeringWorkspace,
-    tier: Tier,
+    passage: Passage,
     topk: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -194,14 +221,19 @@ def _make_run(
         slot=slot,
         step=step,
         workspace=workspace,
-        # Longer lists are not decoded. Selection keeps its candidates there.
-        buffers=workspace.buffers(slot, tokens, topk, None if topk else LIST_MAX),
+        # Longer lists are not decoded. Selection keeps its candidates there, and
+        # reading looks for the largest.
+        buffers=workspace.buffers(
+            slot, tokens, topk, None if topk or passage.reads else LIST_MAX
+        ),
         hidden=hidden,
         residual=residual,
-        tier=tier,
+        tier=passage.tier,
         topk=topk,
         gate=int(topk) if mixed else -1,
         source=source,
+        reads=passage.reads,
+        edits=passage.edits,
     )
 
 
@@ -211,7 +243,7 @@ def _pipeline(run: Run | None) -> None:
         return
     fits = stages_cuda.takes_cuda(run.slot, run.hidden, run.residual)
     cuda = extension_is_built() and fits and run.source is None
-    plan = run.buffers.plan
+    plan, weights = run.buffers.plan, run.slot.weights
     for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         if cuda:
             if stages_cuda.takes_compact_encode(run):
@@ -221,6 +253,8 @@ def _pipeline(run: Run | None) -> None:
                 stages_cuda.encode(run, base)
             if run.topk:
                 stages_cuda.select(run, base)
+            if run.reads is not None and plan.capacity < weights.d_sae_capacity:
+                stages_triton_read.read_out(run, run.reads, base, overflow=True)
             stages_cuda.decode(run, base)
         else:
             stages_triton.compact(run, base)

@@ -4,6 +4,7 @@
 It may run under CUDA graph capture, as `sae_full_reconstruction_kernel` may. Full
 reconstruction's stages find and encode the active tokens; they get the reading table
 and index in place of a tier's. `steering_kernels/readout.py` is the last stage.
+The extension reads where it decodes: one passage through the slot does both.
 """
 
 from __future__ import annotations
@@ -14,13 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_kernels import stages_cuda
-from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
-from vllm.model_executor.layers.steering_kernels.run import (
-    Run,
-    device_facts,
-    pdl_options,
-)
+from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
     uses_threshold,
@@ -31,21 +27,15 @@ from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepS
 from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:
-    from vllm.model_executor.layers.steering_kernels import stages_triton
-    from vllm.model_executor.layers.steering_kernels.readout import readout_kernel
-
-# A list that may overflow holds at least the best keys and two blocks of features.
-LEAST_CAPACITY = 96
+    from vllm.model_executor.layers.steering_kernels import (
+        stages_triton,
+        stages_triton_read,
+    )
 
 
 @dataclass(frozen=True)
 class ReadRun(Run):
     """A pipeline over the tokens that are read."""
-
-    @property
-    def reads(self) -> ReadBuffers:
-        assert self.slot.reads is not None
-        return self.slot.reads
 
     @property
     def table(self) -> ClampTable:
@@ -91,14 +81,43 @@ def launch(
     """Run the stages, even if no token is read."""
     if slot.reads is None or hidden.shape[0] == 0:
         return
+    if kernel.reads_on_the_way(slot, hidden, residual):
+        only = kernel.Passage(Tier.FULL, slot.reads, edits=False)
+        kernel.full_reconstruction(
+            slot, step, workspace, hidden, residual, passage=only
+        )
+        return
+    reads = slot.reads
     if uses_threshold(slot):
-        _pipeline(slot, step, workspace, hidden, residual, topk=False)
+        _pipeline(slot, reads, step, workspace, hidden, residual, topk=False)
     if uses_topk(slot):
-        _pipeline(slot, step, workspace, hidden, residual, topk=True)
+        _pipeline(slot, reads, step, workspace, hidden, residual, topk=True)
+
+
+def read_and_reconstruct(
+    slot: SAESlot,
+    step: StepState,
+    workspace: SteeringWorkspace,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
+) -> None:
+    """`read_features`, then full reconstruction; encodes once where it can."""
+    reads = slot.reads
+    if not step.reading and not _is_captured(hidden.device):
+        reads = None
+    passage = kernel.FULL
+    if reads is not None and kernel.reads_on_the_way(slot, hidden, residual):
+        passage = kernel.Passage(Tier.FULL, reads)
+    elif reads is not None:
+        read = (hidden, residual) if source is None else (source, None)
+        launch(slot, step, workspace, *read)
+    kernel.full_reconstruction(slot, step, workspace, hidden, residual, source, passage)
 
 
 def _pipeline(
     slot: SAESlot,
+    reads: ReadBuffers,
     step: StepState,
     workspace: SteeringWorkspace,
     hidden: torch.Tensor,
@@ -122,68 +141,15 @@ def _pipeline(
         tier=Tier.FULL,
         topk=topk,
         gate=int(topk) if mixed else -1,
+        reads=reads,
     )
-    cuda = extension_is_built() and stages_cuda.takes_cuda(slot, hidden, residual)
     rows = buffers.plan.rows
     for base in range(0, buffers.plan.num_chunks * rows, rows):
-        if cuda:
-            if stages_cuda.takes_compact_encode(run):
-                stages_cuda.compact_encode(run)
-            else:
-                stages_cuda.compact(run, base)
-                stages_cuda.encode(run, base)
-            if topk:
-                stages_cuda.select(run, base)
-        else:
-            stages_triton.compact(run, base)
-            stages_triton.encode(run, base)
-            if topk:
-                stages_triton.coefficients(run, base)
-        _read_out(run, base, cuda)
-
-
-def _read_out(run: ReadRun, base: int, cuda: bool) -> None:
-    """The last stage; `cuda`: the stages before it were the extension's."""
-    weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
-    plan, reads = buffers.plan, run.reads
-    if plan.capacity < min(LEAST_CAPACITY, weights.d_sae_capacity):
-        raise ValueError(
-            f"steering: lists of {plan.capacity} non-zeros, reading needs "
-            f"{LEAST_CAPACITY}"
-        )
-    device = weights.W_enc.device
-    # The extension stores a token's id in its record; Triton's stages store it in
-    # `tokens`.
-    tokens = workspace.records[:, 1] if cuda else workspace.tokens
-    readout_kernel[(min(plan.rows, device_facts(device)[0] * 8),)](
-        index=run.index,
-        table=reads.packed,
-        scale=reads.scale,
-        out=reads.out,
-        meta=weights.meta,
-        count=workspace.count,
-        tokens=tokens,
-        records=workspace.records,
-        entries=buffers.entries,
-        kth=workspace.kth,
-        x=buffers.x,
-        scores=buffers.scores,
-        w_enc=weights.W_enc,
-        b_enc=weights.b_enc,
-        threshold=weights.threshold,
-        table_stride=reads.packed.stride(0),
-        out_stride=reads.out.stride(0),
-        tokens_stride=tokens.stride(0),
-        base=base,
-        rows=plan.rows,
-        F=weights.d_sae_capacity,
-        capacity=plan.capacity,
-        D=weights.d_in,
-        GATE=run.gate,
-        TOPK=run.topk,
-        num_warps=4,
-        **pdl_options(device),
-    )
+        stages_triton.compact(run, base)
+        stages_triton.encode(run, base)
+        if topk:
+            stages_triton.coefficients(run, base)
+        stages_triton_read.read_out(run, reads, base, overflow=False)
 
 
 def warm_up(

@@ -108,6 +108,15 @@ class SteeringBackend(Protocol):
     ) -> None:
         """Write the read tokens' rows to `slot.reads`; the stream does not change."""
 
+    def read_and_reconstruct(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        """`read_features` of what the encoder is given, then `full_reconstruction`."""
+
 
 class SteeringSite(nn.Module):
     """One `(layer, hook)` of the model, with the modules that may edit there.

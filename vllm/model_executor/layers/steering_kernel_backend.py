@@ -66,6 +66,17 @@ class KernelBackend:
     ) -> None:
         readout.read_features(slot, self.step, self.workspace, hidden, residual)
 
+    def read_and_reconstruct(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        readout.read_and_reconstruct(
+            slot, self.step, self.workspace, hidden, residual, source
+        )
+
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:

@@ -78,3 +78,14 @@ class ReadingReferenceBackend(reference.ReferenceBackend):
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         read_features(slot, self.step, hidden, residual)
+
+    def read_and_reconstruct(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        read = (hidden, residual) if source is None else (source, None)
+        self.read_features(slot, *read)
+        self.full_reconstruction(slot, hidden, residual, source)

@@ -266,6 +266,7 @@ class StepState(nn.Module):
         skip_bits: int32 `[vocab_size]`, the flag word of every token id.
         read_index: int32 `[max_tokens]`, the row of every token in the slots' reading
             tables; 0: not read.
+        no_rows: int32 `[max_tokens]`, zeros: an index by which nothing is edited.
         reading: whether some token of the step is read; known on the host.
         bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
             edit and whose id is in a skip set; read for metrics only.
@@ -280,6 +281,7 @@ class StepState(nn.Module):
     flags: torch.Tensor
     skip_bits: torch.Tensor
     read_index: torch.Tensor
+    no_rows: torch.Tensor
     bypassed: torch.Tensor
     saturated: torch.Tensor
     sync: torch.Tensor
@@ -293,8 +295,9 @@ class StepState(nn.Module):
         self.register_buffer("index", index, persistent=False)
         flags = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.register_buffer("flags", flags, persistent=False)
-        read_index = torch.zeros(max_tokens, dtype=torch.int32, device=device)
-        self.register_buffer("read_index", read_index, persistent=False)
+        for name in ("read_index", "no_rows"):
+            rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+            self.register_buffer(name, rows, persistent=False)
         self.reading = False
         sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
         self.register_buffer("sync", sync, persistent=False)

@@ -170,11 +170,12 @@ class StepIndex:
             self._req_ids = list(view.req_ids)
         elif np.array_equal(scheduled, self._scheduled):
             # A position before the piece wraps around, beyond any room.
-            moved = (computed - self._base).view(np.uint64) > self._room
-            if not moved.any():
+            left = (computed - self._base).view(np.uint64) > self._room
+            moved = left.nonzero()[0]
+            if not len(moved):
                 return False
-            if self._one_each and np.count_nonzero(moved) <= FEW:
-                self._enter_pieces(view, moved.nonzero()[0].tolist())
+            if self._one_each and len(moved) <= FEW:
+                self._enter_pieces(view, moved.tolist())
                 return True
         self._scheduled = scheduled.astype(np.int64)
         self._one_each = bool((scheduled == 1).all())
@@ -191,10 +192,11 @@ class StepIndex:
             position = int(view.num_computed[at]) - prompt_len
             start, stop, rows = _piece_at(self._pieces[self._batch[at]], position)
             column = self._laid[:, at]
-            before, was_prompt = column.tolist(), int(not self._in_prompt[at])
-            for tier, (old, new) in enumerate(zip(before, rows, strict=True)):
-                self.steered[tier, was_prompt] -= old != 0
-                self.steered[tier, int(position >= 0)] += new != 0
+            was, now = [row != 0 for row in column.tolist()], [row != 0 for row in rows]
+            phase, before = int(position >= 0), int(not self._in_prompt[at])
+            if (was, before) != (now, phase):
+                self.steered[:, before] -= was
+                self.steered[:, phase] += now
             column[:] = rows
             self._base[at] = start + prompt_len
             self._room[at] = stop - start - 1

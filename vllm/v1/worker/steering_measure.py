@@ -66,6 +66,17 @@ class MeasuringBackend:
     ) -> None:
         self.inner.read_features(slot, hidden, residual)
 
+    def read_and_reconstruct(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        read = (hidden, residual) if source is None else (source, None)
+        self.read_features(slot, *read)
+        self.full_reconstruction(slot, hidden, residual, source)
+
     def sae_clamp(
         self,
         slot: SAESlot,

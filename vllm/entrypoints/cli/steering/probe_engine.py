@@ -83,6 +83,15 @@ class _Recorder:
     ) -> None:
         """Records nothing: no request of a probe reads features."""
 
+    def read_and_reconstruct(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        self.full_reconstruction(slot, hidden, residual, source)
+
     def _record(
         self,
         hidden: torch.Tensor,

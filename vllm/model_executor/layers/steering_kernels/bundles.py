@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import (
     ClampTable,
     SAEWeights,
@@ -25,7 +26,10 @@ WORKSPACE_FIELDS = (
     "x", "records", "count", "sync", "entries", "scores", "kth", "coef",
     "dense",
 )  # fmt: skip
-STEP_FIELDS = ("index", "flags", "table", "saturated")
+STEP_FIELDS = (
+    "index", "flags", "table", "saturated",
+    "read_index", "read_table", "read_scale", "read_out",
+)  # fmt: skip
 STREAM_FIELDS = ("hidden", "residual")
 
 
@@ -35,9 +39,20 @@ def weights_bundle(weights: SAEWeights) -> Tensors:
     return [w.W_enc, w.b_enc, w.threshold, w.W_dec, w.b_dec, w.meta, w.norm_limit]
 
 
-def step_bundle(step: StepState, index: torch.Tensor, table: ClampTable) -> Tensors:
-    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`."""
-    return [index, step.flags, table.packed, step.saturated]
+def step_bundle(
+    step: StepState,
+    index: torch.Tensor,
+    table: ClampTable,
+    reads: ReadBuffers | None = None,
+) -> Tensors:
+    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`.
+
+    Those of reading are left out where nobody reads.
+    """
+    own = [index, step.flags, table.packed, step.saturated]
+    if reads is None:
+        return own
+    return [*own, step.read_index, reads.packed, reads.scale, reads.out]
 
 
 def stream_bundle(hidden: torch.Tensor, residual: torch.Tensor | None) -> Tensors:
@@ -49,7 +64,7 @@ def run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
     """Step, weights, stream and workspace of a pipeline, in the ops' order."""
     ws, buffers = run.workspace, run.buffers
     return (
-        step_bundle(run.step, run.index, run.table),
+        step_bundle(run.step, run.index, run.table, run.reads),
         weights_bundle(run.slot.weights),
         stream_bundle(run.hidden, run.residual),
         [

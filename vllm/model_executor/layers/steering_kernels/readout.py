@@ -220,9 +220,13 @@ def readout_kernel(
     D: tl.constexpr,
     GATE: tl.constexpr,
     TOPK: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes `out` of the read tokens of one chunk."""
+    """Writes `out` of the read tokens of one chunk.
+
+    OVERFLOW: of those with more non-zeros than their list holds.
+    """
     pdl_wait(PDL)
     n_tokens = tl.minimum(tl.load(count) - base, rows)
     if GATE >= 0 and tl.load(meta + USES_TOPK) != GATE:
@@ -230,16 +234,20 @@ def readout_kernel(
     place = tl.arange(0, MAX_READ)
     for i in range(tl.program_id(0), n_tokens, tl.num_programs(0)):
         token = tl.load(tokens + i * tokens_stride)
-        if token >= 0:
+        n = tl.load(records + i * RECORD_INTS)
+        row = tl.load(index + tl.maximum(token, 0)).to(tl.int64)
+        row_ptr = table + row * table_stride
+        reads = (token >= 0) & (tl.load(row_ptr) != 0)
+        if OVERFLOW:
+            reads = reads & (n > capacity)
+        if reads:
             i64 = tl.cast(i, tl.int64)
-            row_ptr = table + tl.load(index + token).to(tl.int64) * table_stride
             top_k = tl.load(row_ptr + TOP_K)
             given_count = tl.load(row_ptr + COUNT)
             features = tl.load(
                 row_ptr + FEATURES + place, mask=place < given_count, other=-1
             )
             own = entries + i64 * capacity
-            n = tl.load(records + i * RECORD_INTS)
             active = n
             if n <= capacity:
                 given = keys_from_list(own, n, features, scale)

@@ -10,6 +10,7 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.config.steering_json import Json
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
 
 from .workspace import StageBuffers, SteeringWorkspace
@@ -33,7 +34,13 @@ def pdl_options(device: torch.device) -> Json:
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of one pipeline share; `source`: what a transcoder reads."""
+    """What the stages of one pipeline share.
+
+    Attributes:
+        source: what a transcoder reads.
+        reads: who reads on the way, in the extension's decoder; None: nobody.
+        edits: False where no token is to be changed, whatever its row.
+    """
 
     slot: SAESlot
     step: StepState
@@ -45,6 +52,8 @@ class Run:
     topk: bool
     gate: int
     source: torch.Tensor | None = None
+    reads: ReadBuffers | None = None
+    edits: bool = True
 
     @property
     def table(self) -> ClampTable:
@@ -59,4 +68,4 @@ class Run:
 
     @property
     def index(self) -> torch.Tensor:
-        return self.step.index[self.tier]
+        return self.step.index[self.tier] if self.edits else self.step.no_rows

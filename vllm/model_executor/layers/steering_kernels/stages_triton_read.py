@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch of the Triton kernel that reads features."""
+
+from __future__ import annotations
+
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
+
+from .readout import readout_kernel
+from .run import Run, device_facts, pdl_options
+
+# A list that may overflow holds at least the best keys and two blocks of features.
+LEAST_CAPACITY = 96
+
+
+def read_out(run: Run, reads: ReadBuffers, base: int, overflow: bool) -> None:
+    """Write the rows of a chunk's read tokens to `reads.out`.
+
+    `overflow`: after the extension's stages, and only tokens with more non-zeros than
+    their list holds; the decoder reads the others.
+    """
+    weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
+    plan = buffers.plan
+    if plan.capacity < min(LEAST_CAPACITY, weights.d_sae_capacity):
+        raise ValueError(
+            f"steering: lists of {plan.capacity} non-zeros, reading needs "
+            f"{LEAST_CAPACITY}"
+        )
+    device = weights.W_enc.device
+    # The extension notes a token's id in its record, Triton's stages beside it.
+    tokens = workspace.records[:, 1] if overflow else workspace.tokens
+    readout_kernel[(min(plan.rows, device_facts(device)[0] * 8),)](
+        index=run.step.read_index,
+        table=reads.packed,
+        scale=reads.scale,
+        out=reads.out,
+        meta=weights.meta,
+        count=workspace.count,
+        tokens=tokens,
+        records=workspace.records,
+        entries=buffers.entries,
+        kth=workspace.kth,
+        x=buffers.x,
+        scores=buffers.scores,
+        w_enc=weights.W_enc,
+        b_enc=weights.b_enc,
+        threshold=weights.threshold,
+        table_stride=reads.packed.stride(0),
+        out_stride=reads.out.stride(0),
+        tokens_stride=tokens.stride(0),
+        base=base,
+        rows=plan.rows,
+        F=weights.d_sae_capacity,
+        capacity=plan.capacity,
+        D=weights.d_in,
+        GATE=run.gate,
+        TOPK=run.topk,
+        OVERFLOW=overflow,
+        num_warps=4,
+        **pdl_options(device),
+    )
