@@ -73,14 +73,12 @@ class StepProbe:
         times.extend(start.elapsed_time(end) for start, end in self._events)
 
     def steered_tokens(self) -> int:
-        """Tokens that were fully reconstructed, and read, since the engine started."""
-        from vllm.config.steering import Tier
-
+        """Tokens that any tier steered, and tokens read, since the engine started."""
         steering = getattr(self.runner, "steering", None)
         if not steering:
             return 0
         read = sum(steering.readout.tokens_read.values())
-        return int(steering.steered_tokens[Tier.FULL].sum()) + read
+        return int(steering.steered_tokens.sum()) + read
 
 
 @dataclass
