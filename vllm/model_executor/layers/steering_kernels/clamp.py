@@ -343,7 +343,10 @@ def clamp_kernel(
                 MAX_CLAMPS=MAX_CLAMPS, NC=NC, BLOCK_D=BLOCK_D,
             )  # fmt: skip
         else:
-            delta = direction_deltas(x, norm, feature, code, value, w_dec, col, D, NC)
+            delta = direction_deltas(
+                x=x, norm=norm, feature=feature, code=code, value=value,
+                directions=w_dec, col=col, D=D, NC=NC,
+            )  # fmt: skip
         for j in tl.static_range(NC):  # unrolled, so that all rows load at once
             there = first + j < count
             at = tl.load(row_ptr + 2 + first + j, mask=there, other=0).to(tl.int64) * D

@@ -253,8 +253,10 @@ def readout_kernel(
                 given = keys_from_list(own, n, features, scale)
             else:
                 n, given, active = keys_from_all(
-                    own, capacity, x + i64 * D, scores + i64 * F, tl.load(kth + i),
-                    features, scale, meta, w_enc, b_enc, threshold, D, TOPK,
+                    own=own, room=capacity, x_row=x + i64 * D,
+                    scores_row=scores + i64 * F, kth=tl.load(kth + i),
+                    features=features, scale=scale, meta=meta, w_enc=w_enc,
+                    b_enc=b_enc, threshold=threshold, D=D, TOPK=TOPK,
                 )  # fmt: skip
             if n > 1024:
                 n = keep_best(own, n, MAX_READ)
