@@ -4,8 +4,8 @@
 // One block a multiprocessor, all of them resident; a barrier of the grid
 // stands where longer steps have a kernel boundary. Every block finds out for
 // itself which tokens are active, so that a step without any ends at once, and
-// W_enc is requested while the activations are still being gathered. Not all at
-// once: what the gather waits for would queue behind it in memory.
+// W_enc is requested while the activations are still being gathered. It is not
+// requested all at once, or the gather's loads would queue behind it in memory.
 #pragma once
 
 #include "compact.cuh"
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (t == kTokensThread)
     for (int i = 0; i < kWidths; ++i) prefetch_map(&maps.x[i]);
   const FirstLoads own = load_first(a, t);
-  // A row of the tier is a hint: this site may still have nothing to do.
+  // A row of the tier is only a hint: this site may have nothing to do.
   if (!__syncthreads_or((own.row | own.read) != 0)) {
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;

@@ -3,10 +3,10 @@
 // (dense.cuh), in one launch, whatever their number.
 //
 // Blocks take items by ticket, in order, and an item waits for the phase before
-// its own. Whoever is waited for has started already, so the grid need not be
-// resident as a whole. A chunk of tokens passes through four phases: their
-// stream side by side, activations as limbs (for TopK out of the scores, in the
-// first phase), products with W_dec, the sum and the write-back.
+// its own. An item only waits for items that have started, so the grid does not
+// have to be resident as a whole. A chunk of tokens passes through four phases:
+// their stream side by side, activations as limbs (for TopK out of the scores,
+// in the first phase), products with W_dec, the sum and the write-back.
 #pragma once
 
 #include "dense.cuh"
@@ -312,7 +312,7 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
   count_saturated(over, &record->saturated, a.saturated);
 }
 
-// The last block to go makes the counters zero again, for the next launch.
+// The last block resets the counters to zero for the next launch.
 template <typename T>
 __device__ __forceinline__ void leave_dense(const Workspace<T>& ws) {
   if (atomicAdd(ws.sync + kDenseExits, 1) != static_cast<int>(gridDim.x) - 1)
