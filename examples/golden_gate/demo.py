@@ -16,7 +16,6 @@ import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import corpus
 from demo_engine import (
@@ -46,9 +45,6 @@ from demo_report import (
     print_text,
 )
 from demo_server import ask_server, server
-
-if TYPE_CHECKING:
-    pass
 
 
 def sae_quality() -> tuple[float, float]:

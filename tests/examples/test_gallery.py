@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from steering_testing.examples import example
 
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -45,7 +46,7 @@ def run(
     """Run a program on the engine that is there; its standard output."""
 
     def in_process(name: str) -> str:
-        program = importlib.import_module(f"{name}")
+        program = example(GALLERY / f"{name}.py")
         monkeypatch.setattr(program, "start", lambda demo: llm)
         monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         capsys.readouterr()

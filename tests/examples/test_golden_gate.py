@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from steering_testing.examples import example
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "golden_gate"
 sys.path.insert(0, str(EXAMPLE))
 corpus: Any = importlib.import_module("corpus")
-demo: Any = importlib.import_module("demo")
+demo: Any = example(EXAMPLE / "demo.py")
+demo_engine: Any = importlib.import_module("demo_engine")
+demo_server: Any = importlib.import_module("demo_server")
 jumprelu: Any = importlib.import_module("jumprelu")
 train: Any = importlib.import_module("train")
 
@@ -220,13 +223,13 @@ def test_the_demo_sends_the_same_clamps_to_both_front_ends(
     features: dict[str, Any],
 ) -> None:
     plain, reconstruction, weak, strong = demo.demo_modes(features)
-    assert demo.SPECS not in demo.extra_body(plain)
-    assert demo.extra_body(reconstruction)[demo.SPECS] == [
+    assert demo_engine.SPECS not in demo_server.extra_body(plain)
+    assert demo_server.extra_body(reconstruction)[demo_engine.SPECS] == [
         {"module_name": "golden-gate", "clamps": []}
     ]
     bridge = features["topics"]["bridge"]
     for mode, strength in zip((weak, strong), features["strengths"], strict=True):
-        (spec,) = demo.extra_body(mode)[demo.SPECS]
+        (spec,) = demo_server.extra_body(mode)[demo_engine.SPECS]
         (clamp,) = spec["clamps"]
         assert clamp["feature_idx"] == bridge["feature"]
         assert clamp["value"] == pytest.approx(

@@ -120,7 +120,7 @@ def test_a_recipe_steers_from_the_shell_and_from_python(
             assert names["beside"] != names["plain"]
     finally:
         if section == "A default for every request":
-            (end,) = re.findall(r"\n`(curl [^`]*)`\nends it", PAGE)
+            (end,) = re.findall(r"\n`(curl [^`]*)`\nremoves the default", PAGE)
             bash(end.replace(HERE, url))
 
 

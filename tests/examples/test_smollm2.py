@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from steering_testing.examples import example
 
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
@@ -23,7 +24,7 @@ prose: Any = importlib.import_module("prose")
 sae_module: Any = importlib.import_module("sae")
 topics: Any = importlib.import_module("topics")
 checkpoint: Any = importlib.import_module("checkpoint")
-demo: Any = importlib.import_module("demo")
+demo: Any = example(EXAMPLE / "demo.py")
 
 D, F = 24, 64
 
