@@ -156,6 +156,18 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
     assert walk.reads.counts["m"].tokens >= total
 
 
+def test_an_output_made_while_a_preempted_request_catches_up_lacks_nothing() -> None:
+    walk = Walk("ab")
+    for _ in range(4):
+        walk.step(("a", PROMPT, 0, 0), ("b", PROMPT, 0, 0))
+    walk.computed["a"] = 0
+    walk.step(("a", 2, 0, 0), ("b", 1, 0, 0))
+    front = walk.advance("a")
+    read = front.take_prompt(delta=True)["m"]["post_block.1"].positions.tolist()
+    read += front.take_output(delta=False)["m"]["post_block.1"].positions.tolist()
+    assert read == list(range(walk.num_tokens["a"] - 1))
+
+
 def test_recomputed_tokens_replace_what_no_token_has_confirmed() -> None:
     walk = Walk()
     walk.step(("r", PROMPT, 0, 0))

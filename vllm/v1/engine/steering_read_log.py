@@ -143,11 +143,19 @@ class LogReader:
                 self._append(chunk)
 
     def _append(self, chunk: Chunk) -> None:
+        """Put a chunk in the place of its positions; what lies after them stays.
+
+        A preempted request computes its positions again from the first one, and an
+        output may be made before it has come as far as it was.
+        """
+        after: list[Chunk] = []
         while self.chunks and self.chunks[-1].end > chunk.first:
-            before = self.chunks.pop().between(0, chunk.first)
-            if before is not None:
-                self.chunks.append(before)
-        self.chunks.append(chunk)
+            old = self.chunks.pop()
+            if (tail := old.between(chunk.end, old.end)) is not None:
+                after.append(tail)
+            if (head := old.between(old.first, chunk.first)) is not None:
+                self.chunks.append(head)
+        self.chunks += [chunk, *reversed(after)]
 
 
 class ReadLog:
