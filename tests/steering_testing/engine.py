@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from steering_testing import models
@@ -96,6 +97,33 @@ def engine_on(
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
         gc.collect()
+
+
+@contextmanager
+def squeezed(
+    family: str,
+    root: Path,
+    modules: Mapping[str, Any] | None,
+    steering: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[LLM]:
+    """An engine with few tokens a step, and a cache too small for a batch.
+
+    Fails unless it preempts requests while it is used.
+    """
+    small: dict[str, Any] = {
+        "max_num_batched_tokens": 24,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+        "num_gpu_blocks_override": 4,
+        "max_model_len": 64,
+    }
+    with engine(family, root, modules, steering, **small, **options) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        preempt = Mock(wraps=scheduler._preempt_request)
+        scheduler._preempt_request = preempt
+        yield llm
+    assert preempt.call_count > 3
 
 
 def runner(llm: LLM) -> Any:
