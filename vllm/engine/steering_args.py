@@ -39,6 +39,12 @@ class Secret(str):
 class SteeringModulesAction(argparse.Action):
     """Collects `NAME=PATH` and JSON objects with `name` and `path`."""
 
+    noun = "module"
+
+    def parse(self, item: str) -> tuple[str, object]:
+        """One item as name and value; raises ValueError."""
+        return parse_module(item)
+
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -46,41 +52,30 @@ class SteeringModulesAction(argparse.Action):
         values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
+        flag = option_string or self.option_strings[0]
         options = vars(namespace)
-        modules = dict(options[self.dest] or {})
+        collected = dict(options[self.dest] or {})
         for item in values or ():
             try:
-                name, given = parse_module(str(item))
+                name, given = self.parse(str(item))
             except ValueError as error:
-                parser.error(f"{option_string or FLAG}: {error}")
-            if name in modules:
-                parser.error(
-                    f"{option_string or FLAG}: module {shown(name)} is given twice"
-                )
-            modules[name] = given
-        options[self.dest] = modules
+                parser.error(f"{flag}: {error}")
+            if name in collected:
+                parser.error(f"{flag}: {self.noun} {shown(name)} is given twice")
+            collected[name] = given
+        options[self.dest] = collected
 
 
-class InlineVectorsAction(argparse.Action):
+class InlineVectorsAction(SteeringModulesAction):
     """Collects `SITE=COUNT`."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        options = vars(namespace)
-        sites = dict(options[self.dest] or {})
-        for item in values or ():
-            site, _, count = str(item).partition("=")
-            if not site or not (count.isascii() and count.isdigit()):
-                parser.error(f"{INLINE_FLAG}: found {shown(item)}, expected SITE=COUNT")
-            if site in sites:
-                parser.error(f"{INLINE_FLAG}: site {shown(site)} is given twice")
-            sites[site] = int(count)
-        options[self.dest] = sites
+    noun = "site"
+
+    def parse(self, item: str) -> tuple[str, object]:
+        site, _, count = item.partition("=")
+        if not site or not (count.isascii() and count.isdigit()):
+            raise ValueError(f"found {shown(item)}, expected SITE=COUNT")
+        return site, int(count)
 
 
 def parse_module(item: str) -> tuple[str, str | Json]:
