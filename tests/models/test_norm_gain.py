@@ -33,7 +33,7 @@ from vllm.model_executor.layers.steering import SiteKey, SteeringSite, StepState
 from vllm.model_executor.layers.steering_attach import SteeredNorm, attach_site
 from vllm.model_executor.layers.steering_families import DecoderLayer, LayerFamily
 from vllm.model_executor.layers.steering_norms import fold_norm_gain, norm_gain
-from vllm.model_executor.layers.steering_reference import ReferenceBackend
+from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_state import SAEWeights, VectorSlot
 
 NORMS = {

@@ -34,7 +34,7 @@ from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
     hugging_face_family,
 )
-from vllm.model_executor.layers.steering_reference import ReferenceBackend
+from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 
 pytestmark = pytest.mark.engine
 

@@ -116,7 +116,7 @@ def clamped_features(
     return read, asked
 
 
-class WatchedBackend:
+class WatchedBackend(SteeringBackend):
     """A site's backend that also says whether rounding decided something.
 
     Attributes:
@@ -164,17 +164,6 @@ class WatchedBackend:
     ) -> None:
         self._look_at_reading(slot, hidden, residual)
         self.stock.read_features(slot, hidden, residual)
-
-    def read_and_reconstruct(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        read = (hidden, residual) if source is None else (source, None)
-        self.read_features(slot, *read)
-        self.full_reconstruction(slot, hidden, residual, source)
 
     def _look(
         self,

@@ -21,7 +21,7 @@ from vllm.config.sae_steering_types import SAEClampEntry
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.steering import SiteKey, SteeringSite
-from vllm.model_executor.layers.steering_reference import ReferenceBackend
+from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_state import (
     ClampTable,
     SAESlot,

@@ -25,7 +25,7 @@ from steering_testing.sites import (
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import steering_reference
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
-from vllm.model_executor.layers.steering_reference import ReferenceBackend
+from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_state import (
     MetaField,
     SAEWeights,

@@ -51,12 +51,8 @@ def apply_sae_full_reconstruction(
     for slot in others:
         if slot.reads is not None:
             site.backend.read_features(slot, *read)
-    if first.reads is not None:
-        site.backend.read_and_reconstruct(first, hidden, residual, source)
-        rest = others
-    else:
-        rest = site.saes
-    for slot in rest:
+    site.backend.read_and_reconstruct(first, hidden, residual, source)
+    for slot in others:
         site.backend.full_reconstruction(slot, hidden, residual, source)
 
 

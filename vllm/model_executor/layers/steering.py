@@ -115,7 +115,14 @@ class SteeringBackend(Protocol):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        """`read_features` of what the encoder is given, then `full_reconstruction`."""
+        """`read_features` of what the encoder is given, then `full_reconstruction`.
+
+        A backend that can encode once for both has its own.
+        """
+        if slot.reads is not None:
+            read = (hidden, residual) if source is None else (source, None)
+            self.read_features(slot, *read)
+        self.full_reconstruction(slot, hidden, residual, source)
 
 
 class SteeringSite(nn.Module):

@@ -69,23 +69,3 @@ def write_rows(
             out[:, first : first + n] = order.indices[:, :n]
             bits[:, first + top_k : first + top_k + n] = order.values[:, :n]
         reads.out[tokens[own]] = out
-
-
-class ReadingReferenceBackend(reference.ReferenceBackend):
-    """The tiers and reading on a CPU (see `SteeringBackend`)."""
-
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        read_features(slot, self.step, hidden, residual)
-
-    def read_and_reconstruct(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        read = (hidden, residual) if source is None else (source, None)
-        self.read_features(slot, *read)
-        self.full_reconstruction(slot, hidden, residual, source)

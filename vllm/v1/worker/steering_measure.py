@@ -32,7 +32,7 @@ from vllm.v1.worker.steering_runtime import SteeredRunner
 logger = init_logger(__name__)
 
 
-class MeasuringBackend:
+class MeasuringBackend(SteeringBackend):
     """A backend that watches full reconstruction of one slot.
 
     Attributes:
@@ -65,17 +65,6 @@ class MeasuringBackend:
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         self.inner.read_features(slot, hidden, residual)
-
-    def read_and_reconstruct(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        read = (hidden, residual) if source is None else (source, None)
-        self.read_features(slot, *read)
-        self.full_reconstruction(slot, hidden, residual, source)
 
     def sae_clamp(
         self,

@@ -48,9 +48,11 @@ def make_backend(
 ) -> SteeringBackend:
     """The backend that computes the tiers on the device."""
     if device.type == "cpu":
-        from vllm.model_executor.layers.steering_readout import ReadingReferenceBackend
+        from vllm.model_executor.layers.steering_reference_backend import (
+            ReferenceBackend,
+        )
 
-        return ReadingReferenceBackend(step)
+        return ReferenceBackend(step)
     from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 
     saes = [p.slot for p in places.values() if isinstance(p, SAEPlace)]

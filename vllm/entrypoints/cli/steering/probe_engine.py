@@ -21,6 +21,7 @@ from vllm.model_executor.layers.steering import (
     SAESlot,
     SAEWeights,
     SiteKey,
+    SteeringBackend,
     SteeringSite,
     StepState,
     VectorSlot,
@@ -40,7 +41,7 @@ WINDOW = 256
 KV_CACHE_BYTES = 1 << 28
 
 
-class _Recorder:
+class _Recorder(SteeringBackend):
     """A site's backend that keeps what an encoder reads, and what its decoder is to
     match, and edits nothing."""
 
@@ -75,22 +76,9 @@ class _Recorder:
         self._record(hidden, residual)
 
     def read_features(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         """Records nothing: no request of a probe reads features."""
-
-    def read_and_reconstruct(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        self.full_reconstruction(slot, hidden, residual, source)
 
     def _record(
         self,

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiers and reading on a CPU: binds the definitions to a worker's step state."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.config.steering import Tier
+from vllm.model_executor.layers import steering_reference as reference
+from vllm.model_executor.layers.steering import SteeringBackend
+from vllm.model_executor.layers.steering_readout import read_features
+from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
+
+
+class ReferenceBackend(SteeringBackend):
+    """The tiers and reading on a CPU (see `SteeringBackend`)."""
+
+    def __init__(self, step: StepState):
+        self.step = step
+
+    def write_flags(self, token_ids: torch.Tensor) -> None:
+        bits = self.step.skip_bits
+        known = (token_ids >= 0) & (token_ids < bits.shape[0])
+        flags = torch.where(known, bits[token_ids.where(known, 0).long()], 0)
+        self.step.flags[: flags.shape[0]] = flags
+        rows = self.step.index[Tier.DELTA :, : flags.shape[0]]
+        self.step.bypassed += ((rows != 0).any(0) & (flags != 0)).sum()
+
+    def full_reconstruction(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        reference.full_reconstruction(slot, self.step, hidden, residual, source)
+
+    def sae_clamp(
+        self,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        reference.sae_clamp(slot, self.step, hidden, residual, source)
+
+    def steering_vectors(
+        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        reference.steering_vectors(slot, self.step, hidden, residual)
+
+    def read_features(
+        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        read_features(slot, self.step, hidden, residual)
