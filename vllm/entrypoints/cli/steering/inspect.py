@@ -91,7 +91,7 @@ def check_weights(module: ModuleInfo) -> None:
     """Load each site once, as an engine would, to find values that are not finite."""
     import torch
 
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
     cpu = torch.device("cpu")
     for site in module.sites:
@@ -147,16 +147,8 @@ def is_finite(tensors: SafetensorsFile, name: str) -> bool:
     return True
 
 
-def inspect(
-    path: str, sites: Sequence[str] | None, as_json: bool, quick: bool = False
-) -> bool:
+def inspect(path: str, sites: Sequence[str] | None, as_json: bool) -> None:
     """Print what a module is.
-
-    Args:
-        quick: only if neither PyTorch nor the rest of vLLM is needed to check it.
-
-    Returns:
-        Whether it was printed; always, unless `quick`.
 
     Raises:
         ValueError: the module is refused; one line says why.
@@ -165,14 +157,11 @@ def inspect(
     layout = read_layout("module", path, sites)
     data = report(module, layout)
     if not plainly_finite(path, layout):
-        if quick:
-            return False
         check_weights(module)
     if as_json:
         print(json.dumps(data, indent=2))
     else:
         show(data)
-    return True
 
 
 def show(data: Json) -> None:
