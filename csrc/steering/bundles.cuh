@@ -37,7 +37,8 @@ struct Step {
   const int* index;  // [tokens]
   const int* flags;  // [tokens]
   ClampTable table;
-  unsigned long long* saturated;  // write-backs that were limited
+  // Write-backs that were limited: one counter of a slot, or one a vector.
+  unsigned long long* saturated;
   Reads reads;
 };
 

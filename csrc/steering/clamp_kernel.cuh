@@ -303,6 +303,20 @@ __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
   return over;
 }
 
+// Adds a token to the counter of each vector of its row, once.
+// A call: it is rare, and costs the kernel no registers.
+__device__ __noinline__ void count_vectors(const int* feature, int count,
+                                           unsigned long long* saturated) {
+#pragma unroll 1
+  for (int c = 0; c < count; ++c) {
+    bool seen = false;
+#pragma unroll 1
+    for (int before = 0; before < c; ++before)
+      seen |= feature[before] == feature[c];
+    if (!seen) atomicAdd(saturated + feature[c], 1ull);
+  }
+}
+
 template <typename T, typename W, bool kEncodes, bool kTwo>
 __global__ void __launch_bounds__(kClampThreads, 2)
     clamp_kernel(const __grid_constant__ ClampArgs<T, W> a) {
@@ -354,9 +368,13 @@ __global__ void __launch_bounds__(kClampThreads, 2)
       wait_copies<2>();  // all but the ring
       within = prepare_vectors(a.directions, stream, row, extended);
     }
-    if (within)
-      count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,
-                      a.step.saturated);
+    if (within) {
+      const bool over = add_rows<T, W, kEncodes>(stream, row, ring);
+      if constexpr (kEncodes)
+        count_saturated(over, &counted, a.step.saturated);
+      else if (over && atomicExch(&counted, 1) == 0)
+        count_vectors(row.feature, row.count, a.step.saturated);
+    }
   }
   wait_copies<0>();  // none may land after the block has ended
 }

@@ -57,7 +57,7 @@ void add_vectors(Tensors step, Tensor directions, Tensors stream) {
     check_aligned(directions, "directions");
     const Stream<T> s = make_stream<T>(stream, e);
     const ClampArgs<T, float> a = {
-        make_step(step, s.tokens, e), {},   s, data<float>(directions),
+        make_step(step, s.tokens, e, directions.size(0)), {},   s, data<float>(directions),
         static_cast<int>(d_model),    false};
     launch_clamp(s.residual != nullptr ? clamp_kernel<T, float, false, true>
                                        : clamp_kernel<T, float, false, false>,
