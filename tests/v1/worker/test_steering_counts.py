@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.config.steering import Tier
+from vllm.v1.engine.steering_listing import tokens_of_stages
 from vllm.v1.worker.steering_counts import PHASES, TokenCounts
 from vllm.v1.worker.steering_index import NO_STOP, BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import SteeringVectorManager
@@ -125,3 +126,11 @@ def test_vectors_of_requests_are_counted_together() -> None:
     (name,) = counts.steered()
     assert name == "(inline)"
     assert counts.steered()[name].tolist() == [[10, 0], [0, 0], [0, 0]]
+
+
+def test_only_what_stages_of_a_pipeline_do_is_added_up() -> None:
+    steered = {"full": {"prefill": 5, "decode": 2}}
+    first = {"m": {"steered": steered, "bypassed": 1, "saturated": 0}}
+    second = {"m": {"steered": steered, "bypassed": 2, "saturated": 3}}
+    found = tokens_of_stages([{"module_tokens": one} for one in (first, second)])
+    assert found == {"m": {"steered": steered, "bypassed": 3, "saturated": 3}}

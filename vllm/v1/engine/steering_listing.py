@@ -45,7 +45,7 @@ def stats_of(core: EngineCore, config: SteeringConfig, workers: list[Json]) -> J
     counts = {} if reads is None else reads.counts
     return {
         **workers[0]["stats"],
-        "module_tokens": _tokens_of_stages([reply["stats"] for reply in stages]),
+        "module_tokens": tokens_of_stages([reply["stats"] for reply in stages]),
         "bytes": [reply["stats"]["bytes"] for reply in workers],
         "read": {
             name: dataclasses.asdict(counts.get(name, ReadCounts()))
@@ -54,15 +54,16 @@ def stats_of(core: EngineCore, config: SteeringConfig, workers: list[Json]) -> J
     }
 
 
-def _tokens_of_stages(stages: Sequence[Json]) -> Json:
+def tokens_of_stages(stages: Sequence[Json]) -> Json:
     """What each module did to tokens, given the counts of each stage's modules."""
     found: Json = {}
     for stage in stages:
         for module, tokens in stage["module_tokens"].items():
-            before = found.get(module)
-            found[module] = dict(tokens)
-            for key in ("bypassed", "saturated") if before else ():
-                found[module][key] += before[key]
+            before = found.get(module) or {"bypassed": 0, "saturated": 0}
+            found[module] = {
+                **tokens,
+                **{key: tokens[key] + before[key] for key in ("bypassed", "saturated")},
+            }
     return found
 
 

@@ -89,7 +89,7 @@ class TokenCounts:
         if not steps or self._runs is None:
             return
         rows, in_prompt, lengths = self._runs
-        phase = (~in_prompt).astype(np.int64)
+        phase: np.ndarray = (~in_prompt).astype(np.int64)
         tiers = np.arange(len(rows))[:, None]
         np.add.at(self._of_row, (tiers, rows, phase), lengths * steps)
 
