@@ -146,7 +146,7 @@ GPU_CASES = {
         title,
         name,
         f"{MODELS}.{layer}",
-        BFLOAT16,
+        (*BFLOAT16, *((("gdn_prefill_backend", "triton"),) if linear else ())),
         z=z,
         linear=linear,
         tolerance=BFLOAT16_TOLERANCE,
