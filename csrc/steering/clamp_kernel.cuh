@@ -307,20 +307,6 @@ __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
   return over;
 }
 
-// Adds a token to the counter of each vector of its row, once.
-// A call: it is rare, and costs the kernel no registers.
-__device__ __noinline__ void count_vectors(const int* feature, int count,
-                                           unsigned long long* saturated) {
-#pragma unroll 1
-  for (int c = 0; c < count; ++c) {
-    bool seen = false;
-#pragma unroll 1
-    for (int before = 0; before < c; ++before)
-      seen |= feature[before] == feature[c];
-    if (!seen) atomicAdd(saturated + feature[c], 1ull);
-  }
-}
-
 // Turns the clamps' values into g - f; false where the token is left alone.
 template <bool kEncodes, bool kSource, typename T, typename W, bool kTwo>
 __device__ __forceinline__ bool resolve(const ClampArgs<T, W>& a,
