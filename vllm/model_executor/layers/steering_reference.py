@@ -18,7 +18,7 @@ Whatever a request asks for, the written values are finite. Every backend does t
    sums overflowed both ways) becomes `-STREAM_LIMIT`, as `fmin(fmax(x', -limit),
    limit)` makes it.
 
-`StepState.saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
+A slot's `saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
 is not counted, because a limited coefficient leads to rule 3, except where the
 direction's component is zero.
 """
@@ -181,19 +181,22 @@ def write_stream(
     x: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
-    step: StepState,
-) -> None:
-    """Limit the edited stream, round it once and write it back exactly."""
+) -> torch.Tensor:
+    """Limit the edited stream, round it once and write it back exactly.
+
+    Returns:
+        int64 `[m]`, the places in `tokens` of those that were limited.
+    """
     limit = STREAM_LIMIT[hidden.dtype]
-    within = (x.abs() <= limit).all(dim=1)
-    if not within.all():
-        step.saturated += (~within).sum()
+    limited = (~(x.abs() <= limit).all(dim=1)).nonzero().squeeze(1)
+    if limited.numel():
         x = x.nan_to_num(-limit, limit, -limit).clamp(-limit, limit)
     if residual is None:
         hidden[tokens] = x.to(hidden.dtype)
-        return
+        return limited
     residual[tokens] = x.to(residual.dtype)
     hidden[tokens] = 0
+    return limited
 
 
 def _sae_tokens(
@@ -249,7 +252,7 @@ def full_reconstruction(
         for start in range(0, weights.d_sae_capacity, FEATURE_SLICE):
             part = slice(start, start + FEATURE_SLICE)
             out += acts[:, part] @ weights.W_dec[part].to(dtype)
-        write_stream(tokens, out, hidden, residual, step)
+        slot.saturated += len(write_stream(tokens, out, hidden, residual))
 
 
 def sae_clamp(
@@ -275,7 +278,7 @@ def sae_clamp(
         if source is not None:
             x = gather_stream(tokens, hidden, residual).to(dtype)
         out = x + coefficients @ weights.W_dec[used].to(dtype)
-        write_stream(tokens, out, hidden, residual, step)
+        slot.saturated += len(write_stream(tokens, out, hidden, residual))
 
 
 def steering_vectors(
@@ -311,4 +314,16 @@ def steering_vectors(
     changes = changes.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
     coefficients = x.new_zeros(x.shape[0], used.numel())
     coefficients.scatter_add_(1, features, changes)
-    write_stream(tokens, x + coefficients @ directions, hidden, residual, step)
+    out = x + coefficients @ directions
+    limited = write_stream(tokens, out, hidden, residual)
+    if limited.numel():
+        _count_vectors(slot, rows[limited])
+
+
+def _count_vectors(slot: VectorSlot, rows: torch.Tensor) -> None:
+    """Count the tokens with these rows for each vector that their row uses."""
+    used = _used(slot.table, rows)
+    shape = (len(rows), len(slot.saturated))
+    users = torch.zeros(shape, dtype=torch.int64, device=rows.device)
+    users.scatter_add_(1, slot.table.feature[rows].long(), used.long())
+    slot.saturated += (users > 0).sum(dim=0)
