@@ -204,6 +204,7 @@ def test_blocks_are_shared_exactly_where_every_position_is_edited_alike() -> Non
 def test_the_keys_of_a_mooncake_store_contain_the_steering(block: int) -> None:
     """Of blocks as large as those that are hashed, and of twice as large ones."""
     hash_block = 2
+    kv_cache_utils.init_none_hash(sha256)
     hasher = get_request_block_hasher(hash_block, sha256)
     metadata = KeyMetadata("model", tp_rank=0, pcp_rank=0, dcp_rank=0, pp_rank=0)
     store = ChunkedTokenDatabase(metadata, block, hash_block)
