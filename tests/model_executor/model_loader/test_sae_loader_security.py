@@ -164,10 +164,28 @@ def test_an_oversized_configuration_is_refused(tmp_path: Path) -> None:
     refused(path, "config.json: expected at most 4194304 bytes")
 
 
+def memory(name: str) -> int:
+    """Bytes of this process: `VmRSS`, or the most since `forget_peak`, `VmHWM`."""
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{name}:")
+    )
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def quickly_refused(path: Path, message: str) -> None:
-    start = time.monotonic()
+    """Refused by the readers themselves, as at start-up, where no other process sets
+    limits: within a second, and without the memory that the file asks for."""
+    forget_peak()
+    before, start = memory("VmRSS"), time.monotonic()
     refused(path, message)
     assert time.monotonic() - start < 1
+    assert memory("VmHWM") - before < 64 << 20
 
 
 def torch_file(path: Path, pickled: bytes) -> Path:
