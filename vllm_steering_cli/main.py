@@ -29,6 +29,13 @@ def make_parser() -> argparse.ArgumentParser:
         "inspect", help="Check a module; show its sites, folds, memory and digest."
     )
     inspect.add_argument("--json", action="store_true", help="Print JSON.")
+    inspect.add_argument(
+        "--tp",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="Also show the memory of each of N tensor-parallel ranks.",
+    )
     convert = commands.add_parser(
         "convert", help="Fold an SAE and write it as a native directory."
     )
@@ -165,11 +172,11 @@ def _inspect(args: argparse.Namespace) -> None:
         with bare_packages():
             from vllm.entrypoints.cli.steering.inspect import inspect
 
-            if inspect(args.path, args.sites, as_json=args.json, quick=True):
+            if inspect(args.path, args.sites, args.tp, as_json=args.json, quick=True):
                 return
     from vllm.entrypoints.cli.steering.inspect import inspect
 
-    inspect(args.path, args.sites, as_json=args.json)
+    inspect(args.path, args.sites, args.tp, as_json=args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
