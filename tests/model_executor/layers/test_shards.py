@@ -156,14 +156,13 @@ def make_step(case: Case) -> Step:
 def steered(slot: SAESlot, step: Step) -> list[torch.Tensor]:
     """All that the tiers and reading write, one after another."""
     state, source = step.state, step.source
-    state.saturated.zero_()
     backend = ReferenceBackend(state)
     hidden, residual = step.hidden.clone(), step.residual.clone()
     backend.sae_clamp(slot, hidden, residual, source)
     after_delta = [hidden.clone(), residual.clone()]
     backend.read_and_reconstruct(slot, hidden, residual, source)
     assert slot.reads is not None
-    return [*after_delta, hidden, residual, slot.reads.out, state.saturated.clone()]
+    return [*after_delta, hidden, residual, slot.reads.out, slot.saturated]
 
 
 def check_cases(chosen: list[Case], shard: Shard) -> None:

@@ -104,9 +104,7 @@ def test_what_ranks_cannot_share_is_refused_by_name(
     check_refused(
         vllm_config, 4, module(sae_path, "shard"), "'m': sharding", widths, "of 64"
     )
-    check_refused(
-        vllm_config, 2, module(sae_path, "all"), 'modules.m.sharding: found "'
-    )
+    check_refused(vllm_config, 2, module(sae_path, "all"), "m.sharding: found ")
     save_file({"layers.1.post_block": torch.ones(64)}, tmp_path / "v.safetensors")
     vectors = module(tmp_path / "v.safetensors", "shard")
     check_refused(vllm_config, 2, vectors, "'m': sharding", "steering vectors")

@@ -18,7 +18,7 @@ Whatever a request asks for, the written values are finite. Every backend does t
    sums overflowed both ways) becomes `-STREAM_LIMIT`, as `fmin(fmax(x', -limit),
    limit)` makes it.
 
-`StepState.saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
+A slot's `saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
 is not counted, because a limited coefficient leads to rule 3, except where the
 direction's component is zero.
 """
@@ -209,25 +209,27 @@ def write_stream(
     x: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
-    step: StepState,
     keep: torch.Tensor | None = None,
-) -> None:
+) -> torch.Tensor:
     """Limit the edited stream, round it once and write it back exactly.
 
     `keep` bool `[n]` leaves out tokens; None: none.
+
+    Returns:
+        int64 `[m]`, the places of those that were limited among the written tokens.
     """
     if keep is not None and not keep.all():
         tokens, x = tokens[keep], x[keep]
     limit = STREAM_LIMIT[hidden.dtype]
-    within = (x.abs() <= limit).all(dim=1)
-    if not within.all():
-        step.saturated += (~within).sum()
+    limited = (~(x.abs() <= limit).all(dim=1)).nonzero().squeeze(1)
+    if limited.numel():
         x = x.nan_to_num(-limit, limit, -limit).clamp(-limit, limit)
     if residual is None:
         hidden[tokens] = x.to(hidden.dtype)
-        return
+        return limited
     residual[tokens] = x.to(residual.dtype)
     hidden[tokens] = 0
+    return limited
 
 
 class TokenSlice(NamedTuple):
@@ -298,7 +300,7 @@ def full_reconstruction(
             part = slice(start, start + FEATURE_SLICE)
             out += acts[:, part] @ weights.W_dec[part].to(dtype)
         out = weights.shard.gather(out)
-        write_stream(tokens, out, hidden, residual, step, keep)
+        slot.saturated += len(write_stream(tokens, out, hidden, residual, keep))
 
 
 def sae_clamp(
@@ -323,9 +325,8 @@ def sae_clamp(
         coefficients.scatter_add_(1, place, changes)
         if source is not None:
             x = gather_stream(tokens, hidden, residual).to(dtype)
-        change = coefficients @ weights.W_dec[used].to(dtype)
-        out = x + weights.shard.gather(change)
-        write_stream(tokens, out, hidden, residual, step, keep)
+        out = x + weights.shard.gather(coefficients @ weights.W_dec[used].to(dtype))
+        slot.saturated += len(write_stream(tokens, out, hidden, residual, keep))
 
 
 def steering_vectors(
@@ -361,4 +362,16 @@ def steering_vectors(
     changes = changes.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
     coefficients = x.new_zeros(x.shape[0], used.numel())
     coefficients.scatter_add_(1, features, changes)
-    write_stream(tokens, x + coefficients @ directions, hidden, residual, step)
+    out = x + coefficients @ directions
+    limited = write_stream(tokens, out, hidden, residual)
+    if limited.numel():
+        _count_vectors(slot, rows[limited])
+
+
+def _count_vectors(slot: VectorSlot, rows: torch.Tensor) -> None:
+    """Count the tokens with these rows for each vector that their row uses."""
+    used = _used(slot.table, rows)
+    shape = (len(rows), len(slot.saturated))
+    users = torch.zeros(shape, dtype=torch.int64, device=rows.device)
+    users.scatter_add_(1, slot.table.feature[rows].long(), used.long())
+    slot.saturated += (users > 0).sum(dim=0)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.model_executor.layers.steering_bypass import BypassCounts
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 
@@ -298,10 +299,7 @@ class StepState(nn.Module):
             tables; 0: not read.
         no_rows: int32 `[max_tokens]`, zeros: an index by which nothing is edited.
         reading: whether some token of the step is read; known on the host.
-        bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
-            edit and whose id is in a skip set; read for metrics only.
-        saturated: int64 `[1]`, write-backs since start-up with a component at
-            `STREAM_LIMIT`: one for each token, site and tier; read for metrics only.
+        bypass: counts of the tokens that modules leave alone; read for metrics only.
         sync: int32 `[SYNC_INTS]`, counters with which blocks of a GPU kernel wait for
             one another; zero between launches. They are a buffer, so that sleeping and
             waking the model restores them.
@@ -312,8 +310,6 @@ class StepState(nn.Module):
     skip_bits: torch.Tensor
     read_index: torch.Tensor
     no_rows: torch.Tensor
-    bypassed: torch.Tensor
-    saturated: torch.Tensor
     sync: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
@@ -331,9 +327,7 @@ class StepState(nn.Module):
         self.reading = False
         sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
         self.register_buffer("sync", sync, persistent=False)
-        for name in ("bypassed", "saturated"):
-            counter = torch.zeros(1, dtype=torch.int64, device=device)
-            self.register_buffer(name, counter, persistent=False)
+        self.bypass = BypassCounts(device)
 
 
 class SAESlot(nn.Module):
@@ -342,7 +336,12 @@ class SAESlot(nn.Module):
     `activations` lists the kinds of module that the slot may ever hold. If these are
     TopK and a threshold activation, `meta` decides on the device. `reads_source` is
     true for a transcoder, whose encoder reads another point than it writes.
+
+    `saturated`, int64 `[1]`, counts the write-backs that had a component beyond
+    `STREAM_LIMIT`: one for each token and tier. It is read for metrics only.
     """
+
+    saturated: torch.Tensor
 
     def __init__(
         self,
@@ -361,15 +360,19 @@ class SAESlot(nn.Module):
         self.full = ClampTable(num_rows, max_clamps, device)
         # None if the engine reads no features.
         self.reads: ReadBuffers | None = None
+        counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.register_buffer("saturated", counter, persistent=False)
 
 
 class VectorSlot(nn.Module):
     """The steering vectors of one site, stacked. A row is a list of clamps on them.
 
-    `directions` is float32 `[V, D]`, one vector module's row each.
+    `directions` is float32 `[V, D]`, one vector module's row each. `saturated`, int64
+    `[V]`, counts as that of `SAESlot`, for each vector that the token's row uses.
     """
 
     directions: torch.Tensor
+    saturated: torch.Tensor
 
     def __init__(
         self,
@@ -382,4 +385,6 @@ class VectorSlot(nn.Module):
         super().__init__()
         directions = torch.zeros(capacity, d_model, device=device)
         self.register_buffer("directions", directions, persistent=False)
+        counters = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.register_buffer("saturated", counters, persistent=False)
         self.table = ClampTable(num_rows, max_clamps, device)

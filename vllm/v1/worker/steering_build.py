@@ -14,8 +14,9 @@ from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_families import find_decoder_layers
 from vllm.model_executor.layers.steering_shards import WHOLE, tensor_parallel_shard
 from vllm.model_executor.model_loader.sae_loader import load_vectors
-from vllm.v1.worker.steering_modules import SiteModules, unit_scale
+from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_places import VectorPlace
+from vllm.v1.worker.steering_tables import unit_scale
 
 logger = init_logger(__name__)
 

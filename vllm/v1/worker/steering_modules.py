@@ -43,10 +43,11 @@ from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 from vllm.model_executor.model_loader.sae_loader import load_site
+from vllm.v1.worker.steering_counts import DeviceCounts
 from vllm.v1.worker.steering_inline import InlineVectors, make_stack
 from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
 from vllm.v1.worker.steering_skip_sets import SkipSets
-from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
+from vllm.v1.worker.steering_tables import BoundTable, TableOf
 
 SAE_TIERS = (Tier.DELTA, Tier.FULL)
 
@@ -88,6 +89,7 @@ class SiteModules:
         }
         self._read_slots: dict[tuple[str, SiteKey], int] = {}
         self.inline = InlineVectors()
+        self.counts = DeviceCounts(step, self.inline)
 
     def shard_of(self, sharded: bool) -> Shard:
         """What this rank holds of an SAE that the ranks share, or do not."""
@@ -285,9 +287,12 @@ class SiteModules:
             for tier in SAE_TIERS:
                 place.tables[tier].unit_scale = scales.get(at)
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
+        places = [self.places[at] for _, at in self.own_sites(module)]
+        self.counts.bind(module.name, places, self.skip_sets.mask(skip_set(module)))
 
     def unbind(self, module: ModuleInfo) -> None:
         """Forget where a module's rows live, and clear its own tables."""
+        self.counts.unbind(module.name)
         for site, at in self.own_sites(module):
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
@@ -344,12 +349,3 @@ class SiteModules:
                 place.slot.weights.clear()
             else:
                 place.slot.directions[place.row].zero_()
-
-
-def unit_scale(module: ModuleInfo, weights: SAEWeights) -> np.ndarray | None:
-    """What a clamp's value is divided by: see `BoundTable.unit_scale`."""
-    if module.feature_units != "unit_decoder":
-        return None
-    if weights.row_norms is not None:
-        return weights.row_norms.cpu().numpy()
-    return decoder_norms(weights.W_dec)
