@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.distributed import get_tp_group
-
 
 def _alone(own: torch.Tensor) -> torch.Tensor:
     return own
@@ -58,6 +56,9 @@ WHOLE = Shard()
 
 def tensor_parallel_shard() -> Shard:
     """This rank's part among those of its tensor-parallel group."""
+    # Deferred: commands that only read files do without the rest of vLLM.
+    from vllm.distributed import get_tp_group
+
     group = get_tp_group()
 
     def gather(own: torch.Tensor) -> torch.Tensor:

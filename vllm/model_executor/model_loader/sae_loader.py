@@ -260,9 +260,6 @@ def load_site(
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;
             `into` then holds a part of the module.
     """
-    # Deferred: of the loader, only this needs the rest of vLLM.
-    from vllm.model_executor.model_loader.weight_utils import enable_tqdm
-
     with _open_site(module, site, location) as (location, layout):
         if not isinstance(layout, SAELayout):
             raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
@@ -274,10 +271,16 @@ def load_site(
                 total=sae_bytes(layout, tensors),
                 unit="B",
                 unit_scale=True,
-                disable=location is not None or not enable_tqdm(True),
+                disable=location is not None or not _is_first_rank(),
             ) as bar,
         ):
             fold_sae(layout, tensors, into, bar.update)
+
+
+def _is_first_rank() -> bool:
+    """Whether this process shows progress, as vLLM decides it for a model's weights."""
+    distributed = torch.distributed
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _check_room(site: SiteInfo, into: SAEWeights) -> None:

@@ -108,7 +108,7 @@ def check_weights(module: ModuleInfo) -> None:
     """Load each site once, as an engine would, to find values that are not finite."""
     import torch
 
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
     cpu = torch.device("cpu")
     for site in module.sites:
@@ -165,22 +165,13 @@ def is_finite(tensors: SafetensorsFile, name: str) -> bool:
 
 
 def inspect(
-    path: str,
-    sites: Sequence[str] | None,
-    tp: int = 1,
-    *,
-    as_json: bool,
-    quick: bool = False,
-) -> bool:
+    path: str, sites: Sequence[str] | None, tp: int = 1, *, as_json: bool
+) -> None:
     """Print what a module is.
 
     Args:
         tp: of so many tensor-parallel ranks; the memory of each is shown if more
             than one.
-        quick: only if neither PyTorch nor the rest of vLLM is needed to check it.
-
-    Returns:
-        Whether it was printed; always, unless `quick`.
 
     Raises:
         ValueError: the module is refused; one line says why.
@@ -189,14 +180,11 @@ def inspect(
     layout = read_layout("module", path, sites)
     data = report(module, layout, tp)
     if not plainly_finite(path, layout):
-        if quick:
-            return False
         check_weights(module)
     if as_json:
         print(json.dumps(data, indent=2))
     else:
         show(data)
-    return True
 
 
 def show(data: Json) -> None:
