@@ -25,6 +25,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
+from vllm.v1.worker.steering_build import build_site_modules
 from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_index import (
@@ -34,7 +35,7 @@ from vllm.v1.worker.steering_index import (
     StepIndex,
 )
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
-from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
+from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_readout import SteeringReadout
 from vllm.v1.worker.steering_tables import write_rows
 

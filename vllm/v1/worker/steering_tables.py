@@ -183,5 +183,8 @@ def decoder_norms(W_dec: torch.Tensor) -> np.ndarray:
 
 def unit_scale(module: ModuleInfo, weights: SAEWeights) -> np.ndarray | None:
     """What a clamp's value is divided by: see `BoundTable.unit_scale`."""
-    in_units = module.feature_units == "unit_decoder"
-    return decoder_norms(weights.W_dec) if in_units else None
+    if module.feature_units != "unit_decoder":
+        return None
+    if weights.row_norms is not None:
+        return weights.row_norms.cpu().numpy()
+    return decoder_norms(weights.W_dec)
