@@ -193,29 +193,6 @@ def test_a_missing_path_is_refused_in_one_line(vllm_config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("v.safetensors", b"", "v.safetensors"),
-        (
-            "v.safetensors",
-            b"version https://git-lfs.github.com/spec/v1",
-            "git lfs pull",
-        ),
-        ("v.gguf", b"GGUF\3\0\0\0" + b"\xff" * 16, "declares"),
-        ("v.npy", b"\x93NUMPY\1\0\xff\xff{", "v.npy"),
-        ("v.pt", b"\x80\2cos\nsystem\n(X\1\0\0\0xtR.", "v.pt"),
-    ],
-)
-def test_a_file_that_is_no_module_is_refused_in_one_line(
-    vllm_config: Any, tmp_path: Path, name: str, content: bytes, said: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    message = refusal(vllm_config, {"modules": {"m": str(tmp_path / name)}})
-    assert "'m'" in message
-    assert said in message
-
-
-@pytest.mark.parametrize(
     ("steering", "path"),
     [
         (3, "additional_config.steering"),
