@@ -37,6 +37,11 @@ class BatchView:
 
 
 Rows = tuple[int, ...]
+# Tokens that follow one another and have the same rows: their rows [tier, runs],
+# whether they are of the prompt [runs], and how many there are [runs].
+Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+# One run that changes: its rows and its phase (0: prefill) before, and after.
+Move = tuple[Rows, int, Rows, int]
 # So many requests that enter another piece are moved one by one.
 FEW = 16
 
@@ -102,12 +107,16 @@ class StepIndex:
         rows: int32 `[tier, tokens]`, the row of every token; None if all are 0.
         steered: int64 `[tier, phase]`, tokens of the step that have a row (prefill,
             decode).
+        runs: the same tokens as `rows`; another object where all have changed.
+        moves: runs of the object before that have changed in this step.
     """
 
     def __init__(self, num_tiers: int):
         self.num_tiers = num_tiers
         self.rows: np.ndarray | None = None
         self.steered: np.ndarray = np.zeros((num_tiers, 2), dtype=np.int64)
+        self.runs: Runs | None = None
+        self.moves: list[Move] = []
         # [slot, piece, tier]: a slot for each request that holds rows, 0 for others.
         # Phases are two pieces; the width grows with the first request that has more.
         self._slots: np.ndarray = np.zeros((8, 2, num_tiers), dtype=np.int32)
@@ -178,6 +187,7 @@ class StepIndex:
 
     def update(self, view: BatchView) -> Sequence[int]:
         """Follow a step; the tiers whose `rows` may have changed."""
+        self.moves = []
         n = len(view.req_ids)
         scheduled, computed = view.num_scheduled[:n], view.num_computed[:n]
         same_batch = view.req_ids == self._req_ids
@@ -204,6 +214,8 @@ class StepIndex:
         A loop: for a handful of requests it is faster than arrays.
         """
         tiers: set[int] = set()
+        assert self.runs is not None
+        run_rows, run_in_prompt, _ = self.runs  # of one request each
         for at in moved:
             prompt_len = int(view.prompt_len[at])
             position = int(view.num_computed[at]) - prompt_len
@@ -221,10 +233,11 @@ class StepIndex:
                 self.steered[:, before] -= was
                 self.steered[:, phase] += now
                 self.rows = self._laid if self.steered.any() else None
-            column[:] = rows
+            self.moves.append((had, before, rows, phase))
+            column[:] = run_rows[:, at] = rows
             self._base[at] = start + prompt_len
             self._room[at] = stop - start - 1
-            self._in_prompt[at] = position < 0
+            self._in_prompt[at] = run_in_prompt[at] = position < 0
         return sorted(tiers)
 
     def _lay_out(self, view: BatchView) -> None:
@@ -289,6 +302,7 @@ class StepIndex:
         prefill = used[:, in_prompt].sum(axis=1)
         self.steered = np.stack([prefill, used.sum(axis=1) - prefill], axis=1)
         self.rows = self._laid if self.steered.any() else None
+        self.runs = rows, in_prompt.copy(), lengths
 
 
 def _phase_stops(slots: int, width: int) -> np.ndarray:

@@ -64,16 +64,17 @@ class RowManager:
         self._changed[row] = edits
         return row
 
-    def release(self, row: int) -> None:
-        """Give back one hold on `row`. Row 0 is ignored."""
+    def release(self, row: int) -> bool:
+        """Give back one hold on `row`; whether it is free now. Row 0 is ignored."""
         if row == 0:
-            return
+            return False
         self._users[row] -= 1
         if self._users[row]:
-            return
+            return False
         del self._row_of[self._keys[row]]
         self._changed.pop(row, None)
         self._free.append(row)
+        return True
 
     def key_of(self, row: int) -> str:
         """The key of what a held row holds."""

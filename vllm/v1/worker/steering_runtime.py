@@ -7,7 +7,7 @@ every tensor. It is the same for both runners.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +23,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
+from vllm.v1.worker.steering_build import build_site_modules
+from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
-from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
+from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_readout import SteeringReadout
 from vllm.v1.worker.steering_tables import write_rows
 
@@ -90,6 +92,7 @@ class SteeringRuntime:
         # What `_index_part` returned for this extent, by tier: a slice takes its time.
         self._part_extent = 0
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.counts = TokenCounts(num_rows)
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
 
@@ -159,7 +162,8 @@ class SteeringRuntime:
         plan = self._plans[req_id]
         self.modules.inline.release(plan.vectors)
         for planned, row in zip(plan.rows, rows, strict=True):
-            self.managers[planned.tier].release(row)
+            if self.managers[planned.tier].release(row):
+                self.counts.free(planned.tier, row)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished or aborted request; unknown ids are ignored."""
@@ -183,7 +187,10 @@ class SteeringRuntime:
     def _prepare_edits(self, view: BatchView) -> bool:
         """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
-        changed = index.update(view) if self._editing else ()
+        changed: Sequence[int] = ()
+        if self._editing:
+            changed = index.update(view)
+            self.counts.follow(index)
         if not self._editing or index.rows is None:
             self._clear_edits()
             return False
@@ -210,6 +217,7 @@ class SteeringRuntime:
         self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
+                self.counts.hold(tier, changes)
                 tables = self.modules.tables(tier)
                 write_rows(changes, tables, self.modules.table_of(tier))
 
