@@ -30,6 +30,13 @@ def make_parser() -> argparse.ArgumentParser:
         "inspect", help="Check a module; show its sites, folds, memory and digest."
     )
     inspect.add_argument("--json", action="store_true", help="Print JSON.")
+    inspect.add_argument(
+        "--tp",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="Also show the memory of each of N tensor-parallel ranks.",
+    )
     convert = commands.add_parser(
         "convert", help="Fold an SAE and write it as a native directory."
     )
@@ -166,7 +173,7 @@ def _read_files(args: argparse.Namespace) -> None:
         if args.command == "inspect":
             from vllm.entrypoints.cli.steering.inspect import inspect
 
-            inspect(args.path, args.sites, as_json=args.json)
+            inspect(args.path, args.sites, args.tp, as_json=args.json)
         else:
             from vllm.entrypoints.cli.steering.commands import convert
 

@@ -75,8 +75,8 @@ __device__ __forceinline__ void count_saturated(bool over, int* counted,
 
 // Adds a token to the counter of each vector of its row, once.
 // A call: it is rare, and costs the kernel no registers.
-__device__ __noinline__ void count_vectors(const int* feature, int count,
-                                           unsigned long long* saturated) {
+inline __device__ __noinline__ void count_vectors(
+    const int* feature, int count, unsigned long long* saturated) {
 #pragma unroll 1
   for (int c = 0; c < count; ++c) {
     bool seen = false;

@@ -252,8 +252,8 @@ def load_site(
     Args:
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
-        into: buffers of the site's widths with at least `d_sae` features, on any
-            device. Features past `d_sae` and `meta` keep their values.
+        into: buffers of the site's widths with at least `d_sae` features, or a shard of
+            them, on any device. Features past `d_sae` and `meta` keep their values.
         location: the module's files, if `locate` has found them; no progress is shown.
 
     Raises:
@@ -292,6 +292,11 @@ def _check_room(site: SiteInfo, into: SAEWeights) -> None:
             f"{room[2]} and d_sae of at most {into.d_sae_capacity}, found d_in "
             f"{found[0]}, d_out {found[1]}, skip connection {found[2]} and d_sae "
             f"{site.d_sae}"
+        )
+    if not into.shard.is_whole and site.d_sae != into.d_sae_capacity:
+        raise LayoutError(
+            f"{site.name}: expected d_sae {into.d_sae_capacity}, the width of the "
+            f"sharded slot, found {site.d_sae}"
         )
 
 

@@ -24,7 +24,7 @@ def listing_of(core: EngineCore, config: SteeringConfig) -> Json:
     modules = [
         {
             **module.to_json(),
-            "weight_bytes": module_bytes(module, item_bytes),
+            "weight_bytes": module_bytes(module, item_bytes, config.ranks),
             "requests": requests_of(core, name),
             "draining": name in config.draining,
         }

@@ -152,6 +152,7 @@ def test_a_module_without_room_names_the_slot(client: TestClient, root: Path) ->
         ({"norm_guard": 0}, "norm_guard"),
         ({"norm_guard": 10**400}, "norm_guard"),
         ({"sites": "post_block.1"}, "sites"),
+        ({"sharding": "all"}, "sharding"),
         ({"weights": "x"}, "weights"),
     ],
 )
@@ -305,7 +306,7 @@ JSON = st.recursive(
 )
 FIELD = st.sampled_from(
     ["name", "path", "feature_units", "skip_token_ids", "norm_guard", "sites",
-     "replace", "drain", "x"]
+     "sharding", "replace", "drain", "x"]
 )  # fmt: skip
 
 
