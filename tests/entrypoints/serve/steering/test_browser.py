@@ -253,6 +253,34 @@ def test_a_vector_column_has_its_own_scale(page: Page) -> None:
     assert page.run()["vectors"] != before
 
 
+def test_a_vector_can_set_scale_and_bound_a_projection(page: Page) -> None:
+    page.open()
+    page.all("input[value=delta]")[0].click()
+    page.all("input[value=vectors]")[0].click()
+    kind = Select(page.all("#vectors select[aria-label^=Kind]")[0])
+    added = page.run()["vectors"]
+    page.all("#vectors input[type=checkbox]")[0].click()
+    kind.select_by_value("set")
+    value = page.all("[aria-label^='Projection of vector']")[0]
+    value.clear()
+    value.send_keys("-4")
+    assert page.run()["vectors"] != added
+    Select(page("export-column")).select_by_value("vectors")
+    page.all("button[data-copy=curl]")[0].click()
+    page.until(lambda: "steering_vector_specs" in page("export").text)
+    for part in ('"kind": "set"', '"value": -4', '"relative": true'):
+        assert part in page("export").text
+    kind.select_by_value("bound")
+    high = page.all("[aria-label^='Largest projection of vector']")[0]
+    high.clear()
+    high.send_keys("-2")
+    page.run()
+    error = page("vector-tilt-error")
+    assert "bounds" in error.text
+    low = page.all("[aria-label^='Smallest projection of vector']")[0]
+    assert low.get_attribute("aria-invalid") == "true"
+
+
 def test_span_and_condition_of_a_clamp_go_to_the_server(page: Page) -> None:
     page.open()
     page.clamp_by_label()

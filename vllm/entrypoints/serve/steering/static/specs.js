@@ -28,7 +28,7 @@ function bySite(sites, entries) {
 
 /**
  * The steering fields of a mode. `state`: module, sites, `clamps: [{entry, where}]`,
- * `vectors: [{name, scale, where}]`.
+ * `vectors: [{name, edit, where}]`.
  */
 export function fields(mode, { module, sites, clamps, vectors }) {
   const field = FIELDS[mode];
@@ -46,7 +46,7 @@ export function fields(mode, { module, sites, clamps, vectors }) {
       };
     case "vectors":
       return {
-        [field]: vectors.map(({ name, scale, where }) => ({ module_name: name, scale, ...where })),
+        [field]: vectors.map(({ name, edit, where }) => ({ module_name: name, ...edit, ...where })),
       };
     default:
       return {};
