@@ -153,13 +153,19 @@ def first_read_layer(vllm_config: VllmConfig) -> int:
 
 def ranks_of(vllm_config: VllmConfig) -> Ranks:
     """The tensor-parallel group, and whether it can share SAEs."""
-    refused = ""
-    if not current_platform.is_cpu():
-        refused = "on a GPU, every rank holds a copy"
+    on_cpu, refused = current_platform.is_cpu(), ""
+    steering = (vllm_config.additional_config or {}).get("steering") or {}
+    if not on_cpu and steering.get("readout", True) is not False:
+        refused = (
+            "on a GPU, features of a shared SAE cannot be read; share it with "
+            f"{ROOT}.readout=false"
+        )
     return Ranks(
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
         refused,
+        transcoders=on_cpu,
+        auto_copies=not on_cpu,
     )
 
 
@@ -238,7 +244,7 @@ def check_shards(module: ModuleInfo, ranks: Ranks) -> None:
             "rank holds a copy of a vector"
         )
     for site in module.sites:
-        check_sharded(where, site.d_sae, site.out_width, ranks)
+        check_sharded(where, site.d_sae, site.out_width, site.is_transcoder, ranks)
 
 
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:
