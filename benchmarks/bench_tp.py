@@ -5,7 +5,7 @@
     python benchmarks/bench_tp.py --dry-run        # a tiny model, on a CPU
 
 A model of the shape with dummy weights and `--layers` layers; one SAE in its middle.
-Engines start one after another: without steering, replicated, shared. A step's time is
+Engines start one after another: without steering, shared, replicated. A step's time is
 the difference between a long and a short generation, the best of `--rounds`. With
 fewer layers than the model has, the shares of stock are of a shorter step; the printed
 microseconds do not depend on that. 100 features fire on every token, always the same.
@@ -198,8 +198,10 @@ def main() -> None:
         root = Path(directory)
         write_model(root / "model", args.shape, args.layers)
         write_sae(root / "sae", args.shape, args.layers // 2)
-        rows = [measure(args, root, mode) for mode in ("stock", "replicate", "shard")]
-    shares(rows)
+        rows: list[dict[str, Any]] = []
+        for mode in ("stock", "shard", "replicate"):
+            rows.append(measure(args, root, mode))
+            shares([rows[0], *rows[-1:]] if rows[1:] else rows)
     result = {
         **facts,
         "tp": args.tp,
