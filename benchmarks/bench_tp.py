@@ -129,7 +129,10 @@ def prefill_ms(llm: Any, length: int, steered: bool, rounds: int) -> float:
 def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
     """All times of one engine: `stock`, `replicate` or `shard`."""
     from vllm import LLM
+    from vllm.engine import steering_resolution
 
+    # The engine's configuration is resolved in this process.
+    steering_resolution.ON_A_GPU = ""
     config: dict[str, Any] = {}
     if mode != "stock":
         module = {"path": str(root / "sae"), "sharding": mode}

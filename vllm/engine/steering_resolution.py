@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+# Why ranks on GPUs do not share SAEs. The stages for it are there; tests and benchmarks
+# that run them empty this text.
+ON_A_GPU = "on a GPU every rank holds a copy, because sharing is not confirmed there"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -153,17 +156,11 @@ def first_read_layer(vllm_config: VllmConfig) -> int:
 
 def ranks_of(vllm_config: VllmConfig) -> Ranks:
     """The tensor-parallel group, and whether it can share SAEs."""
-    on_cpu, refused = current_platform.is_cpu(), ""
-    steering = (vllm_config.additional_config or {}).get("steering") or {}
-    if not on_cpu and steering.get("readout", True) is not False:
-        refused = (
-            "on a GPU, features of a shared SAE cannot be read; share it with "
-            f"{ROOT}.readout=false"
-        )
+    on_cpu = current_platform.is_cpu()
     return Ranks(
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
-        refused,
+        refused="" if on_cpu else ON_A_GPU,
         transcoders=on_cpu,
         auto_copies=not on_cpu,
     )
