@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm import SamplingParams
-from vllm.config.sae_features import NOT_READ, merge
+from vllm.config.sae_features import NOT_READ, ReadFeatures, merge
 from vllm.config.sae_readout_specs import SiteRead, reads_to_json
 from vllm.config.sae_readout_step import StepReadout, StepRows
 from vllm.config.steering import HookPoint
+from vllm.plugins.steering.outputs import FeaturesField
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.steering_read_log import MAX_STEPS, LogReader, ReadLog
-from vllm.v1.engine.steering_read_outputs import Readings
+from vllm.v1.engine.steering_read_outbox import MAX_WAITING
+from vllm.v1.engine.steering_read_outputs import (
+    MANY_CHUNKS,
+    PendingFeatures,
+    Readings,
+)
 from vllm.v1.engine.steering_reads import (
-    MAX_WAITING,
     PAYLOAD_KEY,
     Fired,
     RequestReads,
@@ -131,7 +138,7 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
         elif step == "deliver a":
             if walk.num_tokens["a"] > PROMPT:
                 walk.advance("a")
-            early = merge(early, walk.fronts["a"].take_output(delta=True)) or {}
+            early = merge(early, walk.fronts["a"].take_output(delta=True).make()) or {}
         elif isinstance(step, str):
             walk.computed[step[-1]] = 0
         else:
@@ -139,10 +146,10 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
             walk.step(*((n, *t) for n, t in zip(names, tokens, strict=False)))
     for name in "ab":
         front = walk.advance(name)
-        prompt = front.take_prompt(delta=True)["m"]["post_block.1"]
+        prompt = front.take_prompt(delta=True).make()["m"]["post_block.1"]
         assert prompt.positions.tolist() == list(range(PROMPT))
         whole = prompt.positions.tolist()
-        output = front.take_output(delta=False)
+        output = front.take_output(delta=False).make()
         if name == "a":
             output = merge(early, output) or {}
         if output:
@@ -150,7 +157,7 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
             whole += record.positions.tolist()
             assert record.values[:, 0].tolist() == record.positions.tolist()
         assert whole == list(range(walk.num_tokens[name] - 1))
-        assert front.take_prompt(delta=True) == {}
+        assert front.take_prompt(delta=True).make() == {}
     # Tokens that were computed twice, and rejected drafts, are counted too.
     total = sum(walk.num_tokens.values()) - 2
     assert walk.reads.counts["m"].tokens >= total
@@ -163,8 +170,10 @@ def test_an_output_made_while_a_preempted_request_catches_up_lacks_nothing() -> 
     walk.computed["a"] = 0
     walk.step(("a", 2, 0, 0), ("b", 1, 0, 0))
     front = walk.advance("a")
-    read = front.take_prompt(delta=True)["m"]["post_block.1"].positions.tolist()
-    read += front.take_output(delta=False)["m"]["post_block.1"].positions.tolist()
+    read = front.take_prompt(delta=True).make()["m"]["post_block.1"].positions.tolist()
+    read += (
+        front.take_output(delta=False).make()["m"]["post_block.1"].positions.tolist()
+    )
     assert read == list(range(walk.num_tokens["a"] - 1))
 
 
@@ -176,7 +185,7 @@ def test_recomputed_tokens_replace_what_no_token_has_confirmed() -> None:
     walk.num_tokens["r"], walk.computed["r"] = PROMPT + 1, 0
     walk.fires = PROMPT
     walk.step(("r", PROMPT + 1, 0, 0))
-    record = walk.advance().take_output(delta=True)["m"]["post_block.1"]
+    record = walk.advance().take_output(delta=True).make()["m"]["post_block.1"]
     assert record.positions.tolist() == [PROMPT]
     read = LogReader(walk.log, "late")
     read.pull()
@@ -194,7 +203,7 @@ def test_a_long_request_keeps_its_own_rows_only() -> None:
     assert sum(chunk.count for chunk in chunks) >= 2 * MAX_STEPS
     assert all(rows is not None and rows.base is None or len(rows) == chunk.count
                for chunk in chunks for rows in chunk.rows)  # fmt: skip
-    record = walk.advance("a").take_output(delta=True)["m"]["post_block.1"]
+    record = walk.advance("a").take_output(delta=True).make()["m"]["post_block.1"]
     last = PROMPT + 3 * MAX_STEPS - 1
     assert record.positions.tolist() == list(range(PROMPT, last))
 
@@ -219,8 +228,10 @@ def test_front_ends_get_their_own_requests() -> None:
     for client, own in outputs.items():
         (wire,) = own.outputs[0].ec_transfer_params[PAYLOAD_KEY]
         part = StepRows.from_wire(wire)
-        assert part.new == {name: ((SLOT,), (99,)) for name in part.req_ids}
-        for name, span in zip(part.req_ids, part.spans.T.tolist(), strict=True):
+        layout = part.layout
+        assert layout is not None
+        assert part.new == {name: ((SLOT,), (99,)) for name in layout.req_ids}
+        for name, span in zip(layout.req_ids, layout.spans.T.tolist(), strict=True):
             first, start, count = span
             read = part.rows[SLOT][first : first + count, 3].tolist()
             found[name] = (client, start, read)
@@ -229,6 +240,64 @@ def test_front_ends_get_their_own_requests() -> None:
         "b": (1, 3, [10, 11]),
         "c": (0, 4, [20]),
     }
+
+
+def step_of(names: str, at: int) -> StepReadout:
+    """One token of each request, at position `at`; its rows say `at`."""
+    n = len(names)
+    rows = rows_of([at] * n)
+    return StepReadout(
+        list(names), np.arange(n), np.ones(n, int), np.full(n, at), {SLOT: rows}
+    )
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_step_that_goes_on_sends_rows_alone(clients: int) -> None:
+    reads, logs = StepReads(), [ReadLog() for _ in range(clients)]
+    owner = {name: at % clients for at, name in enumerate("abcd")}
+    requests = {name: request_of(name, client=owner[name]) for name in "abcd"}
+    readers = {name: LogReader(logs[owner[name]], name) for name in "abcd"}
+    batches = ["abcd"] * 3 + ["abd"] * (MAX_STEPS + 2) + ["abd"]
+    heads = []
+    for at, names in enumerate(batches, start=PROMPT):
+        # The last step repeats positions: a preempted batch that starts again.
+        at = PROMPT + 3 if at == PROMPT + len(batches) - 1 else at
+        step = step_of(names, at)
+        reads.take(step, step.num_computed, step.num_tokens, requests)
+        outputs = {
+            client: EngineCoreOutputs(outputs=[EngineCoreOutput("x", [1])])
+            for client in range(clients)
+        }
+        reads.attach(outputs)
+        for client, own in outputs.items():
+            (wire,) = own.outputs[0].ec_transfer_params[PAYLOAD_KEY]
+            heads.append(wire[0] is not None)
+            logs[client].add(StepRows.from_wire(wire))
+    news = [at in (0, 3, len(batches) - 1) for at in range(len(batches))]
+    assert heads == [new for new in news for _ in range(clients)]
+    for name, reader in readers.items():
+        reader.pull()
+        found = {
+            chunk.first + at: int(row[3])
+            for chunk in reader.chunks
+            for at, row in enumerate(chunk.rows[0])
+        }
+        steps = 3 if name == "c" else len(batches) - 1
+        assert found == {at: at for at in range(PROMPT, PROMPT + steps)}
+
+
+def test_a_dropped_step_is_not_continued() -> None:
+    reads = StepReads()
+    requests = {"a": request_of("a")}
+    for at in range(PROMPT, PROMPT + MAX_WAITING + 1):
+        step = step_of("a", at)
+        reads.take(step, step.num_computed, step.num_tokens, requests)
+        if at == PROMPT:
+            batch, requests = requests, {}  # aborted; the worker still reads it
+    step = step_of("a", PROMPT + MAX_WAITING + 1)
+    reads.take(step, step.num_computed, step.num_tokens, batch)
+    (wire,) = reads.outbox.take(0)
+    assert wire[0] is not None
 
 
 def test_steps_of_ended_requests_do_not_wait_for_ever() -> None:
@@ -241,7 +310,7 @@ def test_steps_of_ended_requests_do_not_wait_for_ever() -> None:
         # The request before this one has ended without an output.
         requests = {name: request_of(name)}
         reads.take(step, np.array([0]), np.array([1]), requests)
-    assert len(reads._waiting[0]) <= MAX_WAITING
+    assert len(reads.outbox) <= MAX_WAITING
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -290,7 +359,7 @@ def test_what_a_stop_cuts_off_has_no_entry() -> None:
         walk.step(("r", PROMPT, 0, 0))
         walk.step(("r", 1, 3, 3))
         walk.fronts["r"].advance(2, fired)
-        record = walk.fronts["r"].take_output(delta=True)["m"]["post_block.1"]
+        record = walk.fronts["r"].take_output(delta=True).make()["m"]["post_block.1"]
         assert record.positions.tolist() == kept
 
 
@@ -299,8 +368,48 @@ def test_deltas_join_to_the_whole() -> None:
     parts = None
     for step in ((PROMPT, 0, 0), (1, 2, 1), (1, 0, 0), (1, 0, 0)):
         walk.step(("r", *step))
-        parts = merge(parts, walk.advance().take_output(delta=True))
+        parts = merge(parts, walk.advance().take_output(delta=True).make())
     assert parts is not None
     assert parts["m"]["post_block.1"].positions.tolist() == [6, 7, 8, 9]
     dense = parts["m"]["post_block.1"].to_dense()
     assert dense.shape == (4, 99) and dense[1, 7] == 7.0 and dense.sum() == 30.0
+
+
+class Output:
+    sae_features = FeaturesField("sae_features")
+
+
+def test_records_are_made_when_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk = Walk()
+    for _ in range(3):
+        walk.step(("r", PROMPT, 0, 0))
+    made: list[int] = []
+    stock = PendingFeatures.make
+
+    def make(self: PendingFeatures) -> ReadFeatures:
+        made.append(1)
+        return stock(self)
+
+    monkeypatch.setattr(PendingFeatures, "make", make)
+    output = Output()
+    assert output.sae_features is None and Output.sae_features is None
+    output.sae_features = walk.advance().take_output(delta=False)
+    sent = pickle.loads(pickle.dumps(output))
+    assert made == []
+    for own in (output, sent, output):
+        record = own.sae_features["m"]["post_block.1"]
+        assert record.positions.tolist() == [PROMPT, PROMPT + 1]
+    assert len(made) == 2
+
+
+def test_many_pieces_of_a_request_are_joined() -> None:
+    walk = Walk()
+    for _ in range(3 * MANY_CHUNKS):
+        walk.step(("r", PROMPT, 0, 0))
+        found = walk.advance().take_output(delta=False)
+        assert len(found.chunks) <= MANY_CHUNKS
+    record = found.make()["m"]["post_block.1"]
+    assert record.positions.tolist() == list(range(PROMPT, PROMPT + len(record)))
+    assert len(record) == 3 * MANY_CHUNKS - 1
