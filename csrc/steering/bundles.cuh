@@ -13,14 +13,15 @@ namespace vllm_steering {
 // One SAE; SAEWeights in layers/steering_state.py.
 template <typename T>
 struct Weights {
-  const T* w_enc;          // [F, D]
+  const T* w_enc;          // [F, D_in]
   const float* b_enc;      // [F]
   const float* threshold;  // [F]
-  const T* w_dec;          // [F, D]
-  const float* b_dec;      // [D]
+  const T* w_dec;          // [F, D_out]
+  const float* b_dec;      // [D_out]
   const int* meta;
   const float* norm_limit;
-  int num_features, d_model;
+  int num_features;
+  int d_in, d_out;  // equal, but for some transcoders
 };
 
 // Who reads, and where to; ReadBuffers in layers/steering_read_state.py.
@@ -37,14 +38,16 @@ struct Step {
   const int* index;  // [tokens]
   const int* flags;  // [tokens]
   ClampTable table;
-  unsigned long long* saturated;  // write-backs that were limited
+  // Write-backs that were limited: one counter of a slot, or one a vector.
+  unsigned long long* saturated;
   Reads reads;
 };
 
-// The residual stream: hidden + residual, or hidden alone.
+// The residual stream: hidden + residual, or hidden alone. What a transcoder
+// reads, and what it replaces, are a stream each.
 template <typename T>
 struct Stream {
-  T *hidden, *residual;  // [tokens, D]; residual may be null
+  T *hidden, *residual;  // [tokens, width]; residual may be null
   int64_t hidden_stride, residual_stride;
   int tokens;
 };
@@ -70,10 +73,24 @@ __device__ __forceinline__ void count_saturated(bool over, int* counted,
   if (over && atomicExch(counted, 1) == 0) atomicAdd(total, 1ull);
 }
 
+// Adds a token to the counter of each vector of its row, once.
+// A call: it is rare, and costs the kernel no registers.
+inline __device__ __noinline__ void count_vectors(
+    const int* feature, int count, unsigned long long* saturated) {
+#pragma unroll 1
+  for (int c = 0; c < count; ++c) {
+    bool seen = false;
+#pragma unroll 1
+    for (int before = 0; before < c; ++before)
+      seen |= feature[before] == feature[c];
+    if (!seen) atomicAdd(saturated + feature[c], 1ull);
+  }
+}
+
 // Scratch memory of one chunk of at most `rows` active tokens.
 template <typename T>
 struct Workspace {
-  T* x;                  // [rows, D], the active tokens' stream
+  T* x;                  // [rows, D_in], what the active tokens' encoder reads
   TokenRecord* records;  // [rows]
   int* count;            // active tokens of the whole step
   int* sync;             // [kSyncInts], SyncField
@@ -81,6 +98,7 @@ struct Workspace {
   float* scores;         // [rows, F], TopK only, else null
   int64_t* kth;          // [rows], TopK only
   float* coef;           // [rows, max_clamps], g - f
+  const float* skip;     // [rows, D_out], b_dec + W_skip x; null: no W_skip
   int rows, capacity;
   int base;  // active tokens before this chunk
 

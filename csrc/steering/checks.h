@@ -73,15 +73,18 @@ inline Expected expected_of(const Tensors& stream) {
   return {hidden.get_device_index(), type};
 }
 
-template <typename T>
-Stream<T> make_stream(const Tensors& stream, const Expected& e) {
-  const Tensor& hidden = get(stream, kHidden, "hidden");
-  const int64_t tokens = hidden.size(0), d_model = hidden.size(1);
-  STD_TORCH_CHECK(d_model % 8 == 0 && d_model > 0, "steering: width ", d_model,
+inline void check_width(int64_t width) {
+  STD_TORCH_CHECK(width % 8 == 0 && width > 0, "steering: width ", width,
                   " is no multiple of 8");
+}
+
+template <typename T>
+Stream<T> make_stream(const Tensors& stream, int64_t width, const Expected& e) {
+  const Tensor& hidden = get(stream, kHidden, "hidden");
+  const int64_t tokens = hidden.size(0);
   for (size_t i = 0; i < stream.size(); ++i) {
     const char* name = i == kHidden ? "hidden" : "residual";
-    check(stream[i], name, e.type, {tokens, d_model}, e, true);
+    check(stream[i], name, e.type, {tokens, width}, e, true);
     check_aligned(stream[i], name);
     STD_TORCH_CHECK(stream[i].stride(0) % 8 == 0, "steering: rows of ", name,
                     " are not 16-byte aligned");
@@ -93,18 +96,20 @@ Stream<T> make_stream(const Tensors& stream, const Expected& e) {
 }
 
 template <typename T>
-Weights<T> make_weights(const Tensors& w, int64_t d_model, const Expected& e) {
+Weights<T> make_weights(const Tensors& w, const Expected& e) {
   const auto f32 = ScalarType::Float;
   const Tensor& w_enc =
-      check(get(w, kWEnc, "W_enc"), "W_enc", e.type, {kAny, d_model}, e);
-  const int64_t f = w_enc.size(0);
+      check(get(w, kWEnc, "W_enc"), "W_enc", e.type, {kAny, kAny}, e);
+  const int64_t f = w_enc.size(0), d_in = w_enc.size(1);
   const Tensor& w_dec =
-      check(get(w, kWDec, "W_dec"), "W_dec", e.type, {f, d_model}, e);
+      check(get(w, kWDec, "W_dec"), "W_dec", e.type, {f, kAny}, e);
+  const int64_t d_out = w_dec.size(1);
+  check_width(d_in);
+  check_width(d_out);
   const Tensor& b_enc = check(get(w, kBEnc, "b_enc"), "b_enc", f32, {f}, e);
   const Tensor& threshold =
       check(get(w, kThreshold, "threshold"), "threshold", f32, {f}, e);
-  const Tensor& b_dec =
-      check(get(w, kBDec, "b_dec"), "b_dec", f32, {d_model}, e);
+  const Tensor& b_dec = check(get(w, kBDec, "b_dec"), "b_dec", f32, {d_out}, e);
   const Tensor& meta =
       check(get(w, kMeta, "meta"), "meta", ScalarType::Int, {kAny}, e);
   const Tensor& norm_limit =
@@ -112,10 +117,10 @@ Weights<T> make_weights(const Tensors& w, int64_t d_model, const Expected& e) {
   check_length(meta, kSkipMask + 1, "meta");
   check_aligned(w_enc, "W_enc");
   check_aligned(w_dec, "W_dec");
-  return {
-      data<T>(w_enc),          data<float>(b_enc),  data<float>(threshold),
-      data<T>(w_dec),          data<float>(b_dec),  data<int>(meta),
-      data<float>(norm_limit), static_cast<int>(f), static_cast<int>(d_model)};
+  return {data<T>(w_enc),          data<float>(b_enc),  data<float>(threshold),
+          data<T>(w_dec),          data<float>(b_dec),  data<int>(meta),
+          data<float>(norm_limit), static_cast<int>(f), static_cast<int>(d_in),
+          static_cast<int>(d_out)};
 }
 
 // Who reads, where a step's bundle says so; the scale is checked with weights.
@@ -139,7 +144,9 @@ inline Reads make_reads(const Tensors& step, int64_t tokens,
           data<int>(out),   table.stride(0),  out.stride(0)};
 }
 
-inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
+// `counters`: how many write-backs are counted in, one of each vector.
+inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e,
+                      int64_t counters = 1) {
   const auto i32 = ScalarType::Int;
   const Tensor& index =
       check(get(step, kIndex, "index"), "index", i32, {kAny}, e);
@@ -148,7 +155,7 @@ inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
   const Tensor& table =
       check(get(step, kTable, "table"), "table", i32, {kAny, kAny}, e, true);
   const Tensor& saturated = check(get(step, kSaturated, "saturated"),
-                                  "saturated", ScalarType::Long, {1}, e);
+                                  "saturated", ScalarType::Long, {counters}, e);
   check_length(index, tokens, "index");
   check_length(flags, tokens, "flags");
   STD_TORCH_CHECK(table.size(1) >= 2 && (table.size(1) - 2) % 3 == 0,
@@ -170,7 +177,7 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
   const auto i32 = ScalarType::Int, i64 = ScalarType::Long;
   const auto f32 = ScalarType::Float;
   const Tensor& x =
-      check(get(ws, kX, "x"), "x", e.type, {kAny, weights.d_model}, e);
+      check(get(ws, kX, "x"), "x", e.type, {kAny, weights.d_in}, e);
   const int64_t rows = x.size(0);
   check_aligned(x, "x");
   const Tensor& records = check(get(ws, kRecords, "records"), "records", i32,
@@ -187,6 +194,8 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
     check_length(check(get(ws, kKth, "kth"), "kth", i64, {kAny}, e), rows,
                  "kth");
   }
+  const bool has_skip = ws.size() > kSkip;
+  if (has_skip) check(ws[kSkip], "skip", f32, {rows, weights.d_out}, e);
   STD_TORCH_CHECK(base >= 0, "steering: base ", base, " is negative");
   return {data<T>(x),
           data<TokenRecord>(records),
@@ -196,6 +205,7 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
           topk ? data<float>(ws[kScores]) : nullptr,
           topk ? data<int64_t>(ws[kKth]) : nullptr,
           data<float>(ws[kCoef]),
+          has_skip ? data<float>(ws[kSkip]) : nullptr,
           static_cast<int>(rows),
           static_cast<int>(entries.size(1)),
           static_cast<int>(base)};
@@ -208,16 +218,20 @@ DenseScratch<T> make_dense_scratch(const Tensors& ws, const Weights<T>& weights,
   const Tensor& bytes = check(get(ws, kDense, "dense"), "dense",
                               ScalarType::Byte, {kAny, kAny}, e);
   check_aligned(bytes, "dense");
-  const int64_t rows = bytes.size(0), d = weights.d_model;
+  const int64_t rows = bytes.size(0);
   const int64_t padded = (weights.num_features + kTileK - 1) / kTileK * kTileK;
-  const int64_t each = 2 * d + 4 * padded + 4 * kDenseSplits * d;
+  const int64_t each =
+      2 * weights.d_in + 4 * padded + 4 * kDenseSplits * weights.d_out;
   STD_TORCH_CHECK(rows >= 1 && bytes.size(1) >= each, "steering: dense has ",
                   bytes.size(1), " bytes a token, expected ", each);
   T* x = data<T>(bytes);
-  T* limbs = x + rows * d;
+  T* limbs = x + rows * weights.d_in;
   return {x, limbs, reinterpret_cast<float*>(limbs + 2 * rows * padded),
           static_cast<int>(rows), static_cast<int>(padded)};
 }
+
+// Whether an op's stream is what the encoder reads, or what the decoder writes.
+enum class Side { kRead, kWritten };
 
 // All four bundles of an op.
 template <typename T>
@@ -231,11 +245,12 @@ struct Bundles {
 
 template <typename T>
 Bundles<T> make_bundles(const Tensors& step, const Tensors& weights,
-                        const Tensors& stream, const Tensors& ws, bool topk,
-                        int64_t base) {
+                        const Tensors& stream, const Tensors& ws, Side side,
+                        bool topk, int64_t base) {
   const Expected e = expected_of(stream);
-  const Stream<T> s = make_stream<T>(stream, e);
-  const Weights<T> w = make_weights<T>(weights, stream[kHidden].size(1), e);
+  const Weights<T> w = make_weights<T>(weights, e);
+  const Stream<T> s =
+      make_stream<T>(stream, side == Side::kRead ? w.d_in : w.d_out, e);
   const Step st = make_step(step, s.tokens, e);
   if (st.reads.index != nullptr)
     check(step[kReadScale], "read_scale", ScalarType::Float, {w.num_features},

@@ -3,7 +3,8 @@
 //
 //     x' = x + sum_c (g_c - f_c) W_dec[c],  f_c = act(x . W_enc[c] + b_enc[c])
 //
-// A steering vector that does more than add has the projection on it as f_c.
+// A steering vector that does more than add has the projection on it as f_c. A
+// transcoder's f_c is of what it reads, its source, in place of x.
 //
 // Latency is the limit: a token reads a few rows, each from cold memory, and a
 // row's address is known only after another load has returned. So the chain is
@@ -28,8 +29,10 @@ struct ClampArgs {
   Weights<T> weights;  // w_dec unused; without an encoder all of it
   Stream<T> stream;
   const W* directions;  // [F, D]
-  int d_model;
-  bool gated;  // the slot may hold TopK modules: not this kernel's
+  const T* source;      // [tokens, D_in]; null: the encoder reads the stream
+  int64_t source_stride;
+  int d_model;  // the width of the stream
+  bool gated;   // the slot may hold TopK modules: not this kernel's
 };
 
 // What the first warp does once every warp has its part of the dot products:
@@ -69,7 +72,9 @@ __device__ __forceinline__ void apply_conditions(const StagedRow& row) {
 // in rows 0-7, the second in rows 8-15. So of the products with the halves of
 // W, `low` is right in the upper rows and `high` in the lower ones. The order
 // of columns within a product is free, so lanes load 16 bytes of a row at once.
-template <typename T, bool kTwo>
+// With kSource `stream` is the source, and the ring has been started: a warp
+// may own columns of the stream and none of the source.
+template <typename T, bool kTwo, bool kSource>
 __device__ __forceinline__ bool resolve_clamps(
     const T* w_enc, const TokenStream<T, kTwo>& stream, const StagedRow& row,
     RowRing<T, T>& ring) {
@@ -100,9 +105,7 @@ __device__ __forceinline__ bool resolve_clamps(
         w[i] = load_if(w_row + base + 32 * i, 32 * i < inside);
       uint4* const columns = stream.x + base / 8;
       if (first == 0) {
-        if (base == warp * 256)
-#pragma unroll 1
-          for (int i = 0; i < 2; ++i) ring.request(row);
+        if (!kSource && base == warp * 256) ring.start(row);
         wait_copies<2>();  // all but the ring
         const Pack8<T> sum = stream.combine(base / 8 + lane);
 #pragma unroll
@@ -275,8 +278,9 @@ __device__ __forceinline__ void load_head(const ClampArgs<T, W>& a, uint64_t t,
 }
 
 // Writes x' of the thread's columns, once the deltas are known; true where a
-// component was limited.
-template <typename T, typename W, bool kEncodes, bool kTwo>
+// component was limited. kSwapped: the stream's sum is in shared memory, as
+// `resolve_clamps` leaves it.
+template <typename T, typename W, bool kSwapped, bool kTwo>
 __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
                                          const StagedRow& row,
                                          RowRing<T, W>& ring) {
@@ -284,7 +288,7 @@ __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i * 8 < stream.d_model; i += blockDim.x) {
     Pack8<T> x;
-    if constexpr (kEncodes)
+    if constexpr (kSwapped)
       x.raw = swap_middle(stream.x[i]);
     else
       x = stream.combine(i);
@@ -303,7 +307,27 @@ __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
   return over;
 }
 
-template <typename T, typename W, bool kEncodes, bool kTwo>
+// Turns the clamps' values into g - f; false where the token is left alone.
+template <bool kEncodes, bool kSource, typename T, typename W, bool kTwo>
+__device__ __forceinline__ bool resolve(const ClampArgs<T, W>& a,
+                                        const TokenStream<T, kTwo>& stream,
+                                        const TokenStream<T, false>& source,
+                                        const StagedRow& row, bool extended,
+                                        RowRing<T, W>& ring) {
+  if constexpr (kSource) {
+    ring.start(row);
+    wait_copies<2>();  // all but the ring
+    return resolve_clamps<T, false, true>(a.weights.w_enc, source, row, ring);
+  } else if constexpr (kEncodes) {
+    return resolve_clamps<T, kTwo, false>(a.weights.w_enc, stream, row, ring);
+  } else {
+    ring.start(row);
+    wait_copies<2>();  // all but the ring
+    return prepare_vectors(a.directions, stream, row, extended);
+  }
+}
+
+template <typename T, typename W, bool kEncodes, bool kTwo, bool kSource>
 __global__ void __launch_bounds__(kClampThreads, 2)
     clamp_kernel(const __grid_constant__ ClampArgs<T, W> a) {
   extern __shared__ uint4 shared[];
@@ -321,7 +345,9 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   const int padded = padded_clamps(from.max_clamps);
   uint4* const x = shared + kRingPitch * blockDim.x;
   StagedRow row;
-  row.feature = reinterpret_cast<int*>(x + 2 * padded_parts(a.d_model));
+  row.feature = reinterpret_cast<int*>(
+      shared +
+      clamp_parts(blockDim.x, a.d_model, kSource ? a.weights.d_in : 0));
   row.code = row.feature + padded;
   row.delta = reinterpret_cast<float*>(row.code + padded);
   row.bias = row.delta + padded;
@@ -331,11 +357,16 @@ __global__ void __launch_bounds__(kClampThreads, 2)
       a.stream.hidden + t * static_cast<uint32_t>(a.stream.hidden_stride),
       a.stream.residual + t * static_cast<uint32_t>(a.stream.residual_stride),
       x, static_cast<unsigned>(a.d_model)};
+  const TokenStream<T, false> source = {
+      const_cast<T*>(a.source) + t * static_cast<uint32_t>(a.source_stride),
+      nullptr, x + 2 * padded_parts(a.d_model),
+      static_cast<unsigned>(a.weights.d_in)};
   // The table first: the addresses of everything else depend on it.
   const bool extended = load_clamps<kEncodes>(a.weights, from, row);
   if (threadIdx.x == blockDim.x - 1) load_head<kEncodes>(a, t, from, &head);
   if (threadIdx.x == 0) counted = 0;
   stream.request();
+  if constexpr (kSource) source.request();
   commit_copies();
   __syncthreads();
 
@@ -346,17 +377,15 @@ __global__ void __launch_bounds__(kClampThreads, 2)
     RowRing<T, W> ring = {shared + kRingPitch * threadIdx.x,
                           reinterpret_cast<const char*>(a.directions + own),
                           a.d_model, static_cast<int>(own)};
-    if constexpr (kEncodes) {
-      within = resolve_clamps(a.weights.w_enc, stream, row, ring);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) ring.request(row);
-      wait_copies<2>();  // all but the ring
-      within = prepare_vectors(a.directions, stream, row, extended);
+    constexpr bool kSwapped = kEncodes && !kSource;
+    within = resolve<kEncodes, kSource>(a, stream, source, row, extended, ring);
+    if (within) {
+      const bool over = add_rows<T, W, kSwapped>(stream, row, ring);
+      if constexpr (kEncodes)
+        count_saturated(over, &counted, a.step.saturated);
+      else if (over && atomicExch(&counted, 1) == 0)
+        count_vectors(row.feature, row.count, a.step.saturated);
     }
-    if (within)
-      count_saturated(add_rows<T, W, kEncodes>(stream, row, ring), &counted,
-                      a.step.saturated);
   }
   wait_copies<0>();  // none may land after the block has ended
 }

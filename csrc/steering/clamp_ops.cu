@@ -26,24 +26,51 @@ void share_l1(Kernel* kernel, int smem) {
 template <typename T, typename W>
 void launch_clamp(void (*kernel)(ClampArgs<T, W>), const ClampArgs<T, W>& a,
                   cudaStream_t stream) {
-  const int smem = clamp_smem(a.d_model, a.step.table.max_clamps);
+  const int d_source = a.source != nullptr ? a.weights.d_in : 0;
+  const int threads = clamp_threads(std::max(a.d_model, d_source));
+  const int smem =
+      clamp_smem(threads, a.d_model, d_source, a.step.table.max_clamps);
   share_l1(kernel, smem);
-  launch(kernel, a.stream.tokens, clamp_threads(a.d_model), smem, stream, a);
+  launch(kernel, a.stream.tokens, threads, smem, stream, a);
 }
 
-// The delta tier. `gated`: the slot may hold a TopK module.
-void clamp(Tensors step, Tensors weights, Tensors stream, bool gated) {
+template <typename T, bool kSource>
+void launch_encoding(const ClampArgs<T, T>& a, cudaStream_t stream) {
+  launch_clamp(a.stream.residual != nullptr
+                   ? clamp_kernel<T, T, true, true, kSource>
+                   : clamp_kernel<T, T, true, false, kSource>,
+               a, stream);
+}
+
+// The delta tier. `source`: what a transcoder reads, else nothing. `gated`: the
+// slot may hold a TopK module.
+void clamp(Tensors step, Tensors weights, Tensors source, Tensors stream,
+           bool gated) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
     const Expected e = expected_of(stream);
-    const int64_t d_model = stream[kHidden].size(1);
-    const Stream<T> s = make_stream<T>(stream, e);
-    const Weights<T> w = make_weights<T>(weights, d_model, e);
-    const ClampArgs<T, T> a = {make_step(step, s.tokens, e), w,    s, w.w_dec,
-                               static_cast<int>(d_model),    gated};
-    launch_clamp(s.residual != nullptr ? clamp_kernel<T, T, true, true>
-                                       : clamp_kernel<T, T, true, false>,
-                 a, stream_of(stream[kHidden]));
+    const Weights<T> w = make_weights<T>(weights, e);
+    const Stream<T> s = make_stream<T>(stream, w.d_out, e);
+    STD_TORCH_CHECK(!source.empty() || w.d_in == w.d_out,
+                    "steering: an encoder of width ", w.d_in,
+                    " cannot read a stream of width ", w.d_out);
+    ClampArgs<T, T> a = {make_step(step, s.tokens, e),
+                         w,
+                         s,
+                         w.w_dec,
+                         nullptr,
+                         0,
+                         w.d_out,
+                         gated};
+    const cudaStream_t on = stream_of(stream[kHidden]);
+    if (source.empty()) return launch_encoding<T, false>(a, on);
+    const Stream<T> read = make_stream<T>(source, w.d_in, e);
+    STD_TORCH_CHECK(read.tokens == s.tokens && read.residual == nullptr,
+                    "steering: source has ", read.tokens, " tokens, expected ",
+                    s.tokens);
+    a.source = read.hidden;
+    a.source_stride = read.hidden_stride;
+    launch_encoding<T, true>(a, on);
   });
 }
 
@@ -55,12 +82,20 @@ void add_vectors(Tensors step, Tensor directions, Tensors stream) {
     const int64_t d_model = stream[kHidden].size(1);
     check(directions, "directions", ScalarType::Float, {kAny, d_model}, e);
     check_aligned(directions, "directions");
-    const Stream<T> s = make_stream<T>(stream, e);
-    const ClampArgs<T, float> a = {
-        make_step(step, s.tokens, e), {},   s, data<float>(directions),
-        static_cast<int>(d_model),    false};
-    launch_clamp(s.residual != nullptr ? clamp_kernel<T, float, false, true>
-                                       : clamp_kernel<T, float, false, false>,
+    check_width(d_model);
+    const Stream<T> s = make_stream<T>(stream, d_model, e);
+    const Step counted = make_step(step, s.tokens, e, directions.size(0));
+    const ClampArgs<T, float> a = {counted,
+                                   {},
+                                   s,
+                                   data<float>(directions),
+                                   nullptr,
+                                   0,
+                                   static_cast<int>(d_model),
+                                   false};
+    launch_clamp(s.residual != nullptr
+                     ? clamp_kernel<T, float, false, true, false>
+                     : clamp_kernel<T, float, false, false, false>,
                  a, stream_of(stream[kHidden]));
   });
 }
@@ -70,8 +105,8 @@ void add_vectors(Tensors step, Tensor directions, Tensors stream) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
   m.def(
-      "clamp(Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, bool gated)"
-      " -> ()");
+      "clamp(Tensor[] step, Tensor[] weights, Tensor[] source, Tensor(a!)[] "
+      "stream, bool gated) -> ()");
   m.def(
       "add_vectors(Tensor[] step, Tensor directions, Tensor(a!)[] stream)"
       " -> ()");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a block of the clamp kernel keeps in shared memory: the token's stream,
-// a table row, and a ring of decoder rows for each thread.
+// what a transcoder reads, a table row, and a ring of decoder rows for each
+// thread.
 #pragma once
 
 #include "bundles.cuh"
@@ -33,10 +34,17 @@ __host__ __device__ inline int padded_parts(int d_model) {
   return (d_model + 255) >> 8 << 5;
 }
 
-// Dynamic shared memory: ring, hidden, residual, then five words a clamp.
-inline int clamp_smem(int d_model, int max_clamps) {
-  return (kRingPitch * clamp_threads(d_model) + 2 * padded_parts(d_model)) *
-             16 +
+// 16-byte parts before the table row: ring, hidden, residual, then the source
+// (`d_source`: 0 without one).
+__host__ __device__ inline int clamp_parts(int threads, int d_model,
+                                           int d_source) {
+  return kRingPitch * threads + 2 * padded_parts(d_model) +
+         padded_parts(d_source);
+}
+
+// Dynamic shared memory of a block: these parts, then five words a clamp.
+inline int clamp_smem(int threads, int d_model, int d_source, int max_clamps) {
+  return clamp_parts(threads, d_model, d_source) * 16 +
          padded_clamps(max_clamps) * 20;
 }
 
@@ -143,6 +151,12 @@ struct RowRing {
     clamp = 0;
     d += blockDim.x * 8;
     column += blockDim.x * 8 * sizeof(W);
+  }
+
+  // The first two batches.
+  __device__ __forceinline__ void start(const StagedRow& row) {
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) request(row);
   }
 
   // acc += the oldest batch, clamps from `first`; its place goes to a new one.

@@ -44,24 +44,24 @@ __device__ __forceinline__ bool is_active(const Step& step, int t, int skip) {
 // the squared norm. Without kTwo the residual is not read.
 template <bool kTwo, typename T>
 __device__ __forceinline__ float gather_row(const T* hidden, const T* residual,
-                                            T* x, int d_model, int thread,
+                                            T* x, int d_in, int thread,
                                             int threads) {
   constexpr int kInFlight = 3;
   const int step = threads * 8;
   float square = 0.f;
-  for (int first = thread * 8; first < d_model; first += kInFlight * step) {
+  for (int first = thread * 8; first < d_in; first += kInFlight * step) {
     Pack8<T> h[kInFlight], r[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int d = first + u * step;
-      if (d >= d_model) continue;
+      if (d >= d_in) continue;
       h[u] = load8(hidden + d);
       if constexpr (kTwo) r[u] = load8(residual + d);
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int d = first + u * step;
-      if (d >= d_model) continue;
+      if (d >= d_in) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if constexpr (kTwo)
@@ -79,14 +79,14 @@ __device__ __forceinline__ float gather_row(const T* hidden, const T* residual,
 template <typename T>
 __device__ __forceinline__ float gather_token(const Stream<T>& stream,
                                               const Workspace<T>& ws, int64_t t,
-                                              int64_t i, int d_model,
-                                              int thread, int threads) {
+                                              int64_t i, int d_in, int thread,
+                                              int threads) {
   const T* hidden = stream.hidden + t * stream.hidden_stride;
-  T* x = ws.x + i * d_model;
+  T* x = ws.x + i * d_in;
   if (stream.residual == nullptr)
-    return gather_row<false>(hidden, hidden, x, d_model, thread, threads);
+    return gather_row<false>(hidden, hidden, x, d_in, thread, threads);
   const T* residual = stream.residual + t * stream.residual_stride;
-  return gather_row<true>(hidden, residual, x, d_model, thread, threads);
+  return gather_row<true>(hidden, residual, x, d_in, thread, threads);
 }
 
 // The i-th active token is t, unless its norm is past the limit.
@@ -108,12 +108,11 @@ __device__ __forceinline__ void note_token(const Workspace<T>& ws,
 // room for a float of each of their warps.
 template <typename T>
 __device__ void gather_together(const Step& step, const Stream<T>& stream,
-                                const Workspace<T>& ws, int d_model, int t,
-                                int i, float limit, float* squares,
-                                int threads) {
+                                const Workspace<T>& ws, int d_in, int t, int i,
+                                float limit, float* squares, int threads) {
   const int own = threadIdx.x & (threads - 1), warp = threadIdx.x / 32;
   if (t >= 0) {
-    const float square = gather_token(stream, ws, t, i, d_model, own, threads);
+    const float square = gather_token(stream, ws, t, i, d_in, own, threads);
     if (own % 32 == 0) squares[warp] = square;
   }
   sync_threads<kCompactThreads>();

@@ -19,7 +19,7 @@ static_assert(kCompactThreads == kConsumers, "who gathers multiplies");
 template <typename T>
 struct CompactEncodeArgs {
   Step step;
-  Stream<T> stream;
+  Stream<T> stream;  // what the encoder reads
   EncodeArgs<T> encode;
   int gate;
 };
@@ -42,9 +42,9 @@ __device__ __forceinline__ FirstLoads load_first(const CompactEncodeArgs<T>& a,
 
 // Asks L2 for the rows that this block may have to gather.
 template <typename T>
-__device__ void prefetch_rows(const Stream<T>& s, int d_model) {
+__device__ void prefetch_rows(const Stream<T>& s, int d_in) {
   for (int t = blockIdx.x; t < s.tokens; t += gridDim.x) {
-    for (int d = threadIdx.x * 64; d < d_model; d += blockDim.x * 64) {
+    for (int d = threadIdx.x * 64; d < d_in; d += blockDim.x * 64) {
       prefetch_line(s.hidden + t * s.hidden_stride + d);
       if (s.residual != nullptr)
         prefetch_line(s.residual + t * s.residual_stride + d);
@@ -92,7 +92,7 @@ __device__ void gather_active(const CompactEncodeArgs<T>& a, EncodeMemory& m,
     const int i = first + mine;
     if (i < n && (threadIdx.x & (threads - 1)) == 0)
       a.encode.ws.records[i].listed = 0;
-    gather_together(a.step, a.stream, a.encode.ws, a.encode.weights.d_model,
+    gather_together(a.step, a.stream, a.encode.ws, a.encode.weights.d_in,
                     i < n ? m.tokens[i] : -1, i, limit, squares, threads);
     sync_threads<kCompactThreads>();
   }
@@ -119,11 +119,11 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;
   }
-  const int k_tiles = (a.encode.weights.d_model + kTileK - 1) / kTileK;
+  const int k_tiles = (a.encode.weights.d_in + kTileK - 1) / kTileK;
   const bool has_tile =
       static_cast<int>(blockIdx.x) * kTileF < a.encode.weights.num_features;
   const int first = has_tile ? min(kFirstStages, k_tiles) : 0;
-  prefetch_rows(a.stream, a.encode.weights.d_model);
+  prefetch_rows(a.stream, a.encode.weights.d_in);
   if (t == kWeightsThread) request_first(m, &maps.w, first, k_tiles);
   const int n = list_active(a, own, m);
   if (blockIdx.x == 0 && t == 0) *ws.count = n;

@@ -26,7 +26,7 @@ template <typename T>
 struct CompactArgs {
   Step step;
   Weights<T> weights;
-  Stream<T> stream;
+  Stream<T> stream;  // what the encoder reads
   Workspace<T> ws;
   int gate;
   int per_block;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kCompactThreads)
   launch_dependents();  // after the wait: the encoder reads weights ahead of
                         // its own
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int skip = a.weights.meta[kSkipMask], d_model = a.weights.d_model;
+  const int skip = a.weights.meta[kSkipMask], d_in = a.weights.d_in;
   const bool on = is_meant(a.gate, a.weights.meta[kUsesTopk]);
   const int total = on ? a.stream.tokens : 0;
   const int start = blockIdx.x * a.per_block;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kCompactThreads)
     const int i = before - a.ws.base;
     if (active == 0 || i < 0 || i >= a.ws.rows) return;
     __shared__ float squares[kCompactWarps];
-    gather_together(a.step, a.stream, a.ws, d_model, start, i, limit, squares,
+    gather_together(a.step, a.stream, a.ws, d_in, start, i, limit, squares,
                     kCompactThreads);
     return;
   }
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kCompactThreads)
     const int i = before + __popc(active & ((1u << j) - 1)) - a.ws.base;
     if (i < 0 || i >= a.ws.rows) continue;
     const int t = start + j;
-    const float square = gather_token(a.stream, a.ws, t, i, d_model, lane, 32);
+    const float square = gather_token(a.stream, a.ws, t, i, d_in, lane, 32);
     if (lane == 0) note_token(a.ws, a.step, i, t, sqrtf(square) <= limit);
   }
 }

@@ -68,6 +68,7 @@ enum WorkspaceField {
   kKth = 6,
   kCoef = 7,
   kDense = 8,
+  kSkip = 9,
 };
 enum StepField {
   kIndex = 0,

@@ -21,12 +21,12 @@ struct DecodeArgs {
   ClampTable table;
   unsigned long long* saturated;
   bool resolved;  // ws.coef holds g - f of the clamps already
-  bool delta;     // add to x: no entries, no b_dec
+  bool delta;     // add to the stream: no entries, no b_dec
   Reads reads;
 };
 
-inline int decode_slices(int d_model) {
-  return (d_model + kColumns - 1) / kColumns;
+inline int decode_slices(int d_out) {
+  return (d_out + kColumns - 1) / kColumns;
 }
 
 // A warp's sum of its entries, this lane's columns.

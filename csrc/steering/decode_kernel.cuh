@@ -5,6 +5,9 @@
 //   full:  x' = b_dec + sum_i f_i W_dec[i] + sum_c (g_c - f_c) W_dec[c]
 //   delta: x' = x + sum_c (g_c - f_c) W_dec[c]
 //
+// A transcoder's delta adds to what it replaces, and its b_dec may have a skip
+// connection added (`base_of`).
+//
 // A block owns one token and some slices of D; its eight warps take the sorted
 // entries in turn and their partial sums are added in a fixed order, so a
 // token's bits depend neither on the run nor on its batch.
@@ -52,8 +55,8 @@ __device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
 template <int Ahead, typename T>
 __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
                                             int n, const T* w_dec, int column,
-                                            int d_model) {
-  const T* columns = w_dec + min(column, d_model - 8);
+                                            int d_out) {
+  const T* columns = w_dec + min(column, d_out - 8);
 #pragma unroll 1
   for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * Ahead) {
     Pack8<T> w[Ahead];
@@ -63,7 +66,7 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
       const int at = j + u * kDecodeWarps;
       const int2 e = list[min(at, n - 1)];
       weight[u] = at < n ? __int_as_float(e.y) : 0.f;
-      w[u] = load8(columns + static_cast<int64_t>(e.x) * d_model);
+      w[u] = load8(columns + static_cast<int64_t>(e.x) * d_out);
     }
 #pragma unroll
     for (int u = 0; u < Ahead; ++u) add_row(acc, w[u], weight[u]);
@@ -73,16 +76,22 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
 // Adds the eight partial sums and the base, rounds once, writes back exactly.
 template <typename T>
 __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
-                             float* sums, const T* x, T* hidden, T* residual,
+                             float* sums, int64_t i, T* hidden, T* residual,
                              int* counted, int first) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
   to[1] = make_float4(sum.at[4], sum.at[5], sum.at[6], sum.at[7]);
   const int c = first + threadIdx.x;
-  const bool inside = c < a.weights.d_model;
+  const bool inside = c < a.weights.d_out;
   float total = 0.f;
-  if (inside) total = a.delta ? to_float(x[c]) : a.weights.b_dec[c];
+  if (inside && !a.delta) {
+    total = base_of(a.weights, a.ws, i)[c];
+  } else if (inside) {
+    total = to_float(hidden[c]);
+    if (residual != nullptr)  // rounded as the model rounds it
+      total = to_float(from_float<T>(total + to_float(residual[c])));
+  }
   __syncthreads();
   if (inside) {
 #pragma unroll
@@ -115,8 +124,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       reinterpret_cast<float*>(memory + list_slots(a.table.max_clamps) * 8);
   launch_dependents();
   wait_for_previous();
-  const int n = a.ws.tokens(), d_model = a.weights.d_model;
-  const int slices = (d_model + kColumns - 1) / kColumns;
+  const int n = a.ws.tokens(), d_out = a.weights.d_out;
+  const int slices = (d_out + kColumns - 1) / kColumns;
   const int groups =
       max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
   const int room = a.delta ? 0 : a.ws.capacity;
@@ -140,7 +149,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       continue;
     }
     const ClampRow row = a.table.row(record->row);
-    const T* x = a.ws.x + i * d_model;
     T* h = a.stream.hidden + token * a.stream.hidden_stride;
     T* r = a.stream.residual == nullptr
                ? nullptr
@@ -157,8 +165,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       const int first = slice * kColumns,
                 column = first + (threadIdx.x & 31) * 8;
       Partial sum = {};
-      gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column, d_model);
-      finish_slice(sum, a, scratch, x, h, r, &record->saturated, first);
+      gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column, d_out);
+      finish_slice(sum, a, scratch, i, h, r, &record->saturated, first);
     }
   }
 }

@@ -22,9 +22,9 @@ namespace vllm_steering {
 // lists, which have been read by then.
 template <typename T>
 struct DenseScratch {
-  T* x;            // [rows, D]
+  T* x;            // [rows, D_in]
   T* limbs;        // [2, rows, padded], high limbs, then low ones
-  float* partial;  // [kDenseSplits, rows, D]
+  float* partial;  // [kDenseSplits, rows, D_out]
   int rows;
   int padded;  // F, up to a multiple of kTileK
 };
@@ -39,6 +39,14 @@ struct DenseArgs {
   bool topk;
   DenseScratch<T> scratch;
 };
+
+// What entries are added to: b_dec, with a skip connection b_dec + W_skip x.
+template <typename T>
+__device__ __forceinline__ const float* base_of(const Weights<T>& weights,
+                                                const Workspace<T>& ws,
+                                                int64_t i) {
+  return ws.skip == nullptr ? weights.b_dec : ws.skip + i * weights.d_out;
+}
 
 // Called by one thread for each token whose list is too short for it.
 template <typename T>
@@ -114,7 +122,7 @@ template <typename T>
 __device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n) {
   const int rows = a.scratch.rows;
   const int n_f = (a.scratch.padded + kTileF - 1) / kTileF;
-  const int n_d = (a.weights.d_model + kTileF - 1) / kTileF;
+  const int n_d = (a.weights.d_out + kTileF - 1) / kTileF;
   const int full = DenseCounts(rows, n_f, n_d, a.topk).total();
   const int chunk = min(ticket / full, n / rows);
   DenseItem item = {kPhases,      ticket - chunk * full,       chunk * full,

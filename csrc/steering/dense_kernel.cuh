@@ -50,9 +50,9 @@ constexpr int kDenseClamps = sizeof(DenseMemory::operands) / 4;
 template <typename T>
 __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
   if (!a.topk) {
-    const T* from = a.ws.x + i * a.weights.d_model;
-    T* to = a.scratch.x + static_cast<int64_t>(d) * a.weights.d_model;
-    for (int k = threadIdx.x * 8; k < a.weights.d_model; k += blockDim.x * 8)
+    const T* from = a.ws.x + i * a.weights.d_in;
+    T* to = a.scratch.x + static_cast<int64_t>(d) * a.weights.d_in;
+    for (int k = threadIdx.x * 8; k < a.weights.d_in; k += blockDim.x * 8)
       store8(to + k, load8(from + k));
     return;
   }
@@ -186,15 +186,15 @@ __device__ __forceinline__ void store_partial(const DenseArgs<T>& a,
                                               const float (&acc)[N / 2],
                                               int split, int column, int t0,
                                               int tokens) {
-  const int lane = threadIdx.x & 31, d_model = a.weights.d_model;
-  float* to = a.scratch.partial +
-              static_cast<int64_t>(split) * a.scratch.rows * d_model;
+  const int lane = threadIdx.x & 31, d_out = a.weights.d_out;
+  float* to =
+      a.scratch.partial + static_cast<int64_t>(split) * a.scratch.rows * d_out;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const int t = t0 + i / 4 * 8 + (lane & 3) * 2 + (i & 1);
     const int c = column + (i & 2 ? 8 : 0);
-    if (t < tokens && c < d_model)
-      to[static_cast<int64_t>(t) * d_model + c] = acc[i] * Limbs<T>::kUnit;
+    if (t < tokens && c < d_out)
+      to[static_cast<int64_t>(t) * d_out + c] = acc[i] * Limbs<T>::kUnit;
   }
 }
 
@@ -207,7 +207,7 @@ __device__ __forceinline__ DenseTile dense_tile(const DenseArgs<T>& a,
   const int rest = item.index / item.token_tiles;
   split = 0;
   if constexpr (kDecodes) {
-    const int n_d = (a.weights.d_model + kTileF - 1) / kTileF;
+    const int n_d = (a.weights.d_out + kTileF - 1) / kTileF;
     const int k_tiles = a.scratch.padded / kTileK;
     const int each = (k_tiles + kDenseSplits - 1) / kDenseSplits;
     split = rest / n_d;
@@ -215,7 +215,7 @@ __device__ __forceinline__ DenseTile dense_tile(const DenseArgs<T>& a,
     return {rest % n_d * kTileF, t * width, k0, k_tiles,
             min(each, k_tiles - k0)};
   } else {
-    const int k_tiles = (a.weights.d_model + kTileK - 1) / kTileK;
+    const int k_tiles = (a.weights.d_in + kTileK - 1) / kTileK;
     return {rest * kTileF, t * width, first_k(rest, k_tiles), k_tiles, k_tiles};
   }
 }
@@ -263,8 +263,9 @@ template <typename T>
 __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
                              int64_t i) {
   TokenRecord* record = a.ws.records + i;
-  const int token = record->token, d_model = a.weights.d_model;
+  const int token = record->token, d_out = a.weights.d_out;
   if (token < 0) return;
+  const float* base = base_of(a.weights, a.ws, i);
   const ClampRow row = a.table.row(record->row);
   const int clamps = row.count();
   for (int c = threadIdx.x; c < clamps; c += blockDim.x)
@@ -274,15 +275,15 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
                          });
   __syncthreads();
   bool over = false;
-  for (int c = threadIdx.x * 8; c < d_model; c += blockDim.x * 8) {
+  for (int c = threadIdx.x * 8; c < d_out; c += blockDim.x * 8) {
     float total[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) total[j] = a.weights.b_dec[c + j];
+    for (int j = 0; j < 8; ++j) total[j] = base[c + j];
 #pragma unroll
     for (int s = 0; s < kDenseSplits; ++s) {
       const auto* part = reinterpret_cast<const float4*>(
           a.scratch.partial +
-          (static_cast<int64_t>(s) * a.scratch.rows + d) * d_model + c);
+          (static_cast<int64_t>(s) * a.scratch.rows + d) * d_out + c);
       const float4 low = part[0], high = part[1];
       const float add[8] = {low.x,  low.y,  low.z,  low.w,
                             high.x, high.y, high.z, high.w};
@@ -292,7 +293,7 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
 #pragma unroll 1
     for (int k = 0; k < clamps; ++k) {
       const auto w = load8(a.weights.w_dec +
-                           static_cast<int64_t>(row.feature(k)) * d_model + c);
+                           static_cast<int64_t>(row.feature(k)) * d_out + c);
 #pragma unroll
       for (int j = 0; j < 8; ++j) total[j] += deltas[k] * to_float(w.at[j]);
     }

@@ -62,8 +62,7 @@ __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
   a.ws.entries[t * a.ws.capacity + slot] =
       pack_entry(f, __uint_as_float(hit.y));
   if (a.eager && at.n <= kEagerTokens)
-    prefetch_bytes(a.weights.w_dec + f * a.weights.d_model,
-                   a.weights.d_model * 2);
+    prefetch_bytes(a.weights.w_dec + f * a.weights.d_out, a.weights.d_out * 2);
 }
 
 // As append_hits, for lanes with many hits: lanes that have the same token ask

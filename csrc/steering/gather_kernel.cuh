@@ -15,7 +15,7 @@ namespace vllm_steering {
 template <typename T>
 __device__ __forceinline__ void gather_entries(float (&acc)[kDecodeWarps][8],
                                                const int64_t* own, int n,
-                                               const T* columns, int d_model) {
+                                               const T* columns, int d_out) {
   const int lane = threadIdx.x & 31;
   for (int first = 0; first < n; first += 32) {
     const int64_t mine = first + lane < n ? own[first + lane] : 0;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void gather_entries(float (&acc)[kDecodeWarps][8],
 #pragma unroll
       for (int u = 0; u < kDecodeWarps; ++u) {
         const int64_t f = __shfl_sync(~0u, feature, j + u);
-        w[u] = load8(columns + f * d_model);
+        w[u] = load8(columns + f * d_out);
       }
 #pragma unroll
       for (int u = 0; u < kDecodeWarps; ++u)
@@ -41,11 +41,11 @@ template <typename T>
 __device__ __forceinline__ void gather_clamps(float (&acc)[kDecodeWarps][8],
                                               const ClampRow& row,
                                               const float* coef, int listed,
-                                              const T* columns, int d_model) {
+                                              const T* columns, int d_out) {
   const int clamps = row.count();
   for (int c = 0; c < clamps; ++c) {
     const Pack8<T> w =
-        load8(columns + static_cast<int64_t>(row.feature(c)) * d_model);
+        load8(columns + static_cast<int64_t>(row.feature(c)) * d_out);
 #pragma unroll
     for (int u = 0; u < kDecodeWarps; ++u)
       add_row(acc[u], w, u == (listed + c) % kDecodeWarps ? coef[c] : 0.f);
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     gather_kernel(const __grid_constant__ DecodeArgs<T> a) {
   launch_dependents();
   wait_for_previous();
-  const int n = a.ws.tokens(), d_model = a.weights.d_model;
-  const int slices = (d_model + kColumns - 1) / kColumns;
+  const int n = a.ws.tokens(), d_out = a.weights.d_out;
+  const int slices = (d_out + kColumns - 1) / kColumns;
   const int warps = gridDim.x * kDecodeWarps;
   for (int work = blockIdx.x * kDecodeWarps + threadIdx.x / 32;
        work < n * slices; work += warps) {
@@ -69,18 +69,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int column = work / n * kColumns + (threadIdx.x & 31) * 8;
     const ClampRow row = a.table.row(record->row);
     float acc[kDecodeWarps][8] = {};
-    const T* columns = a.weights.w_dec + min(column, d_model - 8);
+    const T* columns = a.weights.w_dec + min(column, d_out - 8);
     gather_entries(acc, a.ws.entries + i * a.ws.capacity, listed, columns,
-                   d_model);
+                   d_out);
     gather_clamps(acc, row, a.ws.coef + i * row.max_clamps, listed, columns,
-                  d_model);
-    if (column >= d_model) continue;
+                  d_out);
+    if (column >= d_out) continue;
+    const float* base = base_of(a.weights, a.ws, i);
     bool over = false;
     Pack8<T> out, zero;
     zero.raw = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float total = a.weights.b_dec[column + j];
+      float total = base[column + j];
 #pragma unroll
       for (int u = 0; u < kDecodeWarps; ++u) total += acc[u][j];
       out.at[j] = from_float<T>(saturate<T>(total, over));

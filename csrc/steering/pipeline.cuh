@@ -108,11 +108,11 @@ __device__ __forceinline__ void pace(long long start, int stage) {
 // first round is spread over the time that it takes. Otherwise the tokens,
 // which are requested later, would wait behind all of it.
 template <int N, bool Weights>
-__device__ void request_all(EncodeMemory& m, const CUtensorMap* map,
-                            int d_model, TileWalk walk, int first) {
+__device__ void request_all(EncodeMemory& m, const CUtensorMap* map, int d_in,
+                            TileWalk walk, int first) {
   using S = Stages<N>;
   constexpr int kBytes = Weights ? kStageW : S::kStageX;
-  const int k_tiles = (d_model + kTileK - 1) / kTileK;
+  const int k_tiles = (d_in + kTileK - 1) / kTileK;
   const uint32_t to = smem_address(m.operands) + (Weights ? 0 : S::kX0);
   const long long start = clock64();
   int it = 0;
@@ -195,7 +195,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
 template <typename T, int N>
 __device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, TileWalk walk,
                         int n) {
-  const int k_tiles = (a.weights.d_model + kTileK - 1) / kTileK;
+  const int k_tiles = (a.weights.d_in + kTileK - 1) / kTileK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int row = warp * 16 + lane / 4;
   const uint32_t where = ((lane & 3) * 2) << 8 | row;
@@ -240,16 +240,16 @@ __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
                                          const EncodeMaps& maps, int n,
                                          int first) {
   const TileWalk walk = tile_walk(a.weights.num_features, n);
-  const int d_model = a.weights.d_model;
+  const int d_in = a.weights.d_in;
   const int emitter = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps - 2;
   if (threadIdx.x == kWeightsThread) {
 #define STEERING_WEIGHTS(N, I) \
-  request_all<N, true>(m, &maps.w, d_model, walk, first)
+  request_all<N, true>(m, &maps.w, d_in, walk, first)
     STEERING_WIDTHS(n, STEERING_WEIGHTS)
 #undef STEERING_WEIGHTS
   } else if (threadIdx.x == kTokensThread) {
 #define STEERING_TOKENS(N, I) \
-  request_all<N, false>(m, &maps.x[I], d_model, walk, 0)
+  request_all<N, false>(m, &maps.x[I], d_in, walk, 0)
     STEERING_WIDTHS(n, STEERING_TOKENS)
 #undef STEERING_TOKENS
   } else if (emitter >= 0 && a.ws.scores == nullptr) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The stages of full reconstruction as ops: bundles of tensors in, launches
-// out. The order of a bundle's tensors is in constants.cuh.
+// out. The order of a bundle's tensors is in constants.cuh. The stream of
+// stages 1 to 3 is what the encoder reads, that of stage 4 what is replaced.
 #include <algorithm>
 
 #include "checks.h"
@@ -20,9 +21,9 @@ namespace {
 template <typename T>
 EncodeMaps encode_maps(const Workspace<T>& ws, const Weights<T>& w) {
   EncodeMaps maps;
-  maps.w = tensor_map(w.w_enc, w.num_features, w.d_model, kTileF, kTileK);
+  maps.w = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
   for (int i = 0; i < kWidths; ++i)
-    maps.x[i] = tensor_map(ws.x, ws.rows, w.d_model, kWidth[i], kTileK);
+    maps.x[i] = tensor_map(ws.x, ws.rows, w.d_in, kWidth[i], kTileK);
   return maps;
 }
 
@@ -31,8 +32,8 @@ void compact(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
              int64_t base, int64_t gate) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b =
-        make_bundles<T>(step, weights, stream, workspace, false, base);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kRead, false, base);
     const int per_block = tokens_per_block(b.stream.tokens);
     const int blocks = (b.stream.tokens + per_block - 1) / per_block;
     const CompactArgs<T> a = {
@@ -47,8 +48,8 @@ void encode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
             int64_t base, bool topk) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b =
-        make_bundles<T>(step, weights, stream, workspace, topk, base);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kRead, topk, base);
     const int n_f = (b.weights.num_features + kTileF - 1) / kTileF;
     const int64_t tiles = static_cast<int64_t>(n_f) * ((b.ws.rows + 255) / 256);
     const int64_t blocks =
@@ -65,7 +66,8 @@ void compact_encode(Tensors step, Tensors weights, Tensors stream,
                     Tensors workspace, int64_t gate, bool topk) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace, topk, 0);
+    const auto b =
+        make_bundles<T>(step, weights, stream, workspace, Side::kRead, topk, 0);
     STD_TORCH_CHECK(
         b.stream.tokens <= kCompactEncodeTokens && b.ws.rows >= b.stream.tokens,
         "steering: too many tokens for one launch");
@@ -82,13 +84,13 @@ void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
             int64_t base) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b =
-        make_bundles<T>(step, weights, stream, workspace, true, base);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kRead, true, base);
     const SelectArgs a = {
         b.step.table,
         b.weights.meta,
         {b.ws.x, b.ws.records, b.ws.count, b.ws.sync, b.ws.entries, b.ws.scores,
-         b.ws.kth, b.ws.coef, b.ws.rows, b.ws.capacity, b.ws.base},
+         b.ws.kth, b.ws.coef, b.ws.skip, b.ws.rows, b.ws.capacity, b.ws.base},
         b.weights.num_features};
     const int blocks =
         std::min(a.ws.rows, 4 * multiprocessors(stream[kHidden]));
@@ -100,7 +102,7 @@ void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
 template <int Ahead, typename T>
 void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
   const bool reads = a.reads.index != nullptr;
-  const int64_t each = decode_slices(a.weights.d_model) + reads;
+  const int64_t each = decode_slices(a.weights.d_out) + reads;
   const int64_t blocks =
       std::min<int64_t>(a.ws.rows * each, 32 / Ahead * processors);
   launch(reads ? decode_kernel<T, Ahead, true> : decode_kernel<T, Ahead, false>,
@@ -117,7 +119,7 @@ void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
         a.reads.index != nullptr ? sort_kernel<T, true> : sort_kernel<T, false>,
         std::min(a.ws.rows, 8 * processors), kDecodeThreads, 0, stream, a);
     const int64_t work =
-        static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_model);
+        static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_out);
     const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
     launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
            stream, a);
@@ -131,10 +133,10 @@ void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
 template <typename T>
 DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
   DenseMaps maps;
-  maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_model, kTileF, kTileK);
-  maps.w_dec = tensor_map(w.w_dec, w.num_features, w.d_model, kTileK, 64);
+  maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
+  maps.w_dec = tensor_map(w.w_dec, w.num_features, w.d_out, kTileK, 64);
   for (int i = 0; i < kDenseWidths; ++i) {
-    maps.x[i] = tensor_map(s.x, s.rows, w.d_model, kWidth[i], kTileK);
+    maps.x[i] = tensor_map(s.x, s.rows, w.d_in, kWidth[i], kTileK);
     maps.limbs[i] =
         tensor_map(s.limbs, 2 * s.rows, s.padded, kWidth[i], kTileK);
   }
@@ -158,8 +160,8 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
             int64_t base, bool topk, bool delta, bool many) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b =
-        make_bundles<T>(step, weights, stream, workspace, topk, base);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kWritten, topk, base);
     const int processors = multiprocessors(stream[kHidden]);
     const cudaStream_t on = stream_of(stream[kHidden]);
     STD_TORCH_CHECK(

@@ -125,6 +125,11 @@ CASES = {
         z=128,
         environment=(("VLLM_MLA_DISABLE", "1"),),
     ),
+    "minimax_m2": Case(
+        "MiniMax-M2",
+        "minimax_m2_softmax",
+        f"{MODELS}.minimax_m2.MiniMaxM2DecoderLayer",
+    ),
     "qwen3_next": Case(
         "Qwen3-Next",
         "qwen3_next",
@@ -141,7 +146,7 @@ GPU_CASES = {
         title,
         name,
         f"{MODELS}.{layer}",
-        BFLOAT16,
+        (*BFLOAT16, *((("gdn_prefill_backend", "triton"),) if linear else ())),
         z=z,
         linear=linear,
         tolerance=BFLOAT16_TOLERANCE,

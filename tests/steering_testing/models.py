@@ -197,11 +197,23 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         "MiniMaxM2Config",
         **COMMON,
         **HEAD,
-        rotary_dim=32,
+        rotary_dim=16,
         scoring_func="sigmoid",
         use_routing_bias=True,
         num_local_experts=4,
         num_experts_per_tok=4,
+    ),
+    # vLLM routes by sigmoid on a GPU alone. With one expert a token both scores choose
+    # the same one, with weight 1.
+    "minimax_m2_softmax": _config(
+        "MiniMaxM2Config",
+        **COMMON,
+        **HEAD,
+        rotary_dim=16,
+        scoring_func="softmax",
+        use_routing_bias=True,
+        num_local_experts=4,
+        num_experts_per_tok=1,
     ),
     # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
     "stablelm": _config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),

@@ -3,8 +3,8 @@
 
 Written from the formats' own description: GPTQ packs eight inputs into an int32, AWQ
 eight outputs in the order 0 2 4 6 1 3 5 7; compressed-tensors has one scale for each
-output. All are symmetric. Engines run in bfloat16, and eight-bit layers round
-activations too.
+output. All are symmetric. Engines run in bfloat16. Eight-bit layers round activations
+too, each token in units of its own; so do the layers of the oracle (`RoundedLinear`).
 """
 
 from __future__ import annotations
@@ -109,6 +109,36 @@ def compressed(kind: str) -> dict[str, Any]:
     }
 
 
+def round_int8(x: torch.Tensor) -> torch.Tensor:
+    unit = x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 127
+    return (x / unit).round() * unit
+
+
+def round_fp8(x: torch.Tensor) -> torch.Tensor:
+    unit = x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+    return (x / unit).to(torch.float8_e4m3fn).to(x.dtype) * unit
+
+
+ROUND = {"int8": round_int8, "fp8": round_fp8}
+
+
+class RoundedLinear(torch.nn.Linear):
+    """A linear layer that rounds its input as the engine's does."""
+
+    rounded: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.rounded(x.bfloat16().to(x.dtype)))
+
+
+def round_inputs(model: Any, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make every linear layer of the decoder layers a `RoundedLinear`."""
+    for name, module in model.named_modules():
+        if "layers." in name and type(module) is torch.nn.Linear:
+            module.__class__ = RoundedLinear
+            module.rounded = how
+
+
 FOUR = {"bits": 4, "group_size": GROUP}
 Quantise = Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
 KINDS: dict[str, tuple[Quantise, dict[str, Any]]] = {
@@ -129,7 +159,8 @@ def save_quantised(family: str, kind: str, path: Path) -> Any:
     """Save the family's model with its layers' matrices quantised.
 
     Returns:
-        the Hugging Face model with the weights that they stand for, bfloat16 values.
+        the Hugging Face model with the weights that they stand for, bfloat16 values,
+        and with inputs of the layers rounded where the format does so.
     """
     quantise, config = KINDS[kind]
     model = copy.deepcopy(models.build(family))
@@ -144,6 +175,8 @@ def save_quantised(family: str, kind: str, path: Path) -> Any:
             weight.copy_(meant)
             owner = name.removesuffix("weight")
             tensors |= {f"{owner}{part}": value for part, value in stored.items()}
+    if kind in ROUND:
+        round_inputs(model, ROUND[kind])
     models.build(family).save_pretrained(path)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((path / "config.json").read_text())

@@ -68,6 +68,37 @@ def test_an_sae_of_the_streams_dtype_is_taken(hopper: None) -> None:
     assert stages_cuda.takes_clamp(VectorSlot(4, 64, 3, 4, CPU), rows(), rows())
 
 
+@pytest.mark.parametrize("takes", [stages_cuda.takes_cuda, stages_cuda.takes_clamp])
+@pytest.mark.parametrize("widths", [(48, 64), (64, 64)])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_is_taken(
+    hopper: None, takes: Callable[..., bool], widths: tuple[int, int], skip: bool
+) -> None:
+    slot = make(*widths, skip=skip, source=True)
+    assert takes(slot, rows(widths[1]), None, rows(widths[0]))
+
+
+@pytest.mark.parametrize("takes", [stages_cuda.takes_cuda, stages_cuda.takes_clamp])
+@pytest.mark.parametrize(
+    ("slot", "source"),
+    [
+        (make(48, 64, source=True), None),
+        (make(), rows()),
+        (make(44, 64, source=True), rows(44)),
+        (make(64, 64, source=True), rows(72)[:, 4:68]),
+        (make(48, 64, source=True), rows(48, torch.float16)),
+    ],
+    ids=["missing", "unwanted", "odd width", "not aligned", "other dtype"],
+)
+def test_a_source_that_the_kernels_cannot_read_is_left_to_triton(
+    hopper: None,
+    takes: Callable[..., bool],
+    slot: SAESlot,
+    source: torch.Tensor | None,
+) -> None:
+    assert not takes(slot, rows(), None, source)
+
+
 REFUSED: dict[str, tuple[SAESlot, torch.Tensor, torch.Tensor | None]] = {
     "residual of another dtype": (make(), rows(), rows(dtype=torch.float16)),
     "weights of another dtype": (make(dtype=torch.float16), rows(), rows()),
@@ -85,11 +116,6 @@ def test_what_the_kernels_cannot_address_is_left_to_triton(
     hopper: None, why: str, takes: Callable[..., bool]
 ) -> None:
     assert not takes(*REFUSED[why])
-
-
-def test_a_skip_connection_is_left_to_triton(hopper: None) -> None:
-    assert not stages_cuda.takes_cuda(make(skip=True, source=True), rows(), None)
-    assert not stages_cuda.takes_clamp(make(source=True), rows(), None)
 
 
 def test_vectors_on_another_dtype_or_layout_are_left_to_triton(hopper: None) -> None:

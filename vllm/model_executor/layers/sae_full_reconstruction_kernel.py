@@ -165,8 +165,8 @@ def sae_clamp(
         gated = uses_topk(slot)
         if hidden.shape[0] == 0:
             return
-        if _takes_clamp(slot, hidden, residual):
-            stages_cuda.clamp(slot, step, gated, hidden, residual)
+        if _takes_clamp(slot, hidden, residual, source):
+            stages_cuda.clamp(slot, step, gated, hidden, residual, source)
         else:
             stages_triton.clamp(slot, step, gated, hidden, residual, source)
     if uses_topk(slot):
@@ -191,10 +191,15 @@ def steering_vectors(
 
 
 def _takes_clamp(
-    slot: SAESlot | VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    slot: SAESlot | VectorSlot,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> bool:
     """Whether the extension is built and its clamp kernel fits."""
-    return extension_is_built() and stages_cuda.takes_clamp(slot, hidden, residual)
+    return extension_is_built() and stages_cuda.takes_clamp(
+        slot, hidden, residual, source
+    )
 
 
 def _make_run(
@@ -241,8 +246,9 @@ def _pipeline(run: Run | None) -> None:
     """The stages, chunk after chunk."""
     if run is None:
         return
-    fits = stages_cuda.takes_cuda(run.slot, run.hidden, run.residual)
-    cuda = extension_is_built() and fits and run.source is None
+    cuda = extension_is_built() and stages_cuda.takes_cuda(
+        run.slot, run.hidden, run.residual, run.source
+    )
     plan, weights = run.buffers.plan, run.slot.weights
     for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         if cuda:
@@ -253,6 +259,8 @@ def _pipeline(run: Run | None) -> None:
                 stages_cuda.encode(run, base)
             if run.topk:
                 stages_cuda.select(run, base)
+            if weights.W_skip is not None and run.tier is Tier.FULL:
+                stages_triton_dense.write_skip(run, weights.W_skip, base)
             if run.reads is not None and plan.capacity < weights.d_sae_capacity:
                 stages_triton_read.read_out(run, run.reads, base, overflow=True)
             stages_cuda.decode(run, base)

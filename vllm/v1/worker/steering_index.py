@@ -37,6 +37,9 @@ class BatchView:
 NO_STOP = 1 << 40
 
 Rows = tuple[int, ...]
+# Tokens that follow one another and have the same rows: their rows [tier, runs],
+# whether they are of the prompt [runs], and how many there are [runs].
+Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
 # So many requests that enter another piece are moved one by one.
 FEW = 16
 
@@ -89,12 +92,14 @@ class StepIndex:
         rows: int32 `[tier, tokens]`, the row of every token; None if all are 0.
         steered: int64 `[tier, phase]`, tokens of the step that have a row (prefill,
             decode).
+        runs: the same tokens as `rows`; another object whenever it has changed.
     """
 
     def __init__(self, num_tiers: int):
         self.num_tiers = num_tiers
         self.rows: np.ndarray | None = None
         self.steered: np.ndarray = np.zeros((num_tiers, 2), dtype=np.int64)
+        self.runs: Runs | None = None
         # [slot, piece, tier]: a slot for each request that holds rows, 0 for others.
         # Phases are two pieces; the width grows with the first request that has more.
         self._slots: np.ndarray = np.zeros((8, 2, num_tiers), dtype=np.int32)
@@ -202,6 +207,7 @@ class StepIndex:
             self._room[at] = stop - start - 1
             self._in_prompt[at] = position < 0
         self.rows = self._laid if self.steered.any() else None
+        self.runs = self._laid.copy(), self._in_prompt.copy(), self._scheduled
 
     def _lay_out(self, view: BatchView) -> None:
         """The rows of every token of a step."""
@@ -265,6 +271,7 @@ class StepIndex:
         prefill = used[:, in_prompt].sum(axis=1)
         self.steered = np.stack([prefill, used.sum(axis=1) - prefill], axis=1)
         self.rows = self._laid if self.steered.any() else None
+        self.runs = rows, in_prompt.copy(), lengths
 
 
 def _phase_stops(slots: int, width: int) -> np.ndarray:

@@ -69,18 +69,19 @@ class RowManager:
         self._changed[row] = edits
         return row
 
-    def release(self, row: int) -> None:
-        """Give back one hold on `row`. Row 0 is ignored."""
+    def release(self, row: int) -> bool:
+        """Give back one hold on `row`; whether it is free now. Row 0 is ignored."""
         if row == 0:
-            return
+            return False
         held = self._rows[row]
         held.users -= 1
         if held.users:
-            return
+            return False
         del self._rows[row]
         del self._row_of[held.key]
         self._changed.pop(row, None)
         heapq.heappush(self._free, row)
+        return True
 
     def take_changes(self) -> dict[int, Edits]:
         """Take the rows whose tables must be written before the next forward."""

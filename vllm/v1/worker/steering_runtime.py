@@ -25,6 +25,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
+from vllm.v1.worker.steering_build import build_site_modules
+from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_index import (
     NO_STOP,
@@ -33,7 +35,7 @@ from vllm.v1.worker.steering_index import (
     StepIndex,
 )
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
-from vllm.v1.worker.steering_modules import SiteModules, build_site_modules
+from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_readout import SteeringReadout
 from vllm.v1.worker.steering_tables import write_rows
 
@@ -95,6 +97,7 @@ class SteeringRuntime:
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
         self._written_tokens = 0
+        self.counts = TokenCounts(num_rows)
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
 
@@ -188,7 +191,8 @@ class SteeringRuntime:
         self.modules.inline.release(self._requests[req_id])
         for tier in Tier:
             for row in held.held(tier):
-                self.managers[tier].release(row)
+                if self.managers[tier].release(row):
+                    self.counts.free(tier, row)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished or aborted request; unknown ids are ignored."""
@@ -221,6 +225,7 @@ class SteeringRuntime:
         if changed or not self._written_tokens:
             self._write_index(index.rows)
         self.steered_tokens += index.steered
+        self.counts.follow(index)
         return bool(index.steered[Tier.DELTA :].any())
 
     def clear_step(self) -> None:
@@ -238,6 +243,7 @@ class SteeringRuntime:
         self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
+                self.counts.hold(tier, changes)
                 tables = self.modules.tables(tier)
                 write_rows(changes, tables, self.modules.table_of(tier))
 

@@ -15,10 +15,12 @@ from vllm.config.sae_steering_types import (
     SiteEdit,
     VectorAction,
 )
+from vllm.config.steering import ModuleInfo
 from vllm.model_executor.layers.steering import (
     ONLY_IF_ACTIVE,
     ClampKind,
     ClampTable,
+    SAEWeights,
     SiteKey,
 )
 from vllm.model_executor.layers.steering_state import CONDITION_SHIFT, ClampFlag
@@ -177,3 +179,12 @@ def decoder_norms(W_dec: torch.Tensor) -> np.ndarray:
     """float32 `[F]` L2 norms of the decoder rows, in slices."""
     parts = [part.float().norm(dim=1).cpu() for part in W_dec.split(8192)]
     return torch.cat(parts).numpy()
+
+
+def unit_scale(module: ModuleInfo, weights: SAEWeights) -> np.ndarray | None:
+    """What a clamp's value is divided by: see `BoundTable.unit_scale`."""
+    if module.feature_units != "unit_decoder":
+        return None
+    if weights.row_norms is not None:
+        return weights.row_norms.cpu().numpy()
+    return decoder_norms(weights.W_dec)

@@ -24,7 +24,7 @@ WEIGHTS_FIELDS = (
 )  # fmt: skip
 WORKSPACE_FIELDS = (
     "x", "records", "count", "sync", "entries", "scores", "kth", "coef",
-    "dense",
+    "dense", "skip",
 )  # fmt: skip
 STEP_FIELDS = (
     "index", "flags", "table", "saturated",
@@ -43,13 +43,15 @@ def step_bundle(
     step: StepState,
     index: torch.Tensor,
     table: ClampTable,
+    saturated: torch.Tensor,
     reads: ReadBuffers | None = None,
 ) -> Tensors:
-    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`.
+    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`,
+    with the counter of the slot.
 
     Those of reading are left out where nobody reads.
     """
-    own = [index, step.flags, table.packed, step.saturated]
+    own = [index, step.flags, table.packed, saturated]
     if reads is None:
         return own
     return [*own, step.read_index, reads.packed, reads.scale, reads.out]
@@ -60,15 +62,32 @@ def stream_bundle(hidden: torch.Tensor, residual: torch.Tensor | None) -> Tensor
     return [hidden] if residual is None else [hidden, residual]
 
 
-def run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    """Step, weights, stream and workspace of a pipeline, in the ops' order."""
+def _workspace_bundle(run: Run) -> Tensors:
+    """The tensors of `WORKSPACE_FIELDS`; the last where there is a skip connection."""
     ws, buffers = run.workspace, run.buffers
+    own = [
+        buffers.x, ws.records, ws.count, run.step.sync, buffers.entries,
+        buffers.scores, ws.kth, buffers.coef, buffers.dense,
+    ]  # fmt: skip
+    return own if run.slot.weights.W_skip is None else [*own, buffers.skip]
+
+
+def _run_bundles(
+    run: Run, stream: Tensors
+) -> tuple[Tensors, Tensors, Tensors, Tensors]:
     return (
-        step_bundle(run.step, run.index, run.table, run.reads),
+        step_bundle(run.step, run.index, run.table, run.slot.saturated, run.reads),
         weights_bundle(run.slot.weights),
-        stream_bundle(run.hidden, run.residual),
-        [
-            buffers.x, ws.records, ws.count, run.step.sync, buffers.entries,
-            buffers.scores, ws.kth, buffers.coef, buffers.dense,
-        ],
-    )  # fmt: skip
+        stream,
+        _workspace_bundle(run),
+    )
+
+
+def reading_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    """Step, weights, stream and workspace of a stage that reads: `run.read`."""
+    return _run_bundles(run, stream_bundle(*run.read))
+
+
+def writing_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    """Step, weights, stream and workspace of the stage that writes."""
+    return _run_bundles(run, stream_bundle(run.hidden, run.residual))

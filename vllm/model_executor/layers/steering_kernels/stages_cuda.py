@@ -15,7 +15,13 @@ from vllm.model_executor.layers.steering_state import (
     VectorSlot,
 )
 
-from .bundles import run_bundles, step_bundle, stream_bundle, weights_bundle
+from .bundles import (
+    reading_bundles,
+    step_bundle,
+    stream_bundle,
+    weights_bundle,
+    writing_bundles,
+)
 from .extension import cuda_ops
 from .plan import COMPACT_ENCODE_TOKENS, sorts_ahead
 from .run import Run
@@ -57,14 +63,32 @@ def _fits_weights(hidden: torch.Tensor, *weights: torch.Tensor) -> bool:
     )
 
 
-def takes_cuda(
-    slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
+def _fits_source(
+    slot: SAESlot, hidden: torch.Tensor, source: torch.Tensor | None
 ) -> bool:
-    """Whether the extension's stages fit this site, no transcoder, and stream."""
+    """Whether the kernels can address what a transcoder reads; an SAE reads nothing."""
+    if source is None:
+        return slot.weights.d_in == slot.weights.d_out and not slot.reads_source
+    return (
+        slot.reads_source
+        and _fits_stream(source, None)
+        and (source.dtype is hidden.dtype)
+    )
+
+
+def takes_cuda(
+    slot: SAESlot,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
+) -> bool:
+    """Whether the extension's stages fit this site, its stream, and its source."""
     w = slot.weights
-    if w.d_in != w.d_out or w.W_skip is not None:
-        return False
-    return _fits_stream(hidden, residual) and _fits_weights(hidden, w.W_enc, w.W_dec)
+    return (
+        _fits_source(slot, hidden, source)
+        and _fits_stream(hidden, residual)
+        and _fits_weights(hidden, w.W_enc, w.W_dec)
+    )
 
 
 def takes_compact_encode(run: Run) -> bool:
@@ -75,24 +99,24 @@ def takes_compact_encode(run: Run) -> bool:
 
 def compact_encode(run: Run) -> None:
     """`compact` and `encode` of a step of at most `COMPACT_ENCODE_TOKENS` tokens."""
-    cuda_ops().compact_encode(*run_bundles(run), gate=run.gate, topk=run.topk)
+    cuda_ops().compact_encode(*reading_bundles(run), gate=run.gate, topk=run.topk)
 
 
 def compact(run: Run, base: int) -> None:
-    cuda_ops().compact(*run_bundles(run), base=base, gate=run.gate)
+    cuda_ops().compact(*reading_bundles(run), base=base, gate=run.gate)
 
 
 def encode(run: Run, base: int) -> None:
-    cuda_ops().encode(*run_bundles(run), base=base, topk=run.topk)
+    cuda_ops().encode(*reading_bundles(run), base=base, topk=run.topk)
 
 
 def select(run: Run, base: int) -> None:
-    cuda_ops().select(*run_bundles(run), base=base)
+    cuda_ops().select(*reading_bundles(run), base=base)
 
 
 def decode(run: Run, base: int) -> None:
     cuda_ops().decode(
-        *run_bundles(run),
+        *writing_bundles(run),
         base=base,
         topk=run.topk,
         delta=run.tier is Tier.DELTA,
@@ -100,23 +124,29 @@ def decode(run: Run, base: int) -> None:
     )
 
 
-def _fits_table(table: ClampTable, hidden: torch.Tensor) -> bool:
-    """Whether a block's shared memory holds the stream's row and the clamps."""
-    return hidden.shape[1] <= 16384 and 1 <= table.max_clamps <= 2048
+def _fits_table(
+    table: ClampTable, hidden: torch.Tensor, source: torch.Tensor | None = None
+) -> bool:
+    """Whether a block's shared memory holds the rows and the clamps."""
+    widths = [x.shape[1] for x in (hidden, source) if x is not None]
+    return max(widths) <= 16384 and 1 <= table.max_clamps <= 2048
 
 
 def takes_clamp(
-    slot: SAESlot | VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
+    slot: SAESlot | VectorSlot,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> bool:
     """Whether the clamp kernel fits: the delta tier of a slot, or its vectors."""
     if not _fits_stream(hidden, residual):
         return False
     if isinstance(slot, SAESlot):
         w = slot.weights
-        if w.d_in != w.d_out or slot.reads_source:
-            return False
-        return _fits_table(slot.delta, hidden) and _fits_weights(
-            hidden, w.W_enc, w.W_dec
+        return (
+            _fits_source(slot, hidden, source)
+            and _fits_table(slot.delta, hidden, source)
+            and _fits_weights(hidden, w.W_enc, w.W_dec)
         )
     d = slot.directions
     aligned = d.is_contiguous() and d.data_ptr() % 16 == 0
@@ -134,11 +164,13 @@ def clamp(
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None,
 ) -> None:
     """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     cuda_ops().clamp(
-        step_bundle(step, step.index[Tier.DELTA], slot.delta),
+        step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
         weights_bundle(slot.weights),
+        [] if source is None else [source],
         stream_bundle(hidden, residual),
         gated=gated,
     )
@@ -152,7 +184,7 @@ def add_vectors(
 ) -> None:
     """The additive tier."""
     cuda_ops().add_vectors(
-        step_bundle(step, step.index[Tier.ADDITIVE], slot.table),
+        step_bundle(step, step.index[Tier.ADDITIVE], slot.table, slot.saturated),
         slot.directions,
         stream_bundle(hidden, residual),
     )
