@@ -19,6 +19,8 @@ from vllm.config.sae_readout_step import ReadPlaces, StepLayout, StepRows
 
 MAX_STEPS = 64
 MAX_BYTES = 16 << 20
+# A request with at least one in so many of a step's rows does not copy them.
+SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ class Segment:
             if slot not in self.steps[0]:
                 rows.append(None)
             elif kept == 1:
-                rows.append(self.steps[-1][slot][first : first + count].copy())
+                whole = self.steps[-1][slot]
+                own = whole[first : first + count]
+                # A view keeps the rows of the others too.
+                rows.append(own if SHARE * count >= len(whole) else own.copy())
             elif count == 1:
                 rows.append(self._block(slot)[first, skip:].copy())
             else:
