@@ -129,7 +129,8 @@ def run(version: str, group: Group) -> str:
         print(line, end="", flush=True)
         last = line.strip() or last
     seconds = time.monotonic() - start
-    verdict = "ok" if ran.wait() == 0 else FAILED
+    status = ran.wait()
+    verdict = "ok" if status == 0 else f"{FAILED} ({status})"
     return f"{version}  {verdict}  {seconds:5.0f} s  {group.name}: {last}"
 
 
