@@ -138,13 +138,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", nargs="?", help="of vLLM; without it, every release")
     parser.add_argument("tests", nargs="*", help="for pytest, in place of the groups")
+    parser.add_argument("--slow", action="store_true", help="slow ones of them too")
     given = parser.parse_args()
     lines = []
     for version in [given.version] if given.version else VERSIONS:
         make_site(version)
-        groups = [Group("given", tuple(given.tests))] if given.tests else GROUPS
+        groups = GROUPS
+        if given.tests:
+            groups = (Group("given", tuple(given.tests), given.slow),)
         for group in groups:
-            if not (group.all and version == INSTALLED):
+            if given.tests or not (group.all and version == INSTALLED):
                 lines.append(run(version, group))
     print("\n".join(["", "== summary", *lines]))
     sys.exit(any(FAILED in line for line in lines))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import vllm.plugins.steering as plugin
+from vllm.config.sae_steering_specs import FULL_KEY
 from vllm.config.steering_checks import ModuleChangedError
 from vllm.entrypoints.serve.exception_handling.error_response import (
     create_error_response,
@@ -118,7 +119,7 @@ def arrived(args: dict[str, Any]) -> EngineCoreRequest:
 def test_whichever_way_the_core_takes_an_error_its_reason_is_told() -> None:
     """0.33 has a handler for validation errors alone."""
     plugin.install_front_end_seams()
-    request = arrived({"sae_full_recon_specs": [{"module_name": "sea"}]})
+    request = arrived({FULL_KEY: [{"module_name": "sea"}]})
     core = SimpleNamespace(output_queue=queue.Queue())
     ways: list[Any] = [EngineCoreProc._handle_request_preproc_error]
     own = "vllm.v1.engine.core:EngineCoreProc._handle_request_validation_error"
