@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from vllm_steering_cli.bare import bare_packages, can_be_bare
@@ -29,6 +30,13 @@ def make_parser() -> argparse.ArgumentParser:
         "inspect", help="Check a module; show its sites, folds, memory and digest."
     )
     inspect.add_argument("--json", action="store_true", help="Print JSON.")
+    inspect.add_argument(
+        "--tp",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="Also show the memory of each of N tensor-parallel ranks.",
+    )
     convert = commands.add_parser(
         "convert", help="Fold an SAE and write it as a native directory."
     )
@@ -159,17 +167,17 @@ def _need_there(path: str) -> None:
         )
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    """Describe a module, without vLLM and PyTorch where neither is needed."""
-    if can_be_bare():
-        with bare_packages():
+def _read_files(args: argparse.Namespace) -> None:
+    """Run a command that needs no model, and so nothing of vLLM but our modules."""
+    with bare_packages() if can_be_bare() else nullcontext():
+        if args.command == "inspect":
             from vllm.entrypoints.cli.steering.inspect import inspect
 
-            if inspect(args.path, args.sites, as_json=args.json, quick=True):
-                return
-    from vllm.entrypoints.cli.steering.inspect import inspect
+            inspect(args.path, args.sites, args.tp, as_json=args.json)
+        else:
+            from vllm.entrypoints.cli.steering.commands import convert
 
-    inspect(args.path, args.sites, as_json=args.json)
+            convert(args.path, args.out, args.sites, args.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor(run=not args.no_run, repair=args.repair, as_json=args.json)
     try:
         _need_there(args.path)
-        if args.command == "inspect":
-            _inspect(args)
+        if args.command in ("inspect", "convert"):
+            _read_files(args)
             return 0
         if args.command == "probe":
             from vllm.entrypoints.cli.steering.probe import probe
@@ -201,25 +209,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dtype=args.dtype,
                 as_json=args.json,
             )
-        if args.command == "features":
-            from vllm.entrypoints.cli.steering.features import features
+        from vllm.entrypoints.cli.steering.features import features
 
-            return features(
-                args.path,
-                args.model,
-                args.text,
-                args.against,
-                top=args.top,
-                site=_only(args.sites),
-                dtype=args.dtype,
-                labels_file=args.labels,
-                as_json=args.json,
-                plot=args.plot,
-            )
-        from vllm.entrypoints.cli.steering.commands import convert
-
-        convert(args.path, args.out, args.sites, args.dtype)
+        return features(
+            args.path,
+            args.model,
+            args.text,
+            args.against,
+            top=args.top,
+            site=_only(args.sites),
+            dtype=args.dtype,
+            labels_file=args.labels,
+            as_json=args.json,
+            plot=args.plot,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0

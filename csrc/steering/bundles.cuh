@@ -38,7 +38,8 @@ struct Step {
   const int* index;  // [tokens]
   const int* flags;  // [tokens]
   ClampTable table;
-  unsigned long long* saturated;  // write-backs that were limited
+  // Write-backs that were limited: one counter of a slot, or one a vector.
+  unsigned long long* saturated;
   Reads reads;
 };
 
@@ -70,6 +71,20 @@ __device__ __forceinline__ float saturate(float x, bool& over) {
 __device__ __forceinline__ void count_saturated(bool over, int* counted,
                                                 unsigned long long* total) {
   if (over && atomicExch(counted, 1) == 0) atomicAdd(total, 1ull);
+}
+
+// Adds a token to the counter of each vector of its row, once.
+// A call: it is rare, and costs the kernel no registers.
+inline __device__ __noinline__ void count_vectors(
+    const int* feature, int count, unsigned long long* saturated) {
+#pragma unroll 1
+  for (int c = 0; c < count; ++c) {
+    bool seen = false;
+#pragma unroll 1
+    for (int before = 0; before < c; ++before)
+      seen |= feature[before] == feature[c];
+    if (!seen) atomicAdd(saturated + feature[c], 1ull);
+  }
 }
 
 // Scratch memory of one chunk of at most `rows` active tokens.

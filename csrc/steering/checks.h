@@ -144,7 +144,9 @@ inline Reads make_reads(const Tensors& step, int64_t tokens,
           data<int>(out),   table.stride(0),  out.stride(0)};
 }
 
-inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
+// `counters`: how many write-backs are counted in, one of each vector.
+inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e,
+                      int64_t counters = 1) {
   const auto i32 = ScalarType::Int;
   const Tensor& index =
       check(get(step, kIndex, "index"), "index", i32, {kAny}, e);
@@ -153,7 +155,7 @@ inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e) {
   const Tensor& table =
       check(get(step, kTable, "table"), "table", i32, {kAny, kAny}, e, true);
   const Tensor& saturated = check(get(step, kSaturated, "saturated"),
-                                  "saturated", ScalarType::Long, {1}, e);
+                                  "saturated", ScalarType::Long, {counters}, e);
   check_length(index, tokens, "index");
   check_length(flags, tokens, "flags");
   STD_TORCH_CHECK(table.size(1) >= 2 && (table.size(1) - 2) % 3 == 0,

@@ -379,9 +379,13 @@ __global__ void __launch_bounds__(kClampThreads, 2)
                           a.d_model, static_cast<int>(own)};
     constexpr bool kSwapped = kEncodes && !kSource;
     within = resolve<kEncodes, kSource>(a, stream, source, row, extended, ring);
-    if (within)
-      count_saturated(add_rows<T, W, kSwapped>(stream, row, ring), &counted,
-                      a.step.saturated);
+    if (within) {
+      const bool over = add_rows<T, W, kSwapped>(stream, row, ring);
+      if constexpr (kEncodes)
+        count_saturated(over, &counted, a.step.saturated);
+      else if (over && atomicExch(&counted, 1) == 0)
+        count_vectors(row.feature, row.count, a.step.saturated);
+    }
   }
   wait_copies<0>();  // none may land after the block has ended
 }

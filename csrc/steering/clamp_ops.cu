@@ -84,9 +84,15 @@ void add_vectors(Tensors step, Tensor directions, Tensors stream) {
     check_aligned(directions, "directions");
     check_width(d_model);
     const Stream<T> s = make_stream<T>(stream, d_model, e);
-    const ClampArgs<T, float> a = {make_step(step, s.tokens, e), {},      s,
-                                   data<float>(directions),      nullptr, 0,
-                                   static_cast<int>(d_model),    false};
+    const Step counted = make_step(step, s.tokens, e, directions.size(0));
+    const ClampArgs<T, float> a = {counted,
+                                   {},
+                                   s,
+                                   data<float>(directions),
+                                   nullptr,
+                                   0,
+                                   static_cast<int>(d_model),
+                                   false};
     launch_clamp(s.residual != nullptr
                      ? clamp_kernel<T, float, false, true, false>
                      : clamp_kernel<T, float, false, false, false>,

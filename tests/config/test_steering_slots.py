@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from vllm.config.steering import (
     Activation,
     HookPoint,
     ModuleInfo,
+    Ranks,
     SiteInfo,
     SlotInfo,
     SteeringConfig,
@@ -144,6 +146,77 @@ def test_the_bytes_of_a_module_are_those_of_its_buffers() -> None:
         if name not in ("meta", "norm_limit")
     )
     assert module_bytes(sae("a", 16), 2) == held
+
+
+def test_the_bytes_of_a_shared_module_are_those_of_a_rank() -> None:
+    import torch
+
+    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_shards import Shard
+
+    weights = SAEWeights(64, 64, torch.bfloat16, torch.device("cpu"), shard=Shard(3, 4))
+    held = sum(tensor.nbytes for tensor in weights.tensors())
+    site = SiteInfo(0, POST, 64, 64, RELU)
+    module = replace(sae("a", 64), sites=(site,), sharded=(0,))
+    assert module_bytes(module, 2, Ranks(4)) == held
+    assert module_bytes(module, 2, Ranks(4)) < module_bytes(sae("a", 64), 2) * 64 / 8
+
+
+# F, D, tp: what auto chooses in bfloat16.
+AUTO = [
+    (131072, 5376, 4, True),
+    (131072, 5376, 2, True),
+    (65536, 8192, 4, True),
+    (16384, 2304, 2, False),
+    (16384, 2304, 8, False),
+    (131072, 5376, 1, False),
+    (131072 + 16, 5376, 4, False),
+    (131072, 5376 + 16, 4, False),
+]
+
+
+@pytest.mark.parametrize(("d_sae", "d_model", "tp", "sharded"), AUTO)
+def test_auto_shares_what_saves_a_rank_many_bytes(
+    d_sae: int, d_model: int, tp: int, sharded: bool
+) -> None:
+    ranks = Ranks(tp, 2)
+    widths = (d_sae, d_model, d_model)
+    assert ranks.shards("auto", *widths) is sharded
+    assert not ranks.shards("replicate", *widths)
+    assert ranks.shards("shard", *widths) is (tp > 1)
+    assert not replace(ranks, refused="no").shards("shard", *widths)
+
+
+def test_a_sharded_slot_takes_modules_of_its_width_that_may_be_shared() -> None:
+    whole, shared = slot(64), slot(64, sharded=True)
+    for sharding, fitting in {
+        "auto": (whole, shared),
+        "shard": (shared,),
+        "replicate": (whole,),
+    }.items():
+        module = replace(sae("a", 64), sharding=sharding)
+        (site,) = module.sites
+        for one in (whole, shared):
+            assert fits(module, site, one) is (one in fitting), sharding
+    narrow = sae("a", 32)
+    assert fits(narrow, narrow.sites[0], whole)
+    assert not fits(narrow, narrow.sites[0], shared)
+
+
+def test_a_placed_module_knows_its_shared_sites() -> None:
+    config = SteeringConfig({}, ranks=Ranks(2, 2))
+    config = start_up_slots(config, (slot(64), slot(64, layer=1, sharded=True)))
+    after = with_module(config, sae("a", 64, 64), may_add_slots=False)
+    module = after.modules["a"]
+    assert module.sharded == (1,)
+    assert [module.is_sharded(site) for site in module.sites] == [False, True]
+    again = SteeringConfig.from_json(json.loads(json.dumps(after.to_json())))
+    assert again == after
+    asked = replace(sae("b", 64), sharding="shard")
+    with pytest.raises(NoRoomError, match='"sharding": "shard", "width": 64'):
+        with_module(config, asked, may_add_slots=False)
+    grown = with_module(config, asked, may_add_slots=True)
+    assert grown.modules["b"].sharded == (0,)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 20)), max_size=30))

@@ -158,7 +158,11 @@ def check_flood(llm: LLM, stream: list[Site], inner: list[Site]) -> None:
     stats = llm.llm_engine.engine_core.engine_core.collective_rpc(
         METHOD, args=("stats", {})
     )
-    assert stats[0].stats["saturated_tokens"] > 0, "nothing was tested"
+    saturated = {
+        name: tokens["saturated"]
+        for name, tokens in stats[0].stats["module_tokens"].items()
+    }
+    assert all(saturated.values()), f"nothing was tested: {saturated}"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,6 @@ def main() -> int:
         unit=UNITS[arithmetic],
         batched_tokens=4 * args.concurrency,
         repeats=not exact,
-        more_kinds=not args.gpu,
         options=options,
         deadline=args.deadline,
     )

@@ -33,7 +33,7 @@ def server(model_root: Path, root: Path, *arguments: str) -> Iterator[Server]:
     steering = {
         "modules": requests.save(root),
         "presets": requests.PRESETS,
-        "spare": requests.SPARE,
+        **requests.OPTIONS,
         "module_roots": [str(root)],
     }
     options = [
@@ -248,7 +248,7 @@ def run(
     """One server and its clients."""
     root.mkdir(exist_ok=True)
     report = Report("http")
-    pool = requests.make_pool(distinct, seed, True)
+    pool = requests.make_pool(distinct, seed)
     versions = requests.save_versions(root)
     with server(model_root, root) as running:
         Clients(running.url, pool, versions, report, seed).run(seconds, count)

@@ -40,6 +40,8 @@ PRESETS: dict[str, Any] = {
         Ask("additive", "w", scale=0.5, phase="decode"),
     )
 }
+# What every engine has besides modules and presets: room for a vector of a request.
+OPTIONS: dict[str, Any] = {"spare": SPARE, "inline_vectors": {"post_block.1": 1}}
 # A preset that comes and goes while the engine runs; nothing names it.
 PASSING = ("passing", specs(Ask("additive", "v", scale=0.5)))
 
@@ -287,6 +289,31 @@ def conditions(rng: random.Random) -> dict[str, Any]:
     return asked
 
 
+def directions(rng: random.Random) -> dict[str, Any]:
+    """Edits along a module's vector, in the stream's units or in its own."""
+    asked = {
+        "set": {"value": round(rng.uniform(-1, 1), 2)},
+        "scale": {"scale": round(rng.uniform(-1, 0.9), 2)},
+        "bound": {"bounds": (-round(rng.random(), 2), round(rng.random(), 2))},
+        "add": {"scale": round(rng.uniform(-0.5, 0.5), 2)},
+    }
+    kind = rng.choice(list(asked))
+    relative = kind != "scale" and rng.random() < 0.5
+    one = Ask("additive", rng.choice("vw"), kind=kind, relative=relative,
+              phase=phase(rng), **asked[kind])  # fmt: skip
+    return specs(one)
+
+
+def inline(rng: random.Random) -> dict[str, Any]:
+    """A vector that the request brings; some requests bring the same one."""
+    scale = round(rng.uniform(-2, 2), 2)
+    own = vector(rng.randint(50, 60))
+    return specs(
+        Ask("additive", vector=own, site=POST, scale=scale, phase=phase(rng)),
+        Ask("additive", "w", scale=0.5, phase=phase(rng)),
+    )
+
+
 def inner(rng: random.Random) -> dict[str, Any]:
     """What the sublayers read and add, besides the stream."""
     tier = rng.choice(["full", "delta"])
@@ -308,10 +335,9 @@ KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
     "inner": (2, inner),
     "reading": (3, reading),
     "preset": (2, preset),
-}
-# What a backend may refuse.
-MORE_KINDS: dict[str, tuple[int, Callable[[random.Random], dict[str, Any]]]] = {
-    "conditions": (2, conditions),
+    "conditions": (3, conditions),
+    "directions": (2, directions),
+    "inline": (2, inline),
 }
 BAD: list[dict[str, Any]] = [
     {FULL: [{"module_name": "nobody"}]},
@@ -322,16 +348,12 @@ BAD: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def make_pool(count: int, seed: int, more: bool) -> list[Item]:
-    """`count` distinct requests; some share the beginning of their prompts.
-
-    `more`: of `MORE_KINDS` too.
-    """
+def make_pool(count: int, seed: int) -> list[Item]:
+    """`count` distinct requests; some share the beginning of their prompts."""
     rng = random.Random(seed)
     shared = [ordinary(rng, 40) for _ in range(4)]
-    kinds = KINDS | (MORE_KINDS if more else {})
-    names = list(kinds)
-    weights = [kinds[name][0] for name in names]
+    names = list(KINDS)
+    weights = [KINDS[name][0] for name in names]
     found = []
     for at in range(count):
         (kind,) = rng.choices(names, weights)
@@ -341,7 +363,7 @@ def make_pool(count: int, seed: int, more: bool) -> list[Item]:
             ids[0] = models.BOS
         samples = rng.choice([2, 3]) if rng.random() < 0.1 else 1
         version = VERSIONS[at % 2] if kind == HOT else None
-        extra = kinds[kind][1](rng)
+        extra = KINDS[kind][1](rng)
         found.append(
             Item(kind, ids, rng.randint(1, MAX_TOKENS), extra, samples, version)
         )

@@ -55,7 +55,6 @@ class Plan:
         distinct: requests in the pool.
         concurrency: requests in a batch.
         tolerance: largest difference of a log-probability.
-        more_kinds: ask for what a backend may refuse, too.
         margin, unit, repeats: as of `Rounding`.
         options: of every engine.
         deadline: seconds for everything, references and starts of engines included.
@@ -76,7 +75,6 @@ class Plan:
     batched_tokens: int = 0
     steps_per_fault: int = 12
     repeats: bool = False
-    more_kinds: bool = True
     options: dict[str, Any] | None = None
     deadline: float = math.inf
 
@@ -104,8 +102,8 @@ def run(plan: Plan, root: Path) -> list[Report]:
     """One report for each engine."""
     end = time.monotonic() + plan.deadline
     paths, versions = requests.save(root), requests.save_versions(root)
-    steering = {"spare": requests.SPARE, "presets": requests.PRESETS}
-    pool = requests.make_pool(plan.distinct, plan.seed, plan.more_kinds)
+    steering = {"presets": requests.PRESETS, **requests.OPTIONS}
+    pool = requests.make_pool(plan.distinct, plan.seed)
     calm = {"max_model_len": MAX_MODEL_LEN, "block_size": plan.block_size}
     # Eager, so that what each request selects can be seen.
     calm |= {"max_num_seqs": plan.concurrency, **(plan.options or {})}

@@ -24,6 +24,7 @@ from vllm.config.steering_points import (
     point_widths,
     site_name,
 )
+from vllm.config.steering_sharding import Ranks, Sharding
 
 __all__ = [
     "DEFAULT_MAX_CLAMPS",
@@ -40,6 +41,8 @@ __all__ = [
     "ModuleInfo",
     "ModuleKind",
     "PointWidths",
+    "Ranks",
+    "Sharding",
     "SiteInfo",
     "SlotInfo",
     "SteeringConfig",
@@ -154,7 +157,8 @@ class SlotInfo:
     `topk` and `threshold` say which activations the slot can compute. `hook_out` and
     `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
     the order in which the configuration lists them. A slot that was `added` to a
-    running engine is removed with its module.
+    running engine is removed with its module. The ranks of the tensor-parallel group
+    share a `sharded` slot, which holds modules of exactly its width.
     """
 
     layer: int
@@ -166,6 +170,7 @@ class SlotInfo:
     hook_out: HookPoint | None = None
     has_skip: bool = False
     added: bool = False
+    sharded: bool = False
 
     @property
     def out_hook(self) -> HookPoint:
@@ -227,7 +232,8 @@ class ModuleInfo:
     effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands for the
     model's bos, eos and pad; `norm_guard` is a multiple of `reference_norm`. `format`
     names the file layout for the loader. `slots` says, for each of `sites`, which of
-    the engine's slots holds it, or None before placing.
+    the engine's slots holds it, or None before placing. `sharding` is what was asked,
+    `sharded` the sites (by index) whose slots are sharded.
     """
 
     name: str
@@ -241,6 +247,12 @@ class ModuleInfo:
     norm_guard: float | None = None
     reference_norm: float | None = None
     slots: tuple[int, ...] | None = None
+    sharding: Sharding = "auto"
+    sharded: tuple[int, ...] = ()
+
+    def is_sharded(self, site: SiteInfo) -> bool:
+        """Whether the ranks share one of the module's sites."""
+        return self.sites.index(site) in self.sharded
 
     def slot_at(self, hook: HookPoint, layer: int) -> int | None:
         """The slot that holds the site at `(layer, hook)`, or None before placing."""
@@ -263,6 +275,7 @@ class ModuleInfo:
         if data["skip_token_ids"] is not None:
             data["skip_token_ids"] = list(data["skip_token_ids"])
         data["slots"] = None if self.slots is None else list(self.slots)
+        data["sharded"] = list(self.sharded)
         return data
 
     @classmethod
@@ -274,6 +287,7 @@ class ModuleInfo:
             fields["skip_token_ids"] = tuple(fields["skip_token_ids"])
         if fields.get("slots") is not None:
             fields["slots"] = tuple(fields["slots"])
+        fields["sharded"] = tuple(fields.get("sharded", ()))
         return cls(**fields)
 
 
@@ -297,7 +311,7 @@ class SteeringConfig:
     `decoder_layer`: "known" for classes of the table alone, "auto" to try others.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
     requests that choose none. `inline_sites` are those at which requests may bring
-    vectors of their own.
+    vectors of their own. `ranks` is the tensor-parallel group, which may share SAEs.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -313,6 +327,7 @@ class SteeringConfig:
     default_preset: str | None = None
     decoder_layer: DecoderLayers = "known"
     inline_sites: tuple[InlineSite, ...] = ()
+    ranks: Ranks = Ranks()
     # The requests parsed under this configuration, by what they asked.
     parsed: KeptParses = field(
         default_factory=KeptParses, init=False, repr=False, compare=False
@@ -338,6 +353,7 @@ class SteeringConfig:
             "readout": self.readout,
             "first_read_layer": self.first_read_layer,
             "decoder_layer": self.decoder_layer,
+            "ranks": self.ranks.to_json(),
         }
 
     @classmethod
@@ -363,6 +379,7 @@ class SteeringConfig:
             inline_sites=tuple(
                 InlineSite.from_json(site) for site in data.get("inline_sites", ())
             ),
+            ranks=Ranks.from_json(data.get("ranks", {})),
         )
 
 

@@ -8,17 +8,19 @@ its own, and the spare slots are added. Later modules take free slots that fit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from vllm.config.steering import (
     Activation,
     ModuleInfo,
+    Ranks,
     SiteInfo,
     SlotInfo,
     SteeringConfig,
 )
 
+ALONE = Ranks()
 # Each distinct set of skipped token ids has one bit of an int32 flag word.
 MAX_SKIP_SETS = 31
 
@@ -27,7 +29,7 @@ class NoRoomError(ValueError):
     """No free slot fits; the message says which would be needed."""
 
 
-def own_slot(module: ModuleInfo, site: SiteInfo) -> SlotInfo:
+def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
     """The slot that exactly fits a module's site."""
     is_topk = site.activation is Activation.TOPK
     if module.kind == "vectors":
@@ -41,6 +43,7 @@ def own_slot(module: ModuleInfo, site: SiteInfo) -> SlotInfo:
         threshold=not is_topk,
         hook_out=site.hook_out,
         has_skip=site.has_skip,
+        sharded=ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width),
     )
 
 
@@ -50,9 +53,14 @@ def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
         return False
     if (slot.hook_out, slot.has_skip) != (site.hook_out, site.has_skip):
         return False
+    if module.kind == "vectors":
+        return True
+    if module.sharding != "auto" and slot.sharded != (module.sharding == "shard"):
+        return False
     is_topk = site.activation is Activation.TOPK
     can_compute = slot.topk if is_topk else slot.threshold
-    return module.kind == "vectors" or (can_compute and site.d_sae <= slot.width)
+    width_fits = site.d_sae == slot.width if slot.sharded else site.d_sae <= slot.width
+    return can_compute and width_fits
 
 
 def start_up_slots(
@@ -63,8 +71,8 @@ def start_up_slots(
     modules: dict[str, ModuleInfo] = {}
     for name, module in config.modules.items():
         first = len(slots)
-        slots += [own_slot(module, site) for site in module.sites]
-        modules[name] = replace(module, slots=tuple(range(first, len(slots))))
+        slots += [own_slot(module, site, config.ranks) for site in module.sites]
+        modules[name] = _placed(module, range(first, len(slots)), slots)
     return replace(config, modules=modules, slots=(*slots, *spare))
 
 
@@ -120,7 +128,7 @@ def with_module(
         elif may_add_slots and not _has_vectors(config, module, site, slots):
             new = next(at for at in itertools.count(last + 1) if at not in slots)
             placed.append(new)
-            slots[new] = replace(own_slot(module, site), added=True)
+            slots[new] = replace(own_slot(module, site, config.ranks), added=True)
         else:
             needed.append(_needed(module, site))
     if needed:
@@ -128,11 +136,22 @@ def with_module(
             f"no free slot fits: needed {', '.join(needed)}; reserve it in "
             "additional_config.steering.spare at start-up, or remove a module there"
         )
-    module = replace(module, slots=tuple(placed))
+    module = _placed(module, placed, slots)
     modules = {n: module if n == module.name else m for n, m in config.modules.items()}
     result = _with_slots(config, {**modules, module.name: module}, slots)
     check_skip_sets(result)
     return result
+
+
+def _placed(
+    module: ModuleInfo,
+    ids: Iterable[int],
+    slots: Mapping[int, SlotInfo] | Sequence[SlotInfo],
+) -> ModuleInfo:
+    """The module in the slots of these ids, one a site."""
+    own = tuple(ids)
+    sharded = tuple(at for at, slot in enumerate(own) if slots[slot].sharded)
+    return replace(module, slots=own, sharded=sharded)
 
 
 def without_module(config: SteeringConfig, name: str) -> SteeringConfig:
@@ -167,11 +186,22 @@ def skip_set(module: ModuleInfo) -> tuple[int, ...]:
     return tuple(sorted(set(module.skip_token_ids or ())))
 
 
-def module_bytes(module: ModuleInfo, item_bytes: int) -> int:
-    """Bytes of a module's weights, all sites, in a dtype of `item_bytes`."""
+def module_bytes(module: ModuleInfo, item_bytes: int, ranks: Ranks = ALONE) -> int:
+    """Bytes of a module's weights on a rank, all sites, in a dtype of `item_bytes`."""
     if module.kind == "vectors":
         return sum(4 * site.d_in for site in module.sites)
-    return sum(site_bytes(site, item_bytes) for site in module.sites)
+    return sum(
+        shard_bytes(site, replace(ranks, item_bytes=item_bytes))
+        if at in module.sharded
+        else site_bytes(site, item_bytes)
+        for at, site in enumerate(module.sites)
+    )
+
+
+def shard_bytes(site: SiteInfo, ranks: Ranks) -> int:
+    """As `site_bytes`, on each rank that shares the SAE."""
+    widths = (site.d_sae, site.d_in, site.out_width)
+    return ranks.shard_bytes(*widths, has_skip=site.has_skip)
 
 
 def site_bytes(site: SiteInfo, item_bytes: int) -> int:
@@ -201,4 +231,6 @@ def _needed(module: ModuleInfo, site: SiteInfo) -> str:
     if site.is_transcoder:
         where += f'"hook_out": "{site.out_hook.value}", '
         where += '"skip": true, ' if site.has_skip else ""
+    if module.sharding == "shard":
+        where += '"sharding": "shard", '
     return where + f'"width": {site.d_sae}}}'

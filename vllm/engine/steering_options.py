@@ -3,7 +3,8 @@
 
     {"modules": {"name": "path" | {"path": ..., "feature_units": ...,
                                    "skip_token_ids": [...] | None,
-                                   "norm_guard": float | None, "sites": [...]}},
+                                   "norm_guard": float | None, "sites": [...],
+                                   "sharding": "auto" | "replicate" | "shard"}},
      "max_clamps": 64,
      "max_specs": 64,
      "max_pieces": 8,
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -36,6 +38,8 @@ from vllm.config.steering import (
     FeatureUnits,
     HookPoint,
     InlineSite,
+    Ranks,
+    Sharding,
     SlotInfo,
     parse_site,
     point_widths,
@@ -62,8 +66,10 @@ TOP_FIELDS = (
     "module_roots",
     "resolved",
 )
-MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites")
-SPARE_FIELDS = ("layer", "hook", "hook_out", "skip", "width", "count", "vectors")
+MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites", "sharding")
+SPARE_FIELDS = (
+    "layer", "hook", "hook_out", "skip", "width", "count", "vectors", "sharding",
+)  # fmt: skip
 MAX_CLAMPS_LIMIT = 4096
 MAX_SPECS_LIMIT = 4096
 MAX_PIECES_LIMIT = 64
@@ -125,7 +131,9 @@ def limit_option(steering: Json, key: str, default: int, most: int) -> int:
     return _integer(f"{ROOT}.{key}", steering.get(key, default), least, most)
 
 
-def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
+def spare_slots(
+    value: object, model_config: ModelConfig, ranks: Ranks
+) -> list[SlotInfo]:
     """The slots that `spare` reserves, each checked against the model."""
     if not isinstance(value, (list, tuple)):
         raise SteeringConfigError(
@@ -145,7 +153,7 @@ def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
                 f"{where}: found {has} of width and vectors, expected exactly one"
             )
         if "vectors" in given:
-            for key in ("count", "hook_out", "skip"):
+            for key in ("count", "hook_out", "skip", "sharding"):
                 if key in given:
                     raise SteeringConfigError(
                         f"{where}.{key}: found {shown(given[key])} with vectors, "
@@ -155,6 +163,10 @@ def spare_slots(value: object, model_config: ModelConfig) -> list[SlotInfo]:
             slot = SlotInfo(layer, hook, "vectors", 1)
         else:
             slot = _spare_sae(where, given, layer, hook)
+            if slot.sharded:
+                width = point_widths(model_config).of(slot.out_hook)
+                check_sharded(f"{where}.sharding", slot.width, width, ranks)
+                slot = replace(slot, sharded=ranks.size > 1)
             count = _integer(
                 f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT
             )
@@ -210,7 +222,35 @@ def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo
     if "hook_out" in given:
         hook_out = _hook(f"{where}.hook_out", given["hook_out"])
         check_transcoder(where, hook, hook_out)
-    return SlotInfo(layer, hook, "sae", width, hook_out=hook_out, has_skip=skip)
+    sharding = given.get("sharding", "replicate")
+    if sharding not in ("replicate", "shard"):
+        raise SteeringConfigError(
+            f'{where}.sharding: found {shown(sharding)}, expected "replicate" or '
+            '"shard"'
+        )
+    return SlotInfo(
+        layer,
+        hook,
+        "sae",
+        width,
+        hook_out=hook_out,
+        has_skip=skip,
+        sharded=sharding == "shard",
+    )
+
+
+def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:
+    """Raise unless the ranks can share an SAE of these widths."""
+    if ranks.refused:
+        raise SteeringConfigError(
+            f'{path}: found "shard", expected "replicate": {ranks.refused}'
+        )
+    if not ranks.can_shard(d_sae, d_out):
+        raise SteeringConfigError(
+            f'{path}: found "shard" with {d_sae} features and {d_out} columns on '
+            f"{ranks.size} ranks, expected multiples of {ranks.unit}, or "
+            '"replicate"'
+        )
 
 
 def _hook(where: str, name: object) -> HookPoint:
@@ -301,9 +341,15 @@ def _check_sites(value: object) -> str | None:
     return None if good else 'null or a list of sites such as "post_block.20"'
 
 
+def _check_sharding(value: object) -> str | None:
+    known = get_args(Sharding)
+    return None if value in known else " or ".join(f'"{item}"' for item in known)
+
+
 _OPTION_CHECKS = {
     "feature_units": _check_units,
     "skip_token_ids": _check_ids,
     "norm_guard": _check_guard,
     "sites": _check_sites,
+    "sharding": _check_sharding,
 }

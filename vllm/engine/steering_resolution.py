@@ -19,6 +19,7 @@ from vllm.config.steering import (
     DEFAULT_MAX_PIECES,
     DEFAULT_MAX_SPECS,
     ModuleInfo,
+    Ranks,
     SteeringConfig,
     point_widths,
 )
@@ -38,6 +39,7 @@ from vllm.engine.steering_options import (
     TOP_FIELDS,
     check_dtype,
     check_module_roots,
+    check_sharded,
     check_transcoder,
     decoder_layer_option,
     inline_sites,
@@ -50,6 +52,7 @@ from vllm.engine.steering_options import (
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -88,9 +91,10 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
     for name, given in object_option(
         f"{ROOT}.modules", steering.get("modules", {})
     ).items():
-        modules[name] = inspect_for_model(name, given, vllm_config.model_config)
+        modules[name] = inspect_for_model(name, given, vllm_config)
         logger.info("Steering module %s: %s", name, describe(modules[name]))
-    spare = spare_slots(steering.get("spare", []), vllm_config.model_config)
+    ranks = ranks_of(vllm_config)
+    spare = spare_slots(steering.get("spare", []), vllm_config.model_config, ranks)
     inline = inline_sites(
         steering.get("inline_vectors", {}),
         vllm_config.model_config,
@@ -116,6 +120,7 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
             first_read_layer=first_read_layer(vllm_config),
             decoder_layer=decoder_layer_option(steering.get("decoder_layer", "known")),
             inline_sites=inline,
+            ranks=ranks,
         ),
         spare,
     )
@@ -146,10 +151,22 @@ def first_read_layer(vllm_config: VllmConfig) -> int:
     return get_pp_indices(layers, stages - 1, stages)[0]
 
 
+def ranks_of(vllm_config: VllmConfig) -> Ranks:
+    """The tensor-parallel group, and whether it can share SAEs."""
+    refused = ""
+    if not current_platform.is_cpu():
+        refused = "on a GPU, every rank holds a copy"
+    return Ranks(
+        vllm_config.parallel_config.tensor_parallel_size,
+        vllm_config.model_config.dtype.itemsize,
+        refused,
+    )
+
+
 def inspect_for_model(
     name: object,
     given: object,
-    model_config: ModelConfig,
+    vllm_config: VllmConfig,
     inspect: Callable[..., ModuleInfo] | None = None,
 ) -> ModuleInfo:
     """The module as described by its files, checked against the model.
@@ -157,19 +174,25 @@ def inspect_for_model(
     Args:
         name: the module's name.
         given: its path, or an object with `path` and `MODULE_OPTIONS`.
-        model_config: vLLM's `ModelConfig`.
+        vllm_config: vLLM's `VllmConfig`.
         inspect: None for `inspect_module`, which reads the files in this process.
     """
     from vllm.model_executor.model_loader.sae_loader import inspect_module
 
     path, options = module_form(name, given)
     assert isinstance(name, str)  # checked there
+    sharding = options.pop("sharding", "auto")
+    model_config = vllm_config.model_config
     try:
         module = (inspect or inspect_module)(name, path, **options)
     except ValueError as error:
         # A mistake at start-up should end in one line, without a traceback of causes.
         raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
+    if sharding == "shard":
+        check_shards(module, ranks_of(vllm_config))
+    if ranks_of(vllm_config).size > 1:
+        module = dataclasses.replace(module, sharding=sharding)
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)
         module = dataclasses.replace(module, skip_token_ids=ids)
@@ -204,6 +227,18 @@ def check_against_model(module: ModuleInfo, model_config: ModelConfig) -> None:
                     f"{where}: found {name} {width}, expected {widths.of(hook)}, the "
                     f"width of {hook.value} in {model_config.model}"
                 )
+
+
+def check_shards(module: ModuleInfo, ranks: Ranks) -> None:
+    """Raise unless the ranks can share every SAE of the module."""
+    where = f"steering module {shown(module.name)}: sharding"
+    if module.kind == "vectors":
+        raise SteeringConfigError(
+            f'{where}: found "shard" for steering vectors, expected "replicate": every '
+            "rank holds a copy of a vector"
+        )
+    for site in module.sites:
+        check_sharded(where, site.d_sae, site.out_width, ranks)
 
 
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
     combine,
     compact,
     dense,
+    flags,
     readout,
     resolve,
     select,
@@ -63,8 +64,9 @@ def types(element: str) -> dict[str, str]:
 def compiles(kernel: Any, constants: dict[str, Any], **others: str) -> None:
     """Raise unless the kernel compiles with these constants."""
     known = types("bf16") | others
-    constants = {**constants, "PDL": True}
     names = [p.name for p in kernel.params]
+    if "PDL" in names:
+        constants = {**constants, "PDL": True}
     signature = {
         n: "constexpr" if n in constants else known.get(n, "i32") for n in names
     }
@@ -93,6 +95,11 @@ def main() -> None:
     for topk in (False, True):
         reading = {**READ, "TOPK": topk, "OVERFLOW": topk}
         compiles(readout.readout_kernel, reading, out="*i32", scale="*fp32")
+    compiles(
+        flags.flags_kernel, {"VOCAB": 100, "BLOCK": flags.BLOCK, "SLOTS": flags.SLOTS},
+        tokens="i32", **dict.fromkeys(("ids", "tables", "counts"), "*i64"),
+        **dict.fromkeys(("bits", "delta_rows", "full_rows", "starts", "masks"), "*i32"),
+    )  # fmt: skip
     compiles(resolve.resolve_kernel, SELECT)
     compiles(select.select_kernel, {**SELECT, "BLOCK": 2048})
     compiles(

@@ -202,8 +202,11 @@ def test_a_vector_sets_scales_and_bounds_the_projection_on_it(
     step = make_step(TOKENS, TOKENS, [1, 0, 2], Tier.ADDITIVE)
     before = make_stream(TOKENS, d_model, dtype, two_streams)
     moved = compare(slot, Tier.ADDITIVE, step, before)
-    wanted = int(step.saturated) // 2
-    assert int(step.saturated) == 2 * wanted
+    # Both ways have counted, each for every vector that the row uses.
+    wanted = int(slot.saturated.max()) // 2
+    used = sorted({feature for feature, *_ in VECTORS[clamps]} if wanted else set())
+    assert slot.saturated.nonzero().squeeze(1).tolist() == used
+    assert slot.saturated[used].tolist() == [2 * wanted] * len(used)
     if clamps == "far too much":
         assert wanted == TOKENS // 3
         out = run(slot, Tier.ADDITIVE, step, before, "kernel")

@@ -125,10 +125,14 @@ def test_poison_is_limited_and_counted_as_the_reference_does(
     step = make_step(TOKENS, TOKENS, [1, 0, 2], tier)
     before = make_stream(TOKENS, D, dtype, two_streams)
     want = run(slot, tier, step, before, "plain")
-    wanted = int(step.saturated)
-    step.saturated.zero_()
+    counted = slot.saturated.clone()
+    slot.saturated.zero_()
     found = run(slot, tier, step, before, "kernel")
-    assert int(step.saturated) == wanted
+    assert slot.saturated.tolist() == counted.tolist()
+    wanted = int(counted.max())
+    if tier is Tier.ADDITIVE and wanted:
+        vectors = {feature for feature, *_ in POISON[poison]}
+        assert counted.nonzero().squeeze(1).tolist() == sorted(vectors)
     if abs(POISON[poison][0][2]) == HUGE:  # `scale` spares a token that is silent
         assert 1 <= wanted <= TOKENS // 3
     x, y = written(found).double(), written(want).double()
@@ -157,7 +161,7 @@ def test_a_token_that_is_not_finite_keeps_its_bits_and_is_not_counted(
     for old, new in zip(before, found, strict=True):
         assert old is not None and new is not None
         assert torch.equal(bits(old[4]), bits(new[4]))
-    assert int(step.saturated) == 0
+    assert not slot.saturated.any()
     others = [t for t in range(TOKENS) if t != 4]
     assert not found[0][others].any()
     assert written(found)[others].isfinite().all()

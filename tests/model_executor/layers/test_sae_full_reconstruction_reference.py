@@ -24,6 +24,7 @@ from steering_testing.sites import (
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import steering_reference
+from vllm.model_executor.layers.steering_bypass import Bypass
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_state import (
@@ -333,16 +334,23 @@ def test_vectors_add_scaled_directions(seed: int, num_tokens: int) -> None:
     assert torch.equal(case.stream.double(), expected)
 
 
-def test_bypassed_tokens_are_counted_once_and_only_where_a_row_asks() -> None:
+def test_bypassed_tokens_are_counted_once_for_each_module_that_edits_them() -> None:
     step = StepState(8, torch.device("cpu"), vocab_size=10)
     step.skip_bits[torch.tensor([1, 2])] = torch.tensor([1, 2], dtype=torch.int32)
-    step.index[Tier.FULL, :3] = 4
-    step.index[Tier.DELTA, 2:4] = 5
-    step.index[Tier.ADDITIVE, 4] = 6
+    saes = [load_slot(random_sae(F, D, "relu", seed)) for seed in range(3)]
+    # The first module has two sites; the rows of both edit.
+    set_row(saes[0].full, 1, [])
+    set_row(saes[1].full, 1, [])
+    set_row(saes[1].delta, 2, [Clamp(3, "absolute", 1.0)])
+    set_row(saes[2].full, 2, [])
+    step.bypass.watch([Bypass("a", 1, saes[:2]), Bypass("b", 2, saes[2:])])
+    step.index[Tier.FULL, :6] = torch.tensor([1, 1, 2, 0, 2, 0], dtype=torch.int32)
+    step.index[Tier.DELTA, 3] = 2
+    step.index[Tier.ADDITIVE, 5] = 1
     backend = ReferenceBackend(step)
-    backend.write_flags(torch.tensor([1, 5, 2, 2, 1, 1]))
-    # Tokens 0, 2 and 3 have a skipped id and an SAE row.
-    assert step.flags.tolist() == [1, 0, 2, 2, 1, 1, 0, 0]
-    assert int(step.bypassed) == 3
+    backend.write_flags(torch.tensor([1, 5, 2, 1, 1, 1]))
+    assert step.flags.tolist() == [1, 0, 2, 1, 1, 1, 0, 0]
+    # 0 by its full row, 3 by its delta row; 4 has a row of the other module only.
+    assert step.bypass.counts.tolist() == [2, 1]
     backend.write_flags(torch.tensor([99, -1, 5]))
-    assert int(step.bypassed) == 3
+    assert step.bypass.counts.tolist() == [2, 1]

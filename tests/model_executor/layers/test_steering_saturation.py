@@ -83,6 +83,16 @@ def steered(
     return bench(rng, TOKENS, D, [slot], vectors, {tier: rows}, dtype, single_stream)
 
 
+def saturated(case: Bench, tier: Tier) -> int:
+    """What the slot of the tier has counted."""
+    if tier is not Tier.ADDITIVE:
+        assert case.site.vectors is not None
+        assert not case.site.vectors.saturated.any()
+        return int(case.site.saes[0].saturated)
+    assert not case.site.saes[0].saturated.any()
+    return int(case.site.vectors.saturated.max())
+
+
 def assert_survivable(case: Bench, dtype: torch.dtype) -> None:
     """The stream is within the limit; a norm and another such term stay finite."""
     x = case.stream[::2]
@@ -128,14 +138,14 @@ def test_saturated_tokens_point_where_the_clamp_points_and_are_counted(
     limit = STREAM_LIMIT[dtype]
     expected = (-direction.sign() * limit).expand(4, D)
     assert torch.equal(case.stream[::2].float(), expected)
-    assert int(case.step.saturated) == 4
+    assert saturated(case, tier) == 4
 
 
 @pytest.mark.parametrize("tier", list(Tier))
 def test_ordinary_clamps_saturate_nothing(tier: Tier) -> None:
     case = steered(tier, [Clamp(5, "absolute", 8.0)], torch.float32)
     case.run(OPS[tier])
-    assert int(case.step.saturated) == 0
+    assert saturated(case, tier) == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -151,7 +161,17 @@ def test_a_token_that_is_not_finite_is_left_alone(
     view = torch.int32 if dtype is torch.float32 else torch.int16
     for now, was in ((case.hidden, hidden), (case.residual, residual)):
         assert torch.equal(now[2].view(view), was[2].view(view))
-    assert int(case.step.saturated) == 3
+    assert saturated(case, tier) == 3
+
+
+def test_a_token_is_counted_once_for_each_vector_that_its_row_uses() -> None:
+    """A row may list a vector twice, as bounds do."""
+    clamps = [Clamp(at, "additive", 3e38) for at in (5, 7, 5)]
+    case = steered(Tier.ADDITIVE, clamps, torch.float32)
+    case.run(OPS[Tier.ADDITIVE])
+    counted = case.site.vectors.saturated
+    assert counted.nonzero().squeeze(1).tolist() == [5, 7]
+    assert counted[[5, 7]].tolist() == [4, 4]
 
 
 def test_sums_that_overflow_both_ways_are_finite() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steering_testing.shards import shard_of
 
 from vllm.config.steering import Activation, ModuleInfo, SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 D, F, K, TOKENS = 8, 24, 5, 32
@@ -48,7 +50,7 @@ def canonical(weights: SAEWeights, site: SiteInfo, x: torch.Tensor) -> torch.Ten
     return y if weights.W_skip is None else y + x @ weights.W_skip.double().T
 
 
-def new_weights(site: SiteInfo, spare: int = 0) -> SAEWeights:
+def new_weights(site: SiteInfo, spare: int = 0, shard: Shard = WHOLE) -> SAEWeights:
     """Empty fp32 buffers for a site."""
     cpu = torch.device("cpu")
     return SAEWeights(
@@ -58,15 +60,31 @@ def new_weights(site: SiteInfo, spare: int = 0) -> SAEWeights:
         cpu,
         d_out=site.out_width,
         has_skip=site.has_skip,
+        shard=shard,
     )
 
 
 def loaded(module: ModuleInfo) -> SAEWeights:
-    """The only site of a module, loaded."""
+    """The only site of a module, loaded; what two ranks load are its parts."""
     (site,) = module.sites
     weights = new_weights(site)
     load_site(module, site, weights)
+    check_shards(module, weights)
     return weights
+
+
+def check_shards(module: ModuleInfo, whole: SAEWeights) -> None:
+    """Assert that ranks which share the SAE load the bits of their parts."""
+    (site,) = module.sites
+    for rank in range(2):
+        shard = Shard(rank, 2)
+        found = new_weights(site, shard=shard)
+        load_site(module, site, found)
+        expected = shard_of(whole, shard)
+        for at, (own, part) in enumerate(
+            zip(found.tensors(), expected.tensors(), strict=True)
+        ):
+            assert torch.equal(own, part), f"tensor {at} of rank {rank}"
 
 
 def reconstruct(path: Path, **options: Any) -> torch.Tensor:

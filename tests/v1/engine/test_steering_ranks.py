@@ -126,9 +126,14 @@ def test_lists_and_counts_are_of_all_ranks() -> None:
     assert listing["modules"] == [{"name": NAME, "requests": 3, "draining": True}]
     tokens = {"full": {"prefill": 3, "decode": 1}}
     stats = {"steered_tokens": tokens, "bytes": [7], "modules": [NAME]}
-    both = merged([ModuleReply(outcome=Outcome.DONE, stats=stats)] * 2).stats
+    one = {**stats, "module_tokens": {NAME: {"bypassed": 1}}}
+    # A module that only one rank has counted a token of.
+    other = {**stats, "module_tokens": {NAME: {"bypassed": 2}, "b": {"bypassed": 5}}}
+    replies = [ModuleReply(outcome=Outcome.DONE, stats=s) for s in (one, other)]
+    both = merged(replies).stats
     assert both == {
         "steered_tokens": {"full": {"prefill": 6, "decode": 2}},
+        "module_tokens": {NAME: {"bypassed": 3}, "b": {"bypassed": 5}},
         "bytes": [7, 7],
         "modules": [NAME],
     }

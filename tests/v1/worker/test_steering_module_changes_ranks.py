@@ -68,8 +68,11 @@ def load_breaker() -> Any:
     return poison
 
 
+@pytest.mark.parametrize(
+    "sharding", ["replicate", pytest.param("shard", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_fails_takes_all_ranks_back(
-    model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sharding: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     saes = {
@@ -79,7 +82,8 @@ def test_a_rank_that_fails_takes_all_ranks_back(
     for kind, sae in saes.items():
         sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
         paths[kind] = save_sae(tmp_path / kind, {SITE: sae})
-    steering = {"spare": [{"layer": 1, "hook": "resid_post", "width": 96}]}
+    spare = {"layer": 1, "hook": "resid_post", "width": 96, "sharding": sharding}
+    steering = {"spare": [spare]}
     ask = params(6, **{FULL: [sae_spec("hot")]})
 
     def check(kind: str) -> None:

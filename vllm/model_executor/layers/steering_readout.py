@@ -33,11 +33,11 @@ def read_features(
             continue
         x = reference.gather_stream(tokens, hidden, residual)
         x = x.to(torch.promote_types(weights.W_enc.dtype, torch.float32))
+        # Before the norms are looked at: ranks that share the SAE exchange activations.
+        acts = reference.encode(weights, x)
         keep = reference.within_norm(x, weights.norm_limit)
-        tokens, x = tokens[keep], x[keep]
-        if tokens.numel():
-            acts = reference.encode(weights, x)
-            write_rows(reads, index[tokens], tokens, acts)
+        tokens, acts = tokens[keep], acts[keep]
+        write_rows(reads, index[tokens], tokens, acts)
 
 
 def write_rows(

@@ -18,12 +18,15 @@ Whatever a request asks for, the written values are finite. Every backend does t
    sums overflowed both ways) becomes `-STREAM_LIMIT`, as `fmin(fmax(x', -limit),
    limit)` makes it.
 
-`StepState.saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
+A slot's `saturated` counts the tokens of a call that rule 3 has changed. Rule 2 alone
 is not counted, because a limited coefficient leads to rule 3, except where the
 direction's component is zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -54,16 +57,20 @@ def _compute_dtype(weights: torch.Tensor) -> torch.dtype:
 
 
 def encode(weights: SAEWeights, x: torch.Tensor) -> torch.Tensor:
-    """Feature activations `f [n, F]` of `x [n, D]`: `act(x W_enc^T + b_enc)`."""
+    """Feature activations `f [n, F]` of `x [n, D]`: `act(x W_enc^T + b_enc)`.
+
+    Ranks that share the SAE each compute their own features, and exchange them.
+    """
     dtype = _compute_dtype(weights.W_enc)
-    n, capacity = x.shape[0], weights.d_sae_capacity
-    pre = torch.empty(n, capacity, dtype=dtype, device=x.device)
-    for start in range(0, capacity, FEATURE_SLICE):
+    n, features = x.shape[0], weights.W_enc.shape[0]
+    pre = torch.empty(n, features, dtype=dtype, device=x.device)
+    for start in range(0, features, FEATURE_SLICE):
         part = slice(start, start + FEATURE_SLICE)
         pre[:, part] = x @ weights.W_enc[part].to(dtype).T + weights.b_enc[part]
     if int(weights.meta[MetaField.USES_TOPK]):
-        return _top_k(weights, pre)
-    return torch.where(pre > weights.threshold.clamp(min=0), pre, 0.0)
+        return _top_k(weights, weights.shard.gather(pre))
+    acts = torch.where(pre > weights.threshold.clamp(min=0), pre, 0.0)
+    return weights.shard.gather(acts)
 
 
 def _top_k(weights: SAEWeights, pre: torch.Tensor) -> torch.Tensor:
@@ -80,9 +87,30 @@ def encode_features(
     weights: SAEWeights, x: torch.Tensor, features: torch.Tensor
 ) -> torch.Tensor:
     """`f [n, U]` of the given features only; threshold activations."""
+    W, b, threshold = encoder_rows(weights, features)
+    pre = x @ W.to(_compute_dtype(W)).T + b
+    return torch.where(pre > threshold.clamp(min=0), pre, 0.0)
+
+
+def encoder_rows(
+    weights: SAEWeights, features: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`W_enc [U, D]`, `b_enc [U]` and `threshold [U]` of the given features.
+
+    Ranks that share the SAE exchange the rows. Then all of them multiply the same
+    matrix that one rank would.
+    """
+    shard, held = weights.shard, weights.W_enc.shape[0]
+    if shard.is_whole:
+        W, b, threshold = weights.W_enc, weights.b_enc, weights.threshold
+        return W[features], b[features], threshold[features]
     dtype = _compute_dtype(weights.W_enc)
-    pre = x @ weights.W_enc[features].to(dtype).T + weights.b_enc[features]
-    return torch.where(pre > weights.threshold[features].clamp(min=0), pre, 0.0)
+    local = (features - weights.own.start).clamp(0, held - 1)
+    columns = [weights.W_enc, weights.b_enc[:, None], weights.threshold[:, None]]
+    rows = torch.cat([column[local].to(dtype) for column in columns], dim=1)
+    every = shard.gather(rows).view(features.shape[0], shard.size, -1)
+    found = every[torch.arange(features.shape[0]), features // held]
+    return found[:, :-2].contiguous(), found[:, -2], found[:, -1]
 
 
 def clamp_changes(
@@ -181,19 +209,40 @@ def write_stream(
     x: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
-    step: StepState,
-) -> None:
-    """Limit the edited stream, round it once and write it back exactly."""
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Limit the edited stream, round it once and write it back exactly.
+
+    `keep` bool `[n]` leaves out tokens; None: none.
+
+    Returns:
+        int64 `[m]`, the places of those that were limited among the written tokens.
+    """
+    if keep is not None and not keep.all():
+        tokens, x = tokens[keep], x[keep]
     limit = STREAM_LIMIT[hidden.dtype]
-    within = (x.abs() <= limit).all(dim=1)
-    if not within.all():
-        step.saturated += (~within).sum()
+    limited = (~(x.abs() <= limit).all(dim=1)).nonzero().squeeze(1)
+    if limited.numel():
         x = x.nan_to_num(-limit, limit, -limit).clamp(-limit, limit)
     if residual is None:
         hidden[tokens] = x.to(hidden.dtype)
-        return
+        return limited
     residual[tokens] = x.to(residual.dtype)
     hidden[tokens] = 0
+    return limited
+
+
+class TokenSlice(NamedTuple):
+    """Tokens that an SAE tier edits, where their norm allows it.
+
+    tokens, rows: int64 `[n]`. x: `[n, d_in]`, what the encoder reads. keep: bool `[n]`,
+    whether the norm allows it.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    x: torch.Tensor
+    keep: torch.Tensor
 
 
 def _sae_tokens(
@@ -204,23 +253,24 @@ def _sae_tokens(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     source: torch.Tensor | None,
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Slices of (tokens, rows, what the encoder reads) that an SAE tier edits."""
+) -> Iterator[TokenSlice]:
+    """What an SAE tier edits, in slices.
+
+    Norms do not decide how many tokens a slice has: ranks that share an SAE exchange
+    tensors of that size.
+    """
     index = step.index[tier, : hidden.shape[0]]
     tokens = select_tokens(table, index, step, slot.weights)
     dtype = _compute_dtype(slot.weights.W_enc)
-    slices = []
     for part in tokens.split(TOKEN_SLICE):
+        if not part.numel():
+            continue
         if source is None:
             x = gather_stream(part, hidden, residual).to(dtype)
         else:
             x = source[part].to(dtype)
         keep = within_norm(x, slot.weights.norm_limit)
-        if not keep.all():
-            part, x = part[keep], x[keep]
-        if part.numel():
-            slices.append((part, index[part].long(), x))
-    return slices
+        yield TokenSlice(part, index[part].long(), x, keep)
 
 
 def full_reconstruction(
@@ -236,7 +286,7 @@ def full_reconstruction(
     """
     weights, table = slot.weights, slot.full
     dtype = _compute_dtype(weights.W_dec)
-    for tokens, rows, x in _sae_tokens(
+    for tokens, rows, x, keep in _sae_tokens(
         slot, table, Tier.FULL, step, hidden, residual, source
     ):
         acts = encode(weights, x)
@@ -249,7 +299,8 @@ def full_reconstruction(
         for start in range(0, weights.d_sae_capacity, FEATURE_SLICE):
             part = slice(start, start + FEATURE_SLICE)
             out += acts[:, part] @ weights.W_dec[part].to(dtype)
-        write_stream(tokens, out, hidden, residual, step)
+        out = weights.shard.gather(out)
+        slot.saturated += len(write_stream(tokens, out, hidden, residual, keep))
 
 
 def sae_clamp(
@@ -265,7 +316,7 @@ def sae_clamp(
     """
     weights, table = slot.weights, slot.delta
     dtype = _compute_dtype(weights.W_dec)
-    for tokens, rows, x in _sae_tokens(
+    for tokens, rows, x, keep in _sae_tokens(
         slot, table, Tier.DELTA, step, hidden, residual, source
     ):
         changes = clamp_changes(table, rows, clamp_activations(weights, table, rows, x))
@@ -274,8 +325,8 @@ def sae_clamp(
         coefficients.scatter_add_(1, place, changes)
         if source is not None:
             x = gather_stream(tokens, hidden, residual).to(dtype)
-        out = x + coefficients @ weights.W_dec[used].to(dtype)
-        write_stream(tokens, out, hidden, residual, step)
+        out = x + weights.shard.gather(coefficients @ weights.W_dec[used].to(dtype))
+        slot.saturated += len(write_stream(tokens, out, hidden, residual, keep))
 
 
 def steering_vectors(
@@ -311,4 +362,16 @@ def steering_vectors(
     changes = changes.clamp(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
     coefficients = x.new_zeros(x.shape[0], used.numel())
     coefficients.scatter_add_(1, features, changes)
-    write_stream(tokens, x + coefficients @ directions, hidden, residual, step)
+    out = x + coefficients @ directions
+    limited = write_stream(tokens, out, hidden, residual)
+    if limited.numel():
+        _count_vectors(slot, rows[limited])
+
+
+def _count_vectors(slot: VectorSlot, rows: torch.Tensor) -> None:
+    """Count the tokens with these rows for each vector that their row uses."""
+    used = _used(slot.table, rows)
+    shape = (len(rows), len(slot.saturated))
+    users = torch.zeros(shape, dtype=torch.int64, device=rows.device)
+    users.scatter_add_(1, slot.table.feature[rows].long(), used.long())
+    slot.saturated += (users > 0).sum(dim=0)

@@ -23,8 +23,8 @@ class ReferenceBackend(SteeringBackend):
         known = (token_ids >= 0) & (token_ids < bits.shape[0])
         flags = torch.where(known, bits[token_ids.where(known, 0).long()], 0)
         self.step.flags[: flags.shape[0]] = flags
-        rows = self.step.index[Tier.DELTA :, : flags.shape[0]]
-        self.step.bypassed += ((rows != 0).any(0) & (flags != 0)).sum()
+        rows = self.step.index[:, : flags.shape[0]]
+        self.step.bypass.count(flags, rows[Tier.DELTA], rows[Tier.FULL])
 
     def full_reconstruction(
         self,

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.model_executor.layers.steering_bypass import BypassCounts
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 
 # The largest component that a tier writes back, by the model's dtype. Two such
 # components add up without overflow, and float32 holds the sum of squares of 2^16 of
@@ -157,6 +159,12 @@ class SAEWeights(nn.Module):
         meta: int32, columns of `MetaField`.
         norm_limit: float32 `[1]`; a token whose `x` has a larger L2 norm is left
             untouched (`NO_NORM_LIMIT`: every finite float32 norm is allowed).
+        row_norms: float32 `[F]`, L2 norms of the rows of the whole `W_dec`; None where
+            this rank holds all of it.
+
+    A rank of a group that shares the SAE holds `shard`: with `own = shard.part(F)` and
+    `columns = shard.part(d_out)`, `W_enc[own]`, `b_enc[own]`, `threshold[own]`,
+    `W_dec[:, columns]`, `b_dec[columns]` and `W_skip[columns]`.
 
     An SAE has `d_out = d_in` and writes where it reads. TopK keeps the k largest `p`
     (ties: lowest index), clipped at zero if TOPK_RELU; its threshold is unused.
@@ -170,6 +178,7 @@ class SAEWeights(nn.Module):
     W_skip: torch.Tensor | None
     meta: torch.Tensor
     norm_limit: torch.Tensor
+    row_norms: torch.Tensor | None
 
     def __init__(
         self,
@@ -179,25 +188,32 @@ class SAEWeights(nn.Module):
         device: torch.device,
         d_out: int | None = None,
         has_skip: bool = False,
+        shard: Shard = WHOLE,
     ):
         super().__init__()
         self.d_sae_capacity = d_sae
         self.d_in = d_in
         self.d_out = d_in if d_out is None else d_out
+        self.shard = shard
+        self.own = shard.part(d_sae)
+        self.columns = shard.part(self.d_out)
+        features, columns = d_sae // shard.size, self.d_out // shard.size
         f32 = torch.float32
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "W_enc": ((d_sae, d_in), dtype),
-            "b_enc": ((d_sae,), f32),
-            "threshold": ((d_sae,), f32),
-            "W_dec": ((d_sae, self.d_out), dtype),
-            "b_dec": ((self.d_out,), f32),
+            "W_enc": ((features, d_in), dtype),
+            "b_enc": ((features,), f32),
+            "threshold": ((features,), f32),
+            "W_dec": ((d_sae, columns), dtype),
+            "b_dec": ((columns,), f32),
             "meta": ((len(MetaField),), torch.int32),
             "norm_limit": ((1,), f32),
         }
         if has_skip:
-            shapes["W_skip"] = ((self.d_out, d_in), dtype)
-        else:
-            self.register_buffer("W_skip", None, persistent=False)
+            shapes["W_skip"] = ((columns, d_in), dtype)
+        if not shard.is_whole:
+            shapes["row_norms"] = ((d_sae,), f32)
+        for name in {"W_skip", "row_norms"} - set(shapes):
+            self.register_buffer(name, None, persistent=False)
         for name, (shape, kind) in shapes.items():
             tensor = torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, tensor, persistent=False)
@@ -205,15 +221,21 @@ class SAEWeights(nn.Module):
 
     @classmethod
     def for_site(
-        cls, site: SiteInfo, dtype: torch.dtype, device: torch.device
+        cls,
+        site: SiteInfo,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = WHOLE,
     ) -> SAEWeights:
-        """Empty buffers that exactly fit a site."""
-        return cls(site.d_sae, site.d_in, dtype, device, site.out_width, site.has_skip)
+        """Empty buffers that exactly fit a site, or this rank's part of it."""
+        widths = (site.d_sae, site.d_in)
+        return cls(*widths, dtype, device, site.out_width, site.has_skip, shard)
 
     def tensors(self) -> list[torch.Tensor]:
         """The buffers that a module's files fill."""
         filled = [self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec]
-        return filled if self.W_skip is None else [*filled, self.W_skip]
+        optional = (self.W_skip, self.row_norms)
+        return [*filled, *(tensor for tensor in optional if tensor is not None)]
 
     def clear(self) -> None:
         """Set all weights so that no feature can fire."""
@@ -228,8 +250,17 @@ class SAEWeights(nn.Module):
     def copy_from(self, staged: SAEWeights) -> None:
         """Take over the weights of an SAE of at most this capacity, in place.
 
-        `meta` and `norm_limit` do not change.
+        A shard takes the same shard of an SAE of exactly its capacity. `meta` and
+        `norm_limit` do not change.
         """
+        assert (self.shard.rank, self.shard.size) == (
+            staged.shard.rank,
+            staged.shard.size,
+        )
+        if not self.shard.is_whole:
+            for own, new in zip(self.tensors(), staged.tensors(), strict=True):
+                own.copy_(new)
+            return
         d_sae = staged.d_sae_capacity
         for name in ("W_enc", "W_dec", "b_enc", "threshold"):
             getattr(self, name)[:d_sae].copy_(getattr(staged, name))
@@ -268,10 +299,7 @@ class StepState(nn.Module):
             tables; 0: not read.
         no_rows: int32 `[max_tokens]`, zeros: an index by which nothing is edited.
         reading: whether some token of the step is read; known on the host.
-        bypassed: int64 `[1]`, tokens since start-up that the SAE tiers were asked to
-            edit and whose id is in a skip set; read for metrics only.
-        saturated: int64 `[1]`, write-backs since start-up with a component at
-            `STREAM_LIMIT`: one for each token, site and tier; read for metrics only.
+        bypass: counts of the tokens that modules leave alone; read for metrics only.
         sync: int32 `[SYNC_INTS]`, counters with which blocks of a GPU kernel wait for
             one another; zero between launches. They are a buffer, so that sleeping and
             waking the model restores them.
@@ -282,8 +310,6 @@ class StepState(nn.Module):
     skip_bits: torch.Tensor
     read_index: torch.Tensor
     no_rows: torch.Tensor
-    bypassed: torch.Tensor
-    saturated: torch.Tensor
     sync: torch.Tensor
 
     def __init__(self, max_tokens: int, device: torch.device, vocab_size: int = 1):
@@ -301,9 +327,7 @@ class StepState(nn.Module):
         self.reading = False
         sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
         self.register_buffer("sync", sync, persistent=False)
-        for name in ("bypassed", "saturated"):
-            counter = torch.zeros(1, dtype=torch.int64, device=device)
-            self.register_buffer(name, counter, persistent=False)
+        self.bypass = BypassCounts(device)
 
 
 class SAESlot(nn.Module):
@@ -312,7 +336,12 @@ class SAESlot(nn.Module):
     `activations` lists the kinds of module that the slot may ever hold. If these are
     TopK and a threshold activation, `meta` decides on the device. `reads_source` is
     true for a transcoder, whose encoder reads another point than it writes.
+
+    `saturated`, int64 `[1]`, counts the write-backs that had a component beyond
+    `STREAM_LIMIT`: one for each token and tier. It is read for metrics only.
     """
+
+    saturated: torch.Tensor
 
     def __init__(
         self,
@@ -331,15 +360,19 @@ class SAESlot(nn.Module):
         self.full = ClampTable(num_rows, max_clamps, device)
         # None if the engine reads no features.
         self.reads: ReadBuffers | None = None
+        counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.register_buffer("saturated", counter, persistent=False)
 
 
 class VectorSlot(nn.Module):
     """The steering vectors of one site, stacked. A row is a list of clamps on them.
 
-    `directions` is float32 `[V, D]`, one vector module's row each.
+    `directions` is float32 `[V, D]`, one vector module's row each. `saturated`, int64
+    `[V]`, counts as that of `SAESlot`, for each vector that the token's row uses.
     """
 
     directions: torch.Tensor
+    saturated: torch.Tensor
 
     def __init__(
         self,
@@ -352,4 +385,6 @@ class VectorSlot(nn.Module):
         super().__init__()
         directions = torch.zeros(capacity, d_model, device=device)
         self.register_buffer("directions", directions, persistent=False)
+        counters = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.register_buffer("saturated", counters, persistent=False)
         self.table = ClampTable(num_rows, max_clamps, device)

@@ -28,6 +28,7 @@ import torch
 
 from vllm.config.steering import ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
+from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 from vllm.model_executor.model_loader.sae_loader import (
     LocatedModule,
     ModuleOptions,
@@ -137,6 +138,7 @@ class ModuleInspector:
         site: SiteInfo,
         into: Sequence[torch.Tensor],
         seconds: float,
+        shard: Shard = WHOLE,
     ) -> float:
         """As `load_site` and `load_vectors`, into tensors on the host.
 
@@ -144,6 +146,7 @@ class ModuleInspector:
             into: `SAEWeights.tensors()` of buffers that fit the site exactly, or a
                 vector's float32 `[D]`.
             seconds: how long it may take.
+            shard: what of the SAE `into` has room for.
 
         Returns:
             how long it took, in seconds, without the wait for other jobs.
@@ -159,6 +162,7 @@ class ModuleInspector:
             "dtype": str(into[0].dtype).removeprefix("torch."),
             "size": sum(tensor.nbytes for tensor in into),
             "seconds": seconds,
+            "shard": [shard.rank, shard.size],
         }
         with self._lock:
             start = time.monotonic()

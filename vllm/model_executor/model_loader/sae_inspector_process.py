@@ -22,6 +22,7 @@ import torch
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
 from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.model_loader.sae_formats.layout import Location, Overrides
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
@@ -114,7 +115,9 @@ def run_child(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         loads = "module" in job
         # Reading one tensor whole, in another dtype, may take three times its memory.
-        allowed = limits.memory_bytes + 3 * job.get("size", 0)
+        # `size` is that of a shard, but a file may have to be read whole.
+        whole = job.get("size", 0) * job.get("shard", [0, 1])[1]
+        allowed = limits.memory_bytes + 3 * whole
         limit_resources(allowed)
         try:
             if loads:
@@ -187,7 +190,8 @@ def load_job(job: Job, write_end: int, replies: IO[bytes]) -> None:
     site = module.sites[job["site"]]
     if module.kind == "sae":
         dtype = DTYPES[job["dtype"]]
-        weights = SAEWeights.for_site(site, dtype, torch.device("cpu"))
+        shard = Shard(*job["shard"])
+        weights = SAEWeights.for_site(site, dtype, torch.device("cpu"), shard)
         load_site(module, site, weights, location_of(job))
         tensors = weights.tensors()
     else:

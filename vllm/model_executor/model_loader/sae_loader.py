@@ -252,17 +252,14 @@ def load_site(
     Args:
         module: as `inspect_module` returned it.
         site: one of `module.sites`.
-        into: buffers of the site's widths with at least `d_sae` features, on any
-            device. Features past `d_sae` and `meta` keep their values.
+        into: buffers of the site's widths with at least `d_sae` features, or a shard of
+            them, on any device. Features past `d_sae` and `meta` keep their values.
         location: the module's files, if `locate` has found them; no progress is shown.
 
     Raises:
         ValueError: the files changed, do not fit `into`, or hold a NaN or infinity;
             `into` then holds a part of the module.
     """
-    # Deferred: of the loader, only this needs the rest of vLLM.
-    from vllm.model_executor.model_loader.weight_utils import enable_tqdm
-
     with _open_site(module, site, location) as (location, layout):
         if not isinstance(layout, SAELayout):
             raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
@@ -274,10 +271,16 @@ def load_site(
                 total=sae_bytes(layout, tensors),
                 unit="B",
                 unit_scale=True,
-                disable=location is not None or not enable_tqdm(True),
+                disable=location is not None or not _is_first_rank(),
             ) as bar,
         ):
             fold_sae(layout, tensors, into, bar.update)
+
+
+def _is_first_rank() -> bool:
+    """Whether this process shows progress, as vLLM decides it for a model's weights."""
+    distributed = torch.distributed
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _check_room(site: SiteInfo, into: SAEWeights) -> None:
@@ -289,6 +292,11 @@ def _check_room(site: SiteInfo, into: SAEWeights) -> None:
             f"{room[2]} and d_sae of at most {into.d_sae_capacity}, found d_in "
             f"{found[0]}, d_out {found[1]}, skip connection {found[2]} and d_sae "
             f"{site.d_sae}"
+        )
+    if not into.shard.is_whole and site.d_sae != into.d_sae_capacity:
+        raise LayoutError(
+            f"{site.name}: expected d_sae {into.d_sae_capacity}, the width of the "
+            f"sharded slot, found {site.d_sae}"
         )
 
 

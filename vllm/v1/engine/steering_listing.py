@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS
@@ -23,7 +24,7 @@ def listing_of(core: EngineCore, config: SteeringConfig) -> Json:
     modules = [
         {
             **module.to_json(),
-            "weight_bytes": module_bytes(module, item_bytes),
+            "weight_bytes": module_bytes(module, item_bytes, config.ranks),
             "requests": requests_of(core, name),
             "draining": name in config.draining,
         }
@@ -36,19 +37,34 @@ def listing_of(core: EngineCore, config: SteeringConfig) -> Json:
 def stats_of(core: EngineCore, config: SteeringConfig, workers: list[Json]) -> Json:
     """Counts of all ranks, and what requests have read of each module.
 
-    `workers` are the ranks' replies: all have the same rows and tokens, and bytes of
-    their own.
+    `workers` are the ranks' replies: all have the same rows and steered tokens, and
+    bytes of their own. What a pipeline's stages do to tokens is added up.
     """
+    stages = workers[:: core.vllm_config.parallel_config.tensor_parallel_size]
     reads = core.scheduler.sae_step_reads
     counts = {} if reads is None else reads.counts
     return {
         **workers[0]["stats"],
+        "module_tokens": tokens_of_stages([reply["stats"] for reply in stages]),
         "bytes": [reply["stats"]["bytes"] for reply in workers],
         "read": {
             name: dataclasses.asdict(counts.get(name, ReadCounts()))
             for name in config.modules
         },
     }
+
+
+def tokens_of_stages(stages: Sequence[Json]) -> Json:
+    """What each module did to tokens, given the counts of each stage's modules."""
+    found: Json = {}
+    for stage in stages:
+        for module, tokens in stage["module_tokens"].items():
+            before = found.get(module) or {"bypassed": 0, "saturated": 0}
+            found[module] = {
+                **tokens,
+                **{key: tokens[key] + before[key] for key in ("bypassed", "saturated")},
+            }
+    return found
 
 
 def requests_of(core: EngineCore, name: str) -> int:

@@ -162,8 +162,9 @@ def _sum_stats(stats: Sequence[Json | None]) -> Json | None:
 
 def _added(values: Sequence[Json]) -> Json:
     total: Json = {}
-    for key, first in values[0].items():
-        column = [value[key] for value in values]
+    for key in dict.fromkeys(key for value in values for key in value):
+        column = [value[key] for value in values if key in value]
+        first = column[0]
         if isinstance(first, dict):
             total[key] = _added(column)
         elif isinstance(first, (int, float)):

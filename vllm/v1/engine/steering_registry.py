@@ -185,7 +185,7 @@ class SteeringRegistry:
             module = inspect_for_model(
                 name,
                 options,
-                self.core.vllm_config.model_config,
+                self.core.vllm_config,
                 module_inspector().inspect,
             )
         except SteeringConfigError as error:

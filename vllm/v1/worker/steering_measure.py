@@ -99,7 +99,7 @@ class MeasuringBackend(SteeringBackend):
         before = gather_stream(tokens, hidden, residual).double()
         if self.ablates:
             mean = self.mean.to(hidden.device).expand(len(tokens), -1)
-            write_stream(tokens, mean, hidden, residual, self.step)
+            write_stream(tokens, mean, hidden, residual)
             return
         self.inner.full_reconstruction(slot, hidden, residual, source)
         after = gather_stream(tokens, hidden, residual).double()

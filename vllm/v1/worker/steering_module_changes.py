@@ -21,6 +21,7 @@ from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SAEWeights
+from vllm.v1.worker.steering_counts import tokens_of_modules
 from vllm.v1.worker.steering_module_loads import (
     LoadedSite,
     ModuleLoad,
@@ -188,7 +189,7 @@ class ModuleChanges:
         self._synchronize()
 
     def stats(self) -> Json:
-        """Rows in use per tier, steered tokens per tier and phase, and bytes held."""
+        """Rows in use per tier, tokens of tiers and of modules, and bytes held."""
         counts = self.runtime.steered_tokens
         return {
             "rows_in_use": {
@@ -203,8 +204,12 @@ class ModuleChanges:
                 for tier in Tier
             },
             # This waits for the step in flight, at most once every few seconds.
-            "bypassed_tokens": int(self.runtime.step.bypassed),
-            "saturated_tokens": int(self.runtime.step.saturated),
+            "module_tokens": tokens_of_modules(
+                self.runtime.config.modules,
+                self.runtime.counts.steered(),
+                self.modules.counts.bypassed(),
+                self.modules.counts.saturated(),
+            ),
             "bytes": self.modules.nbytes,
             "modules": list(self.runtime.config.modules),
         }

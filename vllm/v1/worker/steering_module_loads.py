@@ -18,7 +18,8 @@ import torch
 from vllm.config.steering import ModuleInfo, SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
-from vllm.v1.worker.steering_modules import SiteModules, unit_scale
+from vllm.v1.worker.steering_modules import SiteModules
+from vllm.v1.worker.steering_tables import unit_scale
 
 CPU = torch.device("cpu")
 
@@ -93,14 +94,19 @@ class ModuleLoad:
         for site, loaded in empty.items():
             if self._given_up:
                 break
-            left -= inspector.load(self.module, site, loaded.tensors, max(left, 0.0))
+            seconds = max(left, 0.0)
+            shard = self.modules.shard_of(self.module.is_sharded(site))
+            tensors = loaded.tensors
+            left -= inspector.load(self.module, site, tensors, seconds, shard)
             found[site] = self._finished(site, loaded)
         return found
 
     def _empty(self, site: SiteInfo) -> LoadedSite:
         if self.module.kind == "vectors":
             return LoadedSite(torch.empty(site.d_in))
-        return LoadedSite(SAEWeights.for_site(site, self.modules.dtype, CPU))
+        shard = self.modules.shard_of(self.module.is_sharded(site))
+        weights = SAEWeights.for_site(site, self.modules.dtype, CPU, shard)
+        return LoadedSite(weights)
 
     def _finished(self, site: SiteInfo, loaded: LoadedSite) -> LoadedSite:
         weights = loaded.weights

@@ -22,11 +22,9 @@ from vllm.config.steering import (
     PointWidths,
     SiteInfo,
     SlotInfo,
-    SteeringConfig,
     Tier,
 )
-from vllm.config.steering_slots import module_bytes, skip_set, slots_of
-from vllm.logger import init_logger
+from vllm.config.steering_slots import skip_set
 from vllm.model_executor.layers.steering import (
     SAESlot,
     SAEWeights,
@@ -38,19 +36,18 @@ from vllm.model_executor.layers.steering import (
 from vllm.model_executor.layers.steering_attach import attach_site, check_site
 from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
-    find_decoder_layers,
     parts_of,
     refuse_output_norm,
 )
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
-from vllm.model_executor.model_loader.sae_loader import load_site, load_vectors
+from vllm.model_executor.layers.steering_shards import WHOLE, Shard
+from vllm.model_executor.model_loader.sae_loader import load_site
+from vllm.v1.worker.steering_counts import DeviceCounts
 from vllm.v1.worker.steering_inline import InlineVectors, make_stack
 from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
 from vllm.v1.worker.steering_skip_sets import SkipSets
-from vllm.v1.worker.steering_tables import BoundTable, TableOf, decoder_norms
-
-logger = init_logger(__name__)
+from vllm.v1.worker.steering_tables import BoundTable, TableOf
 
 SAE_TIERS = (Tier.DELTA, Tier.FULL)
 
@@ -71,6 +68,7 @@ class SiteModules:
         widths: PointWidths,
         dtype: torch.dtype,
         readable: bool = False,
+        shard: Shard = WHOLE,
     ):
         self.layers = layers
         self.step = step
@@ -80,6 +78,7 @@ class SiteModules:
         self.dtype = dtype
         self.device = step.index.device
         self.readable = readable
+        self.shard = shard
         self.skip_sets = SkipSets(step.skip_bits.shape[0])
         self.sites: dict[SiteKey, SteeringSite] = {}
         self.places: dict[int, Place] = {}
@@ -90,6 +89,11 @@ class SiteModules:
         }
         self._read_slots: dict[tuple[str, SiteKey], int] = {}
         self.inline = InlineVectors()
+        self.counts = DeviceCounts(step, self.inline)
+
+    def shard_of(self, sharded: bool) -> Shard:
+        """What this rank holds of an SAE that the ranks share, or do not."""
+        return self.shard if sharded else WHOLE
 
     def table_of(self, tier: Tier) -> TableOf:
         """Looks up `(module, site) -> (table, offset)`, or None if not on this rank."""
@@ -191,8 +195,9 @@ class SiteModules:
 
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
         d_in, d_out = self.widths.of(slot.hook), self.widths.of(slot.out_hook)
+        shard = self.shard_of(slot.sharded)
         weights = SAEWeights(
-            slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip
+            slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip, shard
         )
         kinds: set[Activation] = {Activation.TOPK} if slot.topk else set()
         if slot.threshold:
@@ -282,9 +287,12 @@ class SiteModules:
             for tier in SAE_TIERS:
                 place.tables[tier].unit_scale = scales.get(at)
                 self._bound[tier][module.name, key] = (place.tables[tier], 0)
+        places = [self.places[at] for _, at in self.own_sites(module)]
+        self.counts.bind(module.name, places, self.skip_sets.mask(skip_set(module)))
 
     def unbind(self, module: ModuleInfo) -> None:
         """Forget where a module's rows live, and clear its own tables."""
+        self.counts.unbind(module.name)
         for site, at in self.own_sites(module):
             key, place = SiteKey(site.layer, site.hook), self.places.get(at)
             for tier in Tier:
@@ -341,59 +349,3 @@ class SiteModules:
                 place.slot.weights.clear()
             else:
                 place.slot.directions[place.row].zero_()
-
-
-def unit_scale(module: ModuleInfo, weights: SAEWeights) -> np.ndarray | None:
-    """What a clamp's value is divided by: see `BoundTable.unit_scale`."""
-    in_units = module.feature_units == "unit_decoder"
-    return decoder_norms(weights.W_dec) if in_units else None
-
-
-def build_site_modules(
-    config: SteeringConfig,
-    model: nn.Module,
-    num_rows: int,
-    max_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    vocab_size: int,
-    widths: PointWidths,
-) -> SiteModules:
-    """Build this rank's slots, load every module into its own, attach the sites.
-
-    All modules are loaded and checked before the first layer is touched.
-
-    Raises:
-        ValueError: a module cannot be loaded, or the model's layers are unknown.
-    """
-    layers = find_decoder_layers(model)
-    step = StepState(max_tokens, device, vocab_size)
-    modules = SiteModules(
-        layers, step, num_rows, config.max_clamps, widths, dtype, config.readout
-    )
-    places = modules.make_places(slots_of(config), config.inline_sites)
-    modules.places = places
-    for module in config.modules.values():
-        scales: dict[int, np.ndarray | None] = {}
-        for site, at in modules.own_sites(module):
-            place = places[at]
-            if isinstance(place, VectorPlace):
-                place.slot.directions[place.row].copy_(load_vectors(module, site))
-            else:
-                modules.load(module, site, place.slot.weights)
-                scales[at] = unit_scale(module, place.slot.weights)
-        modules.set_meta(module)
-        modules.bind(module, scales)
-    modules.write_skip_bits()
-    modules.attach(places)
-    for info in config.modules.values():
-        logger.info(
-            "Steering module %s: %d site(s) [%s], %.1f MiB, digest %s",
-            info.name,
-            len(info.sites),
-            ", ".join(f"{s.name} F={s.d_sae}" for s in info.sites),
-            module_bytes(info, dtype.itemsize) / 2**20,
-            info.digest[:12],
-        )
-    logger.info("Steering buffers take %.1f MiB", modules.nbytes / 2**20)
-    return modules

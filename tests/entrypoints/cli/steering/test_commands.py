@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm.model_executor.model_loader.sae_loader import inspect_module
+from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
 from vllm_steering_cli.main import main
 
 D, F = 8, 24
@@ -54,6 +54,30 @@ def test_inspect_shows_sites_folds_and_digest(
     assert "d_in 8, d_sae 24, jumprelu" in out
     assert "gate into threshold and W_enc" in out
     assert "input bias into b_enc" in out
+
+
+def test_inspect_shows_the_memory_of_each_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(gated(tmp_path / "sae"))
+    assert main(["inspect", path, "--tp", "4"]) == 0
+    assert "on each of 4 ranks: 0.0 MiB replicated; it cannot be" in (
+        capsys.readouterr().out
+    )
+    wide = {"W_enc": torch.ones(64, 32), "W_dec": torch.ones(64, 32)}
+    wide |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32)}
+    save_native(tmp_path / "wide", {(2, "post_block"): wide})
+    assert main(["inspect", str(tmp_path / "wide"), "--tp", "2", "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["sites"][0]["ranks"]
+    assert ranks == {
+        "tp": 2,
+        "can_shard": True,
+        "auto": {"16_bit": "replicate", "32_bit": "replicate"},
+        "bytes_16_bit_replicated": 2 * 2 * 64 * 32 + 4 * (2 * 64 + 32),
+        "bytes_16_bit_sharded": 2 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
+        "bytes_32_bit_replicated": 2 * 4 * 64 * 32 + 4 * (2 * 64 + 32),
+        "bytes_32_bit_sharded": 4 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
+    }
 
 
 def test_a_transcoder_from_before_the_gain_stays_one_when_converted(

@@ -16,8 +16,12 @@ def test_without_the_run_this_environment_is_well(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["doctor", "--no-run", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
     assert [f["name"] for f in found][-1] == "device"
+    # A check that takes seconds is announced first.
+    assert captured.err.startswith("checking the Python version ...\n")
+    assert captured.err.count("checking ") == len(found)
     assert all(f["ok"] for f in found)
 
 

@@ -111,6 +111,50 @@ def test_a_value_that_is_not_finite_is_found_without_torch_and_told_with_it(
     assert "feature 5" in said
 
 
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SAELens directory whose encoder reads `x - b_dec`: loading folds it."""
+    path = tmp_path_factory.mktemp("folded") / "sae"
+    path.mkdir()
+    tensors = {
+        "W_enc": torch.randn(8, 24),
+        "W_dec": torch.randn(24, 8),
+        "b_enc": torch.randn(24),
+        "b_dec": torch.randn(8),
+    }
+    save_file(tensors, path / "sae_weights.safetensors")
+    metadata = {"hook_name": "blocks.2.hook_resid_post"}
+    cfg = {"architecture": "standard", "apply_b_dec_to_input": True}
+    (path / "cfg.json").write_text(json.dumps({**cfg, "metadata": metadata}))
+    return path
+
+
+def test_folding_needs_torch_and_nothing_of_vllm(
+    folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, heavy, said = run("inspect", str(folded), "--json")
+    assert (code, heavy) == (0, ["numpy", "torch"])
+    assert main(["inspect", str(folded), "--json"]) == 0
+    assert json.loads(said) == json.loads(capsys.readouterr().out)
+    code, heavy, said = run("convert", str(folded), str(tmp_path / "alone"))
+    assert (code, heavy) == (0, ["numpy", "torch"])
+    assert "wrote 1 site(s)" in said
+    # As in a process that has vLLM.
+    assert main(["convert", str(folded), str(tmp_path / "beside")]) == 0
+    for name in ("manifest.json", "post_block.2.safetensors"):
+        alone, beside = tmp_path / "alone" / name, tmp_path / "beside" / name
+        assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_converting_a_module_takes_a_few_seconds(folded: Path, tmp_path: Path) -> None:
+    arguments = ["convert", str(folded), str(tmp_path / "out")]
+    before = children_s()
+    command = [sys.executable, "-m", "vllm_steering_cli", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+    # PyTorch takes half of it; all of vLLM would take three times as long.
+    assert children_s() - before < 3.0
+
+
 def test_describing_a_module_takes_less_than_a_second(native: Path) -> None:
     module = str(native / "float16")
     command = [sys.executable, "-m", "vllm_steering_cli", "inspect", module]

@@ -61,15 +61,25 @@ def test_a_module_is_registered_listed_used_and_removed(
     made = register(client, root, feature_units="unit_decoder", skip_token_ids=[7])
     assert made.status_code == 201, made.text
     assert made.json()["module"]["skip_token_ids"] == [7]
+    before = client.get(URL).json()["module_tokens"]
     ask = params(2, **{FULL: [sae_spec("hot")]})
-    assert len(generate(llm, [prompt(1, 9)], [ask])[0].tokens) == 2
+    assert len(generate(llm, [[7, 5, 7, 9, 11]], [ask])[0].tokens) == 2
     listed = client.get(URL).json()
     (hot,) = [module for module in listed["modules"] if module["name"] == "hot"]
     assert hot["digest"] == made.json()["module"]["digest"]
     assert hot["weight_bytes"] == 2 * 96 * 64 * 4 + 8 * 96 + 4 * 64
     assert listed["free_slots"] == []
-    assert listed["steered_tokens"]["full"]["prefill"] >= 9
-    assert listed["bypassed_tokens"] >= 1  # bos
+    assert listed["steered_tokens"]["full"]["prefill"] >= 5
+    after = listed["module_tokens"]
+    assert after["first"] == before["first"]
+    was, now = before["hot"], after["hot"]
+    for phase, tokens in (("prefill", 5), ("decode", 1)):
+        full = (one["steered"]["full"][phase] for one in (was, now))
+        assert -next(full) + next(full) == tokens
+    assert now["steered"]["delta"] == was["steered"]["delta"]
+    # Token 7 twice in the prompt.
+    assert now["bypassed"] - was["bypassed"] == 2
+    assert now["saturated"] == was["saturated"] == 0
     assert client.delete(f"{URL}/hot").status_code == 200
     assert names(client) == ["first"]
 
@@ -142,6 +152,7 @@ def test_a_module_without_room_names_the_slot(client: TestClient, root: Path) ->
         ({"norm_guard": 0}, "norm_guard"),
         ({"norm_guard": 10**400}, "norm_guard"),
         ({"sites": "post_block.1"}, "sites"),
+        ({"sharding": "all"}, "sharding"),
         ({"weights": "x"}, "weights"),
     ],
 )
@@ -273,9 +284,14 @@ def test_the_metrics_show_modules_rows_tokens_and_refusals(
         shown = generate_latest().decode()
     assert "vllm:steering_modules 2.0" in shown
     assert 'vllm:steering_rows_in_use{tier="full"}' in shown
-    assert "vllm:steering_bypassed_tokens_total" in shown
-    tokens = shown.split('vllm:steering_tokens_total{phase="decode",tier="full"} ')[1]
-    assert float(tokens.split()[0]) >= 2
+    for name, labels, least in [
+        ("tokens", 'module="hot",phase="decode",tier="full"', 2),
+        ("bypassed_tokens", 'module="hot"', 1),
+        ("saturated_tokens", 'module="hot"', 0),
+        ("saturated_tokens", 'module="first"', 0),
+    ]:
+        total = shown.split(f"vllm:steering_{name}_total{{{labels}}} ")[1]
+        assert float(total.split()[0]) >= least, name
     assert f'vllm:steering_requests_total{{field="{FULL}",module="hot"}} 1.0' in shown
     assert 'vllm:steering_refused_requests_total{reason="module"} 1.0' in shown
 
@@ -290,7 +306,7 @@ JSON = st.recursive(
 )
 FIELD = st.sampled_from(
     ["name", "path", "feature_units", "skip_token_ids", "norm_guard", "sites",
-     "replace", "drain", "x"]
+     "sharding", "replace", "drain", "x"]
 )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def test_the_metrics_are_beside_vllms_own(url: str, root: Path) -> None:
         time.sleep(0.5)
     assert "vllm:steering_modules 0.0" in shown
     # One of the two servers counts the engine's tokens, both count their requests.
-    total = 'vllm:steering_tokens_total{phase="prefill",tier="full"} '
+    total = 'vllm:steering_tokens_total{module="hot",phase="prefill",tier="full"} '
     assert float(shown.split(total)[1].split()[0]) > 0
     assert f'vllm:steering_requests_total{{field="{FULL}",module="hot"}}' in shown
     assert 'vllm:steering_refused_requests_total{reason="module"}' in shown

@@ -10,7 +10,7 @@ import torch
 
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import ModuleLayout
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,

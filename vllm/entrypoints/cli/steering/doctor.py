@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,16 +166,28 @@ def check_run() -> Finding:
     return Finding("tiny run", False, said or "failed", "\n".join([advice, *errors]))
 
 
+def check_python() -> Finding:
+    """Check the interpreter's version."""
+    return Finding("Python", sys.version_info >= (3, 10), sys.version.split()[0])
+
+
+# What is said while it runs, and the check.
+CHECKS: tuple[tuple[str, Callable[[], Finding]], ...] = (
+    ("the Python version", check_python),
+    ("whether torchvision and torchaudio can be imported", check_media),
+    ("vLLM, which is imported", check_vllm),
+    ("the metadata of vLLM", check_metadata),
+    ("the plugin", check_plugin),
+    ("the device", check_device),
+)
+RUN = ("a run of a tiny model, which takes up to a minute", check_run)
+
+
 def findings(run: bool) -> Iterator[Finding]:
-    """The checks, in order."""
-    yield Finding("Python", sys.version_info >= (3, 10), sys.version.split()[0])
-    yield check_media()
-    yield check_vllm()
-    yield check_metadata()
-    yield check_plugin()
-    yield check_device()
-    if run:
-        yield check_run()
+    """The checks, in order; each is announced on stderr before it begins."""
+    for what, check in (*CHECKS, RUN) if run else CHECKS:
+        print(f"checking {what} ...", file=sys.stderr, flush=True)
+        yield check()
 
 
 def doctor(*, run: bool = True, repair: bool = False, as_json: bool = False) -> int:
@@ -189,12 +201,12 @@ def doctor(*, run: bool = True, repair: bool = False, as_json: bool = False) -> 
     for finding in findings(run):
         failed += not finding.ok
         shown.append(asdict(finding))
-        if not as_json:
-            print(
-                f"{'ok  ' if finding.ok else 'MISSING'} {finding.name}: {finding.found}"
-            )
-            if not finding.ok:
-                print("        " + finding.advice.replace("\n", "\n        "))
+        if as_json:
+            continue
+        state = "ok  " if finding.ok else "MISSING"
+        print(f"{state} {finding.name}: {finding.found}", flush=True)
+        if not finding.ok:
+            print("        " + finding.advice.replace("\n", "\n        "), flush=True)
     if as_json:
         print(json.dumps(shown, indent=2))
     return int(failed > 0)

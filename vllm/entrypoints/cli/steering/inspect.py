@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vllm.config.steering import ModuleInfo, SiteInfo
+from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
 from vllm.config.steering_json import Json
+from vllm.config.steering_slots import shard_bytes
 from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
@@ -72,7 +73,21 @@ def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
     return 4 * site.d_in if kind == "vectors" else sae_bytes(site, itemsize)
 
 
-def report(module: ModuleInfo, layout: ModuleLayout) -> Json:
+def ranks_of(site: SiteInfo, tp: int) -> Json:
+    """Memory of a site on each of `tp` tensor-parallel ranks, in bytes."""
+    found: Json = {"tp": tp, "can_shard": False, "auto": {}}
+    for name, itemsize in (("16_bit", 2), ("32_bit", 4)):
+        ranks = Ranks(tp, itemsize)
+        found[f"bytes_{name}_replicated"] = sae_bytes(site, itemsize)
+        if ranks.can_shard(site.d_sae, site.out_width):
+            found["can_shard"] = True
+            found[f"bytes_{name}_sharded"] = shard_bytes(site, ranks)
+        widths = (site.d_sae, site.d_in, site.out_width)
+        found["auto"][name] = "shard" if ranks.shards("auto", *widths) else "replicate"
+    return found
+
+
+def report(module: ModuleInfo, layout: ModuleLayout, tp: int = 1) -> Json:
     """All that `inspect` shows, as JSON types."""
     data = module.to_json()
     data["model"] = layout.model
@@ -84,6 +99,8 @@ def report(module: ModuleInfo, layout: ModuleLayout) -> Json:
         shown["declared"] = dict(layout.declared.get(site.name, {}))
         shown["bytes_16_bit"] = site_bytes(site, module.kind, 2)
         shown["bytes_32_bit"] = site_bytes(site, module.kind, 4)
+        if tp > 1 and module.kind == "sae":
+            shown["ranks"] = ranks_of(site, tp)
     return data
 
 
@@ -91,7 +108,7 @@ def check_weights(module: ModuleInfo) -> None:
     """Load each site once, as an engine would, to find values that are not finite."""
     import torch
 
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
     cpu = torch.device("cpu")
     for site in module.sites:
@@ -148,31 +165,26 @@ def is_finite(tensors: SafetensorsFile, name: str) -> bool:
 
 
 def inspect(
-    path: str, sites: Sequence[str] | None, as_json: bool, quick: bool = False
-) -> bool:
+    path: str, sites: Sequence[str] | None, tp: int = 1, *, as_json: bool
+) -> None:
     """Print what a module is.
 
     Args:
-        quick: only if neither PyTorch nor the rest of vLLM is needed to check it.
-
-    Returns:
-        Whether it was printed; always, unless `quick`.
+        tp: of so many tensor-parallel ranks; the memory of each is shown if more
+            than one.
 
     Raises:
         ValueError: the module is refused; one line says why.
     """
     module = inspect_module("module", path, sites=sites)
     layout = read_layout("module", path, sites)
-    data = report(module, layout)
+    data = report(module, layout, tp)
     if not plainly_finite(path, layout):
-        if quick:
-            return False
         check_weights(module)
     if as_json:
         print(json.dumps(data, indent=2))
     else:
         show(data)
-    return True
 
 
 def show(data: Json) -> None:
@@ -190,7 +202,21 @@ def show(data: Json) -> None:
         if shown["hook_out"] is not None:
             skip = " with W_skip" if shown["has_skip"] else ""
             print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")
+        if "ranks" in shown:
+            show_ranks(shown["ranks"])
         for fold in shown["folds"]:
             print(f"{'':15}folds {fold}")
         for name, value in shown["declared"].items():
             print(f"{'':15}declared {name} {value:g}")
+
+
+def show_ranks(ranks: Json) -> None:
+    """Print the memory of each tensor-parallel rank."""
+    copied = ranks["bytes_16_bit_replicated"] / 2**20
+    text = f"on each of {ranks['tp']} ranks: {copied:.1f} MiB replicated"
+    if ranks["can_shard"]:
+        text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
+        text += f" (auto: {ranks['auto']['16_bit']})"
+    else:
+        text += "; it cannot be sharded"
+    print(f"{'':15}{text}")

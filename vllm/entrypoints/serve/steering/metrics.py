@@ -60,14 +60,18 @@ class SteeringMetrics:
         self.modules = _gauge("modules", "Modules registered.")
         self.rows = _gauge("rows_in_use", "Table rows that requests hold.", "tier")
         self.memory = _gauge("bytes", "Device bytes of steering buffers.", "rank")
-        self.tokens = _counter("tokens", "Tokens that were steered.", "tier", "phase")
+        self.tokens = _counter(
+            "tokens", "Tokens that the module edited.", "module", "tier", "phase"
+        )
         self.bypassed = _counter(
             "bypassed_tokens",
-            "Tokens of those that the SAE tiers left alone for their id.",
+            "Tokens of those that the module left alone for their id.",
+            "module",
         )
         self.saturated = _counter(
             "saturated_tokens",
             "Tokens whose edited stream was limited to stay finite, per site and tier.",
+            "module",
         )
         self.read = {
             "tokens": _counter("read_tokens", "Tokens read, for each site.", "module"),
@@ -99,11 +103,12 @@ class SteeringMetrics:
         self.modules.set(len(found["modules"]))
         for tier, rows in found["rows_in_use"].items():
             self.rows.labels(tier).set(rows)
-        for tier, phases in found["steered_tokens"].items():
-            for phase, tokens in phases.items():
-                self.totals.follow(self.tokens, tokens, tier, phase)
-        self.totals.follow(self.bypassed, found["bypassed_tokens"])
-        self.totals.follow(self.saturated, found["saturated_tokens"])
+        for module, counts in found["module_tokens"].items():
+            for tier, phases in counts["steered"].items():
+                for phase, tokens in phases.items():
+                    self.totals.follow(self.tokens, tokens, module, tier, phase)
+            self.totals.follow(self.bypassed, counts["bypassed"], module)
+            self.totals.follow(self.saturated, counts["saturated"], module)
         for module, counts in found["read"].items():
             for kind, counter in self.read.items():
                 self.totals.follow(counter, counts[kind], module)

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vllm.config.steering import FeatureUnits
+from vllm.config.steering import FeatureUnits, Sharding
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
@@ -52,6 +52,9 @@ SiteNames = Annotated[
 Guard = Annotated[float, expects("null or a positive number", gt=0)]
 
 
+OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites", "sharding")
+
+
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A module to load: its name, its path and the options that start-up has too."""
 
@@ -61,6 +64,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skip_token_ids: TokenIds | None | UnsetType = UNSET
     norm_guard: Guard | None | UnsetType = UNSET
     sites: SiteNames | None | UnsetType = UNSET
+    sharding: Sharding | UnsetType = UNSET
     replace: bool = False
     drain: bool = False
 
@@ -68,11 +72,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def options(self) -> Json:
         """The options that are given, by the names that they have at start-up."""
         given = msgspec.structs.asdict(self)
-        return {
-            key: given[key]
-            for key in ("feature_units", "skip_token_ids", "norm_guard", "sites")
-            if given[key] is not UNSET
-        }
+        return {key: given[key] for key in OPTIONS if given[key] is not UNSET}
 
 
 _REGISTER = Reader(RegisterRequest)

@@ -43,13 +43,15 @@ def step_bundle(
     step: StepState,
     index: torch.Tensor,
     table: ClampTable,
+    saturated: torch.Tensor,
     reads: ReadBuffers | None = None,
 ) -> Tensors:
-    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`.
+    """The tensors of `STEP_FIELDS`, for the tier of `index` and `table`,
+    with the counter of the slot.
 
     Those of reading are left out where nobody reads.
     """
-    own = [index, step.flags, table.packed, step.saturated]
+    own = [index, step.flags, table.packed, saturated]
     if reads is None:
         return own
     return [*own, step.read_index, reads.packed, reads.scale, reads.out]
@@ -74,7 +76,7 @@ def _run_bundles(
     run: Run, stream: Tensors
 ) -> tuple[Tensors, Tensors, Tensors, Tensors]:
     return (
-        step_bundle(run.step, run.index, run.table, run.reads),
+        step_bundle(run.step, run.index, run.table, run.slot.saturated, run.reads),
         weights_bundle(run.slot.weights),
         stream,
         _workspace_bundle(run),

@@ -286,6 +286,18 @@ def source_norm(source, source_stride, t, D_IN: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def count_vectors(row_ptr, count, saturated):
+    """Adds a token to the counter of each vector of its row, once."""
+    for c in range(count):
+        feature = tl.load(row_ptr + 2 + c)
+        seen = 0
+        for before in range(c):
+            seen += (tl.load(row_ptr + 2 + before) == feature).to(tl.int32)
+        if seen == 0:
+            tl.atomic_add(saturated + feature, 1)
+
+
+@triton.jit
 def clamp_kernel(
     index, flags, table, meta, norm_limit,
     w_enc, b_enc, threshold, w_dec,
@@ -297,7 +309,8 @@ def clamp_kernel(
     NC: tl.constexpr, BLOCK_D: tl.constexpr, ROW_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a token. HAS_SOURCE: the encoder reads `source [T, D_IN]`, and the
-    norm is its. ENCODES: an SAE; otherwise plain directions (additive).
+    norm is its. ENCODES: an SAE; otherwise plain directions (additive), and `saturated`
+    has a counter for each direction.
 
     The stream is read once for the norm and the sum ([ROW_D]); directions pass in
     blocks [NC, BLOCK_D]; the updates of a group of NC clamps go to the row in memory
@@ -359,4 +372,7 @@ def clamp_kernel(
         HAS_RESIDUAL=HAS_RESIDUAL,
     )  # fmt: skip
     if over > 0:
-        tl.atomic_add(saturated, 1)
+        if ENCODES:
+            tl.atomic_add(saturated, 1)
+        else:
+            count_vectors(row_ptr, count, saturated)

@@ -168,7 +168,7 @@ def clamp(
 ) -> None:
     """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     cuda_ops().clamp(
-        step_bundle(step, step.index[Tier.DELTA], slot.delta),
+        step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
         weights_bundle(slot.weights),
         [] if source is None else [source],
         stream_bundle(hidden, residual),
@@ -184,7 +184,7 @@ def add_vectors(
 ) -> None:
     """The additive tier."""
     cuda_ops().add_vectors(
-        step_bundle(step, step.index[Tier.ADDITIVE], slot.table),
+        step_bundle(step, step.index[Tier.ADDITIVE], slot.table, slot.saturated),
         slot.directions,
         stream_bundle(hidden, residual),
     )

@@ -80,7 +80,7 @@ def _decode_dense(run: Run, first: int, rows: int) -> None:
         b_dec=weights.b_dec,
         hidden=hidden,
         residual=hidden if residual is None else residual,
-        saturated=run.step.saturated,
+        saturated=run.slot.saturated,
         acts_stride=acts.stride(0),
         hidden_stride=hidden.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),

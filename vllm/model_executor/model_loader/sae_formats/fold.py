@@ -171,13 +171,20 @@ def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
 
 
 def _chunks(
-    tensors: TensorFile, matrix: Matrix, device: torch.device
+    tensors: TensorFile,
+    matrix: Matrix,
+    device: torch.device,
+    own: slice | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Feature ranges of a matrix as fp32 `[f, D]` on the device."""
+    """Feature ranges of a matrix as fp32 `[f, D]` on the device.
+
+    `own`: read these features only; None: all.
+    """
     n, width = matrix_shape(tensors, matrix)
+    first, last = (0, n) if own is None else (min(own.start, n), min(own.stop, n))
     step = max(1, CHUNK_BYTES // (4 * width))
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
+    for start in range(first, last, step):
+        rows = slice(start, min(start + step, last))
         yield rows, _read_rows(tensors, matrix, rows, device)
 
 
@@ -198,6 +205,8 @@ def fold_sae(
 ) -> None:
     """Write the canonical SAE of a checked layout into a site's buffers.
 
+    A shard reads its own features of the encoder. It reads the decoder a chunk of rows
+    at a time and keeps its columns, so every rank knows the norms of whole rows.
     Features past `d_sae` keep their values. `progress` is called with the number of
     stored bytes read. If `b_dec` is subtracted, the fold uses the encoder as `into`
     stores it. Rounding `W_enc` then acts on `x - b_dec`, as in the SAE itself.
@@ -220,21 +229,10 @@ def _fold_sae(
             return torch.full((size,), default, device=device)
         return read_vector(tensors, name).to(device).expand(size).clone()
 
-    b_dec = small(layout.b_dec, layout.site.out_width)
-    into.b_dec.copy_(b_dec * layout.b_dec_scale)
-    _check_finite(into.b_dec, f"{tensors.label}: {layout.b_dec}")
-
-    norms = torch.ones(F, device=device)
-    for rows, W in _chunks(tensors, layout.W_dec, device):
-        W *= layout.W_dec_scale
-        if layout.unit_decoder_rows:
-            # A dead feature may have a zero row; it then contributes nothing.
-            norms[rows] = torch.linalg.vector_norm(W, dim=1)
-            W /= norms[rows, None].clamp(min=1e-8)
-        into.W_dec[rows].copy_(W)
-        what = f"{tensors.label}: {layout.W_dec.name}"
-        _check_finite(into.W_dec[rows], what, rows.start)
-        progress(W.numel() * _itemsize(tensors, layout.W_dec))
+    b_dec = small(layout.b_dec, layout.site.out_width) * layout.b_dec_scale
+    _check_finite(b_dec, f"{tensors.label}: {layout.b_dec}")
+    into.b_dec.copy_(b_dec[into.columns])
+    norms = _fold_decoder(layout, tensors, into, progress)
 
     row_scale = norms * layout.W_enc_scale
     if layout.gate is not None:
@@ -246,19 +244,19 @@ def _fold_sae(
         b_enc = small(layout.b_enc, F)
         threshold = _threshold(layout, small, F, device)
     b_enc *= norms * layout.b_enc_scale
-    for rows, W in _chunks(tensors, layout.W_enc, device):
+    for rows, W in _chunks(tensors, layout.W_enc, device, into.own):
         W *= row_scale[rows, None]
         if layout.centre_input:
             mean = W.mean(dim=1)
             W -= mean[:, None]
             # The part of W_enc b_dec (below) that comes from the mean of a row.
-            b_enc[rows] -= mean * into.b_dec.sum() * layout.subtract_b_dec
-        into.W_enc[rows].copy_(W)
-        stored = into.W_enc[rows]
+            b_enc[rows] -= mean * b_dec.sum() * layout.subtract_b_dec
+        stored = into.W_enc[rows.start - into.own.start : rows.stop - into.own.start]
+        stored.copy_(W)
         _check_finite(stored, f"{tensors.label}: {layout.W_enc.name}", rows.start)
         if layout.subtract_b_dec:
             W.copy_(stored)
-            b_enc[rows] -= W @ into.b_dec
+            b_enc[rows] -= W @ b_dec
         progress(W.numel() * _itemsize(tensors, layout.W_enc))
     _copy_skip(layout.W_skip, tensors, into)
 
@@ -267,16 +265,41 @@ def _fold_sae(
         ("threshold", into.threshold, threshold),
     ):
         _check_finite(value, f"{tensors.label}: folded {name}")
-        target[:F].copy_(value)
+        own = value[into.own]
+        target[: own.shape[0]].copy_(own)
+
+
+def _fold_decoder(
+    layout: SAELayout, tensors: TensorFile, into: SAEWeights, progress: Progress
+) -> torch.Tensor:
+    """Write `W_dec` and the norms of its rows; float32 `[F]`, what rows were divided
+    by."""
+    device = into.W_enc.device
+    norms = torch.ones(layout.site.d_sae, device=device)
+    for rows, W in _chunks(tensors, layout.W_dec, device):
+        W *= layout.W_dec_scale
+        if layout.unit_decoder_rows:
+            # A dead feature may have a zero row; it then contributes nothing.
+            norms[rows] = torch.linalg.vector_norm(W, dim=1)
+            W /= norms[rows, None].clamp(min=1e-8)
+        stored = W.to(into.W_dec.dtype)
+        what = f"{tensors.label}: {layout.W_dec.name}"
+        _check_finite(stored, what, rows.start)
+        into.W_dec[rows].copy_(stored[:, into.columns])
+        if into.row_norms is not None:
+            into.row_norms[rows] = stored.float().norm(dim=1)
+        progress(W.numel() * _itemsize(tensors, layout.W_dec))
+    return norms
 
 
 def _copy_skip(matrix: Matrix | None, tensors: TensorFile, into: SAEWeights) -> None:
     if matrix is None or into.W_skip is None:
         return
-    for rows, W in _chunks(tensors, matrix, into.W_skip.device):
-        into.W_skip[rows].copy_(W)
-        what = f"{tensors.label}: {matrix.name}"
-        _check_finite(into.W_skip[rows], what)
+    own = into.columns
+    for rows, W in _chunks(tensors, matrix, into.W_skip.device, own):
+        stored = into.W_skip[rows.start - own.start : rows.stop - own.start]
+        stored.copy_(W)
+        _check_finite(stored, f"{tensors.label}: {matrix.name}")
 
 
 def _threshold(

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up: which modules the ranks share, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.plugins.steering.conftest import D_SAE
+from tests.steering_testing import models
+from vllm.config import VllmConfig
+from vllm.config.steering import Ranks, SteeringConfig, get_steering_config
+from vllm.config.steering_checks import SteeringConfigError
+from vllm.engine import steering_resolution
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.steering_resolution import resolve_steering
+
+
+@pytest.fixture(scope="module")
+def vllm_config(model_path: Path) -> VllmConfig:
+    args = EngineArgs(str(model_path), skip_tokenizer_init=True, max_model_len=128)
+    return args.create_engine_config()
+
+
+def resolved(base: VllmConfig, tp: int, steering: dict[str, Any]) -> SteeringConfig:
+    config = copy.copy(base)
+    config.parallel_config = copy.copy(base.parallel_config)
+    config.parallel_config.tensor_parallel_size = tp
+    config.additional_config = {"steering": steering}
+    resolve_steering(config)
+    found = get_steering_config(config.additional_config)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tp", "sharding", "sharded"),
+    [(1, "shard", ()), (2, "shard", (0,)), (2, "replicate", ()), (2, "auto", ())],
+)
+def test_a_module_says_whether_ranks_share_it(
+    vllm_config: VllmConfig,
+    sae_path: Path,
+    tp: int,
+    sharding: str,
+    sharded: tuple[int, ...],
+) -> None:
+    module = {"path": str(sae_path), "sharding": sharding}
+    config = resolved(vllm_config, tp, {"modules": {"m": module}})
+    assert config.modules["m"].sharded == sharded
+    assert config.slots[0] is not None
+    assert config.slots[0].sharded == bool(sharded)
+    assert config.ranks.size == tp
+
+
+def test_sharding_does_not_change_the_digest(
+    vllm_config: VllmConfig, sae_path: Path
+) -> None:
+    digests = {
+        resolved(
+            vllm_config, 2, {"modules": {"m": {"path": str(sae_path), "sharding": how}}}
+        )
+        .modules["m"]
+        .digest
+        for how in ("shard", "replicate")
+    }
+    assert len(digests) == 1
+
+
+def slot(**options: Any) -> dict[str, Any]:
+    return {"spare": [{"layer": 1, "hook": "post_block", "width": 32, **options}]}
+
+
+def test_a_spare_slot_is_copied_unless_it_says_otherwise(
+    vllm_config: VllmConfig,
+) -> None:
+    for options, sharded in (({}, False), ({"sharding": "shard"}, True)):
+        [found] = resolved(vllm_config, 2, slot(**options)).slots
+        assert found is not None and found.sharded is sharded
+    [found] = resolved(vllm_config, 1, slot(sharding="shard")).slots
+    assert found is not None and not found.sharded
+
+
+def check_refused(
+    base: VllmConfig, tp: int, steering: dict[str, Any], *parts: str
+) -> None:
+    with pytest.raises(SteeringConfigError) as caught:
+        resolved(base, tp, steering)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_what_ranks_cannot_share_is_refused_by_name(
+    vllm_config: VllmConfig, sae_path: Path, tmp_path: Path
+) -> None:
+    def module(path: Path, sharding: object) -> dict[str, Any]:
+        return {"modules": {"m": {"path": str(path), "sharding": sharding}}}
+
+    widths = f"{D_SAE} features and {models.HIDDEN} columns on 4 ranks"
+    check_refused(
+        vllm_config, 4, module(sae_path, "shard"), "'m': sharding", widths, "of 64"
+    )
+    check_refused(vllm_config, 2, module(sae_path, "all"), "m.sharding: found ")
+    save_file({"layers.1.post_block": torch.ones(64)}, tmp_path / "v.safetensors")
+    vectors = module(tmp_path / "v.safetensors", "shard")
+    check_refused(vllm_config, 2, vectors, "'m': sharding", "steering vectors")
+    where = "steering.spare[0].sharding"
+    check_refused(
+        vllm_config, 2, slot(sharding="auto"), where, '"replicate" or "shard"'
+    )
+    narrow = slot(sharding="shard", width=40)
+    check_refused(vllm_config, 2, narrow, where, "40 features", "multiples of 32")
+    both = {"spare": [{"layer": 1, "hook": "post_block", "vectors": 1}]}
+    both["spare"][0]["sharding"] = "shard"
+    check_refused(vllm_config, 2, both, where, "only with width")
+
+
+def test_ranks_that_cannot_share_refuse_it_and_auto_copies(
+    vllm_config: VllmConfig, sae_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = Ranks(2, 2, "every rank holds a copy here")
+    monkeypatch.setattr(steering_resolution, "ranks_of", lambda config: never)
+    asked = {"modules": {"m": {"path": str(sae_path), "sharding": "shard"}}}
+    check_refused(
+        vllm_config, 2, asked, 'found "shard", expected "replicate"', "a copy"
+    )
+    assert not never.shards("auto", 131072, 5376, 5376)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which SAEs the ranks of a tensor-parallel group share instead of copying.
+
+A sharded SAE has F / tp features of its encoder and D / tp columns of its decoder on
+each of tp ranks (docs/design/sharding.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from vllm.config.steering_json import Json, JsonView
+
+Sharding = Literal["auto", "replicate", "shard"]
+
+# A rank's features, and its columns, are a multiple of this. Matrix products of fewer
+# columns may add in another order.
+SHARD_UNIT = 16
+# `auto` shards an SAE if each rank then reads so many bytes less of its encoder in a
+# step. Below, the exchanges of a step take longer than the bytes that they save.
+AUTO_SAVED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """An engine's tensor-parallel group, and the bytes of an element of a matrix.
+
+    `refused`: why these ranks cannot share an SAE; empty: they can.
+    """
+
+    size: int = 1
+    item_bytes: int = 4
+    refused: str = ""
+
+    @property
+    def unit(self) -> int:
+        """What a sharded SAE's features, and its columns, are a multiple of."""
+        return SHARD_UNIT * self.size
+
+    def to_json(self) -> Json:
+        """JSON types only; the inverse of `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: JsonView) -> Ranks:
+        """Rebuild what `to_json` wrote."""
+        return cls(**data)
+
+    def can_shard(self, d_sae: int, d_out: int) -> bool:
+        """Whether the ranks get equal parts of whole units; a single one always."""
+        if self.size == 1:
+            return True
+        return d_sae % self.unit == 0 and d_out % self.unit == 0
+
+    def shards(self, asked: Sharding, d_sae: int, d_in: int, d_out: int) -> bool:
+        """Whether an SAE of these widths is sharded. `shard` needs `can_shard`."""
+        if self.size == 1 or self.refused or asked == "replicate":
+            return False
+        if asked == "shard":
+            return True
+        encoder = d_sae * d_in * self.item_bytes
+        saved = encoder - encoder // self.size
+        return saved >= AUTO_SAVED_BYTES and self.can_shard(d_sae, d_out)
+
+    def shard_bytes(self, d_sae: int, d_in: int, d_out: int, has_skip: bool) -> int:
+        """Bytes of a sharded SAE's weights on each rank."""
+        elements = d_sae * (d_in + d_out) + (d_in * d_out if has_skip else 0)
+        # b_enc, threshold and b_dec in float32, and the norms of all decoder rows.
+        small = 4 * (2 * d_sae + d_out) // self.size + 4 * d_sae
+        return elements * self.item_bytes // self.size + small
