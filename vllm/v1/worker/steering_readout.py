@@ -128,7 +128,7 @@ class SteeringReadout:
         """Take the rows of a request that enters the batch."""
         if not reads:
             return
-        rows = RequestRows(
+        rows = RequestRows.of_phases(
             self._acquire(reads, "prefill"), self._acquire(reads, "decode")
         )
         self._rows[req_id] = rows
@@ -148,8 +148,8 @@ class SteeringReadout:
         if rows is None:
             return
         self._index.drop(req_id)
-        self.manager.release(rows.prefill[0])
-        self.manager.release(rows.decode[0])
+        for row in rows.held:
+            self.manager.release(row)
 
     def prepare_step(self, view: BatchView) -> bool:
         """Write the index and the rows of a step; whether any token is read."""
@@ -252,9 +252,7 @@ class SteeringReadout:
     def check_integrity(self) -> None:
         """Assert that the manager, the index and the requests agree."""
         self.manager.check_integrity()
-        held = {
-            row for rows in self._rows.values() for row in (*rows.prefill, *rows.decode)
-        }
+        held = {row for rows in self._rows.values() for row in rows.held}
         assert self.manager.rows_in_use == len(held - {0}), "reading rows leaked"
         assert self._index.holders == set(self._rows), "the reading index disagrees"
 
