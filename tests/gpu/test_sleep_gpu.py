@@ -10,6 +10,9 @@ that starts with the other weights; other tests compare these with Hugging Face.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +48,8 @@ from vllm.entrypoints.steering import (
     register_module,
 )
 
+# Set in the process of one engine that sleeps.
+ALONE = "STEERING_SLEEP_ALONE"
 TOKENS, TOLERANCE = 8, 1e-2
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 160}]
 OPTIONS: dict[str, Any] = {
@@ -159,10 +164,20 @@ def test_what_level_2_discards_comes_back(
 
 @pytest.mark.skipif(not cumem_available, reason="this vLLM has no allocator to sleep")
 @pytest.mark.parametrize("use_v2", ["0", "1"])
-def test_steering_sleeps_and_wakes_with_the_model(
-    use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+def test_steering_sleeps_and_wakes_with_the_model(use_v2: str) -> None:
+    """In a process of its own: vLLM's allocator serves one engine for each process."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_one_engine_sleeps"],
+        env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": use_v2, ALONE: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout[-6000:]
+    assert "1 passed" in ended.stdout, ended.stdout[-2000:]
+
+
+@pytest.mark.skipif(ALONE not in os.environ, reason="it is run by the test before")
+def test_one_engine_sleeps(model_root: Path, tmp_path: Path) -> None:
     hot = save_sae(tmp_path / "hot", {SITE: SAES["jumprelu"]})
     with steered(model_root, tmp_path, enable_sleep_mode=True) as llm:
         said = ask(llm)
