@@ -228,6 +228,34 @@ def test_the_reserve_is_on_the_device_before_the_cache_is_sized(llm: LLM) -> Non
     assert modules.nbytes >= sum(s.slot.directions.nbytes for s in (post, mid))
 
 
+def test_finite_values_of_any_size_leave_finite_text(llm: LLM) -> None:
+    """The largest components that a client can send, and the smallest."""
+    for size in (3e38, 1e-45, 0.0):
+        values = torch.full((vector(1).numel(),), size)
+        asked = [[Ask("additive", vector=values, scale=3e38)], []]
+        flooded, plain = run(llm, asked, [prompt(1, 6), prompt(2, 6)])
+        assert all(score == score for score in flooded.logprobs)
+        check(MODULES, [plain], [[]], [prompt(2, 6)])
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_chunks_and_preemption_change_nothing(
+    model_root: Path, paths: dict[str, str], compiled: bool
+) -> None:
+    """Few tokens a step, and a cache too small for the batch."""
+    asked = mixed()
+    prompts = [prompt(at, BLOCK - 2 + at % 3) for at in range(len(asked))]
+    options = {"block_size": BLOCK, "enforce_eager": not compiled}
+    with squeezed(FAMILY, model_root, paths, STEERING, **options) as llm:
+        found = run(llm, asked, prompts)
+        settle(llm)
+        assert held(llm) == 0
+        runner(llm).steering.check_integrity()
+    check(MODULES, found, asked, prompts)
+
+
 def test_the_fullest_batch_fits_what_was_there_when_the_cache_was_sized(
     model_root: Path, paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,31 +290,3 @@ def test_the_fullest_batch_fits_what_was_there_when_the_cache_was_sized(
     assert max(most) == 3 * batch
     assert sized == [now]
     assert sum(now.values()) >= 3 * batch * vector(1).numel() * 4
-
-
-def test_finite_values_of_any_size_leave_finite_text(llm: LLM) -> None:
-    """The largest components that a client can send, and the smallest."""
-    for size in (3e38, 1e-45, 0.0):
-        values = torch.full((vector(1).numel(),), size)
-        asked = [[Ask("additive", vector=values, scale=3e38)], []]
-        flooded, plain = run(llm, asked, [prompt(1, 6), prompt(2, 6)])
-        assert all(score == score for score in flooded.logprobs)
-        check(MODULES, [plain], [[]], [prompt(2, 6)])
-
-
-@pytest.mark.parametrize(
-    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
-def test_chunks_and_preemption_change_nothing(
-    model_root: Path, paths: dict[str, str], compiled: bool
-) -> None:
-    """Few tokens a step, and a cache too small for the batch."""
-    asked = mixed()
-    prompts = [prompt(at, BLOCK - 2 + at % 3) for at in range(len(asked))]
-    options = {"block_size": BLOCK, "enforce_eager": not compiled}
-    with squeezed(FAMILY, model_root, paths, STEERING, **options) as llm:
-        found = run(llm, asked, prompts)
-        settle(llm)
-        assert held(llm) == 0
-        runner(llm).steering.check_integrity()
-    check(MODULES, found, asked, prompts)

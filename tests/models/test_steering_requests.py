@@ -146,6 +146,16 @@ def test_blocks_before_a_span_are_those_of_a_plain_request(llm: LLM) -> None:
     assert cached(llm, other, ids) == 2 * BLOCK
 
 
+def test_without_a_reserve_there_is_no_room_for_vectors_of_requests(llm: LLM) -> None:
+    modules = runner(llm).steering.modules
+    assert not modules.inline.stacks
+    for key, site in modules.sites.items():
+        place = (key.layer, key.hook.value)
+        named = sum(place in sites for sites in MODULES.vectors.values())
+        found = 0 if site.vectors is None else site.vectors.directions.shape[0]
+        assert found == named
+
+
 @pytest.mark.parametrize(
     "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
@@ -162,13 +172,3 @@ def test_chunks_and_preemption_change_nothing(
         )
         runner(llm).steering.check_integrity()
     check(MODULES, found, asked, prompts)
-
-
-def test_without_a_reserve_there_is_no_room_for_vectors_of_requests(llm: LLM) -> None:
-    modules = runner(llm).steering.modules
-    assert not modules.inline.stacks
-    for key, site in modules.sites.items():
-        place = (key.layer, key.hook.value)
-        named = sum(place in sites for sites in MODULES.vectors.values())
-        found = 0 if site.vectors is None else site.vectors.directions.shape[0]
-        assert found == named
