@@ -10,10 +10,14 @@ runner drives it. Every request is steered its own way, so that nothing is share
 - spans: six places of the prompt and the answer where the edit changes, drawn at
   random, so that some request changes in most steps.
 
-Three costs, the least of the rounds, in microseconds of the thread's own time:
-`decode`, a step of one token a request, on average over the answer; `life`, all that
-the batch costs (admission, prefill, decoding, end) divided by its steps; and `admit`,
-the admission of one request.
+Costs, the least of the rounds, in microseconds of the thread's own time:
+
+- `decode`: a step of one token a request, on average over the answer;
+- `life`: all that the batch costs a worker (admission, prefill, decoding, end),
+  divided by its steps;
+- `admit`: the admission of one request by the worker;
+- `engine`: what the engine core does for one request before: it reads the specs and
+  computes the digests. An engine that knows the specs already does not.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +102,20 @@ class Batch:
         )
 
 
-def make_batch(kind: str, config: SteeringConfig, requests: int, steps: int) -> Batch:
-    """Requests as the engine admits them."""
-    made = []
-    for at in range(requests):
-        given = {"sae_full_reconstruction_specs": SPECS[kind](at, steps)}
-        args = admitted_extra_args(given, config, PROMPT)
-        made.append(SamplingParams(extra_args=args))
-    return Batch(made, torch.zeros(requests * PROMPT, dtype=torch.int32))
+def make_batch(
+    kind: str, config: SteeringConfig, requests: int, steps: int
+) -> tuple[Batch, float]:
+    """Requests as the engine admits them, and the seconds that this takes."""
+    given = [
+        {"sae_full_reconstruction_specs": SPECS[kind](at, steps)}
+        for at in range(requests)
+    ]
+    config = replace(config)  # which knows no specs yet
+    begin = time.thread_time()
+    args = [admitted_extra_args(one, config, PROMPT) for one in given]
+    taken = time.thread_time() - begin
+    made = [SamplingParams(extra_args=one) for one in args]
+    return Batch(made, torch.zeros(requests * PROMPT, dtype=torch.int32)), taken
 
 
 def live(runtime: SteeringRuntime, batch: Batch, steps: int) -> dict[str, float]:
@@ -133,15 +143,18 @@ def measure(runtime: SteeringRuntime, args: argparse.Namespace) -> dict[str, Any
 
     The least, because whatever else runs on the machine only adds to it.
     """
-    batches = {
-        kind: make_batch(kind, runtime.config, args.requests, args.steps)
-        for kind in KINDS
-    }
     rounds: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(args.rounds + 1):  # the first one warms up
-        for kind, batch in batches.items():
-            rounds[kind].append(live(runtime, batch, args.steps))
-    per = {"life": args.steps, "admit": args.requests, "decode": args.steps}
+        for kind in KINDS:
+            batch, taken = make_batch(kind, runtime.config, args.requests, args.steps)
+            costs = live(runtime, batch, args.steps)
+            rounds[kind].append(costs | {"engine": taken})
+    per = {
+        "life": args.steps,
+        "admit": args.requests,
+        "decode": args.steps,
+        "engine": args.requests,
+    }
     return {
         kind: {
             cost: 1e6 * min(one[cost] for one in found[1:]) / count

@@ -136,14 +136,15 @@ def sample(
     batch: int,
     seconds: float,
     new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
 ) -> Corpus:
     """`batches` batches of answers, fewer when `seconds` are over.
 
     The prompts of a batch have equal length, so that nothing is padded.
     """
     device = next(model.parameters()).device
-    picks = torch.Generator().manual_seed(0)
-    noise = torch.Generator(device).manual_seed(0)
+    picks = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
     by_length: dict[int, list[list[int]]] = defaultdict(list)
     for ids in prompts(tokenizer):
         by_length[len(ids)].append(ids)

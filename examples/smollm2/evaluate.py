@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,40 +20,46 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def cross_entropy(
-    model: nn.Module, layer: int, corpus: Corpus, edit: Edit | None
-) -> float:
-    """Mean next-token cross-entropy (nats), where both tokens count.
+def cross_entropies(
+    model: nn.Module, layer: int, corpus: Corpus, edits: Mapping[str, Edit | None]
+) -> dict[str, float]:
+    """Mean next-token cross-entropy (nats) under each edit, where both tokens count.
 
-    `edit` maps the stream `[n, D]` after `layer` of the tokens that count.
+    An edit maps the stream `[n, D]` after `layer` of the tokens that count; None
+    changes nothing. The layers before it run once for all edits.
     """
     device = next(model.parameters()).device
-    total, number = 0.0, 0
+    totals, number = dict.fromkeys(edits, 0.0), 0
     for i in range(0, len(corpus), ROWS):
         tokens = corpus.tokens[i : i + ROWS].long().to(device)
         counts = corpus.counts[i : i + ROWS].to(device)
 
-        def replace(
+        def branch(
             module: nn.Module,
             args: Any,
             output: torch.Tensor,
             counts: torch.Tensor = counts,
         ) -> torch.Tensor:
-            if edit is None:
-                return output
-            edited = output.clone()
-            edited[counts] = edit(output[counts]).to(output.dtype)
+            edited = output.repeat(len(edits), 1, 1)
+            for copy, edit in zip(
+                edited.chunk(len(edits)), edits.values(), strict=True
+            ):
+                if edit is not None:
+                    copy[counts] = edit(output[counts]).to(output.dtype)
             return edited
 
-        hook = model.model.layers[layer].register_forward_hook(replace)
-        logits = model(tokens, use_cache=False).logits
+        hook = model.model.layers[layer].register_forward_hook(branch)
+        hidden = model.model(tokens, use_cache=False).last_hidden_state
         hook.remove()
         judged = counts[:, :-1] & counts[:, 1:]
-        losses = functional.cross_entropy(
-            logits[:, :-1][judged].float(), tokens[:, 1:][judged], reduction="sum"
-        )
-        total, number = total + losses.item(), number + int(judged.sum())
-    return total / max(1, number)
+        number += int(judged.sum())
+        for name, part in zip(edits, hidden.chunk(len(edits)), strict=True):
+            logits = model.lm_head(part[:, :-1][judged]).float()
+            targets = tokens[:, 1:][judged]
+            totals[name] += functional.cross_entropy(
+                logits, targets, reduction="sum"
+            ).item()
+    return {name: total / max(1, number) for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -70,18 +76,25 @@ def quality(
         spread += (x - center).pow(2).sum().item()
         active += (f > 0).sum().item()
         tokens += len(x)
-    plain = cross_entropy(model, layer, corpus, None)
-    recon = cross_entropy(model, layer, corpus, lambda x: sae.decode(sae.encode(x)))
-    ablated = cross_entropy(model, layer, corpus, lambda x: mean.expand_as(x))
+    edits: dict[str, Edit | None] = {
+        "plain": None,
+        "reconstructed": lambda x: sae.decode(sae.encode(x)),
+        "mean_ablated": lambda x: mean.expand_as(x),
+    }
+    found = cross_entropies(model, layer, corpus, edits)
     return {
         "tokens": tokens,
         "fvu": error / spread,
         "l0": active / tokens,
-        "ce_plain": plain,
-        "ce_reconstructed": recon,
-        "ce_mean_ablated": ablated,
-        "ce_recovered": (ablated - recon) / (ablated - plain),
+        **{f"ce_{name}": value for name, value in found.items()},
+        "ce_recovered": recovered(found, "reconstructed"),
     }
+
+
+def recovered(found: Mapping[str, float], name: str) -> float:
+    """The share of what mean ablation costs that an edit does not cost."""
+    lost = found["mean_ablated"] - found[name]
+    return lost / (found["mean_ablated"] - found["plain"])
 
 
 @torch.no_grad()

@@ -43,6 +43,20 @@ class BatchTopKSAE(nn.Module):
         self.threshold = mean.new_zeros(())
         self.idle = torch.zeros(d_sae, dtype=torch.int32, device=mean.device)
 
+    @classmethod
+    def unfolded(
+        cls, folded: JumpReLU, mean: torch.Tensor, scale: float, k: int
+    ) -> BatchTopKSAE:
+        """The SAE that `folded` was made of, up to the rounding of its weights."""
+        sae = cls(mean, scale, len(folded.b_enc), k)
+        with torch.no_grad():
+            sae.W_enc.copy_(folded.W_enc)
+            sae.b_enc.copy_(folded.b_enc / scale)
+            sae.W_dec.copy_(folded.W_dec)
+            sae.b_dec.copy_((folded.b_dec - mean) / scale)
+        sae.threshold = folded.threshold[0] / scale
+        return sae
+
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """Stream in the model's units -> the SAE's, float32."""
         return (x.float() - self.mean) / self.scale
@@ -162,10 +176,7 @@ def fit(
     Returns the SAE and the number of steps taken.
     """
     torch.manual_seed(k)
-    some = acts[: 1 << 18].float()
-    mean = some.mean(0)
-    scale = ((some - mean).pow(2).sum(1).mean() / acts.shape[1]).sqrt().item()
-    sae = BatchTopKSAE(mean, scale, d_sae, k)
+    sae = BatchTopKSAE(*mean_and_scale(acts), d_sae, k)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
     batch = min(BATCH, len(acts))
     order = torch.randperm(len(acts), device=acts.device)
@@ -185,6 +196,14 @@ def fit(
         optimizer.step()
         sae.project()
         step += 1
+
+
+def mean_and_scale(acts: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What `normalize` subtracts from rows of `acts [n, D]`, and what it divides by."""
+    some = acts[: 1 << 18].float()
+    mean = some.mean(0)
+    scale = ((some - mean).pow(2).sum(1).mean() / acts.shape[1]).sqrt().item()
+    return mean, scale
 
 
 def schedule(done: float) -> float:

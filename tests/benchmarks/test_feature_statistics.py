@@ -15,8 +15,9 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 feature_statistics: Any = importlib.import_module("feature_statistics")
+bench_kernels: Any = importlib.import_module("bench_kernels")
 
-D, F, ROW = 4, 600, 64
+D, F, ROW = 8, 600, 64
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -57,3 +58,14 @@ def test_the_file_is_of_the_shipped_sae() -> None:
     most_64, most_512 = content["share_of_the_64_and_512_most_frequent"]
     assert most_64 > 0.1
     assert most_512 > 0.4
+
+
+def test_the_uneven_benchmark_fires_as_the_shipped_sae_does() -> None:
+    share = bench_kernels.heavy_tail(16384).sort(descending=True).values
+    assert float(share.sum()) == pytest.approx(bench_kernels.L0, rel=1e-3)
+    content = json.loads((BENCHMARKS / "smollm2_features.json").read_text())
+    # A sixteenth of the features carries as much of all activations as in the SAE.
+    frequency = content["frequency"]
+    carried = sum(frequency[: 3456 // 16]) / sum(frequency)
+    assert carried > 0.5
+    assert float(share[:1024].sum()) / bench_kernels.L0 == pytest.approx(carried, 0.01)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.config.sae_inline_vectors import read_vector, vector_text
+from vllm.config.sae_steering_plan import PlannedVector, decode_plan, encode_plan
 from vllm.config.sae_steering_specs import ADDITIVE_KEY as VECTORS
 from vllm.config.sae_steering_types import SteeringVectorSpec, parse_steering_request
 from vllm.config.steering import (
@@ -55,6 +56,13 @@ def own(seed: int = 0, **more: Any) -> dict[str, Any]:
 
 def parse(*given: Any, config: SteeringConfig = CONFIG) -> Any:
     return parse_steering_request({VECTORS: list(given)}, config)
+
+
+def planned(*given: dict[str, Any]) -> tuple[PlannedVector, ...]:
+    """What a worker is told of the vectors."""
+    request = parse(*given)
+    assert request is not None
+    return decode_plan(encode_plan(request, 4)).vectors
 
 
 def refused(*given: Any, config: SteeringConfig = CONFIG) -> VLLMValidationError:
@@ -237,32 +245,32 @@ def test_the_device_holds_exactly_what_the_batch_uses(seed: int) -> None:
     for _ in range(40):
         if len(batch) < 3 and rng.random() < 0.6:
             seeds = rng.sample(range(5), rng.randint(1, 2))
-            batch.append(parse(*(own(at) for at in seeds)))
+            batch.append(planned(*(own(at) for at in seeds)))
             inline.acquire(batch[-1])
         elif batch:
             inline.release(batch.pop(rng.randrange(len(batch))))
         if rng.random() < 0.5:
             inline.upload()
-            for request in batch:
-                for name, data in request.inline.items():
-                    found = inline.find(name, key)
+            for vectors in batch:
+                for vector in vectors:
+                    found = inline.find(vector.module, key)
                     assert found is not None
                     table, direction = found
                     assert table is stack.table and direction >= 1
                     row = stack.slot.directions[direction].numpy()
-                    assert row.tobytes() == data
+                    assert row.tobytes() == vector.data
         inline.check_integrity(batch)
-        distinct = {name for request in batch for name in request.inline}
+        distinct = {vector.module for vectors in batch for vector in vectors}
         assert inline.in_use == len(distinct)
     assert not stack.slot.directions[0].any()  # a module's
 
 
 def test_vectors_of_other_ranks_are_passed_over() -> None:
-    inline, request = InlineVectors(), parse(own(1))
-    inline.acquire(request)
-    assert inline.find(next(iter(request.inline)), SiteKey(1, POST)) is None
-    inline.check_integrity([request])
-    inline.release(request)
+    inline, vectors = InlineVectors(), planned(own(1))
+    inline.acquire(vectors)
+    assert inline.find(vectors[0].module, SiteKey(1, POST)) is None
+    inline.check_integrity([vectors])
+    inline.release(vectors)
 
 
 def test_float16_text_is_half_as_long() -> None:

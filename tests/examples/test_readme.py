@@ -20,6 +20,14 @@ README = (ROOT / "README.md").read_text()
 READY_S = 480.0
 
 
+def test_the_costs_are_those_of_the_result_files() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import cost_table
+
+    shown = README.split(cost_table.BEGIN)[1].split(cost_table.END)[0].strip()
+    assert shown == cost_table.table(), "run `python tools/cost_table.py --write`"
+
+
 def block(section: str, language: str) -> str:
     """The first code block of a language under a heading."""
     text = README.split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]

@@ -17,7 +17,7 @@ import torch
 from steering_testing.reference import Clamp, DenseSAE
 
 from vllm.config import VllmConfig
-from vllm.config.sae_steering_types import SAEClampEntry
+from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.steering import SiteKey, SteeringSite
@@ -102,11 +102,11 @@ def load_slot(
 def set_row(table: ClampTable, row: int, clamps: Sequence[Clamp]) -> None:
     """Make `row` edit with `clamps`, through the production writer."""
     entries = [
-        (c.feature, SAEClampEntry(c.feature, c.kind, c.value, c.only_if_active))
-        for c in clamps
+        SAEClampEntry(c.feature, c.kind, c.value, c.only_if_active) for c in clamps
     ]
-    bound = BoundTable(table)
-    bound.upload({row: bound.encode_row(entries)})
+    bound, terms = BoundTable(table), []
+    bound.add_terms(terms, SiteEdit("sae", KEY.hook, KEY.layer, tuple(entries)))
+    bound.upload({row: terms})
 
 
 def steer_every_tier(slot: SAESlot, d_model: int) -> VectorSlot:

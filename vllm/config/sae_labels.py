@@ -18,6 +18,7 @@ from vllm.config.steering_checks import shown
 FILE_NAME = "labels.json"
 MAX_BYTES = 256 << 20
 MAX_LABEL = 1000
+MAX_DIGITS = 12  # of a feature's index
 
 Labels = dict[int, str]
 # An entry that is not checked yet: its name in messages, index and description.
@@ -33,7 +34,10 @@ def load_labels(path: str | Path) -> Labels:
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file}: expected at most {MAX_BYTES} bytes of labels")
-    text = file.read_text()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: byte {error.start} is not UTF-8") from None
     try:
         content = json.loads(text)
     except RecursionError:
@@ -91,7 +95,8 @@ def _collect(file: Path, entries: Iterable[_Entry]) -> Labels:
     labels: Labels = {}
     for name, index, label in entries:
         text = index if isinstance(index, str) else str(index)
-        if isinstance(index, bool) or not text.isascii() or not text.isdigit():
+        digits = text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+        if isinstance(index, bool) or not digits:
             raise ValueError(
                 f"{file}: entry {shown(name)}: index: found {shown(index)}, expected "
                 "a feature index"
@@ -101,5 +106,5 @@ def _collect(file: Path, entries: Iterable[_Entry]) -> Labels:
                 f"{file}: entry {shown(name)}: description: found {shown(label)}, "
                 "expected a text"
             )
-        labels.setdefault(int(text[:12]), " ".join(label.split())[:MAX_LABEL])
+        labels.setdefault(int(text), " ".join(label.split())[:MAX_LABEL])
     return labels

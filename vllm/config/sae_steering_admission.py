@@ -9,7 +9,7 @@ or, of a request with spans, of each piece of its schedule; None where not steer
 
 Each piece ends before its position. The last one has no end.
 
-The canonical specs are beside it, so parsing them in a worker cannot fail.
+Beside it are the canonical specs and, under `PLAN_KEY`, what the workers do.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_plan import encode_plan
 from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_spans import TOKEN_PHASES
 from vllm.config.sae_steering_specs import (
     EXPANDED_KEY,
     EXTRA_ARGS_KEYS,
+    PLAN_KEY,
     PRESET_KEY,
     RESERVED_KEYS,
     ROWS_KEY,
@@ -33,7 +35,6 @@ from vllm.config.steering_json import Json, JsonView
 __all__ = [
     "ROWS_KEY",
     "admitted_extra_args",
-    "admitted_prompt_length",
     "admitted_schedule",
     "canonical_extra_args",
     "refuse_pooling",
@@ -104,6 +105,7 @@ def admitted_extra_args(
     args = canonical_extra_args(extra_args, steering, config)
     if steering is None or args is None:
         return args
+    args[PLAN_KEY] = encode_plan(steering, num_prompt_tokens)
     if not steering.has_spans:
         args[ROWS_KEY] = {phase: steering.digest(phase) for phase in TOKEN_PHASES}
         return args
@@ -126,8 +128,3 @@ def admitted_schedule(
     if "pieces" in rows:
         return rows["pieces"]
     return [(num_prompt_tokens, rows["prefill"]), (None, rows["decode"])]
-
-
-def admitted_prompt_length(extra_args: JsonView) -> int:
-    """The prompt's length of an admitted request with spans; 0 without."""
-    return (extra_args.get(ROWS_KEY) or {}).get("num_prompt_tokens", 0)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from vllm.config.sae_readout_specs import SiteRead
+from vllm.config.sae_steering_edits import SiteEdit
 from vllm.config.sae_steering_request import (
     HOOK_ORDER,
     Group,
-    SiteEdit,
     SteeringRequest,
     sorted_clamps,
 )
@@ -25,11 +27,14 @@ from vllm.config.sae_steering_sites import (
     named_module,
 )
 from vllm.config.sae_steering_spans import (
-    SPEC_PHASES,
     Coverage,
+    CoverageOrder,
+    Spans,
     boundaries,
     coverage_of,
-    may_overlap,
+    coverage_order,
+    spans_may_overlap,
+    spans_of,
 )
 from vllm.config.sae_steering_specs import (
     SAEClampEntry,
@@ -53,27 +58,60 @@ from vllm.config.steering_checks import (
 )
 
 
-@dataclass
-class _Named:
-    """Where a spec names something that no other spec may touch on the same tokens."""
+class _Part(msgspec.Struct, gc=False):
+    """The tokens of some specs of a request.
 
-    path: str
-    coverage: Coverage
-
-
-def _clash(one: Coverage, other: Coverage) -> bool:
-    """Whether two specs count as acting on the same tokens.
-
-    Specs with phases always do. Specs with spans do not if their spans cannot overlap.
+    Attributes:
+        bit: one bit, its own.
+        clashes: the bits of the parts that count as on the same tokens. Phases always
+            do, and spans if they may overlap.
     """
-    by_phase = isinstance(one, str) and isinstance(other, str)
-    return by_phase or may_overlap(one, other)
+
+    coverage: Coverage
+    spans: Spans
+    bit: int
+    clashes: int
 
 
 @dataclass
-class _Reconstruction(_Named):
+class _Parts:
+    """The coverages of a request. Each pair is compared once."""
+
+    most_places: int
+    known: dict[Coverage, _Part] = field(default_factory=dict)
+    places: set[tuple[str, int]] = field(default_factory=set)
+
+    def add(self, path: str, coverage: Coverage) -> _Part:
+        """The part of a coverage. Bounds the pieces, so that rows suffice."""
+        part = self.known.get(coverage)
+        if part is not None:
+            return part
+        self.places |= boundaries(coverage)
+        if len(self.places) > self.most_places:
+            raise refusal(
+                f"{path}.spans",
+                f"the spans of this request start or stop at {len(self.places)} or "
+                "more places inside the prompt or the answer, expected at most "
+                f"{self.most_places} (additional_config.steering.max_pieces)",
+            )
+        bit = 1 << len(self.known)
+        spans, by_phase = spans_of(coverage), isinstance(coverage, str)
+        part = _Part(coverage, spans, bit, bit)
+        for other in self.known.values():
+            if (by_phase and isinstance(other.coverage, str)) or spans_may_overlap(
+                spans, other.spans
+            ):
+                part.clashes |= other.bit
+                other.clashes |= bit
+        self.known[coverage] = part
+        return part
+
+
+class _Reconstruction(msgspec.Struct, frozen=True, gc=False):
     """Which module reconstructs a site, and where."""
 
+    path: str
+    part: _Part
     module: str
 
 
@@ -85,31 +123,29 @@ class Draft:
     sae: dict[Tier, dict[Group, dict[NamedSite, list[SAEClampEntry]]]] = field(
         default_factory=lambda: {Tier.DELTA: {}, Tier.FULL: {}}
     )
-    features: dict[tuple[Tier, str, NamedSite, int], list[Coverage]] = field(
-        default_factory=dict
-    )
-    num_clamps: dict[tuple[Tier, NamedSite], dict[Coverage, int]] = field(
+    # The bits of the parts in which a feature is clamped.
+    features: dict[tuple[Tier, str, NamedSite, int], int] = field(default_factory=dict)
+    # Clamps by the bit of their part.
+    num_clamps: dict[tuple[Tier, NamedSite], dict[int, int]] = field(
         default_factory=dict
     )
     # By site and written point, since an SAE and a transcoder may read the same point.
     reconstructed: dict[tuple[NamedSite, HookPoint], list[_Reconstruction]] = field(
         default_factory=dict
     )
-    first_spans: str = ""
     reads: tuple[SiteRead, ...] = ()
 
     def __post_init__(self) -> None:
         self.vectors = VectorDraft(self.config)
+        self.parts = _Parts(self.config.max_pieces - 2)
 
-    def coverage(
+    def part(
         self,
         path: str,
         spec: SAEFullReconstructionSpec | SAEClampSpec | SteeringVectorSpec,
-    ) -> Coverage:
+    ) -> _Part:
         """Where a spec acts."""
-        if spec.spans is not None and not self.first_spans:
-            self.first_spans = f"{path}.spans"
-        return coverage_of(path, spec.phase, spec.spans)
+        return self.parts.add(path, coverage_of(path, spec.phase, spec.spans))
 
     def add_sae_spec(
         self,
@@ -121,7 +157,7 @@ class Draft:
         module = named_module(
             f"{path}.module_name", spec.module_name, self.config, "sae"
         )
-        coverage = self.coverage(path, spec)
+        part = self.part(path, spec)
         where = f"{path}.clamps"
         sites = listed_sites(where, spec.clamps, module)
         if not sites and tier is Tier.FULL:
@@ -133,18 +169,18 @@ class Draft:
                 raise refusal(
                     site.path, "found an empty list, expected at least one clamp entry"
                 )
-            self.add_site(tier, (module.name, coverage), site)
+            self.add_site(tier, module.name, part, site)
 
-    def add_site(self, tier: Tier, group: Group, clamps: ListedSite) -> None:
+    def add_site(self, tier: Tier, name: str, part: _Part, clamps: ListedSite) -> None:
         """Merge one site of a spec, refusing what the request already has there."""
-        name, coverage = group
         site = (clamps.site.hook, clamps.site.layer)
         if tier is Tier.FULL:
-            asked = _Reconstruction(clamps.path, coverage, name)
+            asked = _Reconstruction(clamps.path, part, name)
             self.reconstruct(site, clamps.site.out_hook, asked)
         conditions = {entry.when for entry in clamps.entries} - {None}
         used = len(clamps.entries) + len(conditions)
-        self.count(tier, site, _Named(clamps.path, coverage), used)
+        self.count(tier, site, clamps.path, part, used)
+        group = (name, part.coverage)
         merged = self.sae[tier].setdefault(group, {}).setdefault(site, [])
         for position, entry in enumerate(clamps.entries):
             feature = entry.feature_idx
@@ -154,14 +190,15 @@ class Draft:
                     feature,
                     f"an integer in 0..{clamps.site.d_sae - 1}",
                 )
-            others = self.features.setdefault((tier, name, site, feature), [])
-            if any(_clash(coverage, other) for other in others):
+            key = (tier, name, site, feature)
+            others = self.features.get(key, 0)
+            if others & part.clashes:
                 raise refusal(
                     f"{clamps.path}[{position}].feature_idx",
                     f"feature {feature} of module {shown(name)} is clamped twice at "
                     f"{clamps.site.name}, expected once, or spans that cannot overlap",
                 )
-            others.append(coverage)
+            self.features[key] = others | part.bit
             when = entry.when
             if when is not None:
                 when = self.condition(f"{clamps.path}[{position}].when", when, clamps)
@@ -193,8 +230,7 @@ class Draft:
         """Record which module reconstructs a site. At most one does, on each token."""
         others = self.reconstructed.setdefault((site, written), [])
         for other in others:
-            clashes = _clash(asked.coverage, other.coverage)
-            if other.module != asked.module and clashes:
+            if other.module != asked.module and asked.part.clashes & other.part.bit:
                 raise refusal(
                     asked.path,
                     f"{site_name(*site)} is already reconstructed by module "
@@ -203,39 +239,37 @@ class Draft:
                 )
         others.append(asked)
 
-    def count(self, tier: Tier, site: NamedSite, named: _Named, added: int) -> None:
+    def count(
+        self, tier: Tier, site: NamedSite, path: str, part: _Part, added: int
+    ) -> None:
         """Bound what one tier does at one site, over all specs of the request."""
         counts = self.num_clamps.setdefault((tier, site), {})
-        total = added + sum(
-            n for other, n in counts.items() if _clash(named.coverage, other)
-        )
+        total = added + sum(n for bit, n in counts.items() if part.clashes & bit)
         if total > self.config.max_clamps:
             raise refusal(
-                named.path,
+                path,
                 f"found {total} clamps at {site_name(*site)} in this request, "
                 f"expected at most {self.config.max_clamps}",
             )
-        counts[named.coverage] = counts.get(named.coverage, 0) + added
+        counts[part.bit] = counts.get(part.bit, 0) + added
 
     def add_vector_spec(self, path: str, spec: SteeringVectorSpec) -> None:
         """Check one spec; scales of one vector add up, other kinds stand alone."""
-        coverage = self.coverage(path, spec)
-        module, is_first = self.vectors.add(path, spec, coverage)
+        part = self.part(path, spec)
+        module, is_first = self.vectors.add(path, spec, part.coverage)
         if is_first:
             for site in module.sites:
                 place = (site.hook, site.layer)
-                self.count(Tier.ADDITIVE, place, _Named(path, coverage), 1)
+                self.count(Tier.ADDITIVE, place, path, part, 1)
 
     def finish(self) -> SteeringRequest:
         """The canonical request."""
         inline = self.vectors.inline
         order = {name: i for i, name in enumerate((*self.config.modules, *inline))}
 
-        def rank(group: Group) -> tuple[int, int, str]:
+        def rank(group: Group) -> tuple[int, CoverageOrder]:
             name, coverage = group
-            if isinstance(coverage, str):
-                return order[name], SPEC_PHASES.index(coverage), ""
-            return order[name], len(SPEC_PHASES), repr(coverage)
+            return order[name], coverage_order(coverage)
 
         sae_edits = {
             tier: {
@@ -253,22 +287,7 @@ class Draft:
         modules = {n: m for n, m in self.config.modules.items() if n in named}
         modules |= {name: own.module for name, own in inline.items()}
         data = {name: own.data for name, own in inline.items()}
-        request = SteeringRequest(sae_edits, vectors, modules, self.reads, data)
-        if self.first_spans:
-            self.check_pieces(request)
-        return request
-
-    def check_pieces(self, request: SteeringRequest) -> None:
-        """Bound the pieces of the schedule, so that rows suffice."""
-        found = len(boundaries(request.coverages))
-        most = self.config.max_pieces - 2
-        if found > most:
-            raise refusal(
-                self.first_spans,
-                f"the spans of this request start or stop at {found} places inside the "
-                f"prompt or the answer, expected at most {most} "
-                "(additional_config.steering.max_pieces)",
-            )
+        return SteeringRequest(sae_edits, vectors, modules, self.reads, data)
 
 
 def _site_edits(

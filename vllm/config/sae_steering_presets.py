@@ -8,16 +8,15 @@ configuration, so a request is refused if its preset's module is gone.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Annotated
 
 import msgspec
 
-from vllm.config.sae_steering_request import Group, SiteEdit, SteeringRequest
+from vllm.config.sae_steering_edits import SiteEdit
+from vllm.config.sae_steering_request import Group, SteeringRequest
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     PRESET_KEY,
-    SAEClampEntry,
     SteeringFields,
 )
 from vllm.config.steering import HookPoint, SteeringConfig, Tier
@@ -188,10 +187,9 @@ def _taken(
 
 def _left(edit: SiteEdit, features: set[_Feature]) -> SiteEdit:
     """An edit of an SAE tier without its clamps of these features."""
-    clamps = tuple(
+    entries = tuple(
         clamp
-        for clamp in edit.clamps
-        if isinstance(clamp, SAEClampEntry)
-        and (edit.module, edit.hook, edit.layer, clamp.feature_idx) not in features
+        for clamp in edit.entries
+        if (edit.module, edit.hook, edit.layer, clamp.feature_idx) not in features
     )
-    return replace(edit, clamps=clamps)
+    return SiteEdit(edit.module, edit.hook, edit.layer, entries)

@@ -9,87 +9,64 @@ edits in each phase.
 from __future__ import annotations
 
 import functools
-import hashlib
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
 
 from vllm.config.sae_inline_vectors import as_text
 from vllm.config.sae_readout_specs import SiteRead, reads_to_json
+from vllm.config.sae_steering_edits import (
+    SiteEdit,
+    digest_of,
+    module_fingerprint,
+    tier_block,
+)
 from vllm.config.sae_steering_spans import Coverage, When, acts, pieces
 from vllm.config.sae_steering_specs import (
     ADDITIVE_KEY,
-    CLAMP_KINDS,
     DELTA_KEY,
     FULL_KEY,
     READOUT_KEY,
-    VECTOR_KINDS,
     SAEClampEntry,
-    SAECondition,
 )
 from vllm.config.sae_steering_vector_action import VectorAction, add_scales
 from vllm.config.steering import HookPoint, ModuleInfo, Tier
 from vllm.config.steering_json import Json
 
-# Feature, kind, value, only_if_active; the condition's kind (0: none), feature, bound.
-_CLAMP_RECORD = struct.Struct("<QBf?BQf")
-# Kind, relative, value, bounds.
-_VECTOR_RECORD = struct.Struct("<B?fff")
-
 HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
-
-
-@dataclass(frozen=True)
-class SiteEdit:
-    """What one module does at one site: its clamps, sorted by feature.
-
-    The additive tier's edit is one `VectorAction`.
-    """
-
-    module: str
-    hook: HookPoint
-    layer: int
-    clamps: tuple[SAEClampEntry, ...] | tuple[VectorAction, ...]
-
-
-_Given = ParamSpec("_Given")
-_Found = TypeVar("_Found")
-
-
-def _found_once(
-    method: Callable[Concatenate[SteeringRequest, _Given], _Found],
-) -> Callable[Concatenate[SteeringRequest, _Given], _Found]:
-    """Makes a method of `SteeringRequest` keep its result for each set of arguments."""
-
-    @functools.wraps(method)
-    def kept(
-        self: SteeringRequest, *args: _Given.args, **kwargs: _Given.kwargs
-    ) -> _Found:
-        key = (method.__name__, *args, *kwargs.items())
-        if key not in self._found:
-            self._found[key] = method(self, *args, **kwargs)
-        return cast(_Found, self._found[key])
-
-    return kept
-
 
 # One canonical group of specs: what one module does where one coverage holds.
 Group = tuple[str, Coverage]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Positions before `stop` (None: all others) that are edited alike.
+class Acting(msgspec.Struct, frozen=True, gc=False):
+    """What edits the tokens of a phase or a piece; the tuples are by tier.
 
-    `digest` is from `hash_steering_config`; None if the piece is not edited.
+    Attributes:
+        edits: sorted by layer, hook and the order in which the site's slots run (for
+            modules not placed, registration order); every (module, site) occurs once.
+        row_keys: key of the row that holds the tier's edits (hex), or None. Requests
+            with equal keys can share a row. The key does not say when they act.
+        digest: `hash_steering_config` with the request's own module digests.
     """
+
+    edits: tuple[tuple[SiteEdit, ...], ...]
+    row_keys: tuple[str | None, ...]
+    digest: str | None
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """Positions before `stop` (None: all others) that are edited alike."""
 
     stop: int | None
     when: When
-    digest: str | None
+    acting: Acting
+
+    @property
+    def digest(self) -> str | None:
+        """See `Acting.digest`; None if the piece is not edited."""
+        return self.acting.digest
 
 
 @dataclass(frozen=True)
@@ -112,8 +89,11 @@ class SteeringRequest:
     modules: Mapping[str, ModuleInfo]
     reads: tuple[SiteRead, ...] = ()
     inline: Mapping[str, bytes] = field(default_factory=dict)
-    # What `_found_once` keeps: one object serves many requests.
-    _found: dict[tuple[object, ...], object] = field(
+    # Kept, because one object serves many requests.
+    _acting: dict[When, Acting] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _schedules: dict[int, tuple[Piece, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -170,65 +150,94 @@ class SteeringRequest:
         """Whether the schedule is more than prompt and answer."""
         return not all(isinstance(coverage, str) for coverage in self.coverages)
 
-    @_found_once
-    def schedule(self, num_prompt_tokens: int, /) -> tuple[Piece, ...]:
+    def schedule(self, num_prompt_tokens: int) -> tuple[Piece, ...]:
         """The pieces of a request with this prompt.
 
         Neighbouring pieces differ, except at the prompt's end, where a piece always
         ends.
         """
+        kept = self._schedules.get(num_prompt_tokens)
+        if kept is not None:
+            return kept
         found: list[Piece] = []
-        for stop, acting in pieces(self.coverages, num_prompt_tokens):
-            digest = self.digest(acting)
-            alike = found and found[-1].digest == digest
+        for stop, when in pieces(self.coverages, num_prompt_tokens):
+            acting = self.acting(when)
+            alike = found and found[-1].digest == acting.digest
             if alike and found[-1].stop != num_prompt_tokens:
                 found.pop()
-            found.append(Piece(stop, acting, digest))
-        return tuple(found)
+            found.append(Piece(stop, when, acting))
+        made = self._schedules[num_prompt_tokens] = tuple(found)
+        return made
 
-    @_found_once
-    def edits(self, tier: Tier, when: When, /) -> tuple[SiteEdit, ...]:
-        """The edits of a tier for the tokens of a phase or a piece.
+    def acting(self, when: When) -> Acting:
+        """What edits the tokens of a phase or a piece."""
+        found = self._acting.get(when)
+        if found is not None:
+            return found
+        edits: list[tuple[SiteEdit, ...]] = [()] * len(Tier)
+        keys: list[str | None] = [None] * len(Tier)
+        blocks = []
+        for tier in self._tiers:
+            edits[tier] = self._edits(tier, when)
+            if edits[tier]:
+                blocks.append(tier_block(tier, edits[tier], self.module_digests))
+                keys[tier] = digest = digest_of(blocks[-1:])
+        if len(blocks) != 1:  # of one tier, the same bytes have been hashed
+            digest = digest_of(blocks)
+        found = self._acting[when] = Acting(tuple(edits), tuple(keys), digest)
+        return found
 
-        Sorted by layer, hook and the order in which the site's slots run (for modules
-        not placed, registration order); every (module, site) occurs once.
-        """
+    @functools.cached_property
+    def _tiers(self) -> list[Tier]:
+        """The tiers that the request uses."""
+        sae = [tier for tier, groups in self.sae_edits.items() if groups]
+        return sorted(sae + [Tier.ADDITIVE] * bool(self.vectors))
+
+    def edits(self, tier: Tier, when: When) -> tuple[SiteEdit, ...]:
+        """See `Acting.edits`."""
+        return self.acting(when).edits[tier]
+
+    def digest(self, when: When) -> str | None:
+        """See `Acting.digest`."""
+        return self.acting(when).digest
+
+    def row_key(self, tier: Tier, when: When) -> str | None:
+        """See `Acting.row_keys`."""
+        return self.acting(when).row_keys[tier]
+
+    def _edits(self, tier: Tier, when: When) -> tuple[SiteEdit, ...]:
+        if tier is Tier.ADDITIVE:
+            return self._merged(self._vector_edits(when))
+        groups = self._by_coverage[tier]
+        acting: Iterable[Coverage] = ("both", when) if isinstance(when, str) else when
+        found = [edits for coverage in acting for edits in groups.get(coverage, ())]
+        if len(found) == 1:  # in order already
+            return found[0]
+        return self._merged(edit for edits in found for edit in edits)
+
+    def _merged(self, edits: Iterable[SiteEdit]) -> tuple[SiteEdit, ...]:
+        """In order, with one edit for each module and site."""
         order = {name: position for position, name in enumerate(self.modules)}
         merged: dict[tuple[int, int, bool, int], SiteEdit] = {}
-        for edit in self._applying(tier, when):
+        for edit in edits:
             slot = self.modules[edit.module].slot_at(edit.hook, edit.layer)
             place = order[edit.module] if slot is None else slot
             key = (edit.layer, HOOK_ORDER[edit.hook], slot is None, place)
             if key in merged:
-                clamps = sorted_clamps((*merged[key].clamps, *edit.clamps))
-                edit = SiteEdit(edit.module, edit.hook, edit.layer, clamps)
+                entries = sorted_clamps((*merged[key].entries, *edit.entries))
+                edit = SiteEdit(edit.module, edit.hook, edit.layer, entries)
             merged[key] = edit
         return tuple(merged[key] for key in sorted(merged))
 
-    @_found_once
-    def digest(self, when: When, /) -> str | None:
-        """`hash_steering_config` of this request with its own module digests."""
-        acting = [tier for tier in Tier if self.edits(tier, when)]
-        if len(acting) == 1:  # the same bytes are hashed, once
-            return self.row_key(acting[0], when)
-        return hash_steering_config(self, when, self.module_digests)
-
-    @_found_once
-    def row_key(self, tier: Tier, when: When, /) -> str | None:
-        """Key of the row that holds a tier's edits there (hex), or None.
-
-        Requests with equal keys can share a row. The key does not say when they act.
-        """
-        edits = self.edits(tier, when)
-        return _hash([_tier_block(tier, edits, self.module_digests)] if edits else [])
-
-    def _applying(self, tier: Tier, when: When) -> Iterable[SiteEdit]:
-        if tier is Tier.ADDITIVE:
-            yield from self._vector_edits(when)
-            return
-        for (_, coverage), edits in self.sae_edits.get(tier, {}).items():
-            if acts(coverage, when):
-                yield from edits
+    @functools.cached_property
+    def _by_coverage(self) -> dict[Tier, dict[Coverage, list[tuple[SiteEdit, ...]]]]:
+        """The edits of the groups of each SAE tier."""
+        found: dict[Tier, dict[Coverage, list[tuple[SiteEdit, ...]]]] = {}
+        for tier in (Tier.DELTA, Tier.FULL):
+            groups = found[tier] = {}
+            for (_, coverage), edits in self.sae_edits.get(tier, {}).items():
+                groups.setdefault(coverage, []).append(edits)
+        return found
 
     def _vector_edits(self, when: When) -> Iterable[SiteEdit]:
         for name, module in self.modules.items():
@@ -243,26 +252,12 @@ class SteeringRequest:
                     scales = [one.value for one in acting]
                     action = VectorAction("add", add_scales(scales))
                 for site in module.sites:
-                    yield SiteEdit(name, site.hook, site.layer, (action,))
+                    yield SiteEdit(name, site.hook, site.layer, actions=(action,))
 
 
-_Clamp = TypeVar("_Clamp", SAEClampEntry, VectorAction)
-
-
-def sorted_clamps(clamps: Iterable[_Clamp]) -> tuple[_Clamp, ...]:
+def sorted_clamps(clamps: Iterable[SAEClampEntry]) -> tuple[SAEClampEntry, ...]:
     """Clamps in canonical order; a site holds a feature at most once."""
     return tuple(sorted(clamps, key=lambda clamp: clamp.feature_idx))
-
-
-def module_fingerprint(module: ModuleInfo) -> str:
-    """Identifies what a module does: its content digest and its bypassed tokens.
-
-    The bypassed ids are not in the content digest, because the default depends on
-    the model that the module is loaded for.
-    """
-    skipped = module.skip_token_ids
-    ids = "default" if skipped is None else ",".join(map(str, sorted(skipped)))
-    return f"{module.digest}/skip={ids}"
 
 
 def hash_steering_config(
@@ -283,66 +278,8 @@ def hash_steering_config(
     for tier in Tier:
         edits = request.edits(tier, when)
         if edits:
-            blocks.append(_tier_block(tier, edits, module_digests))
-    return _hash(blocks)
-
-
-def _hash(blocks: Sequence[bytes]) -> str | None:
-    if not blocks:
-        return None
-    return hashlib.sha256(_block("vllm.steering.v2", *blocks)).hexdigest()
-
-
-def _block(tag: str, *parts: bytes) -> bytes:
-    """A tag and its parts, each preceded by its length."""
-    head = tag.encode()
-    out = [struct.pack("<IQ", len(head), len(parts)), head]
-    for part in parts:
-        out += [struct.pack("<Q", len(part)), part]
-    return b"".join(out)
-
-
-def _tier_block(
-    tier: Tier, edits: Sequence[SiteEdit], module_digests: Mapping[str, str]
-) -> bytes:
-    return _block(
-        f"tier.{tier.name.lower()}",
-        *(_edit_block(edit, module_digests[edit.module]) for edit in edits),
-    )
-
-
-def _edit_block(edit: SiteEdit, module_digest: str) -> bytes:
-    return _block(
-        "edit",
-        edit.module.encode("utf-8", "surrogatepass"),
-        module_digest.encode(),
-        edit.hook.value.encode(),
-        struct.pack("<Q", edit.layer),
-        b"".join(_clamp_record(clamp) for clamp in edit.clamps),
-    )
-
-
-def _clamp_record(clamp: SAEClampEntry | VectorAction) -> bytes:
-    """Fixed width within a tier, so that a list of records needs no lengths."""
-    if isinstance(clamp, VectorAction):
-        kind = VECTOR_KINDS.index(clamp.kind)
-        return _VECTOR_RECORD.pack(kind, clamp.relative, clamp.value, *clamp.bounds)
-    kind = CLAMP_KINDS.index(clamp.kind)
-    return _CLAMP_RECORD.pack(
-        clamp.feature_idx,
-        kind,
-        clamp.value,
-        clamp.only_if_active,
-        *_condition_record(clamp.when),
-    )
-
-
-def _condition_record(when: SAECondition | None) -> tuple[int, int, float]:
-    if when is None:
-        return 0, 0, 0.0
-    if when.above is not None:
-        return 1, when.feature_idx, when.above
-    return 2, when.feature_idx, when.below or 0.0
+            blocks.append(tier_block(tier, edits, module_digests))
+    return digest_of(blocks)
 
 
 def _coverage_json(coverage: Coverage) -> Json:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm.config.sae_steering_specs import SAEClampEntry, SiteClamps
 from vllm.config.steering import (
@@ -96,8 +97,7 @@ def _covered_site(
     return site
 
 
-@dataclass
-class ListedSite:
+class ListedSite(msgspec.Struct, frozen=True, gc=False):
     """Where a spec names one site, and what it lists there."""
 
     path: str

@@ -29,7 +29,7 @@ Position = Annotated[
 ]
 
 
-class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Tokens of the prompt or generated tokens, selected like a Python slice.
 
     `start=-1` of the prompt is its last token; generated tokens count from 0. Their
@@ -44,6 +44,7 @@ class SteeringSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # The spans of one spec, in canonical order.
 Spans = tuple[SteeringSpan, ...]
 Coverage = SpecPhase | Spans
+CoverageOrder = tuple[int, tuple[tuple[str, int, float], ...]]
 # Selects edits of a request: a phase, or the coverages that hold at some position.
 When = TokenPhase | frozenset[Coverage]
 
@@ -94,23 +95,29 @@ def acts(coverage: Coverage, when: When) -> bool:
 
 def may_overlap(one: Coverage, other: Coverage) -> bool:
     """Whether both act on the same token for some prompt length."""
-    return any(
-        a.of == b.of
-        and not (a.stop is not None and _precedes(a.stop, b.start))
-        and not (b.stop is not None and _precedes(b.stop, a.start))
-        for a in _spans(one)
-        for b in _spans(other)
-    )
+    return spans_may_overlap(spans_of(one), spans_of(other))
 
 
-def boundaries(coverages: Iterable[Coverage]) -> set[tuple[str, int]]:
+def spans_may_overlap(one: Spans, other: Spans) -> bool:
+    """See `may_overlap`."""
+    for a in one:
+        for b in other:
+            if (
+                a.of == b.of
+                and (a.stop is None or not _precedes(a.stop, b.start))
+                and (b.stop is None or not _precedes(b.stop, a.start))
+            ):
+                return True
+    return False
+
+
+def boundaries(coverage: Coverage) -> set[tuple[str, int]]:
     """Where pieces may begin inside the prompt and inside the answer."""
     return {
         (span.of, bound)
-        for coverage in coverages
-        for span in _spans(coverage)
+        for span in spans_of(coverage)
         for bound in (span.start, span.stop)
-        if bound is not None and bound != 0
+        if bound
     }
 
 
@@ -118,36 +125,42 @@ def pieces(
     coverages: Iterable[Coverage], num_prompt_tokens: int
 ) -> list[tuple[int | None, frozenset[Coverage]]]:
     """The schedule: where each piece stops (None: never), and what acts in it."""
-    held = [
-        (coverage, [_resolved(span, num_prompt_tokens) for span in _spans(coverage)])
+    intervals = [
+        (coverage, *_resolved(span, num_prompt_tokens))
         for coverage in set(coverages)
+        for span in spans_of(coverage)
     ]
-    stops = {num_prompt_tokens}
-    for _, intervals in held:
-        for start, stop in intervals:
-            stops.update(bound for bound in (start, stop) if bound is not None)
-    found: list[tuple[int | None, frozenset[Coverage]]] = []
-    first = 0
-    for last in (*sorted(stops - {0}), None):
-        acting = frozenset(
-            coverage
-            for coverage, intervals in held
-            if any(
-                start <= first and (stop is None or first < stop)
-                for start, stop in intervals
-            )
-        )
-        found.append((last, acting))
-        first = last or first
-    return found
+    stops: set[int | None] = {num_prompt_tokens}
+    for _, start, stop in intervals:
+        stops |= {start, stop}
+    ends = sorted(stop for stop in stops if stop)
+    # The piece that begins at a position; one more begins nowhere.
+    begins: dict[int | None, int] = {end: at for at, end in enumerate(ends, 1)}
+    begins |= {0: 0, None: len(ends) + 1}
+    acting: list[list[Coverage]] = [[] for _ in range(len(ends) + 1)]
+    for coverage, start, stop in intervals:
+        for at in range(begins[start], begins[stop]):
+            acting[at].append(coverage)
+    return [
+        (stop, frozenset(found))
+        for stop, found in zip((*ends, None), acting, strict=True)
+    ]
 
 
-def _spans(coverage: Coverage) -> Spans:
+def spans_of(coverage: Coverage) -> Spans:
+    """The spans of a coverage, of a phase too."""
     return _OF_PHASE[coverage] if isinstance(coverage, str) else coverage
 
 
 def _order(span: SteeringSpan) -> tuple[str, int, float]:
     return span.of, span.start, float("inf") if span.stop is None else span.stop
+
+
+def coverage_order(coverage: Coverage) -> CoverageOrder:
+    """Sorts coverages: phases first."""
+    if isinstance(coverage, str):
+        return SPEC_PHASES.index(coverage), ()
+    return len(SPEC_PHASES), tuple(_order(span) for span in coverage)
 
 
 def _precedes(stop: int, start: int) -> bool:

@@ -33,7 +33,11 @@ FeatureIndex = Annotated[int, expects("a feature index, an integer of 0 or more"
 
 
 class SAECondition(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    gc=False,
 ):
     """A feature of the same module and site, read on the same token.
 
@@ -47,7 +51,11 @@ class SAECondition(
 
 
 class SAEClampEntry(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    gc=False,
 ):
     """One feature clamped at one site.
 
@@ -87,7 +95,7 @@ Bounds = Annotated[list[Number], expects("[low, high]", min_length=2, max_length
 
 
 class SAEFullReconstructionSpec(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False
 ):
     """Replace the stream by the SAE's reconstruction of it, with features clamped.
 
@@ -197,7 +205,9 @@ PRESET_KEY = "steering_preset"
 EXPANDED_KEY = "steering_expanded"
 # Set by the engine: see `vllm.config.sae_steering_admission`.
 ROWS_KEY = "steering_rows"
-RESERVED_KEYS = (ROWS_KEY, EXPANDED_KEY)
+# Set by the engine: see `vllm.config.sae_steering_plan`.
+PLAN_KEY = "steering_plan"
+RESERVED_KEYS = (ROWS_KEY, PLAN_KEY, EXPANDED_KEY)
 PRESET_SCHEMA_FIELD = {
     "anyOf": [{"type": "string"}, {"type": "null"}],
     "description": "Name of a preset whose specs apply beside the request's own; null "

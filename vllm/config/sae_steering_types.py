@@ -16,14 +16,10 @@ import msgspec
 import vllm.envs as envs
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_readout_specs import SAEReadoutSpec, SAEStopEntry
+from vllm.config.sae_steering_edits import SiteEdit, module_fingerprint
 from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_parser import parse_steering_request
-from vllm.config.sae_steering_request import (
-    SiteEdit,
-    SteeringRequest,
-    hash_steering_config,
-    module_fingerprint,
-)
+from vllm.config.sae_steering_request import SteeringRequest, hash_steering_config
 from vllm.config.sae_steering_spans import SteeringSpan, TokenPhase
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vllm.config.sae_steering_specs import VectorKind
 
+_FLOAT32 = struct.Struct("<f")
 
-@dataclass(frozen=True)
-class VectorAction:
+
+class VectorAction(msgspec.Struct, frozen=True, array_like=True):
     """What a vector module does; see `SteeringVectorSpec`.
 
     `value` is the scale of `add` and `scale`, and the value of `set`.
@@ -35,7 +37,7 @@ class VectorAction:
 
 def round_to_fp32(value: float) -> float:
     """`value` as fp32 holds it, `-0.0` as `0.0`; OverflowError beyond its range."""
-    return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
+    return _FLOAT32.unpack(_FLOAT32.pack(value))[0] + 0.0
 
 
 def add_scales(scales: Sequence[float]) -> float:

@@ -17,10 +17,16 @@ from vllm.config.sae_steering_admission import (
 )
 from vllm.config.sae_steering_types import parse_steering_request
 from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.store.data import (
+    ChunkedTokenDatabase,
+    KeyMetadata,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins.steering.seam import BOUND
 from vllm.plugins.steering.v1.core.kv_cache_utils import TARGET
+from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.steering_block_keys import steering_block_key
 from vllm.v1.request import Request
 
@@ -192,3 +198,28 @@ def test_blocks_are_shared_exactly_where_every_position_is_edited_alike() -> Non
         assert all(len(found) == 1 for found in by_key.values())
         assert all(len(found) == 1 for found in by_content.values())
         assert len(by_key) > 5
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_the_keys_of_a_mooncake_store_contain_the_steering(block: int) -> None:
+    """Of blocks as large as those that are hashed, and of twice as large ones."""
+    hash_block = 2
+    kv_cache_utils.init_none_hash(sha256)
+    hasher = get_request_block_hasher(hash_block, sha256)
+    metadata = KeyMetadata("model", tp_rank=0, pcp_rank=0, dcp_rank=0, pp_rank=0)
+    store = ChunkedTokenDatabase(metadata, block, hash_block)
+
+    def stored(prefill: str | None, decode: str | None) -> list[str]:
+        hashes = request(prefill, decode, block_hasher=hasher).block_hashes
+        chunks = store.process_tokens(16, hashes)
+        return [store.key_for(hashed) for _, _, hashed in chunks]
+
+    plain, steered = stored(None, None), stored("p", "d")
+    assert len(plain) == 16 // block
+    assert stored("p", "d") == steered
+    for other in (plain, stored("q", "d"), stored("d", "p")):
+        assert not set(other) & set(steered)
+    # Blocks of a prompt that nothing edits are everybody's.
+    shared = PROMPT // block
+    assert stored(None, "d")[:shared] == plain[:shared]
+    assert not set(stored(None, "d")[shared:]) & set(plain)

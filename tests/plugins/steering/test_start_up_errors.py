@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import write_sae
+from vllm.config.steering_checks import SteeringConfigError
 from vllm.config.steering_private_directory import DIRECTORY_ENV
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins.steering.platforms.interface import KEY_ENV
@@ -91,6 +92,37 @@ def test_what_the_front_end_finds_is_the_last_line(
     assert line.startswith("vllm.config.steering_checks.SteeringConfigError: ")
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("v.safetensors", b"", "v.safetensors"),
+        (
+            "v.safetensors",
+            b"version https://git-lfs.github.com/spec/v1",
+            "git lfs pull",
+        ),
+        ("v.gguf", b"GGUF\3\0\0\0" + b"\xff" * 16, "declares"),
+        ("v.npy", b"\x93NUMPY\1\0\xff\xff{", "v.npy"),
+        ("v.pt", b"\x80\2cos\nsystem\n(X\1\0\0\0xtR.", "v.pt"),
+    ],
+)
+def test_a_file_that_is_no_module_is_refused_in_one_line(
+    model_path: Path, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    plugin.register()
+    steering = {"modules": {"m": str(tmp_path / name)}}
+    arguments = EngineArgs(
+        str(model_path),
+        skip_tokenizer_init=True,
+        additional_config={"steering": steering},
+    )
+    with pytest.raises(SteeringConfigError, match="'m'") as caught:
+        arguments.create_engine_config()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [KEY_ENV, DIRECTORY_ENV])

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm.config.sae_steering_plan import NO_STOP
 from vllm.config.steering import Tier
 from vllm.v1.engine.steering_listing import tokens_of_stages
 from vllm.v1.worker.steering_counts import PHASES, TokenCounts
-from vllm.v1.worker.steering_index import NO_STOP, BatchView, RequestRows, StepIndex
+from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import SteeringVectorManager
 
 NUM_ROWS, NAMES = 40, "abcd"
@@ -47,9 +48,8 @@ class Batch:
         self.pieces[req_id] = pieces
         self.computed[req_id] = 0
         self.prompt_len[req_id] = rng.randint(1, 9)
-        schedule = tuple((stop, (row, 0, 0)) for stop, row, _ in pieces)
-        nothing = (0,) * len(Tier)
-        self.index.hold(req_id, RequestRows(nothing, nothing, schedule))
+        schedule = [(stop, (row, 0, 0)) for stop, row, _ in pieces]
+        self.index.hold(req_id, RequestRows.of_pieces(schedule))
 
     def drop(self, req_id: str) -> None:
         self.index.drop(req_id)
@@ -72,9 +72,9 @@ class Batch:
             token_ids=torch.zeros(sum(scheduled), dtype=torch.int32),
         )
         self.index.update(view)
+        self.counts.follow(self.index)
         if self.index.rows is not None:  # as the runtime does
             self.counts.hold(Tier.ADDITIVE, self.rows.take_changes())
-            self.counts.follow(self.index)
         for one, tokens in zip(ids, scheduled, strict=True):
             for _ in range(tokens):
                 self._expect(one)

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.v1.worker.steering_index import NO_STOP, BatchView, RequestRows, StepIndex
+from vllm.config.sae_steering_plan import NO_STOP
+from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 
 TIERS = 3
+NOTHING = RequestRows.of_phases((0,) * TIERS, (0,) * TIERS)
 
 
 @dataclass
@@ -33,9 +35,10 @@ def expected(
     for at, req_id in enumerate(view.req_ids):
         for offset in range(int(view.num_scheduled[at])):
             decodes = view.num_computed[at] + offset >= view.prompt_len[at]
-            held = rows_of.get(req_id, RequestRows((0,) * TIERS, (0,) * TIERS))
+            held = rows_of.get(req_id, NOTHING)
             position = view.num_computed[at] + offset - view.prompt_len[at]
-            rows = next(rows for stop, rows in held.pieces if position < stop)
+            piece = int((held.stops <= position).sum())
+            rows = held.rows[piece].tolist()
             columns.append(rows)
             steered[:, int(decodes)] += [row != 0 for row in rows]
     return np.array(columns, dtype=np.int32).reshape(-1, TIERS).T, steered
@@ -68,9 +71,9 @@ def random_rows(rng: random.Random, spans: bool) -> RequestRows:
         return tuple(rng.choice([0, 0, rng.randint(1, 9)]) for _ in range(TIERS))
 
     if not spans or rng.random() < 0.5:
-        return RequestRows(some(), some())
+        return RequestRows.of_phases(some(), some())
     stops = {0, NO_STOP, *(rng.randint(-6, 9) for _ in range(rng.randint(0, 4)))}
-    return RequestRows(some(), some(), tuple((stop, some()) for stop in sorted(stops)))
+    return RequestRows.of_pieces([(stop, some()) for stop in sorted(stops)])
 
 
 @settings(max_examples=100, deadline=None)
@@ -120,7 +123,7 @@ def holding(rows_of: dict[str, RequestRows]) -> StepIndex:
 
 
 def test_a_batch_that_only_decodes_changes_nothing() -> None:
-    rows_of = {"a": RequestRows((0, 0, 1), (0, 0, 2))}
+    rows_of = {"a": RequestRows.of_phases((0, 0, 1), (0, 0, 2))}
     batch = [Sequence("a", 4, 4), Sequence("b", 4, 9)]
     index = holding(rows_of)
     assert index.update(make_view(batch, [1, 1]))
@@ -135,9 +138,9 @@ def test_a_batch_that_only_decodes_changes_nothing() -> None:
 
 def test_new_rows_of_the_same_batch_are_seen() -> None:
     view = make_view([Sequence("a", 4, 4)], [1])
-    index = holding({"a": RequestRows((0, 0, 1), (0, 0, 2))})
+    index = holding({"a": RequestRows.of_phases((0, 0, 1), (0, 0, 2))})
     index.update(view)
-    rows_of = {"a": RequestRows((0, 0, 1), (0, 3, 0))}
+    rows_of = {"a": RequestRows.of_phases((0, 0, 1), (0, 3, 0))}
     index.drop("a")
     index.hold("a", rows_of["a"])
     assert index.update(view)
@@ -145,7 +148,9 @@ def test_new_rows_of_the_same_batch_are_seen() -> None:
 
 
 def test_more_requests_than_there_were_slots_keep_their_rows() -> None:
-    rows_of = {f"r{at}": RequestRows((0, 0, at), (0, at, 0)) for at in range(1, 40)}
+    rows_of = {
+        f"r{at}": RequestRows.of_phases((0, 0, at), (0, at, 0)) for at in range(1, 40)
+    }
     index = holding(rows_of)
     for gone in list(rows_of)[::3]:
         index.drop(gone)
@@ -156,7 +161,7 @@ def test_more_requests_than_there_were_slots_keep_their_rows() -> None:
 
 
 def test_the_last_prompt_token_and_the_first_answer_part_at_the_position() -> None:
-    index = holding({"a": RequestRows((0, 0, 1), (0, 0, 2))})
+    index = holding({"a": RequestRows.of_phases((0, 0, 1), (0, 0, 2))})
     index.update(make_view([Sequence("a", 4, 2)], [4]))
     assert index.rows is not None
     assert index.rows[2].tolist() == [1, 1, 2, 2]

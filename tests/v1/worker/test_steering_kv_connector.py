@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from steering_testing import hash_connector, models, oracle
+from steering_testing import hash_connector, models, offload, oracle
 from steering_testing.engine import (
     DELTA,
     FULL,
@@ -106,3 +106,49 @@ def test_kv_of_another_engine_is_taken_only_under_the_same_steering(
         found, cached = ask(llm, {})
         assert_same(found, expected(found, None), "plain, taken over")
         assert cached == whole
+
+
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "OffloadingConnector": {"spec_name": offload.SPEC, "cpu_bytes_to_use": 1 << 26},
+    "SimpleCPUOffloadConnector": {"cpu_bytes_to_use": 1 << 26},
+}
+
+
+@pytest.mark.parametrize(
+    "connector",
+    [*OFFLOADS, pytest.param("MultiConnector", marks=pytest.mark.slow)],
+)
+def test_offloaded_kv_comes_back_only_under_the_same_steering(
+    connector: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock's connectors, that store on the host what the device forgets."""
+    offload.without_a_gpu(monkeypatch)
+    extra = OFFLOADS.get(connector) or {
+        "connectors": [
+            {
+                "kv_connector": "OffloadingConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": OFFLOADS["OffloadingConnector"],
+            }
+        ]
+    }
+    transfer = KVTransferConfig(
+        kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra
+    )
+    path = save_sae(tmp_path / "sae", {SITE: SAES[0]})
+    options = {"block_size": BLOCK, "kv_transfer_config": transfer}
+    whole = 2 * BLOCK
+    asks = [(FULL_ASK, "full"), ({}, None), (DELTA_ASK, "delta")]
+    with engine(FAMILY, model_root, {"m": path}, **options) as llm:
+        for asked, tier in asks:
+            found, cached = ask(llm, asked)
+            assert_same(found, expected(found, tier), f"{tier}, computed")
+            assert cached == 0, tier
+            # A step of another request, in which the copies are made.
+            llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
+            assert llm.reset_prefix_cache()
+        for asked, tier in asks:
+            found, cached = ask(llm, asked)
+            assert_same(found, expected(found, tier), f"{tier}, from the host")
+            assert cached == whole, tier
+            assert llm.reset_prefix_cache()

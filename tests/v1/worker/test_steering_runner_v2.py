@@ -118,8 +118,8 @@ class Serving:
                 for tier in Tier:
                     key = request.row_key(tier, phase) if request else None
                     row = int(self.steering.step.index[tier, token])
-                    managed = self.steering.managers[tier]._rows
-                    assert (managed[row].key if row else None) == key, (
+                    manager = self.steering.managers[tier]
+                    assert (manager.key_of(row) if row else None) == key, (
                         at, req_id, position, tier)  # fmt: skip
                 token += 1
         assert not self.steering.step.index[:, token:].any()

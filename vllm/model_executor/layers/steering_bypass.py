@@ -35,6 +35,9 @@ class BypassCounts(nn.Module):
     A token is counted once for each module that one of its rows edits somewhere, and
     whose skip set contains its id. `write_flags` of a backend counts.
 
+    The launch that counts is outside of captured graphs, so `watch` may replace the
+    tensors. They are buffers, so that sleeping and waking the model restores them.
+
     Attributes:
         modules: what is counted, in the order of `counts`.
         counts: int64 `[M]`, tokens since `watch`.

@@ -89,9 +89,11 @@ def admit_again(request: Request, config: SteeringConfig | None) -> None:
     before = params.extra_args or {}
     after = admitted_extra_args(before, config, request.num_prompt_tokens)
     follow_admission(request, config)
-    if after is not None and after.get(ROWS_KEY) != before.get(ROWS_KEY):
+    if after is None:
+        return
+    params.extra_args = after
+    if after.get(ROWS_KEY) != before.get(ROWS_KEY):
         # The module has other weights now, so the blocks have other keys.
-        params.extra_args = after
         request.block_hashes.clear()
         request.update_block_hashes()
 

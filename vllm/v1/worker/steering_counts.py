@@ -15,7 +15,7 @@ from vllm.config.steering import Tier
 from vllm.config.steering_json import Json
 from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_bypass import Bypass
-from vllm.v1.worker.steering_index import Runs, StepIndex
+from vllm.v1.worker.steering_index import Rows, Runs, StepIndex
 from vllm.v1.worker.steering_inline import InlineVectors
 from vllm.v1.worker.steering_manager import Edits
 from vllm.v1.worker.steering_places import Place, SAEPlace
@@ -35,9 +35,10 @@ def counted_as(module: str) -> str:
 class TokenCounts:
     """Tokens that each module was asked to edit, by tier and phase; on the host.
 
-    A step like the one before costs one addition. When the rows of a step's tokens
-    change, what the steps before had is added to a counter of each row. A row's counter
-    goes to the modules that it edits when the row is freed, or when somebody asks.
+    A step like the one before costs one addition. When the batch changes, what the
+    steps before had is added to a counter of each row; when a few requests get other
+    rows, only their counters follow. A row's counter goes to the modules that it edits
+    when the row is freed, or when somebody asks.
 
     Args:
         num_rows: rows of each tier.
@@ -64,7 +65,17 @@ class TokenCounts:
         if index.runs is not self._runs:
             self._settle()
             self._runs = index.runs
+        elif self._steps:
+            for move in index.moves:
+                self._correct(*move)
         self._steps += 1
+
+    def _correct(self, had: Rows, before: int, rows: Rows, phase: int) -> None:
+        """A token of each step so far had these rows; `_settle` will count the new."""
+        for tier, (old, new) in enumerate(zip(had, rows, strict=True)):
+            if (old, before) != (new, phase):
+                self._of_row[tier, old, before] += self._steps
+                self._of_row[tier, new, phase] -= self._steps
 
     def free(self, tier: Tier, row: int) -> None:
         """A row is free: credit the modules that it has edited."""

@@ -7,11 +7,14 @@ recompute, draft tokens and prefix-cache hits cannot change it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from vllm.config.sae_steering_plan import NO_STOP, SteeringPlan
 
 
 @dataclass(frozen=True)
@@ -33,40 +36,52 @@ class BatchView:
     token_ids: torch.Tensor
 
 
-# After every position.
-NO_STOP = 1 << 40
-
 Rows = tuple[int, ...]
 # Tokens that follow one another and have the same rows: their rows [tier, runs],
 # whether they are of the prompt [runs], and how many there are [runs].
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+# One run that changes: its rows and its phase (0: prefill) before, and after.
+Move = tuple[Rows, int, Rows, int]
 # So many requests that enter another piece are moved one by one.
 FEW = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RequestRows:
-    """The rows that one request holds: `[tier]`, 0 where a tier does nothing.
+    """The rows that one request holds in the pieces of its schedule.
 
     Attributes:
-        prefill, decode: rows of the prompt's tokens, and of all others.
-        schedule: of a request with spans, instead of these: where each piece stops,
-            counted from the end of the prompt (negative: within it), and its rows.
-            One piece stops at 0, the last one at `NO_STOP`.
+        stops: int64 `[pieces]`, where each one stops, counted from the end of the
+            prompt (negative: within it). One stops at 0, the last one at `NO_STOP`.
+        rows: int32 `[pieces, tiers]`, 0 where a tier does nothing.
     """
 
-    prefill: Rows
-    decode: Rows
-    schedule: tuple[tuple[int, Rows], ...] = ()
+    stops: np.ndarray
+    rows: np.ndarray
 
     @property
-    def pieces(self) -> tuple[tuple[int, Rows], ...]:
-        """The schedule, of phases too."""
-        return self.schedule or ((0, self.prefill), (NO_STOP, self.decode))
+    def held(self) -> list[int]:
+        """The rows of all pieces and tiers."""
+        return self.rows.ravel().tolist()
 
-    def held(self, tier: int) -> list[int]:
-        """The tier's row of each piece."""
-        return [rows[tier] for _, rows in self.pieces]
+    @classmethod
+    def of_plan(cls, plan: SteeringPlan, held: Sequence[int]) -> RequestRows:
+        """The schedule of a plan of whose rows the request holds these."""
+        stops: np.ndarray = np.frombuffer(plan.stops, np.int64)
+        row_at: np.ndarray = np.array((0, *held), dtype=np.int32)
+        places: np.ndarray = np.frombuffer(plan.places, np.int32)
+        return cls(stops, row_at[places].reshape(len(stops), -1))
+
+    @classmethod
+    def of_pieces(cls, pieces: Iterable[tuple[int, Rows]]) -> RequestRows:
+        """From the stop and the rows of each piece."""
+        stops, rows = zip(*pieces, strict=True)
+        return cls(np.array(stops, dtype=np.int64), np.array(rows, dtype=np.int32))
+
+    @classmethod
+    def of_phases(cls, prefill: Rows, decode: Rows) -> RequestRows:
+        """The rows of the prompt's tokens, and of all others."""
+        return cls.of_pieces(((0, prefill), (NO_STOP, decode)))
 
 
 def piece_counts(first: np.ndarray, last: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -92,7 +107,8 @@ class StepIndex:
         rows: int32 `[tier, tokens]`, the row of every token; None if all are 0.
         steered: int64 `[tier, phase]`, tokens of the step that have a row (prefill,
             decode).
-        runs: the same tokens as `rows`; another object whenever it has changed.
+        runs: the same tokens as `rows`; another object where all have changed.
+        moves: runs of the object before that have changed in this step.
     """
 
     def __init__(self, num_tiers: int):
@@ -100,14 +116,13 @@ class StepIndex:
         self.rows: np.ndarray | None = None
         self.steered: np.ndarray = np.zeros((num_tiers, 2), dtype=np.int64)
         self.runs: Runs | None = None
+        self.moves: list[Move] = []
         # [slot, piece, tier]: a slot for each request that holds rows, 0 for others.
         # Phases are two pieces; the width grows with the first request that has more.
         self._slots: np.ndarray = np.zeros((8, 2, num_tiers), dtype=np.int32)
         # [slot, piece]: where it stops, and begins, counted from the prompt's end.
         self._stops: np.ndarray = _phase_stops(8, 2)
         self._starts: np.ndarray = _starts_of(self._stops)
-        none = (0,) * num_tiers
-        self._pieces = [RequestRows(none, none).pieces] * 8
         self._slot_of: dict[str, int] = {}
         self._free = list(range(7, 0, -1))
         # Of the step before: its requests, the slot of each, and its tokens' rows.
@@ -134,38 +149,45 @@ class StepIndex:
 
     def hold(self, req_id: str, rows: RequestRows) -> None:
         """From now on the request has these rows."""
-        pieces = rows.pieces
-        size = len(self._slots)
-        if len(pieces) > self.width:
-            more = len(pieces) - self.width
-            self._slots = np.pad(self._slots, ((0, 0), (0, more), (0, 0)))
-            never: np.ndarray = np.full((size, more), NO_STOP, dtype=np.int64)
-            self._stops = np.concatenate([self._stops, never], axis=1)
-            self._starts = _starts_of(self._stops)
+        n = len(rows.stops)
+        if n > self.width:
+            self._widen(n)
         if not self._free:
-            self._slots = np.concatenate([self._slots, np.zeros_like(self._slots)])
-            stops = _phase_stops(size, self.width)
-            self._stops = np.concatenate([self._stops, stops])
-            self._starts = _starts_of(self._stops)
-            self._pieces += self._pieces[:1] * size
-            self._free = list(range(2 * size - 1, size - 1, -1))
+            self._lengthen()
         slot = self._slot_of[req_id] = self._free.pop()
-        n = len(pieces)
-        self._pieces[slot] = pieces
-        self._slots[slot, :n] = [held for _, held in pieces]
-        self._slots[slot, n:] = 0
-        self._stops[slot, :n] = [stop for stop, _ in pieces]
-        self._stops[slot, n:] = NO_STOP
+        self._slots[slot, :n] = rows.rows
+        self._stops[slot, :n] = rows.stops
+        if n < self.width:
+            self._slots[slot, n:] = 0
+            self._stops[slot, n:] = NO_STOP
         self._starts[slot, 1:] = self._stops[slot, :-1]
         self._req_ids = None
+
+    def _widen(self, width: int) -> None:
+        """Make room for requests of more pieces."""
+        size, more = len(self._slots), width - self.width
+        self._slots = np.pad(self._slots, ((0, 0), (0, more), (0, 0)))
+        never: np.ndarray = np.full((size, more), NO_STOP, dtype=np.int64)
+        self._stops = np.concatenate([self._stops, never], axis=1)
+        self._starts = _starts_of(self._stops)
+
+    def _lengthen(self) -> None:
+        """Make room for as many requests again."""
+        size = len(self._slots)
+        self._slots = np.concatenate([self._slots, np.zeros_like(self._slots)])
+        stops = _phase_stops(size, self.width)
+        self._stops = np.concatenate([self._stops, stops])
+        self._starts = _starts_of(self._stops)
+        self._free = list(range(2 * size - 1, size - 1, -1))
 
     def drop(self, req_id: str) -> None:
         """The request holds no rows any more."""
         self._free.append(self._slot_of.pop(req_id))
         self._req_ids = None
 
-    def update(self, view: BatchView) -> bool:
-        """Follow a step; whether `rows` may have changed."""
+    def update(self, view: BatchView) -> Sequence[int]:
+        """Follow a step; the tiers whose `rows` may have changed."""
+        self.moves = []
         n = len(view.req_ids)
         scheduled, computed = view.num_scheduled[:n], view.num_computed[:n]
         same_batch = view.req_ids == self._req_ids
@@ -178,36 +200,45 @@ class StepIndex:
             left = (computed - self._base).view(np.uint64) > self._room
             moved = left.nonzero()[0]
             if not len(moved):
-                return False
+                return ()
             if self._one_each and len(moved) <= FEW:
-                self._enter_pieces(view, moved.tolist())
-                return True
+                return self._enter_pieces(view, moved.tolist())
         self._scheduled = scheduled.astype(np.int64)
         self._one_each = bool((scheduled == 1).all())
         self._lay_out(view)
-        return True
+        return range(self.num_tiers)
 
-    def _enter_pieces(self, view: BatchView, moved: Sequence[int]) -> None:
+    def _enter_pieces(self, view: BatchView, moved: Sequence[int]) -> Sequence[int]:
         """Give these few requests, of one token each, the rows of their new piece.
 
         A loop: for a handful of requests it is faster than arrays.
         """
+        tiers: set[int] = set()
+        assert self.runs is not None
+        run_rows, run_in_prompt, _ = self.runs  # of one request each
         for at in moved:
             prompt_len = int(view.prompt_len[at])
             position = int(view.num_computed[at]) - prompt_len
-            start, stop, rows = _piece_at(self._pieces[self._batch[at]], position)
+            slot = self._batch[at]
+            stops = self._stops[slot].tolist()
+            piece = bisect_right(stops, position)
+            start, stop = stops[piece - 1] if piece else -NO_STOP, stops[piece]
+            rows = self._slots[slot, piece].tolist()
             column = self._laid[:, at]
-            was, now = [row != 0 for row in column.tolist()], [row != 0 for row in rows]
+            had = column.tolist()
+            tiers.update(t for t, row in enumerate(rows) if row != had[t])
+            was, now = [row != 0 for row in had], [row != 0 for row in rows]
             phase, before = int(position >= 0), int(not self._in_prompt[at])
             if (was, before) != (now, phase):
                 self.steered[:, before] -= was
                 self.steered[:, phase] += now
-            column[:] = rows
+                self.rows = self._laid if self.steered.any() else None
+            self.moves.append((had, before, rows, phase))
+            column[:] = run_rows[:, at] = rows
             self._base[at] = start + prompt_len
             self._room[at] = stop - start - 1
-            self._in_prompt[at] = position < 0
-        self.rows = self._laid if self.steered.any() else None
-        self.runs = self._laid.copy(), self._in_prompt.copy(), self._scheduled
+            self._in_prompt[at] = run_in_prompt[at] = position < 0
+        return sorted(tiers)
 
     def _lay_out(self, view: BatchView) -> None:
         """The rows of every token of a step."""
@@ -286,15 +317,3 @@ def _starts_of(stops: np.ndarray) -> np.ndarray:
     starts: np.ndarray = np.full_like(stops, -NO_STOP)
     starts[:, 1:] = stops[:, :-1]
     return starts
-
-
-def _piece_at(
-    pieces: Sequence[tuple[int, Rows]], position: int
-) -> tuple[int, int, Rows]:
-    """Where the piece of a position begins and stops, and its rows."""
-    start = -NO_STOP
-    for stop, rows in pieces:
-        if position < stop:
-            return start, stop, rows
-        start = stop
-    raise AssertionError("the last piece has no end")

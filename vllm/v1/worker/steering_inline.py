@@ -9,17 +9,20 @@ directions for them and a request uses at most `per_request`, so `acquire` canno
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from vllm.config.sae_steering_types import SteeringRequest
+from vllm.config.sae_steering_plan import PlannedVector
 from vllm.config.steering import InlineSite
 from vllm.model_executor.layers.steering import SiteKey, VectorSlot
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.steering_tables import BoundTable
+
+# Of one request.
+Vectors = Sequence[PlannedVector]
 
 
 @dataclass
@@ -101,25 +104,25 @@ class InlineVectors:
         """Directions that some request uses."""
         return sum(len(stack.held) for stack in self.stacks.values())
 
-    def acquire(self, request: SteeringRequest) -> None:
+    def acquire(self, vectors: Vectors) -> None:
         """Give the vectors of a request that enters the batch their directions."""
-        for name, stack in self._stacks_of(request):
-            held = stack.held.get(name)
+        for vector, stack in self._stacks_of(vectors):
+            held = stack.held.get(vector.module)
             if held is not None:
                 held.users += 1
                 continue
             direction = heapq.heappop(stack.free)
-            stack.held[name] = _Held(direction, 1)
-            stack.pending[direction] = request.inline[name]
+            stack.held[vector.module] = _Held(direction, 1)
+            stack.pending[direction] = vector.data
 
-    def release(self, request: SteeringRequest) -> None:
+    def release(self, vectors: Vectors) -> None:
         """A request leaves the batch: free what no other request uses."""
-        for name, stack in self._stacks_of(request):
-            held = stack.held[name]
+        for vector, stack in self._stacks_of(vectors):
+            held = stack.held[vector.module]
             held.users -= 1
             if held.users:
                 continue
-            del stack.held[name]
+            del stack.held[vector.module]
             stack.pending.pop(held.direction, None)
             heapq.heappush(stack.free, held.direction)
 
@@ -134,24 +137,25 @@ class InlineVectors:
         for stack in self.stacks.values():
             stack.upload()
 
-    def _stacks_of(self, request: SteeringRequest) -> Iterable[tuple[str, InlineStack]]:
-        """The request's vectors whose site is on this rank."""
-        for name in request.inline:
-            (site,) = request.modules[name].sites
-            stack = self.stacks.get(SiteKey(site.layer, site.hook))
+    def _stacks_of(
+        self, vectors: Vectors
+    ) -> Iterable[tuple[PlannedVector, InlineStack]]:
+        """Those of the vectors whose site is on this rank."""
+        for vector in vectors:
+            stack = self.stacks.get(SiteKey(vector.layer, vector.hook))
             if stack is not None:
-                yield name, stack
+                yield vector, stack
 
-    def check_integrity(self, requests: Iterable[SteeringRequest]) -> None:
+    def check_integrity(self, requests: Iterable[Vectors]) -> None:
         """Raise AssertionError unless exactly the requests' vectors are held.
 
         Args:
-            requests: those of the batch, each once.
+            requests: the vectors of each request of the batch.
         """
         users: dict[tuple[int, str], int] = {}
-        for request in requests:
-            for name, stack in self._stacks_of(request):
-                key = (id(stack), name)
+        for vectors in requests:
+            for vector, stack in self._stacks_of(vectors):
+                key = (id(stack), vector.module)
                 users[key] = users.get(key, 0) + 1
         found = {
             (id(stack), name): held.users

@@ -10,20 +10,12 @@ whichever layers it owns.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vllm.config.sae_steering_types import SiteEdit
 from vllm.config.steering import Tier
 
 Edits = Sequence[SiteEdit]
-
-
-@dataclass
-class _Row:
-    key: str
-    users: int
 
 
 class RowManager:
@@ -39,15 +31,17 @@ class RowManager:
         if num_rows < 1:
             raise ValueError(f"num_rows must be at least 1, got {num_rows}")
         self.num_rows = num_rows
-        self._free = list(range(1, num_rows))  # a heap: the lowest row goes first
-        self._rows: dict[int, _Row] = {}
+        self._free = list(range(num_rows - 1, 0, -1))
+        # By row: how many hold it, and the key of what it holds.
+        self._users = [0] * num_rows
+        self._keys = [""] * num_rows
         self._row_of: dict[str, int] = {}
         self._changed: dict[int, Edits] = {}
 
     @property
     def rows_in_use(self) -> int:
         """Rows that some request holds."""
-        return len(self._rows)
+        return len(self._row_of)
 
     def acquire(self, key: str, edits: Edits) -> int:
         """The row that holds `edits`, shared with every holder of the same `key`.
@@ -61,10 +55,11 @@ class RowManager:
         """
         row = self._row_of.get(key)
         if row is not None:
-            self._rows[row].users += 1
+            self._users[row] += 1
             return row
-        row = heapq.heappop(self._free)
-        self._rows[row] = _Row(key, 1)
+        row = self._free.pop()
+        self._users[row] = 1
+        self._keys[row] = key
         self._row_of[key] = row
         self._changed[row] = edits
         return row
@@ -73,15 +68,17 @@ class RowManager:
         """Give back one hold on `row`; whether it is free now. Row 0 is ignored."""
         if row == 0:
             return False
-        held = self._rows[row]
-        held.users -= 1
-        if held.users:
+        self._users[row] -= 1
+        if self._users[row]:
             return False
-        del self._rows[row]
-        del self._row_of[held.key]
+        del self._row_of[self._keys[row]]
         self._changed.pop(row, None)
-        heapq.heappush(self._free, row)
+        self._free.append(row)
         return True
+
+    def key_of(self, row: int) -> str:
+        """The key of what a held row holds."""
+        return self._keys[row]
 
     def take_changes(self) -> dict[int, Edits]:
         """Take the rows whose tables must be written before the next forward."""
@@ -90,12 +87,14 @@ class RowManager:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every row is free or held, once, by one key."""
-        held, free = set(self._rows), set(self._free)
+        held, free = set(self._row_of.values()), set(self._free)
         assert len(free) == len(self._free), "a row is free twice"
         assert not held & free, "a row is both free and held"
         assert held | free == set(range(1, self.num_rows)), "a row is lost"
-        assert all(row.users > 0 for row in self._rows.values()), "a row without user"
-        owners = {row.key: at for at, row in self._rows.items()}
+        used = {row for row, users in enumerate(self._users) if users}
+        assert used == held, "a row without user, or a user without row"
+        assert all(users >= 0 for users in self._users), "a row given back twice"
+        owners = {self.key_of(row): row for row in held}
         assert owners == self._row_of, "keys and rows disagree"
         assert set(self._changed) <= held, "a free row awaits writing"
 

@@ -7,19 +7,17 @@ every tensor. It is the same for both runners.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.sae_steering_admission import admitted_prompt_length
-from vllm.config.sae_steering_spans import When
-from vllm.config.sae_steering_types import SteeringRequest, parse_steering_request
+from vllm.config.sae_steering_plan import SteeringPlan, decode_plan
+from vllm.config.sae_steering_specs import PLAN_KEY
 from vllm.config.steering import PointWidths, SteeringConfig, Tier
 from vllm.config.steering_slots import start_up_slots
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -28,12 +26,7 @@ from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstruction
 from vllm.v1.worker.steering_build import build_site_modules
 from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
-from vllm.v1.worker.steering_index import (
-    NO_STOP,
-    BatchView,
-    RequestRows,
-    StepIndex,
-)
+from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_readout import SteeringReadout
@@ -84,19 +77,21 @@ class SteeringRuntime:
         )
         self.step = self.modules.step
         self.readout = SteeringReadout(self.modules, self.step, num_rows, sends_output)
-        # Specs of every request that the worker knows; rows of those in the batch.
-        self._requests: dict[str, SteeringRequest] = {}
-        self._rows: dict[str, RequestRows] = {}
+        # Plans of all requests that the worker knows; rows of those in the batch: of
+        # each of the plan's rows, the one that it has in the tables.
+        self._plans: dict[str, SteeringPlan] = {}
+        self._rows: dict[str, list[int]] = {}
         # Of these, requests that edit; the others only read.
         self._editing: set[str] = set()
-        # Of these with spans, the prompt's length.
-        self._prompt_len: dict[str, int] = {}
         # Of these, prompts with positions that have no token id.
         self._embedded: dict[str, np.ndarray] = {}
         self._step_index = StepIndex(len(Tier))
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
         self._written_tokens = 0
+        # What `_index_part` returned for this extent, by tier: a slice takes its time.
+        self._part_extent = 0
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.counts = TokenCounts(num_rows)
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
@@ -104,7 +99,7 @@ class SteeringRuntime:
     @property
     def parked(self) -> list[str]:
         """Steered requests that hold no rows: preempted, or not in the batch."""
-        return [req_id for req_id in self._requests if req_id not in self._rows]
+        return [req_id for req_id in self._plans if req_id not in self._rows]
 
     @property
     def holding(self) -> list[str]:
@@ -122,83 +117,58 @@ class SteeringRuntime:
         `embedded` is what `embedded_positions` says of its prompt.
         """
         self.remove_request(req_id)
-        request = self._parse(req_id, params)
-        if request is None:
+        plan = self._plan(req_id, params)
+        if plan is None:
             return
-        self._requests[req_id] = request
-        if request.has_spans:
-            assert params is not None and params.extra_args is not None
-            self._prompt_len[req_id] = admitted_prompt_length(params.extra_args)
+        self._plans[req_id] = plan
         if embedded is not None:
             self._embedded[req_id] = embedded
         self.resume_request(req_id)
 
-    def _parse(
-        self, req_id: str, params: SamplingParams | None
-    ) -> SteeringRequest | None:
-        if params is None or not params.extra_args:
+    def _plan(self, req_id: str, params: SamplingParams | None) -> SteeringPlan | None:
+        data = ((params and params.extra_args) or {}).get(PLAN_KEY)
+        if data is None:
             return None
-        try:
-            return parse_steering_request(params.extra_args, self.config)
-        except (ValueError, VLLMValidationError):
-            # The engine admits a request only after this same check. A failure here is
+        plan = decode_plan(data)
+        if not all(name in self.config.modules for name in plan.modules):
+            # The engine admits a request only while its modules are here. A failure is
             # a defect of ours, not a client's error, and the worker must survive it.
-            logger.exception("steering: request %s was admitted unparsable", req_id)
+            logger.error("Steering: request %s names a module that is not here", req_id)
             return None
+        return plan
 
     def resume_request(self, req_id: str) -> None:
         """Take the rows of a request that comes back into the batch."""
-        request = self._requests[req_id]
-        self.modules.inline.acquire(request)
-        if request.has_spans:
-            rows = self._scheduled_rows(request, self._prompt_len[req_id])
-        else:
-            rows = RequestRows(
-                prefill=self._acquire(request, "prefill"),
-                decode=self._acquire(request, "decode"),
-            )
+        plan = self._plans[req_id]
+        self.modules.inline.acquire(plan.vectors)
+        managers = self.managers
+        rows = [managers[row.tier].acquire(row.key, row.edits) for row in plan.rows]
         self._rows[req_id] = rows
-        self._step_index.hold(req_id, rows)
-        if any(row for tier in Tier for row in rows.held(tier)):
+        if rows:
+            schedule = RequestRows.of_plan(plan, rows)
+            self._step_index.hold(req_id, schedule)
             self._editing.add(req_id)
-        self.readout.resume_request(req_id, request.reads)
-
-    def _scheduled_rows(self, request: SteeringRequest, prompt_len: int) -> RequestRows:
-        """The rows of a request with spans."""
-        schedule = []
-        for piece in request.schedule(prompt_len):
-            stop = NO_STOP if piece.stop is None else piece.stop - prompt_len
-            schedule.append((stop, self._acquire(request, piece.when)))
-        nothing = (0,) * len(Tier)
-        return RequestRows(nothing, nothing, tuple(schedule))
-
-    def _acquire(self, request: SteeringRequest, when: When) -> tuple[int, ...]:
-        rows = [0] * len(Tier)
-        for tier, manager in self.managers.items():
-            key = request.row_key(tier, when)
-            if key is not None:
-                rows[tier] = manager.acquire(key, request.edits(tier, when))
-        return tuple(rows)
+        self.readout.resume_request(req_id, plan.reads)
 
     def park_request(self, req_id: str) -> None:
         """Give back the rows of a request that leaves the batch but may return."""
-        held = self._rows.pop(req_id, None)
-        if held is None:
+        rows = self._rows.pop(req_id, None)
+        if rows is None:
             return
-        self._step_index.drop(req_id)
+        if rows:
+            self._step_index.drop(req_id)
         self._editing.discard(req_id)
         self.readout.park_request(req_id)
-        self.modules.inline.release(self._requests[req_id])
-        for tier in Tier:
-            for row in held.held(tier):
-                if self.managers[tier].release(row):
-                    self.counts.free(tier, row)
+        plan = self._plans[req_id]
+        self.modules.inline.release(plan.vectors)
+        for planned, row in zip(plan.rows, rows, strict=True):
+            if self.managers[planned.tier].release(row):
+                self.counts.free(planned.tier, row)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished or aborted request; unknown ids are ignored."""
         self.park_request(req_id)
-        self._requests.pop(req_id, None)
-        self._prompt_len.pop(req_id, None)
+        self._plans.pop(req_id, None)
         self._embedded.pop(req_id, None)
 
     def prepare_step(self, view: BatchView) -> None:
@@ -217,15 +187,19 @@ class SteeringRuntime:
     def _prepare_edits(self, view: BatchView) -> bool:
         """Write rows and index; returns whether a tier edits that bypasses tokens."""
         index = self._step_index
-        changed = bool(self._editing) and index.update(view)
+        changed: Sequence[int] = ()
+        if self._editing:
+            changed = index.update(view)
+            self.counts.follow(index)
         if not self._editing or index.rows is None:
             self._clear_edits()
             return False
         self._write_rows()
-        if changed or not self._written_tokens:
-            self._write_index(index.rows)
+        if not self._written_tokens:
+            changed = range(len(Tier))
+        if changed:
+            self._write_index(index.rows, changed)
         self.steered_tokens += index.steered
-        self.counts.follow(index)
         return bool(index.steered[Tier.DELTA :].any())
 
     def clear_step(self) -> None:
@@ -247,21 +221,31 @@ class SteeringRuntime:
                 tables = self.modules.tables(tier)
                 write_rows(changes, tables, self.modules.table_of(tier))
 
-    def _write_index(self, rows: np.ndarray) -> None:
-        host, tokens = self._index_host, rows.shape[1]
+    def _write_index(self, rows: np.ndarray, tiers: Iterable[int]) -> None:
+        """Bring these tiers' part of the index up to date."""
+        tokens = rows.shape[1]
+        same_length = tokens == self._written_tokens
         extent = max(tokens, self._written_tokens)
-        unchanged = tokens == self._written_tokens and np.array_equal(
-            host[:, :tokens], rows
-        )
-        if unchanged:
-            return
-        host[:, :tokens] = rows
-        host[:, tokens:extent] = 0
-        # A new pinned buffer each time. The copy is asynchronous, and the host may
-        # prepare the next step before the copy has read the buffer.
-        fresh = async_tensor_h2d(host[:, :extent], device=self.step.index.device)
-        self.step.index[:, :extent].copy_(fresh)
+        for tier in tiers:
+            host = self._index_host[tier, :extent]
+            if same_length and np.array_equal(host, rows[tier]):
+                continue
+            host[:tokens] = rows[tier]
+            host[tokens:] = 0
+            source, on_device = self._index_part(tier, extent)
+            # In a new pinned buffer each time. The copy is asynchronous, and the host
+            # may prepare the next step before the copy has read the buffer.
+            async_tensor_h2d(source, out=on_device)
         self._written_tokens = tokens
+
+    def _index_part(self, tier: int, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first tokens of a tier's index, on the host and on the device."""
+        if extent != self._part_extent:
+            host = torch.from_numpy(self._index_host)
+            device = self.step.index
+            self._parts = [(host[t, :extent], device[t, :extent]) for t in Tier]
+            self._part_extent = extent
+        return self._parts[tier]
 
     def check_integrity(self, live: Collection[str] | None = None) -> None:
         """Assert that the managers and the requests agree on who holds what.
@@ -271,19 +255,22 @@ class SteeringRuntime:
         failed to forget it.
         """
         if live is not None:
-            forgotten = set(self._requests) - set(live)
+            forgotten = set(self._plans) - set(live)
             assert not forgotten, f"finished requests are still known: {forgotten}"
         for tier, manager in self.managers.items():
             manager.check_integrity()
             held = {
-                row for rows in self._rows.values() for row in rows.held(tier) if row
+                row
+                for req_id, rows in self._rows.items()
+                for planned, row in zip(self._plans[req_id].rows, rows, strict=True)
+                if planned.tier is tier
             }
             assert manager.rows_in_use == len(held), f"{tier.name}: rows leaked"
-        assert set(self._rows) <= set(self._requests), "rows of an unknown request"
-        assert set(self._embedded) <= set(self._requests), "an unknown prompt"
-        assert self._step_index.holders == set(self._rows), "the index disagrees"
+        assert set(self._rows) <= set(self._plans), "rows of an unknown request"
+        assert set(self._embedded) <= set(self._plans), "an unknown prompt"
+        assert self._step_index.holders == self._editing, "the index disagrees"
         self.modules.inline.check_integrity(
-            self._requests[req_id] for req_id in self._rows
+            self._plans[req_id].vectors for req_id in self._rows
         )
         self.readout.check_integrity()
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from vllm.config.sae_steering_types import (
-    SAEClampEntry,
     SAECondition,
     SiteEdit,
     VectorAction,
 )
-from vllm.config.steering import ModuleInfo
+from vllm.config.steering import HookPoint, ModuleInfo
 from vllm.model_executor.layers.steering import (
     ONLY_IF_ACTIVE,
     ClampKind,
@@ -30,7 +29,6 @@ CLAMP_CODES = {
     kind: int(ClampKind[kind.upper()]) for kind in ("absolute", "additive", "scale")
 }
 
-Clamp = SAEClampEntry | VectorAction
 # Feature, code, value: one place of a row.
 Term = tuple[int, int, float]
 
@@ -51,47 +49,34 @@ class BoundTable:
     unit_scale: np.ndarray | None = None
     written: set[int] = field(default_factory=set)
 
-    def encode_row(self, clamps: list[tuple[int, Clamp]]) -> np.ndarray:
-        """int32 `[2 + 3K]`: the packed row that applies `clamps`.
+    def add_terms(self, terms: list[Term], edit: SiteEdit, offset: int = 0) -> None:
+        """Append what a row needs for an edit whose features begin at `offset`.
 
         Conditions follow the clamps; clamps with an equal one share it.
         """
-        places: dict[tuple[int, SAECondition], int] = {}
-        terms: list[Term] = []
-        for feature, clamp in clamps:
-            if isinstance(clamp, VectorAction):
-                terms += _vector_terms(feature, clamp)
-                continue
-            code = CLAMP_CODES[clamp.kind]
-            code |= ONLY_IF_ACTIVE if clamp.only_if_active else 0
+        for action in edit.actions:
+            terms += _vector_terms(offset + action.feature_idx, action)
+        places: dict[SAECondition, int] = {}
+        first = len(terms) + len(edit.entries)
+        for clamp in edit.entries:
+            code, value = CLAMP_CODES[clamp.kind], clamp.value
+            if clamp.only_if_active:
+                code |= ONLY_IF_ACTIVE
             if clamp.when is not None:
-                key = (feature - clamp.feature_idx, clamp.when)
-                place = places.setdefault(key, len(clamps) + len(places))
+                place = places.setdefault(clamp.when, first + len(places))
                 code |= (place + 1) << CONDITION_SHIFT
-            value = clamp.value
-            if clamp.kind != "scale":
-                value = self._native(feature, value)
-            terms.append((feature, code, value))
-        for offset, when in places:
-            terms.append(self._condition_term(offset + when.feature_idx, when))
-        return self._pack(terms)
+            if self.unit_scale is not None and clamp.kind != "scale":
+                value = self._native(clamp.feature_idx, value)
+            terms.append((offset + clamp.feature_idx, code, value))
+        for when in places:
+            terms.append(self._condition_term(when, offset))
 
-    def _condition_term(self, feature: int, when: SAECondition) -> Term:
+    def _condition_term(self, when: SAECondition, offset: int) -> Term:
         above = when.above is not None
         bound = (when.above if above else when.below) or 0.0
         flag = ClampFlag.IF_ABOVE if above else ClampFlag.IF_BELOW
-        return feature, ClampKind.CONDITION | flag, self._native(feature, bound)
-
-    def _pack(self, terms: list[Term]) -> np.ndarray:
-        k, n = self.table.max_clamps, len(terms)
-        row: np.ndarray = np.zeros(2 + 3 * k, dtype=np.int32)
-        row[0], row[1] = 1, n
-        if terms:
-            features, codes, values = zip(*terms, strict=True)
-            row[2 : 2 + n] = features
-            row[2 + k : 2 + k + n] = codes
-            row[2 + 2 * k :].view(np.float32)[:n] = values
-        return row
+        value = self._native(when.feature_idx, bound)
+        return offset + when.feature_idx, ClampKind.CONDITION | flag, value
 
     def _native(self, feature: int, value: float) -> float:
         if self.unit_scale is None:
@@ -106,16 +91,37 @@ class BoundTable:
         self.table.packed.zero_()
         self.written.clear()
 
-    def upload(self, rows: dict[int, np.ndarray]) -> None:
-        """Copy the packed rows to the device, in stream order, without blocking."""
+    def upload(self, rows: Mapping[int, Sequence[Term] | None]) -> None:
+        """Copy rows to the device, in stream order, without blocking.
+
+        Args:
+            rows: the terms of each one; None for a row that does not edit.
+        """
         packed = self.table.packed
         where = np.fromiter(rows, dtype=np.int64, count=len(rows))
-        data = np.stack(list(rows.values()))
+        data = self._pack(list(rows.values()))
         packed.index_copy_(
             0,
             async_tensor_h2d(where, device=packed.device),
             async_tensor_h2d(data, device=packed.device),
         )
+
+    def _pack(self, rows: Sequence[Sequence[Term] | None]) -> np.ndarray:
+        """int32 `[rows, 2 + 3K]`, as `ClampTable.packed`."""
+        k = self.table.max_clamps
+        data: np.ndarray = np.zeros((len(rows), 2 + 3 * k), dtype=np.int32)
+        data[:, 0] = [terms is not None for terms in rows]
+        counts: np.ndarray = np.array([len(terms or ()) for terms in rows])
+        data[:, 1] = counts
+        all_terms = [term for terms in rows for term in terms or ()]
+        if all_terms:
+            features, codes, values = zip(*all_terms, strict=True)
+            at: np.ndarray = np.repeat(np.arange(len(rows)), counts)
+            place = np.arange(len(all_terms)) - (np.cumsum(counts) - counts)[at]
+            data[at, 2 + place] = features
+            data[at, 2 + k + place] = codes
+            data.view(np.float32)[at, 2 + 2 * k + place] = values
+        return data
 
 
 def _vector_terms(feature: int, action: VectorAction) -> list[Term]:
@@ -151,27 +157,26 @@ def write_rows(
     If a row no longer edits a table, that table gets an empty row. Edits at sites that
     this rank does not own are skipped.
     """
-    pending: dict[int, dict[int, np.ndarray]] = {}
+    pending: dict[int, dict[int, list[Term] | None]] = {id(t): {} for t in tables}
+    known: dict[tuple[str, int, HookPoint], tuple[BoundTable, int] | None] = {}
     for row, edits in changes.items():
-        merged: dict[int, tuple[BoundTable, list[tuple[int, Clamp]]]] = {}
         for edit in edits:
-            bound = table_of(edit.module, SiteKey(edit.layer, edit.hook))
-            if bound is None:
-                continue
-            table, offset = bound
-            clamps = merged.setdefault(id(table), (table, []))[1]
-            clamps += [(c.feature_idx + offset, c) for c in edit.clamps]
-        for ident, (table, clamps) in merged.items():
-            pending.setdefault(ident, {})[row] = table.encode_row(clamps)
-        for table in tables:
-            if id(table) not in merged and row in table.written:
-                empty = np.zeros(table.table.packed.shape[1], dtype=np.int32)
-                pending.setdefault(id(table), {})[row] = empty
-                table.written.discard(row)
-            elif id(table) in merged:
-                table.written.add(row)
+            place = (edit.module, edit.layer, edit.hook)
+            if place not in known:
+                known[place] = table_of(edit.module, SiteKey(edit.layer, edit.hook))
+            bound = known[place]
+            if bound is not None:
+                table, offset = bound
+                terms = pending[id(table)].setdefault(row, [])
+                assert terms is not None
+                table.add_terms(terms, edit, offset)
     for table in tables:
-        if rows := pending.get(id(table)):
+        rows = pending[id(table)]
+        stale = (table.written & changes.keys()) - rows.keys()
+        table.written -= stale
+        table.written |= rows.keys()
+        rows |= dict.fromkeys(stale)
+        if rows:
             table.upload(rows)
 
 

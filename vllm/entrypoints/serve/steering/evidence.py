@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 
 from vllm.config.steering_json import Json
@@ -35,7 +36,7 @@ def of_features(module_path: str, indices: list[int]) -> Json:
         module_path: of the module, as the engine has it.
 
     Raises:
-        RequestRefused: 500, the file is no JSON object.
+        RequestRefused: 500, the file is no JSON object, or contains NaN.
     """
     folder = Path(module_path)
     content = _content(folder / FILE)
@@ -114,7 +115,7 @@ def parse_indices(text: str | None) -> list[int]:
 def _read(path: Path, changed: int, size: int) -> Json:
     """The file; `changed` is a part of the key, so that a new file is read."""
     try:
-        content = json.loads(path.read_bytes()) if size <= MAX_BYTES else None
+        content = _parsed(path) if size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -122,6 +123,18 @@ def _read(path: Path, changed: int, size: int) -> Json:
             500, f"{path.name}: expected a JSON object of at most {MAX_BYTES} bytes"
         )
     return content
+
+
+def _parsed(path: Path) -> object:
+    """The JSON in a file; NaN and infinity are none, and an answer cannot have them."""
+    return json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no JSON number")
+    return number
 
 
 def _of_feature(content: Json, index: int) -> Json:

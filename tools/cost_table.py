@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints README's table of costs, or writes it into the README.
+
+The figures come from the file in benchmarks/results/ that holds the newest run of
+`bench_engine.py`, and from the kernels that `bench_kernels.py` measured on the same
+card. `--write` updates README.md; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "README.md"
+BEGIN, END = "<!-- costs: begin -->", "<!-- costs: end -->"
+
+Row = dict[str, Any]
+MODES = {
+    "idle": "configured, idle",
+    "one site": "one site, every request fully reconstructed",
+    "four sites": "four sites",
+}
+BATCHES = (1, 64, 256)
+
+
+def newest() -> Row:
+    """The results of the card whose engines were measured last."""
+    files = (ROOT / "benchmarks" / "results").glob("*.json")
+    runs = [
+        run for run in (json.loads(f.read_text()) for f in files) if "engine" in run
+    ]
+    return max(runs, key=lambda run: run["engine_environment"]["date"])
+
+
+def kernel_rows(rows: list[Row]) -> list[tuple[str, str]]:
+    """What an op costs, for each shape that was measured."""
+    by_case: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        by_case.setdefault((row["case"], row["shape"]), {})[row["tokens"]] = row
+    lines = []
+    for (case, shape), found in by_case.items():
+        if case != "jumprelu":
+            continue
+        ratios = [row["ratio"] for row in found.values()]
+        times = " and ".join(
+            f"{found[t]['us']:.0f} µs for {t}" for t in (1, 256) if t in found
+        )
+        idle = by_case.get(("idle", shape), {}).get(256)
+        unused = f"; {idle['us']:.0f} µs where no token is steered" if idle else ""
+        width, most = shape.replace("x", " × "), max(found)
+        what = f"one site, SAE {width}, {min(found)} to {most} tokens"
+        floor = f"{min(ratios):.2f} to {max(ratios):.2f} × the hardware's floor"
+        lines.append((what, f"{floor} ({times}{unused})"))
+    cheap = {case: list(rows.values())[0] for (case, _), rows in by_case.items()}
+    if "delta_absolute" in cheap and "additive" in cheap:
+        what = "eight delta clamps, 256 tokens × 3584; one steering vector"
+        both = (
+            f"{cheap['delta_absolute']['us']:.1f} µs; {cheap['additive']['us']:.1f} µs"
+        )
+        lines.append((what, both))
+    return lines
+
+
+def engine_rows(rows: list[Row]) -> list[tuple[str, str]]:
+    """What a whole engine keeps of stock's speed, by the time on the GPU."""
+    share = {
+        (row["mode"], row["phase"], row["batch"]): row["ratio_gpu"]
+        for row in rows
+        if row.get("ratio_gpu") is not None
+    }
+    batches = " / ".join(map(str, BATCHES))
+    decode, prefill = f"decode at batch {batches}", "prefill of 8 × 1024 tokens"
+    model = "Gemma-2-2B's shape, SAEs 16384 × 2304"
+    shares = "share of stock vLLM's speed, by GPU time:"
+    lines = [(f"{model}; {decode}, and {prefill}", shares)]
+    for mode, what in MODES.items():
+        decode = " / ".join(f"{100 * share[mode, 'decode', b]:.1f}" for b in BATCHES)
+        prefill = f"{100 * share[mode, 'prefill', 8]:.1f}"
+        lines.append((f"– {what}", f"{decode} %; {prefill} %"))
+    return lines
+
+
+def table() -> str:
+    """The table as Markdown, with the run that it is of."""
+    run = newest()
+    engine = run["engine_environment"]
+    where = (
+        f"On one {run['gpu']}, torch {engine['torch']}. Engines: commit "
+        f"{engine['commit']}, {engine['date']}. Kernels: commit {run['commit']}, "
+        f"{run['date']}."
+    )
+    rows = [*kernel_rows(run["kernel"]), *engine_rows(run["engine"])]
+    lines = ["| what | cost |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join([where, "", *lines])
+
+
+def main() -> None:
+    """Print or write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--write", action="store_true", help=f"update {PAGE}")
+    text = table()
+    if not parser.parse_args().write:
+        print(text)
+        return
+    before, rest = PAGE.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
