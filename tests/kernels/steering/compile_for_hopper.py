@@ -82,6 +82,7 @@ def shared_kernels() -> None:
     """What ranks that share an SAE run besides the others."""
     compiles(shared.pack_kernel, {"LIST_MAX": 512})
     compiles(shared.merge_kernel, {"LIST_MAX": 512, "RANKS": 2})
+    compiles(shared.order_dense_kernel, {"LIST_MAX": 512, "BLOCK": 1024})
     columns = {"W": 48, "HAS_RESIDUAL": True, "BLOCK": 64}
     compiles(shared.place_kernel, {**columns, "FILL": True})
     compiles(shared.write_kernel, {**columns, "RANKS": 2}, limit="fp32")

@@ -24,7 +24,7 @@ from steering_testing.shards import shared_slot
 
 from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
-from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX
+from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX, RECORD_INTS
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
@@ -34,6 +34,10 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
 )
 
+if kernel.HAS_TRITON:
+    from vllm.model_executor.layers.steering_kernels.shared import order_dense_kernel
+
+DENSE = 4  # int of a record: index of the n-th dense token
 pytestmark = needs_gpu
 JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
 TIERS = (Tier.FULL, Tier.DELTA)
@@ -156,6 +160,32 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_write_the_bits_of_one(case: Case) -> None:
     check(case)
+
+
+def test_dense_tokens_have_the_same_places_on_every_rank() -> None:
+    """Whatever the order in which programs have noted them."""
+    n = 2050
+    listed = torch.randint(0, 2 * LIST_MAX, (n,), dtype=torch.int32, device=DEVICE)
+    tokens = torch.arange(n, dtype=torch.int32, device=DEVICE)
+    tokens[::5] = -1
+    expected = ((listed > LIST_MAX) & (tokens >= 0)).nonzero().squeeze(1)
+    for seed in range(2):
+        records = torch.zeros(n, RECORD_INTS, dtype=torch.int32, device=DEVICE)
+        records[:, 0] = listed
+        torch.manual_seed(seed)
+        noted = expected[torch.randperm(len(expected), device=DEVICE)]
+        records[: len(noted), DENSE] = noted.to(torch.int32)
+        order_dense_kernel[(1,)](
+            count=torch.tensor([n], dtype=torch.int32, device=DEVICE),
+            tokens=tokens,
+            records=records,
+            base=0,
+            rows=n,
+            LIST_MAX=LIST_MAX,
+            BLOCK=1024,
+        )
+        assert torch.equal(records[: len(noted), DENSE].long(), expected)
+        assert torch.equal(records[:, 0], listed)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")

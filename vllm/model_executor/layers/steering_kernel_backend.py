@@ -33,8 +33,8 @@ class KernelBackend:
     ):
         if any(not slot.weights.shard.is_whole and slot.reads for slot in saes):
             raise ValueError(
-                "steering: features of an SAE that ranks share cannot be read on a GPU; "
-                "expected additional_config.steering.readout=false"
+                "steering: features of an SAE that ranks share cannot be read on a "
+                "GPU; expected additional_config.steering.readout=false"
             )
         self.step = step
         device = step.index.device

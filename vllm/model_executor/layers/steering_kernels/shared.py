@@ -12,7 +12,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .clamp import read_stream
-from .compact import RECORD_INTS, SKIP_MASK, USES_TOPK
+from .compact import DENSE, RECORD_INTS, SKIP_MASK, USES_TOPK
 from .resolve import sort_entries
 
 
@@ -78,6 +78,33 @@ def merge_kernel(
                 entry = tl.load(own + r * step + 1 + at, mask=at < listed, other=0)
                 tl.store(to + at, entry, mask=at < listed)
                 to += listed
+
+
+@triton.jit(do_not_specialize=["base", "rows"])
+def order_dense_kernel(
+    count,
+    tokens,
+    records,
+    base,
+    rows,
+    LIST_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lists the dense tokens of a chunk again, in their order. One program.
+
+    `note_dense` lists them in the order in which programs come, which differs from rank
+    to rank. The ranks exchange activations by the place in this list.
+    """
+    n = tl.minimum(tl.load(count) - base, rows)
+    total = 0
+    for s in range(0, n, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        token = tl.load(tokens + i, mask=i < n, other=-1)
+        listed = tl.load(records + i * RECORD_INTS, mask=i < n, other=0)
+        dense = ((token >= 0) & (listed > LIST_MAX)).to(tl.int32)
+        place = total + tl.cumsum(dense, 0) - dense
+        tl.store(records + place * RECORD_INTS + DENSE, i, mask=dense != 0)
+        total += tl.sum(dense, 0)
 
 
 @triton.jit(do_not_specialize=["base", "rows", "first_column"])

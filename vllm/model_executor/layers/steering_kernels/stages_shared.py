@@ -24,6 +24,7 @@ from .plan import LIST_MAX, next_power_of_2
 from .run import Run, device_facts
 from .shared import (
     merge_kernel,
+    order_dense_kernel,
     pack_kernel,
     place_kernel,
     steered_kernel,
@@ -72,6 +73,8 @@ def pipeline(run: Run) -> None:
         _encode(run, base)
         columns = _columns_run(run, base)
         stages_triton.coefficients(columns, base)
+        if not run.topk:
+            order_dense(columns, base)
         stages_triton.combine(columns, base)
         _dense(columns)
         every = run.slot.weights.shard.stack(columns.hidden)
@@ -155,6 +158,20 @@ def _columns_run(run: Run, base: int) -> ColumnsRun:
         places=places,
         rows_of=rows_of,
         counter=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def order_dense(run: Run, base: int) -> None:
+    """Give the dense tokens of a chunk the same places on every rank."""
+    order_dense_kernel[(1,)](
+        count=run.workspace.count,
+        tokens=run.tokens,
+        records=run.workspace.records,
+        base=base,
+        rows=run.buffers.plan.rows,
+        LIST_MAX=LIST_MAX,
+        BLOCK=1024,
+        num_warps=4,
     )
 
 
