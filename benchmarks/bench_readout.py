@@ -3,6 +3,7 @@
 
     python benchmarks/bench_readout.py --out FILE [--budget SECONDS]
         [--batches 1,64,256,prefill] [--modes off,off again,idle,reading,one site,both]
+        [--rounds 64] [--steps 12]
 
 The model and the SAE of `bench_engine.py` (Gemma-2-2B's shape, one site of
 16384 x 2304, about 100 features a token). Two engines live in one process and take
@@ -16,7 +17,12 @@ turns, one that may read and one that was started with `readout: false`:
 - `both`: reconstructed and read.
 
 `ratio` is the share of idle's tokens per second by the host's clock, `ratio_gpu` of its
-GPU time a step; those of `both` are of `one site`.
+GPU time a step; those of `both` are of `one site`. The turns are short, so that a noisy
+host treats all modes alike. `ratio_p10` compares the quietest tenth of the steps.
+
+`host_extra_ms` is what a mode adds to the host's own work in a step (`HostProbe` in
+`engine_timing.py`; in a prefill, admission too). `ratio_host` is the share of the speed
+that is left if the GPU hides none of it: the baseline's wall / (wall + host_extra_ms).
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +41,8 @@ from typing import Any
 
 from facts import environment
 
-ROUNDS = 16
+ROUNDS = 64
+STEPS = 12
 CALIBRATION_SECONDS = 150  # at most
 PREFILL = "prefill"
 BATCHES = ("64", "256", "1", PREFILL)
@@ -62,7 +70,7 @@ Row = dict[str, Any]
 def start_engine(root: Path, readout: bool) -> Any:
     """An engine with the module of one site."""
     from engine_modes import ENGINE_OPTIONS, GRAPHS, model_runner, spread_embeddings
-    from engine_timing import Engine, StepProbe
+    from engine_timing import Engine, HostProbe, StepProbe
 
     from vllm import LLM
 
@@ -75,7 +83,7 @@ def start_engine(root: Path, readout: bool) -> Any:
     )
     runner = model_runner(llm)
     spread_embeddings(runner.get_model())
-    return Engine(llm, StepProbe(runner))
+    return Engine(llm, StepProbe(runner), HostProbe(llm, runner))
 
 
 def modes(root: Path, names: Sequence[str]) -> list[Any]:
@@ -108,49 +116,60 @@ def rows_of(found: dict[str, Any], phase: str, batch: int, tokens: int) -> list[
         base = BASELINES.get(mode, mode)
         base = base if base in found else mode
         pair = {name: found[name] for name in (base, mode) if name in found}
-        rows += [
-            {**row, "baseline": base}
-            for row in summarize(pair, phase, batch, tokens, base)
-            if row["mode"] == mode
-        ]
+        both = {row["mode"]: row for row in summarize(pair, phase, batch, tokens, base)}
+        row = both[mode]
+        extra = host_extra(found[base], found[mode])
+        wall, key = both[base]["step_ms_wall"], "step_ms_wall_p10"
+        row |= {
+            "baseline": base,
+            "ratio_p10": round(both[base][key] / row[key], 4),
+            "host_extra_ms": round(extra, 4),
+            "ratio_host": round(wall / (wall + extra), 4),
+        }
+        rows.append(row)
     return rows
 
 
-def measure(
-    root: Path,
-    deadline: float,
-    batches: Sequence[str],
-    names: Sequence[str],
-    out: Path,
-) -> None:
+def host_extra(base: Sequence[Any], windows: Sequence[Any]) -> float:
+    """The median over the rounds of what a mode adds to the host's work, in ms."""
+    median = statistics.median
+    return median(
+        median(own.host) - median(other.host)
+        for other, own in zip(base, windows, strict=False)
+    )
+
+
+def measure(args: argparse.Namespace) -> None:
     """Start the engines and let the modes take turns; write after every batch."""
+    batches = args.batches.split(",")
     from engine_modes import PREFILL_COUNT, PREFILL_LENGTH
     from engine_timing import interleave
     from engine_windows import decode_window, prefill_window
 
-    compared = modes(root, names)
+    compared = modes(args.root, args.modes.split(","))
     rows: list[Row] = []
     for done, asked in enumerate(batches):
-        until = time.time() + (deadline - time.time()) / (len(batches) - done)
+        left = args.deadline - time.time()
+        until = time.time() + left / (len(batches) - done)
         if asked == PREFILL:
             phase, batch = PREFILL, PREFILL_COUNT
             tokens = PREFILL_COUNT * PREFILL_LENGTH
-            found = interleave(compared, prefill_window, ROUNDS, until)
+            found = interleave(compared, prefill_window, args.rounds, until)
         else:
             phase, batch = "decode", int(asked)
             tokens = batch
 
             def window(mode: Any, seed: int, batch: int = batch) -> Any:
-                return decode_window(mode, batch, seed)
+                return decode_window(mode, batch, seed, args.steps, args.steps // 2)
 
-            found = interleave(compared, window, ROUNDS, until)
+            found = interleave(compared, window, args.rounds, until)
         rows += rows_of(found, phase, batch, tokens)
         content = {
             "readout": rows,
             "readout_targets": targets(rows),
             "readout_environment": environment(),
         }
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
         for row in rows[-len(found) :]:
             print(row, flush=True)
     for row in targets(rows):
@@ -198,19 +217,20 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="working directory")
     parser.add_argument("--batches", default=",".join(BATCHES))
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="wall steps of a turn")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    batches = args.batches.split(",")
     if args.deadline:
-        names = args.modes.split(",")
-        measure(args.root, args.deadline, batches, names, args.out)
+        measure(args)
         return
     begin = time.time()
     root = args.root or Path(tempfile.mkdtemp(prefix="bench-readout-"))
     calibrate(root)
     command = [sys.executable, __file__, "--root", str(root)]
     command += ["--out", str(args.out), "--batches", args.batches]
-    command += ["--modes", args.modes]
+    command += ["--modes", args.modes, "--rounds", str(args.rounds)]
+    command += ["--steps", str(args.steps)]
     command += ["--deadline", str(begin + args.budget)]
     env = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     subprocess.run(command, env=env, check=True)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What reading features costs the host: microseconds a step, on any CPU.
 
-    python benchmarks/bench_readout_host.py [--batch 256] [--steps 64] [--out FILE]
+    python benchmarks/bench_readout_host.py [--batch 256] [--steps 64] [--prefill]
+        [--out FILE]
 
 The demo model decodes with `--batch` requests in one process. In turn nobody reads and
 every request reads its 16 largest activations. Timed are the functions of a step that
@@ -17,6 +18,9 @@ reading is part of:
 
 Figures are medians over the steps; `extra` is what reading adds. The model's own
 forward is not in them.
+
+With `--prefill`, 8 prompts of 1024 tokens are read in one step instead, and `admit` is
+the admission of all of them.
 """
 
 from __future__ import annotations
@@ -33,8 +37,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("prepare", "take", "scheduler", "encode", "decode", "front end")
+IN_PROCESS = ("prepare", "take", "scheduler", "front end")
 READ = [{"module_name": "golden-gate", "top_k": 16}]
 PROMPT = 8
+PREFILL_COUNT, PREFILL_LENGTH = 8, 1024
 
 Times = dict[str, list[float]]
 
@@ -47,10 +53,12 @@ def start_engine(batch: int) -> Any:
     return LLM(
         str(example / "model"),
         dtype="float32",
-        max_model_len=256,
+        max_model_len=PREFILL_LENGTH + 8,
+        hf_overrides={"max_position_embeddings": PREFILL_LENGTH + 8},
         max_num_seqs=batch,
-        max_num_batched_tokens=max(batch * PROMPT, 512),
+        max_num_batched_tokens=PREFILL_COUNT * PREFILL_LENGTH,
         enforce_eager=True,
+        enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 28,
         additional_config={
             "steering": {"modules": {"golden-gate": str(example / "sae")}}
@@ -146,6 +154,51 @@ def window(llm: Any, batch: int, steps: int, extra: dict[str, Any] | None) -> Ti
     return times
 
 
+def prefill(llm: Any, extra: dict[str, Any] | None) -> Times:
+    """Time one step that reads all prompts, from admission to the outputs."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=extra,
+    )
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    times: Times = {name: [] for name in ("admit", *IN_PROCESS)}
+    with (
+        timed(engine, "add_request", times["admit"]),
+        timed(runner, "prepare_steering", times["prepare"]),
+        timed(runner, "take_steering_readout", times["take"]),
+        timed(core.scheduler, "update_from_output", times["scheduler"]),
+        timed(engine.output_processor, "process_outputs", times["front end"]),
+    ):
+        for at in range(PREFILL_COUNT):
+            ids = [3 + (at * 7 + place * 5) % 200 for place in range(PREFILL_LENGTH)]
+            prompt = {"prompt_token_ids": ids}
+            engine.add_request(f"fill-{time.perf_counter_ns()}-{at}", prompt, params)
+        while engine.has_unfinished_requests():
+            engine.step()
+    return {name: [sum(found)] for name, found in times.items()}
+
+
+def measure_prefill(llm: Any, rounds: int) -> list[dict[str, Any]]:
+    """A row for each part, in microseconds for all prompts."""
+    specs = {"sae_readout_specs": READ}
+    prefill(llm, specs)
+    pairs = [(prefill(llm, None), prefill(llm, specs)) for _ in range(rounds)]
+    rows = []
+    for part in ("admit", *IN_PROCESS):
+        a, b = (min(pair[side][part][0] for pair in pairs) for side in (0, 1))
+        rows.append({"part": part, "idle": a, "reading": b, "extra": b - a})
+    rows.append({"part": "in process", "extra": sum(row["extra"] for row in rows)})
+    return rows
+
+
 def measure(llm: Any, batch: int, steps: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each part: idle, reading and the difference, in microseconds."""
     idle: list[Times] = []
@@ -163,8 +216,7 @@ def measure(llm: Any, batch: int, steps: int, rounds: int) -> list[dict[str, Any
     for part in (*PARTS, "end"):
         a, b = best(idle, part), best(reading, part)
         rows.append({"part": part, "idle": a, "reading": b, "extra": b - a})
-    in_process = ("prepare", "take", "scheduler", "front end")
-    total = sum(row["extra"] for row in rows if row["part"] in in_process)
+    total = sum(row["extra"] for row in rows if row["part"] in IN_PROCESS)
     rows.append({"part": "in process", "extra": total, "request": total / batch})
     return rows
 
@@ -175,10 +227,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    rows = measure(start_engine(args.batch), args.batch, args.steps, args.rounds)
+    llm = start_engine(args.batch)
+    if args.prefill:
+        rows = measure_prefill(llm, args.rounds)
+    else:
+        rows = measure(llm, args.batch, args.steps, args.rounds)
     for row in rows:
         numbers = {k: round(v, 1) for k, v in row.items() if k != "part"}
         print(f"{row['part']:>10} {numbers}", flush=True)

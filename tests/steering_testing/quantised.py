@@ -28,7 +28,7 @@ from steering_testing.conformance import (
 )
 from steering_testing.engine import engine, generate, params
 from steering_testing.matrix import departs
-from steering_testing.oracle import follow
+from steering_testing.oracle import SiteEdits, follow
 from steering_testing.requests import prompt, specs
 
 GROUP = 32
@@ -139,6 +139,38 @@ def round_inputs(model: Any, how: Callable[[torch.Tensor], torch.Tensor]) -> Non
             module.rounded = how
 
 
+def round_either_way(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 to bfloat16 values, up or down at random, the nearer the likelier."""
+    bits = x.contiguous().view(torch.int32)
+    below = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32)
+    return ((bits + below) & -(1 << 16)).view(torch.float32)
+
+
+def unsettled(model: Any, seed: int) -> Any:
+    """A copy of the model that rounds what its layers' modules say, either way."""
+    copied = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def round_output(module: Any, args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (round_either_way(out[0], generator), *out[1:])
+        return round_either_way(out, generator)
+
+    for name, module in copied.named_modules():
+        if "layers." in name and not name.endswith("act_fn"):
+            module.register_forward_hook(round_output)
+    return copied
+
+
+def spread(
+    variants: list[Any], ids: list[int], edits: SiteEdits, tokens: list[int]
+) -> float:
+    """How far apart models' log-probabilities of a token are, at most."""
+    all_said = [follow(model, ids, edits, tokens).logprobs for model in variants]
+    each = zip(*all_said, strict=True)
+    return max(max(said) - min(said) for said in each)
+
+
 FOUR = {"bits": 4, "group_size": GROUP}
 Quantise = Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
 KINDS: dict[str, tuple[Quantise, dict[str, Any]]] = {
@@ -187,6 +219,10 @@ def save_quantised(family: str, kind: str, path: Path) -> Any:
 
 CASE = dataclasses.replace(CASES["llama"], options=BFLOAT16)
 TOLERANCE = 6e-2
+# fp8 has three bits after the point: where bfloat16 rounds to the other side, an input
+# of a layer may become another one, 1/16 away. So requests differ in how far rounding
+# alone takes them, and the oracle says how far: see `unsettled`.
+SEEDS = {"fp8": 4}
 
 
 def check_quantised(kind: str, tmp_path: Path, **options: Any) -> None:
@@ -202,9 +238,18 @@ def check_quantised(kind: str, tmp_path: Path, **options: Any) -> None:
         assert llm.llm_engine.vllm_config.quant_config is not None
         found = generate(llm, prompts, sampling)
         assert steered_classes(llm) == {CASE.layer_class}
+    others = [unsettled(model, seed) for seed in range(SEEDS.get(kind, 0))]
+    seen = 0
     for ids, asks, result in zip(prompts, asked, found, strict=True):
-        wrong = departs(model, result, ids, modules.edits(*asks), TOLERANCE)
-        assert wrong is None, f"{kind} {asks}: {wrong}"
+        edits, tolerance = modules.edits(*asks), TOLERANCE
+        if others:
+            own = spread([model, *others], ids, edits, result.tokens)
+            tolerance = max(tolerance, 2 * own)
+        wrong = departs(model, result, ids, edits, tolerance)
+        assert wrong is None, f"{kind} {asks}: {wrong}, {tolerance} allowed"
         plain = follow(model, ids, {}, result.tokens).logprobs
         moved = [abs(a - b) for a, b in zip(plain, result.logprobs, strict=True)]
         assert not asks or max(moved) > 1e-3, f"nothing was steered: {asks}"
+        seen += max(moved) > tolerance
+    # Steering shows: a request without it would not pass for most of the others.
+    assert seen > 0.8 * len(asked)

@@ -121,26 +121,22 @@ def to_record(
     n, explicit, k = len(positions), len(read.explicit), read.top_k
     values = rows[:, 2:].view(np.float32)
     if k:
-        first = explicit
-        counts = rows[:, 1]
-        features = rows[:, 2 + first : 2 + first + k]
-        found = values[:, first + k : first + 2 * k]
-        unused = np.arange(k)[None, :] >= counts[:, None]
-        features = np.where(unused, -1, features)
-        found = np.where(unused, np.float32(0), found)
+        first = 2 + explicit
+        counts = rows[:, 1].copy()
+        features = rows[:, first : first + k].copy()
+        found = values[:, explicit + k : explicit + 2 * k].copy()
+        if counts.min(initial=k) < k:
+            unused = np.arange(k) >= counts[:, None]
+            features[unused], found[unused] = -1, 0.0
     else:
         columns = np.searchsorted(read.explicit, read.features)
         features = np.tile(np.array(read.features, dtype=np.int32), (n, 1))
         found = values[:, columns]
         counts = np.full(n, len(read.features), dtype=np.int32)
-    return SAEFeatures(
-        positions.astype(np.int32),
-        features.astype(np.int32),
-        finite(found).astype(np.float32),
-        counts.astype(np.int32),
-        rows[:, 0].copy(),
-        d_sae,
-    )
+    if not np.isfinite(found).all():
+        found = finite(found)
+    positions = positions.astype(np.int32, copy=False)
+    return SAEFeatures(positions, features, found, counts, rows[:, 0].copy(), d_sae)
 
 
 def finite(values: np.ndarray) -> np.ndarray:

@@ -39,24 +39,57 @@ class StepReadout:
 
 # For each of a request's reads, in canonical order: the engine's slot, and F.
 ReadPlaces = tuple[Sequence[int], Sequence[int]]
-# A `StepRows` in plain types: req_ids, spans, (slot, width, rows) of each slot, new.
-Wire = tuple[list[str], bytes, list[tuple[int, int, bytes]], dict[str, ReadPlaces]]
+# A `StepRows` in plain types: (req_ids, spans), (slot, width, rows) of each slot,
+# new.
+Wire = tuple[
+    tuple[list[str], bytes] | None,
+    list[tuple[int, int, bytes]],
+    dict[str, ReadPlaces],
+]
 
 
-@dataclass(frozen=True)
-class StepRows:
-    """The part of a step that one front end gets.
+@dataclass(frozen=True, eq=False)
+class StepLayout:
+    """Whose rows a step has, and where.
 
     Attributes:
         req_ids: the requests; the columns of `spans` go with them.
         spans: int64 `[3, n]`: the row of each one's first token, the position of that
             token, and how many tokens count; drafts that were rejected do not.
-        rows: as of `StepReadout`.
-        new: where requests read that are new in this step.
     """
 
     req_ids: list[str]
     spans: np.ndarray
+
+    def after(self, steps: int) -> StepLayout:
+        """The layout so many steps later, if each step continues the one before."""
+        firsts, starts, counts = self.spans
+        spans = np.stack([firsts, starts + counts * steps, counts])
+        return StepLayout(self.req_ids, spans)
+
+    def part(self, places: Sequence[int]) -> tuple[StepLayout, np.ndarray]:
+        """The layout of some requests, given by their places, and the rows it needs."""
+        firsts, starts, counts = self.spans[:, places]
+        ends = np.cumsum(counts)
+        # Row r of the part is row r + (first - own first) of the whole.
+        shift: np.ndarray = np.repeat(firsts - (ends - counts), counts)
+        spans = np.stack([ends - counts, starts, counts])
+        own = StepLayout([self.req_ids[at] for at in places], spans)
+        return own, np.arange(len(shift)) + shift
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """The part of a step that one front end gets.
+
+    Attributes:
+        layout: whose rows they are. None if the step continues the one before: the
+            same requests, rows and slots, each request from where it ended.
+        rows: as of `StepReadout`.
+        new: where requests read that are new in this step.
+    """
+
+    layout: StepLayout | None
     rows: Mapping[int, np.ndarray]
     new: Mapping[str, ReadPlaces] = field(default_factory=dict)
 
@@ -65,37 +98,28 @@ class StepRows:
         """Bytes of the rows."""
         return sum(rows.nbytes for rows in self.rows.values())
 
-    def part(self, places: Sequence[int]) -> StepRows:
-        """The part of the step that concerns some requests, given by their places."""
-        firsts, starts, counts = self.spans[:, places]
-        ends = np.cumsum(counts)
-        # Row r of the part is row r + (first - own first) of the whole.
-        shift: np.ndarray = np.repeat(firsts - (ends - counts), counts)
-        wanted = np.arange(len(shift)) + shift
-        req_ids = [self.req_ids[at] for at in places]
-        return StepRows(
-            req_ids,
-            np.stack([ends - counts, starts, counts]),
-            {slot: rows[wanted] for slot, rows in self.rows.items()},
-            {req_id: self.new[req_id] for req_id in req_ids if req_id in self.new},
-        )
-
     def to_wire(self) -> Wire:
         """Plain types, for msgpack."""
+        head = None
+        if self.layout is not None:
+            spans = self.layout.spans.astype(np.int64).tobytes()
+            head = self.layout.req_ids, spans
         rows = [
-            (slot, found.shape[1], np.ascontiguousarray(found).tobytes())
-            for slot, found in self.rows.items()
+            (slot, found.shape[1], found.tobytes()) for slot, found in self.rows.items()
         ]
-        spans = self.spans.astype(np.int64).tobytes()
-        return self.req_ids, spans, rows, dict(self.new)
+        return head, rows, dict(self.new)
 
     @classmethod
     def from_wire(cls, wire: Wire) -> StepRows:
         """The inverse of `to_wire`."""
-        req_ids, spans, rows, new = wire
+        head, rows, new = wire
+        layout = None
+        if head is not None:
+            req_ids, spans = head
+            spans_of = np.frombuffer(spans, dtype=np.int64).reshape(3, -1)
+            layout = StepLayout(req_ids, spans_of)
         return cls(
-            req_ids,
-            np.frombuffer(spans, dtype=np.int64).reshape(3, -1),
+            layout,
             {
                 slot: np.frombuffer(data, dtype=np.int32).reshape(-1, width)
                 for slot, width, data in rows

@@ -198,18 +198,6 @@ def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_engine_is_evaluated_like_an_eager_one(llm: LLM) -> None:
-    (eager,) = evaluate(llm, MODULE, ABOUT)
-    compiled = start(enforce_eager=False)
-    try:
-        (found,) = evaluate(compiled, MODULE, ABOUT)
-    finally:
-        stop(compiled)
-    assert found.tokens == eager.tokens
-    for name in ("fvu", "l0", "ce_plain", "ce_reconstructed", "ce_ablated"):
-        assert getattr(found, name) == pytest.approx(getattr(eager, name), rel=1e-4)
-
-
 @pytest.mark.parametrize("use_v2", ["0", "1"])
 def test_no_graph_is_replayed_while_a_site_is_measured(use_v2: str) -> None:
     from vllm.v1.worker.steering_model_runner_mixin import (
@@ -265,3 +253,16 @@ def test_what_cannot_be_evaluated_is_refused(llm: LLM) -> None:
 def test_auroc_counts_ties_half() -> None:
     assert auroc(np.array([2.0, 3.0]), np.array([1.0])) == 1.0
     assert auroc(np.array([1.0]), np.array([1.0, 2.0])) == 0.25
+
+
+# The last one: the engine that it stops takes the process groups of both along.
+def test_a_compiled_engine_is_evaluated_like_an_eager_one(llm: LLM) -> None:
+    (eager,) = evaluate(llm, MODULE, ABOUT)
+    compiled = start(enforce_eager=False)
+    try:
+        (found,) = evaluate(compiled, MODULE, ABOUT)
+    finally:
+        stop(compiled)
+    assert found.tokens == eager.tokens
+    for name in ("fvu", "l0", "ce_plain", "ce_reconstructed", "ce_ablated"):
+        assert getattr(found, name) == pytest.approx(getattr(eager, name), rel=1e-4)

@@ -122,10 +122,21 @@ def test_a_dictionary_class_that_does_not_fold_is_refused(
         inspect_module("m", str(path))
 
 
-def test_a_dictionary_says_its_point_by_its_submodule(tmp_path: Path) -> None:
+@pytest.mark.parametrize("point", ["mlp_out", "attn_out", "resid_post"])
+def test_a_dictionary_says_its_point_by_its_submodule(
+    tmp_path: Path, point: str
+) -> None:
     state = {**LINEAR, "bias": b_dec}
-    path = dictionary(tmp_path, "AutoEncoder", state, submodule_name="mlp_out_layer_8")
-    assert inspect_module("m", str(path)).sites[0].name == "mlp_out.8"
+    name = f"{point}_layer_8"
+    path = dictionary(tmp_path, "AutoEncoder", state, submodule_name=name)
+    site = inspect_module("m", str(path)).sites[0]
+    assert site.name == ("post_block.8" if point == "resid_post" else f"{point}.8")
+    # The library records what the module returns, before a norm behind it.
+    assert site.raw_output == (point != "resid_post")
+
+
+def test_a_submodule_that_is_no_point_is_refused(tmp_path: Path) -> None:
+    state = {**LINEAR, "bias": b_dec}
     path = dictionary(tmp_path, "AutoEncoder", state, submodule_name="q_proj_layer_8")
     with pytest.raises(ValueError, match="submodule_name: expected one such as resid"):
         inspect_module("m", str(path))

@@ -3,51 +3,31 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from steering_testing.read_rows import PROMPT, READ, SLOT, request_of, rows_of
 
-from vllm import SamplingParams
-from vllm.config.sae_features import NOT_READ, merge
-from vllm.config.sae_readout_specs import SiteRead, reads_to_json
+from vllm.config.sae_features import NOT_READ, ReadFeatures, merge
+from vllm.config.sae_readout_specs import reads_to_json
 from vllm.config.sae_readout_step import StepReadout, StepRows
-from vllm.config.steering import HookPoint
+from vllm.plugins.steering.outputs import FeaturesField
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.steering_read_log import MAX_STEPS, LogReader, ReadLog
-from vllm.v1.engine.steering_read_outputs import Readings
+from vllm.v1.engine.steering_read_outputs import (
+    MANY_CHUNKS,
+    PendingFeatures,
+    Readings,
+)
 from vllm.v1.engine.steering_reads import (
-    MAX_WAITING,
     PAYLOAD_KEY,
     Fired,
-    RequestReads,
     StepReads,
     step_start,
 )
-from vllm.v1.request import Request
-
-READ = SiteRead("m", HookPoint.POST_BLOCK, 1, 1, (), ((5, 100.0),), "both")
-PROMPT, SLOT = 6, 0
-
-
-def rows_of(positions: list[int], fires: int | None = None) -> np.ndarray:
-    """Rows that say their own position: value and feature `position`."""
-    rows = np.zeros((len(positions), READ.width), dtype=np.int32)
-    rows[:, 0] = rows[:, 1] = 1
-    values = rows[:, 2:].view(np.float32)
-    for at, position in enumerate(positions):
-        rows[at, 3] = position
-        values[at, 2] = float(position)
-        values[at, 0] = 200.0 if position == fires else 0.0
-    return rows
-
-
-def request_of(req_id: str, min_tokens: int = 0, client: int = 0) -> Request:
-    ids = list(range(PROMPT))
-    params = SamplingParams(max_tokens=9)
-    request = Request(req_id, ids, params, None, client_index=client)
-    request.sae_reads = RequestReads((READ,), (SLOT,), (99,), PROMPT, min_tokens)
-    return request
 
 
 class Walk:
@@ -131,7 +111,7 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
         elif step == "deliver a":
             if walk.num_tokens["a"] > PROMPT:
                 walk.advance("a")
-            early = merge(early, walk.fronts["a"].take_output(delta=True)) or {}
+            early = merge(early, walk.fronts["a"].take_output(delta=True).make()) or {}
         elif isinstance(step, str):
             walk.computed[step[-1]] = 0
         else:
@@ -139,10 +119,10 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
             walk.step(*((n, *t) for n, t in zip(names, tokens, strict=False)))
     for name in "ab":
         front = walk.advance(name)
-        prompt = front.take_prompt(delta=True)["m"]["post_block.1"]
+        prompt = front.take_prompt(delta=True).make()["m"]["post_block.1"]
         assert prompt.positions.tolist() == list(range(PROMPT))
         whole = prompt.positions.tolist()
-        output = front.take_output(delta=False)
+        output = front.take_output(delta=False).make()
         if name == "a":
             output = merge(early, output) or {}
         if output:
@@ -150,7 +130,7 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
             whole += record.positions.tolist()
             assert record.values[:, 0].tolist() == record.positions.tolist()
         assert whole == list(range(walk.num_tokens[name] - 1))
-        assert front.take_prompt(delta=True) == {}
+        assert front.take_prompt(delta=True).make() == {}
     # Tokens that were computed twice, and rejected drafts, are counted too.
     total = sum(walk.num_tokens.values()) - 2
     assert walk.reads.counts["m"].tokens >= total
@@ -163,8 +143,10 @@ def test_an_output_made_while_a_preempted_request_catches_up_lacks_nothing() -> 
     walk.computed["a"] = 0
     walk.step(("a", 2, 0, 0), ("b", 1, 0, 0))
     front = walk.advance("a")
-    read = front.take_prompt(delta=True)["m"]["post_block.1"].positions.tolist()
-    read += front.take_output(delta=False)["m"]["post_block.1"].positions.tolist()
+    read = front.take_prompt(delta=True).make()["m"]["post_block.1"].positions.tolist()
+    read += (
+        front.take_output(delta=False).make()["m"]["post_block.1"].positions.tolist()
+    )
     assert read == list(range(walk.num_tokens["a"] - 1))
 
 
@@ -176,7 +158,7 @@ def test_recomputed_tokens_replace_what_no_token_has_confirmed() -> None:
     walk.num_tokens["r"], walk.computed["r"] = PROMPT + 1, 0
     walk.fires = PROMPT
     walk.step(("r", PROMPT + 1, 0, 0))
-    record = walk.advance().take_output(delta=True)["m"]["post_block.1"]
+    record = walk.advance().take_output(delta=True).make()["m"]["post_block.1"]
     assert record.positions.tolist() == [PROMPT]
     read = LogReader(walk.log, "late")
     read.pull()
@@ -194,54 +176,9 @@ def test_a_long_request_keeps_its_own_rows_only() -> None:
     assert sum(chunk.count for chunk in chunks) >= 2 * MAX_STEPS
     assert all(rows is not None and rows.base is None or len(rows) == chunk.count
                for chunk in chunks for rows in chunk.rows)  # fmt: skip
-    record = walk.advance("a").take_output(delta=True)["m"]["post_block.1"]
+    record = walk.advance("a").take_output(delta=True).make()["m"]["post_block.1"]
     last = PROMPT + 3 * MAX_STEPS - 1
     assert record.positions.tolist() == list(range(PROMPT, last))
-
-
-def test_front_ends_get_their_own_requests() -> None:
-    reads = StepReads()
-    requests = {
-        name: request_of(name, client=client)
-        for name, client in zip("abc", (0, 1, 0), strict=True)
-    }
-    spans = np.array([2, 3, 4]), np.array([0, 3, 5]), np.array([3, 2, 1])
-    rows = np.concatenate([rows_of([at * 10 + n for n in range(size)])
-                           for at, size in enumerate((3, 2, 1))])  # fmt: skip
-    step = StepReadout(list("abc"), spans[1], spans[2], spans[0], {SLOT: rows})
-    assert reads.take(step, spans[0], spans[2], requests) == {}
-    outputs = {
-        client: EngineCoreOutputs(outputs=[EngineCoreOutput("x", [1])])
-        for client in (0, 1)
-    }
-    reads.attach(outputs)
-    found = {}
-    for client, own in outputs.items():
-        (wire,) = own.outputs[0].ec_transfer_params[PAYLOAD_KEY]
-        part = StepRows.from_wire(wire)
-        assert part.new == {name: ((SLOT,), (99,)) for name in part.req_ids}
-        for name, span in zip(part.req_ids, part.spans.T.tolist(), strict=True):
-            first, start, count = span
-            read = part.rows[SLOT][first : first + count, 3].tolist()
-            found[name] = (client, start, read)
-    assert found == {
-        "a": (0, 2, [0, 1, 2]),
-        "b": (1, 3, [10, 11]),
-        "c": (0, 4, [20]),
-    }
-
-
-def test_steps_of_ended_requests_do_not_wait_for_ever() -> None:
-    reads = StepReads()
-    for at in range(2 * MAX_WAITING):
-        name = str(at)
-        step = StepReadout(
-            [name], np.array([0]), np.array([1]), np.array([0]), {SLOT: rows_of([0])}
-        )
-        # The request before this one has ended without an output.
-        requests = {name: request_of(name)}
-        reads.take(step, np.array([0]), np.array([1]), requests)
-    assert len(reads._waiting[0]) <= MAX_WAITING
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -290,7 +227,7 @@ def test_what_a_stop_cuts_off_has_no_entry() -> None:
         walk.step(("r", PROMPT, 0, 0))
         walk.step(("r", 1, 3, 3))
         walk.fronts["r"].advance(2, fired)
-        record = walk.fronts["r"].take_output(delta=True)["m"]["post_block.1"]
+        record = walk.fronts["r"].take_output(delta=True).make()["m"]["post_block.1"]
         assert record.positions.tolist() == kept
 
 
@@ -299,8 +236,48 @@ def test_deltas_join_to_the_whole() -> None:
     parts = None
     for step in ((PROMPT, 0, 0), (1, 2, 1), (1, 0, 0), (1, 0, 0)):
         walk.step(("r", *step))
-        parts = merge(parts, walk.advance().take_output(delta=True))
+        parts = merge(parts, walk.advance().take_output(delta=True).make())
     assert parts is not None
     assert parts["m"]["post_block.1"].positions.tolist() == [6, 7, 8, 9]
     dense = parts["m"]["post_block.1"].to_dense()
     assert dense.shape == (4, 99) and dense[1, 7] == 7.0 and dense.sum() == 30.0
+
+
+class Output:
+    sae_features = FeaturesField("sae_features")
+
+
+def test_records_are_made_when_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk = Walk()
+    for _ in range(3):
+        walk.step(("r", PROMPT, 0, 0))
+    made: list[int] = []
+    stock = PendingFeatures.make
+
+    def make(self: PendingFeatures) -> ReadFeatures:
+        made.append(1)
+        return stock(self)
+
+    monkeypatch.setattr(PendingFeatures, "make", make)
+    output = Output()
+    assert output.sae_features is None and Output.sae_features is None
+    output.sae_features = walk.advance().take_output(delta=False)
+    sent = pickle.loads(pickle.dumps(output))
+    assert made == []
+    for own in (output, sent, output):
+        record = own.sae_features["m"]["post_block.1"]
+        assert record.positions.tolist() == [PROMPT, PROMPT + 1]
+    assert len(made) == 2
+
+
+def test_many_pieces_of_a_request_are_joined() -> None:
+    walk = Walk()
+    for _ in range(3 * MANY_CHUNKS):
+        walk.step(("r", PROMPT, 0, 0))
+        found = walk.advance().take_output(delta=False)
+        assert len(found.chunks) <= MANY_CHUNKS
+    record = found.make()["m"]["post_block.1"]
+    assert record.positions.tolist() == list(range(PROMPT, PROMPT + len(record)))
+    assert len(record) == 3 * MANY_CHUNKS - 1

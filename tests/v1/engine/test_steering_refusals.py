@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import vllm.plugins.steering as plugin
+from vllm.config.sae_steering_specs import FULL_KEY
 from vllm.config.steering_checks import ModuleChangedError
 from vllm.entrypoints.serve.exception_handling.error_response import (
     create_error_response,
 )
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.plugins.steering.seam import exists, resolve
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.engine.steering_refusals import refusal_in, stop_reason_of
@@ -93,3 +98,39 @@ def test_the_other_samples_of_its_prompt_are_aborted() -> None:
     result = outputs.process_outputs([refused("0_r")])
     assert sorted(result.reqs_to_abort) == ["1_r", "2_r"]
     assert not outputs.request_states
+
+
+def arrived(args: dict[str, Any]) -> EngineCoreRequest:
+    """A request as it comes to the engine core."""
+    return EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=[1, 5],
+        mm_features=None,
+        sampling_params=SamplingParams(extra_args=args),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        client_index=3,
+    )
+
+
+def test_whichever_way_the_core_takes_an_error_its_reason_is_told() -> None:
+    """0.33 has a handler for validation errors alone."""
+    plugin.install_front_end_seams()
+    request = arrived({FULL_KEY: [{"module_name": "sea"}]})
+    core = SimpleNamespace(output_queue=queue.Queue())
+    ways: list[Any] = [EngineCoreProc._handle_request_preproc_error]
+    own = "vllm.v1.engine.core:EngineCoreProc._handle_request_validation_error"
+    if exists(own):
+        ways.append(partial(resolve(own)[2], error=ERROR))
+    for way in ways:
+        try:
+            raise ERROR
+        except VLLMValidationError:
+            way(core, request)
+        client, outputs = core.output_queue.get_nowait()
+        assert (client, outputs.finished_requests) == (3, {"r"})
+        refusal = refusal_in(outputs.outputs[0].stop_reason)
+        assert refusal is not None and refusal.parameter == "specs[0]"

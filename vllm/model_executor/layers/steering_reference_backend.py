@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from vllm.config.steering import Tier
@@ -19,12 +20,15 @@ class ReferenceBackend(SteeringBackend):
         self.step = step
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
-        bits = self.step.skip_bits
-        known = (token_ids >= 0) & (token_ids < bits.shape[0])
-        flags = torch.where(known, bits[token_ids.where(known, 0).long()], 0)
-        self.step.flags[: flags.shape[0]] = flags
-        rows = self.step.index[:, : flags.shape[0]]
-        self.step.bypass.count(flags, rows[Tier.DELTA], rows[Tier.FULL])
+        step, n = self.step, token_ids.shape[0]
+        # NumPy has less to do than PyTorch around each of these small operations.
+        ids, bits = token_ids.numpy(), step.skip_bits.numpy()
+        known = (ids >= 0) & (ids < len(bits))
+        flags = np.where(known, bits[np.where(known, ids, 0)], 0)
+        step.flags[:n].numpy()[:] = flags
+        if flags.any():
+            rows = step.index[:, :n]
+            step.bypass.count(step.flags[:n], rows[Tier.DELTA], rows[Tier.FULL])
 
     def full_reconstruction(
         self,

@@ -54,6 +54,15 @@ def resolve(target: str) -> tuple[Any, str, Any]:
         ) from error
 
 
+def exists(target: str) -> bool:
+    """Whether this release has the symbol, for those that not every release has."""
+    try:
+        resolve(target)
+    except SeamError:
+        return False
+    return True
+
+
 def check_signature(target: str, function: Stock, parameters: Signatures) -> None:
     """Raise `SeamError` unless `function` takes exactly `parameters`, in order."""
     found = tuple(inspect.signature(function).parameters)

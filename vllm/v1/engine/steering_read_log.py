@@ -15,10 +15,12 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from vllm.config.sae_readout_step import ReadPlaces, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepLayout, StepRows
 
 MAX_STEPS = 64
 MAX_BYTES = 16 << 20
+# A request with at least one in so many of a step's rows does not copy them.
+SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Chunk:
         """One past the last position."""
         return self.first + self.count
 
+    def fits(self, other: Chunk) -> bool:
+        """Whether both have rows of the same widths."""
+        return _widths(self.rows) == _widths(other.rows)
+
     def between(self, start: int, stop: int) -> Chunk | None:
         """The positions from `start` to `stop`, or None if there are none."""
         low = max(start - self.first, 0)
@@ -52,46 +58,50 @@ class Chunk:
         return Chunk(self.first + low, high - low, rows)
 
 
+def _widths(rows: Sequence[np.ndarray | None]) -> list[int]:
+    return [-1 if own is None else own.shape[1] for own in rows]
+
+
+def joined(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The same rows in fewer chunks: neighbours with rows of the same widths in one."""
+    runs: list[list[Chunk]] = []
+    for chunk in chunks:
+        if runs and runs[-1][-1].end == chunk.first and runs[-1][0].fits(chunk):
+            runs[-1].append(chunk)
+        else:
+            runs.append([chunk])
+    found = []
+    for run in runs:
+        rows = [
+            None if parts[0] is None else np.concatenate(parts)
+            for parts in zip(*(chunk.rows for chunk in run), strict=True)
+        ]
+        found.append(Chunk(run[0].first, sum(chunk.count for chunk in run), rows))
+    return found
+
+
 class Segment:
-    """Consecutive steps in which the same requests had the same numbers of tokens."""
+    """Consecutive steps of the same requests, each with as many tokens as before.
 
-    def __init__(self, step: StepRows, number: int):
-        self.number = number  # of its first step
-        self.req_ids = step.req_ids
-        self.spans = step.spans
-        self.steps: list[Mapping[int, np.ndarray]] = [step.rows]
-        self._next = self._after(step.spans)
+    Attributes:
+        number: of the first step.
+        layout: of the first step.
+        steps: the rows of each step, by slot.
+    """
+
+    def __init__(self, number: int, layout: StepLayout):
+        self.number = number
+        self.layout = layout
+        self.steps: list[Mapping[int, np.ndarray]] = []
         self._spans: dict[str, list[int]] = {}
-        # By slot, all steps: `[rows, steps, width]`, made when it is asked for.
+        # By slot, of so many steps: `[rows, steps, width]`, made when it is asked for.
         self._blocks: dict[int, np.ndarray] = {}
-
-    @staticmethod
-    def _after(spans: np.ndarray) -> np.ndarray:
-        """The spans of a step that continues where this one ends."""
-        after = spans.copy()
-        after[1] += spans[2]
-        return after
-
-    def extend(self, step: StepRows) -> bool:
-        """Append a step, if it continues where the last one ended."""
-        first = self.steps[0]
-        goes_on = (
-            np.array_equal(step.spans, self._next)
-            and step.req_ids == self.req_ids
-            and step.rows.keys() == first.keys()
-            and all(rows.shape == first[slot].shape for slot, rows in step.rows.items())
-        )
-        if goes_on:
-            self.steps.append(step.rows)
-            self._next = self._after(step.spans)
-            self._blocks.clear()
-        return goes_on
 
     def cut(self, req_id: str, skip: int, slots: Sequence[int]) -> Chunk | None:
         """A request's rows at some slots, without the first steps."""
         if not self._spans:
-            spans = self.spans.T.tolist()
-            self._spans = dict(zip(self.req_ids, spans, strict=True))
+            spans = self.layout.spans.T.tolist()
+            self._spans = dict(zip(self.layout.req_ids, spans, strict=True))
         first, start, count = self._spans.get(req_id, (0, 0, 0))
         if not count:
             return None
@@ -101,7 +111,10 @@ class Segment:
             if slot not in self.steps[0]:
                 rows.append(None)
             elif kept == 1:
-                rows.append(self.steps[-1][slot][first : first + count].copy())
+                whole = self.steps[-1][slot]
+                own = whole[first : first + count]
+                # A view keeps the rows of the others too.
+                rows.append(own if SHARE * count >= len(whole) else own.copy())
             elif count == 1:
                 rows.append(self._block(slot)[first, skip:].copy())
             else:
@@ -113,9 +126,11 @@ class Segment:
         return Chunk(start + skip * count, kept * count, rows)
 
     def _block(self, slot: int) -> np.ndarray:
-        if slot not in self._blocks:
-            self._blocks[slot] = np.stack([rows[slot] for rows in self.steps], axis=1)
-        return self._blocks[slot]
+        block = self._blocks.get(slot)
+        if block is None or block.shape[1] < len(self.steps):
+            block = np.stack([rows[slot] for rows in self.steps], axis=1)
+            self._blocks[slot] = block
+        return block
 
 
 class LogReader:
@@ -164,6 +179,8 @@ class ReadLog:
     def __init__(self) -> None:
         self.segments: list[Segment] = []
         self.end = 0  # steps that have arrived
+        # Where a step goes on that continues one that was forgotten.
+        self._next: StepLayout | None = None
         # A request that is forgotten drops out.
         self.readers: WeakValueDictionary[str, LogReader] = WeakValueDictionary()
         self._steps = 0
@@ -173,8 +190,11 @@ class ReadLog:
         """Append a step. Every `MAX_STEPS` steps, all requests take their rows."""
         for req_id, places in step.new.items():
             self._introduce(req_id, places)
-        if not self.segments or not self.segments[-1].extend(step):
-            self.segments.append(Segment(step, self.end))
+        if step.layout is not None or not self.segments:
+            layout = step.layout or self._next
+            assert layout is not None, "the first step has a layout"
+            self.segments.append(Segment(self.end, layout))
+        self.segments[-1].steps.append(step.rows)
         self.end += 1
         self._steps += 1
         self._bytes += step.num_bytes
@@ -190,5 +210,8 @@ class ReadLog:
         """Let every request take its rows, and forget the steps."""
         for reader in list(self.readers.values()):
             reader.pull()
+        if self.segments:
+            last = self.segments[-1]
+            self._next = last.layout.after(len(last.steps))
         self.segments.clear()
         self._steps = self._bytes = 0

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front end's side of reading: from rows to what clients get."""
+"""The front end's side of reading: from rows to what clients get.
+
+A request's rows stay as they are until somebody asks for its features. So the loop that
+steps the engine makes no records.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +24,59 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import HookPoint
 from vllm.config.steering_json import JsonView
-from vllm.v1.engine.steering_read_log import Chunk, LogReader
+from vllm.v1.engine.steering_read_log import Chunk, LogReader, joined
+
+# So many pieces of a request are joined.
+MANY_CHUNKS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PendingFeatures:
+    """What a request has read, as rows.
+
+    Attributes:
+        reads: of the request.
+        d_sae: F at each of them.
+        chunks: by ascending position.
+    """
+
+    reads: tuple[SiteRead, ...]
+    d_sae: Sequence[int]
+    chunks: Sequence[Chunk]
+
+    def make(self) -> ReadFeatures:
+        """The records of the sites at which some token was read."""
+        found: ReadFeatures = {}
+        for at, read in enumerate(self.reads):
+            records = self._records(at, read)
+            if records:
+                found.setdefault(read.module, {})[read.site] = join(records)
+        return found
+
+    def _records(self, at: int, read: SiteRead) -> list[SAEFeatures]:
+        parts = [
+            (c.first, rows) for c in self.chunks if (rows := c.rows[at]) is not None
+        ]
+        records = []
+        # One width at a time: it depends on the batch of a step.
+        for _, same in itertools.groupby(parts, key=lambda part: part[1].shape[1]):
+            positions, rows = _in_one(list(same))
+            was_read = rows[:, 0] != NOT_READ
+            if not was_read.all():
+                positions, rows = positions[was_read], rows[was_read]
+            if len(rows):
+                records.append(to_record(read, positions, rows, self.d_sae[at]))
+        return records
+
+
+def _in_one(parts: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and rows of pieces that have a first position and rows."""
+    positions: list[np.ndarray] = [
+        np.arange(first, first + len(rows), dtype=np.int32) for first, rows in parts
+    ]
+    if len(parts) == 1:
+        return positions[0], parts[0][1]
+    return np.concatenate(positions), np.concatenate([rows for _, rows in parts])
 
 
 class Readings:
@@ -34,9 +92,9 @@ class Readings:
         self.reads = canonical_reads(extra_args)
         self.num_prompt = num_prompt
         self._reader = reader
-        self._end = 0  # positions before this one are in the records
-        self._prompt: list[list[SAEFeatures]] = [[] for _ in self.reads]
-        self._output: list[list[SAEFeatures]] = [[] for _ in self.reads]
+        self._end = 0  # positions before this one are in the lists below
+        self._prompt: list[Chunk] = []
+        self._output: list[Chunk] = []
 
     def advance(self, num_generated: int, fired: bool) -> None:
         """Note that the request has `num_generated` tokens now.
@@ -48,55 +106,34 @@ class Readings:
         self._reader.pull()
         limit = self.num_prompt + num_generated - (0 if fired else 1)
         chunks, self._reader.chunks = self._reader.chunks, []
-        due: list[Chunk] = []
+        split = self.num_prompt
         for chunk in chunks:
-            if (part := chunk.between(self._end, limit)) is not None:
-                due.append(part)
-            if (rest := chunk.between(limit, chunk.end)) is not None:
+            if chunk.first < split:
+                part = chunk.between(self._end, min(limit, split))
+                if part is not None:
+                    self._prompt.append(part)
+            if chunk.end > split:
+                part = chunk.between(max(self._end, split), limit)
+                if part is not None:
+                    self._output.append(part)
+            if chunk.end > limit and (rest := chunk.between(limit, chunk.end)):
                 self._reader.chunks.append(rest)
         self._end = max(self._end, limit)
-        for at in range(len(self.reads)) if due else ():
-            parts = [(c.first, rows) for c in due if (rows := c.rows[at]) is not None]
-            # Handle rows of one width at a time, because the width depends on a step's
-            # batch.
-            for _, same in itertools.groupby(parts, key=lambda part: part[1].shape[1]):
-                self._add_rows(at, list(same))
 
-    def _add_rows(self, at: int, parts: list[tuple[int, np.ndarray]]) -> None:
-        rows = np.concatenate([found for _, found in parts])
-        counts = [len(found) for _, found in parts]
-        ends = np.cumsum(counts)
-        starts = np.array([first for first, _ in parts]) - (ends - counts)
-        positions = np.repeat(starts, counts) + np.arange(len(rows))
-        was_read = rows[:, 0] != NOT_READ
-        if not was_read.all():
-            positions, rows = positions[was_read], rows[was_read]
-        split = int(np.searchsorted(positions, self.num_prompt))
-        for part, records in (
-            (slice(None, split), self._prompt),
-            (slice(split, None), self._output),
-        ):
-            if len(positions[part]):
-                read, d_sae = self.reads[at], self._reader.d_sae[at]
-                record = to_record(read, positions[part], rows[part], d_sae)
-                records[at].append(record)
-
-    def take_output(self, delta: bool) -> ReadFeatures:
-        """Records of generated tokens: all, or with `delta` those not taken yet."""
+    def take_output(self, delta: bool) -> PendingFeatures:
+        """Rows of generated tokens: all, or with `delta` those not taken yet."""
         return self._take(self._output, delta)
 
-    def take_prompt(self, delta: bool) -> ReadFeatures:
-        """Records of the prompt's tokens, likewise."""
+    def take_prompt(self, delta: bool) -> PendingFeatures:
+        """Rows of the prompt's tokens, likewise."""
         return self._take(self._prompt, delta)
 
-    def _take(self, kept: list[list[SAEFeatures]], delta: bool) -> ReadFeatures:
-        found: ReadFeatures = {}
-        for read, records in zip(self.reads, kept, strict=True):
-            if not records:
-                continue
-            record = join(records)
-            records[:] = [] if delta else [record]
-            found.setdefault(read.module, {})[read.site] = record
+    def _take(self, kept: list[Chunk], delta: bool) -> PendingFeatures:
+        if len(kept) > MANY_CHUNKS:
+            kept[:] = joined(kept)
+        found = PendingFeatures(self.reads, self._reader.d_sae, tuple(kept))
+        if delta:
+            kept.clear()
         return found
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.sae_readout_step import ReadPlaces, StepReadout, StepRows
+from vllm.config.sae_readout_step import ReadPlaces, StepReadout
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import JsonView
+from vllm.v1.engine.steering_read_outbox import Outbox
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
@@ -31,8 +32,6 @@ PAYLOAD_KEY = "sae_readout"
 STOP_PREFIX = "sae:"
 # On a `Request`: its `RequestReads`; None where it reads nothing.
 READS_ATTRIBUTE = "sae_reads"
-# After this many waiting steps, those of ended requests are dropped.
-MAX_WAITING = 64
 
 
 @dataclass(frozen=True)
@@ -172,22 +171,34 @@ class Batch:
         new, self.new = self.new, {}
         return new
 
-    def fired(self, step: StepRows) -> dict[str, Fired]:
-        """The requests for which a stop condition holds."""
-        firsts, starts, counts = step.spans
+    def fired(
+        self,
+        rows: Mapping[int, np.ndarray],
+        firsts: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+    ) -> dict[str, Fired]:
+        """The requests for which a stop condition holds.
+
+        Args:
+            rows: of the step, by slot.
+            firsts: `[n]`, the row of each request's first token.
+            starts: `[n]`, the position of that token.
+            counts: `[n]`, how many of its tokens count.
+        """
         candidates = self.stopping
         if candidates and (counts == 1).all():
             met: set[int] = set()
             for slot, own in self.conditions.items():
-                if slot in step.rows:
-                    met |= own.met(step.rows[slot], firsts)
+                if slot in rows:
+                    met |= own.met(rows[slot], firsts)
             candidates = sorted(met)
         fired: dict[str, Fired] = {}
         for at in candidates:
             reads = self.reads[at]
             assert reads is not None
             span = int(firsts[at]), int(starts[at]), int(counts[at])
-            found = reads.fired(step.rows, *span)
+            found = reads.fired(rows, *span)
             if found is not None:
                 fired[self.req_ids[at]] = found
         return fired
@@ -202,9 +213,8 @@ class StepReads:
 
     def __init__(self) -> None:
         self.counts: dict[str, ReadCounts] = {}
+        self.outbox = Outbox()
         self._batch: Batch | None = None
-        # Steps that no output has carried yet, by client.
-        self._waiting: dict[int, list[StepRows]] = {}
 
     def batch(self, req_ids: Sequence[str], requests: Mapping[str, Request]) -> Batch:
         """The batch of a step."""
@@ -228,21 +238,17 @@ class StepReads:
             requests: that the scheduler knows, by id.
         """
         batch = self.batch(readout.req_ids, requests)
-        spans = np.stack([readout.first_rows, starts, counts])
-        step = StepRows(batch.req_ids, spans, readout.rows, batch.take_new())
         for slot, rows in readout.rows.items():
             if slot in batch.modules:
                 own = self.counts.setdefault(batch.modules[slot], ReadCounts())
-                own.tokens += int((rows[:, 0] != NOT_READ).sum())
+                own.tokens += int(np.count_nonzero(rows[:, 0] != NOT_READ))
                 own.bytes += rows.nbytes
-        for client, places in batch.clients.items():
-            part = step if len(batch.clients) == 1 else step.part(places)
-            waiting = self._waiting.setdefault(client, [])
-            waiting.append(part)
-            if len(waiting) > MAX_WAITING:
-                known = requests.keys()
-                waiting[:] = [s for s in waiting if not known.isdisjoint(s.req_ids)]
-        return batch.fired(step)
+        new = batch.take_new()
+        self.outbox.put(batch, readout, starts, counts, batch.clients, new)
+        self.outbox.drop_ended(requests.keys())
+        if not batch.stopping:
+            return {}
+        return batch.fired(readout.rows, readout.first_rows, starts, counts)
 
     def stopped(self, fired: Fired) -> None:
         """Count a request that a condition has ended."""
@@ -251,12 +257,13 @@ class StepReads:
     def attach(self, outputs: Mapping[int, EngineCoreOutputs]) -> None:
         """Put the waiting steps into the first output of each client."""
         for client, of_client in outputs.items():
-            if not of_client.outputs or client not in self._waiting:
+            if not of_client.outputs:
                 continue
-            steps = [step.to_wire() for step in self._waiting.pop(client)]
-            first = of_client.outputs[0]
-            params = first.ec_transfer_params or {}
-            first.ec_transfer_params = {**params, PAYLOAD_KEY: steps}
+            steps = self.outbox.take(client)
+            if steps:
+                first = of_client.outputs[0]
+                params = first.ec_transfer_params or {}
+                first.ec_transfer_params = {**params, PAYLOAD_KEY: steps}
 
 
 def reads_of(

@@ -63,6 +63,21 @@ class Readers:
     total: int
 
 
+@dataclass(frozen=True)
+class SlotRead:
+    """What one slot gives in steps of the same batch; the tensors are views.
+
+    Attributes:
+        slot: the engine's slot.
+        rows: int32 `[part, width]`, what is read.
+        marks: int32 `[part]`, its first column: `NOT_READ` until a token is read.
+    """
+
+    slot: int
+    rows: torch.Tensor
+    marks: torch.Tensor
+
+
 def readers_of(view: BatchView, reading: Collection[str]) -> Readers:
     """The requests of a batch that are in `reading`; at least one is."""
     found = [at for at, req_id in enumerate(view.req_ids) if req_id in reading]
@@ -100,8 +115,7 @@ class SteeringReadout:
         self._reading = False
         self._readers: Readers | None = None
         self._computed: np.ndarray = np.zeros(0, dtype=np.int64)
-        # Slot -> width of its output, for the rows of the batch at hand.
-        self._widths: dict[int, int] = {}
+        self._slot_reads: list[SlotRead] = []
         # Tokens that had a row since the worker started, by slot.
         self.tokens_read: dict[int, int] = {}
 
@@ -151,6 +165,7 @@ class SteeringReadout:
         if changed or not self._written:
             self._write_index(rows[0])
             self._readers = readers_of(view, self._rows)
+            self._slot_reads = self._find_slot_reads(rows[0], self._readers.part)
         assert self._readers is not None
         self._computed = view.num_computed[self._readers.places].astype(np.int64)
         self._reading = self.step.reading = True
@@ -193,32 +208,37 @@ class SteeringReadout:
         fresh = async_tensor_h2d(self._host[:extent].copy(), device=device)
         self.step.read_index[:extent].copy_(fresh)
         self._written = tokens
-        used = np.unique(rows)
-        self._widths = {}
+
+    def _find_slot_reads(self, rows: np.ndarray, part: slice) -> list[SlotRead]:
+        """The slots that these rows read, each as wide as the widest one."""
+        used = np.flatnonzero(np.bincount(rows)).tolist()
+        buffers = self.places.read_buffers()
+        found = []
         for at, table in self._tables.items():
-            widths = [table[row] for row in used.tolist() if row in table]
+            widths = [table[row] for row in used if row in table]
             if widths:
-                self._widths[at] = max(widths)
+                out = buffers[at].out[part]
+                found.append(SlotRead(at, out[:, : max(widths)], out[:, 0]))
+        return found
 
     def take_step(self) -> StepReadout | None:
         """Start the copy of what the step's sites have written, in stream order."""
-        if not (self._reading and self._widths):
+        if not (self._reading and self._slot_reads):
             return None
         self._reading = False
         readers = self._readers
         assert readers is not None
-        buffers = self.places.read_buffers()
         rows: dict[int, np.ndarray] = {}
-        for at, width in self._widths.items():
-            out = buffers[at].out[readers.part]
+        for read in self._slot_reads:
             if self.sends:
                 # Pinned memory of PyTorch's pool, which knows when a copy is done; the
                 # next step may begin before this one has been looked at.
-                copy = out[:, :width].contiguous()
-                rows[at] = copy.to("cpu", non_blocking=True, copy=True).numpy()
-                self.tokens_read[at] = self.tokens_read.get(at, 0) + readers.total
+                copy = read.rows.to("cpu", non_blocking=True, copy=True)
+                rows[read.slot] = copy.numpy()
+                read_before = self.tokens_read.get(read.slot, 0)
+                self.tokens_read[read.slot] = read_before + readers.total
             # Tokens of the next step count as not read until they are.
-            out[:, 0].fill_(NOT_READ)
+            read.marks.fill_(NOT_READ)
         if not rows:
             return None
         return StepReadout(

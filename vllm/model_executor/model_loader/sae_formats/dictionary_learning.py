@@ -3,7 +3,9 @@
 
 Linear layers store the encoder as `[F, D]` and the decoder as `[D, F]`; the classes
 with plain parameters store them as `[D, F]` and `[F, D]`. All but JumpReLU and
-AutoEncoderNew encode `x - b_dec`.
+AutoEncoderNew encode `x - b_dec`. The library records the output of a module of the
+Hugging Face model, so `attn_out` and `mlp_out` are the modules' own outputs, before a
+norm that a layer may have behind them.
 Source: https://github.com/saprmarks/dictionary_learning
 """
 
@@ -41,6 +43,7 @@ class _DictClass:
     subtract_b_dec: bool = True
 
 
+_MODULE_OUTPUTS = (HookPoint.ATTN_OUT, HookPoint.MLP_OUT)
 _LINEAR = (Matrix("encoder.weight"), Matrix("decoder.weight", features_last=True))
 _PLAIN = (Matrix("W_enc", features_last=True), Matrix("W_dec"))
 CLASSES = {
@@ -95,7 +98,15 @@ def read(location: Location) -> ModuleLayout:
         if trainer.integer(key, 1, size) != size:
             raise trainer.fail(key, f"{size}, which {WEIGHTS} has for its decoder")
     layout = SAELayout(
-        site=SiteInfo(layer, hook, D, F, kind.activation, k),
+        site=SiteInfo(
+            layer,
+            hook,
+            D,
+            F,
+            kind.activation,
+            k,
+            raw_output=stated is not None and hook in _MODULE_OUTPUTS,
+        ),
         file=WEIGHTS,
         W_enc=kind.W_enc,
         W_dec=kind.W_dec,

@@ -10,6 +10,8 @@ The edits a branch would make:
 - `add_request`, which runs later and in the scheduling thread, admits a request again
   when modules have changed in between.
 - `_handle_request_preproc_error` tells the client why a steered request was refused.
+  Since 0.33 validation errors go to `_handle_request_validation_error`, which would
+  answer 400 without the path; so that does the same.
 - `collective_rpc` gives `METHOD` to the registry, which is an attribute of the core.
 - A `Request` keeps the configuration that it was admitted under, and what it reads.
 """
@@ -24,7 +26,7 @@ from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, ModuleReply
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.exceptions import VLLMValidationError
-from vllm.plugins.steering.seam import Stock, declare, wrap
+from vllm.plugins.steering.seam import Stock, declare, exists, wrap
 from vllm.v1.engine.steering_admission import (
     admit,
     admit_again,
@@ -56,6 +58,10 @@ def install() -> None:
         ("self", "request"),
         _handle_request_preproc_error,
     )
+    validation_error = f"{process}._handle_request_validation_error"
+    if exists(validation_error):
+        parameters = ("self", "request", "error")
+        wrap(validation_error, parameters, _handle_request_validation_error)
     call = ("self", "method", "timeout", "args", "kwargs")
     wrap(f"{core}.collective_rpc", call, _collective_rpc)
 
@@ -100,6 +106,18 @@ def _handle_request_preproc_error(stock: Stock) -> Stock:
             refuse(self, request.request_id, request.client_index, error)
         else:
             stock(self, request)
+
+    return handle
+
+
+def _handle_request_validation_error(stock: Stock) -> Stock:
+    def handle(
+        self: EngineCoreProc, request: EngineCoreRequest, error: VLLMValidationError
+    ) -> None:
+        if is_steered(request):
+            refuse(self, request.request_id, request.client_index, error)
+        else:
+            stock(self, request, error)
 
     return handle
 
