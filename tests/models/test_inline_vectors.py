@@ -27,6 +27,8 @@ from steering_testing.tiers import (
 from vllm import LLM, SamplingParams
 from vllm.config.sae_steering_types import SteeringSamplingParams, SteeringVectorSpec
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.steering_runtime import SteeringRuntime
 
 pytestmark = pytest.mark.engine
 
@@ -252,3 +254,39 @@ def test_chunks_and_preemption_change_nothing(
         assert held(llm) == 0
         runner(llm).steering.check_integrity()
     check(MODULES, found, asked, prompts)
+
+
+def test_the_fullest_batch_fits_what_was_there_when_the_cache_was_sized(
+    model_root: Path, paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request brings all the vectors it may, each its own; no buffer is new."""
+    sized: list[dict[int, int]] = []
+    size_cache = CPUWorker.determine_available_memory
+
+    def buffers(steering: SteeringRuntime) -> dict[int, int]:
+        sites = steering.modules.sites.values()
+        return {b.data_ptr(): b.nbytes for site in sites for b in site.buffers()}
+
+    def watched(worker: Any) -> int:
+        sized.append(buffers(worker.model_runner.steering))
+        return size_cache(worker)
+
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", watched)
+    batch = 4
+    asked = [[own(30 + at), own(40 + at), own(50 + at, MID)] for at in range(2 * batch)]
+    prompts = [prompt(at, 6) for at in range(len(asked))]
+    most: list[int] = []
+    options = {"block_size": BLOCK, "max_num_seqs": batch}
+    with engine(FAMILY, model_root, paths, STEERING, **options) as llm:
+        for at, (ids, asks) in enumerate(zip(prompts, asked, strict=True)):
+            llm.llm_engine.add_request(
+                f"r{at}", {"prompt_token_ids": ids}, params(3, **specs(*asks))
+            )
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            most.append(held(llm))
+        runner(llm).steering.check_integrity()
+        now = buffers(runner(llm).steering)
+    assert max(most) == 3 * batch
+    assert sized == [now]
+    assert sum(now.values()) >= 3 * batch * vector(1).numel() * 4

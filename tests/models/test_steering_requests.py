@@ -42,6 +42,16 @@ def llm(model_root: Path, paths: dict[str, Any]) -> Iterator[LLM]:
         yield llm
 
 
+def conditions() -> list[list[Ask]]:
+    """Conditions above and below, of ReLU, JumpReLU and TopK, in both SAE tiers."""
+    return [
+        conditional(module, tier, which)
+        for module in ("a", "b", "t")
+        for tier in ("delta", "full")
+        for which in ("above", "below")
+    ]
+
+
 @pytest.mark.parametrize("module", ["a", "b", "t"])
 def test_conditions_of_every_kind_and_activation(llm: LLM, module: str) -> None:
     asked = [
@@ -107,9 +117,9 @@ def test_a_mixed_batch_leaves_plain_requests_as_they_are(llm: LLM) -> None:
     assert found[1::2] == plain
 
 
-def test_a_warm_cache_serves_equal_schedules_only(llm: LLM) -> None:
-    """Twice in a row, and after every other schedule has filled the cache."""
-    asked = schedules()
+def test_a_warm_cache_serves_equal_edits_only(llm: LLM) -> None:
+    """Twice in a row, and after every other request has filled the cache."""
+    asked = [*conditions(), *directions(), *schedules()]
     same = [prompt(6, 40)] * len(asked)
     first = run(llm, asked, same)
     check(MODULES, first, asked, same)
@@ -134,6 +144,16 @@ def test_blocks_before_a_span_are_those_of_a_plain_request(llm: LLM) -> None:
     assert cached(llm, [], ids) == 3 * BLOCK
     other = [Ask("full", "b", spans=[("prompt", 2 * BLOCK, None)])]
     assert cached(llm, other, ids) == 2 * BLOCK
+
+
+def test_without_a_reserve_there_is_no_room_for_vectors_of_requests(llm: LLM) -> None:
+    modules = runner(llm).steering.modules
+    assert not modules.inline.stacks
+    for key, site in modules.sites.items():
+        place = (key.layer, key.hook.value)
+        named = sum(place in sites for sites in MODULES.vectors.values())
+        found = 0 if site.vectors is None else site.vectors.directions.shape[0]
+        assert found == named
 
 
 @pytest.mark.parametrize(

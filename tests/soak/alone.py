@@ -48,31 +48,45 @@ class Rounding:
 class Pool:
     """Requests that have one right answer, and why the others have none.
 
-    `left_out` counts them: `tokens`, the best token is not clearly the best;
+    `left_out` counts them: `tokens`, the best first token is not clearly the best;
     `selection`, rounding decides which features are active; `batches`, they say
-    something else in another batch.
+    something else in another batch. `shortened` requests end before the first token
+    that is not clearly the best.
     """
 
     items: list[Item] = field(default_factory=list)
+    shortened: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def smallest_gap(completion: CompletionOutput) -> float:
-    """How much better the best token was than the second, at the closest step."""
-    gaps = []
-    for step in completion.logprobs or []:
+def clear_tokens(completion: CompletionOutput, margin: float) -> int:
+    """How many tokens are better than the second best by more than the margin, before
+    the first one that is not."""
+    for at, step in enumerate(completion.logprobs or []):
         best, second = sorted((one.logprob for one in step.values()), reverse=True)[:2]
-        gaps.append(best - second)
-    return min(gaps)
+        if best - second <= margin:
+            return at
+    return len(completion.token_ids)
 
 
-def ask_alone(llm: LLM, item: Item) -> float:
-    """Fill in the item's reference; the gap that decides its tokens."""
+def ask_alone(llm: LLM, item: Item, margin: float) -> int:
+    """Fill in the item's reference; how many of its tokens are clearly the best."""
     llm.reset_prefix_cache()
     prompt = {"prompt_token_ids": item.prompt}
     [output] = llm.generate([prompt], item.params(logprobs=2), use_tqdm=False)
     item.reference = answers_of(output)
-    return min(map(smallest_gap, output.outputs))
+    return min(clear_tokens(completion, margin) for completion in output.outputs)
+
+
+def ask_what_is_clear(llm: LLM, item: Item, margin: float) -> bool:
+    """Fill in the item's reference, and end the item before the first token that is
+    not clearly the best; whether anything is left of it."""
+    clear = ask_alone(llm, item, margin)
+    if 0 < clear < item.max_tokens:
+        item.max_tokens = clear
+        # What it reads is shorter, too. No earlier token can change.
+        assert ask_alone(llm, item, margin) == clear
+    return clear > 0
 
 
 def answer_alone(
@@ -95,10 +109,13 @@ def answer_alone(
         for item in (item for item in pool if item.version == version):
             if time.monotonic() > deadline:
                 kept.left_out["time"] += 1
-            elif ask_alone(llm, item) <= limits.margin:
-                kept.left_out["tokens"] += 1
-            else:
+                continue
+            length = item.max_tokens
+            if ask_what_is_clear(llm, item, limits.margin):
+                kept.shortened += item.max_tokens < length
                 asked.append(item)
+            else:
+                kept.left_out["tokens"] += 1
         found = decided(llm, asked, choices)
         kept.left_out["selection"] += len(asked) - len(found)
         once = len(found)
@@ -106,7 +123,10 @@ def answer_alone(
             found = repeatable(llm, found, limits.tolerance / 2, group)
         kept.left_out["batches"] += once - len(found)
         kept.items += found
-        say(f"references: {len(kept.items)}, left out: {dict(kept.left_out)}")
+        say(
+            f"references: {len(kept.items)}, shortened: {kept.shortened}, "
+            f"left out: {dict(kept.left_out)}"
+        )
         if version is not None:
             unregister_module(llm, HOT)
     return kept

@@ -24,6 +24,7 @@ class Report:
         distinct: requests that were drawn from.
         exceptions: of the engine, and of calls that should have been accepted.
         leaks: what was left when nothing was running.
+        shortened: requests that end before rounding decides a token.
         left_out: requests without one right answer, by `Pool`'s reasons.
     """
 
@@ -40,6 +41,7 @@ class Report:
     examples: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     distinct: int = 0
+    shortened: int = 0
     seconds: float = 0.0
 
     @property
@@ -67,7 +69,7 @@ class Report:
             f"  wrong log-probabilities: {self.wrong_scores}",
             f"  largest difference of a log-probability: {self.largest_drift:.1e}",
             f"  exceptions: {len(self.exceptions)}, leaks: {len(self.leaks)}",
-            f"  distinct requests: {self.distinct}",
+            f"  distinct requests: {self.distinct}, shortened {self.shortened}",
             f"  left out: {self.left_out.total()}: {_counts(self.left_out)}",
         ]
         return found + [

@@ -127,7 +127,12 @@ def run(plan: Plan, root: Path) -> list[Report]:
         items = [item for item in stable.items if item.samples == 1 or not drafts]
         left_out = Counter(stable.left_out)
         left_out["several samples"] = len(stable.items) - len(items)
-        report = Report(name, distinct=len(items), left_out=left_out)
+        report = Report(
+            name,
+            distinct=len(items),
+            shortened=stable.shortened,
+            left_out=left_out,
+        )
         say(f"{name}: starts")
         with engine(plan.model, root, paths, steering, **options) as llm:
             still = len(plan.profiles) - at

@@ -21,12 +21,12 @@ def gloo_shard() -> Shard:
     """This process's part in the default group."""
     size = dist.get_world_size()
 
-    def gather(own: torch.Tensor) -> torch.Tensor:
+    def stack(own: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(own) for _ in range(size)]
         dist.all_gather(parts, own.contiguous())
-        return torch.cat(parts, dim=-1)
+        return torch.stack(parts)
 
-    return Shard(dist.get_rank(), size, gather)
+    return Shard(dist.get_rank(), size, stack)
 
 
 def _main(

@@ -26,12 +26,15 @@ AUTO_SAVED_BYTES = 256 << 20
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
-    `refused`: why these ranks cannot share an SAE; empty: they can.
+    `refused`: why these ranks cannot share an SAE; empty: they can. `transcoders`:
+    whether they can share transcoders. `auto_copies`: `auto` shares nothing.
     """
 
     size: int = 1
     item_bytes: int = 4
     refused: str = ""
+    transcoders: bool = True
+    auto_copies: bool = False
 
     @property
     def unit(self) -> int:
@@ -59,6 +62,8 @@ class Ranks:
             return False
         if asked == "shard":
             return True
+        if self.auto_copies:
+            return False
         encoder = d_sae * d_in * self.item_bytes
         saved = encoder - encoder // self.size
         return saved >= AUTO_SAVED_BYTES and self.can_shard(d_sae, d_out)

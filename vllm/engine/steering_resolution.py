@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+# Why ranks on GPUs do not share SAEs. The stages for it are there; tests and benchmarks
+# that run them empty this text.
+ON_A_GPU = "on a GPU every rank holds a copy, because sharing is not confirmed there"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -153,13 +156,13 @@ def first_read_layer(vllm_config: VllmConfig) -> int:
 
 def ranks_of(vllm_config: VllmConfig) -> Ranks:
     """The tensor-parallel group, and whether it can share SAEs."""
-    refused = ""
-    if not current_platform.is_cpu():
-        refused = "on a GPU, every rank holds a copy"
+    on_cpu = current_platform.is_cpu()
     return Ranks(
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
-        refused,
+        refused="" if on_cpu else ON_A_GPU,
+        transcoders=on_cpu,
+        auto_copies=not on_cpu,
     )
 
 
@@ -238,7 +241,7 @@ def check_shards(module: ModuleInfo, ranks: Ranks) -> None:
             "rank holds a copy of a vector"
         )
     for site in module.sites:
-        check_sharded(where, site.d_sae, site.out_width, ranks)
+        check_sharded(where, site.d_sae, site.out_width, site.is_transcoder, ranks)
 
 
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:

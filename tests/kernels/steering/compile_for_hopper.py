@@ -28,15 +28,18 @@ from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
     readout,
     resolve,
     select,
+    shared,
+    shared_clamp,
     skip,
 )
 
 HOPPER = GPUTarget("cuda", 90, 32)
-MODEL = ("hidden", "residual", "source", "x", "w_enc", "w_dec", "w_skip")
+MODEL = ("hidden", "residual", "source", "x", "w_enc", "w_dec", "w_skip", "columns")
 INT32 = (
     "index", "flags", "table", "meta", "tokens", "records", "sync", "count",
+    "places", "rows_of",
 )  # fmt: skip
-INT64 = ("entries", "kth", "saturated")
+INT64 = ("entries", "kth", "saturated", "packed")
 READ = {"D": 96, "GATE": -1}
 FLOAT32 = (
     "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "skip",
@@ -75,6 +78,23 @@ def compiles(kernel: Any, constants: dict[str, Any], **others: str) -> None:
     print("compiled", kernel.__name__, flush=True)
 
 
+def shared_kernels() -> None:
+    """What ranks that share an SAE run besides the others."""
+    compiles(shared.pack_kernel, {"LIST_MAX": 512})
+    compiles(shared.merge_kernel, {"LIST_MAX": 512, "RANKS": 2})
+    compiles(shared.order_dense_kernel, {"LIST_MAX": 512, "BLOCK": 1024})
+    columns = {"W": 48, "HAS_RESIDUAL": True, "BLOCK": 64}
+    compiles(shared.place_kernel, {**columns, "FILL": True})
+    compiles(shared.write_kernel, {**columns, "RANKS": 2}, limit="fp32")
+    compiles(
+        shared.steered_kernel,
+        {"D": 96, "HAS_RESIDUAL": True, "GATED": True, "ROW_D": 128},
+    )
+    clamps = {"HAS_RESIDUAL": True, "MAX_CLAMPS": 8, "NC": 8}
+    compiles(shared_clamp.clamp_acts_kernel, {**clamps, "D": 96, "BLOCK_D": 64})
+    compiles(shared_clamp.clamp_columns_kernel, {**clamps, "W": 48, "ROW_W": 64})
+
+
 def main() -> None:
     """Every kernel, with the constants that change its code most."""
     sources = ({"D_IN": 96, "HAS_SOURCE": False}, {"D_IN": 40, "HAS_SOURCE": True})
@@ -100,6 +120,7 @@ def main() -> None:
         tokens="i32", **dict.fromkeys(("ids", "tables", "counts"), "*i64"),
         **dict.fromkeys(("bits", "delta_rows", "full_rows", "starts", "masks"), "*i32"),
     )  # fmt: skip
+    shared_kernels()
     compiles(resolve.resolve_kernel, SELECT)
     compiles(select.select_kernel, {**SELECT, "BLOCK": 2048})
     compiles(

@@ -65,3 +65,20 @@ def test_a_workspace_has_room_for_every_shorter_step(tokens: int, topk: bool) ->
     assert views.plan.capacity >= LIST_MAX
     assert views.dense.shape[0] >= min(tokens, 128)
     assert views.dense.shape[1] == dense_row_bytes(2304, 2304, 16384)
+
+
+# TopK goes through this workspace 2048 tokens at a time; 2051 are two chunks of 1280.
+@pytest.mark.parametrize("longest", [2047, 2048, 2051, 2560, 5000])
+@pytest.mark.parametrize("topk", [False, True])
+def test_a_step_of_one_chunk_may_be_wider_than_the_chunks_of_the_longest(
+    longest: int, topk: bool
+) -> None:
+    kinds = frozenset({Activation.TOPK if topk else Activation.RELU})
+    slot = SAESlot(SAEWeights(16384, 2304, torch.bfloat16, META), 3, 8, kinds)
+    workspace = SteeringWorkspace(longest, [slot], META)
+    assert workspace.nbytes <= 256 << 20
+    for tokens in {1, 1280, 1281, 2047, 2048, 2049, longest}:
+        if tokens <= longest:
+            views = workspace.buffers(slot, tokens, topk)
+            assert views.x.shape[0] == views.plan.rows <= workspace.tokens.shape[0]
+            assert len(workspace.records) >= views.plan.rows

@@ -119,13 +119,25 @@ def test_what_ranks_cannot_share_is_refused_by_name(
     check_refused(vllm_config, 2, both, where, "only with width")
 
 
-def test_ranks_that_cannot_share_refuse_it_and_auto_copies(
-    vllm_config: VllmConfig, sae_path: Path, monkeypatch: pytest.MonkeyPatch
+class NoCPU:
+    """A platform that is not a CPU, as far as sharding asks."""
+
+    @staticmethod
+    def is_cpu() -> bool:
+        return False
+
+
+def test_what_gpus_cannot_share_is_refused_and_auto_copies(
+    vllm_config: VllmConfig,
+    sae_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    never = Ranks(2, 2, "every rank holds a copy here")
-    monkeypatch.setattr(steering_resolution, "ranks_of", lambda config: never)
+    monkeypatch.setattr(steering_resolution, "current_platform", NoCPU)
     asked = {"modules": {"m": {"path": str(sae_path), "sharding": "shard"}}}
-    check_refused(
-        vllm_config, 2, asked, 'found "shard", expected "replicate"', "a copy"
-    )
-    assert not never.shards("auto", 131072, 5376, 5376)
+    check_refused(vllm_config, 2, asked, 'expected "replicate"', "on a GPU")
+    assert resolved(vllm_config, 2, {}).ranks.auto_copies
+    assert not Ranks(2, 2, auto_copies=True).shards("auto", 131072, 5376, 5376)
+    transcoder = slot(hook="mlp_in", hook_out="mlp_out", sharding="shard")
+    check_refused(vllm_config, 2, transcoder, "spare[0].sharding", "for a transcoder")
+    assert resolved(vllm_config, 1, asked).modules["m"].sharded == ()

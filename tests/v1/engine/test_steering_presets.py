@@ -19,8 +19,10 @@ from steering_testing.engine import (
     engine,
     generate,
     params,
+    runner,
     sae_spec,
     save_sae,
+    squeezed,
 )
 from steering_testing.oracle import Greedy
 from steering_testing.reference import Clamp
@@ -352,3 +354,36 @@ def test_a_bad_preset_stops_start_up(
         engine(FAMILY, model_root, paths, steering),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_chunks_and_preemption_change_nothing_under_a_default(
+    model_root: Path, tmp_path: Path, compiled: bool
+) -> None:
+    """Few tokens a step, a cache too small for the batch, every way to a preset."""
+    presets = {"bridge": specs(*BRIDGE), "calm": specs(*CALM)}
+    own = Ask("full", "a", {POST: [Clamp(8, "absolute", 4.0)]})
+    last = Ask("additive", "v", kind="scale", scale=0.0, spans=[("prompt", -1, None)])
+    ways: list[tuple[dict[str, Any], list[Ask] | None]] = [
+        ({}, None),
+        ({"steering_preset": "bridge"}, BRIDGE),
+        ({"steering_preset": None}, []),
+        ({"steering_preset": "calm", **specs(own)}, [*CALM, own]),
+        ({"steering_preset": "bridge", **specs(last)}, [*BRIDGE, last]),
+    ]
+    options = {"block_size": 32, "enforce_eager": not compiled}
+    paths, model = MODULES.save(tmp_path), models.build(FAMILY)
+    with squeezed(FAMILY, model_root, paths, {"presets": presets}, **options) as llm:
+        for default, wanted in (("bridge", BRIDGE), ("calm", CALM)):
+            set_default_preset(llm, default)
+            asked = [(given, wanted if a is None else a) for given, a in ways * 2]
+            prompts = [prompt(at, 30 + at % 3) for at in range(len(asked))]
+            sampling = [params(TOKENS, **given) for given, _ in asked]
+            found = generate(llm, prompts, sampling)
+            for result, ids, (given, asks) in zip(found, prompts, asked, strict=True):
+                edits = MODULES.edits(*asks)
+                expected = oracle.follow(model, ids, edits, result.tokens)
+                assert_same(result, expected, f"{default}: {given}")
+        runner(llm).steering.check_integrity()

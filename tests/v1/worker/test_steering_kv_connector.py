@@ -114,7 +114,10 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("connector", [*OFFLOADS, "MultiConnector"])
+@pytest.mark.parametrize(
+    "connector",
+    [*OFFLOADS, pytest.param("MultiConnector", marks=pytest.mark.slow)],
+)
 def test_offloaded_kv_comes_back_only_under_the_same_steering(
     connector: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:
     from vllm.model_executor.layers.steering_kernels import (
+        stages_shared,
         stages_triton,
         stages_triton_dense,
         stages_triton_read,
@@ -142,6 +143,8 @@ def reads_on_the_way(
     """Whether one passage through the slot can read features and edit tokens."""
     if slot.reads_source or not extension_is_built():
         return False
+    if not slot.weights.shard.is_whole:
+        return False
     return stages_cuda.takes_cuda(slot, hidden, residual)
 
 
@@ -165,7 +168,9 @@ def sae_clamp(
         gated = uses_topk(slot)
         if hidden.shape[0] == 0:
             return
-        if _takes_clamp(slot, hidden, residual, source):
+        if not slot.weights.shard.is_whole:
+            stages_shared.clamp(slot, step, gated, hidden, residual)
+        elif _takes_clamp(slot, hidden, residual, source):
             stages_cuda.clamp(slot, step, gated, hidden, residual, source)
         else:
             stages_triton.clamp(slot, step, gated, hidden, residual, source)
@@ -245,6 +250,9 @@ def _make_run(
 def _pipeline(run: Run | None) -> None:
     """The stages, chunk after chunk."""
     if run is None:
+        return
+    if not run.slot.weights.shard.is_whole:
+        stages_shared.pipeline(run)
         return
     cuda = extension_is_built() and stages_cuda.takes_cuda(
         run.slot, run.hidden, run.residual, run.source

@@ -14,7 +14,7 @@ import torch
 
 
 def _alone(own: torch.Tensor) -> torch.Tensor:
-    return own
+    return own[None]
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,19 @@ class Shard:
 
     Attributes:
         rank, size: which of how many parts.
-        gather: `[n, w]` of each rank -> `[n, size * w]` on every rank, in the ranks'
-            order. All ranks call it together, with the same shapes.
+        stack: `[n, w]` of each rank -> `[size, n, w]` on every rank. All ranks call it
+            together, with the same shapes.
     """
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[torch.Tensor], torch.Tensor] = _alone
+    stack: Callable[[torch.Tensor], torch.Tensor] = _alone
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """`[n, w]` of each rank -> `[n, size * w]`, in the ranks' order."""
+        if self.is_whole:
+            return own
+        return self.stack(own).transpose(0, 1).reshape(own.shape[0], -1)
 
     @property
     def is_whole(self) -> bool:
@@ -61,7 +67,8 @@ def tensor_parallel_shard() -> Shard:
 
     group = get_tp_group()
 
-    def gather(own: torch.Tensor) -> torch.Tensor:
-        return group.all_gather(own.contiguous(), dim=-1)
+    def stack(own: torch.Tensor) -> torch.Tensor:
+        every = group.all_gather(own.contiguous(), dim=0)
+        return every.view(group.world_size, *own.shape)
 
-    return Shard(group.rank_in_group, group.world_size, gather)
+    return Shard(group.rank_in_group, group.world_size, stack)

@@ -56,6 +56,34 @@ def dense_rows(rows: int, row_bytes: int, room: int) -> int:
     return fit - fit % 128 if 128 < fit < rows else fit
 
 
+def most_rows(
+    d_in: int,
+    d_out: int,
+    d_sae: int,
+    max_clamps: int,
+    itemsize: int,
+    topk: bool,
+    skip: bool = False,
+) -> int:
+    """The most active tokens that go through the workspace at a time.
+
+    A step of more tokens is cut into equal chunks, which may have fewer.
+    """
+    listed = min(d_sae, LIST_MAX)
+    rows = MAX_GATHER_BYTES // (d_in * itemsize + (4 * d_out if skip else 0))
+    rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
+    rows = min(rows, MAX_ENTRY_BYTES // (ENTRY_BYTES * listed))
+    if topk:
+        rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae))
+        rows = min(rows, (MAX_TOPK_BYTES - PAGE) // (4 * d_sae + ENTRY_BYTES * listed))
+    if rows < 1:
+        raise ValueError(
+            f"steering: d_in={d_in}, d_sae={d_sae}, max_clamps={max_clamps}: one "
+            "token does not fit the workspace; use a narrower SAE or fewer clamps"
+        )
+    return rows - rows % CHUNK_ALIGN if rows > CHUNK_ALIGN else rows
+
+
 def plan_chunks(
     tokens: int,
     d_in: int,
@@ -70,20 +98,7 @@ def plan_chunks(
 
     `skip`: the slot has a skip connection, whose float32 outputs are stored beside x.
     """
-    listed = min(d_sae, LIST_MAX)
-    rows = MAX_GATHER_BYTES // (d_in * itemsize + (4 * d_out if skip else 0))
-    rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
-    rows = min(rows, MAX_ENTRY_BYTES // (ENTRY_BYTES * listed))
-    if topk:
-        rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae))
-        rows = min(rows, (MAX_TOPK_BYTES - PAGE) // (4 * d_sae + ENTRY_BYTES * listed))
-    if rows < 1:
-        raise ValueError(
-            f"steering: d_in={d_in}, d_sae={d_sae}, max_clamps={max_clamps}: one "
-            "token does not fit the workspace; use a narrower SAE or fewer clamps"
-        )
-    if rows > CHUNK_ALIGN:
-        rows -= rows % CHUNK_ALIGN
+    rows = most_rows(d_in, d_out, d_sae, max_clamps, itemsize, topk, skip)
     num_chunks = max(cdiv(tokens, rows), 1)
     if num_chunks > 1 and rows > CHUNK_ALIGN:
         rows = cdiv(cdiv(tokens, num_chunks), CHUNK_ALIGN) * CHUNK_ALIGN

@@ -40,6 +40,8 @@ class Run:
         source: what a transcoder reads.
         reads: who reads on the way, in the extension's decoder; None: nobody.
         edits: False where no token is to be changed, whatever its row.
+        own_scores: float32 `[rows, F / size]`, where the encoder of a shared TopK SAE
+            writes; None: to the workspace.
     """
 
     slot: SAESlot
@@ -54,10 +56,33 @@ class Run:
     source: torch.Tensor | None = None
     reads: ReadBuffers | None = None
     edits: bool = True
+    own_scores: torch.Tensor | None = None
 
     @property
     def table(self) -> ClampTable:
         return self.slot.full if self.tier is Tier.FULL else self.slot.delta
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int32: which token each active row is; -1: none, its norm is too large."""
+        return self.workspace.tokens
+
+    @property
+    def encoded(self) -> torch.Tensor:
+        """What the encoder writes: scores of TopK, else entries."""
+        if self.own_scores is not None:
+            return self.own_scores
+        return self.buffers.scores if self.topk else self.buffers.entries
+
+    @property
+    def d_out(self) -> int:
+        """Columns that this rank decodes."""
+        return self.slot.weights.W_dec.shape[1]
+
+    @property
+    def saturated(self) -> torch.Tensor:
+        """The counter of limited write-backs."""
+        return self.slot.saturated
 
     @property
     def read(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -93,7 +93,8 @@ def encode(run: Run, base: int) -> None:
     multiprocessors, has_tma, _ = device_facts(weights.W_enc.device)
     tma = has_tma and item == 2 and weights.d_in * item % 16 == 0
     operands, tiles = _operands(slot, buffers, plan, tma)
-    work = cdiv(weights.d_sae_capacity, plan.block_f) * cdiv(rows, tiles[-1])
+    features = weights.W_enc.shape[0]
+    work = cdiv(features, plan.block_f) * cdiv(rows, tiles[-1])
     resident = multiprocessors * plan.programs_per_sm
     encode_kernel[(min(work, resident),)](
         **operands,
@@ -101,10 +102,10 @@ def encode(run: Run, base: int) -> None:
         threshold=weights.threshold,
         count=workspace.count,
         records=workspace.records,
-        out=buffers.scores if topk else buffers.entries,
+        out=run.encoded,
         base=base,
         rows=rows,
-        F=weights.d_sae_capacity,
+        F=features,
         capacity=buffers.plan.capacity,
         D=weights.d_in,
         BF=plan.block_f,
@@ -134,7 +135,7 @@ def coefficients(run: Run, base: int) -> None:
             table=table.packed,
             meta=weights.meta,
             count=workspace.count,
-            tokens=workspace.tokens,
+            tokens=run.tokens,
             scores=buffers.scores,
             records=workspace.records,
             sync=run.step.sync,
@@ -158,7 +159,7 @@ def coefficients(run: Run, base: int) -> None:
         index=index,
         table=table.packed,
         count=workspace.count,
-        tokens=workspace.tokens,
+        tokens=run.tokens,
         records=workspace.records,
         sync=run.step.sync,
         entries=buffers.entries,
@@ -182,13 +183,14 @@ def combine(run: Run, base: int) -> None:
     rows = buffers.plan.rows
     if weights.W_skip is not None and run.tier is Tier.FULL:
         write_skip(run, weights.W_skip, base)
+    # The blocks of a part of the columns are those of all, and so are its bits.
     block_d = min(next_power_of_2(weights.d_out), COMBINE_SLICE)
-    work = rows * cdiv(weights.d_out, block_d)
+    work = rows * cdiv(run.d_out, block_d)
     combine_kernel[(min(work, device_facts(hidden.device)[0] * 12),)](
         index=run.index,
         table=table.packed,
         count=workspace.count,
-        tokens=workspace.tokens,
+        tokens=run.tokens,
         records=workspace.records,
         entries=buffers.entries,
         coef=buffers.coef,
@@ -198,7 +200,7 @@ def combine(run: Run, base: int) -> None:
         b_dec=weights.b_dec,
         hidden=hidden,
         residual=hidden if residual is None else residual,
-        saturated=run.slot.saturated,
+        saturated=run.saturated,
         hidden_stride=hidden.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         table_stride=table.packed.stride(0),
@@ -206,7 +208,7 @@ def combine(run: Run, base: int) -> None:
         rows=rows,
         capacity=buffers.plan.capacity,
         LIST_MAX=LIST_MAX,
-        D=weights.d_out,
+        D=run.d_out,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         DELTA=run.tier is Tier.DELTA,

@@ -22,22 +22,23 @@ def dense(run: Run) -> None:
     rows = plan.rows if run.topk else plan.dense_rows
     for first in range(0, plan.rows, rows):
         if not run.topk:
-            _encode_dense(run, first, rows)
-        _decode_dense(run, first, rows)
+            encode_dense(run, first, rows, dense_acts(run))
+        decode_dense(run, first, rows)
 
 
-def _dense_acts(run: Run) -> torch.Tensor:
+def dense_acts(run: Run) -> torch.Tensor:
     """float32 activations of a chunk of dense tokens; for TopK the scores."""
     if run.topk:
         return run.buffers.scores
     return run.buffers.dense.view(torch.float32)
 
 
-def _encode_dense(run: Run, first: int, rows: int) -> None:
-    weights, acts = run.slot.weights, _dense_acts(run)
+def encode_dense(run: Run, first: int, rows: int, acts: torch.Tensor) -> None:
+    """Write the activations of a chunk of dense tokens: float32, a row each."""
+    weights = run.slot.weights
     blocks = plan_dense(weights.W_enc.element_size())
     device = weights.W_enc.device
-    features = weights.d_sae_capacity
+    features = weights.W_enc.shape[0]
     work = cdiv(rows, blocks.tokens) * cdiv(features, blocks.features)
     encode_dense_kernel[(min(work, 2 * device_facts(device)[0]),)](
         x=run.buffers.x,
@@ -60,16 +61,17 @@ def _encode_dense(run: Run, first: int, rows: int) -> None:
     )
 
 
-def _decode_dense(run: Run, first: int, rows: int) -> None:
-    weights, acts = run.slot.weights, _dense_acts(run)
+def decode_dense(run: Run, first: int, rows: int) -> None:
+    """Reconstruct a chunk of dense tokens from `dense_acts`."""
+    weights, acts = run.slot.weights, dense_acts(run)
     hidden, residual, table = run.hidden, run.residual, run.table
     blocks = plan_dense(weights.W_dec.element_size())
-    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
+    work = cdiv(rows, blocks.tokens) * cdiv(run.d_out, blocks.columns)
     decode_dense_kernel[(min(work, 2 * device_facts(hidden.device)[0]),)](
         index=run.index,
         table=table.packed,
         meta=weights.meta,
-        tokens=run.workspace.tokens,
+        tokens=run.tokens,
         records=run.workspace.records,
         sync=run.step.sync,
         kth=run.workspace.kth,
@@ -80,14 +82,14 @@ def _decode_dense(run: Run, first: int, rows: int) -> None:
         b_dec=weights.b_dec,
         hidden=hidden,
         residual=hidden if residual is None else residual,
-        saturated=run.slot.saturated,
+        saturated=run.saturated,
         acts_stride=acts.stride(0),
         hidden_stride=hidden.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         table_stride=table.packed.stride(0),
         base=first,
         rows=rows,
-        D=weights.d_out,
+        D=run.d_out,
         HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         TOPK=run.topk,

@@ -17,6 +17,7 @@ from .plan import (
     RECORD_INTS,
     ChunkPlan,
     dense_row_bytes,
+    most_rows,
     plan_chunks,
 )
 
@@ -61,6 +62,17 @@ def uses_topk(slot: SAESlot) -> bool:
     return Activation.TOPK in slot.activations
 
 
+def _widths(slot: SAESlot) -> tuple[int, int, int, int, int]:
+    """d_in, d_out, d_sae, max_clamps and the bytes of an element of a matrix."""
+    w = slot.weights
+    item = w.W_enc.element_size()
+    return w.d_in, w.d_out, w.d_sae_capacity, slot.full.max_clamps, item
+
+
+def _has_skip(slot: SAESlot) -> bool:
+    return slot.weights.W_skip is not None
+
+
 class SteeringWorkspace:
     """Scratch memory of all sites of a worker, which run one after another.
 
@@ -84,7 +96,8 @@ class SteeringWorkspace:
             for topk in (False, True):
                 if not (uses_topk(slot) if topk else uses_threshold(slot)):
                     continue
-                plan = self.plan(slot, max_tokens, topk)
+                # A longer step has equal chunks, which may be shorter than this one.
+                plan = self.plan(slot, self._longest(slot, max_tokens, topk), topk)
                 rows = max(rows, plan.rows)
                 item = w.W_enc.element_size()
                 skip_bytes = 4 * w.d_out if w.W_skip is not None else 0
@@ -110,22 +123,18 @@ class SteeringWorkspace:
     @staticmethod
     def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         """The chunks in which `slot` processes a step of `tokens` tokens."""
-        w = slot.weights
-        return plan_chunks(
-            tokens,
-            w.d_in,
-            w.d_out,
-            w.d_sae_capacity,
-            slot.full.max_clamps,
-            w.W_enc.element_size(),
-            topk,
-            w.W_skip is not None,
-        )
+        return plan_chunks(tokens, *_widths(slot), topk, _has_skip(slot))
+
+    @staticmethod
+    def _longest(slot: SAESlot, max_tokens: int, topk: bool) -> int:
+        """The longest step of at most `max_tokens` tokens that is one chunk."""
+        return min(max_tokens, most_rows(*_widths(slot), topk, _has_skip(slot)))
 
     @classmethod
     def _shared_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
         """The largest size of scores and entries of any step with `max_tokens`."""
         sizes = [max_tokens, *(2**i for i in range(max_tokens.bit_length()))]
+        sizes.append(cls._longest(slot, max_tokens, topk))
         most = 0
         for plan in (cls.plan(slot, tokens, topk) for tokens in sizes):
             scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
