@@ -159,6 +159,17 @@ def test_what_is_read_is_counted(http: httpx.Client) -> None:
     # num_active, num_listed, two features and two values of four bytes.
     assert count("bytes") >= tokens * 24
     assert count("stops") == 0
+    # Feature 3 is above -1 on every token, so the first generated one ends the request.
+    stop = [{"feature_idx": 3, "above": -1.0}]
+    spec = {"module_name": MODULE, "top_k": 1, "stop_if": stop}
+    body = {"model": MODEL_NAME, "prompt": "the bridge", "sae_readout_specs": [spec]}
+    answered = http.post("/v1/completions", json={**body, "ignore_eos": True})
+    (choice,) = answered.json()["choices"]
+    assert choice["stop_reason"] == f"sae:{MODULE}:post_block.1:3"
+    deadline = time.monotonic() + 30
+    while count("stops") < 1 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert count("stops") == 1
 
 
 def shape(value: Any) -> Any:
