@@ -54,7 +54,17 @@ def test_every_tier_at_every_point_and_every_transcoder_equals_hugging_face(
     conforms(case, model_root, tmp_path, **OPTIONS, **attention, **options)
 
 
-@pytest.mark.parametrize("name", sorted(GPU_CASES))
+# Without steering either: vLLM's own attention is 7 to 13 % from Hugging Face's there.
+STOCK_DIFFERS = pytest.mark.xfail(strict=True, reason="stock attention differs")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=STOCK_DIFFERS if name == "minimax_m2" else ())
+        for name in sorted(GPU_CASES)
+    ],
+)
 def test_a_family_in_bfloat16_equals_hugging_face(
     name: str, model_root: Path, tmp_path: Path
 ) -> None:

@@ -148,7 +148,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(RequestRefused, match=FILE) as caught:
         of_features(str(tmp_path), [0])
-    assert caught.value.status == 500
+    assert caught.value.status == 409
 
 
 def test_indices() -> None:

@@ -36,7 +36,7 @@ def of_features(module_path: str, indices: list[int]) -> Json:
         module_path: of the module, as the engine has it.
 
     Raises:
-        RequestRefused: 500, the file is no JSON object, or contains NaN.
+        RequestRefused: 409, the file is no JSON object, or contains NaN.
     """
     folder = Path(module_path)
     content = _content(folder / FILE)
@@ -120,7 +120,7 @@ def _read(path: Path, changed: int, size: int) -> Json:
         content = None
     if not isinstance(content, dict):
         raise RequestRefused(
-            500, f"{path.name}: expected a JSON object of at most {MAX_BYTES} bytes"
+            409, f"{path.name}: expected a JSON object of at most {MAX_BYTES} bytes"
         )
     return content
 
