@@ -26,6 +26,17 @@ def device_facts(device: torch.device) -> tuple[int, bool, bool]:
     return properties.multi_processor_count, hopper, hopper
 
 
+def stream_arguments(hidden: torch.Tensor, residual: torch.Tensor | None) -> Json:
+    """The stream as Triton kernels take it; `hidden` stands in for no residual."""
+    return {
+        "hidden": hidden,
+        "residual": hidden if residual is None else residual,
+        "hidden_stride": hidden.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "HAS_RESIDUAL": residual is not None,
+    }
+
+
 def pdl_options(device: torch.device) -> Json:
     """Launch options that let a kernel's prologue overlap its predecessor's end."""
     on = device_facts(device)[2]

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.steering_state import (
 
 from . import stages_triton
 from .plan import LIST_MAX, next_power_of_2
-from .run import Run, device_facts
+from .run import Run, device_facts, stream_arguments
 from .shared import (
     merge_kernel,
     order_dense_kernel,
@@ -31,7 +31,7 @@ from .shared import (
     write_kernel,
 )
 from .shared_clamp import clamp_acts_kernel, clamp_columns_kernel
-from .stages_triton_dense import decode_dense, dense_acts, encode_dense
+from .stages_triton_dense import dense, dense_acts, encode_dense
 
 COLUMN_BLOCK = 1024
 
@@ -76,7 +76,7 @@ def pipeline(run: Run) -> None:
         if not run.topk:
             order_dense(columns, base)
         stages_triton.combine(columns, base)
-        _dense(columns)
+        dense(columns, _encode_dense)
         every = run.slot.weights.shard.stack(columns.hidden)
         count, tokens = run.workspace.count, run.tokens
         write_columns(run.slot, count, tokens, every, run.hidden, run.residual, base)
@@ -129,16 +129,12 @@ def _columns_run(run: Run, base: int) -> ColumnsRun:
         tokens=run.tokens,
         places=places,
         rows_of=rows_of,
-        hidden=hidden,
-        residual=hidden if residual is None else residual,
+        **stream_arguments(hidden, residual),
         columns=columns,
-        hidden_stride=hidden.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
         base=base,
         rows=rows,
         first_column=weights.columns.start,
         W=run.d_out,
-        HAS_RESIDUAL=residual is not None,
         FILL=is_delta,
         BLOCK=min(next_power_of_2(run.d_out), COLUMN_BLOCK),
         num_warps=4,
@@ -175,20 +171,14 @@ def order_dense(run: Run, base: int) -> None:
     )
 
 
-def _dense(run: ColumnsRun) -> None:
-    """Reconstruct the dense tokens of a chunk from activations of all ranks."""
-    plan, weights = run.buffers.plan, run.slot.weights
-    if run.tier is Tier.DELTA or plan.dense_rows == 0:
-        return
-    rows = plan.rows if run.topk else plan.dense_rows
+def _encode_dense(run: Run, first: int, rows: int) -> None:
+    """The activations of dense tokens, from those of all ranks."""
+    weights = run.slot.weights
     held, device = weights.W_enc.shape[0], weights.W_enc.device
-    for first in range(0, plan.rows, rows):
-        if not run.topk:
-            own = torch.empty(rows, held, device=device)
-            encode_dense(run, first, rows, own)
-            acts = dense_acts(run)[:, : weights.d_sae_capacity]
-            _put(weights.shard.stack(own), acts)
-        decode_dense(run, first, rows)
+    own = torch.empty(rows, held, device=device)
+    encode_dense(run, first, rows, own)
+    acts = dense_acts(run)[:, : weights.d_sae_capacity]
+    _put(weights.shard.stack(own), acts)
 
 
 def write_columns(
@@ -215,17 +205,13 @@ def write_columns(
         count=count,
         tokens=tokens,
         columns=columns,
-        hidden=hidden,
-        residual=hidden if residual is None else residual,
+        **stream_arguments(hidden, residual),
         saturated=slot.saturated,
-        hidden_stride=hidden.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
         base=base,
         rows=rows,
         limit=STREAM_LIMIT[hidden.dtype],
         W=width,
         RANKS=size,
-        HAS_RESIDUAL=residual is not None,
         BLOCK=min(next_power_of_2(width), COLUMN_BLOCK),
         num_warps=4,
     )
@@ -251,12 +237,8 @@ def clamp(
         "index": step.index[Tier.DELTA],
         "table": table.packed,
         "places": places,
-        "hidden": hidden,
-        "residual": hidden if residual is None else residual,
-        "hidden_stride": hidden.stride(0),
-        "residual_stride": 0 if residual is None else residual.stride(0),
+        **stream_arguments(hidden, residual),
         "table_stride": table.packed.stride(0),
-        "HAS_RESIDUAL": residual is not None,
         "num_warps": 4 if row_d <= 1024 else 8,
     }
     steered_kernel[(tokens,)](

@@ -22,7 +22,7 @@ from .plan import (
     plan_encode,
 )
 from .resolve import resolve_kernel
-from .run import Run, device_facts, pdl_options
+from .run import Run, device_facts, pdl_options, stream_arguments
 from .select import select_kernel
 from .stages_triton_dense import write_skip
 from .workspace import StageBuffers
@@ -44,21 +44,17 @@ def compact(run: Run, base: int) -> None:
         table=table.packed,
         meta=weights.meta,
         norm_limit=weights.norm_limit,
-        hidden=hidden,
-        residual=hidden if residual is None else residual,
+        **stream_arguments(hidden, residual),
         x=buffers.x,
         tokens=workspace.tokens,
         records=workspace.records,
         sync=step.sync,
         count=workspace.count,
-        hidden_stride=hidden.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
         table_stride=table.packed.stride(0),
         T=tokens,
         base=base,
         rows=buffers.plan.rows,
         D=weights.d_in,
-        HAS_RESIDUAL=residual is not None,
         GATE=run.gate,
         PER_PROGRAM=per_program,
         SCAN=256 if tokens <= 256 else 1024,
@@ -198,18 +194,14 @@ def combine(run: Run, base: int) -> None:
         skip=buffers.skip,
         w_dec=weights.W_dec,
         b_dec=weights.b_dec,
-        hidden=hidden,
-        residual=hidden if residual is None else residual,
+        **stream_arguments(hidden, residual),
         saturated=run.saturated,
-        hidden_stride=hidden.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
         table_stride=table.packed.stride(0),
         base=base,
         rows=rows,
         capacity=buffers.plan.capacity,
         LIST_MAX=LIST_MAX,
         D=run.d_out,
-        HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         DELTA=run.tier is Tier.DELTA,
         HAS_SOURCE=run.source is not None,
@@ -229,16 +221,12 @@ def _clamp_launch(
     d_in = d_model if source is None else source.shape[1]
     row_d = next_power_of_2(d_model)
     return {
-        "hidden": hidden,
-        "residual": hidden if residual is None else residual,
+        **stream_arguments(hidden, residual),
         "source": hidden if source is None else source,
         "source_stride": 0 if source is None else source.stride(0),
-        "hidden_stride": hidden.stride(0),
-        "residual_stride": 0 if residual is None else residual.stride(0),
         "D": d_model,
         "D_IN": d_in,
         "HAS_SOURCE": source is not None,
-        "HAS_RESIDUAL": residual is not None,
         "NC": 8,
         "BLOCK_D": min(next_power_of_2(d_in), 512),
         "ROW_D": row_d,

@@ -4,25 +4,35 @@ connection of transcoders."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm.config.steering import Tier
 
 from .dense import decode_dense_kernel, encode_dense_kernel
 from .plan import cdiv, plan_dense
-from .run import Run, device_facts, pdl_options
+from .run import Run, device_facts, pdl_options, stream_arguments
 from .skip import skip_kernel
 
 
-def dense(run: Run) -> None:
-    """Reconstruct the dense tokens of a chunk, `dense_rows` at a time."""
+def encode_own(run: Run, first: int, rows: int) -> None:
+    """The activations of dense tokens, of an encoder that this rank holds whole."""
+    encode_dense(run, first, rows, dense_acts(run))
+
+
+def dense(run: Run, encode: Callable[[Run, int, int], None] = encode_own) -> None:
+    """Reconstruct the dense tokens of a chunk, `dense_rows` at a time.
+
+    `encode` writes `dense_acts` of so many tokens, from a place on.
+    """
     if run.tier is Tier.DELTA or run.buffers.plan.dense_rows == 0:
         return
     plan = run.buffers.plan
     rows = plan.rows if run.topk else plan.dense_rows
     for first in range(0, plan.rows, rows):
         if not run.topk:
-            encode_dense(run, first, rows, dense_acts(run))
+            encode(run, first, rows)
         decode_dense(run, first, rows)
 
 
@@ -80,17 +90,13 @@ def decode_dense(run: Run, first: int, rows: int) -> None:
         skip=run.buffers.skip,
         w_dec=weights.W_dec,
         b_dec=weights.b_dec,
-        hidden=hidden,
-        residual=hidden if residual is None else residual,
+        **stream_arguments(hidden, residual),
         saturated=run.saturated,
         acts_stride=acts.stride(0),
-        hidden_stride=hidden.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
         table_stride=table.packed.stride(0),
         base=first,
         rows=rows,
         D=run.d_out,
-        HAS_RESIDUAL=residual is not None,
         MAX_CLAMPS=table.max_clamps,
         TOPK=run.topk,
         HAS_SKIP=weights.W_skip is not None,
