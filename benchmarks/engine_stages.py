@@ -131,7 +131,8 @@ def run_hf(root: Path, deadline: float, report: Report) -> None:
             transformers.Gemma2Config(**values), dtype=torch.bfloat16
         ).eval()
     (layer,) = SITE_LAYERS["one"]
-    file = root / "one" / f"{layer}.post_block.safetensors"
+    (site,) = json.loads((root / "one" / "manifest.json").read_text())["sites"]
+    file = root / "one" / site["file"]
     sae = {
         name: value.to(torch.bfloat16)
         for name, value in load_file(file, device="cuda").items()
