@@ -162,7 +162,7 @@ def by_nnsight(task: Task) -> Answer:
                 for _ in tracer.iter[:new]:
                     found = wrapped.model.layers[layer].output
                     wrapped.model.layers[layer].output = but_first(found, edit)
-            out = save(tracer.result())
+            out = save(tracer.result)
         return out[:, ids.shape[1] :].tolist()
 
     return answer
