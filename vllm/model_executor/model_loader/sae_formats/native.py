@@ -279,7 +279,10 @@ def _check_shapes(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{name}: {key}: expected a tensor, found none")
     for key in ("W_enc", "W_dec"):
         if tensors[key].dim() != 2:
-            raise ValueError(f"{name}: {key}: expected a matrix [F, D]")
+            raise ValueError(
+                f"{name}: {key}: expected a matrix [F, D], found "
+                f"{list(tensors[key].shape)}"
+            )
     F, d_out = tensors["W_dec"].shape
     d_in = tensors["W_enc"].shape[1]
     shapes = {
