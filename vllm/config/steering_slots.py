@@ -207,10 +207,8 @@ def shard_bytes(site: SiteInfo, ranks: Ranks) -> int:
 
 def site_bytes(site: SiteInfo, item_bytes: int) -> int:
     """Bytes of an SAE's or a transcoder's weights in a dtype of `item_bytes`."""
-    elements = site.d_sae * (site.d_in + site.out_width)
-    if site.has_skip:
-        elements += site.d_in * site.out_width
-    return elements * item_bytes + 4 * (2 * site.d_sae + site.out_width)
+    widths = (site.d_sae, site.d_in, site.out_width)
+    return Ranks(1, item_bytes).whole_bytes(*widths, has_skip=site.has_skip)
 
 
 def _has_vectors(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from steering_testing import matrix, models, oracle
@@ -18,13 +17,28 @@ from steering_testing.engine import (
     save_sae,
     squeezed,
 )
-from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import SPECIAL, Ask, prompt
+from steering_testing.shard_engines import (
+    INLINE,
+    POINTS,
+    RANKS,
+    TRANSCODERS,
+    WIDTH,
+    Read,
+    check_counters,
+    check_reading,
+    check_requests,
+    clamps,
+    save,
+    shared,
+    weight_bytes,
+)
 
 from vllm import LLM
 from vllm.entrypoints.steering import (
     SteeringModuleError,
+    list_modules,
     register_module,
     unregister_module,
 )
@@ -32,47 +46,17 @@ from vllm.entrypoints.steering import (
 pytestmark = pytest.mark.engine
 
 SITE = (1, "post_block")
-RANKS: dict[str, Any] = {
-    "tensor_parallel_size": 2,
-    "distributed_executor_backend": "mp",
-}
+READS = [
+    Read("topk", SITE, top_k=4),
+    Read("jumprelu", (2, "post_attn"), features=(0, WIDTH // 2, WIDTH - 1)),
+    Read("points", POINTS[2], top_k=6),
+    Read("transcoders", TRANSCODERS[0], top_k=5),
+]
 
 
 @pytest.fixture(autouse=True)
 def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-def shared(paths: dict[str, str]) -> dict[str, Any]:
-    """The same modules; ranks share those that are SAEs."""
-    return {
-        name: path
-        if path.endswith(".safetensors")
-        else {"path": path, "sharding": "shard"}
-        for name, path in paths.items()
-    }
-
-
-def weight_bytes(llm: LLM) -> list[int]:
-    """What each rank holds for steering."""
-    replies = llm.collective_rpc("change_steering_modules", args=("stats",))
-    assert all(reply["ok"] for reply in replies), replies
-    return [reply["stats"]["bytes"] for reply in replies]
-
-
-def check_reading(llm: LLM) -> None:
-    sae = matrix.modules().saes["topk"][SITE]
-    spec = {"module_name": "topk", "sites": {"post_block": [1]}, "top_k": 4}
-    ids = prompt(3, 9)
-    inputs = [{"prompt_token_ids": ids}]
-    asked = params(5, sae_readout_specs=[spec])
-    (output,) = llm.generate(inputs, asked, use_tqdm=False)
-    answer = list(output.outputs[0].token_ids)
-    seen = activations(models.build(matrix.FAMILY), ids, answer, {SITE: sae})[SITE]
-    record = output.prompt_sae_features["topk"]["post_block.1"]
-    assert_reads(record, seen[: len(ids)], 0, top_k=4)
-    record = output.outputs[0].sae_features["topk"]["post_block.1"]
-    assert_reads(record, seen[len(ids) :], len(ids), top_k=4)
 
 
 def check_late_modules(llm: LLM, root: Path) -> None:
@@ -97,14 +81,22 @@ def check_late_modules(llm: LLM, root: Path) -> None:
 def test_two_ranks_that_share_saes_equal_hugging_face(
     model_root: Path, tmp_path: Path
 ) -> None:
-    modules = shared(matrix.save(tmp_path))
     spare = {"layer": 1, "hook": "resid_post", "width": 96, "sharding": "shard"}
-    steering = {"spare": [spare]}
+    steering = {"spare": [spare], **INLINE}
+    modules = save(tmp_path)
     with engine(
         matrix.FAMILY, model_root, modules, steering, enforce_eager=False, **RANKS
     ) as llm:
+        assert all(
+            len(module.sharded) == len(module.sites)
+            for module in list_modules(llm).values()
+            if module.kind == "sae"
+        )
         matrix.check(llm, max_tokens=6, tolerance=1e-4)
-        check_reading(llm)
+        check_requests(llm)
+        check_reading(llm, READS)
+        check_reading(llm, READS, Ask("full", "jumprelu", {SITE: clamps()}))
+        check_counters(llm)
         check_late_modules(llm, tmp_path)
 
 
