@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steering_testing import matrix, models
+import pytest
+from steering_testing import matrix, models, oracle
 from steering_testing.engine import (
     FULL,
+    assert_same,
     generate,
     params,
     sae_spec,
@@ -21,7 +23,6 @@ from steering_testing.engine import (
 from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import (
     Clamp,
-    DenseSAE,
     Edit,
     random_sae,
     random_transcoder,
@@ -31,12 +32,17 @@ from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs
 from vllm import LLM
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, as_reply
+from vllm.entrypoints.steering import (
+    SteeringModuleError,
+    register_module,
+    unregister_module,
+)
 
 RANKS: dict[str, Any] = {
     "tensor_parallel_size": 2,
     "distributed_executor_backend": "mp",
 }
-WIDTH = 160  # a multiple of 16 features for each of two ranks
+WIDTH = 192  # a multiple of 16 features for each of two or four ranks
 POST: Site = (1, "post_block")
 INLINE = {"inline_vectors": {"post_block.1": 2}}
 REFERENCE_NORM = 4.0
@@ -73,7 +79,12 @@ def stats(llm: LLM) -> Json:
 
 @functools.cache
 def modules() -> Modules:
-    """SAEs at points beside the stream's, transcoders, and one that a norm guards."""
+    """SAEs of the stream and of other points, transcoders, and one that a norm
+    guards."""
+    saes = {
+        kind: dict.fromkeys(matrix.SITES, random_sae(WIDTH, models.HIDDEN, kind, 11))
+        for kind in ("jumprelu", "topk")
+    }
     points = {
         site: random_sae(WIDTH, models.HIDDEN, kind, 20 + at)
         for at, (site, kind) in enumerate(
@@ -88,26 +99,25 @@ def modules() -> Modules:
     }
     guarded = random_sae(WIDTH, models.HIDDEN, "jumprelu", 40)
     guarded.norm_limit = REFERENCE_NORM
-    for sae in (*points.values(), *transcoders.values(), guarded):
-        sae.skip_token_ids = SPECIAL
-    return Modules(
-        {"points": points, "transcoders": transcoders, "guarded": {POST: guarded}}
-    )
+    found = {
+        **saes,
+        "points": points,
+        "transcoders": transcoders,
+        "guarded": {POST: guarded},
+    }
+    for sites in found.values():
+        for sae in sites.values():
+            sae.skip_token_ids = SPECIAL
+    return Modules(found, {"vector": {POST: vector(4, norm=8.0)}})
 
 
 def save(root: Path) -> dict[str, Any]:
-    """The engine's `modules`: all of `matrix`, and those here."""
-    found = shared({**matrix.save(root), **modules().save(root)})
+    """The engine's `modules`."""
+    found = shared(modules().save(root))
     guarded = {POST: modules().saes["guarded"][POST]}
     path = save_sae(root / "guarded", guarded, reference_norm=REFERENCE_NORM)
     found["guarded"] = {"path": path, "sharding": "shard", "norm_guard": 1.0}
     return found
-
-
-def every_module() -> Modules:
-    """As `save`, in that order."""
-    base = matrix.modules()
-    return Modules({**base.saes, **modules().saes}, base.vectors)
 
 
 # Features of the first rank and of the second.
@@ -125,8 +135,9 @@ def clamps() -> list[Clamp]:
 
 
 def requests() -> list[list[Ask]]:
-    """Points, transcoders, conditions, spans, requests' own vectors and norm guards."""
-    asked: list[list[Ask]] = [[]]
+    """Every tier, point and phase, transcoders, conditions, spans, requests' own
+    vectors and norm guards."""
+    asked = matrix.requests()
     for name, sites in (("points", POINTS), ("transcoders", TRANSCODERS)):
         for tier in ("delta", "full"):
             asked += [[Ask(tier, name, {site: clamps()})] for site in sites]
@@ -152,15 +163,21 @@ def requests() -> list[list[Ask]]:
     return asked
 
 
-def check_requests(llm: LLM, max_tokens: int = 5, tolerance: float = 1e-4) -> None:
+def check_requests(
+    llm: LLM,
+    max_tokens: int = 5,
+    tolerance: float = 1e-4,
+    family: str = matrix.FAMILY,
+) -> None:
     """Run `requests` in one batch; every result is that of Hugging Face."""
-    asked, every = requests(), every_module()
-    prompts = [prompt(500 + at, 5 + at % 7) for at in range(len(asked))]
+    asked = requests()
+    prompts = [prompt(500 + at, 5 + at % 17) for at in range(len(asked))]
     sampling = [params(max_tokens, **specs(*asks)) for asks in asked]
     found = generate(llm, prompts, sampling)
     for result, ids, asks in zip(found, prompts, asked, strict=True):
         assert len(result.tokens) == max_tokens
-        matrix.assert_near(result, ids, every.edits(*asks), tolerance, f"{asks}")
+        edits = modules().edits(*asks)
+        matrix.assert_near(result, ids, edits, tolerance, f"{asks}", family)
 
 
 @dataclass(frozen=True)
@@ -183,7 +200,7 @@ class Read:
 
 def check_reading(llm: LLM, reads: list[Read], ask: Ask | None = None) -> None:
     """A request reads several sites, while it is steered by `ask`."""
-    every, ids = every_module(), prompt(3, 9)
+    every, ids = modules(), prompt(3, 9)
     steering = specs(ask) if ask is not None else {}
     edits = every.edits(ask) if ask is not None else {}
     saes = {read.site: every.saes[read.module][read.site] for read in reads}
@@ -235,6 +252,30 @@ def check_counters(llm: LLM, stages: int = 1) -> None:
 HUGE_CLAMP = Clamp(LOW, "absolute", HUGE)
 
 
-def sae_edit(sae: DenseSAE, site: Site = POST) -> dict[Site, list[Edit]]:
-    """Plain reconstruction at one site."""
-    return {site: [Edit("full", sae)]}
+def check_late_modules(llm: LLM, root: Path, site: Site) -> None:
+    """A sharded slot takes modules of its width, and each rank its part of them."""
+    before = weight_bytes(llm)
+    for kind in ("jumprelu", "topk"):
+        sae = random_sae(LATE, models.HIDDEN, kind, 3)
+        sae.skip_token_ids = SPECIAL
+        register_module(llm, "late", save_sae(root / f"late-{kind}", {site: sae}))
+        ids = prompt(7, 21)
+        [found] = generate(llm, [ids], [params(6, **{FULL: [sae_spec("late")]})])
+        edits = {site: [Edit("full", sae)]}
+        expected = oracle.greedy(models.build(matrix.FAMILY), ids, edits, 6)
+        assert_same(found, expected, kind)
+        unregister_module(llm, "late")
+    narrow = random_sae(LATE - 32, models.HIDDEN, "relu", 3)
+    path = save_sae(root / "narrow", {site: narrow})
+    with pytest.raises(SteeringModuleError, match=f"of exactly {LATE} features"):
+        register_module(llm, "narrow", path, sharding="shard")
+    assert weight_bytes(llm) == before
+
+
+LATE = 96
+
+
+def late_slot(site: Site) -> dict[str, Any]:
+    """An entry of `spare` for `check_late_modules`."""
+    layer, hook = site
+    return {"layer": layer, "hook": hook, "width": LATE, "sharding": "shard"}

@@ -160,6 +160,7 @@ def keys_from_all(
     w_enc,
     b_enc,
     threshold,
+    F,
     D: tl.constexpr,
     TOPK: tl.constexpr,
 ):
@@ -167,7 +168,7 @@ def keys_from_all(
 
     Returns (keys kept, given features' activations, active features).
     """
-    d_sae = tl.load(meta + D_SAE)
+    d_sae = tl.minimum(tl.load(meta + D_SAE), F)
     relu = tl.load(meta + RELU_FIELD)
     given = tl.zeros([MAX_READ], tl.float32)
     n = 0
@@ -193,7 +194,7 @@ def keys_from_all(
     return n, given, active
 
 
-@triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])
+@triton.jit(do_not_specialize=["base", "rows", "F", "capacity", "first_feature"])
 def readout_kernel(
     index,
     table,
@@ -217,6 +218,7 @@ def readout_kernel(
     rows,
     F,
     capacity,
+    first_feature,
     D: tl.constexpr,
     GATE: tl.constexpr,
     TOPK: tl.constexpr,
@@ -225,6 +227,8 @@ def readout_kernel(
 ):
     """Writes `out` of the read tokens of one chunk.
 
+    It reads F features, of which `first_feature` is the first, and writes their
+    indices among these F; given features that are not among them are 0.
     OVERFLOW: of those with more non-zeros than their list holds.
     """
     pdl_wait(PDL)
@@ -247,6 +251,7 @@ def readout_kernel(
             features = tl.load(
                 row_ptr + FEATURES + place, mask=place < given_count, other=-1
             )
+            features -= first_feature
             own = entries + i64 * capacity
             active = n
             if n <= capacity:
@@ -256,7 +261,7 @@ def readout_kernel(
                     own=own, room=capacity, x_row=x + i64 * D,
                     scores_row=scores + i64 * F, kth=tl.load(kth + i),
                     features=features, scale=scale, meta=meta, w_enc=w_enc,
-                    b_enc=b_enc, threshold=threshold, D=D, TOPK=TOPK,
+                    b_enc=b_enc, threshold=threshold, F=F, D=D, TOPK=TOPK,
                 )  # fmt: skip
             if n > 1024:
                 n = keep_best(own, n, MAX_READ)
@@ -264,7 +269,8 @@ def readout_kernel(
             tl.store(to, active)
             tl.store(to + 1, tl.minimum(active, top_k))
             wanted = place < given_count
-            unit = tl.load(scale + features, mask=wanted, other=1.0)
+            held = wanted & (features >= 0) & (features < F)
+            unit = tl.load(scale + features, mask=held, other=1.0)
             bits = (given * unit).to(tl.int32, bitcast=True)
             tl.store(to + 2 + place, bits, mask=wanted)
             first = to + 2 + given_count
