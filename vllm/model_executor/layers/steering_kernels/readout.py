@@ -57,6 +57,14 @@ def given_of(f, act, features):
 
 
 @triton.jit
+def unit_bits(given, features, scale, wanted, F):
+    """Bits of given activations in the module's units; 0 of features not here."""
+    held = wanted & (features >= 0) & (features < F)
+    value = given * tl.load(scale + features, mask=held, other=1.0)
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def keys_from_list(own, n, features, scale):
     """Turns a token's entries into keys in place; the given features' activations."""
     given = tl.zeros([MAX_READ], tl.float32)
@@ -248,9 +256,8 @@ def readout_kernel(
             i64 = tl.cast(i, tl.int64)
             top_k = tl.load(row_ptr + TOP_K)
             given_count = tl.load(row_ptr + COUNT)
-            features = tl.load(
-                row_ptr + FEATURES + place, mask=place < given_count, other=-1
-            )
+            wanted = place < given_count
+            features = tl.load(row_ptr + FEATURES + place, mask=wanted, other=-1)
             features -= first_feature
             own = entries + i64 * capacity
             active = n
@@ -268,10 +275,7 @@ def readout_kernel(
             to = out + token.to(tl.int64) * out_stride
             tl.store(to, active)
             tl.store(to + 1, tl.minimum(active, top_k))
-            wanted = place < given_count
-            held = wanted & (features >= 0) & (features < F)
-            unit = tl.load(scale + features, mask=held, other=1.0)
-            bits = (given * unit).to(tl.int32, bitcast=True)
+            bits = unit_bits(given, features, scale, wanted, F)
             tl.store(to + 2 + place, bits, mask=wanted)
             first = to + 2 + given_count
             if n <= 128:
