@@ -145,12 +145,12 @@ def check_counts(given: JsonView, config: SteeringConfig) -> None:
             for entries in _listed_sites(spec):
                 sites += 1
                 clamps += len(_items(entries))
-                if sites > MAX_SITES or clamps > MAX_CLAMPS:
-                    raise refusal(
-                        f"{key}[{position}].clamps",
-                        f"found more in this request, expected at most {MAX_SITES} "
-                        f"sites and {MAX_CLAMPS} clamps",
-                    )
+            if sites > MAX_SITES or clamps > MAX_CLAMPS:
+                raise refusal(
+                    f"{key}[{position}].clamps",
+                    f"found {sites} sites and {clamps} clamps in this request up to "
+                    f"here, expected at most {MAX_SITES} sites and {MAX_CLAMPS} clamps",
+                )
 
 
 def _listed_sites(spec: object) -> Iterator[object]:

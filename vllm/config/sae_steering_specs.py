@@ -89,7 +89,8 @@ SiteClamps = Annotated[
 
 
 SpanList = Annotated[
-    list[SteeringSpan], expects("a list of spans", max_length=MAX_SPANS)
+    list[SteeringSpan],
+    expects(f"null or a list of 1 to {MAX_SPANS} spans", max_length=MAX_SPANS),
 ]
 Bounds = Annotated[list[Number], expects("[low, high]", min_length=2, max_length=2)]
 

@@ -88,7 +88,7 @@ def parse_module(item: str) -> tuple[str, str | Json]:
         try:
             given = json.loads(item)
         except json.JSONDecodeError as error:
-            raise ValueError(f"found {shown(item)}, not valid JSON: {error}") from None
+            raise ValueError(f"found {shown(item)}, expected JSON: {error}") from None
         name = given.pop("name", None)
         if type(name) is not str or not name:
             raise ValueError(f'found {shown(item)}, expected a "name" in the object')

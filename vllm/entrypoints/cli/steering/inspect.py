@@ -59,7 +59,7 @@ def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
 
 def ranks_of(site: SiteInfo, tp: int) -> Json:
     """Memory of a site on each of `tp` tensor-parallel ranks, in bytes."""
-    found: Json = {"tp": tp, "can_shard": False, "auto": {}}
+    found: Json = {"tp": tp, "can_shard": False, "unit": Ranks(tp).unit, "auto": {}}
     for name, itemsize in (("16_bit", 2), ("32_bit", 4)):
         ranks = Ranks(tp, itemsize)
         found[f"bytes_{name}_replicated"] = sae_bytes(site, itemsize)
@@ -126,14 +126,16 @@ def show(data: Json) -> None:
             skip = " with W_skip" if shown["has_skip"] else ""
             print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")
         if "ranks" in shown:
-            show_ranks(shown["ranks"])
+            show_ranks(shown["ranks"], shown)
         for fold in shown["folds"]:
             print(f"{'':15}folds {fold}")
         for name, value in shown["declared"].items():
             print(f"{'':15}declared {name} {value:g}")
+    if len(data["sites"]) > 1 and "ranks" in data["sites"][0]:
+        show_total(data["sites"])
 
 
-def show_ranks(ranks: Json) -> None:
+def show_ranks(ranks: Json, site: Json) -> None:
     """Print the memory of each tensor-parallel rank."""
     copied = ranks["bytes_16_bit_replicated"] / 2**20
     text = f"on each of {ranks['tp']} ranks: {copied:.1f} MiB replicated"
@@ -141,5 +143,21 @@ def show_ranks(ranks: Json) -> None:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
         text += f" (auto: {ranks['auto']['16_bit']})"
     else:
-        text += "; it cannot be sharded"
+        d_out = site["d_out"] or site["d_in"]
+        text += (
+            f"; it cannot be sharded: found {site['d_sae']} features and {d_out} "
+            f"columns, expected multiples of {ranks['unit']}"
+        )
     print(f"{'':15}{text}")
+
+
+def show_total(sites: Sequence[Json]) -> None:
+    """Print what `auto` makes of all sites together."""
+    total = 0
+    for site in sites:
+        ranks = site["ranks"]
+        is_shared = ranks["auto"]["16_bit"] == "shard"
+        total += ranks[f"bytes_16_bit_{'sharded' if is_shared else 'replicated'}"]
+    tp = sites[0]["ranks"]["tp"]
+    size = f"{total / 2**20:.1f} MiB"
+    print(f"{'all sites':15}{size} on each of {tp} ranks in 16 bit (auto)")
