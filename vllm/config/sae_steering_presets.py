@@ -31,7 +31,9 @@ PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 _Description = Annotated[
     str,
-    expects(f"at most {MAX_DESCRIPTION} characters", max_length=MAX_DESCRIPTION),
+    expects(
+        f"a text of at most {MAX_DESCRIPTION} characters", max_length=MAX_DESCRIPTION
+    ),
 ]
 
 

@@ -64,7 +64,7 @@ def _labels_of(module_path: str) -> Labels:
         return _LABELS.get(file) or {}
     except (OSError, ValueError) as error:
         reason = str(error).replace(str(file), FILE_NAME)
-        raise RequestRefused(409, f"labels: {reason}") from None
+        raise RequestRefused(409, reason) from None
 
 
 class SteeringModulesService:
