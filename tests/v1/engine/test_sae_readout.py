@@ -15,7 +15,10 @@ from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 
 from vllm import LLM, SamplingParams
+from vllm.config import sae_steering_admission
 from vllm.model_executor.layers import steering_readout as layer
+from vllm.plugins.steering.v1.engine import input_processor
+from vllm.v1.engine import steering_admission
 from vllm.v1.engine.steering_read_log import ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import StepReads
@@ -156,6 +159,24 @@ def test_where_nobody_reads_nothing_of_reading_runs(
     assert all(output.outputs[0].sae_features is None for output in outputs)
     run(llm, PROMPTS[:1], [ask(1, sae_readout_specs=read("relu", top_k=1))])
     assert set(calls) == {name for _, name in parts}
+
+
+def test_a_request_is_parsed_once_in_the_front_end_and_once_in_the_core(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner in (input_processor, sae_steering_admission, steering_admission):
+        stock = vars(owner).get("parse_steering_request")
+        if stock is None:
+            continue
+
+        def parse(*args: Any, owner: Any = owner, stock: Any = stock) -> Any:
+            calls.append(owner.__name__.rpartition(".")[2])
+            return stock(*args)
+
+        monkeypatch.setattr(owner, "parse_steering_request", parse)
+    run(llm, PROMPTS[:1], [ask(2, sae_readout_specs=read("relu", top_k=1))])
+    assert calls == ["input_processor", "steering_admission"]
 
 
 def test_a_prompt_that_is_cached_is_read_and_stays_in_the_cache(llm: LLM) -> None:
