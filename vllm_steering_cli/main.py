@@ -51,8 +51,10 @@ def make_parser() -> argparse.ArgumentParser:
     features = commands.add_parser(
         "features",
         help="Find the features that tell some texts from others.",
-        description="Runs the model once on the texts of two files (paragraphs, or "
-        "lines) and ranks features by how well they tell A from B.",
+        description="Runs the model on the texts of two files (paragraphs, or lines) "
+        "and ranks features by how well they tell A from B; without B, by their mean "
+        "on A. Warnings go to stderr. Exit status: 0 when features were ranked, warned "
+        "or not; 1 when the module, the model or a file is refused.",
     )
     for command in (inspect, convert, probe, features):
         command.add_argument(
@@ -136,8 +138,19 @@ def _add_features_arguments(features: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="M", help="The model, as for vLLM.")
     add("--text", required=True, metavar="A", help="UTF-8 texts of what is looked for.")
     add("--against", metavar="B", help="UTF-8 texts without it.")
-    add("--top", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
-    add("--labels", metavar="FILE", help="Labels, as Neuronpedia exports them.")
+    add(
+        "--top",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="How many features, at most 256 (default: %(default)s).",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="Labels, as Neuronpedia exports them; without it, labels.json beside the "
+        "module.",
+    )
     add("--plot", metavar="FILE", help="Draw the features; needs matplotlib.")
     add("--dtype", choices=DTYPES, default="auto", help="Of model and SAE.")
     add("--json", action="store_true", help="Print JSON.")

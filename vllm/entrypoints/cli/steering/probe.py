@@ -10,8 +10,6 @@ computed by the reference from the weights that the engine holds.
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from vllm.config.steering import (
     get_steering_config,
     site_name,
 )
+from vllm.entrypoints.cli.steering.files import quiet_log, read_text
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe_engine import (
@@ -239,12 +238,8 @@ def probe(
     Raises:
         ValueError, OSError: as `probe_module`, or the text cannot be read.
     """
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        # The engine's log would go where the table does. The engine reads the
-        # variable again; what runs before it has read it already.
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-    text = DEFAULT_TEXT if text_file is None else Path(text_file).read_text("utf-8")
+    quiet_log()
+    text = DEFAULT_TEXT if text_file is None else read_text("--text", text_file)
     found = probe_module(path, model, text, max_tokens, sites=sites, dtype=dtype)
     warnings = [warning for site in found for warning in site.warnings]
     if as_json:

@@ -16,6 +16,7 @@ from vllm.entrypoints.serve.steering.access import (
 )
 from vllm.entrypoints.serve.steering.encode import (
     ENCODE_SCHEMA,
+    EncodeService,
     listed_features,
     parse_encode,
 )
@@ -125,7 +126,7 @@ async def search_features(name: str, request: Request) -> JSONResponse:
             name,
             query.get("q", ""),
             parse_count("index", query.get("index"), None, 2**31),
-            parse_count("limit", query.get("limit"), 20, LABELS_LIMIT) or 20,
+            parse_count("limit", query.get("limit"), 20, LABELS_LIMIT, least=1) or 20,
         )
     except RequestRefused as error:
         return refused(error)
@@ -150,7 +151,9 @@ async def encode_texts(request: Request) -> JSONResponse:
     """
     try:
         asked = parse_encode(await read_body(request))
-        answer = await request.app.state.steering_encode.encode(asked)
+        config = await modules_of(request).config()
+        service: EncodeService = request.app.state.steering_encode
+        answer = await service.encode(asked, config, request.is_disconnected)
         answer["labels"] = await modules_of(request).labels_among(
             asked.module_name, listed_features(answer)
         )

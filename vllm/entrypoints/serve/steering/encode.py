@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from argparse import Namespace
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -13,7 +14,11 @@ import msgspec
 
 from vllm.config.sae_features import features_json
 from vllm.config.sae_readout_specs import DEFAULT_TOP_K, Features, ReadLayers, TopK
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_presets import opt_out
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_checks import ModuleChangedError, listing, shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
@@ -25,10 +30,14 @@ from vllm.inputs import TokensPrompt
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.outputs import RequestOutput
     from vllm.tokenizers import TokenizerLike
 
 MAX_TEXTS = 64
+# Of one answer; about 25 MB of JSON.
+MAX_VALUES = 1 << 20
+POLL_S = 0.1  # how often a waiting call looks whether its caller is there
 
 Text = Annotated[str, expects("a text", min_length=1)]
 Texts = Annotated[
@@ -96,6 +105,8 @@ def parse_encode(body: bytes) -> EncodeRequest:
 class GeneratingEngine(Protocol):
     """The part of `EngineClient` that is used."""
 
+    vllm_config: VllmConfig
+
     def generate(
         self, prompt: TokensPrompt, sampling_params: SamplingParams, request_id: str
     ) -> AsyncIterator[RequestOutput]: ...
@@ -105,47 +116,97 @@ class GeneratingEngine(Protocol):
 
 @dataclass
 class EncodeService:
-    """Reads features of texts on the server's engine."""
+    """Reads features of texts on the server's engine.
+
+    Attributes:
+        names: those that the server's model goes by; an adapter cannot be read.
+    """
 
     engine: GeneratingEngine
+    names: Sequence[str]
 
-    async def encode(self, request: EncodeRequest) -> Json:
+    async def encode(
+        self,
+        request: EncodeRequest,
+        config: SteeringConfig,
+        is_gone: Callable[[], Awaitable[bool]],
+    ) -> Json:
         """The answer's body.
 
+        Args:
+            config: of the engine.
+            is_gone: whether the caller has left; the texts are not read then.
+
         Raises:
-            RequestRefused: 400 for a bad spec, or a text that the model cannot read.
+            RequestRefused: 400 for a bad spec, or a text that the model cannot read;
+                404 for another model; 409 without a tokenizer.
         """
+        if request.model is not None and request.model not in self.names:
+            accepted = listing(self.names)
+            raise RequestRefused(
+                404,
+                f"model: found {shown(request.model)}, expected the model that this "
+                f"server serves: {accepted}",
+                "model",
+            )
         tokenizer = self.engine.get_tokenizer()
         if tokenizer is None:
             raise RequestRefused(409, "this server has no tokenizer")
+        # Not under the server's default preset, unless that is locked.
+        specs = {**opt_out(config), READOUT_KEY: [request.spec]}
         prompts = _prompts(request, tokenizer)
         try:
-            outputs = await asyncio.gather(
-                *(self._read(ids, request.spec) for ids in prompts)
+            self._check(request, prompts, specs, config)
+            outputs = await _all(
+                [asyncio.ensure_future(self._read(ids, specs)) for ids in prompts],
+                is_gone,
             )
         except VLLMValidationError as error:
             raise _refused(error) from None
         except ValueError as error:
             raise RequestRefused(400, f"input: {error}", "input") from None
-        total = sum(map(len, prompts))
-        return {
-            "object": "list",
-            "module_name": request.module_name,
-            "data": [
-                _entry(index, ids, output, request.module_name, tokenizer)
-                for index, (ids, output) in enumerate(
-                    zip(prompts, outputs, strict=True)
-                )
-            ],
-            "usage": {"prompt_tokens": total, "total_tokens": total},
-        }
+        # Off the event loop: an answer can be long.
+        return await asyncio.to_thread(_answer, request, prompts, outputs, tokenizer)
 
-    async def _read(self, ids: Sequence[int], spec: JsonView) -> RequestOutput:
+    def _check(
+        self,
+        request: EncodeRequest,
+        prompts: Sequence[list[int]],
+        specs: Json,
+        config: SteeringConfig,
+    ) -> None:
+        """Refuse what the engine would refuse, and answers that are too long."""
+        parsed = parse_steering_request(specs, config)
+        reads = () if parsed is None else parsed.reads
+        # One token is generated, because vLLM always generates.
+        most = self.engine.vllm_config.model_config.max_model_len - 1
+        single = request.messages is not None or isinstance(request.input, str)
+        field = "input" if request.messages is None else "messages"
+        for at, ids in enumerate(prompts):
+            if not 1 <= len(ids) <= most:
+                path = field if single else f"{field}[{at}]"
+                raise RequestRefused(
+                    400,
+                    f"{path}: found {len(ids)} tokens, expected 1 to {most}, which is "
+                    "max_model_len - 1",
+                    field,
+                )
+        values = sum(map(len, prompts)) * sum(read.num_values for read in reads)
+        if values > MAX_VALUES:
+            raise RequestRefused(
+                400,
+                f"{field}: found {values} values over all tokens and sites, expected "
+                f"at most {MAX_VALUES}: send less text, or read fewer sites or "
+                "features",
+                field,
+            )
+
+    async def _read(self, ids: Sequence[int], specs: JsonView) -> RequestOutput:
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
             detokenize=False,
-            extra_args={READOUT_KEY: [dict(spec)]},
+            extra_args=dict(specs),
         )
         last = None
         request_id = f"steering-encode-{uuid.uuid4().hex}"
@@ -154,6 +215,30 @@ class EncodeService:
             last = output
         assert last is not None, "the engine gave no output"
         return last
+
+
+async def _all(
+    reading: Sequence[asyncio.Future[RequestOutput]],
+    is_gone: Callable[[], Awaitable[bool]],
+) -> list[RequestOutput]:
+    """Every result; if one fails or the caller leaves, the others are cancelled."""
+    together = asyncio.gather(*reading)
+    try:
+        while not (await asyncio.wait([together], timeout=POLL_S))[0]:
+            if await is_gone():
+                raise RequestRefused(408, "the caller disconnected")
+        return await together
+    finally:
+        for one in reading:
+            one.cancel()
+        together.cancel()
+
+
+def served_names(args: Namespace) -> list[str]:
+    """The names of the model of a server that was started with these arguments."""
+    given = vars(args)
+    names = given.get("served_model_name") or given.get("model") or []
+    return [names] if isinstance(names, str) else list(names)
 
 
 def listed_features(answer: JsonView) -> list[int]:
@@ -173,6 +258,8 @@ def _refused(error: VLLMValidationError) -> RequestRefused:
     """The engine's refusal, with the path of the field in this route's body."""
     inside = f"{READOUT_KEY}[0]"
     path, message = error.parameter or "", error.args[0]
+    if isinstance(error, ModuleChangedError):
+        return RequestRefused(409, message.replace(f"{inside}.", ""), "module_name")
     if not path.startswith(inside):
         return RequestRefused(400, f"input: {message}", "input")
     path = path.removeprefix(inside).lstrip(".") or "top_k"
@@ -191,6 +278,25 @@ def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]
         return [list(ids)]
     texts = [request.input] if isinstance(request.input, str) else request.input
     return [list(tokenizer(text).input_ids) for text in texts or ()]
+
+
+def _answer(
+    request: EncodeRequest,
+    prompts: Sequence[list[int]],
+    outputs: Sequence[RequestOutput],
+    tokenizer: TokenizerLike,
+) -> Json:
+    total = sum(map(len, prompts))
+    pairs = enumerate(zip(prompts, outputs, strict=True))
+    return {
+        "object": "list",
+        "module_name": request.module_name,
+        "data": [
+            _entry(index, ids, output, request.module_name, tokenizer)
+            for index, (ids, output) in pairs
+        ],
+        "usage": {"prompt_tokens": total, "total_tokens": total},
+    }
 
 
 def _entry(

@@ -60,7 +60,9 @@ class LabelFiles:
         try:
             return await asyncio.to_thread(self._read, path)
         except (OSError, ValueError) as error:
-            raise RequestRefused(409, f"labels: {error}") from None
+            # Clients are not told where a module's files are.
+            message = str(error).replace(str(Path(path) / FILE_NAME), FILE_NAME)
+            raise RequestRefused(409, f"labels: {message}") from None
 
     def _read(self, path: str) -> Labels:
         file = Path(path) / FILE_NAME
@@ -98,6 +100,10 @@ class SteeringModulesService:
             status = HTTP_STATUS[reply.outcome]
             raise RequestRefused(status, reply.error, reply.field, reply.in_use)
         return reply
+
+    async def config(self) -> SteeringConfig:
+        """The engine's configuration as it is now."""
+        return SteeringConfig.from_json((await self.call("list", {})).config or {})
 
     async def list(self) -> Json:
         """Modules with memory and requests, free slots, rows and tokens."""
@@ -137,8 +143,7 @@ class SteeringModulesService:
 
     async def list_presets(self) -> Json:
         """Every preset, whether it is valid now, and the default."""
-        reply = await self.call("list", {})
-        config = SteeringConfig.from_json(reply.config or {})
+        config = await self.config()
         found = []
         for name, preset in config.presets.items():
             error = None
