@@ -101,6 +101,9 @@ def test_messages_are_rendered(http: httpx.Client) -> None:
     (entry,) = encode(http, messages=messages)["data"]
     assert "who are you" in "".join(entry["tokens"])
     assert entry["sae_features"]["post_block.1"]["positions"]
+    parts = [{"type": "text", "text": "Who are"}, {"type": "text", "text": "you?"}]
+    (same,) = encode(http, messages=[{"role": "user", "content": parts}])["data"]
+    assert same["token_ids"] == entry["token_ids"]
 
 
 @pytest.mark.parametrize(
@@ -115,13 +118,15 @@ def test_messages_are_rendered(http: httpx.Client) -> None:
         ({"input": "a", "features": [1 << 30]}, "features[0]"),
         ({"input": "a", "module_name": "none"}, "module_name"),
         ({"input": "word " * 400}, "input"),
-        ({"input": ["a", ""]}, "input[1]"),
-        ({"input": ["a", 5]}, "input[1]"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": ["a", 5]}, "input"),
         ({"input": "a", "n": 1}, "n"),
         ({"input": "a", "sites": {"post_block": []}}, "sites.post_block"),
         ({"input": "a", "sites": {"post_block": [3]}}, "sites.post_block[0]"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
         ({"messages": [{"content": "a"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages"),
     ],
 )
 def test_what_cannot_be_encoded_is_a_400(
@@ -160,6 +165,13 @@ def test_a_body_that_is_no_request_is_refused(
     answer = http.post(URL, content=body)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
+
+
+def test_a_long_text_is_cut_into_pieces_as_a_short_one(http: httpx.Client) -> None:
+    words = [f"the {word}" for word in ("bridge", "soup", "chef", "bay") * 28]
+    (entry,) = encode(http, input=" ".join(words), top_k=1)["data"]
+    assert len(entry["tokens"]) == len(entry["token_ids"]) > 200
+    assert "".join(entry["tokens"]).endswith(" ".join(words))
 
 
 def test_the_model_is_the_one_that_is_served(http: httpx.Client) -> None:

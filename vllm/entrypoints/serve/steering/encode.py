@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MAX_TEXTS = 64
 # Of one answer; about 25 MB of JSON.
 MAX_VALUES = 1 << 20
+PIECES_AT_ONCE = 128  # tokens that are decoded before others have their turn
 POLL_S = 0.1  # how often a waiting call looks whether its caller is there
 
 Text = Annotated[str, expects("a text", min_length=1)]
@@ -165,8 +166,7 @@ class EncodeService:
             raise _refused(error) from None
         except ValueError as error:
             raise RequestRefused(400, f"input: {error}", "input") from None
-        # Off the event loop: an answer can be long.
-        return await asyncio.to_thread(_answer, request, prompts, outputs, tokenizer)
+        return await _answer(request, prompts, outputs, tokenizer)
 
     def _check(
         self,
@@ -269,9 +269,13 @@ def _refused(error: VLLMValidationError) -> RequestRefused:
 def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]]:
     """The token ids of each text, with the tokenizer's own special tokens."""
     if request.messages is not None:
+        messages = [
+            message_of(f"messages[{at}]", one)
+            for at, one in enumerate(request.messages)
+        ]
         try:
             ids = tokenizer.apply_chat_template(
-                request.messages, tokenize=True, return_dict=False
+                messages, tokenize=True, return_dict=False
             )
         except Exception as error:  # a template may raise any error
             raise RequestRefused(400, f"messages: {error}", "messages") from None
@@ -280,36 +284,70 @@ def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]
     return [list(tokenizer(text).input_ids) for text in texts or ()]
 
 
-def _answer(
+def message_of(path: str, message: Json) -> Json:
+    """A chat message as templates take it: its text parts are joined, as vLLM does.
+
+    Raises:
+        RequestRefused: 400, it has no role, or content that is no text.
+    """
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise _no_message(f"{path}.role", role, "a string")
+    if content is None or isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise _no_message(f"{path}.content", content, "a text or a list of text parts")
+    texts = []
+    for at, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            where = f"{path}.content[{at}]"
+            raise _no_message(
+                where, part, 'a part such as {"type": "text", "text": ""}'
+            )
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
+def _no_message(path: str, value: object, accepted: str) -> RequestRefused:
+    message = f"{path}: found {shown(value)}, expected {accepted}"
+    return RequestRefused(400, message, "messages")
+
+
+async def _pieces(tokenizer: TokenizerLike, ids: Sequence[int]) -> list[str]:
+    """`token_pieces` of a text. Other requests get their turn meanwhile."""
+    found: list[str] = []
+    for at in range(0, len(ids), PIECES_AT_ONCE):
+        # A piece depends on the token before it.
+        first = max(at - 1, 0)
+        part = token_pieces(tokenizer, ids[first : at + PIECES_AT_ONCE])
+        found += part[at - first :]
+        await asyncio.sleep(0)
+    return found
+
+
+async def _answer(
     request: EncodeRequest,
     prompts: Sequence[list[int]],
     outputs: Sequence[RequestOutput],
     tokenizer: TokenizerLike,
 ) -> Json:
+    data = []
+    for index, (ids, output) in enumerate(zip(prompts, outputs, strict=True)):
+        found = output.prompt_sae_features or {}
+        made = await asyncio.to_thread(features_json, found)
+        data.append(
+            {
+                "index": index,
+                "token_ids": ids,
+                "tokens": await _pieces(tokenizer, ids),
+                "sae_features": made.get(request.module_name, {}),
+            }
+        )
     total = sum(map(len, prompts))
-    pairs = enumerate(zip(prompts, outputs, strict=True))
     return {
         "object": "list",
         "module_name": request.module_name,
-        "data": [
-            _entry(index, ids, output, request.module_name, tokenizer)
-            for index, (ids, output) in pairs
-        ],
+        "data": data,
         "usage": {"prompt_tokens": total, "total_tokens": total},
-    }
-
-
-def _entry(
-    index: int,
-    ids: list[int],
-    output: RequestOutput,
-    module: str,
-    tokenizer: TokenizerLike,
-) -> Json:
-    found = features_json(output.prompt_sae_features or {})
-    return {
-        "index": index,
-        "token_ids": ids,
-        "tokens": token_pieces(tokenizer, ids),
-        "sae_features": found.get(module, {}),
     }
