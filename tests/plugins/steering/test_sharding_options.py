@@ -139,5 +139,5 @@ def test_what_gpus_cannot_share_is_refused_and_auto_copies(
     assert resolved(vllm_config, 2, {}).ranks.auto_copies
     assert not Ranks(2, 2, auto_copies=True).shards("auto", 131072, 5376, 5376)
     transcoder = slot(hook="mlp_in", hook_out="mlp_out", sharding="shard")
-    check_refused(vllm_config, 2, transcoder, "spare[0].sharding", "for a transcoder")
+    check_refused(vllm_config, 2, transcoder, "spare[0].sharding", "on a GPU")
     assert resolved(vllm_config, 1, asked).modules["m"].sharded == ()
