@@ -131,7 +131,7 @@ def test_a_refused_module_is_one_line_and_status_one(
     assert main(["inspect", str(tmp_path / "nothing")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: steering module")
+    assert captured.err.startswith(f"error: {tmp_path / 'nothing'}: ")
     assert captured.err.count("\n") == 1
 
 

@@ -71,8 +71,8 @@ def run(*arguments: str) -> tuple[int, list[str], str]:
         ([], 2, "required"),
         (["unknown"], 2, "invalid choice"),
         (["probe", "x", "--model", "m", "--max-tokens", "0"], 2, "expected an integer"),
-        (["inspect", "/no/such/module"], 1, "(/no/such/module): no such file"),
-        (["convert", "/no/such/module", "/tmp"], 1, "(/no/such/module): no such file"),
+        (["inspect", "/no/such/module"], 1, "error: /no/such/module: no such file"),
+        (["convert", "/no/such/module", "/tmp"], 1, "error: /no/such/module: no"),
     ],
 )
 def test_neither_torch_nor_vllm_is_imported(

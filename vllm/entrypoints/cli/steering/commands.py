@@ -66,7 +66,7 @@ def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> Non
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty directory")
+        raise ValueError(f"{out}: found files, expected a new or empty directory")
     module = inspect_module("module", path, sites=sites)
     if module.kind != "sae":
         raise ValueError(f"{path}: expected an SAE, found steering vectors")

@@ -298,8 +298,9 @@ def _check_shapes(name: str, tensors: Mapping[str, HostTensor]) -> None:
         if key not in tensors and key not in _OPTIONAL_TENSORS:
             raise ValueError(f"{name}: {key}: expected a tensor, found none")
     for key in ("W_enc", "W_dec"):
-        if tensors[key].data.ndim != 2:
-            raise ValueError(f"{name}: {key}: expected a matrix [F, D]")
+        shape = list(tensors[key].data.shape)
+        if len(shape) != 2:
+            raise ValueError(f"{name}: {key}: expected a matrix [F, D], found {shape}")
     F, d_out = tensors["W_dec"].data.shape
     d_in = tensors["W_enc"].data.shape[1]
     shapes = {
