@@ -92,13 +92,11 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         VLLMValidationError: the engine's default preset is locked, so no text can be
             read without steering.
     """
-    modules = list_modules(llm)
-    info = modules.get(module)
-    if info is None or info.kind != "sae":
-        saes = [name for name, one in modules.items() if one.kind == "sae"]
+    saes = {name: m for name, m in list_modules(llm).items() if m.kind == "sae"}
+    info = saes.get(module)
+    if info is None:
         raise ValueError(
-            f"module: found {shown(module)}, expected an SAE of this engine: "
-            f"{listing(saes)}"
+            f"module: found {shown(module)}, expected an SAE: {listing(list(saes))}"
         )
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:

@@ -17,7 +17,7 @@ from steering_testing.engine import save_sae
 from steering_testing.reference import random_sae
 
 from vllm.entrypoints.cli.steering import features as command_module
-from vllm.entrypoints.cli.steering.features import texts_of
+from vllm.entrypoints.cli.steering.inputs import texts_of
 from vllm_steering_cli.main import main
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
@@ -109,7 +109,7 @@ def test_standard_output_is_json_and_nothing_else(tmp_path: Path) -> None:
     [
         (["--text", "none"], "--text {}/none: No such file"),
         (["--text", "."], "--text {}/.: Is a directory"),
-        (["--text", "bytes"], "--text {}/bytes: byte 3 is not UTF-8, expected UTF-8"),
+        (["--text", "bytes"], "--text {}/bytes: found no UTF-8 at byte 3, expected"),
         (["--text", "blank"], "--text {}/blank: expected at least one text"),
         (["--against", "none"], "--against {}/none: No such file"),
         (["--labels", "none"], "--labels {}/none: No such file"),
@@ -120,8 +120,8 @@ def test_standard_output_is_json_and_nothing_else(tmp_path: Path) -> None:
         (["--top", "257"], "--top: found 257, expected an integer in 1..256"),
         (["--site", "post_block"], "--site: found 'post_block', expected HOOK.LAYER"),
         (["--site", "post_block.3"], "the files say post_block.1"),
-        (["--model", "none"], "--model {}/none: no such directory"),
-        (["--model", "."], "--model {}/.: a directory without config.json"),
+        (["--model", "none"], "--model {}/none: found no such directory"),
+        (["--model", "."], "--model {}/.: found a directory without config.json"),
     ],
 )
 def test_a_bad_argument_is_one_line_before_the_model_is_loaded(

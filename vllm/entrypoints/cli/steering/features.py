@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import parse_site
-from vllm.entrypoints.cli.steering.files import quiet_log, read_text
-from vllm.entrypoints.cli.steering.probe import (
-    MODULE,
+from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
-    probing_engine,
-    windows,
+    quiet_engine,
+    texts_of,
 )
+from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
 from vllm.entrypoints.steering.evaluate import evaluate
 from vllm.entrypoints.steering.finder import (
     check_one_site,
@@ -31,22 +30,6 @@ if TYPE_CHECKING:
 
 # Above this share of unexplained variance the features mean little.
 BAD_FVU = 0.6
-
-
-def texts_of(option: str, file: str) -> list[str]:
-    """The texts of a UTF-8 file: paragraphs, or lines where there is one paragraph.
-
-    Raises:
-        ValueError: there is none, or the file cannot be read.
-    """
-    content = read_text(option, file)
-    paragraphs = [part.strip() for part in content.split("\n\n") if part.strip()]
-    if len(paragraphs) == 1:
-        lines = [line.strip() for line in paragraphs[0].splitlines()]
-        paragraphs = [line for line in lines if line]
-    if not paragraphs:
-        raise ValueError(f"{option} {file}: expected at least one text, found none")
-    return paragraphs
 
 
 def features(
@@ -69,7 +52,7 @@ def features(
     Raises:
         ValueError, OSError: an argument, a file, the module or the model is refused.
     """
-    quiet_log()
+    quiet_engine()
     check_top("--top", top)
     texts = texts_of("--text", text_file)
     against = None if against_file is None else texts_of("--against", against_file)
@@ -78,7 +61,9 @@ def features(
         _check_plot(plot)
     check_model_path(model)
     if site is not None and parse_site(site) is None:
-        raise ValueError(f"--site: found {site!r}, expected HOOK.LAYER")
+        raise ValueError(
+            f"--site: found {site!r}, expected HOOK.LAYER such as post_block.20"
+        )
     sites = None if site is None else [site]
     info = inspect_module(MODULE, path, sites=sites)
     if info.kind != "sae":

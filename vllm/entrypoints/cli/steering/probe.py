@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -22,8 +21,12 @@ from vllm.config.steering import (
     get_steering_config,
     site_name,
 )
-from vllm.entrypoints.cli.steering.files import quiet_log, read_text
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
+from vllm.entrypoints.cli.steering.inputs import (
+    check_model_path,
+    quiet_engine,
+    read_text,
+)
 from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe_engine import (
     MODULE,
@@ -108,27 +111,6 @@ def windows(ids: Sequence[int], bos: int | None, max_tokens: int) -> list[list[i
     body = list(ids[len(prefix) : max_tokens])
     step = WINDOW - 1 - len(prefix)  # one place is for the token that is generated
     return [prefix + body[at : at + step] for at in range(0, len(body), step)]
-
-
-def check_model_path(model: str) -> None:
-    """Raise `ValueError` for a path that is no model, before vLLM takes it for a name.
-
-    A name of the Hugging Face Hub is not looked up here.
-    """
-    place = Path(model).expanduser()
-    looks_local = model.startswith(("/", ".", "~")) or model.count("/") > 1
-    if place.is_dir() and not (place / "config.json").is_file():
-        found = "a directory without config.json"
-    elif place.exists() and not place.is_dir() and place.suffix != ".gguf":
-        found = "a file"
-    elif looks_local and not place.exists():
-        found = "no such directory"
-    else:
-        return
-    raise ValueError(
-        f"--model {model}: {found}; expected the directory of a model, or a name on "
-        "the Hugging Face Hub such as google/gemma-2-2b"
-    )
 
 
 def probe_module(
@@ -238,7 +220,7 @@ def probe(
     Raises:
         ValueError, OSError: as `probe_module`, or the text cannot be read.
     """
-    quiet_log()
+    quiet_engine()
     text = DEFAULT_TEXT if text_file is None else read_text("--text", text_file)
     found = probe_module(path, model, text, max_tokens, sites=sites, dtype=dtype)
     warnings = [warning for site in found for warning in site.warnings]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -21,9 +21,8 @@ from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import ModuleChangedError, listing, shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
-from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
-from vllm.entrypoints.serve.steering.protocol import top_field
+from vllm.entrypoints.serve.steering.protocol import read_body_as
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
@@ -38,7 +37,6 @@ MAX_TEXTS = 64
 # Of one answer; about 25 MB of JSON.
 MAX_VALUES = 1 << 20
 PIECES_AT_ONCE = 128  # tokens that are decoded before others have their turn
-POLL_S = 0.1  # how often a waiting call looks whether its caller is there
 
 Text = Annotated[str, expects("a text", min_length=1)]
 Texts = Annotated[
@@ -87,14 +85,7 @@ def parse_encode(body: bytes) -> EncodeRequest:
     Raises:
         RequestRefused: 400, naming the field, what was found and what is accepted.
     """
-    try:
-        data = marked_loads(body)
-        refuse_ambiguous("", data)
-        request = _READER.read(data)
-    except VLLMValidationError as error:
-        raise RequestRefused(400, error.args[0], top_field(error)) from None
-    except (ValueError, RecursionError):
-        raise RequestRefused(400, "body: expected a JSON object") from None
+    request = read_body_as(_READER, body)
     if (request.input is None) == (request.messages is None):
         has = "neither" if request.input is None else "both"
         raise RequestRefused(
@@ -126,17 +117,11 @@ class EncodeService:
     engine: GeneratingEngine
     names: Sequence[str]
 
-    async def encode(
-        self,
-        request: EncodeRequest,
-        config: SteeringConfig,
-        is_gone: Callable[[], Awaitable[bool]],
-    ) -> Json:
+    async def encode(self, request: EncodeRequest, config: SteeringConfig) -> Json:
         """The answer's body.
 
         Args:
             config: of the engine.
-            is_gone: whether the caller has left; the texts are not read then.
 
         Raises:
             RequestRefused: 400 for a bad spec, or a text that the model cannot read;
@@ -156,16 +141,19 @@ class EncodeService:
         # Not under the server's default preset, unless that is locked.
         specs = {**opt_out(config), READOUT_KEY: [request.spec]}
         prompts = _prompts(request, tokenizer)
+        reads: list[asyncio.Task[RequestOutput]] = []
         try:
             self._check(request, prompts, specs, config)
-            outputs = await _all(
-                [asyncio.ensure_future(self._read(ids, specs)) for ids in prompts],
-                is_gone,
-            )
+            reads += [asyncio.create_task(self._read(ids, specs)) for ids in prompts]
+            outputs = await asyncio.gather(*reads)
         except VLLMValidationError as error:
             raise _refused(error) from None
         except ValueError as error:
             raise RequestRefused(400, f"input: {error}", "input") from None
+        finally:
+            # Ends what is left in the engine after an error, or without a caller.
+            for read in reads:
+                read.cancel()
         return await _answer(request, prompts, outputs, tokenizer)
 
     def _check(
@@ -217,23 +205,6 @@ class EncodeService:
         return last
 
 
-async def _all(
-    reading: Sequence[asyncio.Future[RequestOutput]],
-    is_gone: Callable[[], Awaitable[bool]],
-) -> list[RequestOutput]:
-    """Every result; if one fails or the caller leaves, the others are cancelled."""
-    together = asyncio.gather(*reading)
-    try:
-        while not (await asyncio.wait([together], timeout=POLL_S))[0]:
-            if await is_gone():
-                raise RequestRefused(408, "the caller disconnected")
-        return await together
-    finally:
-        for one in reading:
-            one.cancel()
-        together.cancel()
-
-
 def served_names(args: Namespace) -> list[str]:
     """The names of the model of a server that was started with these arguments."""
     given = vars(args)
@@ -263,7 +234,8 @@ def _refused(error: VLLMValidationError) -> RequestRefused:
     if not path.startswith(inside):
         return RequestRefused(400, f"input: {message}", "input")
     path = path.removeprefix(inside).lstrip(".") or "top_k"
-    return RequestRefused(400, message.replace(f"{inside}.", ""), path)
+    message = message.replace(f"{inside}.", "").removeprefix(f"{inside}: ")
+    return RequestRefused(400, message, path)
 
 
 def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]]:
