@@ -102,3 +102,15 @@ def assert_reads(
         best = listed.sort(descending=True).values[:count]
         best[best == -torch.inf] = 0
         np.testing.assert_allclose(found, best, rtol=0, atol=near)
+
+
+def first_rise(dense: np.ndarray) -> tuple[int, int, float]:
+    """(token, feature, bound): the feature first exceeds the bound there, and late.
+
+    Args:
+        dense: `[tokens, F]`, activations of an answer.
+    """
+    gain = dense[1:] - np.maximum.accumulate(dense, axis=0)[:-1]
+    gain[:3] = 0  # so that some tokens come before
+    at, feature = np.unravel_index(gain.argmax(), gain.shape)
+    return int(at) + 1, int(feature), float(dense[at + 1, feature] - gain.max() / 2)

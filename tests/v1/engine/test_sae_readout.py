@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from steering_testing import models
 from steering_testing.engine import engine, runner, sae_spec, save_sae
 from steering_testing.observe import steps_of
-from steering_testing.reads import activations, assert_reads
+from steering_testing.reads import activations, assert_reads, first_rise
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -263,54 +262,6 @@ NGRAM = {
 }
 
 
-def first_rise(dense: np.ndarray) -> tuple[int, int, float]:
-    """(token, feature, bound): the feature exceeds the bound there first, late."""
-    gain = dense[1:] - np.maximum.accumulate(dense, axis=0)[:-1]
-    gain[:3] = 0  # so that some tokens come before
-    at, feature = np.unravel_index(gain.argmax(), gain.shape)
-    return int(at) + 1, int(feature), float(dense[at + 1, feature] - gain.max() / 2)
-
-
-@pytest.mark.parametrize("kind", ["drafts", "async", "sync"])
-def test_a_feature_ends_requests_beside_others_under_every_scheduling(
-    model_root: Path, tmp_path: Path, kind: str
-) -> None:
-    """With drafts, tokens after the one that fires may have been accepted already;
-    with async scheduling, the next step is on its way."""
-    options: dict[str, Any] = {"async_scheduling": kind == "async"}
-    if kind == "drafts":
-        options["speculative_config"] = NGRAM
-    path = save_sae(tmp_path / "sae", {SITE: SAES["relu"]})
-    prompts = [[3 + at * by % 7 for at in range(20)] for by in (1, 2, 3, 5)]
-    whole = read("relu", top_k=64)
-    with engine("gemma2", model_root, {"relu": path}, **options) as llm:
-        core = llm.llm_engine.engine_core.engine_core
-        assert (core.batch_queue is not None) == (kind == "async")
-        with steps_of(llm) as steps:
-            free = run(llm, prompts, [ask(24, sae_readout_specs=whole)] * 4)
-        assert kind != "drafts" or steps.accepted > 0
-        asked, wanted = [], []
-        for at, output in enumerate(free):
-            answer = output.outputs[0]
-            dense = answer.sae_features["relu"]["post_block.1"].to_dense()
-            token, feature, bound = first_rise(dense)
-            stop = [{"feature_idx": feature, "above": bound}]
-            stops = read("relu", top_k=2, stop_if=stop)
-            asked.append(ask(24, **({} if at == 3 else {"sae_readout_specs": stops})))
-            wanted.append((token + 1, feature))
-        outputs = run(llm, prompts, asked)
-    for at, (output, other) in enumerate(zip(outputs, free, strict=True)):
-        answer, tokens = output.outputs[0], list(other.outputs[0].token_ids)
-        count, feature = wanted[at] if at < 3 else (24, None)
-        assert list(answer.token_ids) == tokens[:count]
-        if feature is None:
-            assert answer.finish_reason == "length" and answer.sae_features is None
-            continue
-        assert answer.stop_reason == f"sae:relu:post_block.1:{feature}"
-        record = answer.sae_features["relu"]["post_block.1"]
-        assert record.positions.tolist() == list(range(20, 20 + count))
-
-
 def test_several_answers_to_one_prompt_each_have_their_own_entries(llm: LLM) -> None:
     params = SamplingParams(
         n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True, detokenize=False,
@@ -346,3 +297,38 @@ def test_chunks_preemption_and_drafts_leave_each_position_once(
     assert not drafts or steps.accepted < steps.drafted
     for output in outputs:
         check(output, SAES["jumprelu"], "jumprelu", top_k=4)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_feature_ends_requests_beside_others(
+    model_root: Path, tmp_path: Path, drafts: bool
+) -> None:
+    """With drafts, tokens after the one that fires may have been accepted already."""
+    options: dict[str, Any] = {"speculative_config": NGRAM} if drafts else {}
+    path = save_sae(tmp_path / "sae", {SITE: SAES["relu"]})
+    prompts = [[3 + at * by % 7 for at in range(20)] for by in (1, 2, 3, 5)]
+    whole = read("relu", top_k=64)
+    with engine("gemma2", model_root, {"relu": path}, **options) as llm:
+        with steps_of(llm) as steps:
+            free = run(llm, prompts, [ask(24, sae_readout_specs=whole)] * 4)
+        assert not drafts or steps.accepted > 0
+        asked, wanted = [], []
+        for at, output in enumerate(free):
+            answer = output.outputs[0]
+            dense = answer.sae_features["relu"]["post_block.1"].to_dense()
+            token, feature, bound = first_rise(dense)
+            stop = [{"feature_idx": feature, "above": bound}]
+            stops = read("relu", top_k=2, stop_if=stop)
+            asked.append(ask(24, **({} if at == 3 else {"sae_readout_specs": stops})))
+            wanted.append((token + 1, feature))
+        outputs = run(llm, prompts, asked)
+    for at, (output, other) in enumerate(zip(outputs, free, strict=True)):
+        answer, tokens = output.outputs[0], list(other.outputs[0].token_ids)
+        count, feature = wanted[at] if at < 3 else (24, None)
+        assert list(answer.token_ids) == tokens[:count]
+        if feature is None:
+            assert answer.finish_reason == "length" and answer.sae_features is None
+            continue
+        assert answer.stop_reason == f"sae:relu:post_block.1:{feature}"
+        record = answer.sae_features["relu"]["post_block.1"]
+        assert record.positions.tolist() == list(range(20, 20 + count))
