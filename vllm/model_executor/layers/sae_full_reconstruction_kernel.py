@@ -169,7 +169,7 @@ def sae_clamp(
         if hidden.shape[0] == 0:
             return
         if not slot.weights.shard.is_whole:
-            stages_shared.clamp(slot, step, gated, hidden, residual)
+            stages_shared.clamp(slot, step, gated, hidden, residual, source)
         elif _takes_clamp(slot, hidden, residual, source):
             stages_cuda.clamp(slot, step, gated, hidden, residual, source)
         else:
