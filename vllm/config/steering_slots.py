@@ -43,9 +43,25 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
         threshold=not is_topk,
         hook_out=site.hook_out,
         has_skip=site.has_skip,
-        sharded=(ranks.transcoders or not site.is_transcoder)
-        and ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width),
+        sharded=ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width),
     )
+
+
+def undivided(module: ModuleInfo, ranks: Ranks) -> list[SiteInfo]:
+    """The sites that `auto` copies only because ranks cannot get equal parts."""
+
+    def would_share(site: SiteInfo) -> bool:
+        d_sae = site.d_sae // ranks.unit * ranks.unit
+        d_out = site.out_width // ranks.unit * ranks.unit
+        return ranks.shards("auto", d_sae, site.d_in, d_out)
+
+    if module.kind == "vectors" or module.sharding != "auto":
+        return []
+    return [
+        site
+        for site in module.sites
+        if not ranks.can_shard(site.d_sae, site.out_width) and would_share(site)
+    ]
 
 
 def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:

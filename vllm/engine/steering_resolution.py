@@ -25,7 +25,7 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_private_directory import make_private_directory
-from vllm.config.steering_slots import start_up_slots
+from vllm.config.steering_slots import start_up_slots, undivided
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
@@ -162,7 +162,6 @@ def ranks_of(vllm_config: VllmConfig) -> Ranks:
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
         refused="" if on_cpu else ON_A_GPU,
-        transcoders=on_cpu,
         auto_copies=not on_cpu,
     )
 
@@ -197,6 +196,16 @@ def inspect_for_model(
         check_shards(module, ranks_of(vllm_config))
     if ranks_of(vllm_config).size > 1:
         module = dataclasses.replace(module, sharding=sharding)
+    for site in undivided(module, ranks_of(vllm_config)):
+        logger.warning(
+            "Steering module %s: %s: every rank holds a copy, because %d features and "
+            "%d columns are no multiples of %d",
+            name,
+            site.name,
+            site.d_sae,
+            site.out_width,
+            ranks_of(vllm_config).unit,
+        )
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)
         module = dataclasses.replace(module, skip_token_ids=ids)
@@ -242,7 +251,7 @@ def check_shards(module: ModuleInfo, ranks: Ranks) -> None:
             "rank holds a copy of a vector"
         )
     for site in module.sites:
-        check_sharded(where, site.d_sae, site.out_width, site.is_transcoder, ranks)
+        check_sharded(where, site.d_sae, site.out_width, ranks)
 
 
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:

@@ -230,6 +230,7 @@ def clamp(
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
     """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped."""
     weights, table, shard = slot.weights, slot.delta, slot.weights.shard
@@ -244,9 +245,15 @@ def clamp(
         "index": step.index[Tier.DELTA],
         "table": table.packed,
         "places": places,
-        **stream_arguments(hidden, residual),
         "table_stride": table.packed.stride(0),
         "num_warps": 4 if row_d <= 1024 else 8,
+    }
+    read = (hidden, residual) if source is None else (source, None)
+    reads = {
+        **stream_arguments(*read),
+        "D": weights.d_in,
+        "BLOCK_D": min(next_power_of_2(weights.d_in), 512),
+        **shared,
     }
     steered_kernel[(tokens,)](
         flags=step.flags,
@@ -254,10 +261,10 @@ def clamp(
         norm_limit=weights.norm_limit,
         count=count,
         T=tokens,
-        D=weights.d_out,
+        HAS_SOURCE=source is not None,
         GATED=gated,
         ROW_D=row_d,
-        **shared,
+        **reads,
     )
     clamp_acts_kernel[(tokens,)](
         w_enc=weights.W_enc,
@@ -266,11 +273,9 @@ def clamp(
         acts=acts,
         first_feature=weights.own.start,
         features=weights.W_enc.shape[0],
-        D=weights.d_in,
         MAX_CLAMPS=table.max_clamps,
         NC=8,
-        BLOCK_D=min(next_power_of_2(weights.d_in), 512),
-        **shared,
+        **reads,
     )
     clamp_columns_kernel[(tokens,)](
         w_dec=weights.W_dec,
@@ -283,6 +288,7 @@ def clamp(
         MAX_CLAMPS=table.max_clamps,
         NC=8,
         ROW_W=next_power_of_2(width),
+        **stream_arguments(hidden, residual),
         **shared,
     )
     write_columns(slot, count, places, shard.stack(columns), hidden, residual, 0)
