@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from test_gallery import Run, demo_model, run
-
-from vllm.distributed import cleanup_dist_env_and_memory
+from steering_testing.gallery import Run, demo_model, engine_of, runner
 
 pytestmark = pytest.mark.engine
-__all__ = ["run"]  # the fixture
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +26,14 @@ def demo() -> Any:
 
 @pytest.fixture(scope="module")
 def llm(demo: Any) -> Iterator[Any]:
-    engine = demo_model.start(demo)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    torch._dynamo.reset()
+    yield from engine_of(demo)
+
+
+@pytest.fixture
+def run(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    return runner(llm, monkeypatch, capsys)
 
 
 @pytest.fixture(autouse=True)
