@@ -54,7 +54,7 @@ __device__ __forceinline__ EncodeMemory& encode_memory(char* raw) {
   return *reinterpret_cast<EncodeMemory*>(aligned_memory(raw));
 }
 
-__device__ void init_barriers(EncodeMemory& m) {
+inline __device__ void init_barriers(EncodeMemory& m) {
   for (int s = 0; s < kMaxStages; ++s) {
     barrier_init(barrier_at(m.full, s), 2);
     barrier_init(barrier_at(m.empty, s), 2);
@@ -77,9 +77,10 @@ struct Stages {
 
 // Requests the first `stages` of feature tile blockIdx.x before the step's
 // tokens are known. They fit whatever the tile width will be.
-__device__ void request_first(EncodeMemory& m, const CUtensorMap* w, int stages,
-                              int k_tiles) {
-  int k = first_k(blockIdx.x, k_tiles);
+inline __device__ void request_first(EncodeMemory& m, const CUtensorMap* w,
+                                     int stages, int k_tiles,
+                                     int first_feature) {
+  int k = first_k(first_feature / kTileF + blockIdx.x, k_tiles);
   for (int s = 0; s < stages; ++s) {
     const uint32_t full = barrier_at(m.full, s);
     barrier_expect(full, kStageW);
@@ -90,7 +91,7 @@ __device__ void request_first(EncodeMemory& m, const CUtensorMap* w, int stages,
 }
 
 // Requested copies must land before the block goes.
-__device__ void drain_first(EncodeMemory& m, int stages) {
+inline __device__ void drain_first(EncodeMemory& m, int stages) {
   for (int s = 0; s < stages; ++s) {
     barrier_arrive(barrier_at(m.full, s));
     barrier_wait(barrier_at(m.full, s), 0);
@@ -121,7 +122,7 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map, int d_in,
     int f, t;
     walk.at(tile, f, t);
     const int row = Weights ? f * kTileF : t * N;
-    int k = first_k(f, k_tiles);
+    int k = first_k(walk.before + f, k_tiles);
 #pragma unroll 1
     for (int step = 0; step < k_tiles; ++step, ++it) {
       const int s = it % S::kCount, round = it / S::kCount;
@@ -239,7 +240,8 @@ __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
                                          EncodeMemory& m,
                                          const EncodeMaps& maps, int n,
                                          int first) {
-  const TileWalk walk = tile_walk(a.weights.num_features, n);
+  const TileWalk walk =
+      tile_walk(a.weights.num_features, n, a.weights.first_feature);
   const int d_in = a.weights.d_in;
   const int emitter = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps - 2;
   if (threadIdx.x == kWeightsThread) {
@@ -260,7 +262,8 @@ __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
 template <typename T>
 __device__ __forceinline__ void consumer(const EncodeArgs<T>& a,
                                          EncodeMemory& m, int n) {
-  const TileWalk walk = tile_walk(a.weights.num_features, n);
+  const TileWalk walk =
+      tile_walk(a.weights.num_features, n, a.weights.first_feature);
 #define STEERING_CONSUME(N, I) consume<T, N>(a, m, walk, n)
   STEERING_WIDTHS(n, STEERING_CONSUME)
 #undef STEERING_CONSUME

@@ -36,6 +36,7 @@ __device__ __forceinline__ int tile_width(int n) {
 // weights is fetched once.
 struct TileWalk {
   int n_f, n_t, group;
+  int before;  // feature tiles of the ranks before this one
   __device__ void at(int tile, int& f, int& t) const {
     const int first = tile / (group * n_f) * group;
     const int width = min(n_t - first, group);
@@ -48,10 +49,11 @@ struct TileWalk {
 
 constexpr int kTokenGroup = 8;  // token tiles of a group
 
-__device__ __forceinline__ TileWalk tile_walk(int num_features, int n) {
+__device__ __forceinline__ TileWalk tile_walk(int num_features, int n,
+                                              int first_feature) {
   const int width = tile_width(n);
   return {(num_features + kTileF - 1) / kTileF, (n + width - 1) / width,
-          kTokenGroup};
+          kTokenGroup, first_feature / kTileF};
 }
 
 // Where feature tile `f` begins its reduction. Blocks that run at the same time

@@ -13,6 +13,7 @@ from vllm.config.steering_json import Json
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
 
+from .peers import Peers
 from .workspace import StageBuffers, SteeringWorkspace
 
 
@@ -53,6 +54,7 @@ class Run:
         edits: False where no token is to be changed, whatever its row.
         own_scores: float32 `[rows, F / size]`, where the encoder of a shared TopK SAE
             writes; None: to the workspace.
+        peers: the memory through which ranks share the SAE in the extension's kernels.
     """
 
     slot: SAESlot
@@ -68,6 +70,7 @@ class Run:
     reads: ReadBuffers | None = None
     edits: bool = True
     own_scores: torch.Tensor | None = None
+    peers: Peers | None = None
 
     @property
     def table(self) -> ClampTable:

@@ -204,6 +204,7 @@ def steered_kernel(
     residual,
     places,
     count,
+    active,
     hidden_stride,
     residual_stride,
     table_stride,
@@ -215,7 +216,9 @@ def steered_kernel(
 ):
     """places[t]: t where the delta tier edits the token, else -1; and count [1] = T.
 
-    The norm is computed as the clamp kernel does, so both decide the same.
+    active [1] becomes 1 if there is a token to edit, its norm aside: that depends on
+    integers alone, so it is the same on all ranks. The norm is computed as the clamp
+    kernel does, so both decide the same.
     """
     t = tl.program_id(0).to(tl.int64)
     if t == 0:
@@ -227,6 +230,7 @@ def steered_kernel(
         on = on & (tl.load(meta + USES_TOPK) == 0)
     place = -1
     if on:
+        tl.store(active, 1)
         col = tl.arange(0, ROW_D)
         x = read_stream(
             hidden, hidden_stride, residual, residual_stride, t, col, D, HAS_RESIDUAL

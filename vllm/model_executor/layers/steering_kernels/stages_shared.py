@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
     STREAM_LIMIT,
     SAESlot,
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from . import stages_triton
+from .peers import Peers
 from .plan import LIST_MAX, next_power_of_2
 from .run import Run, device_facts, stream_arguments
 from .shared import (
@@ -217,21 +219,58 @@ def write_columns(
     )
 
 
+@dataclass(frozen=True)
+class Gather:
+    """How the ranks gather rows: through their memory where that is possible.
+
+    active: int32 `[1]` on the device. Where it is 0, nothing need be gathered.
+    """
+
+    shard: Shard
+    peers: Peers | None
+    active: torch.Tensor
+
+    def _pulls(self, nbytes: int, row_bytes: int) -> bool:
+        peers = self.peers
+        return peers is not None and peers.fits(nbytes) and row_bytes % 16 == 0
+
+    def room(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[rows, width]`, from which `__call__` gathers next."""
+        row_bytes = width * dtype.itemsize
+        if self.peers is not None and self._pulls(rows * row_bytes, row_bytes):
+            return self.peers.staged(rows, width, dtype)
+        return torch.empty(rows, width, dtype=dtype, device=self.active.device)
+
+    def __call__(self, own: torch.Tensor) -> torch.Tensor:
+        """`[size, rows, width]` of all ranks."""
+        row_bytes = own.shape[1] * own.element_size()
+        if self.peers is None or not self._pulls(own.nbytes, row_bytes):
+            return self.shard.stack(own)
+        every = own.new_empty(self.shard.size, *own.shape)
+        self.peers.pull(own, every, self.active, stacked=True)
+        return every
+
+
 def clamp(
     slot: SAESlot,
     step: StepState,
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    peers: Peers | None,
 ) -> None:
-    """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped."""
-    weights, table, shard = slot.weights, slot.delta, slot.weights.shard
+    """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped.
+
+    `peers`: the memory through which the ranks exchange; None: they gather.
+    """
+    weights, table = slot.weights, slot.delta
     tokens, device = hidden.shape[0], hidden.device
     width = weights.W_dec.shape[1]
     places = torch.empty(tokens, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
-    acts = torch.empty(tokens, table.max_clamps, device=device)
-    columns = torch.empty(tokens, width, dtype=hidden.dtype, device=device)
+    active = torch.zeros(1, dtype=torch.int32, device=device)
+    gather = Gather(weights.shard, peers, active)
+    acts = gather.room(tokens, table.max_clamps, torch.float32)
     row_d = next_power_of_2(weights.d_out)
     shared = {
         "index": step.index[Tier.DELTA],
@@ -246,6 +285,7 @@ def clamp(
         meta=weights.meta,
         norm_limit=weights.norm_limit,
         count=count,
+        active=active,
         T=tokens,
         D=weights.d_out,
         GATED=gated,
@@ -265,9 +305,11 @@ def clamp(
         BLOCK_D=min(next_power_of_2(weights.d_in), 512),
         **shared,
     )
+    every = gather(acts)
+    columns = gather.room(tokens, width, hidden.dtype)
     clamp_columns_kernel[(tokens,)](
         w_dec=weights.W_dec,
-        acts=shard.stack(acts),
+        acts=every,
         columns=columns,
         first_column=weights.columns.start,
         features=weights.W_enc.shape[0],
@@ -278,4 +320,4 @@ def clamp(
         ROW_W=next_power_of_2(width),
         **shared,
     )
-    write_columns(slot, count, places, shard.stack(columns), hidden, residual, 0)
+    write_columns(slot, count, places, gather(columns), hidden, residual, 0)

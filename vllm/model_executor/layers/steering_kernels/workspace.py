@@ -11,11 +11,13 @@ import torch
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
+from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
 from .plan import (
     ENTRY_BYTES,
     MIB,
     RECORD_INTS,
     ChunkPlan,
+    ExchangeLimits,
     dense_row_bytes,
     most_rows,
     plan_chunks,
@@ -73,6 +75,37 @@ def _has_skip(slot: SAESlot) -> bool:
     return slot.weights.W_skip is not None
 
 
+def exchanges(slot: SAESlot) -> bool:
+    """Whether the extension's kernels can share the slot's SAE among ranks."""
+    w = slot.weights
+    return (
+        can_exchange(w.shard, w.d_sae_capacity, w.d_out)
+        and w.W_skip is None
+        and w.W_enc.dtype.itemsize == 2
+    )
+
+
+def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
+    """How much of the slot's ranks exchange at a time, if they do."""
+    if not exchanges(slot):
+        return None
+    held = slot.weights.W_enc.shape[0]
+    return exchange_limits(held)
+
+
+def _make_peers(
+    max_tokens: int, slots: list[SAESlot], device: torch.device
+) -> Peers | None:
+    """The memory through which ranks share SAEs; None if there is none to share."""
+    shared = [slot.weights for slot in slots if exchanges(slot)]
+    if not shared:
+        return None
+    width = max(w.d_out for w in shared)
+    shard = shared[0].shard
+    rows = min(max_tokens, EXCHANGE_ROWS)
+    return Peers(shard, plan_arena(shard.size, rows, width), device)
+
+
 class SteeringWorkspace:
     """Scratch memory of all sites of a worker, which run one after another.
 
@@ -88,7 +121,9 @@ class SteeringWorkspace:
     def __init__(
         self, max_tokens: int, slots: Iterable[SAESlot], device: torch.device
     ) -> None:
+        slots = list(slots)
         self.max_tokens = max_tokens
+        self.peers = _make_peers(max_tokens, slots, device)
         x_bytes = shared_bytes = coef_bytes = 16
         rows = 1
         for slot in slots:
@@ -123,12 +158,17 @@ class SteeringWorkspace:
     @staticmethod
     def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         """The chunks in which `slot` processes a step of `tokens` tokens."""
-        return plan_chunks(tokens, *_widths(slot), topk, _has_skip(slot))
+        return plan_chunks(
+            tokens, *_widths(slot), topk, _has_skip(slot), exchanged=exchange_of(slot)
+        )
 
     @staticmethod
     def _longest(slot: SAESlot, max_tokens: int, topk: bool) -> int:
         """The longest step of at most `max_tokens` tokens that is one chunk."""
-        return min(max_tokens, most_rows(*_widths(slot), topk, _has_skip(slot)))
+        most = most_rows(
+            *_widths(slot), topk, _has_skip(slot), exchanged=exchange_of(slot)
+        )
+        return min(max_tokens, most)
 
     @classmethod
     def _shared_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:
