@@ -76,11 +76,11 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
 // Sends a slice of a shared SAE's columns to all ranks.
 template <typename T>
 __device__ __forceinline__ void send_slice(const DecodeArgs<T>& a, int64_t i,
-                                           int first, float total, bool over) {
+                                           int first, float total, bool over,
+                                           unsigned round) {
   __shared__ __align__(16) T slice[kColumns];
   slice[threadIdx.x] = from_float<T>(total);
-  const unsigned flag =
-      slice_flag(a.exchange.round(), __syncthreads_or(over) != 0);
+  const unsigned flag = slice_flag(round, __syncthreads_or(over) != 0);
   push_slice(a.exchange, slice, i, a.weights.d_out, first,
              min(kColumns, a.weights.d_out - first), first / kColumns, flag);
 }
@@ -118,7 +118,7 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
 template <bool kShared, typename T>
 __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
                              float* sums, int64_t i, T* hidden, T* residual,
-                             int* counted, int first) {
+                             int* counted, int first, unsigned round) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
@@ -142,7 +142,7 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
         total += sums[w * kColumns + threadIdx.x];
       total = saturate<T>(total, over);
     }
-    send_slice(a, i, first, total, over);
+    send_slice(a, i, first, total, over, round);
   } else if (inside) {
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w)
@@ -163,7 +163,8 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
 // The list of a token of a shared SAE; returns its length.
 template <typename T>
 __device__ __forceinline__ int shared_list(const DecodeArgs<T>& a, int64_t i,
-                                           int listed, EntryLoads& mine) {
+                                           int listed, unsigned round,
+                                           EntryLoads& mine) {
   __shared__ int counts[kMaxRanks];
   if (!a.joined) {
     mine = load_entries(a.ws.entries + i * a.ws.capacity,
@@ -171,7 +172,7 @@ __device__ __forceinline__ int shared_list(const DecodeArgs<T>& a, int64_t i,
     return listed;
   }
   __syncthreads();  // `counts` of the token before have been read
-  const int total = wait_lists(a.exchange, i, a.exchange.round(), counts);
+  const int total = wait_lists(a.exchange, i, round, counts);
   mine = load_joined(a.exchange, i, counts, total);
   return total;
 }
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     int listed = a.delta ? 0 : record->listed;
     EntryLoads mine;
     if constexpr (kShared) {
-      listed = shared_list(a, i, listed, mine);
+      listed = shared_list(a, i, listed, round, mine);
     } else {
       mine = load_entries(own, room);
     }
@@ -260,8 +261,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
                 column = first + (threadIdx.x & 31) * 8;
       Partial sum = {};
       gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column, d_out);
-      finish_slice<kShared>(sum, a, scratch, i, h, r, &record->saturated,
-                            first);
+      finish_slice<kShared>(sum, a, scratch, i, h, r, &record->saturated, first,
+                            round);
     }
     if (writes)
       for (int slice = work / n; slice < slices; slice += groups)

@@ -29,6 +29,7 @@
 namespace vllm_steering {
 
 constexpr int kMaxRanks = 8;
+constexpr int kExchangeThreads = 256;  // of a block that sends or waits
 
 enum HeaderField {
   kRound = 0,   // rounds that have ended
@@ -67,23 +68,34 @@ struct Exchange {
 };
 
 // What a launch of a shared SAE's decoder does. With few tokens one launch does
-// all three; ranks that take turns on one device need one for each.
+// all three, else kPushes and kWrites are launches of their own.
 enum SharedPart { kPushes = 1, kDecodes = 2, kWrites = 4 };
 
-// Sends each active token's list to all ranks, its head last. A list that is
+// kExchangeThreads threads a block: sends each active token's list to all
+// ranks, its head last. A list that is
 // too long is not sent, only its length: the token is dense on every rank.
 template <typename T>
 __device__ __forceinline__ void push_lists(const Workspace<T>& ws,
                                            const Exchange& x, int n,
                                            unsigned round) {
+  constexpr int kEach = kListMax / kExchangeThreads;
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    const int64_t* own = ws.entries + i * ws.capacity;
+    int64_t entry[kEach];  // requested before their number is known
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      const int e = threadIdx.x + u * kExchangeThreads;
+      entry[u] = e < ws.capacity ? own[e] : 0;
+    }
     const TokenRecord& record = ws.records[i];
     const int listed = record.token < 0 ? 0 : record.listed;
-    const int64_t* own = ws.entries + i * ws.capacity;
     const int sent = listed <= kListMax ? listed : 0;
-    for (int e = threadIdx.x; e < sent; e += blockDim.x) {
-      const int64_t entry = own[e];
-      for (int to = 0; to < x.size; ++to) x.list(to, x.rank, i)[1 + e] = entry;
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      const int e = threadIdx.x + u * kExchangeThreads;
+      if (e >= sent) continue;
+      for (int to = 0; to < x.size; ++to)
+        x.list(to, x.rank, i)[1 + e] = entry[u];
     }
     __syncthreads();
     if (threadIdx.x < x.size)

@@ -8,8 +8,6 @@
 
 namespace vllm_steering {
 
-constexpr int kExchangeThreads = 256;
-
 // Sends a chunk's lists to all ranks.
 template <typename T>
 __global__ void __launch_bounds__(kExchangeThreads)

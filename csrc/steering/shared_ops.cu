@@ -68,12 +68,23 @@ void pull(Tensor own, Tensor out, Tensor shared, Tensor count, int64_t base,
          stream_of(own), a, static_cast<int>(parts));
 }
 
+// What one launch of the decoder does for few tokens. Its blocks wait for those
+// of the other ranks, so all must be resident; and one that writes must not
+// have another item to send afterwards.
+template <typename T>
+int shared_parts(const Bundles<T>& b, bool topk, int processors) {
+  const int64_t items =
+      static_cast<int64_t>(b.ws.rows) * decode_slices(b.weights.d_out);
+  const int each = b.ws.rows <= kFewTokens ? 2 : 4;  // as launch_decode has it
+  return kDecodes | (topk ? 0 : kPushes) |
+         (items <= static_cast<int64_t>(each) * processors ? kWrites : 0);
+}
+
 // Stage 4 on this rank's columns, which go to all ranks; for threshold SAEs
-// the lists of all ranks are joined first. `parts` beside kDecodes are for few
-// tokens.
+// the lists of all ranks are joined first. `together`: with shared_parts.
 void decode_columns(Tensors step, Tensors weights, Tensors stream,
                     Tensors workspace, int64_t base, bool topk, bool delta,
-                    bool many, int64_t parts) {
+                    bool many, bool together) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
     const auto b = make_bundles<T>(step, weights, stream, workspace,
@@ -82,14 +93,15 @@ void decode_columns(Tensors step, Tensors weights, Tensors stream,
     STD_TORCH_CHECK(
         delta || b.ws.capacity >= std::min(b.weights.all_features, kListMax),
         "steering: lists of ", b.ws.capacity, " entries are too short");
-    const DecodeArgs<T> a = {
-        b.weights, b.stream, b.ws, b.step.table, b.step.saturated,       topk,
-        delta,     Reads{},  x,    !topk,        static_cast<int>(parts)};
-    // Blocks wait for what others of their launch send only where all of them
-    // are resident together, which those of the many are not.
-    STD_TORCH_CHECK(!many || parts == kDecodes,
+    const int processors = multiprocessors(stream[kHidden]);
+    // Not all blocks of the many would be resident.
+    STD_TORCH_CHECK(!many || !together,
                     "steering: too many tokens for one launch");
-    launch_decode<true>(a, many && !delta, multiprocessors(stream[kHidden]),
+    const int parts = together ? shared_parts(b, topk, processors) : kDecodes;
+    const DecodeArgs<T> a = {
+        b.weights, b.stream, b.ws,  b.step.table, b.step.saturated, topk, delta,
+        Reads{},   x,        !topk, parts};
+    launch_decode<true>(a, many && !delta, processors,
                         stream_of(stream[kHidden]));
   });
 }
@@ -117,15 +129,18 @@ void dense_columns(Tensors step, Tensors weights, Tensors stream,
 }
 
 // Writes whole tokens from the columns of all ranks, and ends the round.
+// `together`: as for decode_columns, which may have written all but the dense.
 void write_columns(Tensors step, Tensors weights, Tensors stream,
-                   Tensors workspace, int64_t base, bool dense) {
+                   Tensors workspace, int64_t base, bool together) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
     const auto b = make_bundles<T>(step, weights, stream, workspace,
                                    Side::kWritten, false, base);
     const Exchange x = shared_exchange(weights, b);
-    const int blocks =
-        std::min(b.ws.rows, 4 * multiprocessors(stream[kHidden]));
+    const int processors = multiprocessors(stream[kHidden]);
+    const bool dense =
+        together && (shared_parts(b, false, processors) & kWrites) != 0;
+    const int blocks = std::min(b.ws.rows, 4 * processors);
     launch(write_kernel<T>, blocks, kExchangeThreads, 0,
            stream_of(stream[kHidden]), b.ws, b.stream, x, b.step.saturated,
            dense);
@@ -145,10 +160,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
       "pull(Tensor own, Tensor(a!) out, Tensor shared, Tensor count, int base,"
       " bool stacked, bool all, int parts) -> ()");
   m.def("decode_columns(" STEERING_BUNDLES
-        "int base, bool topk, bool delta, bool many, int parts) -> ()");
+        "int base, bool topk, bool delta, bool many, bool together) -> ()");
   m.def("dense_columns(" STEERING_BUNDLES
         "int base, bool topk, int chunk, int first, int end) -> ()");
-  m.def("write_columns(" STEERING_BUNDLES "int base, bool dense) -> ()");
+  m.def("write_columns(" STEERING_BUNDLES "int base, bool together) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {

@@ -24,8 +24,6 @@ from .workspace import exchanges
 
 # DensePhase (csrc/steering/dense.cuh): the first in which a rank waits, and the end.
 PULLED, PHASES = 4, 7
-# SharedPart (csrc/steering/exchange.cuh).
-PUSHES, DECODES, WRITES = 1, 2, 4
 
 
 def takes(run: Run) -> bool:
@@ -43,24 +41,21 @@ def pipeline(run: Run, peers: Peers) -> None:
     plan, run = run.buffers.plan, replace(run, peers=peers)
     is_delta = run.tier is Tier.DELTA
     many = sorts_ahead(plan.rows)
-    parts = DECODES
-    if not (many or peers.apart):
-        parts |= WRITES if run.topk else PUSHES | WRITES
+    # One launch sends lists, decodes, and writes what it can.
+    together = not (many or peers.apart)
     for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         _encode(run, peers, base)
-        if not (run.topk or parts & PUSHES):
+        if not (run.topk or together):
             cuda_ops().push(*reading_bundles(run), base=base)
         peers.turn()
         bundles = writing_bundles(run)
-        cuda_ops().decode_columns(
-            *bundles, base=base, topk=run.topk, delta=is_delta, many=many, parts=parts
-        )
+        modes = {"topk": run.topk, "delta": is_delta, "many": many}
+        cuda_ops().decode_columns(*bundles, base=base, **modes, together=together)
         if not is_delta and run.slot.weights.d_sae_capacity > LIST_MAX:
             _dense(run, peers, base)
         if peers.apart:
             peers.turn()
-        dense = parts & WRITES != 0
-        cuda_ops().write_columns(*bundles, base=base, dense=dense)
+        cuda_ops().write_columns(*bundles, base=base, together=together)
 
 
 def _encode(run: Run, peers: Peers, base: int) -> None:
