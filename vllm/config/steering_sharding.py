@@ -68,6 +68,11 @@ class Ranks:
         saved = encoder - encoder // self.size
         return saved >= AUTO_SAVED_BYTES and self.can_shard(d_sae, d_out)
 
+    def whole_bytes(self, d_sae: int, d_in: int, d_out: int, has_skip: bool) -> int:
+        """Bytes of a replicated SAE's weights on each rank."""
+        elements = d_sae * (d_in + d_out) + (d_in * d_out if has_skip else 0)
+        return elements * self.item_bytes + 4 * (2 * d_sae + d_out)
+
     def shard_bytes(self, d_sae: int, d_in: int, d_out: int, has_skip: bool) -> int:
         """Bytes of a sharded SAE's weights on each rank."""
         elements = d_sae * (d_in + d_out) + (d_in * d_out if has_skip else 0)

@@ -136,6 +136,7 @@ def with_module(
         raise NoRoomError(
             f"no free slot fits: needed {', '.join(needed)}; reserve it in "
             "additional_config.steering.spare at start-up, or remove a module there"
+            + _near_misses(module, free.values())
         )
     module = _placed(module, placed, slots)
     modules = {n: module if n == module.name else m for n, m in config.modules.items()}
@@ -207,10 +208,8 @@ def shard_bytes(site: SiteInfo, ranks: Ranks) -> int:
 
 def site_bytes(site: SiteInfo, item_bytes: int) -> int:
     """Bytes of an SAE's or a transcoder's weights in a dtype of `item_bytes`."""
-    elements = site.d_sae * (site.d_in + site.out_width)
-    if site.has_skip:
-        elements += site.d_in * site.out_width
-    return elements * item_bytes + 4 * (2 * site.d_sae + site.out_width)
+    widths = (site.d_sae, site.d_in, site.out_width)
+    return Ranks(1, item_bytes).whole_bytes(*widths, has_skip=site.has_skip)
 
 
 def _has_vectors(
@@ -223,6 +222,22 @@ def _has_vectors(
     stacks = {(s.layer, s.hook) for s in slots.values() if s.kind == "vectors"}
     stacks |= {(room.layer, room.hook) for room in config.inline_sites}
     return module.kind == "vectors" and (site.layer, site.hook) in stacks
+
+
+def _near_misses(module: ModuleInfo, free: Iterable[SlotInfo]) -> str:
+    """Why free slots that ranks share do not take the module, if their width is why."""
+    points = {(site.layer, site.hook, site.hook_out) for site in module.sites}
+    widths = sorted(
+        {
+            slot.width
+            for slot in free
+            if slot.sharded and (slot.layer, slot.hook, slot.hook_out) in points
+        }
+    )
+    if not widths or module.sharding == "replicate":
+        return ""
+    listed = ", ".join(str(width) for width in widths)
+    return f"; the free slots that ranks share take SAEs of exactly {listed} features"
 
 
 def _needed(module: ModuleInfo, site: SiteInfo) -> str:

@@ -200,7 +200,7 @@ def inline_sites(
             )
         if found in sites:
             raise SteeringConfigError(
-                f"{path}: site {sites[found].name} is given twice"
+                f"{path}: site {sites[found].name} is given twice, expected once"
             )
         layer, hook = found
         check_dtype(f"{path}.{name}", hook, model_config)

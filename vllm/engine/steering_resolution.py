@@ -31,6 +31,7 @@ from vllm.engine.steering_kv_connectors import (
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
+from vllm.engine.steering_layouts import refuse_layouts
 from vllm.engine.steering_options import (
     MAX_CLAMPS_LIMIT,
     MAX_PIECES_LIMIT,
@@ -293,18 +294,12 @@ def _ids(value: object) -> set[int]:
 def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
     """Raise when the engine uses a feature under which steering would be wrong.
 
-    The per-token index assumes that a forward's tokens are the step's tokens in batch
-    order, whole on every rank. Only requests that are steered alike may share KV.
+    `steering_layouts.py` says how its ranks may divide the work. Only requests that are
+    steered alike may share KV.
     """
-    parallel = vllm_config.parallel_config
+    refuse_layouts(vllm_config)
     speculative = vllm_config.speculative_config
     refused = {
-        "sequence parallelism (expert parallelism over several data-parallel ranks "
-        "with this all2all backend)": parallel.use_sequence_parallel_moe,
-        "micro-batching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
-        "prefill context parallelism (--prefill-context-parallel-size)": (
-            parallel.prefill_context_parallel_size > 1
-        ),
         "adaptive verification (speculative_config.enable_adaptive_verification)": (
             speculative is not None and speculative.enable_adaptive_verification
         ),

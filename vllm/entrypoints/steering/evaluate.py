@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm.config.sae_steering_specs import FULL_KEY, READOUT_KEY
+from vllm.config.steering_checks import listing
 from vllm.config.steering_json import Json
 from vllm.entrypoints.steering.encoded import Text, text_ids
 from vllm.entrypoints.steering.offline import list_modules
@@ -88,9 +89,12 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     Raises:
         ValueError: no such SAE module, or no text that counts.
     """
-    info = list_modules(llm).get(module)
-    if info is None or info.kind != "sae":
-        raise ValueError(f"module: found {module!r}, expected an SAE of this engine")
+    saes = {name: m for name, m in list_modules(llm).items() if m.kind == "sae"}
+    info = saes.get(module)
+    if info is None:
+        raise ValueError(
+            f"module: found {module!r}, expected an SAE: {listing(list(saes))}"
+        )
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
         raise ValueError(

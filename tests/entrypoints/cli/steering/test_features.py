@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vllm.entrypoints.cli.steering.features import texts_of
+from vllm.entrypoints.cli.steering.inputs import texts_of
 from vllm_steering_cli.main import main
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
@@ -81,10 +82,31 @@ def test_labels_beside_the_module_are_found_and_a_misfit_is_named(
     assert "FVU" in shown.err and "model, layer and hook" in shown.err
 
 
-def test_bad_arguments_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--text": "none"}, "No such file"),
+        ({"--text": "latin"}, "latin: found no UTF-8 at byte 1, expected a UTF-8 text"),
+        ({"--text": "empty"}, "empty: expected at least one text, found none"),
+        ({"--model": "/no/model"}, "--model /no/model: found no such directory"),
+        ({"--site": "layer"}, "--site: found 'layer', expected HOOK.LAYER such as"),
+        ({"--plot": "plot.svg"}, "--plot: needs matplotlib"),
+    ],
+)
+def test_bad_arguments_are_one_line_before_an_engine_starts(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+    message: str,
 ) -> None:
-    command = ["features", str(EXAMPLE / "sae"), "--model", str(EXAMPLE / "model")]
-    command += ["--text", str(tmp_path / "none")]
-    assert main(command) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "good").write_text(ABOUT)
+    (tmp_path / "latin").write_bytes("für".encode("latin-1"))
+    (tmp_path / "empty").write_text("\n\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = {"--model": str(EXAMPLE / "model"), "--text": "good", **changes}
+    words = [word for option in options.items() for word in option]
+    assert main(["features", str(EXAMPLE / "sae"), *words]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and message in shown

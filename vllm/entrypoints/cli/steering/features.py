@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import parse_site
 from vllm.config.steering_json import Json
+from vllm.entrypoints.cli.steering.inputs import (
+    check_model_path,
+    quiet_engine,
+    texts_of,
+)
 from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
 from vllm.entrypoints.steering.evaluate import evaluate
 from vllm.entrypoints.steering.finder import FoundFeatures, find_features
@@ -20,22 +25,6 @@ if TYPE_CHECKING:
 
 # Above this share of unexplained variance the features mean little.
 BAD_FVU = 0.6
-
-
-def texts_of(file: str) -> list[str]:
-    """The texts of a UTF-8 file: paragraphs, or lines where there is one paragraph.
-
-    Raises:
-        ValueError: there is none.
-    """
-    content = Path(file).read_text()
-    paragraphs = [part.strip() for part in content.split("\n\n") if part.strip()]
-    if len(paragraphs) == 1:
-        lines = [line.strip() for line in paragraphs[0].splitlines()]
-        paragraphs = [line for line in lines if line]
-    if not paragraphs:
-        raise ValueError(f"{file}: expected at least one text, found none")
-    return paragraphs
 
 
 def features(
@@ -51,7 +40,16 @@ def features(
     as_json: bool = False,
     plot: str | None = None,
 ) -> int:
-    """Print what tells the texts of one file from those of another; exit status 0."""
+    """Print what tells the texts of one file from those of another; exit status 0.
+
+    Raises:
+        ValueError, OSError: a bad module, model, site or file, or `plot` without
+            matplotlib.
+    """
+    quiet_engine()
+    check_model_path(model)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: needs matplotlib, which is not installed")
     texts = texts_of(text_file)
     against = None if against_file is None else texts_of(against_file)
     labels = labels_of(path) if labels_file is None else load_labels(labels_file)
@@ -59,7 +57,9 @@ def features(
     if site is not None:
         parsed = parse_site(site)
         if parsed is None:
-            raise ValueError(f"--site: found {site!r}, expected HOOK.LAYER")
+            raise ValueError(
+                f"--site: found {site!r}, expected HOOK.LAYER such as post_block.20"
+            )
         chosen = (parsed[1].value, parsed[0])
     options: Json = {"dtype": dtype}
     if site is not None:
@@ -115,10 +115,8 @@ def _print(found: FoundFeatures, labels: Labels) -> None:
 
 def _plot(found: FoundFeatures, file: str) -> None:
     """A bar for each feature's mean difference, its AUROC in the label."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot: needs matplotlib, which is not installed") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 0.3 * len(found) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = [

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.access import (
@@ -27,10 +30,12 @@ from vllm.entrypoints.serve.steering.protocol import (
     parse_count,
     parse_flag,
     parse_register,
+    parse_words,
 )
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 router = APIRouter(tags=["steering"])
+T = TypeVar("T")
 LABELS_LIMIT = 1000
 PATH = "/v1/steering/modules"
 
@@ -123,8 +128,8 @@ async def search_features(name: str, request: Request) -> JSONResponse:
         query = request.query_params
         found = await service.search_labels(
             name,
-            query.get("q", ""),
-            parse_count("index", query.get("index"), None, 2**31),
+            parse_words("q", query.get("q")),
+            parse_count("index", query.get("index"), None, 2**31 - 1),
             parse_count("limit", query.get("limit"), 20, LABELS_LIMIT) or 20,
         )
     except RequestRefused as error:
@@ -150,11 +155,13 @@ async def encode_texts(request: Request) -> JSONResponse:
     """
     try:
         asked = parse_encode(await read_body(request))
-        answer = await request.app.state.steering_encode.encode(asked)
+        encoding = request.app.state.steering_encode.encode(asked)
+        answer = await while_connected(request, encoding)
         answer["labels"] = await modules_of(request).labels_among(
             asked.module_name, listed_features(answer)
         )
-        return JSONResponse(answer)
+        # Its text is megabytes; other streams go on meanwhile.
+        return await asyncio.to_thread(JSONResponse, answer)
     except RequestRefused as error:
         return refused(error)
 
@@ -178,13 +185,44 @@ def _for_caller(request: Request, module: Json) -> Json:
 async def read_body(request: Request) -> bytes:
     """The request's body, read no further than its limit."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestRefused(
-                413, f"body: expected at most {MAX_BODY_BYTES} bytes, found more"
-            )
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise RequestRefused(
+                    413, f"body: found more than {MAX_BODY_BYTES} bytes, expected fewer"
+                )
+    except ClientDisconnect:
+        raise RequestRefused(408, "the caller disconnected") from None
     return bytes(body)
+
+
+async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T:
+    """The result of some work, which is cancelled if the caller goes away.
+
+    Args:
+        request: its body has been read.
+        work: what the caller waits for.
+
+    Raises:
+        RequestRefused: 408, the caller has gone away.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise RequestRefused(408, "the caller disconnected")
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Return when the caller has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def refused(error: RequestRefused) -> JSONResponse:

@@ -16,9 +16,8 @@ from vllm.config.sae_readout_specs import DEFAULT_TOP_K, Features, ReadLayers, T
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
-from vllm.config.strict_json import marked_loads, refuse_ambiguous
 from vllm.entrypoints.serve.steering.access import RequestRefused
-from vllm.entrypoints.serve.steering.protocol import top_field
+from vllm.entrypoints.serve.steering.protocol import read_body_as
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
@@ -77,14 +76,7 @@ def parse_encode(body: bytes) -> EncodeRequest:
     Raises:
         RequestRefused: 400, naming the field, what was found and what is accepted.
     """
-    try:
-        data = marked_loads(body)
-        refuse_ambiguous("", data)
-        request = _READER.read(data)
-    except VLLMValidationError as error:
-        raise RequestRefused(400, error.args[0], top_field(error)) from None
-    except (ValueError, RecursionError):
-        raise RequestRefused(400, "body: expected a JSON object") from None
+    request = read_body_as(_READER, body)
     if (request.input is None) == (request.messages is None):
         has = "neither" if request.input is None else "both"
         raise RequestRefused(
@@ -119,14 +111,17 @@ class EncodeService:
         if tokenizer is None:
             raise RequestRefused(409, "this server has no tokenizer")
         prompts = _prompts(request, tokenizer)
+        reads = [asyncio.create_task(self._read(ids, request.spec)) for ids in prompts]
         try:
-            outputs = await asyncio.gather(
-                *(self._read(ids, request.spec) for ids in prompts)
-            )
+            outputs = await asyncio.gather(*reads)
         except VLLMValidationError as error:
             raise _refused(error) from None
         except ValueError as error:
             raise RequestRefused(400, f"input: {error}", "input") from None
+        finally:
+            # Ends what is left in the engine after an error, or without a caller.
+            for read in reads:
+                read.cancel()
         total = sum(map(len, prompts))
         return {
             "object": "list",
@@ -176,7 +171,8 @@ def _refused(error: VLLMValidationError) -> RequestRefused:
     if not path.startswith(inside):
         return RequestRefused(400, f"input: {message}", "input")
     path = path.removeprefix(inside).lstrip(".") or "top_k"
-    return RequestRefused(400, message.replace(f"{inside}.", ""), path)
+    message = message.replace(f"{inside}.", "").removeprefix(f"{inside}: ")
+    return RequestRefused(400, message, path)
 
 
 def _prompts(request: EncodeRequest, tokenizer: TokenizerLike) -> list[list[int]]:

@@ -86,14 +86,12 @@ def pipeline(run: Run) -> None:
 
 def _encode(run: Run, base: int) -> None:
     """Lists, or scores of TopK, of all features, as one rank has them."""
-    weights, buffers, workspace = run.slot.weights, run.buffers, run.workspace
-    shard, rows = weights.shard, buffers.plan.rows
-    device, held = weights.W_enc.device, weights.W_enc.shape[0]
-    own = torch.empty(rows, held, device=device) if run.topk else None
-    stages_triton.encode(replace(run, own_scores=own), base)
-    if own is not None:
-        _put(shard.stack(own), buffers.scores)
+    if run.topk:
+        exchange_scores(run, base)
         return
+    weights, buffers, workspace = run.slot.weights, run.buffers, run.workspace
+    shard, rows, device = weights.shard, buffers.plan.rows, weights.W_enc.device
+    stages_triton.encode(run, base)
     packed = torch.empty(rows, 1 + LIST_MAX, dtype=torch.int64, device=device)
     shared = {
         "count": workspace.count,
@@ -110,6 +108,15 @@ def _encode(run: Run, base: int) -> None:
     pack_kernel[grid](packed=packed, first_feature=weights.own.start, **shared)
     every = shard.stack(packed)
     merge_kernel[grid](packed=every, RANKS=shard.size, **shared)
+
+
+def exchange_scores(run: Run, base: int) -> None:
+    """Write a chunk's scores of all features to the workspace."""
+    weights, buffers = run.slot.weights, run.buffers
+    held, device = weights.W_enc.shape[0], weights.W_enc.device
+    own = torch.empty(buffers.plan.rows, held, device=device)
+    stages_triton.encode(replace(run, own_scores=own), base)
+    _put(weights.shard.stack(own), buffers.scores)
 
 
 def _put(parts: torch.Tensor, whole: torch.Tensor) -> None:
