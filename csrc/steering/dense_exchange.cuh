@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The phases of the dense kernel in which ranks that share an SAE exchange
-// activations, as limbs.
+// activations, as limbs, and its end.
 #pragma once
 
 #include "dense.cuh"
@@ -78,6 +78,25 @@ __device__ __forceinline__ void release_dense(const Exchange& x, int64_t i,
   const int slices = (d_out + kColumnsOfSlice - 1) / kColumnsOfSlice;
   const unsigned flag = slice_flag(x.round(), over);
   for (int slice = 0; slice < slices; ++slice) release_slice(x, i, slice, flag);
+}
+
+// The last block resets the counters to zero for the next launch.
+// How many dense tokens a shared SAE has is still needed; `write_kernel` resets
+// that.
+template <typename T>
+__device__ __forceinline__ void leave_dense(const DenseArgs<T>& a) {
+  int* sync = a.ws.sync;
+  if (atomicAdd(sync + kDenseExits, 1) != static_cast<int>(gridDim.x) - 1)
+    return;
+  for (int field = kDenseTicket; field <= kDenseExits; ++field) sync[field] = 0;
+  if (!a.shared()) sync[kDenseCount] = 0;
+  if (!a.shared() || a.topk || a.part.end != kPhases) return;
+  __threadfence_system();
+  const Exchange& x = a.exchange;
+  const unsigned pull = x.header(x.rank)[kPull] + 1;
+  for (int r = 0; r < x.size; ++r)
+    store_release(x.header(r) + kDone + x.rank, pull);
+  x.header(x.rank)[kPull] = pull;
 }
 
 }  // namespace vllm_steering

@@ -329,25 +329,6 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
     count_saturated(over, &record->saturated, a.saturated);
 }
 
-// The last block resets the counters to zero for the next launch.
-// How many dense tokens a shared SAE has is still needed; `write_kernel` resets
-// that.
-template <typename T>
-__device__ __forceinline__ void leave_dense(const DenseArgs<T>& a) {
-  int* sync = a.ws.sync;
-  if (atomicAdd(sync + kDenseExits, 1) != static_cast<int>(gridDim.x) - 1)
-    return;
-  for (int field = kDenseTicket; field <= kDenseExits; ++field) sync[field] = 0;
-  if (!a.shared()) sync[kDenseCount] = 0;
-  if (!a.shared() || a.topk || a.part.end != kPhases) return;
-  __threadfence_system();
-  const Exchange& x = a.exchange;
-  const unsigned pull = x.header(x.rank)[kPull] + 1;
-  for (int r = 0; r < x.size; ++r)
-    store_release(x.header(r) + kDone + x.rank, pull);
-  x.header(x.rank)[kPull] = pull;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     dense_kernel(const __grid_constant__ DenseArgs<T> a,

@@ -172,8 +172,7 @@ def sae_clamp(
         if hidden.shape[0] == 0:
             return
         if not slot.weights.shard.is_whole:
-            peers = workspace.peers if extension_is_built() else None
-            stages_shared.clamp(slot, step, gated, hidden, residual, peers)
+            stages_shared.clamp(slot, step, gated, hidden, residual, workspace)
         elif _takes_clamp(slot, hidden, residual, source):
             stages_cuda.clamp(slot, step, gated, hidden, residual, source)
         else:

@@ -21,8 +21,9 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from . import stages_triton
+from .extension import extension_is_built
 from .peers import Peers
-from .plan import LIST_MAX, next_power_of_2
+from .plan import LIST_MAX, cdiv, next_power_of_2
 from .run import Run, device_facts, stream_arguments
 from .shared import (
     merge_kernel,
@@ -34,6 +35,7 @@ from .shared import (
 )
 from .shared_clamp import clamp_acts_kernel, clamp_columns_kernel
 from .stages_triton_dense import dense, dense_acts, encode_dense
+from .workspace import SteeringWorkspace, exchanges
 
 COLUMN_BLOCK = 1024
 
@@ -114,9 +116,21 @@ def exchange_scores(run: Run, base: int) -> None:
     """Write a chunk's scores of all features to the workspace."""
     weights, buffers = run.slot.weights, run.buffers
     held, device = weights.W_enc.shape[0], weights.W_enc.device
-    own = torch.empty(buffers.plan.rows, held, device=device)
+    rows, peers = buffers.plan.rows, peers_of(run.slot, run.workspace)
+    if peers is not None:
+        own = peers.staged(rows, held, torch.float32)
+        stages_triton.encode(replace(run, own_scores=own), base)
+        peers.turn()
+        peers.pull(own, buffers.scores, run.workspace.count, base)
+        return
+    own = torch.empty(rows, held, device=device)
     stages_triton.encode(replace(run, own_scores=own), base)
     _put(weights.shard.stack(own), buffers.scores)
+
+
+def peers_of(slot: SAESlot, workspace: SteeringWorkspace) -> Peers | None:
+    """The memory through which the ranks of a slot exchange; None: they gather."""
+    return workspace.peers if exchanges(slot) and extension_is_built() else None
 
 
 def _put(parts: torch.Tensor, whole: torch.Tensor) -> None:
@@ -237,25 +251,30 @@ class Gather:
     peers: Peers | None
     active: torch.Tensor
 
-    def _pulls(self, nbytes: int, row_bytes: int) -> bool:
-        peers = self.peers
-        return peers is not None and peers.fits(nbytes) and row_bytes % 16 == 0
-
     def room(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """`[rows, width]`, from which `__call__` gathers next."""
-        row_bytes = width * dtype.itemsize
-        if self.peers is not None and self._pulls(rows * row_bytes, row_bytes):
-            return self.peers.staged(rows, width, dtype)
+        peers = self.peers
+        if peers is not None and peers.fits(rows * width * dtype.itemsize):
+            return peers.staged(rows, width, dtype)
         return torch.empty(rows, width, dtype=dtype, device=self.active.device)
 
-    def __call__(self, own: torch.Tensor) -> torch.Tensor:
-        """`[size, rows, width]` of all ranks."""
-        row_bytes = own.shape[1] * own.element_size()
-        if self.peers is None or not self._pulls(own.nbytes, row_bytes):
+    def __call__(self, own: torch.Tensor, empty: int = 0) -> torch.Tensor:
+        """`[size, rows, width]` of all ranks; `empty` where nothing is gathered."""
+        peers = self.peers
+        if peers is None or not peers.fits(own.nbytes):
             return self.shard.stack(own)
-        every = own.new_empty(self.shard.size, *own.shape)
-        self.peers.pull(own, every, self.active, stacked=True)
-        return every
+        # Copies are of 16 bytes.
+        padded = cdiv(own.nbytes, 16) * 16
+        every = torch.empty(
+            self.shard.size, padded, dtype=torch.uint8, device=own.device
+        )
+        every.view(own.dtype).fill_(empty)
+        peers.turn()
+        peers.pull(
+            peers.staged(1, padded, torch.uint8), every, self.active, stacked=True
+        )
+        used = every[:, : own.nbytes].contiguous()
+        return used.view(own.dtype).view(self.shard.size, *own.shape)
 
 
 def clamp(
@@ -264,19 +283,16 @@ def clamp(
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
-    peers: Peers | None,
+    workspace: SteeringWorkspace,
 ) -> None:
-    """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped.
-
-    `peers`: the memory through which the ranks exchange; None: they gather.
-    """
+    """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped."""
     weights, table = slot.weights, slot.delta
     tokens, device = hidden.shape[0], hidden.device
     width = weights.W_dec.shape[1]
     places = torch.empty(tokens, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
     active = torch.zeros(1, dtype=torch.int32, device=device)
-    gather = Gather(weights.shard, peers, active)
+    gather = Gather(weights.shard, peers_of(slot, workspace), active)
     acts = gather.room(tokens, table.max_clamps, torch.float32)
     row_d = next_power_of_2(weights.d_out)
     shared = {
