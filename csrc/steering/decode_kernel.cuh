@@ -215,6 +215,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     EntryLoads mine;
     if constexpr (kShared) {
       listed = shared_list(a, i, listed, round, mine);
+      // All of its activations count, and none past the norm limit.
+      if (a.joined && work < n && threadIdx.x == 0) record->listed = listed;
     } else {
       mine = load_entries(own, room);
     }
@@ -233,10 +235,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       continue;
     }
     if (listed > kListMax) {
-      if ((edits || kShared) && work < n && threadIdx.x == 0) {
-        if constexpr (kShared) record->listed = listed;
+      if ((edits || kShared) && work < n && threadIdx.x == 0)
         note_dense(a.ws, i);
-      }
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
                   *reinterpret_cast<LongReadMemory*>(memory));

@@ -107,10 +107,10 @@ class Streams(Lockstep):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 1024, 2304, JUMP, 30),
-        Case(7, 1024, 2304, JUMP, 30, ranks=4),
-        Case(16, 1024, 512, JUMP, 30),
-        Case(4, 1024, 512, TOPK, 16),
+        Case(1, 512, 2304, JUMP, 30),
+        Case(7, 512, 2304, JUMP, 30, ranks=4),
+        Case(16, 512, 512, JUMP, 30),
+        Case(4, 512, 512, TOPK, 16),
     ],
     ids=str,
 )
@@ -118,7 +118,7 @@ def test_one_launch_sends_decodes_and_writes(
     case: Case, used: list[Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What ranks on devices of their own do; here, so few blocks that all ranks' are
-    resident together."""
+    resident together, and no dense kernel, which would take all multiprocessors."""
     check(case, DEVICE)  # loads every kernel, which waits for those that run
     monkeypatch.setattr(test_shared_gpu, "Lockstep", Streams)
     monkeypatch.setattr(Peers, "apart", False)

@@ -256,7 +256,7 @@ def _pipeline(run: Run | None) -> None:
         return
     if not run.slot.weights.shard.is_whole:
         peers = run.workspace.peers
-        if peers is not None and extension_is_built() and stages_shared_cuda.takes(run):
+        if peers is not None and stages_shared_cuda.takes(run):
             stages_shared_cuda.pipeline(run, peers)
         else:
             stages_shared.pipeline(run)

@@ -7,6 +7,7 @@ Rank r of `size` holds features `r F/size ..` of the encoder, and columns
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,9 +104,12 @@ def tensor_parallel_shard() -> Shard:
 def peer_allocator() -> Callable[[int], list[int]] | None:
     """How the ranks of the tensor-parallel group get memory that all can address.
 
-    None unless vLLM's custom all-reduce is on: it needs the same of the GPUs, one host
-    and access to each other's memory, and has checked it.
+    None unless `VLLM_STEERING_PEER_MEMORY=1` and vLLM's custom all-reduce is on: it
+    needs the same of the GPUs, one host and access to each other's memory, and has
+    checked it.
     """
+    if os.environ.get("VLLM_STEERING_PEER_MEMORY") != "1":
+        return None
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     from vllm.distributed import get_tp_group

@@ -21,7 +21,6 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from . import stages_triton
-from .extension import extension_is_built
 from .peers import Peers
 from .plan import LIST_MAX, cdiv, next_power_of_2
 from .run import Run, device_facts, stream_arguments
@@ -130,7 +129,7 @@ def exchange_scores(run: Run, base: int) -> None:
 
 def peers_of(slot: SAESlot, workspace: SteeringWorkspace) -> Peers | None:
     """The memory through which the ranks of a slot exchange; None: they gather."""
-    return workspace.peers if exchanges(slot) and extension_is_built() else None
+    return workspace.peers if exchanges(slot) else None
 
 
 def _put(parts: torch.Tensor, whole: torch.Tensor) -> None:
