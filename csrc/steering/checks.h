@@ -138,10 +138,10 @@ Weights<T> make_weights(const Tensors& w, const Expected& e) {
   const Exchange x = make_exchange(w, d_out);
   STD_TORCH_CHECK(w_dec.size(0) == f * x.size, "steering: W_dec has ",
                   w_dec.size(0), " rows, expected ", f * x.size);
-  STD_TORCH_CHECK(x.size == 1 || f % kTileF == 0, "steering: a rank has ", f,
-                  " features, expected a multiple of ", kTileF);
-  check_width(d_in);
-  check_width(d_out);
+  // The two blocks of a cluster of the encoder take neighbouring tiles.
+  constexpr int kRows = 2 * kTileF;
+  STD_TORCH_CHECK(x.size == 1 || f % kRows == 0, "steering: a rank has ", f,
+                  " features, expected a multiple of ", kRows);
   const Tensor& b_enc = check(get(w, kBEnc, "b_enc"), "b_enc", f32, {f}, e);
   const Tensor& threshold =
       check(get(w, kThreshold, "threshold"), "threshold", f32, {f}, e);

@@ -39,6 +39,10 @@ constexpr int kListMax =
 constexpr int kCompactEncodeTokens = 256;
 constexpr int kDenseSplits = 7;
 
+// steering_kernels/plan.py: GUESS_SAMPLE, GUESS_CAPACITY.
+constexpr int kGuessSample = 4096;    // features whose scores are sampled
+constexpr int kGuessCapacity = 1024;  // candidates that a list has room for
+
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;
 
@@ -82,6 +86,7 @@ enum StepField {
   kReadOut = 7
 };
 enum StreamField { kHidden = 0, kResidual = 1 };
+enum GuessField { kSamples = 0, kBars = 1, kFailed = 2 };
 
 // steering_kernels/peers.py: the numbers of an exchange; the addresses of all
 // ranks' arenas follow.

@@ -8,20 +8,11 @@
 #include "compact_encode_kernel.cuh"
 #include "compact_kernel.cuh"
 #include "decode_launch.h"
-#include "encode_kernel.cuh"
+#include "encode_launch.h"
 #include "select_kernel.cuh"
 
 namespace vllm_steering {
 namespace {
-
-template <typename T>
-EncodeMaps encode_maps(const Workspace<T>& ws, const Weights<T>& w) {
-  EncodeMaps maps;
-  maps.w = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
-  for (int i = 0; i < kWidths; ++i)
-    maps.x[i] = tensor_map(ws.x, ws.rows, w.d_in, kWidth[i], kTileK);
-  return maps;
-}
 
 // Stage 1 of one chunk.
 void compact(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
@@ -46,14 +37,10 @@ void encode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     using T = decltype(type);
     const auto b = make_bundles<T>(step, weights, stream, workspace,
                                    Side::kRead, topk, base);
-    const int n_f = (b.weights.num_features + kTileF - 1) / kTileF;
-    const int64_t tiles = static_cast<int64_t>(n_f) * ((b.ws.rows + 255) / 256);
-    const int64_t blocks =
-        std::min<int64_t>(tiles, multiprocessors(stream[kHidden]));
     const EncodeArgs<T> a = {b.weights, b.ws, false};
-    launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads,
-           kEncodeSmem, stream_of(stream[kHidden]), a,
-           encode_maps(b.ws, b.weights));
+    launch_encoder(encode_kernel<T>, a, b.weights.num_features,
+                   multiprocessors(stream[kHidden]),
+                   stream_of(stream[kHidden]));
   });
 }
 
@@ -117,6 +104,21 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
   });
 }
 
+// Stage 4 of tokens that a guess has chosen: their lists are final, and short.
+void decode_chosen(Tensors step, Tensors weights, Tensors stream,
+                   Tensors workspace, int64_t base, bool delta, bool many) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kWritten, false, base);
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
+                             b.step.saturated, true,     delta, b.step.reads,
+                             Exchange{},       false,    0};
+    launch_decode<false>(a, many && !delta, multiprocessors(stream[kHidden]),
+                         stream_of(stream[kHidden]));
+  });
+}
+
 }  // namespace
 }  // namespace vllm_steering
 
@@ -131,6 +133,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
   m.def("select(" STEERING_BUNDLES "int base) -> ()");
   m.def("decode(" STEERING_BUNDLES
         "int base, bool topk, bool delta, bool many) -> ()");
+  m.def("decode_chosen(" STEERING_BUNDLES
+        "int base, bool delta, bool many) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
@@ -139,4 +143,5 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
   m.impl("compact_encode", TORCH_BOX(&vllm_steering::compact_encode));
   m.impl("select", TORCH_BOX(&vllm_steering::select));
   m.impl("decode", TORCH_BOX(&vllm_steering::decode));
+  m.impl("decode_chosen", TORCH_BOX(&vllm_steering::decode_chosen));
 }

@@ -26,14 +26,13 @@ AUTO_SAVED_BYTES = 256 << 20
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
-    `refused`: why these ranks cannot share an SAE; empty: they can. `transcoders`:
-    whether they can share transcoders. `auto_copies`: `auto` shares nothing.
+    `refused`: why these ranks cannot share an SAE; empty: they can. `auto_copies`:
+    `auto` shares nothing.
     """
 
     size: int = 1
     item_bytes: int = 4
     refused: str = ""
-    transcoders: bool = True
     auto_copies: bool = False
 
     @property

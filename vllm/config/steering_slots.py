@@ -43,8 +43,7 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
         threshold=not is_topk,
         hook_out=site.hook_out,
         has_skip=site.has_skip,
-        sharded=(ranks.transcoders or not site.is_transcoder)
-        and ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width),
+        sharded=ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width),
     )
 
 

@@ -165,9 +165,7 @@ def spare_slots(
             slot = _spare_sae(where, given, layer, hook)
             if slot.sharded:
                 width = point_widths(model_config).of(slot.out_hook)
-                is_transcoder = slot.hook_out is not None
-                path = f"{where}.sharding"
-                check_sharded(path, slot.width, width, is_transcoder, ranks)
+                check_sharded(f"{where}.sharding", slot.width, width, ranks)
                 slot = replace(slot, sharded=ranks.size > 1)
             count = _integer(
                 f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT
@@ -241,17 +239,10 @@ def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo
     )
 
 
-def check_sharded(
-    path: str, d_sae: int, d_out: int, is_transcoder: bool, ranks: Ranks
-) -> None:
+def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:
     """Raise unless the ranks can share an SAE of these widths; one rank always can."""
     if ranks.size == 1:
         return
-    if is_transcoder and not ranks.transcoders:
-        raise SteeringConfigError(
-            f'{path}: found "shard" for a transcoder, expected "replicate": on a GPU '
-            "every rank holds a copy of a transcoder"
-        )
     if ranks.refused:
         raise SteeringConfigError(
             f'{path}: found "shard", expected "replicate": {ranks.refused}'

@@ -158,7 +158,6 @@ def ranks_of(vllm_config: VllmConfig) -> Ranks:
     return Ranks(
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
-        transcoders=on_cpu,
         auto_copies=not on_cpu,
     )
 
@@ -238,7 +237,7 @@ def check_shards(module: ModuleInfo, ranks: Ranks) -> None:
             "rank holds a copy of a vector"
         )
     for site in module.sites:
-        check_sharded(where, site.d_sae, site.out_width, site.is_transcoder, ranks)
+        check_sharded(where, site.d_sae, site.out_width, ranks)
 
 
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ BUNDLES = {
     "WorkspaceField": bundles.WORKSPACE_FIELDS,
     "StepField": bundles.STEP_FIELDS,
     "StreamField": bundles.STREAM_FIELDS,
+    "GuessField": bundles.GUESS_FIELDS,
 }
 
 

@@ -108,7 +108,7 @@ class Streams(Lockstep):
     "case",
     [
         Case(1, 512, 2304, JUMP, 30),
-        Case(7, 512, 2304, JUMP, 30, ranks=4),
+        Case(7, 512, 2304, JUMP, 30),
         Case(16, 512, 512, JUMP, 30),
         Case(4, 512, 512, TOPK, 16),
     ],

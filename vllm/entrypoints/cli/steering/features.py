@@ -77,7 +77,7 @@ def features(
         )
     if as_json:
         fitted = {"fvu": fit.fvu, "l0": fit.l0}
-        print(json.dumps({**found.to_json(), "fit": fitted}, indent=1))
+        print(json.dumps({**found.to_json(), "module": path, "fit": fitted}, indent=1))
     else:
         _print(found, labels)
     if plot is not None:

@@ -23,8 +23,10 @@ from vllm.entrypoints.serve.steering.encode import (
     parse_encode,
 )
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
+from vllm.entrypoints.serve.steering.openapi import asks, errors, takes
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_BODY_BYTES,
+    MAX_QUERY,
     REGISTER_SCHEMA,
     check_name,
     parse_count,
@@ -40,7 +42,7 @@ LABELS_LIMIT = 1000
 PATH = "/v1/steering/modules"
 
 
-@router.get(PATH)
+@router.get(PATH, responses=errors(409))
 async def list_steering_modules(request: Request) -> JSONResponse:
     """Every module with its sites, memory and requests; free slots; rows in use.
 
@@ -54,7 +56,7 @@ async def list_steering_modules(request: Request) -> JSONResponse:
     return JSONResponse({**listed, "modules": modules})
 
 
-@router.get(PATH + "/{name}")
+@router.get(PATH + "/{name}", responses=errors(400, 404, 409))
 async def show_steering_module(name: str, request: Request) -> JSONResponse:
     """One module, as the list shows it."""
     try:
@@ -67,18 +69,17 @@ async def show_steering_module(name: str, request: Request) -> JSONResponse:
 
 @router.post(
     PATH,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": REGISTER_SCHEMA}},
-        }
-    },
+    status_code=201,
+    responses=errors(400, 401, 403, 404, 408, 409, 413, 500),
+    openapi_extra=takes(REGISTER_SCHEMA),
 )
 async def register_steering_module(request: Request) -> JSONResponse:
-    """Load a module, or replace one.
+    """Load a module, or replace one. Needs the steering key.
 
-    Body: `name`, `path`, and optionally `feature_units`, `skip_token_ids`,
-    `norm_guard`, `sites`, `sharding`, `replace`, `drain`. Answers 201 with the module.
+    `path` is absolute, or `hf:owner/repo[/sub/path][@revision]`, and lies under one of
+    the server's `module_roots`. `replace` replaces a module of that name; `drain` waits
+    up to ten minutes for the requests that use it. The other fields are the options
+    that modules have at start-up. Answers 201 with the module.
     """
     try:
         service = modules_to_change(request)
@@ -89,9 +90,15 @@ async def register_steering_module(request: Request) -> JSONResponse:
     return JSONResponse({"module": module}, status_code=201)
 
 
-@router.get(PATH + "/{name}/evidence")
+@router.get(
+    PATH + "/{name}/evidence",
+    responses=errors(400, 404, 409),
+    openapi_extra=asks(
+        index=("At most 256 feature indices, such as 3,457.", {"type": "string"})
+    ),
+)
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
-    """What the module's author measured: its card, and the features in `?index=3,7`."""
+    """What the module's author measured: its card, and what is known of features."""
     try:
         service = modules_of(request)
         check_name(name)
@@ -103,9 +110,18 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     return JSONResponse({"module_name": name, **found})
 
 
-@router.delete(PATH + "/{name}")
+@router.delete(
+    PATH + "/{name}",
+    responses=errors(400, 401, 403, 404, 408, 409, 500),
+    openapi_extra=asks(
+        drain=(
+            "Wait up to ten minutes for the requests that use the module.",
+            {"type": "boolean", "default": False},
+        )
+    ),
+)
 async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
-    """Remove a module; `?drain=true` waits for the requests that name it."""
+    """Remove a module. Needs the steering key."""
     try:
         service = modules_to_change(request)
         check_name(name)
@@ -116,12 +132,23 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
     return JSONResponse({"name": name, "deleted": True})
 
 
-@router.get(PATH + "/{name}/features")
+@router.get(
+    PATH + "/{name}/features",
+    responses=errors(400, 404, 409),
+    openapi_extra=asks(
+        q=(
+            "Words, all of which a label contains.",
+            {"type": "string", "maxLength": MAX_QUERY},
+        ),
+        index=("A feature whose label is wanted.", {"type": "integer", "minimum": 0}),
+        limit=(
+            "At most so many features.",
+            {"type": "integer", "default": 20, "minimum": 0, "maximum": LABELS_LIMIT},
+        ),
+    ),
+)
 async def search_features(name: str, request: Request) -> JSONResponse:
-    """Labelled features of a module: `?q=` words of the label, or `?index=`.
-
-    At most `limit` (20) of them.
-    """
+    """Labelled features of a module, by words of the label or by index."""
     try:
         service = modules_of(request)
         check_name(name)
@@ -140,12 +167,8 @@ async def search_features(name: str, request: Request) -> JSONResponse:
 
 @router.post(
     "/v1/steering/encode",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": ENCODE_SCHEMA}},
-        }
-    },
+    responses=errors(400, 404, 408, 409, 413),
+    openapi_extra=takes(ENCODE_SCHEMA),
 )
 async def encode_texts(request: Request) -> JSONResponse:
     """Features by token for texts or messages; nothing is generated.

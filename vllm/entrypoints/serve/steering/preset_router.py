@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from vllm.config.sae_steering_presets import PRESET_SCHEMA, read_preset
-from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
@@ -20,6 +19,7 @@ from vllm.entrypoints.serve.steering.api_router import (
     read_body,
     refused,
 )
+from vllm.entrypoints.serve.steering.openapi import errors, takes
 from vllm.entrypoints.serve.steering.protocol import check_name, read_body_as
 from vllm.exceptions import VLLMValidationError
 
@@ -28,12 +28,7 @@ PATH = "/v1/steering/presets"
 DEFAULT = "/v1/steering/default_preset"
 
 
-def _accepts(schema: Json) -> Json:
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-@router.get(PATH)
+@router.get(PATH, responses=errors(409))
 async def list_steering_presets(request: Request) -> JSONResponse:
     """Every preset, whether it is valid now, and the default."""
     try:
@@ -42,9 +37,16 @@ async def list_steering_presets(request: Request) -> JSONResponse:
         return refused(error)
 
 
-@router.put(PATH + "/{name}", openapi_extra=_accepts(PRESET_SCHEMA))
+@router.put(
+    PATH + "/{name}",
+    responses=errors(400, 401, 403, 408, 409, 413),
+    openapi_extra=takes(PRESET_SCHEMA),
+)
 async def put_steering_preset(name: str, request: Request) -> JSONResponse:
-    """Make a preset, or replace one. Requests that run keep the one they had."""
+    """Make a preset, or replace one. Needs the steering key.
+
+    Requests that run keep the preset that they had.
+    """
     try:
         asked = modules_to_change(request)
         check_name(name)
@@ -55,9 +57,9 @@ async def put_steering_preset(name: str, request: Request) -> JSONResponse:
     return JSONResponse({"name": name, "preset": preset})
 
 
-@router.delete(PATH + "/{name}")
+@router.delete(PATH + "/{name}", responses=errors(400, 401, 403, 404, 409))
 async def delete_steering_preset(name: str, request: Request) -> JSONResponse:
-    """Remove a preset that is not the default."""
+    """Remove a preset that is not the default. Needs the steering key."""
     try:
         asked = modules_to_change(request)
         check_name(name)
@@ -76,9 +78,16 @@ class _DefaultPreset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _DEFAULT = Reader(_DefaultPreset)
 
 
-@router.put(DEFAULT, openapi_extra=_accepts(json_schema(_DefaultPreset)))
+@router.put(
+    DEFAULT,
+    responses=errors(400, 401, 403, 404, 408, 409, 413),
+    openapi_extra=takes(json_schema(_DefaultPreset)),
+)
 async def set_default_steering_preset(request: Request) -> JSONResponse:
-    """Apply a preset to every request that names none; `{"preset": null}` ends it."""
+    """Apply a preset to every request that names none. Needs the steering key.
+
+    `{"preset": null}` ends that.
+    """
     try:
         asked = modules_to_change(request)
         name = read_body_as(_DEFAULT, await read_body(request)).preset

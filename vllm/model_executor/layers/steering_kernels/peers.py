@@ -17,7 +17,7 @@ from .extension import cuda_ops
 from .plan import CHUNK_ALIGN, LIST_MAX, MIB, ExchangeLimits, cdiv
 
 MAX_RANKS = 8
-FEATURE_TILE = 128  # features of a rank are a multiple: a tile of the encoder
+FEATURE_TILE = 256  # features of a rank are a multiple: two tiles, of a cluster
 COLUMN_SLICE = 256  # columns that have a flag of their own
 HEADER_BYTES = 4096
 EXCHANGE_ROWS = 2048  # the most active tokens of a chunk

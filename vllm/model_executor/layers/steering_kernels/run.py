@@ -54,6 +54,7 @@ class Run:
         edits: False where no token is to be changed, whatever its row.
         own_scores: float32 `[rows, F / size]`, where the encoder of a shared TopK SAE
             writes; None: to the workspace.
+        own_index: int32 `[T]`, the tokens' rows; None: those of the step.
         peers: the memory through which ranks share the SAE in the extension's kernels.
     """
 
@@ -70,6 +71,7 @@ class Run:
     reads: ReadBuffers | None = None
     edits: bool = True
     own_scores: torch.Tensor | None = None
+    own_index: torch.Tensor | None = None
     peers: Peers | None = None
 
     @property
@@ -107,4 +109,6 @@ class Run:
 
     @property
     def index(self) -> torch.Tensor:
+        if self.own_index is not None:
+            return self.own_index
         return self.step.index[self.tier] if self.edits else self.step.no_rows

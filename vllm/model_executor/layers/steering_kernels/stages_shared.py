@@ -279,10 +279,11 @@ class Gather:
 def clamp(
     slot: SAESlot,
     step: StepState,
+    workspace: SteeringWorkspace,
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
-    workspace: SteeringWorkspace,
+    source: torch.Tensor | None = None,
 ) -> None:
     """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped."""
     weights, table = slot.weights, slot.delta
@@ -298,9 +299,15 @@ def clamp(
         "index": step.index[Tier.DELTA],
         "table": table.packed,
         "places": places,
-        **stream_arguments(hidden, residual),
         "table_stride": table.packed.stride(0),
         "num_warps": 4 if row_d <= 1024 else 8,
+    }
+    read = (hidden, residual) if source is None else (source, None)
+    reads = {
+        **stream_arguments(*read),
+        "D": weights.d_in,
+        "BLOCK_D": min(next_power_of_2(weights.d_in), 512),
+        **shared,
     }
     steered_kernel[(tokens,)](
         flags=step.flags,
@@ -309,10 +316,10 @@ def clamp(
         count=count,
         active=active,
         T=tokens,
-        D=weights.d_out,
+        HAS_SOURCE=source is not None,
         GATED=gated,
         ROW_D=row_d,
-        **shared,
+        **reads,
     )
     clamp_acts_kernel[(tokens,)](
         w_enc=weights.W_enc,
@@ -321,11 +328,9 @@ def clamp(
         acts=acts,
         first_feature=weights.own.start,
         features=weights.W_enc.shape[0],
-        D=weights.d_in,
         MAX_CLAMPS=table.max_clamps,
         NC=8,
-        BLOCK_D=min(next_power_of_2(weights.d_in), 512),
-        **shared,
+        **reads,
     )
     every = gather(acts)
     columns = gather.room(tokens, width, hidden.dtype)
@@ -340,6 +345,7 @@ def clamp(
         MAX_CLAMPS=table.max_clamps,
         NC=8,
         ROW_W=next_power_of_2(width),
+        **stream_arguments(hidden, residual),
         **shared,
     )
     write_columns(slot, count, places, gather(columns), hidden, residual, 0)
