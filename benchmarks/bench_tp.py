@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
         "max_num_seqs": 64,
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": (1 << 26) if args.dry_run else (4 << 30),
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": 0.3,
         "enable_prefix_caching": False,
         "tensor_parallel_size": args.tp,
         "distributed_executor_backend": "mp",

@@ -142,6 +142,8 @@ Weights<T> make_weights(const Tensors& w, const Expected& e) {
   constexpr int kRows = 2 * kTileF;
   STD_TORCH_CHECK(x.size == 1 || f % kRows == 0, "steering: a rank has ", f,
                   " features, expected a multiple of ", kRows);
+  check_width(d_in);
+  check_width(d_out);
   const Tensor& b_enc = check(get(w, kBEnc, "b_enc"), "b_enc", f32, {f}, e);
   const Tensor& threshold =
       check(get(w, kThreshold, "threshold"), "threshold", f32, {f}, e);
