@@ -47,6 +47,23 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
     )
 
 
+def undivided(module: ModuleInfo, ranks: Ranks) -> list[SiteInfo]:
+    """The sites that `auto` copies only because ranks cannot get equal parts."""
+
+    def would_share(site: SiteInfo) -> bool:
+        d_sae = site.d_sae // ranks.unit * ranks.unit
+        d_out = site.out_width // ranks.unit * ranks.unit
+        return ranks.shards("auto", d_sae, site.d_in, d_out)
+
+    if module.kind == "vectors" or module.sharding != "auto":
+        return []
+    return [
+        site
+        for site in module.sites
+        if not ranks.can_shard(site.d_sae, site.out_width) and would_share(site)
+    ]
+
+
 def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
     """Whether a slot can hold a site of a module."""
     if (slot.kind, slot.layer, slot.hook) != (module.kind, site.layer, site.hook):

@@ -25,7 +25,7 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_private_directory import make_private_directory
-from vllm.config.steering_slots import start_up_slots
+from vllm.config.steering_slots import start_up_slots, undivided
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
@@ -192,6 +192,16 @@ def inspect_for_model(
         check_shards(module, ranks_of(vllm_config))
     if ranks_of(vllm_config).size > 1:
         module = dataclasses.replace(module, sharding=sharding)
+    for site in undivided(module, ranks_of(vllm_config)):
+        logger.warning(
+            "Steering module %s: %s: every rank holds a copy, because %d features and "
+            "%d columns are no multiples of %d",
+            name,
+            site.name,
+            site.d_sae,
+            site.out_width,
+            ranks_of(vllm_config).unit,
+        )
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)
         module = dataclasses.replace(module, skip_token_ids=ids)

@@ -122,7 +122,7 @@ def answers(llm: LLM) -> list[tuple[Any, list[np.ndarray]]]:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (FULL, {"clamps": [{"feature_idx": WIDTH}]}, f"0..{WIDTH - 1}"),
-    (FULL, {"clamps": [{"feature_idx": -1}]}, f"0..{WIDTH - 1}"),
+    (FULL, {"clamps": [{"feature_idx": -1}]}, "an integer of 0 or more"),
     (DELTA, {"clamps": [{"feature_idx": True}]}, "feature_idx"),
     (DELTA, {"clamps": [{"feature_idx": 0, "value": float("nan")}]}, "value"),
     (FULL, {"clamps": [], "sharding": "shard"}, "sharding"),

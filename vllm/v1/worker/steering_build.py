@@ -72,7 +72,11 @@ def build_site_modules(
             "Steering module %s: %d site(s) [%s], %.1f MiB, digest %s",
             info.name,
             len(info.sites),
-            ", ".join(f"{s.name} F={s.d_sae}" for s in info.sites),
+            ", ".join(
+                f"{site.name} F={site.d_sae}"
+                + (f" on {config.ranks.size} ranks" if info.is_sharded(site) else "")
+                for site in info.sites
+            ),
             module_bytes(info, dtype.itemsize, config.ranks) / 2**20,
             info.digest[:12],
         )

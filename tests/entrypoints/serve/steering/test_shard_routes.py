@@ -79,11 +79,10 @@ def listed(url: str) -> list[dict[str, Any]]:
     return httpx.get(url + MODULES, headers=KEY, timeout=120).json()["modules"]
 
 
-def saturated(url: str) -> float:
+def saturated(url: str) -> int:
     """The counter of the module `hot`, over all engines."""
-    lines = httpx.get(f"{url}/metrics", timeout=120).text.splitlines()
-    mine = [line for line in lines if "saturated_tokens" in line and '"hot"' in line]
-    return sum(float(line.split()[-1]) for line in mine)
+    found = httpx.get(url + MODULES, headers=KEY, timeout=120).json()
+    return found["module_tokens"]["hot"]["saturated"]
 
 
 def test_ranks_share_what_is_registered_and_answer_as_hugging_face(
