@@ -61,9 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
     features = commands.add_parser(
         "features",
         help="Find the features that tell some texts from others.",
-        description="Runs the model once on the texts of two files and ranks features "
-        "by how well they tell A from B. A text is a paragraph, or a line in a file "
-        f"without empty lines. {_STATUS}",
+        description="Runs the model on the texts of two files and ranks features by "
+        "how well they tell A from B; without B, by their mean on A. A text is a "
+        f"paragraph, or a line in a file without empty lines. {_STATUS}",
     )
     for command in (inspect, convert, probe, features):
         command.add_argument(
@@ -168,7 +168,7 @@ def _add_features_arguments(features: argparse.ArgumentParser) -> None:
         type=_positive,
         default=20,
         metavar="N",
-        help="How many features to show (default: %(default)s).",
+        help="How many features to show, at most 256 (default: %(default)s).",
     )
     add(
         "--labels",

@@ -125,6 +125,15 @@ def chosen_preset(extra_args: JsonView, config: SteeringConfig) -> str | None:
     return name
 
 
+def opt_out(config: SteeringConfig) -> Json:
+    """`extra_args` of a request that is to run under no preset, where that is allowed:
+    not if the server's default is locked."""
+    default = config.default_preset
+    if default is not None and config.presets[default]["locked"]:
+        return {}
+    return {PRESET_KEY: None}
+
+
 def broken(name: str, error: VLLMValidationError) -> VLLMValidationError:
     """The error for a request whose preset is no longer valid."""
     return refusal(

@@ -158,8 +158,14 @@ def set_default_preset(llm: LLM, name: str | None) -> None:
 
 def list_modules(llm: LLM) -> dict[str, ModuleInfo]:
     """The engine's modules by name, in the order of registration."""
+    config = engine_config(llm)
+    return {} if config is None else config.modules
+
+
+def engine_config(llm: LLM) -> SteeringConfig | None:
+    """The engine's steering configuration as it is now; None without steering."""
     config = _call(llm, "list", {}).config
-    return {} if config is None else SteeringConfig.from_json(config).modules
+    return None if config is None else SteeringConfig.from_json(config)
 
 
 def _call(llm: LLM, action: str, payload: Json) -> ModuleReply:

@@ -19,35 +19,37 @@ def quiet_engine() -> None:
         logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
-def read_text(file: str) -> str:
+def read_text(option: str, file: str) -> str:
     """The content of a UTF-8 file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8.
+        ValueError: it cannot be read; the message names the option and the file.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        # A byte order mark is not a part of the text.
+        return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file}: found no UTF-8 at byte {error.start}, expected a UTF-8 text"
+            f"{option} {file}: found no UTF-8 at byte {error.start}, expected a UTF-8 "
+            "text"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{option} {file}: {error.strerror}") from None
 
 
-def texts_of(file: str) -> list[str]:
+def texts_of(option: str, file: str) -> list[str]:
     """The texts of a UTF-8 file: paragraphs, or lines where there is one paragraph.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8, or has no text.
+        ValueError: it cannot be read, or has no text.
     """
-    content = read_text(file)
+    content = read_text(option, file)
     paragraphs = [part.strip() for part in content.split("\n\n") if part.strip()]
     if len(paragraphs) == 1:
         lines = [line.strip() for line in paragraphs[0].splitlines()]
         paragraphs = [line for line in lines if line]
     if not paragraphs:
-        raise ValueError(f"{file}: expected at least one text, found none")
+        raise ValueError(f"{option} {file}: expected at least one text, found none")
     return paragraphs
 
 

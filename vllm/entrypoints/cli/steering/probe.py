@@ -221,7 +221,7 @@ def probe(
         ValueError, OSError: as `probe_module`, or the text cannot be read.
     """
     quiet_engine()
-    text = DEFAULT_TEXT if text_file is None else read_text(text_file)
+    text = DEFAULT_TEXT if text_file is None else read_text("--text", text_file)
     found = probe_module(path, model, text, max_tokens, sites=sites, dtype=dtype)
     warnings = [warning for site in found for warning in site.warnings]
     if as_json:

@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.steering.access import (
 )
 from vllm.entrypoints.serve.steering.encode import (
     ENCODE_SCHEMA,
+    EncodeService,
     listed_features,
     parse_encode,
 )
@@ -157,7 +158,7 @@ async def search_features(name: str, request: Request) -> JSONResponse:
             name,
             parse_words("q", query.get("q")),
             parse_count("index", query.get("index"), None, 2**31 - 1),
-            parse_count("limit", query.get("limit"), 20, LABELS_LIMIT) or 20,
+            parse_count("limit", query.get("limit"), 20, LABELS_LIMIT, least=1) or 20,
         )
     except RequestRefused as error:
         return refused(error)
@@ -178,8 +179,9 @@ async def encode_texts(request: Request) -> JSONResponse:
     """
     try:
         asked = parse_encode(await read_body(request))
-        encoding = request.app.state.steering_encode.encode(asked)
-        answer = await while_connected(request, encoding)
+        config = await modules_of(request).config()
+        service: EncodeService = request.app.state.steering_encode
+        answer = await while_connected(request, service.encode(asked, config))
         answer["labels"] = await modules_of(request).labels_among(
             asked.module_name, listed_features(answer)
         )

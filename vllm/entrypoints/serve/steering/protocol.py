@@ -146,13 +146,14 @@ def parse_words(key: str, value: str | None) -> str:
 
 
 def parse_count(
-    key: str, value: str | None, default: int | None, most: int
+    key: str, value: str | None, default: int | None, most: int, least: int = 0
 ) -> int | None:
-    """A query parameter that is a number from 0 to `most`."""
+    """A query parameter that is a number from `least` to `most`."""
     if value is None:
         return default
-    if value.isascii() and value.isdigit() and len(value) <= 10 and int(value) <= most:
+    digits = value.isascii() and value.isdigit() and len(value) <= 10
+    if digits and least <= int(value) <= most:
         return int(value)
     raise RequestRefused(
-        400, f"{key}: found {shown(value)}, expected an integer in 0..{most}", key
+        400, f"{key}: found {shown(value)}, expected an integer in {least}..{most}", key
     )

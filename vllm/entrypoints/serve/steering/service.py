@@ -115,6 +115,10 @@ class SteeringModulesService:
             del self._waiting[action]
             return await self.call(action, {})
 
+    async def config(self) -> SteeringConfig:
+        """The engine's configuration as it is now."""
+        return SteeringConfig.from_json((await self._asked("list")).config or {})
+
     async def list(self) -> Json:
         """Modules with memory and requests, free slots, rows and tokens."""
         listed = (await self._asked("list")).listing or {}
@@ -153,8 +157,7 @@ class SteeringModulesService:
 
     async def list_presets(self) -> Json:
         """Every preset, whether it is valid now, and the default."""
-        reply = await self._asked("list")
-        config = SteeringConfig.from_json(reply.config or {})
+        config = await self.config()
         # Hundreds of large presets take seconds.
         found = await asyncio.to_thread(_checked_presets, config)
         return {"presets": found, "default_preset": config.default_preset}
