@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from vllm import LLM, SamplingParams
+from vllm.config.sae_features import SAEFeatures
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.cli.steering.fit import measure
 from vllm.entrypoints.steering import (
@@ -27,8 +28,8 @@ from vllm.entrypoints.steering import (
     put_preset,
     set_default_preset,
 )
-from vllm.entrypoints.steering.encoded import entries
-from vllm.entrypoints.steering.finder import auroc
+from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, entries
+from vllm.entrypoints.steering.finder import auroc, doubts
 from vllm.exceptions import VLLMValidationError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
@@ -185,7 +186,12 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", ["a", [1.5]], {}, r"texts\[1\]: found a value of type list"),
     ("encode", ["a", []], {}, r"texts\[1\]: found 0 tokens, expected 1 to 255"),
     ("encode", ["a", [5] * 256], {}, r"texts\[1\]: found 256 tokens"),
-    ("encode", "a", {"module": "none"}, "'none'.*'golden-gate'"),
+    ("encode", "a", {"module": "none"}, "^module_name: found 'none'.*'golden-gate'"),
+    ("encode", "a", {"top_k": 65}, "^top_k: found 65, expected null or an integer"),
+    ("encode", 5, {}, "texts: found 5, expected a text or a list"),
+    ("encode", None, {}, "texts: found None"),
+    ("encode", "a", {"labels": {"x": "y"}}, "labels: found 'x', expected a feature"),
+    ("encode", "a", {"steering": {"sae_clamp_specs": 3}}, "sae_clamp_specs: found 3"),
     ("find", [], {}, "texts: expected at least one text"),
     ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
     ("find", ABOUT, {"top": 257}, "top: found 257"),
@@ -367,6 +373,27 @@ def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
     x = streams[0][1 : len(text.tokens)]
     (found,) = evaluate(llm, MODULE, [ABOUT[0]])
     assert found.fvu == pytest.approx(measure(site.saes[0].weights, x).fvu, rel=1e-3)
+
+
+def test_what_is_doubtful_is_said() -> None:
+    def encoded(num_active: list[int]) -> EncodedTexts:
+        n = len(num_active)
+        record = SAEFeatures(
+            np.arange(n), np.zeros((n, 1), int), np.ones((n, 1)), np.ones(n, int),
+            np.array(num_active), 1000,
+        )  # fmt: skip
+        return EncodedTexts([EncodedText([5] * n, ["a"] * n, {SITE: record})] * 3)
+
+    ordinary = encoded([40, 40])
+    assert doubts(ordinary, ordinary, SITE) == []
+    (many,) = doubts(encoded([65, 70]), ordinary, SITE)
+    assert many.startswith("50% of the tokens") and "fit" not in many
+    *_, dense = doubts(encoded([600, 700]), ordinary, SITE)
+    assert "345 of 1000 features active: does the SAE fit this site?" in dense
+    (silent,) = doubts(encoded([0, 0]), encoded([0, 9]), SITE)
+    assert "no active feature: does the SAE fit" in silent
+    (few,) = doubts(ordinary, EncodedTexts(ordinary[:2]), SITE)
+    assert "at least three" in few
 
 
 def test_auroc_counts_ties_half() -> None:
