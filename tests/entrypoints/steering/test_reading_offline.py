@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from vllm import LLM, SamplingParams
-from vllm.config.sae_features import SAEFeatures
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.cli.steering.fit import measure
 from vllm.entrypoints.steering import (
@@ -28,8 +27,7 @@ from vllm.entrypoints.steering import (
     put_preset,
     set_default_preset,
 )
-from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, entries
-from vllm.entrypoints.steering.finder import auroc, doubts
+from vllm.entrypoints.steering.encoded import entries
 from vllm.exceptions import VLLMValidationError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
@@ -373,32 +371,6 @@ def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
     x = streams[0][1 : len(text.tokens)]
     (found,) = evaluate(llm, MODULE, [ABOUT[0]])
     assert found.fvu == pytest.approx(measure(site.saes[0].weights, x).fvu, rel=1e-3)
-
-
-def test_what_is_doubtful_is_said() -> None:
-    def encoded(num_active: list[int]) -> EncodedTexts:
-        n = len(num_active)
-        record = SAEFeatures(
-            np.arange(n), np.zeros((n, 1), int), np.ones((n, 1)), np.ones(n, int),
-            np.array(num_active), 1000,
-        )  # fmt: skip
-        return EncodedTexts([EncodedText([5] * n, ["a"] * n, {SITE: record})] * 3)
-
-    ordinary = encoded([40, 40])
-    assert doubts(ordinary, ordinary, SITE) == []
-    (many,) = doubts(encoded([65, 70]), ordinary, SITE)
-    assert many.startswith("50% of the tokens") and "fit" not in many
-    *_, dense = doubts(encoded([600, 700]), ordinary, SITE)
-    assert "345 of 1000 features active: does the SAE fit this site?" in dense
-    (silent,) = doubts(encoded([0, 0]), encoded([0, 9]), SITE)
-    assert "no active feature: does the SAE fit" in silent
-    (few,) = doubts(ordinary, EncodedTexts(ordinary[:2]), SITE)
-    assert "at least three" in few
-
-
-def test_auroc_counts_ties_half() -> None:
-    assert auroc(np.array([2.0, 3.0]), np.array([1.0])) == 1.0
-    assert auroc(np.array([1.0]), np.array([1.0, 2.0])) == 0.25
 
 
 # The last one: the engine that it stops takes the process groups of both along.
