@@ -65,7 +65,8 @@ template <typename T>
 __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
                                           int slot, TilePlace at) {
   if (slot >= a.ws.capacity) return;
-  const int64_t f = at.f0 + (hit.x & 0xFF), t = at.t0 + (hit.x >> 8);
+  const int64_t t = at.t0 + (hit.x >> 8);
+  const int64_t f = a.weights.first_feature + at.f0 + (hit.x & 0xFF);
   a.ws.entries[t * a.ws.capacity + slot] =
       pack_entry(f, __uint_as_float(hit.y));
   if (a.eager && at.n <= kEagerTokens)
