@@ -39,6 +39,11 @@ constexpr int kListMax =
 constexpr int kCompactEncodeTokens = 256;
 constexpr int kDenseSplits = 7;
 
+// steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS, SCREEN_ORDERS.
+constexpr int kScreenTokens = 64;  // the most tokens that are screened
+constexpr int kScreenK = 128;      // columns of a stage; rows are padded to it
+constexpr int kScreenClasses = 128;  // the most orders of reduction
+
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;
 
@@ -79,6 +84,15 @@ enum StepField {
   kReadTable = 5,
   kReadScale = 6,
   kReadOut = 7
+};
+enum ScreenField {
+  kScreenW = 0,
+  kScreenRows = 1,
+  kScreenState = 2,
+  kScreenLimbs = 3,
+  kScreenFacts = 4,
+  kScreenCandidates = 5,
+  kScreenCounts = 6
 };
 enum StreamField { kHidden = 0, kResidual = 1 };
 

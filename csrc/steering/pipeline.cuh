@@ -54,7 +54,7 @@ __device__ __forceinline__ EncodeMemory& encode_memory(char* raw) {
   return *reinterpret_cast<EncodeMemory*>(aligned_memory(raw));
 }
 
-__device__ void init_barriers(EncodeMemory& m) {
+inline __device__ void init_barriers(EncodeMemory& m) {
   for (int s = 0; s < kMaxStages; ++s) {
     barrier_init(barrier_at(m.full, s), 2);
     barrier_init(barrier_at(m.empty, s), 2);
@@ -77,8 +77,8 @@ struct Stages {
 
 // Requests the first `stages` of feature tile blockIdx.x before the step's
 // tokens are known. They fit whatever the tile width will be.
-__device__ void request_first(EncodeMemory& m, const CUtensorMap* w, int stages,
-                              int k_tiles) {
+inline __device__ void request_first(EncodeMemory& m, const CUtensorMap* w,
+                                     int stages, int k_tiles) {
   int k = first_k(blockIdx.x, k_tiles);
   for (int s = 0; s < stages; ++s) {
     const uint32_t full = barrier_at(m.full, s);
@@ -90,7 +90,7 @@ __device__ void request_first(EncodeMemory& m, const CUtensorMap* w, int stages,
 }
 
 // Requested copies must land before the block goes.
-__device__ void drain_first(EncodeMemory& m, int stages) {
+inline __device__ void drain_first(EncodeMemory& m, int stages) {
   for (int s = 0; s < stages; ++s) {
     barrier_arrive(barrier_at(m.full, s));
     barrier_wait(barrier_at(m.full, s), 0);
@@ -150,7 +150,7 @@ __device__ void append_left(const EncodeArgs<T>& a, EncodeMemory& m,
     for (int w = emitter; w < kConsumerWarps; w += kEmitterWarps) {
       barrier_wait(barrier_at(m.hits_full, w), round & 1);
       append_hits(a, m.hits + w * kHitsPerWarp + lane, m.left[w * 32 + lane],
-                  {f * kTileF, t * width, n});
+                  TilePlace{f * kTileF, t * width, n});
       __syncwarp();
       if (lane == 0) barrier_arrive(barrier_at(m.hits_empty, w));
     }

@@ -57,8 +57,9 @@ __device__ __forceinline__ TileWalk tile_walk(int num_features, int n) {
 // Where feature tile `f` begins its reduction. Blocks that run at the same time
 // begin at different columns; otherwise all would read the same lines of x at
 // once. The order of a feature's sum depends on the feature alone.
+constexpr int kOrderStep = 7;
 __device__ __forceinline__ int first_k(int f, int k_tiles) {
-  return f * 7 % k_tiles;
+  return f * kOrderStep % k_tiles;
 }
 
 }  // namespace vllm_steering

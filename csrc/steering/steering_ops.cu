@@ -10,22 +10,13 @@
 #include "decode_kernel.cuh"
 #include "dense_kernel.cuh"
 #include "encode_kernel.cuh"
+#include "encode_maps.h"
 #include "gather_kernel.cuh"
 #include "select_kernel.cuh"
 #include "sort_kernel.cuh"
-#include "tensor_map.h"
 
 namespace vllm_steering {
 namespace {
-
-template <typename T>
-EncodeMaps encode_maps(const Workspace<T>& ws, const Weights<T>& w) {
-  EncodeMaps maps;
-  maps.w = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
-  for (int i = 0; i < kWidths; ++i)
-    maps.x[i] = tensor_map(ws.x, ws.rows, w.d_in, kWidth[i], kTileK);
-  return maps;
-}
 
 // Stage 1 of one chunk.
 void compact(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
