@@ -43,7 +43,7 @@ __device__ __forceinline__ void sync_gatherers() {
 // candidates of each order.
 inline __device__ void plan_rescore(const Screen& s, int* sync, ScreenMemory& m,
                                     int n, int num_features) {
-  constexpr int kEach = kScreenClasses / 32;
+  constexpr int kEach = kScreenOrders / 32;
   const int lane = threadIdx.x & 31, blocks = gridDim.x;
   if (lane == 0) grid_wait(sync + kScreenArrivals, blocks);
   __syncwarp();
@@ -51,8 +51,8 @@ inline __device__ void plan_rescore(const Screen& s, int* sync, ScreenMemory& m,
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int order = lane * kEach + e;
-    count[e] = order < s.classes ? __ldcg(s.counts + order) : 0;
-    m.base.left[kScreenClasses + order] = count[e];
+    count[e] = order < s.orders ? __ldcg(s.counts + order) : 0;
+    m.base.left[kScreenOrders + order] = count[e];
     own += count[e];
   }
   const int total = __reduce_add_sync(~0u, own);
@@ -103,7 +103,7 @@ __device__ __forceinline__ Item find_item(const Screen& s,
                                           RescorePlan plan, int item) {
   const int lane = threadIdx.x & 31;
   int order = 0;
-  for (int first = 0; first < kScreenClasses; first += 32) {
+  for (int first = 0; first < kScreenOrders; first += 32) {
     const unsigned behind =
         __ballot_sync(~0u, m.base.left[first + lane] > item);
     if (behind == 0) continue;
@@ -112,8 +112,8 @@ __device__ __forceinline__ Item find_item(const Screen& s,
   }
   const int before = order == 0 ? 0 : m.base.left[order - 1];
   const int start = (item - before) * plan.rows;
-  return {s.candidates + order * s.per_class + start, order,
-          min(plan.rows, m.base.left[kScreenClasses + order] - start)};
+  return {s.candidates + order * s.per_order + start, order,
+          min(plan.rows, m.base.left[kScreenOrders + order] - start)};
 }
 
 // The stages in shared memory: rows of W_enc of all of them, then of x.

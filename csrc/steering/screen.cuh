@@ -15,7 +15,7 @@ namespace vllm_steering {
 
 constexpr int kScreenF = 256;  // features of a tile, 128 a warpgroup
 constexpr int kScreenStages = 4;
-constexpr int kStageW8 = kScreenF * kScreenK;
+constexpr int kStageW8 = kScreenF * kScreenColumns;
 constexpr int kLimb = 128;  // x = u (kLimb h + l)
 constexpr int kMostLimbs = 127 * kLimb + kLimb / 2 - 1;
 constexpr int kTinyExponent = -40;  // smaller x have no limbs
@@ -26,12 +26,12 @@ struct Screen {
   const float4* rows;  // [F]: s, A, B, unused
   int8_t* limbs;       // [2 kScreenTokens, padded]: h of all tokens, then l
   float4* tokens;      // [kScreenTokens]: u, |x|, |d|, eta
-  int* candidates;     // [classes, per_class] features
-  int* counts;         // [classes]
+  int* candidates;     // [orders, per_order] features
+  int* counts;         // [orders]
   int* state;          // [3]: steps left without a screen, by tile width
   int padded;          // columns of the copy and the limbs
-  int classes;         // orders in which the encoder adds up a feature's sum
-  int per_class;
+  int orders;          // orders in which the encoder adds up a feature's sum
+  int per_order;
 };
 
 // The tile width that a step is screened with, as an index.
@@ -57,7 +57,7 @@ struct ScreenMemory {
 };
 constexpr int kScreenSmem = sizeof(ScreenMemory) + 1024;
 static_assert(kScreenSmem <= 227 * 1024, "more than a multiprocessor has");
-static_assert(kScreenStages * (kStageW8 + 2 * kScreenTokens * kScreenK) <=
+static_assert(kScreenStages * (kStageW8 + 2 * kScreenTokens * kScreenColumns) <=
               sizeof(EncodeMemory::operands));
 
 __device__ __forceinline__ float round_up_sum(float x) {

@@ -20,8 +20,8 @@ struct ScreenArgs {
 };
 
 struct ScreenMaps {
-  CUtensorMap w;         // box kScreenF x kScreenK
-  CUtensorMap limbs[3];  // box tokens x kScreenK
+  CUtensorMap w;         // box kScreenF x kScreenColumns
+  CUtensorMap limbs[3];  // box tokens x kScreenColumns
 };
 
 constexpr int kFirstScreenStages = 2;
@@ -47,7 +47,7 @@ inline __device__ void init_screen_barriers(ScreenMemory& m) {
 template <int Tokens, bool Weights>
 __device__ void request_screen(ScreenMemory& m, const CUtensorMap* map,
                                int k_tiles, int tiles, int first) {
-  constexpr int kBox = Tokens * kScreenK;
+  constexpr int kBox = Tokens * kScreenColumns;
   const uint32_t operands = smem_address(m.base.operands);
   const long long start = clock64();
   int it = 0;
@@ -63,14 +63,14 @@ __device__ void request_screen(ScreenMemory& m, const CUtensorMap* map,
         if (first > 0 && round == 0) pace(start, 2 * (it - first));
         if (it >= first) {
           barrier_expect(full, kStageW8);
-          copy_tile(map, operands + s * kStageW8, full, k * kScreenK,
+          copy_tile(map, operands + s * kStageW8, full, k * kScreenColumns,
                     tile * kScreenF);
         }
       } else {
         const uint32_t to = operands + kScreenStages * kStageW8 + s * 2 * kBox;
         barrier_expect(full, 2 * kBox);
-        copy_tile(map, to, full, k * kScreenK, 0);
-        copy_tile(map, to + kBox, full, k * kScreenK, kScreenTokens);
+        copy_tile(map, to, full, k * kScreenColumns, 0);
+        copy_tile(map, to + kBox, full, k * kScreenColumns, kScreenTokens);
       }
       k = k + 1 == k_tiles ? 0 : k + 1;
     }
@@ -86,7 +86,7 @@ inline __device__ void request_screen_first(ScreenMemory& m,
     const uint32_t full = barrier_at(m.full, s);
     barrier_expect(full, kStageW8);
     copy_tile(map, smem_address(m.base.operands) + s * kStageW8, full,
-              k * kScreenK, blockIdx.x * kScreenF);
+              k * kScreenColumns, blockIdx.x * kScreenF);
     k = k + 1 == k_tiles ? 0 : k + 1;
   }
 }
@@ -105,9 +105,9 @@ template <int Tokens>
 __device__ __forceinline__ void multiply_limbs(int (&acc)[2][Tokens],
                                                ScreenMemory& m, int k_tiles,
                                                int& it) {
-  constexpr int kStageX8 = 2 * Tokens * kScreenK;
+  constexpr int kStageX8 = 2 * Tokens * kScreenColumns;
   const uint32_t operands = smem_address(m.base.operands);
-  const uint32_t own = threadIdx.x / 128 * 128 * kScreenK;
+  const uint32_t own = threadIdx.x / 128 * 128 * kScreenColumns;
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -121,10 +121,10 @@ __device__ __forceinline__ void multiply_limbs(int (&acc)[2][Tokens],
         tile_descriptor(operands + kScreenStages * kStageW8 + s * kStageX8);
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < kScreenK / 32; ++kk) {
+    for (int kk = 0; kk < kScreenColumns / 32; ++kk) {
       WgmmaInt8<2 * Tokens>::mma(acc[0], w + 2 * kk, x + 2 * kk);
-      WgmmaInt8<2 * Tokens>::mma(acc[1], w + (64 * kScreenK >> 4) + 2 * kk,
-                                 x + 2 * kk);
+      WgmmaInt8<2 * Tokens>::mma(
+          acc[1], w + (64 * kScreenColumns >> 4) + 2 * kk, x + 2 * kk);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -179,13 +179,13 @@ __device__ __forceinline__ void list_candidates(const ScreenArgs<T>& a,
   const bool may = (mine >> (lane % 8 * 4) & 0xF) != 0;
   const unsigned all = __ballot_sync(~0u, may);
   if (all == 0) return;
-  const int order = f0 / kTileF % a.screen.classes;
+  const int order = f0 / kTileF % a.screen.orders;
   int base = 0;
   if (lane == 0) base = atomicAdd(a.screen.counts + order, __popc(all));
   base = __shfl_sync(~0u, base, 0);
   if (!may) return;
   const int f = f0 + lane % 8 + (lane / 8 & 1) * 8 + (lane / 16) * 64;
-  a.screen.candidates[order * a.screen.per_class + base +
+  a.screen.candidates[order * a.screen.per_order + base +
                       __popc(all & ((1u << lane) - 1))] = f;
   // It is read soon, and few tokens leave L2 room for all of it.
   if (n <= kFewScreened)
@@ -196,7 +196,7 @@ __device__ __forceinline__ void list_candidates(const ScreenArgs<T>& a,
 template <typename T, int Tokens>
 __device__ void screen(const ScreenArgs<T>& a, ScreenMemory& m, int n) {
   const Weights<T>& w = a.compact.encode.weights;
-  const int k_tiles = a.screen.padded / kScreenK;
+  const int k_tiles = a.screen.padded / kScreenColumns;
   const int tiles = screen_tiles(w.num_features);
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int row = warp / 4 * 128 + warp % 4 * 16;
@@ -236,7 +236,7 @@ __device__ __forceinline__ void screen_producer(const ScreenArgs<T>& a,
                                                 const EncodeMaps& encode_maps,
                                                 const ScreenMaps& maps, int n,
                                                 int first) {
-  const int k_tiles = a.screen.padded / kScreenK;
+  const int k_tiles = a.screen.padded / kScreenColumns;
   const int tiles = screen_tiles(a.compact.encode.weights.num_features);
   if (threadIdx.x == kWeightsThread) {
     request_screen<8, true>(m, &maps.w, k_tiles, tiles, first);
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;
   }
-  const int k_tiles = a.screen.padded / kScreenK;
+  const int k_tiles = a.screen.padded / kScreenColumns;
   const bool has_tile = static_cast<int>(blockIdx.x) <
                         screen_tiles(c.encode.weights.num_features);
   const int first = has_tile ? min(kFirstScreenStages, k_tiles) : 0;
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
       float* shared = reinterpret_cast<float*>(m.base.hits);
       for (int i = blockIdx.x; i < n; i += gridDim.x)
         split_row(a.screen, ws, d_in, i, shared);
-      if (blockIdx.x == 0 && t < a.screen.classes) a.screen.counts[t] = 0;
+      if (blockIdx.x == 0 && t < a.screen.orders) a.screen.counts[t] = 0;
     }
     fence_async();
     sync_threads<kConsumers>();

@@ -24,6 +24,7 @@ from vllm.config.steering_points import (
     point_widths,
     site_name,
 )
+from vllm.config.steering_screening import DEFAULT_SCREENING, Screening
 from vllm.config.steering_sharding import Ranks, Sharding
 
 __all__ = [
@@ -158,7 +159,8 @@ class SlotInfo:
     `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
     the order in which the configuration lists them. A slot that was `added` to a
     running engine is removed with its module. The ranks of the tensor-parallel group
-    share a `sharded` slot, which holds modules of exactly its width.
+    share a `sharded` slot, which holds modules of exactly its width. A `screened` slot
+    has an 8-bit copy of its encoder.
     """
 
     layer: int
@@ -171,6 +173,7 @@ class SlotInfo:
     has_skip: bool = False
     added: bool = False
     sharded: bool = False
+    screened: bool = False
 
     @property
     def out_hook(self) -> HookPoint:
@@ -232,8 +235,8 @@ class ModuleInfo:
     effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands for the
     model's bos, eos and pad; `norm_guard` is a multiple of `reference_norm`. `format`
     names the file layout for the loader. `slots` says, for each of `sites`, which of
-    the engine's slots holds it, or None before placing. `sharding` is what was asked,
-    `sharded` the sites (by index) whose slots are sharded.
+    the engine's slots holds it, or None before placing. `sharding` and `screening` are
+    what was asked, `sharded` and `screened` the sites (by index) whose slots are so.
     """
 
     name: str
@@ -249,6 +252,8 @@ class ModuleInfo:
     slots: tuple[int, ...] | None = None
     sharding: Sharding = "auto"
     sharded: tuple[int, ...] = ()
+    screening: Screening = DEFAULT_SCREENING
+    screened: tuple[int, ...] = ()
 
     def is_sharded(self, site: SiteInfo) -> bool:
         """Whether the ranks share one of the module's sites."""
@@ -275,7 +280,7 @@ class ModuleInfo:
         if data["skip_token_ids"] is not None:
             data["skip_token_ids"] = list(data["skip_token_ids"])
         data["slots"] = None if self.slots is None else list(self.slots)
-        data["sharded"] = list(self.sharded)
+        data |= {"sharded": list(self.sharded), "screened": list(self.screened)}
         return data
 
     @classmethod
@@ -283,11 +288,11 @@ class ModuleInfo:
         """Rebuild what `to_json` wrote."""
         fields = dict(data)
         fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
-        if fields.get("skip_token_ids") is not None:
-            fields["skip_token_ids"] = tuple(fields["skip_token_ids"])
-        if fields.get("slots") is not None:
-            fields["slots"] = tuple(fields["slots"])
-        fields["sharded"] = tuple(fields.get("sharded", ()))
+        for name in ("skip_token_ids", "slots"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
+        for name in ("sharded", "screened"):
+            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
 

@@ -27,7 +27,8 @@ class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
     `refused`: why these ranks cannot share an SAE; empty: they can. `transcoders`:
-    whether they can share transcoders. `auto_copies`: `auto` shares nothing.
+    whether they can share transcoders. `auto_copies`: `auto` shares nothing. `screens`:
+    whether their devices can screen wide SAEs.
     """
 
     size: int = 1
@@ -35,6 +36,7 @@ class Ranks:
     refused: str = ""
     transcoders: bool = True
     auto_copies: bool = False
+    screens: bool = False
 
     @property
     def unit(self) -> int:

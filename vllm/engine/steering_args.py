@@ -171,8 +171,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="Steering modules to load at start-up, each as NAME=PATH or as a "
         'JSON object {"name": ..., "path": ..., "feature_units": ..., '
-        '"skip_token_ids": ..., "norm_guard": ..., "sharding": ...}. PATH is a local '
-        "path or hf:owner/repo[/sub/path][@revision].",
+        '"skip_token_ids": ..., "norm_guard": ..., "sharding": ..., "screening": ...}. '
+        "PATH is a local path or hf:owner/repo[/sub/path][@revision].",
     )
     group.add_argument(
         PRESETS_FLAG,

@@ -126,6 +126,10 @@ class NoCPU:
     def is_cpu() -> bool:
         return False
 
+    @staticmethod
+    def is_cuda() -> bool:
+        return False
+
 
 def test_what_gpus_cannot_share_is_refused_and_auto_copies(
     vllm_config: VllmConfig,

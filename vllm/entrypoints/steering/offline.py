@@ -60,7 +60,7 @@ def register_module(
         path: local path or `hf:owner/repo[/sub/path][@revision]`.
         replace: take the place of a module of that name.
         options: as in `additional_config.steering.modules`: `feature_units`,
-            `skip_token_ids`, `norm_guard`, `sites`, `sharding`.
+            `skip_token_ids`, `norm_guard`, `sites`, `sharding`, `screening`.
 
     Raises:
         SteeringModuleError: bad module, no free slot that fits, or a name in use.

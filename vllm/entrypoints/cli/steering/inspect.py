@@ -14,6 +14,7 @@ import numpy as np
 
 from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
 from vllm.config.steering_json import Json
+from vllm.config.steering_screening import screen_bytes, screens
 from vllm.config.steering_slots import shard_bytes
 from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -99,6 +100,8 @@ def report(module: ModuleInfo, layout: ModuleLayout, tp: int = 1) -> Json:
         shown["declared"] = dict(layout.declared.get(site.name, {}))
         shown["bytes_16_bit"] = site_bytes(site, module.kind, 2)
         shown["bytes_32_bit"] = site_bytes(site, module.kind, 4)
+        if module.kind == "sae" and screens("auto", site.d_sae, site.d_in, 2):
+            shown["bytes_screening"] = screen_bytes(site.d_sae, site.d_in)
         if tp > 1 and module.kind == "sae":
             shown["ranks"] = ranks_of(site, tp)
     return data

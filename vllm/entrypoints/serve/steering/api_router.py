@@ -73,7 +73,8 @@ async def register_steering_module(request: Request) -> JSONResponse:
     """Load a module, or replace one.
 
     Body: `name`, `path`, and optionally `feature_units`, `skip_token_ids`,
-    `norm_guard`, `sites`, `sharding`, `replace`, `drain`. Answers 201 with the module.
+    `norm_guard`, `sites`, `sharding`, `screening`, `replace`, `drain`. Answers 201
+    with the module.
     """
     try:
         service = modules_to_change(request)

@@ -11,13 +11,17 @@ bar. docs/design/screening.md has the proof; csrc/steering/screen.cuh evaluates 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
+from torch import nn
+
+from vllm.config.steering_screening import SCREEN_COLUMNS
 
 SCREEN_TOKENS = 64  # the most active tokens of a step that is screened
-SCREEN_COLUMNS = 128  # the copy's rows are padded to a multiple of this
 SCREEN_ORDERS = 128  # the most orders in which the encoder adds up a feature's sum
 ENCODER_COLUMNS = 64  # of one stage of the encoder
+ENCODER_FEATURES = 128  # of one tile
 ORDER_STEP = 7  # a feature tile begins its sum this many stages after the one before
 MOST = 127  # the largest |q|
 # Rows and tokens beyond these exponents of two have no integers: what is too small is
@@ -106,3 +110,76 @@ def quantise(w_enc: torch.Tensor, q: torch.Tensor, rows: torch.Tensor) -> None:
         rows[part, 1] = round_up(error)
         rows[part, 2] = round_up(size)
         rows[part, 3] = 0
+
+
+class ScreenCopy(nn.Module):
+    """The 8-bit copy of an SAE's `W_enc`.
+
+    Attributes:
+        q: int8 `[F, padded(d_in)]`.
+        rows: float32 `[F, 4]`, `s`, `A`, `B` and 0.
+        state: int32 `[4]`, per width of a step (at most 8, 32 or 64 tokens) how many
+            steps go unscreened, because too many features were candidates.
+    """
+
+    q: torch.Tensor
+    rows: torch.Tensor
+    state: torch.Tensor
+
+    def __init__(self, features: int, d_in: int, device: torch.device) -> None:
+        super().__init__()
+        q = torch.zeros(features, padded(d_in), dtype=torch.int8, device=device)
+        rows = torch.zeros(features, 4, device=device)
+        state = torch.zeros(4, dtype=torch.int32, device=device)
+        for name, tensor in (("q", q), ("rows", rows), ("state", state)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def fill(self, w_enc: torch.Tensor) -> None:
+        """Copy `W_enc`, in place."""
+        quantise(w_enc, self.q, self.rows)
+        self.state.zero_()
+
+
+class ScreenScratch:
+    """What a screened step passes from block to block; shared by all sites.
+
+    Args:
+        widths: features and `d_in` of every screened encoder.
+        device: where it lives.
+    """
+
+    def __init__(self, widths: Iterable[tuple[int, int]], device: torch.device) -> None:
+        widths = list(widths)
+        columns = max((padded(d_in) for _, d_in in widths), default=0)
+        found = max((candidates(*each) for each in widths), default=0)
+        tokens = 2 * SCREEN_TOKENS
+        i32 = torch.int32
+        self._limbs = torch.zeros(tokens * columns, dtype=torch.int8, device=device)
+        self._facts = torch.zeros(SCREEN_TOKENS, 4, device=device)
+        self._candidates = torch.zeros(found, dtype=i32, device=device)
+        self._counts = torch.zeros(SCREEN_ORDERS, dtype=i32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes held."""
+        own = (self._limbs, self._facts, self._candidates, self._counts)
+        return sum(tensor.nbytes for tensor in own)
+
+    def bundle(self, copy: ScreenCopy) -> list[torch.Tensor]:
+        """The tensors of `SCREEN_FIELDS`."""
+        columns = copy.q.shape[1]
+        limbs = self._limbs[: 2 * SCREEN_TOKENS * columns].view(-1, columns)
+        own = [copy.q, copy.rows, copy.state]
+        return [*own, limbs, self._facts, self._candidates, self._counts]
+
+
+SCREEN_FIELDS = (
+    "screen_w", "screen_rows", "screen_state", "screen_limbs", "screen_facts",
+    "screen_candidates", "screen_counts",
+)  # fmt: skip
+
+
+def candidates(features: int, d_in: int) -> int:
+    """Ints of a list of all features, in which each order has a place of its own."""
+    tiles = -(-features // ENCODER_FEATURES)
+    return -(-tiles // orders(d_in)) * ENCODER_FEATURES * orders(d_in)

@@ -20,6 +20,7 @@ from .plan import (
     most_rows,
     plan_chunks,
 )
+from .screen import ScreenScratch
 
 LIMIT_BYTES = 256 * MIB
 
@@ -89,6 +90,7 @@ class SteeringWorkspace:
         self, max_tokens: int, slots: Iterable[SAESlot], device: torch.device
     ) -> None:
         self.max_tokens = max_tokens
+        slots = list(slots)
         x_bytes = shared_bytes = coef_bytes = 16
         rows = 1
         for slot in slots:
@@ -115,6 +117,8 @@ class SteeringWorkspace:
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
         self.records = torch.zeros(rows, RECORD_INTS, dtype=i32, device=device)
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
+        screened = [slot.weights for slot in slots if slot.weights.screen is not None]
+        self.screen = ScreenScratch([w.W_enc.shape for w in screened], device)
         if self.nbytes > LIMIT_BYTES:
             raise ValueError(
                 f"steering workspace: {self.nbytes} bytes, at most {LIMIT_BYTES}"
@@ -161,7 +165,7 @@ class SteeringWorkspace:
             self.records,
             self.kth,
         )
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors) + self.screen.nbytes
 
     def buffers(
         self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None = None
