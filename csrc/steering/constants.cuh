@@ -39,12 +39,9 @@ constexpr int kListMax =
 constexpr int kCompactEncodeTokens = 256;
 constexpr int kDenseSplits = 7;
 
-// steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS,
-// SCREEN_ORDERS.
-constexpr int kScreenTokens = 64;  // the most tokens that are screened
-constexpr int kScreenColumns =
-    128;                            // columns of a stage; rows are padded to it
-constexpr int kScreenOrders = 128;  // the most orders of reduction
+// steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS.
+constexpr int kScreenTokens = 64;
+constexpr int kScreenColumns = 128;
 
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;
