@@ -9,7 +9,8 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 
 - eager: sets the thresholds, counts what fires, and measures vLLM without graphs;
 - engines: stock, one-site and four-site engines live in one process and take turns
-  batch by batch, so that the machine's noise affects all of them equally;
+  batch by batch, so that the machine's noise affects all of them equally. A second
+  stock engine, started last, is the control: what two equal engines differ by;
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
@@ -35,7 +36,7 @@ from typing import Any
 from engine_stages import ALL_BATCHES, BATCHES, HF_BATCH, HF_MODE, Row, run_stage
 from facts import results_file
 
-TOGETHER = ("stock", "one", "four")
+TOGETHER = ("stock", "one", "four", "again")
 EAGER_SECONDS = 100  # at most
 HF_SECONDS = 45  # kept free of the budget for the last stage
 

@@ -36,6 +36,7 @@ import torch
 
 from vllm import LLM, SamplingParams
 from vllm.config.sae_steering_admission import admitted_extra_args
+from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
@@ -112,7 +113,10 @@ def make_batch(
     ]
     config = replace(config)  # which knows no specs yet
     begin = time.thread_time()
-    args = [admitted_extra_args(one, config, PROMPT) for one in given]
+    args = [
+        admitted_extra_args(one, parse_steering_request(one, config), config, PROMPT)
+        for one in given
+    ]
     taken = time.thread_time() - begin
     made = [SamplingParams(extra_args=one) for one in args]
     return Batch(made, torch.zeros(requests * PROMPT, dtype=torch.int32)), taken

@@ -110,7 +110,7 @@ def measured_ceilings() -> tuple[float, float, float]:
     source = torch.randint(0, 9, (1 << 30,), dtype=torch.int32, device=DEVICE)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    reading = source.nbytes / seconds(lambda: source.sum())
+    reading = source.nbytes / seconds(lambda: source.view(torch.float32).sum())
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
     return bandwidth, reading, 2 * 8192**3 / seconds(lambda: a @ b)
 

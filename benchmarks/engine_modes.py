@@ -69,6 +69,7 @@ MODES: dict[str, dict[str, Any]] = {
     "stock": {"stock": None},
     "one": {"idle": None, "one site": [CLAMP]},
     "four": {"four sites": {}},
+    "again": {"stock again": None},
     "eager": {"stock eager": None},
 }
 

@@ -29,6 +29,7 @@ MODES = {
     "idle": ("configured, idle", "C2", "s--"),
     "one site": ("one site, every request", "C0", "^-"),
     "four sites": ("four sites, every request", "C1", "v-"),
+    "stock again": ("stock vLLM, a second engine", "0.3", "x:"),
     "stock eager": ("stock vLLM, eager", "0.6", "D:"),
     "hugging face + hook": ("Hugging Face generate + hook", "C3", "*"),
 }

@@ -18,10 +18,12 @@ PAGE = ROOT / "README.md"
 BEGIN, END = "<!-- costs: begin -->", "<!-- costs: end -->"
 
 Row = dict[str, Any]
+CONTROL = "stock again"
 MODES = {
     "idle": "configured, idle",
     "one site": "one site, every request fully reconstructed",
     "four sites": "four sites",
+    CONTROL: "a second engine of stock vLLM, started last (the control)",
 }
 BATCHES = (1, 64, 256)
 
@@ -77,6 +79,8 @@ def engine_rows(rows: list[Row]) -> list[tuple[str, str]]:
     shares = "share of stock vLLM's speed, by GPU time:"
     lines = [(f"{model}; {decode}, and {prefill}", shares)]
     for mode, what in MODES.items():
+        if (mode, "prefill", 8) not in share and mode == CONTROL:
+            continue  # an older run has none
         decode = " / ".join(f"{100 * share[mode, 'decode', b]:.1f}" for b in BATCHES)
         prefill = f"{100 * share[mode, 'prefill', 8]:.1f}"
         lines.append((f"– {what}", f"{decode} %; {prefill} %"))
@@ -92,6 +96,11 @@ def table() -> str:
         f"{engine['commit']}, {engine['date']}. Kernels: commit {run['commit']}, "
         f"{run['date']}."
     )
+    if any(row["mode"] == CONTROL for row in run["engine"]):
+        where += (
+            " Differences as large as the control's are between engines and not of "
+            "steering."
+        )
     rows = [*kernel_rows(run["kernel"]), *engine_rows(run["engine"])]
     lines = ["| what | cost |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
     return "\n".join([where, "", *lines])

@@ -16,18 +16,25 @@ from pathlib import Path
 from vllm_steering_cli.bare import bare_packages, can_be_bare
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_STATUS = "Exit status: 0, or 1 if the module is refused."
+_MODEL = "A directory, or a name on the Hugging Face Hub, as for `vllm serve`."
+_DTYPE = "The dtype of the model, of W_enc and of W_dec (default: %(default)s)."
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand is one function."""
     parser = argparse.ArgumentParser(
         prog="vllm-steering",
-        description="Look at steering modules, convert them, measure their fit.",
+        description="Inspect steering modules, convert them, measure how well they fit "
+        "a model, and find features.",
     )
     parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
-        "inspect", help="Check a module; show its sites, folds, memory and digest."
+        "inspect",
+        help="Check a module; show its sites, folds, memory and digest.",
+        description="Reads a module as an engine does, and shows its format, sites, "
+        f"what is folded into its weights, memory and digest. {_STATUS}",
     )
     inspect.add_argument("--json", action="store_true", help="Print JSON.")
     inspect.add_argument(
@@ -38,7 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="Also show the memory of each of N tensor-parallel ranks.",
     )
     convert = commands.add_parser(
-        "convert", help="Fold an SAE and write it as a native directory."
+        "convert",
+        help="Fold an SAE and write it as a native directory.",
+        description="Writes an SAE in this project's native format (a manifest.json "
+        f"and safetensors files), with everything folded. {_STATUS}",
     )
     probe = commands.add_parser(
         "probe",
@@ -51,14 +61,16 @@ def make_parser() -> argparse.ArgumentParser:
     features = commands.add_parser(
         "features",
         help="Find the features that tell some texts from others.",
-        description="Runs the model once on the texts of two files (paragraphs, or "
-        "lines) and ranks features by how well they tell A from B.",
+        description="Runs the model on the texts of two files and ranks features by "
+        "how well they tell A from B; without B, by their mean on A. A text is a "
+        f"paragraph, or a line in a file without empty lines. {_STATUS}",
     )
     for command in (inspect, convert, probe, features):
         command.add_argument(
             "path",
             metavar="PATH",
-            help="A local path, or hf:owner/repo[/sub/path][@revision].",
+            help="A local path, hf:owner/repo[/sub/path][@revision], or "
+            "saelens:RELEASE/SAE_ID[@revision].",
         )
         command.add_argument(
             "--site",
@@ -66,8 +78,13 @@ def make_parser() -> argparse.ArgumentParser:
             action="append",
             metavar="HOOK.LAYER",
             help="Name the site of a module that does not say its own, or select "
-            "one of several; for example post_block.20. May be repeated. A probe may "
-            "name another site than the files do.",
+            "one of several; for example post_block.20. "
+            + (
+                "It may be another site than the files name. "
+                if command is probe
+                else ""
+            )
+            + ("At most one." if command is features else "May be repeated."),
         )
     _add_probe_arguments(probe)
     _add_features_arguments(features)
@@ -76,7 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="Of the two matrices; everything else stays float32.",
+        help="The dtype of W_enc and W_dec (default: %(default)s); everything else "
+        "is float32.",
     )
     return parser
 
@@ -96,9 +114,13 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="Check this environment, and steer a tiny model on its hardware.",
-        description="Exit status: 0 when nothing is missing, else 1.",
+        description="Checks versions, plugin, kernels and hardware, then starts an "
+        "engine with a tiny model and compares a steered answer with the expected one. "
+        "Exit status: 0 if nothing is missing, else 1.",
     )
-    doctor.add_argument("--no-run", action="store_true", help="Leave out the tiny run.")
+    doctor.add_argument(
+        "--no-run", action="store_true", help="Check, but start no engine."
+    )
     doctor.add_argument(
         "--repair",
         action="store_true",
@@ -109,11 +131,11 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
+    probe.add_argument("--model", required=True, metavar="M", help=_MODEL)
     probe.add_argument(
-        "--model", required=True, metavar="M", help="The model, as for vLLM."
-    )
-    probe.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text to read; a built-in one otherwise."
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to read (default: a short text of this package).",
     )
     probe.add_argument(
         "--max-tokens",
@@ -126,20 +148,36 @@ def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="Of the model and of the SAE's matrices.",
+        help=_DTYPE,
     )
     probe.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def _add_features_arguments(features: argparse.ArgumentParser) -> None:
     add = features.add_argument
-    add("--model", required=True, metavar="M", help="The model, as for vLLM.")
-    add("--text", required=True, metavar="A", help="UTF-8 texts of what is looked for.")
-    add("--against", metavar="B", help="UTF-8 texts without it.")
-    add("--top", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
-    add("--labels", metavar="FILE", help="Labels, as Neuronpedia exports them.")
-    add("--plot", metavar="FILE", help="Draw the features; needs matplotlib.")
-    add("--dtype", choices=DTYPES, default="auto", help="Of model and SAE.")
+    add("--model", required=True, metavar="M", help=_MODEL)
+    add(
+        "--text",
+        required=True,
+        metavar="A",
+        help="File with UTF-8 texts about what you look for.",
+    )
+    add("--against", metavar="B", help="File with UTF-8 texts about other things.")
+    add(
+        "--top",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="How many features to show, at most 256 (default: %(default)s).",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="Labels of features, as Neuronpedia exports them (default: labels.json "
+        "beside the module, if it is there).",
+    )
+    add("--plot", metavar="FILE", help="Write a plot (PNG, SVG …); needs matplotlib.")
+    add("--dtype", choices=DTYPES, default="auto", help=_DTYPE)
     add("--json", action="store_true", help="Print JSON.")
 
 
@@ -162,9 +200,7 @@ def _need_there(path: str) -> None:
     Any other path (`hf:…`, `owner/repo`) is the loader's to judge.
     """
     if path.startswith(("/", ".")) and not Path(path).exists():
-        raise ValueError(
-            f"steering module 'module' ({path}): no such file or directory"
-        )
+        raise ValueError(f"{path}: no such file or directory")
 
 
 def _read_files(args: argparse.Namespace) -> None:
@@ -224,5 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot=args.plot,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Loaders name the module and its path; on the command line it has no name.
+        text = str(error)
+        for name in ("module", "probed"):
+            prefix = f"steering module {name!r} ({args.path})"
+            text = text.replace(prefix, args.path)
+        print(f"error: {text}", file=sys.stderr)
         return 1

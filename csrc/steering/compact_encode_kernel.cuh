@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   const Workspace<T>& ws = a.encode.ws;
   const int t = threadIdx.x;
   if (t == kWeightsThread) {
-    init_barriers(m);
+    init_barriers(m, 1);
     prefetch_map(&maps.w);
   }
   if (t == kTokensThread)
@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (t == kWeightsThread) drain_first(m, first);
     return;
   }
+  const TileWalk walk = tile_walk(a.encode.weights.num_features, n);
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) {
@@ -138,14 +139,14 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
       grid_leave(ws.sync + kArrivals, ws.sync + kExits);
       fence_async();
     }
-    producer(a.encode, m, maps, n, first);
+    producer<1, Leaves::kUsual>(a.encode, m, maps, n, first, walk);
   } else {
     take_registers<232>();
     gather_active(a, m, n, own.limit);
     fence_async();
     sync_threads<kConsumers>();
     if (t == 0) grid_arrive(ws.sync + kArrivals);
-    consumer(a.encode, m, n);
+    consumer<1, Leaves::kUsual>(a.encode, m, n, walk);
   }
 #else
   __trap();

@@ -39,6 +39,10 @@ constexpr int kListMax =
 constexpr int kCompactEncodeTokens = 256;
 constexpr int kDenseSplits = 7;
 
+// steering_kernels/plan.py: GUESS_SAMPLE, GUESS_CAPACITY.
+constexpr int kGuessSample = 4096;    // features whose scores are sampled
+constexpr int kGuessCapacity = 1024;  // candidates that a list has room for
+
 // steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS.
 constexpr int kScreenTokens = 64;
 constexpr int kScreenColumns = 128;
@@ -94,5 +98,6 @@ enum ScreenField {
   kScreenCounts = 6
 };
 enum StreamField { kHidden = 0, kResidual = 1 };
+enum GuessField { kSamples = 0, kBars = 1, kFailed = 2 };
 
 }  // namespace vllm_steering

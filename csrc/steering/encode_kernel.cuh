@@ -7,6 +7,33 @@
 
 namespace vllm_steering {
 
+// The block's part of a launch, once its tokens are known.
+template <Leaves kLeaves, typename T, typename Walk>
+__device__ __forceinline__ void encode_tiles(const EncodeArgs<T>& a,
+                                             EncodeMemory& m,
+                                             const EncodeMaps& maps, int n,
+                                             Walk walk) {
+  if (threadIdx.x >= kConsumers) {
+    give_registers<40>();
+    producer<kEncodePeers, kLeaves>(a, m, maps, n, 0, walk);
+  } else {
+    take_registers<232>();
+    consumer<kEncodePeers, kLeaves>(a, m, n, walk);
+  }
+  if (shares_tiles(n)) cluster_sync();
+}
+
+// Barriers are ready in every block of the cluster; returns the block's rank.
+__device__ __forceinline__ int prepare_cluster(EncodeMemory& m,
+                                               const EncodeMaps& maps) {
+  if (threadIdx.x == kWeightsThread) {
+    init_barriers(m, kEncodePeers);
+    for (int i = 0; i < kWidths; ++i) prefetch_map(&maps.x[i]);
+  }
+  cluster_sync();
+  return cluster_rank();
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     encode_kernel(const __grid_constant__ EncodeArgs<T> a,
@@ -14,21 +41,12 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw[];
   EncodeMemory& m = encode_memory(raw);
-  if (threadIdx.x == kWeightsThread) {
-    init_barriers(m);
-    for (int i = 0; i < kWidths; ++i) prefetch_map(&maps.x[i]);
-  }
-  __syncthreads();
+  const int rank = prepare_cluster(m, maps);
   wait_for_previous();
   const int n = a.ws.tokens();
   if (n <= 0) return;
-  if (threadIdx.x >= kConsumers) {
-    give_registers<40>();
-    producer(a, m, maps, n, 0);
-  } else {
-    take_registers<232>();
-    consumer(a, m, n);
-  }
+  encode_tiles<Leaves::kUsual>(
+      a, m, maps, n, tile_walk(a.weights.num_features, n, kEncodePeers, rank));
 #else
   __trap();
 #endif

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "bundles.cuh"
+#include "keys.cuh"
 #include "ptx/tma.cuh"
 
 namespace vllm_steering {
@@ -23,8 +24,14 @@ template <typename T>
 struct EncodeArgs {
   Weights<T> weights;
   Workspace<T> ws;
-  bool eager;  // ask L2 for rows of W_dec
+  bool eager;                   // ask L2 for rows of W_dec
+  uint16_t* samples = nullptr;  // of a guess: [rows, kGuessSample]
+  const float* bars = nullptr;  // of a guess: [rows]
 };
+
+// What leaves the encoder: what the workspace has room for, non-zeros or all
+// scores; or, of a guess, the sample or the candidates.
+enum class Leaves { kUsual, kSample, kCandidates };
 
 // Bias and bar of the two features whose scores a lane holds (f and f + 8 in
 // an ordinary tile).
@@ -141,19 +148,25 @@ __device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
 }
 
 // Notes the hits among accumulators [From, From + kPart); `where` holds the
-// lane's first token in the high bits, its first feature in the low eight.
-template <int From, int R>
+// lane's first token in the high bits, its first feature in the low eight. With
+// kBars a hit is a score that is not below its token's bar.
+template <bool kBars, int From, int R>
 __device__ __forceinline__ void note_hits(const float (&p)[R],
                                           const LaneFeatures& l, uint32_t where,
-                                          uint2*& next) {
+                                          const float* bars, uint2*& next) {
   if constexpr (From < R) {
     constexpr int kTo = From + kPart < R ? From + kPart : R;
 #pragma unroll
     for (int i = From; i < kTo; ++i) {
-      if (p[i] > (i & 2 ? l.cut.y : l.cut.x)) {
+      const float value = p[i] + (i & 2 ? l.bias.y : l.bias.x);
+      bool hit;
+      if constexpr (kBars)
+        hit = !(value < bars[i / 4 * 8 + (i & 1)]);
+      else
+        hit = p[i] > (i & 2 ? l.cut.y : l.cut.x);
+      if (hit) {
         const uint32_t at =
             where + (((i / 4) * 8 + (i & 1)) << 8) + (i & 2 ? 8 : 0);
-        const float value = p[i] + (i & 2 ? l.bias.y : l.bias.x);
         *next = make_uint2(at, __float_as_uint(value));
         next += 32;
       }
@@ -162,13 +175,13 @@ __device__ __forceinline__ void note_hits(const float (&p)[R],
 }
 
 // The accumulators are registers, so a part is a case of code, not an index.
-template <int R>
+template <bool kBars, int R>
 __device__ __forceinline__ void note_part(int part, const float (&p)[R],
                                           const LaneFeatures& l, uint32_t where,
-                                          uint2*& next) {
-#define STEERING_PART(I)                     \
-  case I:                                    \
-    note_hits<I * kPart>(p, l, where, next); \
+                                          const float* bars, uint2*& next) {
+#define STEERING_PART(I)                                  \
+  case I:                                                 \
+    note_hits<kBars, I * kPart>(p, l, where, bars, next); \
     break;
   switch (part) {
     STEERING_PART(0)
@@ -194,7 +207,7 @@ __device__ __forceinline__ void note_part(int part, const float (&p)[R],
 // Emits one lane's non-zeros, part by part; the buffer is emptied whenever
 // another part might not fit. With `keep` the last hits stay in it for another
 // warp. Returns how many are left there.
-template <int N, typename T, typename Place>
+template <bool kBars, int N, typename T, typename Place>
 __device__ __forceinline__ int emit_hits(const EncodeArgs<T>& a,
                                          const float (&p)[N / 2],
                                          const LaneFeatures& l, uint2* hits,
@@ -203,12 +216,13 @@ __device__ __forceinline__ int emit_hits(const EncodeArgs<T>& a,
   constexpr int kParts = (N / 2 + kPart - 1) / kPart;
   const int parts = min(kParts, (at.n - at.t0 + 15) / 16);
   uint2* next = hits;
+  const float* bars = kBars ? a.bars + at.t0 + (threadIdx.x & 3) * 2 : nullptr;
 #pragma unroll 1
   for (int part = 0; part < parts; ++part) {
     // Opaque, or every sum would be made ahead of the loop and kept in memory.
     LaneFeatures now = l;
     asm volatile("" : "+f"(now.bias.x), "+f"(now.bias.y), "+r"(where));
-    note_part(part, p, now, where, next);
+    note_part<kBars>(part, p, now, where, bars, next);
     const int own = (next - hits) / 32;
     const bool last = part + 1 == parts;
     const bool crowded = __any_sync(~0u, own > kHitsPerLane - kPart);
@@ -243,6 +257,36 @@ __device__ __forceinline__ void store_scores(float* scores, int num_features,
     }
     t += 8;
     to += 8 * stride;
+    asm volatile("" : "+l"(to));
+  }
+}
+
+// The upper half of a score's order bits: the largest such number below it.
+__device__ __forceinline__ uint16_t coarse_order(float p) {
+  return static_cast<uint16_t>(order_bits(p) >> 16);
+}
+
+// Stores a lane's scores of a sampled tile, coarsely; `column` is that of the
+// lane's first feature in the sample.
+template <int N>
+__device__ __forceinline__ void store_sample(uint16_t* samples,
+                                             const float (&p)[N / 2],
+                                             const LaneFeatures& l, int column,
+                                             TilePlace at) {
+  int t = at.t0 + (threadIdx.x & 3) * 2;
+  uint16_t* to = samples + static_cast<int64_t>(t) * kGuessSample + column;
+#pragma unroll
+  for (int i = 0; i < N / 2; i += 4) {
+    if (t < at.n) {
+      to[0] = coarse_order(p[i] + l.bias.x);
+      to[8] = coarse_order(p[i + 2] + l.bias.y);
+    }
+    if (t + 1 < at.n) {
+      to[kGuessSample] = coarse_order(p[i + 1] + l.bias.x);
+      to[kGuessSample + 8] = coarse_order(p[i + 3] + l.bias.y);
+    }
+    t += 8;
+    to += 8 * kGuessSample;
     asm volatile("" : "+l"(to));
   }
 }

@@ -111,6 +111,19 @@ void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
   launch_with(&overlap, 1, kernel, blocks, threads, smem, stream, args...);
 }
 
+// As `launch`, in clusters of `peers` blocks, which run at the same time.
+template <typename... Params, typename... Args>
+void launch_clusters(void (*kernel)(Params...), int blocks, int peers,
+                     int threads, int smem, cudaStream_t stream,
+                     const Args&... args) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(peers), 1, 1};
+  launch_with(attributes, 2, kernel, blocks, threads, smem, stream, args...);
+}
+
 // Launches blocks that wait for one another: all of them run, or none. So two
 // such grids never each hold a part of the multiprocessors.
 template <typename... Params, typename... Args>

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/launch_control.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
@@ -25,6 +26,7 @@ constexpr int kTokensThread = kConsumers + 32;  // and this one x
 constexpr int kEmitterWarps = 2;  // the rest of the last warpgroup
 constexpr int kStageW = kTileF * kTileK * 2;
 constexpr int kMaxStages = 11;
+constexpr int kEncodePeers = 2;  // blocks of a cluster, where there are any
 constexpr int kPace = 900;  // cycles in which memory brings every block a stage
 
 struct EncodeMaps {
@@ -54,10 +56,12 @@ __device__ __forceinline__ EncodeMemory& encode_memory(char* raw) {
   return *reinterpret_cast<EncodeMemory*>(aligned_memory(raw));
 }
 
-inline __device__ void init_barriers(EncodeMemory& m) {
+// A stage is filled by two threads, and emptied by two warpgroups' arrivals for
+// every peer.
+inline __device__ void init_barriers(EncodeMemory& m, int peers) {
   for (int s = 0; s < kMaxStages; ++s) {
     barrier_init(barrier_at(m.full, s), 2);
-    barrier_init(barrier_at(m.empty, s), 2);
+    barrier_init(barrier_at(m.empty, s), 2 * peers);
   }
   for (int w = 0; w < kConsumerWarps; ++w) {
     barrier_init(barrier_at(m.hits_full, w), 1);
@@ -103,13 +107,33 @@ __device__ __forceinline__ void pace(long long start, int stage) {
   }
 }
 
+// How many peers share the tokens of a tile: all of them, where a peer's part
+// is whole groups of eight rows, else none.
+template <int N, int kPeers>
+constexpr int kSharers = N >= 64 ? kPeers : 1;
+
+// Requests the stage at column `column` of a tile of x. Each sharer requests
+// its part of the tile for all of them.
+template <int N, int kPeers>
+__device__ __forceinline__ void request_tokens(const EncodeMaps& maps,
+                                               uint32_t to, uint32_t full,
+                                               int column, int row, int rank) {
+  if constexpr (kSharers<N, kPeers> > 1) {
+    constexpr int kRows = N / kPeers;
+    copy_tile_to(&maps.x[width_index(kRows)], to + rank * kRows * kTileK * 2,
+                 full, column, row + rank * kRows, (1 << kPeers) - 1);
+  } else {
+    copy_tile(&maps.x[width_index(N)], to, full, column, row);
+  }
+}
+
 // One thread: requests one operand of every tile of the block, stage by stage.
 // The weights' `first` stages have been requested already. The rest of the
 // first round is spread over the time that it takes. Otherwise the tokens,
 // which are requested later, would wait behind all of it.
-template <int N, bool Weights>
-__device__ void request_all(EncodeMemory& m, const CUtensorMap* map, int d_in,
-                            TileWalk walk, int first) {
+template <int N, bool Weights, int kPeers, typename Walk>
+__device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
+                            Walk walk, int first) {
   using S = Stages<N>;
   constexpr int kBytes = Weights ? kStageW : S::kStageX;
   const int k_tiles = (d_in + kTileK - 1) / kTileK;
@@ -117,7 +141,7 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map, int d_in,
   const long long start = clock64();
   int it = 0;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < walk.tiles(); tile += gridDim.x) {
+  for (int tile = walk.first; tile < walk.tiles(); tile += walk.stride) {
     int f, t;
     walk.at(tile, f, t);
     const int row = Weights ? f * kTileF : t * N;
@@ -128,8 +152,12 @@ __device__ void request_all(EncodeMemory& m, const CUtensorMap* map, int d_in,
       if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
       if (first > 0 && round == 0) pace(start, it - first);
       if (it >= first) {
-        barrier_expect(barrier_at(m.full, s), kBytes);
-        copy_tile(map, to + s * kBytes, barrier_at(m.full, s), k * kTileK, row);
+        const uint32_t full = barrier_at(m.full, s), at = to + s * kBytes;
+        barrier_expect(full, kBytes);
+        if constexpr (Weights)
+          copy_tile(&maps.w, at, full, k * kTileK, row);
+        else
+          request_tokens<N, kPeers>(maps, at, full, k * kTileK, row, walk.rank);
       }
       k = k + 1 == k_tiles ? 0 : k + 1;
     }
@@ -142,8 +170,8 @@ __device__ void append_left(const EncodeArgs<T>& a, EncodeMemory& m,
                             TileWalk walk, int width, int n, int emitter) {
   const int lane = threadIdx.x & 31;
   int round = 0;
-  for (int tile = blockIdx.x; tile + static_cast<int>(gridDim.x) < walk.tiles();
-       tile += gridDim.x, ++round) {
+  for (int tile = walk.first; tile + walk.stride < walk.tiles();
+       tile += walk.stride, ++round) {
     int f, t;
     walk.at(tile, f, t);
 #pragma unroll 1
@@ -157,9 +185,21 @@ __device__ void append_left(const EncodeArgs<T>& a, EncodeMemory& m,
   }
 }
 
+// A warpgroup is done with a stage. It says so to every sharer, since each of
+// them writes into the shared memory of all, with a thread for each peer.
+template <int N, int kPeers>
+__device__ __forceinline__ void release_stage(EncodeMemory& m, int s) {
+  const int to = threadIdx.x % 128 / 32;
+  if (threadIdx.x % 32 != 0 || to >= kPeers) return;
+  if constexpr (kSharers<N, kPeers> > 1)
+    barrier_arrive_at(barrier_at(m.empty, s), to);
+  else
+    barrier_arrive(barrier_at(m.empty, s));
+}
+
 // acc = this warpgroup's 64 x N products of one tile, over all of D. `it`
 // counts the block's stages.
-template <typename T, int N>
+template <typename T, int N, int kPeers>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
                                          int k_tiles, int& it) {
   using S = Stages<N>;
@@ -180,49 +220,53 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
     wgmma_commit();
     // The product of the previous stage is done: its buffers may be refilled.
     wgmma_wait<1>();
-    if (k > 0 && threadIdx.x % 128 == 0)
-      barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
+    if (k > 0) release_stage<N, kPeers>(m, (it - 1) % S::kCount);
   }
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-  if (k_tiles > 0 && threadIdx.x % 128 == 0)
-    barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
+  if (k_tiles > 0) release_stage<N, kPeers>(m, (it - 1) % S::kCount);
 }
 
 // The consumers' loop. Its first round has no tile: while the operands load, it
 // warms the instruction cache for the epilogue.
-template <typename T, int N>
-__device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, TileWalk walk,
+template <typename T, int N, int kPeers, Leaves kLeaves, typename Walk>
+__device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, Walk walk,
                         int n) {
   const int k_tiles = (a.weights.d_in + kTileK - 1) / kTileK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int row = warp * 16 + lane / 4;
   const uint32_t where = ((lane & 3) * 2) << 8 | row;
-  const int stride = gridDim.x;
   uint2* hits = m.hits + warp * kHitsPerWarp + lane;
   int it = 0, left = 0;
   float acc[N / 2];
 #pragma unroll 1
-  for (int tile = static_cast<int>(blockIdx.x) - stride; tile < walk.tiles();
-       tile += stride) {
+  for (int tile = walk.first - walk.stride; tile < walk.tiles();
+       tile += walk.stride) {
     const bool real = tile >= 0;
-    int f_tile = walk.n_f, t_tile = 0;  // past the end: no feature fires
+    // Past the end: no feature fires.
+    int f_tile = walk.n_f * kPeers, t_tile = 0;
     if (real) walk.at(tile, f_tile, t_tile);
     const TilePlace at = {f_tile * kTileF, t_tile * N, n};
     const LaneFeatures l = load_features(a.weights, at.f0 + row);
-    multiply<T, N>(acc, m, real ? k_tiles : 0, it);
+    multiply<T, N, kPeers>(acc, m, real ? k_tiles : 0, it);
     // Not sooner: blocks of the decoder would crowd on the few idle
     // multiprocessors.
     if (real) launch_dependents();
-    if (a.ws.scores != nullptr) {
+    if constexpr (kLeaves == Leaves::kSample) {
+      if (real)
+        store_sample<N>(a.samples, acc, l, walk.place(tile) * kTileF + row, at);
+      continue;
+    }
+    if (kLeaves == Leaves::kUsual && a.ws.scores != nullptr) {
       store_scores<N>(a.ws.scores, a.weights.num_features, acc, l, at.f0 + row,
                       at);
       continue;
     }
-    const bool keep = real && tile + stride < walk.tiles();
+    const bool keep = real && tile + walk.stride < walk.tiles();
     if (left > 0) barrier_wait(barrier_at(m.hits_empty, warp), (left - 1) & 1);
-    const int own = emit_hits<N>(a, acc, l, hits, where, at, keep);
+    const int own = emit_hits<kLeaves == Leaves::kCandidates, N>(
+        a, acc, l, hits, where, at, keep);
     if (keep) {
       m.left[threadIdx.x] = own;
       __syncwarp();
@@ -234,36 +278,41 @@ __device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, TileWalk walk,
 
 // The last warpgroup: two threads request copies, the other warps append hits.
 // `first` stages of weights have been requested.
-template <typename T>
+template <int kPeers, Leaves kLeaves, typename T, typename Walk>
 __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
                                          EncodeMemory& m,
                                          const EncodeMaps& maps, int n,
-                                         int first) {
-  const TileWalk walk = tile_walk(a.weights.num_features, n);
+                                         int first, Walk walk) {
   const int d_in = a.weights.d_in;
   const int emitter = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps - 2;
   if (threadIdx.x == kWeightsThread) {
 #define STEERING_WEIGHTS(N, I) \
-  request_all<N, true>(m, &maps.w, d_in, walk, first)
+  request_all<N, true, kPeers>(m, maps, d_in, walk, first)
     STEERING_WIDTHS(n, STEERING_WEIGHTS)
 #undef STEERING_WEIGHTS
   } else if (threadIdx.x == kTokensThread) {
 #define STEERING_TOKENS(N, I) \
-  request_all<N, false>(m, &maps.x[I], d_in, walk, 0)
+  request_all<N, false, kPeers>(m, maps, d_in, walk, 0)
     STEERING_WIDTHS(n, STEERING_TOKENS)
 #undef STEERING_TOKENS
-  } else if (emitter >= 0 && a.ws.scores == nullptr) {
+  } else if (kLeaves != Leaves::kSample && emitter >= 0 &&
+             a.ws.scores == nullptr) {
     append_left(a, m, walk, tile_width(n), n, emitter);
   }
 }
 
-template <typename T>
+template <int kPeers, Leaves kLeaves, typename T, typename Walk>
 __device__ __forceinline__ void consumer(const EncodeArgs<T>& a,
-                                         EncodeMemory& m, int n) {
-  const TileWalk walk = tile_walk(a.weights.num_features, n);
-#define STEERING_CONSUME(N, I) consume<T, N>(a, m, walk, n)
-  STEERING_WIDTHS(n, STEERING_CONSUME)
+                                         EncodeMemory& m, int n, Walk walk){
+#define STEERING_CONSUME(N, I) consume<T, N, kPeers, kLeaves>(a, m, walk, n)
+    STEERING_WIDTHS(n, STEERING_CONSUME)
 #undef STEERING_CONSUME
+}
+
+// Whether blocks of a cluster share tiles of a step of n tokens. Then none may
+// leave before the others are done, since they write to its memory.
+__device__ __forceinline__ bool shares_tiles(int n) {
+  return n > 32;
 }
 
 }  // namespace vllm_steering

@@ -84,10 +84,10 @@ __device__ __forceinline__ void for_items(const Screen& s, ScreenMemory& m,
     const int count = candidate_counts(m)[o];
     if (count == 0) continue;
     // Opaque, or registers would hold all of it meanwhile.
-    int tiles = encoder_tiles(num_features);
-    asm volatile("" : "+r"(tiles));
-    const GroupedTiles g(tiles, s.orders);
-    const BlockTiles own = block_tiles(g, tiles);
+    int pairs = tile_pairs(num_features);
+    asm volatile("" : "+r"(pairs));
+    const GroupedTiles g(pairs, s.orders);
+    const BlockTiles own = block_tiles(g, pairs);
     const int order = own.order + o, rows = rows_of_item(count);
     const int* list = candidate_list(s, g, own, order);
 #pragma unroll 1
@@ -153,7 +153,7 @@ __device__ void gather_candidates(const EncodeArgs<T>& a, const Screen& s,
         sync_gatherers();
         if (thread < count) features[thread] = __ldcg(list + thread);
         sync_gatherers();
-        int k = first_k(order, k_tiles);
+        int k = first_k(2 * order, k_tiles);  // that of a pair of tiles
 #pragma unroll 1
         for (int step = 0; step < k_tiles; ++step) {
           barrier_wait(barrier_at(m.rescore_empty, ring.stage), ring.phase ^ 1);
@@ -230,7 +230,8 @@ __device__ void rescore(const EncodeArgs<T>& a, const Screen& s,
     const int lower = row + 8 < count ? __ldcg(list + row + 8) : past;
     const LaneFeatures l = load_two(a.weights, upper, lower);
     multiply_item<T, Tokens>(acc, m, stages, k_tiles, mine, ring);
-    emit_hits<Tokens>(a, acc, l, hits, where, ListPlace{list, 0, n}, false);
+    emit_hits<false, Tokens>(a, acc, l, hits, where, ListPlace{list, 0, n},
+                             false);
   });
 }
 

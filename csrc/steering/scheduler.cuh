@@ -13,6 +13,13 @@ constexpr int kTileK = 64;   // one 128-byte swizzle row of 16-bit numbers
 constexpr int kWidths = 5;
 constexpr int kWidth[kWidths] = {8, 32, 64, 128, 256};
 
+// The place of a width among them.
+constexpr __host__ __device__ int width_index(int width) {
+  int i = 0;
+  while (kWidth[i] != width) ++i;
+  return i;
+}
+
 // Calls RUN(N, i) for the narrowest width N, the i-th, that holds n tokens.
 #define STEERING_WIDTHS(n, RUN) \
   if (n <= 8) {                 \
@@ -33,33 +40,60 @@ __device__ __forceinline__ int tile_width(int n) {
 
 // Iterates over the tiles of one block. The token tile is the fast index, and a
 // group of token tiles stays in L2 while the features change, so a tile of
-// weights is fetched once.
+// weights is fetched once. `peers` blocks of a cluster take as many
+// neighbouring feature tiles of the same tokens, one each; `n_f` counts such
+// rows of tiles.
 struct TileWalk {
   int n_f, n_t, group;
+  int peers, rank;
+  int first, stride;  // this block's: first, first + stride, ...
   __device__ void at(int tile, int& f, int& t) const {
-    const int first = tile / (group * n_f) * group;
-    const int width = min(n_t - first, group);
+    const int start = tile / (group * n_f) * group;
+    const int width = min(n_t - start, group);
     const int rest = tile % (group * n_f);
-    t = first + rest % width;
-    f = rest / width;
+    t = start + rest % width;
+    f = rest / width * peers + rank;
   }
   __device__ int tiles() const { return n_f * n_t; }
 };
 
+// A walk over `pairs` pairs of neighbouring feature tiles, which are a sample
+// of `of` pairs at equal distances.
+struct SampleWalk : TileWalk {
+  int pairs, of;
+  __device__ void at(int tile, int& f, int& t) const {
+    TileWalk::at(tile, f, t);
+    f = f / 2 * of / pairs * 2 + f % 2;
+  }
+  // Where the tile lies in the sample.
+  __device__ int place(int tile) const {
+    int f, t;
+    TileWalk::at(tile, f, t);
+    return f;
+  }
+};
+
 constexpr int kTokenGroup = 8;  // token tiles of a group
 
-__device__ __forceinline__ TileWalk tile_walk(int num_features, int n) {
-  const int width = tile_width(n);
-  return {(num_features + kTileF - 1) / kTileF, (n + width - 1) / width,
-          kTokenGroup};
+__device__ __forceinline__ TileWalk tile_walk(int num_features, int n,
+                                              int peers = 1, int rank = 0) {
+  const int width = tile_width(n), rows = kTileF * peers;
+  return {(num_features + rows - 1) / rows,
+          (n + width - 1) / width,
+          kTokenGroup,
+          peers,
+          rank,
+          static_cast<int>(blockIdx.x) / peers,
+          static_cast<int>(gridDim.x) / peers};
 }
 
 // Where feature tile `f` begins its reduction. Blocks that run at the same time
 // begin at different columns; otherwise all would read the same lines of x at
-// once. The order of a feature's sum depends on the feature alone.
+// once. Two neighbours begin at the same one, so that a cluster can share x.
+// The order of a feature's sum depends on the feature alone.
 constexpr int kOrderStep = 7;
 __device__ __forceinline__ int first_k(int f, int k_tiles) {
-  return f * kOrderStep % k_tiles;
+  return f / 2 * kOrderStep % k_tiles;
 }
 
 }  // namespace vllm_steering

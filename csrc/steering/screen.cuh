@@ -36,29 +36,30 @@ struct Screen {
   int orders;          // in which the encoder adds up the features' sums
 };
 
-__device__ __forceinline__ int encoder_tiles(int num_features) {
-  return (num_features + kTileF - 1) / kTileF;
+// Pairs of neighbouring tiles of the encoder, which have one order of columns.
+__host__ __device__ inline int tile_pairs(int num_features) {
+  return (num_features + 2 * kTileF - 1) / (2 * kTileF);
 }
 
 // The tiles of the encoder, by their order of columns: first all of order 0.
 struct GroupedTiles {
-  int orders, each,
-      longer;  // the first `longer` have one tile more than `each`
+  // Of pairs; the first `longer` orders have one more than `each`.
+  int orders, each, longer;
 
-  __device__ __forceinline__ GroupedTiles(int tiles, int orders)
-      : orders(orders), each(tiles / orders), longer(tiles % orders) {}
+  __device__ __forceinline__ GroupedTiles(int pairs, int orders)
+      : orders(orders), each(pairs / orders), longer(pairs % orders) {}
 
   __device__ __forceinline__ int order(int at) const {
-    const int head = longer * (each + 1);
-    return at < head ? at / (each + 1) : longer + (at - head) / each;
+    const int pair = at / 2, head = longer * (each + 1);
+    return pair < head ? pair / (each + 1) : longer + (pair - head) / each;
   }
   // Where an order begins.
   __device__ __forceinline__ int start(int order) const {
-    return order * each + min(order, longer);
+    return 2 * (order * each + min(order, longer));
   }
   __device__ __forceinline__ int tile(int at) const {
-    const int o = order(at);
-    return o + (at - start(o)) * orders;
+    const int o = order(at), pair = (at - start(o)) / 2;
+    return 2 * (o + pair * orders) + at % 2;
   }
 };
 
@@ -68,11 +69,11 @@ struct BlockTiles {
 };
 
 __device__ __forceinline__ BlockTiles block_tiles(const GroupedTiles& g,
-                                                  int tiles) {
+                                                  int pairs) {
   const int64_t block = blockIdx.x;
   BlockTiles b;
-  b.first = static_cast<int>(block * tiles / gridDim.x);
-  b.end = static_cast<int>((block + 1) * tiles / gridDim.x);
+  b.first = static_cast<int>(block * 2 * pairs / gridDim.x);
+  b.end = static_cast<int>((block + 1) * 2 * pairs / gridDim.x);
   b.order = b.orders = 0;
   if (b.first < b.end) {
     b.order = g.order(b.first);

@@ -36,7 +36,7 @@ inline __device__ void init_screen_barriers(ScreenMemory& m) {
     barrier_init(barrier_at(m.rescore_full, s), kGatherers + 1);
     barrier_init(barrier_at(m.rescore_empty, s), 2);
   }
-  init_barriers(m.base);
+  init_barriers(m.base, 1);
 }
 
 // The first rows of one or two tiles of the encoder; -1: no second one.
@@ -335,9 +335,9 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;
   }
-  const int tiles = encoder_tiles(c.encode.weights.num_features);
-  const GroupedTiles g(tiles, a.screen.orders);
-  const BlockTiles own = block_tiles(g, tiles);
+  const int pairs = tile_pairs(c.encode.weights.num_features);
+  const GroupedTiles g(pairs, a.screen.orders);
+  const BlockTiles own = block_tiles(g, pairs);
   const int k_tiles = a.screen.padded / kScreenColumns;
   const bool early = own.first < own.end && c.stream.tokens <= kScreenTokens;
   const int first = early ? min(kFirstScreenStages, k_tiles) : 0;
@@ -359,6 +359,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (t == kWeightsThread) drain_screen_first(m, first);
     __syncthreads();
   }
+  const TileWalk walk = tile_walk(c.encode.weights.num_features, n);
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) {
@@ -371,7 +372,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (screens)
       screen_producer(a, m, encode_maps, maps, g, own, n, first);
     else
-      producer(c.encode, m.base, encode_maps, n, 0);
+      producer<1, Leaves::kUsual>(c.encode, m.base, encode_maps, n, 0, walk);
   } else {
     take_registers<232>();
     gather_active(c, m.base, n, loads.limit);
@@ -382,7 +383,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (screens)
       screen_consumer(a, m, g, own, n);
     else
-      consumer(c.encode, m.base, n);
+      consumer<1, Leaves::kUsual>(c.encode, m.base, n, walk);
   }
 #else
   __trap();

@@ -3,7 +3,7 @@
 #include <numeric>
 
 #include "checks.h"
-#include "encode_maps.h"
+#include "encode_launch.h"
 #include "screen_kernel.cuh"
 
 namespace vllm_steering {
@@ -23,7 +23,7 @@ ScreenBundle make_screen(const Tensors& s, const Weights<T>& w,
       (w.d_in + kScreenColumns - 1) / kScreenColumns * kScreenColumns;
   const int k_tiles = (w.d_in + kTileK - 1) / kTileK;
   const int orders = k_tiles / std::gcd(k_tiles, kOrderStep);
-  const int tiles = (w.num_features + kTileF - 1) / kTileF;
+  const int pairs = tile_pairs(w.num_features);
   STD_TORCH_CHECK(w.d_in <= kMostScreened, "steering: width ", w.d_in,
                   " is too wide to screen");
   const Tensor& copy = check(get(s, kScreenW, "screen W"), "screen W", i8,
@@ -41,7 +41,7 @@ ScreenBundle make_screen(const Tensors& s, const Weights<T>& w,
                               "screen candidates", i32, {kAny}, e);
   const Tensor& counts = check(get(s, kScreenCounts, "screen counts"),
                                "screen counts", i32, {4}, e);
-  check_length(found, static_cast<int64_t>(tiles) * kTileF,
+  check_length(found, static_cast<int64_t>(pairs) * 2 * kTileF,
                "screen candidates");
   for (const Tensor& t : s) check_aligned(t, "a screen's tensor");
   return {{data<float4>(rows), data<int8_t>(limbs), data<float4>(facts),

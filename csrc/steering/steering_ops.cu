@@ -9,11 +9,11 @@
 #include "compact_kernel.cuh"
 #include "decode_kernel.cuh"
 #include "dense_kernel.cuh"
-#include "encode_kernel.cuh"
-#include "encode_maps.h"
+#include "encode_launch.h"
 #include "gather_kernel.cuh"
 #include "select_kernel.cuh"
 #include "sort_kernel.cuh"
+#include "tensor_map.h"
 
 namespace vllm_steering {
 namespace {
@@ -41,14 +41,10 @@ void encode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     using T = decltype(type);
     const auto b = make_bundles<T>(step, weights, stream, workspace,
                                    Side::kRead, topk, base);
-    const int n_f = (b.weights.num_features + kTileF - 1) / kTileF;
-    const int64_t tiles = static_cast<int64_t>(n_f) * ((b.ws.rows + 255) / 256);
-    const int64_t blocks =
-        std::min<int64_t>(tiles, multiprocessors(stream[kHidden]));
     const EncodeArgs<T> a = {b.weights, b.ws, false};
-    launch(encode_kernel<T>, static_cast<int>(blocks), kEncodeThreads,
-           kEncodeSmem, stream_of(stream[kHidden]), a,
-           encode_maps(b.ws, b.weights));
+    launch_encoder(encode_kernel<T>, a, b.weights.num_features,
+                   multiprocessors(stream[kHidden]),
+                   stream_of(stream[kHidden]));
   });
 }
 
@@ -167,6 +163,20 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
   });
 }
 
+// Stage 4 of tokens that a guess has chosen: their lists are final, and short.
+void decode_chosen(Tensors step, Tensors weights, Tensors stream,
+                   Tensors workspace, int64_t base, bool delta, bool many) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kWritten, false, base);
+    const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
+                             b.step.saturated, true,     delta, b.step.reads};
+    launch_decode(a, many && !delta, multiprocessors(stream[kHidden]),
+                  stream_of(stream[kHidden]));
+  });
+}
+
 }  // namespace
 }  // namespace vllm_steering
 
@@ -181,6 +191,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
   m.def("select(" STEERING_BUNDLES "int base) -> ()");
   m.def("decode(" STEERING_BUNDLES
         "int base, bool topk, bool delta, bool many) -> ()");
+  m.def("decode_chosen(" STEERING_BUNDLES
+        "int base, bool delta, bool many) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
@@ -189,4 +201,5 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
   m.impl("compact_encode", TORCH_BOX(&vllm_steering::compact_encode));
   m.impl("select", TORCH_BOX(&vllm_steering::select));
   m.impl("decode", TORCH_BOX(&vllm_steering::decode));
+  m.impl("decode_chosen", TORCH_BOX(&vllm_steering::decode_chosen));
 }

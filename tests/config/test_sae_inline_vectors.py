@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import json
 import random
+import time
 from typing import Any
 
 import msgspec
@@ -121,6 +122,15 @@ def test_a_bad_vector_is_refused_by_its_path(
     assert error.parameter == f"{WHERE}.{field}"
     assert words in str(error)
     assert len(str(error)) < 400
+
+
+def test_a_vector_of_megabytes_is_refused_before_it_is_read() -> None:
+    long = own(vector="A" * (1 << 21))
+    start = time.process_time()
+    with pytest.raises(VLLMValidationError, match="found 2097152 characters") as caught:
+        parse(*[long] * 64)
+    assert caught.value.parameter == f"{WHERE}.vector"
+    assert time.process_time() - start < 0.5
 
 
 def test_a_spec_without_module_and_vector_is_refused() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,16 @@ def test_a_search_wants_every_word() -> None:
     assert search(EXPECTED, "BRIDGE", 9) == list(EXPECTED.items())
     assert search(EXPECTED, "night bridge", 9) == [(7, "a Bridge at night")]
     assert search(EXPECTED, "", 1) == [(5, "the bridge")]
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
+    file = tmp_path / "labels.json"
+    file.write_text('{"1": "a \\ud800 b", "2": "\\ud83d\\ude00"}')
+    assert load_labels(file) == {1: "a ? b", 2: "\U0001f600"}
+
+
+def test_a_query_of_thousands_of_words_is_no_work() -> None:
+    labels = {at: "mentions of the bridge" for at in range(20_000)}
+    start = time.process_time()
+    assert search(labels, "bridge of " * 50_000 + "zzz", 20) == []
+    assert time.process_time() - start < 2.0

@@ -26,6 +26,7 @@ from vllm.config.steering_slots import (
     free_slots,
     module_bytes,
     start_up_slots,
+    undivided,
     with_module,
     without_module,
 )
@@ -185,6 +186,21 @@ def test_auto_shares_what_saves_a_rank_many_bytes(
     assert not ranks.shards("replicate", *widths)
     assert ranks.shards("shard", *widths) is (tp > 1)
     assert not replace(ranks, refused="no").shards("shard", *widths)
+
+
+@pytest.mark.parametrize(("d_sae", "d_model", "tp", "sharded"), AUTO)
+def test_what_auto_copies_for_its_widths_alone_is_known(
+    d_sae: int, d_model: int, tp: int, sharded: bool
+) -> None:
+    site = SiteInfo(0, POST, d_model, d_sae, RELU)
+    module = replace(sae("a", 64), sites=(site,))
+    divides = d_sae % (16 * tp) == 0 and d_model % (16 * tp) == 0
+    large = d_sae >= 65536 and tp > 1
+    expected = [site] if large and not divides else []
+    assert undivided(module, Ranks(tp, 2)) == expected
+    assert undivided(replace(module, sharding="replicate"), Ranks(tp, 2)) == []
+    assert undivided(module, Ranks(tp, 2, refused="no")) == []
+    assert undivided(module, Ranks(tp, 2, auto_copies=True)) == []
 
 
 def test_a_sharded_slot_takes_modules_of_its_width_that_may_be_shared() -> None:

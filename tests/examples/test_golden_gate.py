@@ -7,6 +7,8 @@ import importlib
 import itertools
 import json
 import random
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -235,3 +237,32 @@ def test_the_demo_sends_the_same_clamps_to_both_front_ends(
         assert clamp["value"] == pytest.approx(
             strength * bridge["max_activation"], abs=1e-3
         )
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_tiers_do_what_the_page_says() -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "features" / "steering_tiers.md").read_text()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE / "tiers.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = re.findall(r"^\| (.*?) \| (\d+)% \| (\d+)% \|$", done.stdout, re.MULTILINE)
+    found = [(name, int(share), int(fluent)) for name, share, fluent in rows]
+    assert len(found) == 14
+    said = []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[1].endswith("%"):
+            shares, fluencies = (
+                [int(n) for n in cell.removesuffix(" %").split(" / ")]
+                for cell in cells[1:]
+            )
+            said += list(zip(shares, fluencies, strict=True))
+    said.insert(10, (8, 100))  # `scale` 3 on other topics, which the text mentions
+    # Another machine rounds otherwise, and samples other words now and then.
+    for (name, share, fluent), (shares, fluencies) in zip(found, said, strict=True):
+        assert abs(share - shares) <= 5, name
+        assert abs(fluent - fluencies) <= 5, name

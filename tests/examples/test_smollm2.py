@@ -91,6 +91,28 @@ def test_the_card_says_how_many_labels_were_read() -> None:
         assert str(number) in page
 
 
+@pytest.mark.parametrize(
+    ("contexts", "label"),
+    [
+        ([("of", " the", f" {i}") for i in range(8)], "“the” after “of”"),
+        ([(f" {i}", " Sir", " John") for i in range(8)], "“sir” before “john”"),
+        ([(f" {i}", " And", f" {i}") for i in range(8)], "“and”"),
+        ([(" ass", "istant", "\n")] * 8, "“ass[istant]”"),
+        ([(" H", "ugging", " Face")] * 8, "“h[ugging]”"),
+        ([(f" {i}", " tap", "estry") for i in range(8)], "“[tap]estry”"),
+        ([(p, "ness", " of") for p in ("neat", "good") * 4], "“-ness”"),
+        ([(".", " un", a) for a in ("even", "fair") * 4], "“un-”"),
+        ([(" ", " a", f" {i}") for i in range(6)] + [("", "b", "")] * 2, None),
+        ([("x", "\ufffd", "y")] * 8, None),
+        ([], None),
+    ],
+)
+def test_a_rule_names_the_token_that_contexts_share(
+    contexts: list[tuple[str, str, str]], label: str | None
+) -> None:
+    assert labels.shared_token(contexts) == label
+
+
 def test_odd_maxima_are_few_and_told_from_the_quantile() -> None:
     evidence = json.loads((SAE / "evidence.json").read_text())
     pairs = list(zip(evidence["max"], evidence["p99"], strict=True))

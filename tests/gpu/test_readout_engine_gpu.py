@@ -15,7 +15,7 @@ import torch
 from steering_testing import models
 from steering_testing.engine import engine, runner, save_sae
 from steering_testing.observe import steps_of
-from steering_testing.reads import activations
+from steering_testing.reads import activations, first_rise
 from steering_testing.reference import random_sae
 
 from vllm import LLM, SamplingParams
@@ -94,7 +94,8 @@ def test_values_are_those_of_hugging_face(
         config = llm.llm_engine.vllm_config.scheduler_config
         assert config.async_scheduling
         plain = run(llm, [ask(10)] * 6)
-        for output in run(llm, [ask(10, top_k=32)] * 6):
+        read = run(llm, [ask(10, top_k=32)] * 6)
+        for output in read:
             check(output, sae)
         mixed = run(llm, [ask(10), ask(10, top_k=8)] * 3)
         assert [o.outputs[0].token_ids for o in mixed] == [
@@ -104,6 +105,16 @@ def test_values_are_those_of_hugging_face(
         ended = run(llm, [ask(10, top_k=2, stop_if=stop)])[0].outputs[0]
         assert ended.stop_reason == "sae:sae:post_block.1:0"
         assert list(ended.token_ids) == list(plain[0].outputs[0].token_ids[:1])
+        # Later in an answer, the step after the one that fires is on its way.
+        record = read[0].outputs[0].sae_features["sae"]["post_block.1"]
+        token, feature, bound = first_rise(record.to_dense())
+        stop = [{"feature_idx": feature, "above": bound}]
+        ended = run(llm, [ask(10, top_k=2, stop_if=stop)])[0].outputs[0]
+        assert ended.stop_reason == f"sae:sae:post_block.1:{feature}"
+        kept = plain[0].outputs[0].token_ids[: token + 1]
+        assert list(ended.token_ids) == list(kept)
+        record = ended.sae_features["sae"]["post_block.1"]
+        assert len(record) == token + 1
         (site,) = evaluate(llm, "sae", PROMPTS)
         losses = [site.ce_plain, site.ce_reconstructed, site.ce_ablated]
         EVALUATED.append([site.tokens, site.fvu, site.l0, *losses])

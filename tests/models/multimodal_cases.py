@@ -15,6 +15,7 @@ from steering_testing import models
 from steering_testing.cases import MULTIMODAL_CASES
 from steering_testing.conformance import conforms
 from steering_testing.engine import engine, save_sae
+from steering_testing.read_conformance import reads_conform
 from steering_testing.reference import random_sae
 
 from tests.models.test_steering_sites import (
@@ -167,6 +168,16 @@ def test_every_tier_at_every_point_of_a_multimodal_checkpoint(
     if family == "qwen3_vl_moe":
         transpose_experts(models.save(family, model_root))
     conforms(MULTIMODAL_CASES[family], model_root, tmp_path)
+
+
+@pytest.mark.parametrize("family", sorted(MULTIMODAL_CASES))
+def test_reading_at_every_point_of_a_multimodal_checkpoint(
+    family: str, model_root: Path, tmp_path: Path
+) -> None:
+    if family == "qwen3_vl_moe":
+        transpose_experts(models.save(family, tmp_path))
+        model_root = tmp_path
+    reads_conform(MULTIMODAL_CASES[family], model_root, tmp_path)
 
 
 def transpose_experts(path: Path) -> None:

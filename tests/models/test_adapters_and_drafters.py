@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -13,10 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from steering_testing import models, oracle
+from steering_testing.adapters import save_adapter
 from steering_testing.cases import CASES
 from steering_testing.conformance import requests, site_modules
-from steering_testing.engine import assert_same, engine, generate, params, runner
-from steering_testing.oracle import Greedy
+from steering_testing.engine import (
+    answer_of,
+    assert_same,
+    engine,
+    generate,
+    params,
+    runner,
+)
 from steering_testing.requests import prompt, specs
 
 from vllm.lora.request import LoRARequest
@@ -29,38 +35,7 @@ from vllm.model_executor.layers.steering_attach import (
 pytestmark = pytest.mark.engine
 
 CASE = CASES["llama"]
-RANK = 4
-TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 STEERED = (SteeredLayer, SteeredNorm, SteeredSublayer)
-
-
-def save_adapter(path: Path) -> Any:
-    """A random adapter as PEFT saves it, and the model that it makes."""
-    model = copy.deepcopy(models.build("llama"))
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if not name.endswith(TARGETS):
-                continue
-            out_size, in_size = module.weight.shape
-            A = torch.randn(RANK, in_size, generator=generator) * 0.1
-            B = torch.randn(out_size, RANK, generator=generator) * 0.1
-            module.weight += 2.0 * B @ A
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A
-            tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    path.mkdir()
-    save_file(tensors, path / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "target_modules": list(TARGETS),
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    return model
 
 
 def test_requests_of_an_adapter_and_of_the_model_are_steered_side_by_side(
@@ -82,10 +57,7 @@ def test_requests_of_an_adapter_and_of_the_model_are_steered_side_by_side(
         outputs = llm.generate(inputs, sampling, use_tqdm=False, lora_request=loras)
     for at, output in enumerate(outputs):
         model = adapted if at % 2 else models.build("llama")
-        one = output.outputs[0]
-        steps = zip(one.logprobs, one.token_ids, strict=True)
-        scores = [step[token].logprob for step, token in steps]
-        found = Greedy(list(one.token_ids), scores)
+        found = answer_of(output)
         edits = modules.edits(*asked[at])
         expected = oracle.follow(model, prompts[at], edits, found.tokens)
         assert_same(found, expected, f"adapter {at % 2}: {asked[at]}")

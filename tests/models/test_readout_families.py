@@ -4,56 +4,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from steering_testing import models
 from steering_testing.cases import CASES, LAST
-from steering_testing.conformance import case_engine
 from steering_testing.engine import engine, params
+from steering_testing.read_conformance import POINTS, PROMPTS, TOLERANCE, reads_conform
 from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import (
-    Clamp,
-    DenseSAE,
-    Edit,
     random_sae,
     random_transcoder,
 )
-from steering_testing.requests import Ask, Modules, Site, specs
+from steering_testing.requests import Modules
 
 pytestmark = pytest.mark.engine
 
-Saes = dict[Site, DenseSAE]
-Edits = dict[Site, list[Edit]]
 
-POINTS = [(0, "pre_attn"), (1, "post_attn"), (2, "post_block")]
-# Of a float32 model.
-TOLERANCE = 1e-5
 QUICK = ("llama", "gpt2")
-PROMPTS = [[5, 9, 33, 71, 12], [models.BOS, 40, 41, 7]]
-
-
-CLAMPS = [Clamp(7, "additive", 3.0)]
-
-
-def steering_of(sites: list[Site]) -> list[Ask]:
-    """Edits at every point that is read, and the last one is reconstructed too."""
-    clamps = {site: CLAMPS for site in sites}
-    return [Ask("delta", "sae", clamps), Ask("full", "sae", {sites[-1]: CLAMPS})]
-
-
-def check(output: Any, family: str, saes: Saes, edits: Edits) -> None:
-    """Each point's record is what Hugging Face shows there."""
-    prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
-    seen = activations(models.build(family), prompt, answer, saes, edits)
-    n = len(prompt)
-    for (layer, hook), whole in seen.items():
-        name = f"{hook}.{layer}"
-        record = output.prompt_sae_features["sae"][name]
-        assert_reads(record, whole[:n], 0, top_k=6, tolerance=TOLERANCE)
-        if any(acts is not None for acts in whole[n:]):
-            record = output.outputs[0].sae_features["sae"][name]
-            assert_reads(record, whole[n:], n, top_k=6, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -61,29 +28,12 @@ def check(output: Any, family: str, saes: Saes, edits: Edits) -> None:
     [
         pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
         for name in CASES
-        if CASES[name].tolerance is None
     ],
 )
 def test_every_point_reads_what_hugging_face_shows(
     family: str, model_root: Path, tmp_path: Path
 ) -> None:
-    """Alone, and with steering at earlier points and at the same one."""
-    case = CASES[family]
-    sites = [site for site in POINTS if site[1] not in case.lacks]
-    sae = random_sae(96, models.HIDDEN, "jumprelu", seed=4)
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
-    modules = Modules({"sae": {site: sae for site in sites}})
-    read = [{"module_name": "sae", "top_k": 6}]
-    asked: list[list[Ask]] = [[], [], steering_of(sites)]
-    prompts = [*PROMPTS, PROMPTS[0]]
-    sampling = [params(5, sae_readout_specs=read, **specs(*asks)) for asks in asked]
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    with case_engine(case, model_root, modules.save(tmp_path)) as llm:
-        outputs = llm.generate(inputs, sampling, use_tqdm=False)
-    for output, asks in zip(outputs, asked, strict=True):
-        check(output, case.family, modules.saes["sae"], modules.edits(*asks))
-    first, steered = (outputs[at].outputs[0].logprobs for at in (0, 2))
-    assert first != steered
+    reads_conform(CASES[family], model_root, tmp_path)
 
 
 def test_sublayers_and_transcoders_are_read(model_root: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from steering_testing import models
 from steering_testing.oracle import Greedy
 from steering_testing.reference import Clamp, DenseSAE
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 
@@ -150,17 +150,15 @@ def generate(
     """The engine's answer to each prompt, in one batch."""
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(inputs, list(sampling), use_tqdm=False)
-    results = []
-    for output in outputs:
-        completion = output.outputs[0]
-        scores = [
-            step[token].logprob
-            for step, token in zip(
-                completion.logprobs, completion.token_ids, strict=True
-            )
-        ]
-        results.append(Greedy(list(completion.token_ids), scores))
-    return results
+    return [answer_of(output) for output in outputs]
+
+
+def answer_of(output: RequestOutput) -> Greedy:
+    """What a request got, and how likely each token was."""
+    one = output.outputs[0]
+    assert one.logprobs is not None
+    steps = zip(one.logprobs, one.token_ids, strict=True)
+    return Greedy(list(one.token_ids), [step[token].logprob for step, token in steps])
 
 
 def sae_spec(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from vllm.config.sae_steering_admission import admitted_extra_args
 from vllm.config.sae_steering_types import (
     EXTRA_ARGS_KEYS,
     parse_steering_request,
@@ -45,6 +46,12 @@ CONFIG = config(
     module("v1", 1, kind="vectors"),
     module("v2", 1, 2, kind="vectors"),
 )
+
+
+def admitted(given: Any, config: SteeringConfig, length: int) -> Any:
+    """What the engine writes into a request's `extra_args`."""
+    steering = parse_steering_request(given, config)
+    return admitted_extra_args(given, steering, config, length)
 
 
 def parse(extra_args: dict[str, Any] | None, cfg: SteeringConfig | None = CONFIG):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NOT_READ = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SAEFeatures:
     """Feature activations of some tokens at one site, sparse.
 
@@ -50,6 +50,10 @@ class SAEFeatures:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def __repr__(self) -> str:
+        width = self.features.shape[1]
+        return f"SAEFeatures({len(self)} tokens, {width} of {self.d_sae} features)"
 
     def head(self, n: int) -> SAEFeatures:
         """The first `n` tokens."""

@@ -28,6 +28,8 @@ from vllm.config.steering_checks import bad, refusal
 # The names of other modules may not begin with this.
 INLINE_PREFIX = "inline:"
 OPTION = "additional_config.steering.inline_vectors"
+# Characters of base64: 196 608 numbers of float32, wider than any model.
+_MAX_TEXT = 1 << 20
 # Bytes of a component, by the vector's dtype.
 _FLOAT32, _FLOAT16 = 4, 2
 
@@ -74,6 +76,16 @@ def with_text(path: str, specs: object) -> object:
             spec = {**spec, "vector": text}
         found.append(spec)
     return found
+
+
+def refuse_long_text(path: str, spec: object) -> None:
+    """Raise for a vector that no model is wide enough for, before it is read."""
+    text = spec.get("vector") if isinstance(spec, dict) else None
+    if isinstance(text, str) and len(text) > _MAX_TEXT:
+        raise refusal(
+            f"{path}.vector",
+            f"found {len(text)} characters, expected at most {_MAX_TEXT}",
+        )
 
 
 def read_vector(path: str, text: str, width: int) -> bytes:

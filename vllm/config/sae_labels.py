@@ -33,15 +33,18 @@ def load_labels(path: str | Path) -> Labels:
     """
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file}: expected at most {MAX_BYTES} bytes of labels")
+        size = file.stat().st_size
+        raise ValueError(f"{file}: found {size} bytes, expected at most {MAX_BYTES}")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {error.start} is not UTF-8") from None
+        raise ValueError(f"{file}: found no UTF-8 at byte {error.start}") from None
     try:
         content = json.loads(text)
     except RecursionError:
-        raise ValueError(f"{file}: is nested too deep") from None
+        raise ValueError(
+            f"{file}: found JSON that is nested too deep, expected a list or an object"
+        ) from None
     except ValueError:
         content = [_line(file, at, line) for at, line in _lines(text)]
     if isinstance(content, Mapping) and "index" not in content:
@@ -60,7 +63,7 @@ def labels_of(path: str) -> Labels:
 
 def search(labels: Labels, query: str, limit: int) -> list[tuple[int, str]]:
     """`(feature, label)` of labels that hold every word of the query, by index."""
-    words = query.lower().split()
+    words = set(query.lower().split())
     found = []
     for feature in sorted(labels):
         label = labels[feature].lower()
@@ -79,7 +82,10 @@ def _line(file: Path, at: int, line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError(f"{file}: line {at} is not JSON") from None
+        raise ValueError(
+            f"{file}: found no JSON in line {at}, expected a list, one object, or one "
+            "object a line"
+        ) from None
 
 
 def _described(file: Path, entries: Iterable[object]) -> Iterable[_Entry]:
@@ -106,5 +112,7 @@ def _collect(file: Path, entries: Iterable[_Entry]) -> Labels:
                 f"{file}: entry {shown(name)}: description: found {shown(label)}, "
                 "expected a text"
             )
-        labels.setdefault(int(text), " ".join(label.split())[:MAX_LABEL])
+        short = " ".join(label.split())[:MAX_LABEL]
+        # JSON can hold half of a surrogate pair, and an answer cannot.
+        labels.setdefault(int(text), short.encode(errors="replace").decode())
     return labels

@@ -46,7 +46,10 @@ Features = Annotated[
 
 
 class SAEStopEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """End the request once `feature_idx` is above `above` on a generated token."""
+    """End the request once `feature_idx` is above `above` on a generated token.
+
+    `above` is in the module's `feature_units`.
+    """
 
     feature_idx: _Index
     above: Number
@@ -65,8 +68,10 @@ _Stops = Annotated[
 class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Return feature activations of the tokens that the request runs.
 
-    Exactly one of `top_k` (the largest activations) and `features` (the given ones) is
-    set. `sites=None` reads every site of the module. `stop_if` ends the request.
+    Exactly one of `top_k` (the largest activations, 1 to 64) and `features` (the given
+    ones, 1 to 64) is set. Values are in the module's `feature_units`. `sites` is
+    `{hook: [layer, ...]}`; None reads every site of the module. `stop_if` ends the
+    request.
     """
 
     module_name: _Name

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_plan import encode_plan
 from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_spans import TOKEN_PHASES
@@ -91,17 +90,11 @@ def canonical_extra_args(
 
 def admitted_extra_args(
     extra_args: JsonView | None,
+    steering: SteeringRequest | None,
     config: SteeringConfig | None,
     num_prompt_tokens: int,
-    resumable: bool = False,
 ) -> Json | None:
-    """`extra_args` of a request that the engine admits.
-
-    Raises:
-        VLLMValidationError: the request's steering is not valid on this engine.
-    """
-    steering = parse_steering_request(extra_args, config)
-    refuse_streaming_input(steering, resumable)
+    """`extra_args` of a request that the engine admits; `steering` is their parse."""
     args = canonical_extra_args(extra_args, steering, config)
     if steering is None or args is None:
         return args

@@ -249,7 +249,8 @@ class Draft:
             raise refusal(
                 path,
                 f"found {total} clamps at {site_name(*site)} in this request, "
-                f"expected at most {self.config.max_clamps}",
+                f"expected at most {self.config.max_clamps} "
+                "(additional_config.steering.max_clamps)",
             )
         counts[part.bit] = counts.get(part.bit, 0) + added
 

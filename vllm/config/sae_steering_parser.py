@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from vllm.config.sae_inline_vectors import with_text
+from vllm.config.sae_inline_vectors import refuse_long_text, with_text
 from vllm.config.sae_readout_parser import check_reads
 from vllm.config.sae_steering_draft import Draft
 from vllm.config.sae_steering_names import refuse_misspelt
@@ -142,15 +142,16 @@ def check_counts(given: JsonView, config: SteeringConfig) -> None:
     sites = clamps = 0
     for key, listed in given.items():
         for position, spec in enumerate(_items(listed)):
+            refuse_long_text(f"{key}[{position}]", spec)
             for entries in _listed_sites(spec):
                 sites += 1
                 clamps += len(_items(entries))
-                if sites > MAX_SITES or clamps > MAX_CLAMPS:
-                    raise refusal(
-                        f"{key}[{position}].clamps",
-                        f"found more in this request, expected at most {MAX_SITES} "
-                        f"sites and {MAX_CLAMPS} clamps",
-                    )
+            if sites > MAX_SITES or clamps > MAX_CLAMPS:
+                raise refusal(
+                    f"{key}[{position}].clamps",
+                    f"found {sites} sites and {clamps} clamps in this request up to "
+                    f"here, expected at most {MAX_SITES} sites and {MAX_CLAMPS} clamps",
+                )
 
 
 def _listed_sites(spec: object) -> Iterator[object]:

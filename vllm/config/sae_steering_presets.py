@@ -22,7 +22,7 @@ from vllm.config.sae_steering_specs import (
 from vllm.config.steering import HookPoint, SteeringConfig, Tier
 from vllm.config.steering_checks import bad, listing, refusal, shown
 from vllm.config.steering_json import Json, JsonView
-from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.config.steering_reader import MAX_FLOAT32, Reader, expects, json_schema
 from vllm.exceptions import VLLMValidationError
 
 MAX_PRESETS = 256
@@ -31,21 +31,37 @@ PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 _Description = Annotated[
     str,
-    expects(f"at most {MAX_DESCRIPTION} characters", max_length=MAX_DESCRIPTION),
+    expects(
+        f"a text of at most {MAX_DESCRIPTION} characters", max_length=MAX_DESCRIPTION
+    ),
+]
+
+
+_Temperature = Annotated[float, expects("null or a number in 0..2", ge=0, le=2)]
+_TopP = Annotated[float, expects("null or a number above 0, at most 1", gt=0, le=1)]
+_MinP = Annotated[float, expects("null or a number in 0..1", ge=0, le=1)]
+_TopK = Annotated[int, expects("null, or an integer of -1 or more", ge=-1)]
+_MaxTokens = Annotated[int, expects("null or an integer of 1 or more", ge=1)]
+_Penalty = Annotated[float, expects("null or a number in -2..2", ge=-2, le=2)]
+_Repetition = Annotated[
+    float, expects("null or a finite number above 0", gt=0, le=MAX_FLOAT32)
 ]
 
 
 class SamplingHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sampling parameters of a server's requests that do not give their own."""
+    """Sampling parameters of a server's requests that do not give their own.
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    max_tokens: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    Their ranges are those of vLLM's `SamplingParams`.
+    """
+
+    temperature: _Temperature | None = None
+    top_p: _TopP | None = None
+    top_k: _TopK | None = None
+    min_p: _MinP | None = None
+    max_tokens: _MaxTokens | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: _Repetition | None = None
     seed: int | None = None
 
     def given(self) -> Json:
@@ -107,6 +123,15 @@ def chosen_preset(extra_args: JsonView, config: SteeringConfig) -> str | None:
             "default preset and is locked",
         )
     return name
+
+
+def opt_out(config: SteeringConfig) -> Json:
+    """`extra_args` of a request that is to run under no preset, where that is allowed:
+    not if the server's default is locked."""
+    default = config.default_preset
+    if default is not None and config.presets[default]["locked"]:
+        return {}
+    return {PRESET_KEY: None}
 
 
 def broken(name: str, error: VLLMValidationError) -> VLLMValidationError:

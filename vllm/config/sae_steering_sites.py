@@ -72,7 +72,7 @@ def _layer(path: str, key: int | str) -> int:
     ):
         return int(key)
     raise refusal(
-        path, f'layer key {shown(key)}, expected a layer index such as 20 or "20"'
+        path, f'found the key {shown(key)}, expected a layer index such as 20 or "20"'
     )
 
 
@@ -121,7 +121,9 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
         hook_path = key_path(path, hook_key)
         hook = named_hook(hook_path, hook_key)
         if hook in hooks:
-            raise refusal(hook_path, f'hook "{hook.value}" is given twice')
+            raise refusal(
+                hook_path, f'hook "{hook.value}" is given twice, expected once'
+            )
         hooks.add(hook)
         if not layers:
             raise refusal(hook_path, "is empty, expected at least one layer")

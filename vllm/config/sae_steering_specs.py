@@ -89,7 +89,8 @@ SiteClamps = Annotated[
 
 
 SpanList = Annotated[
-    list[SteeringSpan], expects("a list of spans", max_length=MAX_SPANS)
+    list[SteeringSpan],
+    expects(f"null or a list of 1 to {MAX_SPANS} spans", max_length=MAX_SPANS),
 ]
 Bounds = Annotated[list[Number], expects("[low, high]", min_length=2, max_length=2)]
 
@@ -175,25 +176,29 @@ class SteeringFields(msgspec.Struct, kw_only=True):
         Meta(
             description="Replace the residual stream by the SAE's reconstruction of "
             "it, with the given features clamped. Without clamps, every site of the "
-            "module."
+            "module is reconstructed."
         ),
     ] = None
     sae_clamp_specs: Annotated[
         Annotated[list[SAEClampSpec], expects("a list of specs")] | None,
         Meta(
-            description="Add what clamping the given features changes; the SAE's "
-            "error is kept."
+            description="Clamp the given features and add only what that changes, so "
+            "that the SAE's error is kept."
         ),
     ] = None
     steering_vector_specs: Annotated[
         Annotated[list[SteeringVectorSpec], expects("a list of specs")] | None,
-        Meta(description="Add a steering vector, times the scale."),
+        Meta(
+            description="Edit the residual stream along steering vectors: add one, or "
+            "set, scale or bound the projection on it. A vector belongs to a module, "
+            "or comes with the request."
+        ),
     ] = None
     sae_readout_specs: Annotated[
         Annotated[list[SAEReadoutSpec], expects("a list of specs")] | None,
         Meta(
-            description="Return the activations of SAE features of the request's own "
-            "tokens, and end it when one of them fires."
+            description="Return the activations of SAE features on the request's own "
+            "tokens. stop_if ends the request when a feature is active."
         ),
     ] = None
 

@@ -107,8 +107,20 @@ def _fold_fields(self: SamplingParams) -> None:
 
 _DOC = """`SamplingParams` with the steering fields, folded into `extra_args`.
 
-The fields are read once, at construction, and are None afterwards: on the wire this is
-an ordinary `SamplingParams`, which every process can decode.
+    sae_full_reconstruction_specs: list of `SAEFullReconstructionSpec`.
+    sae_clamp_specs: list of `SAEClampSpec`.
+    steering_vector_specs: list of `SteeringVectorSpec`.
+    sae_readout_specs: list of `SAEReadoutSpec`.
+    steering_preset: name of a preset; None for no preset, not even the default one.
+
+Dicts may be given instead of the spec classes. The fields are read once, at
+construction, and are None afterwards: on the wire this is an ordinary `SamplingParams`,
+which every process can decode. The engine checks them when it gets the request.
+
+Raises:
+    VLLMValidationError: a field is given here and in `extra_args`, a key of
+        `extra_args` is nearly one of them, or `VLLM_PLUGINS` keeps steering from
+        loading.
 """
 # The fields of `SteeringFields`, after those of `SamplingParams`.
 SteeringSamplingParams: Any = msgspec.defstruct(

@@ -114,9 +114,9 @@ class VectorDraft:
     def bring(self, path: str, spec: SteeringVectorSpec, text: str) -> ModuleInfo:
         """Check a vector that the request brings. Equal vectors count once."""
         if spec.layer is None:
-            raise refusal(f"{path}.layer", "is missing, but vector needs it")
+            raise refusal(f"{path}.layer", "is missing, expected one with vector")
         if spec.hook is None:
-            raise refusal(f"{path}.hook", "is missing, but vector needs it")
+            raise refusal(f"{path}.hook", "is missing, expected one with vector")
         hook = named_hook(f"{path}.hook", spec.hook)
         site = reserved_site(f"{path}.layer", hook, spec.layer, self.config)
         data = read_vector(f"{path}.vector", text, site.width)
@@ -181,7 +181,9 @@ def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
                 f'"{owner}"',
             )
         if value is None and kind == owner:
-            raise refusal(f"{path}.{name}", f'is missing, but kind "{kind}" needs it')
+            raise refusal(
+                f"{path}.{name}", f'is missing, expected one with kind "{kind}"'
+            )
     if kind in ("set", "bound") and spec.scale != 1.0:
         raise refusal(
             f"{path}.scale",

@@ -8,6 +8,7 @@ compile-cache key, so everything here converts to and from JSON types.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Literal
@@ -261,17 +262,18 @@ class ModuleInfo:
 
     def slot_at(self, hook: HookPoint, layer: int) -> int | None:
         """The slot that holds the site at `(layer, hook)`, or None before placing."""
-        for site, slot in zip(self.sites, self.slots or (), strict=False):
-            if site.layer == layer and site.hook == hook:
-                return slot
-        return None
+        at = self._places.get((hook, layer))
+        return None if at is None or self.slots is None else self.slots[at]
 
     def site(self, hook: HookPoint, layer: int) -> SiteInfo | None:
         """The site at `(layer, hook)`, or None when the module does not cover it."""
-        for site in self.sites:
-            if site.layer == layer and site.hook == hook:
-                return site
-        return None
+        at = self._places.get((hook, layer))
+        return None if at is None else self.sites[at]
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[HookPoint, int], int]:
+        """Places in `sites`: a request may name a thousand of them."""
+        return {(site.hook, site.layer): at for at, site in enumerate(self.sites)}
 
     def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""

@@ -52,6 +52,12 @@ def bad(path: str, value: object, accepted: str) -> VLLMValidationError:
     return refusal(path, f"found {shown(value)}, expected {accepted}")
 
 
+def about(field: str | None, message: str) -> str:
+    """A message that starts with the field that it is about."""
+    named = field is None or message.startswith(field)
+    return message if named else f"{field}: {message}"
+
+
 def key_path(path: str, key: object) -> str:
     """Path of a mapping's entry; keys that are not plain words are quoted."""
     plain = type(key) is int and key.bit_length() <= 64

@@ -40,14 +40,14 @@ def expects(text: str, **meta: Any) -> msgspec.Meta:
 
 
 # The decimal form of float32's largest number.
-_MAX_FLOAT32 = 3.4028235e38
+MAX_FLOAT32 = 3.4028235e38
 # A number that float32 holds.
 Number = Annotated[
     float,
     expects(
         "a finite number within the range of float32",
-        ge=-_MAX_FLOAT32,
-        le=_MAX_FLOAT32,
+        ge=-MAX_FLOAT32,
+        le=MAX_FLOAT32,
     ),
 ]
 

@@ -12,6 +12,7 @@ from enum import Enum
 
 import msgspec
 
+from vllm.config.steering_checks import about
 from vllm.config.steering_json import Json
 
 METHOD = "steering_modules"
@@ -86,5 +87,5 @@ class RefusedCall(Exception):
     ):
         super().__init__(error)
         self.reply = ModuleReply(
-            outcome=outcome, error=error, field=field, in_use=in_use
+            outcome=outcome, error=about(field, error), field=field, in_use=in_use
         )

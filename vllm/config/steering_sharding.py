@@ -26,15 +26,13 @@ AUTO_SAVED_BYTES = 256 << 20
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
-    `refused`: why these ranks cannot share an SAE; empty: they can. `transcoders`:
-    whether they can share transcoders. `auto_copies`: `auto` shares nothing. `screens`:
-    whether their devices can screen wide SAEs.
+    `refused`: why these ranks cannot share an SAE; empty: they can. `auto_copies`:
+    `auto` shares nothing. `screens`: whether their devices can screen wide SAEs.
     """
 
     size: int = 1
     item_bytes: int = 4
     refused: str = ""
-    transcoders: bool = True
     auto_copies: bool = False
     screens: bool = False
 
@@ -69,6 +67,11 @@ class Ranks:
         encoder = d_sae * d_in * self.item_bytes
         saved = encoder - encoder // self.size
         return saved >= AUTO_SAVED_BYTES and self.can_shard(d_sae, d_out)
+
+    def whole_bytes(self, d_sae: int, d_in: int, d_out: int, has_skip: bool) -> int:
+        """Bytes of a replicated SAE's weights on each rank."""
+        elements = d_sae * (d_in + d_out) + (d_in * d_out if has_skip else 0)
+        return elements * self.item_bytes + 4 * (2 * d_sae + d_out)
 
     def shard_bytes(self, d_sae: int, d_in: int, d_out: int, has_skip: bool) -> int:
         """Bytes of a sharded SAE's weights on each rank."""

@@ -35,10 +35,7 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
     is_topk = site.activation is Activation.TOPK
     if module.kind == "vectors":
         return SlotInfo(site.layer, site.hook, "vectors", 1)
-    sharded = ranks.transcoders or not site.is_transcoder
-    sharded = sharded and ranks.shards(
-        module.sharding, site.d_sae, site.d_in, site.out_width
-    )
+    sharded = ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width)
     widths = (site.d_sae, site.d_in, ranks.item_bytes)
     can_screen = ranks.screens and not sharded and not is_topk
     return SlotInfo(
@@ -53,6 +50,23 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
         sharded=sharded,
         screened=can_screen and screens(module.screening, *widths),
     )
+
+
+def undivided(module: ModuleInfo, ranks: Ranks) -> list[SiteInfo]:
+    """The sites that `auto` copies only because ranks cannot get equal parts."""
+
+    def would_share(site: SiteInfo) -> bool:
+        d_sae = site.d_sae // ranks.unit * ranks.unit
+        d_out = site.out_width // ranks.unit * ranks.unit
+        return ranks.shards("auto", d_sae, site.d_in, d_out)
+
+    if module.kind == "vectors" or module.sharding != "auto":
+        return []
+    return [
+        site
+        for site in module.sites
+        if not ranks.can_shard(site.d_sae, site.out_width) and would_share(site)
+    ]
 
 
 def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
@@ -145,6 +159,7 @@ def with_module(
         raise NoRoomError(
             f"no free slot fits: needed {', '.join(needed)}; reserve it in "
             "additional_config.steering.spare at start-up, or remove a module there"
+            + _near_misses(module, free.values())
         )
     module = _placed(module, placed, slots)
     modules = {n: module if n == module.name else m for n, m in config.modules.items()}
@@ -221,10 +236,8 @@ def shard_bytes(site: SiteInfo, ranks: Ranks) -> int:
 
 def site_bytes(site: SiteInfo, item_bytes: int) -> int:
     """Bytes of an SAE's or a transcoder's weights in a dtype of `item_bytes`."""
-    elements = site.d_sae * (site.d_in + site.out_width)
-    if site.has_skip:
-        elements += site.d_in * site.out_width
-    return elements * item_bytes + 4 * (2 * site.d_sae + site.out_width)
+    widths = (site.d_sae, site.d_in, site.out_width)
+    return Ranks(1, item_bytes).whole_bytes(*widths, has_skip=site.has_skip)
 
 
 def _has_vectors(
@@ -237,6 +250,22 @@ def _has_vectors(
     stacks = {(s.layer, s.hook) for s in slots.values() if s.kind == "vectors"}
     stacks |= {(room.layer, room.hook) for room in config.inline_sites}
     return module.kind == "vectors" and (site.layer, site.hook) in stacks
+
+
+def _near_misses(module: ModuleInfo, free: Iterable[SlotInfo]) -> str:
+    """Why free slots that ranks share do not take the module, if their width is why."""
+    points = {(site.layer, site.hook, site.hook_out) for site in module.sites}
+    widths = sorted(
+        {
+            slot.width
+            for slot in free
+            if slot.sharded and (slot.layer, slot.hook, slot.hook_out) in points
+        }
+    )
+    if not widths or module.sharding == "replicate":
+        return ""
+    listed = ", ".join(str(width) for width in widths)
+    return f"; the free slots that ranks share take SAEs of exactly {listed} features"
 
 
 def _needed(module: ModuleInfo, site: SiteInfo) -> str:

@@ -8,6 +8,7 @@ import re
 
 from vllm.config.steering_checks import key_path, refusal
 from vllm.config.steering_json import Json
+from vllm.exceptions import VLLMValidationError
 
 # Finds every `-0`, and some that are inside strings.
 _NEGATIVE_ZERO = re.compile(rb"-0[\s,\]}]")
@@ -32,6 +33,31 @@ def marked_loads(data: bytes) -> object:
     # Without a hook, Python reads integers much faster.
     hook = _integer if _NEGATIVE_ZERO.search(data) else None
     return json.loads(data, object_pairs_hook=_object, parse_int=hook)
+
+
+def strict_loads(data: bytes) -> object:
+    """A body as JSON that all readers understand in the same way.
+
+    Raises:
+        VLLMValidationError: it is not JSON, or is ambiguous; `parameter` is the path.
+    """
+    try:
+        found = marked_loads(data)
+        refuse_ambiguous("", found)
+    except RecursionError:
+        raise _not_json("found JSON that is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise _not_json(f"found no UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        what = f"no JSON at character {error.pos} ({error.msg})"
+        raise _not_json(f"found {what if data else 'nothing'}") from None
+    except ValueError:
+        raise _not_json("found an integer of thousands of digits") from None
+    return found
+
+
+def _not_json(found: str) -> VLLMValidationError:
+    return refusal("body", f"{found}, expected a JSON object")
 
 
 def refuse_ambiguous(path: str, value: object) -> None:

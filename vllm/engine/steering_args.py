@@ -74,7 +74,9 @@ class InlineVectorsAction(SteeringModulesAction):
     def parse(self, item: str) -> tuple[str, object]:
         site, _, count = item.partition("=")
         if not site or not (count.isascii() and count.isdigit()):
-            raise ValueError(f"found {shown(item)}, expected SITE=COUNT")
+            raise ValueError(
+                f"found {shown(item)}, expected SITE=COUNT, such as post_block.20=4"
+            )
         return site, int(count)
 
 
@@ -88,7 +90,7 @@ def parse_module(item: str) -> tuple[str, str | Json]:
         try:
             given = json.loads(item)
         except json.JSONDecodeError as error:
-            raise ValueError(f"found {shown(item)}, not valid JSON: {error}") from None
+            raise ValueError(f"found {shown(item)}, expected JSON: {error}") from None
         name = given.pop("name", None)
         if type(name) is not str or not name:
             raise ValueError(f'found {shown(item)}, expected a "name" in the object')
@@ -161,7 +163,9 @@ def fold_options(additional_config: Json | None, options: Json) -> Json | None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     group = parser.add_argument_group(
-        title="SteeringConfig", description="SAE steering modules."
+        title="SteeringConfig",
+        description="Steering with SAEs and vectors. additional_config.steering has "
+        "more options.",
     )
     group.add_argument(
         FLAG,
@@ -171,8 +175,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="Steering modules to load at start-up, each as NAME=PATH or as a "
         'JSON object {"name": ..., "path": ..., "feature_units": ..., '
-        '"skip_token_ids": ..., "norm_guard": ..., "sharding": ..., "screening": ...}. '
-        "PATH is a local path or hf:owner/repo[/sub/path][@revision].",
+        '"skip_token_ids": ..., "norm_guard": ..., "sites": ..., "sharding": ..., '
+        '"screening": ...}. '
+        "PATH is a local path, hf:owner/repo[/sub/path][@revision] or "
+        "saelens:RELEASE/SAE_ID[@revision].",
     )
     group.add_argument(
         PRESETS_FLAG,
@@ -190,24 +196,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action=InlineVectorsAction,
         default=None,
         metavar="SITE=COUNT",
-        help="Sites at which requests may bring steering vectors of their own, "
-        "such as post_block.20=4: at most so many different ones a request. Room "
-        "for all requests of a batch is reserved at start-up.",
+        help="Sites at which requests may bring steering vectors of their own. "
+        "post_block.20=4 allows each request 4 different vectors at the output of "
+        "layer 20. Memory for all requests of a batch is reserved at start-up.",
     )
     group.add_argument(
         DECODER_FLAG,
         choices=get_args(DecoderLayers),
         default=None,
-        help="auto: a decoder-layer class that no table lists is recognised by its "
-        "names, and refused unless a forward on made-up values shows that it does "
-        "what they say.",
+        help="Which decoder layers can be steered. known (the default): the classes "
+        "that the documentation lists. auto: others too; their points are found by "
+        "name, and a forward on artificial values checks them at start-up.",
     )
     group.add_argument(
         KEY_FLAG,
         type=Secret,
         default=None,
         metavar="KEY",
-        help="Bearer key of the routes that change steering modules, which exist "
-        "when VLLM_PLUGINS names steering. VLLM_STEERING_API_KEY does the same; "
-        "without a key modules cannot change over HTTP.",
+        help="Bearer key of the routes that change modules and presets. The routes "
+        "exist if VLLM_PLUGINS names steering. Without a key nothing can be changed. "
+        "Other users of a machine can read a command line, so prefer the environment "
+        "variable VLLM_STEERING_API_KEY.",
     )

@@ -171,9 +171,7 @@ def spare_slots(
             slot = _spare_sae(where, given, layer, hook)
             if slot.sharded:
                 width = point_widths(model_config).of(slot.out_hook)
-                is_transcoder = slot.hook_out is not None
-                path = f"{where}.sharding"
-                check_sharded(path, slot.width, width, is_transcoder, ranks)
+                check_sharded(f"{where}.sharding", slot.width, width, ranks)
                 slot = replace(slot, sharded=ranks.size > 1)
             slot = _screened(where, given, slot, model_config, ranks)
             count = _integer(
@@ -207,7 +205,7 @@ def inline_sites(
             )
         if found in sites:
             raise SteeringConfigError(
-                f"{path}: site {sites[found].name} is given twice"
+                f"{path}: site {sites[found].name} is given twice, expected once"
             )
         layer, hook = found
         check_dtype(f"{path}.{name}", hook, model_config)
@@ -263,17 +261,10 @@ def _screened(
     return replace(slot, screened=screens(asked, *widths))
 
 
-def check_sharded(
-    path: str, d_sae: int, d_out: int, is_transcoder: bool, ranks: Ranks
-) -> None:
+def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:
     """Raise unless the ranks can share an SAE of these widths; one rank always can."""
     if ranks.size == 1:
         return
-    if is_transcoder and not ranks.transcoders:
-        raise SteeringConfigError(
-            f'{path}: found "shard" for a transcoder, expected "replicate": on a GPU '
-            "every rank holds a copy of a transcoder"
-        )
     if ranks.refused:
         raise SteeringConfigError(
             f'{path}: found "shard", expected "replicate": {ranks.refused}'

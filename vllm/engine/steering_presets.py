@@ -71,7 +71,7 @@ def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
 
 def without_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
     """The configuration without a preset. The default preset cannot go."""
-    name = _known(config, payload.get("name"))
+    name = _known(config, payload.get("name"), "name")
     if name == config.default_preset:
         raise RefusedCall(
             Outcome.CONFLICT,
@@ -87,7 +87,7 @@ def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
     name = payload.get("name")
     if name is None:
         return replace(config, default_preset=None)
-    name = _known(config, name)
+    name = _known(config, name, "preset")
     try:
         check_preset(name, config.presets[name], config)
     except VLLMValidationError as error:
@@ -156,11 +156,11 @@ def _ready(config: SteeringConfig, module: str) -> SteeringConfig:
     return replace(config, draining=config.draining - {module})
 
 
-def _known(config: SteeringConfig, name: object) -> str:
+def _known(config: SteeringConfig, name: object, field: str) -> str:
     if type(name) is not str or name not in config.presets:
         known = listing(list(config.presets)) if config.presets else "none is made"
         raise RefusedCall(
-            Outcome.UNKNOWN, f"found {shown(name)}, expected a preset: {known}", "name"
+            Outcome.UNKNOWN, f"found {shown(name)}, expected a preset: {known}", field
         )
     return name
 
@@ -200,8 +200,9 @@ def with_start_up_presets(
 
 
 def _read_file(path: str) -> object:
-    if Path(path).stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
+    size = Path(path).stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"found {size} bytes, expected at most {MAX_FILE_BYTES}")
     found = marked_loads(Path(path).read_bytes())
     refuse_ambiguous("preset", found)
     return found

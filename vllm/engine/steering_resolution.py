@@ -28,12 +28,13 @@ from vllm.config.steering import (
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_private_directory import make_private_directory
 from vllm.config.steering_screening import DEFAULT_SCREENING
-from vllm.config.steering_slots import start_up_slots
+from vllm.config.steering_slots import start_up_slots, undivided
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
     MULTI_CONNECTOR,
     unsafe_kv_connector,
 )
+from vllm.engine.steering_layouts import refuse_layouts
 from vllm.engine.steering_options import (
     MAX_CLAMPS_LIMIT,
     MAX_PIECES_LIMIT,
@@ -165,7 +166,6 @@ def ranks_of(vllm_config: VllmConfig) -> Ranks:
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
         refused="" if on_cpu else ON_A_GPU,
-        transcoders=on_cpu,
         auto_copies=not on_cpu,
         screens=_can_screen(vllm_config.model_config.dtype),
     )
@@ -214,6 +214,16 @@ def inspect_for_model(
         module = dataclasses.replace(module, sharding=sharding)
     if module.kind == "sae":
         module = dataclasses.replace(module, screening=screening)
+    for site in undivided(module, ranks_of(vllm_config)):
+        logger.warning(
+            "Steering module %s: %s: every rank holds a copy, because %d features and "
+            "%d columns are no multiples of %d",
+            name,
+            site.name,
+            site.d_sae,
+            site.out_width,
+            ranks_of(vllm_config).unit,
+        )
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)
         module = dataclasses.replace(module, skip_token_ids=ids)
@@ -259,7 +269,7 @@ def check_shards(module: ModuleInfo, ranks: Ranks) -> None:
             "rank holds a copy of a vector"
         )
     for site in module.sites:
-        check_sharded(where, site.d_sae, site.out_width, site.is_transcoder, ranks)
+        check_sharded(where, site.d_sae, site.out_width, ranks)
 
 
 def special_token_ids(model_config: ModelConfig) -> tuple[int, ...]:
@@ -311,18 +321,12 @@ def _ids(value: object) -> set[int]:
 def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
     """Raise when the engine uses a feature under which steering would be wrong.
 
-    The per-token index assumes that a forward's tokens are the step's tokens in batch
-    order, whole on every rank. Only requests that are steered alike may share KV.
+    `steering_layouts.py` says how its ranks may divide the work. Only requests that are
+    steered alike may share KV.
     """
-    parallel = vllm_config.parallel_config
+    refuse_layouts(vllm_config)
     speculative = vllm_config.speculative_config
     refused = {
-        "sequence parallelism (expert parallelism over several data-parallel ranks "
-        "with this all2all backend)": parallel.use_sequence_parallel_moe,
-        "micro-batching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
-        "prefill context parallelism (--prefill-context-parallel-size)": (
-            parallel.prefill_context_parallel_size > 1
-        ),
         "adaptive verification (speculative_config.enable_adaptive_verification)": (
             speculative is not None and speculative.enable_adaptive_verification
         ),

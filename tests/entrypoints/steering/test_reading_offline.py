@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,17 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.cli.steering.fit import measure
-from vllm.entrypoints.steering import encode, evaluate, find_features
+from vllm.entrypoints.steering import (
+    delete_preset,
+    encode,
+    evaluate,
+    find_features,
+    put_preset,
+    set_default_preset,
+)
 from vllm.entrypoints.steering.encoded import entries
 from vllm.entrypoints.steering.finder import auroc
+from vllm.exceptions import VLLMValidationError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
 BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
@@ -131,6 +140,125 @@ def test_results_are_data_frames(llm: LLM) -> None:
     assert row["site"] == SITE and row["recovered"] == evaluation[0].recovered
 
 
+def test_without_pandas_the_error_says_what_to_install(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = (
+        encode(llm, MODULE, ABOUT),
+        find_features(llm, MODULE, ABOUT, OTHERS),
+        evaluate(llm, MODULE, ABOUT[:1]),
+    )
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for result in (*results, results[0][0]):
+        with pytest.raises(ImportError, match="pip install pandas"):
+            result.to_pandas()
+
+
+def test_results_are_short_in_a_console(llm: LLM) -> None:
+    first, long = encode(llm, MODULE, [ABOUT[0], ABOUT[1] * 5], top_k=4)
+    shown = repr("".join(first.tokens))
+    assert repr(first) == f"EncodedText({shown}, {len(first.tokens)} tokens, {SITE})"
+    assert len(repr(long)) < 120 and "..." in repr(long)
+    record = first.site()
+    of = f"4 of {record.d_sae} features"
+    assert repr(record) == f"SAEFeatures({len(record)} tokens, {of})"
+    assert first != long and record != long.site()
+    found = find_features(llm, MODULE, ABOUT, OTHERS, labels={FEATURE: "bridge"})
+    best = [one.feature_idx for one in found][:5]
+    listed = ", ".join(map(str, best))
+    assert repr(found) == f"FoundFeatures({SITE}, 20 features: {listed}, ...)"
+    head, titles, row, *_ = lines = str(found).splitlines()
+    assert head == f"{SITE}: 20 features, the best first"
+    assert titles.split()[:5] == ["feature", "A", "-", "B", "AUROC"]
+    assert row.split()[0] == str(best[0]) and row.split()[2] == "1.000"
+    (line,) = (one for one in lines if one.split()[0] == str(FEATURE))
+    assert line.endswith("  bridge")
+
+
+REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("encode", "a", {"top_k": 2, "features": [1]}, "top_k: found both"),
+    ("encode", "a", {"features": []}, "features: found none"),
+    ("encode", "a", {"features": [1 << 30]}, r"features\[0\]: found"),
+    ("encode", "a", {"sites": {"post_block": 1}}, "sites.post_block: found 1"),
+    ("encode", "a", {"sites": {"post_block": [3]}}, "layer 3"),
+    ("encode", ["a", 5], {}, r"texts\[1\]: found 5, expected"),
+    ("encode", ["a", [1.5]], {}, r"texts\[1\]: found a value of type list"),
+    ("encode", ["a", []], {}, r"texts\[1\]: found 0 tokens, expected 1 to 255"),
+    ("encode", ["a", [5] * 256], {}, r"texts\[1\]: found 256 tokens"),
+    ("encode", "a", {"module": "none"}, "'none'.*'golden-gate'"),
+    ("find", [], {}, "texts: expected at least one text"),
+    ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
+    ("find", ABOUT, {"top": 257}, "top: found 257"),
+    ("find", ABOUT, {"site": "post"}, "site: found 'post', expected a site"),
+    ("find", ABOUT, {"site": ("x", 1)}, "hook 'x'"),
+    ("evaluate", [[5] * 300], {}, r"texts\[0\]: found 300 tokens"),
+    ("evaluate", ABOUT, {"module": "none"}, "module: found 'none'.*golden-gate"),
+    ("evaluate", [[5]], {}, "texts: expected at least one text of two"),
+]
+
+
+@pytest.mark.parametrize(("name", "texts", "options", "message"), REFUSED)
+def test_what_cannot_be_asked_is_refused_by_name(
+    llm: LLM, name: str, texts: Any, options: dict[str, Any], message: str
+) -> None:
+    call: Any = {"encode": encode, "find": find_features, "evaluate": evaluate}[name]
+    options = dict(options)
+    module = options.pop("module", MODULE)
+    with pytest.raises((ValueError, VLLMValidationError), match=message):
+        call(llm, module, texts, **options)
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_token_ids_and_labels_may_come_from_other_libraries(llm: LLM) -> None:
+    (text,) = encode(llm, MODULE, ABOUT[0], features=[FEATURE])
+    ids = text.token_ids
+    labels: Any = {str(FEATURE): "bridge"}  # as `json.loads` gives them
+    for given in (np.array(ids), [np.array(ids)], torch.tensor(ids), tuple(ids)):
+        features: Any = np.array([FEATURE])
+        (found,) = encode(llm, MODULE, given, features=features, labels=labels)
+        assert found.token_ids == ids and found.labels == {FEATURE: "bridge"}
+        np.testing.assert_array_equal(found.site().values, text.site().values)
+
+
+def test_a_text_of_which_no_token_is_read(llm: LLM) -> None:
+    bos = llm.get_tokenizer().bos_token_id
+    (text,) = encode(llm, MODULE, [[bos]])
+    assert text.features == {} and text.activations(FEATURE).tolist() == [0.0]
+    assert "no token was read" in repr(text) and text.to_html().count("<span") == 1
+    with pytest.raises(KeyError, match="the module skips all"):
+        text.site()
+    assert text.to_pandas().empty
+    with pytest.raises(ValueError, match="every token was left unchanged"):
+        find_features(llm, MODULE, [[bos]])
+
+
+def test_the_default_preset_of_the_engine_does_not_steer_what_is_read(
+    llm: LLM,
+) -> None:
+    clamp = {"feature_idx": FEATURE, "kind": "additive", "value": 5.0}
+    specs = {"sae_clamp_specs": [{"module_name": MODULE, "clamps": [clamp]}]}
+    (plain,) = encode(llm, MODULE, OTHERS[0], features=[FEATURE])
+    (fit,) = evaluate(llm, MODULE, OTHERS)
+    try:
+        put_preset(llm, "bridge", specs)
+        set_default_preset(llm, "bridge")
+        (text,) = encode(llm, MODULE, OTHERS[0], features=[FEATURE])
+        np.testing.assert_array_equal(text.site().values, plain.site().values)
+        assert evaluate(llm, MODULE, OTHERS) == [fit]
+        asked = {"steering_preset": "bridge"}
+        (text,) = encode(llm, MODULE, OTHERS[0], features=[FEATURE], steering=asked)
+        assert (text.activations(FEATURE)[1:] > plain.activations(FEATURE)[1:]).all()
+        # A locked one acts on every request.
+        put_preset(llm, "bridge", {**specs, "locked": True})
+        (locked,) = encode(llm, MODULE, OTHERS[0], features=[FEATURE])
+        np.testing.assert_array_equal(locked.site().values, text.site().values)
+        with pytest.raises(VLLMValidationError, match="locked"):
+            evaluate(llm, MODULE, OTHERS)
+    finally:
+        set_default_preset(llm, None)
+        delete_preset(llm, "bridge")
+
+
 def test_a_record_is_a_sparse_matrix(llm: LLM) -> None:
     pytest.importorskip("scipy")
     record = encode(llm, MODULE, ABOUT[0], top_k=4)[0].site()
@@ -166,12 +294,10 @@ def test_the_bridge_feature_is_among_the_best(llm: LLM) -> None:
     assert scores == sorted(scores, reverse=True)
     assert "bridge" in found._repr_html_()
     assert any("<unk>" in line for line in found.warnings)
-    alone = find_features(llm, MODULE, ABOUT, top=200)
+    alone = find_features(llm, MODULE, ABOUT, top=200, site=SITE)
     assert FEATURE in [one.feature_idx for one in alone]
     assert alone[0].auroc is None
     json.dumps(found.to_json())
-    with pytest.raises(ValueError, match="texts"):
-        find_features(llm, MODULE, [])
 
 
 def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
@@ -241,13 +367,6 @@ def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
     x = streams[0][1 : len(text.tokens)]
     (found,) = evaluate(llm, MODULE, [ABOUT[0]])
     assert found.fvu == pytest.approx(measure(site.saes[0].weights, x).fvu, rel=1e-3)
-
-
-def test_what_cannot_be_evaluated_is_refused(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="module: found 'none'"):
-        evaluate(llm, "none", ABOUT)
-    with pytest.raises(ValueError, match="texts"):
-        evaluate(llm, MODULE, [[5]])
 
 
 def test_auroc_counts_ties_half() -> None:

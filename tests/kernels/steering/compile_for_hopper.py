@@ -30,6 +30,7 @@ from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
     select,
     shared,
     shared_clamp,
+    shared_read,
     skip,
 )
 
@@ -86,10 +87,14 @@ def shared_kernels() -> None:
     columns = {"W": 48, "HAS_RESIDUAL": True, "BLOCK": 64}
     compiles(shared.place_kernel, {**columns, "FILL": True})
     compiles(shared.write_kernel, {**columns, "RANKS": 2}, limit="fp32")
+    steered = {"D": 96, "GATED": True, "ROW_D": 128, "BLOCK_D": 64}
+    for source in (False, True):
+        streams = {"HAS_RESIDUAL": not source, "HAS_SOURCE": source}
+        compiles(shared.steered_kernel, {**steered, **streams})
     compiles(
-        shared.steered_kernel,
-        {"D": 96, "HAS_RESIDUAL": True, "GATED": True, "ROW_D": 128},
-    )
+        shared_read.merge_reads_kernel, {"RANKS": 4, "N": 256},
+        parts="*i32", keys="*i64", out="*i32",
+    )  # fmt: skip
     clamps = {"HAS_RESIDUAL": True, "MAX_CLAMPS": 8, "NC": 8}
     compiles(shared_clamp.clamp_acts_kernel, {**clamps, "D": 96, "BLOCK_D": 64})
     compiles(shared_clamp.clamp_columns_kernel, {**clamps, "W": 48, "ROW_W": 64})

@@ -82,6 +82,7 @@ def cases() -> Iterator[Case]:
             yield f"delta {name} {tokens}", lists, Tier.DELTA, tokens
     for d_sae in (34000, 68000):
         yield f"full wide {d_sae}", sae(d_sae, JUMPRELU, 60), Tier.FULL, 520
+    yield "guess 65536", sae(65536, TOPK, 40), Tier.FULL, 520
     yield "delta wide", sae(64, JUMPRELU, 30, 4104), Tier.DELTA, 4
     for d_model in (72, 4104):
         yield f"vectors {d_model}", vectors(d_model), Tier.ADDITIVE, 5

@@ -31,6 +31,7 @@ BUNDLES = {
     "StepField": bundles.STEP_FIELDS,
     "StreamField": bundles.STREAM_FIELDS,
     "ScreenField": screen.SCREEN_FIELDS,
+    "GuessField": bundles.GUESS_FIELDS,
 }
 
 

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.steering_kernels.plan import (
     LIST_MAX,
     dense_row_bytes,
     plan_chunks,
+    plan_guess,
 )
 from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace
 from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
@@ -82,3 +83,57 @@ def test_a_step_of_one_chunk_may_be_wider_than_the_chunks_of_the_longest(
             views = workspace.buffers(slot, tokens, topk)
             assert views.x.shape[0] == views.plan.rows <= workspace.tokens.shape[0]
             assert len(workspace.records) >= views.plan.rows
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    tokens=st.integers(1, 20000),
+    d_model=st.integers(8, 8192),
+    d_sae=st.integers(1, 300_000),
+    max_clamps=st.integers(1, 512),
+)
+def test_a_guess_takes_what_scores_do_not_fit_and_keeps_the_limits(
+    tokens: int, d_model: int, d_sae: int, max_clamps: int
+) -> None:
+    sizes = (d_model, d_model, d_sae, max_clamps, 2)
+    found = plan_guess(tokens, *sizes)
+    stored = plan_chunks(tokens, *sizes, topk=True)
+    if found is None:
+        assert stored.num_chunks == 1 or d_sae < plan.GUESS_LEAST
+        return
+    assert stored.num_chunks > 1
+    assert found.rows * found.num_chunks >= tokens
+    assert found.rows * d_model * 2 <= plan.MAX_GATHER_BYTES
+    row_bytes = 2 * plan.GUESS_SAMPLE + 8 * plan.GUESS_CAPACITY + 4
+    assert found.rows * row_bytes <= plan.MAX_TOPK_BYTES
+
+
+@pytest.mark.parametrize("longest", [511, 513, 2051, 8192])
+def test_a_workspace_has_room_for_every_shorter_guess(longest: int) -> None:
+    kinds = frozenset({Activation.TOPK})
+    slot = SAESlot(SAEWeights(65536, 64, torch.bfloat16, META), 3, 8, kinds)
+    workspace = SteeringWorkspace(longest, [slot], META)
+    assert workspace.nbytes <= 256 << 20
+    guessed = 0
+    for tokens in {1, 512, 513, 1280, 2047, 2050, 8191, longest}:
+        found = workspace.guess_buffers(slot, tokens) if tokens <= longest else None
+        if found is None:
+            continue
+        guessed += 1
+        rows = found.stages.plan.rows
+        assert found.stages.x.shape == (rows, 64)
+        assert found.stages.entries.shape == (rows, plan.GUESS_CAPACITY)
+        assert found.stages.coef.shape == (rows, 8)
+        assert found.samples.shape == (rows, plan.GUESS_SAMPLE)
+        assert len(found.bars) >= rows and len(found.failed) == tokens
+        assert len(workspace.records) >= rows
+        ends = [
+            x.storage_offset() * x.element_size() + x.numel() * x.element_size()
+            for x in (found.samples, found.bars)
+        ]
+        starts = [
+            x.storage_offset() * x.element_size()
+            for x in (found.bars, found.stages.entries)
+        ]
+        assert ends[0] <= starts[0] and ends[1] <= starts[1]
+    assert (guessed > 0) == (longest > 512)

@@ -91,12 +91,17 @@ def make_transcoder(
 
 
 def is_close_call(slot: SAESlot, source: torch.Tensor) -> torch.Tensor:
-    """Tokens whose k-th and next score are closer than rounding, of a TopK module."""
+    """Tokens with a score that is closer to what decides about it than rounding is.
+
+    That is the threshold, or the next score of the k-th.
+    """
     weights = slot.weights
     k = int(weights.meta[MetaField.K])
-    if Activation.TOPK not in slot.activations or k >= weights.d_sae_capacity:
-        return torch.zeros(len(source), dtype=torch.bool, device=DEVICE)
     scores = source.double() @ weights.W_enc.double().T + weights.b_enc.double()
+    if Activation.TOPK not in slot.activations:
+        return ((scores - weights.threshold.double()).abs() < 1e-5).any(dim=1)
+    if k >= weights.d_sae_capacity:
+        return torch.zeros(len(source), dtype=torch.bool, device=DEVICE)
     best = scores.topk(k + 1, dim=1).values
     return best[:, k - 1] - best[:, k] < 1e-5
 

@@ -20,9 +20,7 @@ from steering_testing.sites import (
 )
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.sae_full_reconstruction import (
-    apply_layer_sae_full_reconstruction,
-)
+from vllm.model_executor.layers import sae_full_reconstruction, sae_steering  # noqa: F401
 from vllm.model_executor.layers.steering import apply_layer_steering
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
 from vllm.model_executor.layers.steering_state import VectorSlot
@@ -112,14 +110,6 @@ def test_a_site_runs_additive_then_delta_then_full() -> None:
         apart.run(OPS[tier])
     assert torch.equal(together.hidden, apart.hidden)
     assert torch.equal(together.residual, apart.residual)
-
-
-def test_the_layers_shim_runs_full_reconstruction_alone() -> None:
-    shim, op = every_tier(), every_tier()
-    with shim.forward():
-        apply_layer_sae_full_reconstruction(shim.site, shim.hidden, shim.residual)
-    op.run(FULL_OP)
-    assert torch.equal(shim.stream, op.stream)
 
 
 def test_a_site_without_modules_of_a_tier_never_calls_its_op() -> None:

@@ -176,7 +176,7 @@ def test_a_weight_that_overflows_the_buffers_dtype_is_refused(tmp_path: Path) ->
     rewrite(native(tmp_path), "W_dec", torch.full((F, D), 1e6))
     module = inspect_module("m", str(tmp_path))
     weights = SAEWeights(F, D, torch.float16, torch.device("cpu"))
-    with pytest.raises(ValueError, match="finite values in torch.float16"):
+    with pytest.raises(ValueError, match="finite values in float16"):
         load_site(module, module.sites[0], weights)
 
 

@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from steering_testing.specs import admitted
 
 import vllm.plugins.steering as plugin
 from vllm import SamplingParams
 from vllm.config.sae_steering_admission import (
     ROWS_KEY,
-    admitted_extra_args,
     admitted_schedule,
 )
 from vllm.config.sae_steering_types import parse_steering_request
@@ -149,7 +149,7 @@ def test_every_pair_of_small_schedules_shares_the_blocks_that_are_edited_alike()
     by_content: dict[Any, set[Any]] = {}
     requests = small_requests()
     for given in requests:
-        args = admitted_extra_args(given or None, CONFIG, length)
+        args = admitted(given or None, CONFIG, length)
         schedule = admitted_schedule(args or {}, length)
         request = parse_steering_request(given, CONFIG)
         edits = []

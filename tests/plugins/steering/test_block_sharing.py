@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Any
 
-from vllm.config.sae_steering_admission import admitted_extra_args, admitted_schedule
+from steering_testing.specs import admitted
+
+from vllm.config.sae_steering_admission import admitted_schedule
 from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.steering_block_keys import steering_block_key
@@ -182,7 +184,7 @@ def test_blocks_are_shared_exactly_where_the_content_of_every_position_is_equal(
     for kind, cases in enumerate((own_requests(), preset_requests())):
         for case in cases:
             with suppress(VLLMValidationError):
-                args = admitted_extra_args(case.given or None, case.config, LENGTH)
+                args = admitted(case.given or None, case.config, LENGTH)
                 accepted[kind] += 1
                 schedule = admitted_schedule(args or {}, LENGTH)
                 for start in range(0, POSITIONS, BLOCK):

@@ -119,6 +119,23 @@ def test_what_ranks_cannot_share_is_refused_by_name(
     check_refused(vllm_config, 2, both, where, "only with width")
 
 
+ODD_VALUES = ["all", "SHARD", "", None, True, 2, 0.5, ["shard"], {"shard": 2}, "\ud800"]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("value", ODD_VALUES, ids=ascii)
+def test_another_value_is_refused_by_its_path_on_any_number_of_ranks(
+    vllm_config: VllmConfig, sae_path: Path, tp: int, value: Any
+) -> None:
+    module = {"modules": {"m": {"path": str(sae_path), "sharding": value}}}
+    accepted = '"auto" or "replicate" or "shard"'
+    where = "additional_config.steering.modules.m.sharding: found "
+    check_refused(vllm_config, tp, module, where, accepted)
+    where = "additional_config.steering.spare[0].sharding: found "
+    accepted = 'expected "replicate" or "shard"'
+    check_refused(vllm_config, tp, slot(sharding=value), where, accepted)
+
+
 class NoCPU:
     """A platform that is not a CPU, as far as sharding asks."""
 
@@ -143,5 +160,5 @@ def test_what_gpus_cannot_share_is_refused_and_auto_copies(
     assert resolved(vllm_config, 2, {}).ranks.auto_copies
     assert not Ranks(2, 2, auto_copies=True).shards("auto", 131072, 5376, 5376)
     transcoder = slot(hook="mlp_in", hook_out="mlp_out", sharding="shard")
-    check_refused(vllm_config, 2, transcoder, "spare[0].sharding", "for a transcoder")
+    check_refused(vllm_config, 2, transcoder, "spare[0].sharding", "on a GPU")
     assert resolved(vllm_config, 1, asked).modules["m"].sharded == ()

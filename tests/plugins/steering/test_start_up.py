@@ -223,23 +223,6 @@ def test_a_wrong_field_is_refused_by_its_path(
 @pytest.mark.parametrize(
     ("part", "changes", "name"),
     [
-        ("parallel_config", {"enable_dbo": True}, "micro-batching"),
-        ("parallel_config", {"ubatch_size": 2}, "micro-batching"),
-        (
-            "parallel_config",
-            {"prefill_context_parallel_size": 2},
-            "prefill context parallelism",
-        ),
-        (
-            "parallel_config",
-            {
-                "enable_expert_parallel": True,
-                "tensor_parallel_size": 2,
-                "data_parallel_size": 2,
-                "all2all_backend": "allgather_reducescatter",
-            },
-            "sequence parallelism",
-        ),
         ("cache_config", {"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
         ("model_config", {"runner_type": "pooling"}, "pooling models"),
     ],

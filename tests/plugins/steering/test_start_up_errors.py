@@ -66,13 +66,20 @@ def last_line(model: Path, steering: dict[str, Any], ranks: int = 1) -> str:
 
 
 @pytest.mark.parametrize(
-    "ranks", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["one", "two"]
+    ("ranks", "sharding"),
+    [
+        (1, "auto"),
+        pytest.param(2, "auto", marks=pytest.mark.slow),
+        # The row with the NaN is the first rank's, and the second does not read it.
+        pytest.param(2, "shard", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_worker_finds_is_the_last_line(
-    model_path: Path, tmp_path: Path, ranks: int
+    model_path: Path, tmp_path: Path, ranks: int, sharding: str
 ) -> None:
     bad = with_nan(tmp_path / "nan")
-    line = last_line(model_path, {"modules": {"sea": str(bad)}}, ranks)
+    module = {"path": str(bad), "sharding": sharding}
+    line = last_line(model_path, {"modules": {"sea": module}}, ranks)
     assert line.startswith("vllm.config.steering_checks.SteeringConfigError: ")
     for part in ("'sea'", str(bad), "W_enc", "NaN"):
         assert part in line

@@ -11,11 +11,14 @@ import pytest
 from steering_testing import models
 from steering_testing.engine import engine, runner, sae_spec, save_sae
 from steering_testing.observe import steps_of
-from steering_testing.reads import activations, assert_reads
+from steering_testing.reads import activations, assert_reads, first_rise
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers import steering_readout as layer
+from vllm.plugins.steering.v1.engine import input_processor
+from vllm.v1.engine import steering_admission
 from vllm.v1.engine.steering_read_log import ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
 from vllm.v1.engine.steering_reads import StepReads
@@ -52,6 +55,7 @@ def ask(max_tokens: int = 6, **extra: Any) -> SamplingParams:
         max_tokens=max_tokens,
         ignore_eos=True,
         detokenize=False,
+        logprobs=0,
         extra_args=extra or None,
     )
 
@@ -122,6 +126,7 @@ def test_reading_changes_no_token_alone_or_beside_others(llm: LLM) -> None:
     for mix in ([reading] * 3, [ask(9), reading, ask(9)]):
         outputs = [o.outputs[0] for o in run(llm, PROMPTS, mix)]
         assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+        assert [o.logprobs for o in outputs] == [o.logprobs for o in plain]
     assert plain[0].sae_features is None
 
 
@@ -156,6 +161,54 @@ def test_where_nobody_reads_nothing_of_reading_runs(
     assert all(output.outputs[0].sae_features is None for output in outputs)
     run(llm, PROMPTS[:1], [ask(1, sae_readout_specs=read("relu", top_k=1))])
     assert set(calls) == {name for _, name in parts}
+
+
+def test_an_idle_step_runs_no_tensor_operation_of_steering(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None on the worker's way; what the sites do is in the graph."""
+    calls: list[list[Any]] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            calls[-1].append(func)
+            return func(*args, **(kwargs or {}))
+
+    own = runner(llm)
+    parts = ("update_steering_requests", "prepare_steering", "take_steering_readout")
+    for name in parts:
+        stock = getattr(own, name)
+
+        def counted(*args: Any, stock: Any = stock) -> Any:
+            calls.append([])
+            with Count():
+                return stock(*args)
+
+        monkeypatch.setattr(own, name, counted)
+    run(llm, PROMPTS, [ask(3, sae_readout_specs=read("relu", top_k=1)), ask(3), ask(3)])
+    assert any(calls), "reading runs some"
+    run(llm, PROMPTS[:1], [ask(1)])  # gives the tokens of the step before no row
+    calls.clear()
+    run(llm, PROMPTS, [ask(5)] * 3)
+    assert len(calls) == 5 * len(parts) and not any(calls)
+
+
+def test_a_request_is_parsed_once_in_the_front_end_and_once_in_the_core(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner in (input_processor, steering_admission):
+        stock = owner.parse_steering_request
+
+        def parse(*args: Any, owner: Any = owner, stock: Any = stock) -> Any:
+            calls.append(owner.__name__.rpartition(".")[2])
+            return stock(*args)
+
+        monkeypatch.setattr(owner, "parse_steering_request", parse)
+    run(llm, PROMPTS[:1], [ask(2, sae_readout_specs=read("relu", top_k=1))])
+    assert calls == ["input_processor", "steering_admission"]
 
 
 def test_a_prompt_that_is_cached_is_read_and_stays_in_the_cache(llm: LLM) -> None:
@@ -201,6 +254,14 @@ def test_a_feature_ends_the_request_on_its_own_token(llm: LLM) -> None:
     assert output.outputs[0].finish_reason == "length"
 
 
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
 def test_several_answers_to_one_prompt_each_have_their_own_entries(llm: LLM) -> None:
     params = SamplingParams(
         n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True, detokenize=False,
@@ -222,12 +283,7 @@ def test_chunks_preemption_and_drafts_leave_each_position_once(
         "max_model_len": 96,
     }
     if drafts:
-        options["speculative_config"] = {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
+        options["speculative_config"] = NGRAM
     steps_of_prompts = (1, 2, 3, 5, 7, 11, 13, 4)
     prompts = [[3 + at * by % 17 for at in range(30)] for by in steps_of_prompts]
     with (
@@ -241,3 +297,38 @@ def test_chunks_preemption_and_drafts_leave_each_position_once(
     assert not drafts or steps.accepted < steps.drafted
     for output in outputs:
         check(output, SAES["jumprelu"], "jumprelu", top_k=4)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_feature_ends_requests_beside_others(
+    model_root: Path, tmp_path: Path, drafts: bool
+) -> None:
+    """With drafts, tokens after the one that fires may have been accepted already."""
+    options: dict[str, Any] = {"speculative_config": NGRAM} if drafts else {}
+    path = save_sae(tmp_path / "sae", {SITE: SAES["relu"]})
+    prompts = [[3 + at * by % 7 for at in range(20)] for by in (1, 2, 3, 5)]
+    whole = read("relu", top_k=64)
+    with engine("gemma2", model_root, {"relu": path}, **options) as llm:
+        with steps_of(llm) as steps:
+            free = run(llm, prompts, [ask(24, sae_readout_specs=whole)] * 4)
+        assert not drafts or steps.accepted > 0
+        asked, wanted = [], []
+        for at, output in enumerate(free):
+            answer = output.outputs[0]
+            dense = answer.sae_features["relu"]["post_block.1"].to_dense()
+            token, feature, bound = first_rise(dense)
+            stop = [{"feature_idx": feature, "above": bound}]
+            stops = read("relu", top_k=2, stop_if=stop)
+            asked.append(ask(24, **({} if at == 3 else {"sae_readout_specs": stops})))
+            wanted.append((token + 1, feature))
+        outputs = run(llm, prompts, asked)
+    for at, (output, other) in enumerate(zip(outputs, free, strict=True)):
+        answer, tokens = output.outputs[0], list(other.outputs[0].token_ids)
+        count, feature = wanted[at] if at < 3 else (24, None)
+        assert list(answer.token_ids) == tokens[:count]
+        if feature is None:
+            assert answer.finish_reason == "length" and answer.sae_features is None
+            continue
+        assert answer.stop_reason == f"sae:relu:post_block.1:{feature}"
+        record = answer.sae_features["relu"]["post_block.1"]
+        assert record.positions.tolist() == list(range(20, 20 + count))

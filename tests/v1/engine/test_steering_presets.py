@@ -211,6 +211,12 @@ def test_a_locked_preset_is_neither_left_nor_changed(llm: LLM) -> None:
         ({DELTA: [sae_spec("none")]}, "sae_clamp_specs[0].module_name"),
         ({**specs(*CALM), "lock": True}, "preset.lock: unknown field"),
         ({**specs(*CALM), "sampling": {"temperature": "hot"}}, "temperature"),
+        ({**specs(*CALM), "sampling": {"temperature": float("nan")}}, "found nan"),
+        ({**specs(*CALM), "sampling": {"temperature": 2.5}}, "a number in 0..2"),
+        ({**specs(*CALM), "sampling": {"top_p": 0}}, "above 0, at most 1"),
+        ({**specs(*CALM), "sampling": {"repetition_penalty": float("inf")}}, "inf"),
+        ({**specs(*CALM), "sampling": {"max_tokens": 0}}, "1 or more"),
+        ({**specs(*CALM), "description": "\ud800"}, "preset.description"),
         ({FULL: sae_spec("a")}, "enclose it in [...]"),
     ],
 )

@@ -9,9 +9,11 @@ from steering_testing.read_rows import PROMPT, SLOT, request_of, rows_of
 
 from vllm.config.sae_readout_step import StepReadout, StepRows
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.engine.steering_read_log import MAX_STEPS, LogReader, ReadLog
+from vllm.v1.engine.steering_read_log import LogReader, ReadLog
 from vllm.v1.engine.steering_read_outbox import MAX_WAITING
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, StepReads
+
+KEPT_STEPS = 64
 
 
 def test_front_ends_get_their_own_requests() -> None:
@@ -59,11 +61,11 @@ def step_of(names: str, at: int) -> StepReadout:
 
 @pytest.mark.parametrize("clients", [1, 2])
 def test_a_step_that_goes_on_sends_rows_alone(clients: int) -> None:
-    reads, logs = StepReads(), [ReadLog() for _ in range(clients)]
+    reads, logs = StepReads(), [ReadLog(KEPT_STEPS) for _ in range(clients)]
     owner = {name: at % clients for at, name in enumerate("abcd")}
     requests = {name: request_of(name, client=owner[name]) for name in "abcd"}
     readers = {name: LogReader(logs[owner[name]], name) for name in "abcd"}
-    batches = ["abcd"] * 3 + ["abd"] * (MAX_STEPS + 2) + ["abd"]
+    batches = ["abcd"] * 3 + ["abd"] * (KEPT_STEPS + 2) + ["abd"]
     heads = []
     for at, names in enumerate(batches, start=PROMPT):
         # The last step repeats positions: a preempted batch that starts again.

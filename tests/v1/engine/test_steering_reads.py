@@ -16,7 +16,7 @@ from vllm.config.sae_readout_specs import reads_to_json
 from vllm.config.sae_readout_step import StepReadout, StepRows
 from vllm.plugins.steering.outputs import FeaturesField
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.engine.steering_read_log import MAX_STEPS, LogReader, ReadLog
+from vllm.v1.engine.steering_read_log import LogReader, ReadLog
 from vllm.v1.engine.steering_read_outputs import (
     MANY_CHUNKS,
     PendingFeatures,
@@ -29,12 +29,15 @@ from vllm.v1.engine.steering_reads import (
     step_start,
 )
 
+# Few, so that the log is emptied often.
+KEPT_STEPS = 64
+
 
 class Walk:
     """Requests as their scheduler, worker and front end would run them."""
 
     def __init__(self, names: str = "r") -> None:
-        self.reads, self.log = StepReads(), ReadLog()
+        self.reads, self.log = StepReads(), ReadLog(KEPT_STEPS)
         self.requests = {name: request_of(name) for name in names}
         specs = {"sae_readout_specs": reads_to_json((READ,))}
         self.fronts = {
@@ -106,7 +109,7 @@ def test_every_position_arrives_once_whatever_the_schedule(steps: list) -> None:
     early: dict = {}
     for step in [*steps, ("ab", (10**4, 0, 0), (10**4, 0, 0))]:
         if step == "decode both":
-            for _ in range(MAX_STEPS // 2 + 1):
+            for _ in range(KEPT_STEPS // 2 + 1):
                 walk.step(("a", 1, 0, 0), ("b", 1, 0, 0))
         elif step == "deliver a":
             if walk.num_tokens["a"] > PROMPT:
@@ -167,17 +170,17 @@ def test_recomputed_tokens_replace_what_no_token_has_confirmed() -> None:
 
 def test_a_long_request_keeps_its_own_rows_only() -> None:
     walk = Walk("ab")
-    for _ in range(3 * MAX_STEPS):
+    for _ in range(3 * KEPT_STEPS):
         walk.step(("a", PROMPT, 0, 0), ("b", PROMPT, 0, 0))
-    assert sum(len(one.steps) for one in walk.log.segments) < MAX_STEPS
+    assert sum(len(one.steps) for one in walk.log.segments) < KEPT_STEPS
     del walk.fronts["b"]
     assert set(walk.log.readers) == {"a"}
     chunks = walk.fronts["a"]._reader.chunks
-    assert sum(chunk.count for chunk in chunks) >= 2 * MAX_STEPS
+    assert sum(chunk.count for chunk in chunks) >= 2 * KEPT_STEPS
     assert all(rows is not None and rows.base is None or len(rows) == chunk.count
                for chunk in chunks for rows in chunk.rows)  # fmt: skip
     record = walk.advance("a").take_output(delta=True).make()["m"]["post_block.1"]
-    last = PROMPT + 3 * MAX_STEPS - 1
+    last = PROMPT + 3 * KEPT_STEPS - 1
     assert record.positions.tolist() == list(range(PROMPT, last))
 
 

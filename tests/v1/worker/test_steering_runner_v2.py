@@ -25,7 +25,9 @@ from steering_testing.reference import Clamp, random_sae
 from steering_testing.requests import Ask, prompt, specs, vector
 
 from vllm import LLM
+from vllm.config.sae_readout_specs import read_key
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import Tier
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -43,7 +45,8 @@ def asked(at: int) -> dict[str, Any]:
     spec = [sae_spec("m", {SITE: clamp}, phase)]
     own = Ask("additive", vector=vector(at % 3), site=SITE, phase=phase)
     kinds = [{}, {FULL: spec}, {DELTA: spec}, {FULL: spec, DELTA: spec}, specs(own)]
-    return kinds[at % 5]
+    read = {READOUT_KEY: [{"module_name": "m", "top_k": 2 + at % 2, "phase": phase}]}
+    return {**kinds[at % 5], **(read if at % 4 < 2 else {})}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ class Serving:
         model, config = runner(llm).get_model(), llm.llm_engine.vllm_config
         self.runner = runner_v2.make_runner(config, model, self.steering)
         self.asked: dict[str, tuple[int, dict[str, Any]]] = {}
-        self.preempted = self.chunks = self.resumed = 0
+        self.preempted = self.chunks = self.resumed = self.read_steps = 0
 
     def add(self, req_id: str, length: int, extra: dict[str, Any]) -> None:
         ids = prompt(hash(req_id) % 1000, length)
@@ -121,8 +124,25 @@ class Serving:
                     manager = self.steering.managers[tier]
                     assert (manager.key_of(row) if row else None) == key, (
                         at, req_id, position, tier)  # fmt: skip
+                row = int(self.steering.step.read_index[token])
+                reader = self.steering.readout.manager
+                key = read_key(request.reads, phase) if request else None
+                assert (reader.key_of(row) if row else None) == key, (req_id, position)
                 token += 1
         assert not self.steering.step.index[:, token:].any()
+        assert not self.steering.step.read_index[token:].any()
+        self.check_readout(computed)
+
+    def check_readout(self, computed: dict[str, int]) -> None:
+        """What is sent says whose rows they are, and from which position."""
+        found = self.runner.take_steering_readout()
+        assert (found is not None) == bool(self.steering.step.read_index.any())
+        if found is not None:
+            self.read_steps += 1
+            starts = found.num_computed.tolist()
+            assert starts == [computed[req_id] for req_id in found.req_ids]
+            ends = found.first_rows + found.num_tokens
+            assert all(len(rows) >= ends.max() for rows in found.rows.values())
 
     def finish(self) -> None:
         """Run until nothing is left, and the runner has heard of it."""
@@ -141,7 +161,8 @@ def serving(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Serving:
 
 def assert_all_returned(serving: Serving) -> None:
     assert serving.steering.holding == serving.steering.parked == []
-    for manager in serving.steering.managers.values():
+    readers = serving.steering.readout.manager
+    for manager in (*serving.steering.managers.values(), readers):
         assert manager.rows_in_use == 0
     assert serving.steering.modules.inline.in_use == 0
     assert serving.runner.req_states.num_reqs == 0
@@ -155,6 +176,7 @@ def test_every_token_has_its_requests_row_through_chunks_and_preemption(
     serving.finish()
     assert serving.chunks > 0, "nothing was chunked"
     assert serving.preempted > 0, "nothing was preempted"
+    assert serving.read_steps > 0, "nothing was read"
     assert_all_returned(serving)
 
 

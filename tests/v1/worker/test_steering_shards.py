@@ -1,41 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tensor-parallel ranks that share SAEs give the answers of Hugging Face."""
+"""Tensor-parallel ranks that share SAEs give the answers of Hugging Face."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from steering_testing import matrix, models, oracle
-from steering_testing.engine import (
-    FULL,
-    assert_same,
-    engine,
-    generate,
-    params,
-    sae_spec,
-    save_sae,
-    squeezed,
+from steering_testing import matrix, models
+from steering_testing.engine import engine, save_sae, squeezed
+from steering_testing.reference import random_sae
+from steering_testing.requests import Ask
+from steering_testing.shard_engines import (
+    INLINE,
+    POINTS,
+    POST,
+    RANKS,
+    TRANSCODERS,
+    WIDTH,
+    Read,
+    check_counters,
+    check_late_modules,
+    check_reading,
+    check_requests,
+    clamps,
+    late_slot,
+    save,
+    weight_bytes,
 )
-from steering_testing.reads import activations, assert_reads
-from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
 
-from vllm import LLM
-from vllm.entrypoints.steering import (
-    SteeringModuleError,
-    register_module,
-    unregister_module,
-)
+from vllm.entrypoints.steering import list_modules
 
 pytestmark = pytest.mark.engine
 
-SITE = (1, "post_block")
-RANKS: dict[str, Any] = {
-    "tensor_parallel_size": 2,
-    "distributed_executor_backend": "mp",
-}
+READS = [
+    Read("topk", POST, top_k=4),
+    Read("jumprelu", (2, "post_attn"), features=(0, WIDTH // 2, WIDTH - 1)),
+    Read("points", POINTS[2], top_k=6),
+    Read("transcoders", TRANSCODERS[0], top_k=5),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -43,85 +45,37 @@ def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def shared(paths: dict[str, str]) -> dict[str, Any]:
-    """The same modules; ranks share those that are SAEs."""
-    return {
-        name: path
-        if path.endswith(".safetensors")
-        else {"path": path, "sharding": "shard"}
-        for name, path in paths.items()
-    }
-
-
-def weight_bytes(llm: LLM) -> list[int]:
-    """What each rank holds for steering."""
-    replies = llm.collective_rpc("change_steering_modules", args=("stats",))
-    assert all(reply["ok"] for reply in replies), replies
-    return [reply["stats"]["bytes"] for reply in replies]
-
-
-def check_reading(llm: LLM) -> None:
-    sae = matrix.modules().saes["topk"][SITE]
-    spec = {"module_name": "topk", "sites": {"post_block": [1]}, "top_k": 4}
-    ids = prompt(3, 9)
-    inputs = [{"prompt_token_ids": ids}]
-    asked = params(5, sae_readout_specs=[spec])
-    (output,) = llm.generate(inputs, asked, use_tqdm=False)
-    answer = list(output.outputs[0].token_ids)
-    seen = activations(models.build(matrix.FAMILY), ids, answer, {SITE: sae})[SITE]
-    record = output.prompt_sae_features["topk"]["post_block.1"]
-    assert_reads(record, seen[: len(ids)], 0, top_k=4)
-    record = output.outputs[0].sae_features["topk"]["post_block.1"]
-    assert_reads(record, seen[len(ids) :], len(ids), top_k=4)
-
-
-def check_late_modules(llm: LLM, root: Path) -> None:
-    """A sharded slot takes modules of its width, and each rank its part of them."""
-    before = weight_bytes(llm)
-    for kind in ("jumprelu", "topk"):
-        sae = random_sae(96, models.HIDDEN, kind, 3)
-        sae.skip_token_ids = SPECIAL
-        register_module(llm, "late", save_sae(root / kind, {SITE: sae}))
-        ids = prompt(7, 21)
-        [found] = generate(llm, [ids], [params(6, **{FULL: [sae_spec("late")]})])
-        edits = {SITE: [Edit("full", sae)]}
-        expected = oracle.greedy(models.build(matrix.FAMILY), ids, edits, 6)
-        assert_same(found, expected, kind)
-        unregister_module(llm, "late")
-    narrow = save_sae(root / "narrow", {SITE: random_sae(64, models.HIDDEN, "relu", 3)})
-    with pytest.raises(SteeringModuleError, match="no free slot fits"):
-        register_module(llm, "narrow", narrow, sharding="shard")
-    assert weight_bytes(llm) == before
-
-
 def test_two_ranks_that_share_saes_equal_hugging_face(
     model_root: Path, tmp_path: Path
 ) -> None:
-    modules = shared(matrix.save(tmp_path))
-    spare = {"layer": 1, "hook": "resid_post", "width": 96, "sharding": "shard"}
-    steering = {"spare": [spare]}
+    steering = {"spare": [late_slot(POST)], **INLINE}
+    modules = save(tmp_path)
     with engine(
         matrix.FAMILY, model_root, modules, steering, enforce_eager=False, **RANKS
     ) as llm:
-        matrix.check(llm, max_tokens=6, tolerance=1e-4)
-        check_reading(llm)
-        check_late_modules(llm, tmp_path)
+        for module in list_modules(llm).values():
+            shared = len(module.sites) if module.kind == "sae" else 0
+            assert len(module.sharded) == shared
+        check_requests(llm)
+        check_reading(llm, READS)
+        check_reading(llm, READS, Ask("full", "jumprelu", {POST: clamps()}))
+        check_counters(llm)
+        check_late_modules(llm, tmp_path, POST)
 
 
 @pytest.mark.slow
 def test_chunks_and_preemption_do_not_change_what_ranks_share(
     model_root: Path, tmp_path: Path
 ) -> None:
-    modules = shared(matrix.save(tmp_path))
     options = {"block_size": 32, **RANKS}
-    with squeezed(matrix.FAMILY, model_root, modules, **options) as llm:
-        matrix.check(llm, max_tokens=28, tolerance=1e-4)
+    with squeezed(matrix.FAMILY, model_root, save(tmp_path), INLINE, **options) as llm:
+        check_requests(llm, max_tokens=28)
 
 
 @pytest.mark.slow
 def test_ranks_hold_half_of_what_they_share(model_root: Path, tmp_path: Path) -> None:
     wide = random_sae(4096, models.HIDDEN, "jumprelu", 5)
-    path = save_sae(tmp_path / "wide", {SITE: wide})
+    path = save_sae(tmp_path / "wide", {POST: wide})
     found = {}
     for sharding in ("replicate", "shard"):
         modules = {"wide": {"path": path, "sharding": sharding}}

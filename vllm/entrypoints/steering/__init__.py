@@ -8,11 +8,8 @@ vllm.entrypoints.steering` is the command line.
 
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, encode
 from vllm.entrypoints.steering.evaluate import Evaluation, SiteEvaluation, evaluate
-from vllm.entrypoints.steering.finder import (
-    FoundFeature,
-    FoundFeatures,
-    find_features,
-)
+from vllm.entrypoints.steering.finder import find_features
+from vllm.entrypoints.steering.found import FoundFeature, FoundFeatures
 from vllm.entrypoints.steering.offline import (
     SteeringModuleError,
     delete_preset,

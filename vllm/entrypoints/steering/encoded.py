@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, SupportsIndex, cast
 
 import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels, labels_of
 from vllm.config.sae_readout_specs import DEFAULT_TOP_K, MAX_READ
+from vllm.config.sae_steering_presets import opt_out
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json, JsonView
-from vllm.entrypoints.steering.offline import list_modules
+from vllm.entrypoints.steering.frames import data_frame
+from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.sampling_params import SamplingParams
 
@@ -26,9 +31,11 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 Text = str | Sequence[int]
+COLUMNS = ("position", "token", "site", "feature_idx", "value", "label")
+SHOWN_TEXT = 60  # characters of a text in its `repr`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class EncodedText:
     """One text, and what was read of it.
 
@@ -44,6 +51,12 @@ class EncodedText:
     features: dict[str, SAEFeatures]
     labels: Labels = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        text = "".join(self.tokens)
+        text = text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
+        sites = ", ".join(self.features) or "no token was read"
+        return f"EncodedText({text!r}, {len(self.tokens)} tokens, {sites})"
+
     def site(self, name: str | None = None) -> SAEFeatures:
         """The record of a site; the only one, if no name is given.
 
@@ -52,23 +65,29 @@ class EncodedText:
         """
         if name is None and len(self.features) == 1:
             return next(iter(self.features.values()))
+        if not self.features:
+            raise KeyError("no token of this text was read: the module skips all")
         if name not in self.features:
             raise KeyError(f"site {name!r}: expected one of {list(self.features)}")
         return self.features[name]
 
     def activations(self, feature: int, site: str | None = None) -> np.ndarray:
         """float32 `[tokens]`: one feature on each token; 0 where it was not listed."""
-        record = self.site(site)
         found: np.ndarray = np.zeros(len(self.tokens), dtype=np.float32)
+        if not self.features:
+            return found
+        record = self.site(site)
         rows, places = np.nonzero(record.features == feature)
         found[record.positions[rows]] = record.values[rows, places]
         return found
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row for each token, site and listed feature; needs pandas."""
-        import pandas
+        return data_frame(self.rows(), COLUMNS)
 
-        rows = [
+    def rows(self) -> list[Json]:
+        """One object for each token, site and listed feature."""
+        return [
             {
                 "position": position,
                 "token": self.tokens[position],
@@ -80,8 +99,6 @@ class EncodedText:
             for site, record in self.features.items()
             for position, feature, value in entries(record)
         ]
-        columns = ["position", "token", "site", "feature_idx", "value", "label"]
-        return pandas.DataFrame(rows, columns=columns)
 
     def to_html(self, feature: int | None = None, site: str | None = None) -> str:
         """The tokens, shaded by a feature's activation; without one, by the largest.
@@ -112,12 +129,9 @@ class EncodedTexts(list[EncodedText]):
 
     def to_pandas(self) -> pandas.DataFrame:
         """`EncodedText.to_pandas` of all texts, with a column `text`."""
-        import pandas
-
-        frames = [one.to_pandas().assign(text=at) for at, one in enumerate(self)]
-        return (
-            pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
-        )
+        found = ((at, row) for at, one in enumerate(self) for row in one.rows())
+        rows = [{**row, "text": at} for at, row in found]
+        return data_frame(rows, (*COLUMNS, "text"))
 
     def _repr_html_(self) -> str:
         return "".join(one.to_html() for one in self)
@@ -170,19 +184,29 @@ def encode(
             neither this nor `features` is given.
         features: the features to read instead; any number of them.
         steering: steering fields of the request, such as `sae_clamp_specs`, to read
-            what a steered model sees.
+            what a steered model sees. Without it the model is not steered, not by the
+            engine's default preset either, unless that is locked.
         labels: what features stand for, for display; if None, `labels.json` beside the
             module.
 
     Raises:
         VLLMValidationError: no such module, site or feature.
+        ValueError: both `top_k` and `features`, no feature, or a text that is no text,
+            has no tokens or is too long.
     """
-    labels = labels_for(llm, module, labels)
+    if top_k is not None and features is not None:
+        raise ValueError("top_k: found both top_k and features, expected one of them")
+    if features is not None and len(features) == 0:
+        raise ValueError("features: found none, expected at least one feature index")
+    config = engine_config(llm)
+    labels = labels_for(config, module, labels)
+    # Not under the engine's default preset.
+    steering = {**(opt_out(config) if config else {}), **(steering or {})}
     if top_k is None and features is None:
         top_k = DEFAULT_TOP_K
     spec: Json = {
         "module_name": module,
-        "sites": None if sites is None else {h: list(ls) for h, ls in sites.items()},
+        "sites": None if sites is None else {h: _layers(ls) for h, ls in sites.items()},
         "phase": "prefill",
     }
     tokenizer = tokenizer_of(llm)
@@ -206,11 +230,21 @@ def encode(
     return found
 
 
-def labels_for(llm: LLM, module: str, given: Labels | None) -> Labels:
-    """The given labels, or those beside the module's files."""
+def _layers(layers: object) -> object:
+    """A list of layers as JSON has it; the parser refuses what is none."""
+    return list(layers) if isinstance(layers, Iterable) else layers
+
+
+def labels_for(
+    config: SteeringConfig | None, module: str, given: Labels | None
+) -> Labels:
+    """The given labels, or those beside the module's files.
+
+    Indices may be written as text, as in JSON.
+    """
     if given is not None:
-        return given
-    info = list_modules(llm).get(module)
+        return {int(index): label for index, label in given.items()}
+    info = None if config is None else config.modules.get(module)
     return {} if info is None else labels_of(info.path)
 
 
@@ -224,36 +258,58 @@ def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
     """The token ids of each text, with the tokenizer's own special tokens.
 
     Raises:
-        ValueError: a text is a string, and the engine has no tokenizer.
+        ValueError: a text is no text, has no tokens or is too long; or it is a string,
+            and the engine has no tokenizer.
     """
-    one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
+    one = isinstance(texts, str) or (len(texts) > 0 and _is_index(texts[0]))
     tokenizer = tokenizer_of(llm)
+    # One token is generated, because vLLM always generates.
+    most = llm.llm_engine.vllm_config.model_config.max_model_len - 1
     found = []
-    for text in cast("Sequence[Text]", [texts] if one else texts):
-        if not isinstance(text, str):
-            found.append(list(text))
-        elif tokenizer is not None:
-            found.append(list(tokenizer(text).input_ids))
-        else:
+    for at, text in enumerate(cast("Sequence[Text]", [texts] if one else texts)):
+        own = _ids(f"texts[{at}]", text, tokenizer)
+        if not 1 <= len(own) <= most:
             raise ValueError(
-                "texts: found a string, but the engine has no tokenizer; expected "
-                "lists of token ids"
+                f"texts[{at}]: found {len(own)} tokens, expected 1 to {most}, which is "
+                "max_model_len - 1"
             )
+        found.append(own)
     return found
+
+
+def _is_index(value: object) -> bool:
+    """Whether a value is a whole number: Python's, NumPy's or PyTorch's."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, np.ndarray)
+
+
+def _ids(path: str, text: Text, tokenizer: TokenizerLike | None) -> list[int]:
+    if isinstance(text, str) and tokenizer is not None:
+        return list(tokenizer(text, verbose=False).input_ids)
+    if isinstance(text, str):
+        raise ValueError(
+            f"{path}: found a string, but the engine has no tokenizer; expected a list "
+            "of token ids"
+        )
+    try:
+        return [operator.index(token) for token in text]
+    except TypeError:
+        raise ValueError(
+            f"{path}: found {shown(text)}, expected a string or a list of token ids"
+        ) from None
 
 
 def _read(
     llm: LLM,
     ids: Sequence[list[int]],
     spec: Json,
-    steering: JsonView | None,
+    steering: JsonView,
 ) -> list[dict[str, dict[str, SAEFeatures]]]:
     """What the prompts' tokens read, by module and site."""
     params = SamplingParams(
         max_tokens=1,
         temperature=0,
         detokenize=False,
-        extra_args={**(steering or {}), READOUT_KEY: [spec]},
+        extra_args={**steering, READOUT_KEY: [spec]},
     )
     prompts = [{"prompt_token_ids": own} for own in ids]
     outputs = llm.generate(prompts, params, use_tqdm=False)

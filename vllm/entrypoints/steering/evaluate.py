@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm.config.sae_steering_specs import FULL_KEY, READOUT_KEY
+from vllm.config.sae_steering_specs import FULL_KEY, PRESET_KEY, READOUT_KEY
+from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
 from vllm.entrypoints.steering.encoded import Text, text_ids
+from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import list_modules
 from vllm.sampling_params import SamplingParams
 
@@ -59,10 +61,9 @@ class Evaluation(list[SiteEvaluation]):
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a site; needs pandas."""
-        import pandas
-
         rows = [{**asdict(one), "recovered": one.recovered} for one in self]
-        return pandas.DataFrame(rows)
+        names = [one.name for one in fields(SiteEvaluation)]
+        return data_frame(rows, (*names, "recovered"))
 
     def _repr_html_(self) -> str:
         names = ("site", "tokens", "FVU", "L0", "CE", "reconstructed", "ablated")
@@ -86,11 +87,17 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         texts: what the model reads; at least two tokens each.
 
     Raises:
-        ValueError: no such SAE module, or no text that counts.
+        ValueError: no such SAE module, or a text that is none, has no tokens or is too
+            long, or no text of two tokens.
+        VLLMValidationError: the engine's default preset is locked, so no text can be
+            read without steering.
     """
-    info = list_modules(llm).get(module)
-    if info is None or info.kind != "sae":
-        raise ValueError(f"module: found {module!r}, expected an SAE of this engine")
+    saes = {name: m for name, m in list_modules(llm).items() if m.kind == "sae"}
+    info = saes.get(module)
+    if info is None:
+        raise ValueError(
+            f"module: found {shown(module)}, expected an SAE: {listing(list(saes))}"
+        )
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
         raise ValueError(
@@ -148,7 +155,8 @@ def _loss(
         temperature=0,
         prompt_logprobs=0,
         detokenize=False,
-        extra_args=specs,
+        # Under no preset, whatever the engine's default is.
+        extra_args={PRESET_KEY: None, **(specs or {})},
     )
     # The salt keeps other requests from these blocks: an ablated block would have the
     # key of a reconstructed one.

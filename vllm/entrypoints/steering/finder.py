@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from html import escape
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
-from vllm.config.steering_json import Json
+from vllm.config.steering import parse_site
+from vllm.config.steering_checks import listing, shown
 from vllm.entrypoints.steering.encoded import (
     EncodedText,
     EncodedTexts,
@@ -20,120 +19,21 @@ from vllm.entrypoints.steering.encoded import (
     encode,
     entries,
     labels_for,
-    shaded,
     tokenizer_of,
 )
+from vllm.entrypoints.steering.found import (
+    FoundFeature,
+    FoundFeatures,
+    TokenInContext,
+)
+from vllm.entrypoints.steering.offline import engine_config
 
 if TYPE_CHECKING:
-    import pandas
-
     from vllm import LLM
 
 # How many candidates the second pass reads exactly.
 CANDIDATES = 256
 CONTEXT, EXAMPLES = 8, 3
-
-
-@dataclass(frozen=True)
-class TokenInContext:
-    """A token on which a feature is strong, and the tokens around it."""
-
-    before: str
-    token: str
-    after: str
-    value: float
-
-
-@dataclass(frozen=True)
-class FoundFeature:
-    """How well one feature tells texts A from texts B.
-
-    Attributes:
-        feature_idx: the feature.
-        label: what it stands for, where that is known.
-        mean_difference: mean activation on A's tokens minus that on B's.
-        auroc: how often a text of A has a larger largest activation than one of B
-            (0.5: no better than chance); None without B.
-        frequency: share of A's tokens on which it is active.
-        frequency_against: that of B's.
-        max_activation: the largest on A.
-        examples: A's tokens on which it is strongest, from different texts where
-            possible.
-    """
-
-    feature_idx: int
-    label: str
-    mean_difference: float
-    auroc: float | None
-    frequency: float
-    frequency_against: float
-    max_activation: float
-    examples: tuple[TokenInContext, ...] = ()
-
-
-@dataclass(frozen=True)
-class FoundFeatures:
-    """What `find_features` returns: features, the best first.
-
-    Attributes:
-        site: where they were read, `hook.layer`.
-        features: the best first.
-        warnings: what makes the result doubtful, one line each.
-    """
-
-    module: str
-    site: str
-    features: list[FoundFeature]
-    warnings: list[str] = field(default_factory=list)
-
-    def __iter__(self) -> Iterator[FoundFeature]:
-        return iter(self.features)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, at: int) -> FoundFeature:
-        return self.features[at]
-
-    def to_json(self) -> Json:
-        """JSON types."""
-        return asdict(self)
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row a feature, without examples; needs pandas."""
-        import pandas
-
-        rows = [asdict(feature) for feature in self.features]
-        for row in rows:
-            del row["examples"]
-        return pandas.DataFrame(rows)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<p>{escape(line)}</p>" for line in self.warnings)
-        names = ("feature", "label", "A - B", "AUROC", "on A", "on B", "examples")
-        titles = "".join(f"<th>{name}</th>" for name in names)
-        rows = "".join(_html_row(feature) for feature in self.features)
-        return f"{head}<table><tr>{titles}</tr>{rows}</table>"
-
-
-def _html_row(found: FoundFeature) -> str:
-    auroc = "" if found.auroc is None else f"{found.auroc:.3f}"
-    cells = [
-        str(found.feature_idx),
-        escape(found.label),
-        f"{found.mean_difference:.3f}",
-        auroc,
-        f"{found.frequency:.1%}",
-        f"{found.frequency_against:.1%}",
-        "".join(_html_example(example) for example in found.examples),
-    ]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _html_example(example: TokenInContext) -> str:
-    tokens = [example.before, example.token, example.after]
-    strength: np.ndarray = np.array([0.0, example.value, 0.0])
-    return shaded(tokens, strength, {1: f"{example.value:.2f}"})
 
 
 def find_features(
@@ -142,7 +42,7 @@ def find_features(
     texts: Sequence[Text],
     against: Sequence[Text] | None = None,
     *,
-    site: tuple[str, int] | None = None,
+    site: str | tuple[str, int] | None = None,
     top: int = 20,
     labels: Labels | None = None,
 ) -> FoundFeatures:
@@ -158,17 +58,23 @@ def find_features(
         texts: A: texts of what is looked for, or their token ids; several short ones
             are best.
         against: B: texts without it.
-        site: `(hook, layer)`; the only one of the module if not given.
-        top: how many features to return, at most 256.
+        site: `"hook.layer"` or `(hook, layer)`; the only one of the module if not
+            given.
+        top: how many features to return, 1 to 256.
         labels: as for `encode`.
 
     Raises:
-        ValueError: no texts, or several sites and none chosen.
+        ValueError: no texts, a bad `top` or `site`, or several sites and none chosen.
     """
-    if not texts:
+    if len(texts) == 0:
         raise ValueError("texts: expected at least one text, found none")
-    labels = labels_for(llm, module, labels)
-    sites = None if site is None else {site[0]: [site[1]]}
+    check_top("top", top)
+    sites = None if site is None else _sites(site)
+    config = engine_config(llm)
+    info = None if config is None else config.modules.get(module)
+    if info is not None and sites is None:
+        check_one_site("site", [one.name for one in info.sites])
+    labels = labels_for(config, module, labels)
 
     def read(
         texts: Sequence[Text], features: Sequence[int] | None = None
@@ -200,6 +106,32 @@ def find_features(
     ]
     found.sort(key=_order)
     return FoundFeatures(module, name, found[:top], warnings)
+
+
+def check_top(path: str, top: int) -> None:
+    """Raise `ValueError` unless so many features can be found."""
+    if not 1 <= top <= CANDIDATES:
+        raise ValueError(f"{path}: found {top}, expected an integer in 1..{CANDIDATES}")
+
+
+def check_one_site(path: str, names: Sequence[str]) -> None:
+    """Raise `ValueError` if a module has several sites, and none is chosen."""
+    if len(names) > 1:
+        raise ValueError(
+            f"{path}: the module has several sites, expected one: {listing(names)}"
+        )
+
+
+def _sites(site: str | tuple[str, int]) -> dict[str, list[int]]:
+    if not isinstance(site, str):
+        hook, layer = site
+        return {hook: [layer]}
+    parsed = parse_site(site)
+    if parsed is None:
+        raise ValueError(
+            f"site: found {shown(site)}, expected a site such as post_block.20"
+        )
+    return {parsed[1].value: [parsed[0]]}
 
 
 def _order(found: FoundFeature) -> tuple[float, float, int]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Change the modules of an engine in this process: notebooks and scripts.
 
-from vllm.config.steering_json import Json
 from vllm.entrypoints.steering import register_module
 register_module(llm, "gg", "path/to/sae")
 """
@@ -57,10 +56,14 @@ def register_module(
     Args:
         llm: an engine that was started with steering.
         name: what requests call it.
-        path: local path or `hf:owner/repo[/sub/path][@revision]`.
+        path: local path, `hf:owner/repo[/sub/path][@revision]` or
+            `saelens:RELEASE/SAE_ID[@revision]`.
         replace: take the place of a module of that name.
         options: as in `additional_config.steering.modules`: `feature_units`,
             `skip_token_ids`, `norm_guard`, `sites`, `sharding`, `screening`.
+
+    Returns:
+        The module as the engine has it, with its sites, digest and slots.
 
     Raises:
         SteeringModuleError: bad module, no free slot that fits, or a name in use.
@@ -82,7 +85,8 @@ def register_vector(
     Args:
         llm: an engine that was started with steering, on this machine.
         name: what requests call it.
-        vectors: `{"post_block.20": tensor [D]}`, one direction a site.
+        vectors: `{"post_block.20": tensor [D]}`, one vector for each site, in the units
+            of the stream.
         replace: take the place of a module of that name.
 
     Raises:
@@ -103,7 +107,11 @@ def register_vector(
 
 
 def replace_module(llm: LLM, name: str, path: str, **options: object) -> ModuleInfo:
-    """`register_module` in the place of a module of the same name, if there is one."""
+    """`register_module` in the place of a module of the same name, if there is one.
+
+    Raises:
+        SteeringModuleError: as `register_module`, or requests use the old module.
+    """
     return register_module(llm, name, path, replace=True, **options)
 
 
@@ -117,7 +125,12 @@ def unregister_module(llm: LLM, name: str) -> None:
 
 
 def put_preset(llm: LLM, name: str, preset: Json) -> None:
-    """Make a preset of specs, or replace one; `preset` is as in a preset's file.
+    """Make a preset, or replace one.
+
+    Args:
+        llm: an engine that was started with steering.
+        name: 1 to 128 letters, digits, `.`, `_` or `-`.
+        preset: the spec fields of a request, `sampling`, `description` and `locked`.
 
     Raises:
         SteeringModuleError: it is not valid on this engine.
@@ -126,19 +139,33 @@ def put_preset(llm: LLM, name: str, preset: Json) -> None:
 
 
 def delete_preset(llm: LLM, name: str) -> None:
-    """Remove a preset that is not the default."""
+    """Remove a preset.
+
+    Raises:
+        SteeringModuleError: no such preset, or it is the default one.
+    """
     _call(llm, "delete_preset", {"name": name})
 
 
 def set_default_preset(llm: LLM, name: str | None) -> None:
-    """Apply a preset to every request that names none; None ends it."""
+    """Apply a preset to every request that names none; None ends that.
+
+    Raises:
+        SteeringModuleError: no such preset, or it is not valid now.
+    """
     _call(llm, "set_default_preset", {"name": name})
 
 
 def list_modules(llm: LLM) -> dict[str, ModuleInfo]:
-    """The engine's modules, in registration order."""
+    """The engine's modules by name, in the order of registration."""
+    config = engine_config(llm)
+    return {} if config is None else config.modules
+
+
+def engine_config(llm: LLM) -> SteeringConfig | None:
+    """The engine's steering configuration as it is now; None without steering."""
     config = _call(llm, "list", {}).config
-    return {} if config is None else SteeringConfig.from_json(config).modules
+    return None if config is None else SteeringConfig.from_json(config)
 
 
 def _call(llm: LLM, action: str, payload: Json) -> ModuleReply:

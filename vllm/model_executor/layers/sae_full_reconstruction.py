@@ -12,25 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor.layers.steering import (
-    SteeringSite,
-    edits_in_place,
-    get_site,
-)
+from vllm.model_executor.layers.steering import edits_in_place, get_site
 from vllm.utils.torch_utils import direct_register_custom_op
-
-
-def apply_layer_sae_full_reconstruction(
-    site: SteeringSite,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    source: torch.Tensor | None = None,
-) -> None:
-    """Full reconstruction alone at a site, in place.
-
-    The arguments are those of `apply_layer_steering`.
-    """
-    torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, site.name, source)
 
 
 def apply_sae_full_reconstruction(

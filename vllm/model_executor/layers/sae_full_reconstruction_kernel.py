@@ -169,7 +169,7 @@ def sae_clamp(
         if hidden.shape[0] == 0:
             return
         if not slot.weights.shard.is_whole:
-            stages_shared.clamp(slot, step, gated, hidden, residual)
+            stages_shared.clamp(slot, step, gated, hidden, residual, source)
         elif _takes_clamp(slot, hidden, residual, source):
             stages_cuda.clamp(slot, step, gated, hidden, residual, source)
         else:
@@ -257,6 +257,10 @@ def _pipeline(run: Run | None) -> None:
     cuda = extension_is_built() and stages_cuda.takes_cuda(
         run.slot, run.hidden, run.residual, run.source
     )
+    if cuda and stages_cuda.takes_guess(run):
+        guess = run.workspace.guess_buffers(run.slot, run.hidden.shape[0])
+        if guess is not None:
+            run = stages_cuda.guess(run, guess)
     plan, weights = run.buffers.plan, run.slot.weights
     for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         if cuda:

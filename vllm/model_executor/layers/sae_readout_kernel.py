@@ -28,6 +28,7 @@ from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:
     from vllm.model_executor.layers.steering_kernels import (
+        stages_shared_read,
         stages_triton,
         stages_triton_read,
     )
@@ -143,6 +144,9 @@ def _pipeline(
         gate=int(topk) if mixed else -1,
         reads=reads,
     )
+    if not slot.weights.shard.is_whole:
+        stages_shared_read.pipeline(run, reads)
+        return
     rows = buffers.plan.rows
     for base in range(0, buffers.plan.num_chunks * rows, rows):
         stages_triton.compact(run, base)

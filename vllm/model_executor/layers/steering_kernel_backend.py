@@ -31,11 +31,6 @@ class KernelBackend:
         vectors: Sequence[VectorSlot],
         dtype: torch.dtype,
     ):
-        if any(not slot.weights.shard.is_whole and slot.reads for slot in saes):
-            raise ValueError(
-                "steering: features of an SAE that ranks share cannot be read on a "
-                "GPU; expected additional_config.steering.readout=false"
-            )
         self.step = step
         device = step.index.device
         self.workspace = kernel.SteeringWorkspace(step.max_tokens, saes, device)

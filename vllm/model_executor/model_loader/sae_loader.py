@@ -27,9 +27,11 @@ from vllm.model_executor.model_loader.sae_formats.fold import (
     check_sae,
     check_vector,
     fold_sae,
+    read_floats,
     read_vector,
     sae_bytes,
 )
+from vllm.model_executor.model_loader.sae_formats.fold_host import HostSAE, fold_host
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LayoutError,
     Location,
@@ -40,6 +42,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
 from vllm.model_executor.model_loader.sae_formats.names import choose_sites, need_site
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_location import (
     LocatedModule,
     locate,
@@ -50,7 +53,15 @@ from vllm.model_executor.model_loader.sae_location import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.steering import SAEWeights
 
-__all__ = ["inspect_module", "load_site", "load_vectors", "read_layout", "save_native"]
+__all__ = [
+    "check_weights",
+    "inspect_module",
+    "load_site",
+    "load_vectors",
+    "read_layout",
+    "read_site",
+    "save_native",
+]
 
 DIGEST_DOMAIN = "vllm-steering-module-v1"
 _HASH_BLOCK = 4 << 20
@@ -275,6 +286,41 @@ def load_site(
             ) as bar,
         ):
             fold_sae(layout, tensors, into, bar.update)
+
+
+def read_site(
+    module: ModuleInfo, site: SiteInfo, dtype: FloatType, *, keep: bool = True
+) -> HostSAE:
+    """As `load_site`, into host memory and without PyTorch.
+
+    Args:
+        dtype: of the matrices.
+        keep: False to check them only, and so to need little memory.
+
+    Raises:
+        ValueError: the files changed, or hold a NaN or infinity.
+    """
+    with _open_site(module, site, None) as (location, layout):
+        if not isinstance(layout, SAELayout):
+            raise LayoutError(f"{site.name}: expected an SAE, found a steering vector")
+        with open_tensors(site_file(location, layout)) as tensors:
+            return fold_host(layout, tensors, dtype, keep=keep)
+
+
+def check_weights(module: ModuleInfo) -> None:
+    """Read every site as an engine would, to find values that are not finite.
+
+    Raises:
+        ValueError: as `read_site`.
+    """
+    for site in module.sites:
+        if module.kind == "sae":
+            read_site(module, site, FloatType.F32, keep=False)
+            continue
+        with _open_site(module, site, None) as (location, layout):
+            assert isinstance(layout, VectorLayout)
+            with open_tensors(site_file(location, layout)) as tensors:
+                read_floats(tensors, layout.tensor, layout.row)
 
 
 def _is_first_rank() -> bool:

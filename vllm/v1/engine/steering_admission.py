@@ -6,7 +6,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from vllm.config.sae_steering_admission import ROWS_KEY, admitted_extra_args
+from vllm.config.sae_steering_admission import (
+    ROWS_KEY,
+    admitted_extra_args,
+    refuse_streaming_input,
+)
+from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_request import SteeringRequest
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     PRESET_KEY,
@@ -16,7 +22,7 @@ from vllm.config.steering import SteeringConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils import length_from_prompt_token_ids_or_embeds
-from vllm.v1.engine.steering_reads import reads_of, request_reads
+from vllm.v1.engine.steering_reads import request_reads
 from vllm.v1.engine.steering_refusals import stop_reason_of
 
 if TYPE_CHECKING:
@@ -46,8 +52,13 @@ def concerns_steering(
     return has_default or is_steered(request)
 
 
-def admit(request: EngineCoreRequest, config: SteeringConfig | None) -> None:
+def admit(
+    request: EngineCoreRequest, config: SteeringConfig | None
+) -> SteeringRequest | None:
     """Check a request's steering and write what the scheduler and workers need.
+
+    Returns:
+        The request's steering, for `follow_admission`.
 
     Raises:
         VLLMValidationError: the request's steering is not valid on this engine.
@@ -55,23 +66,26 @@ def admit(request: EngineCoreRequest, config: SteeringConfig | None) -> None:
     # In-process clients share the object between the n requests of a prompt, so the
     # engine writes into its own copy.
     params = copy.copy(request.sampling_params)
+    steering = parse_steering_request(params.extra_args, config)
+    refuse_streaming_input(steering, request.resumable)
     length = length_from_prompt_token_ids_or_embeds(
         request.prompt_token_ids, request.prompt_embeds
     )
-    params.extra_args = admitted_extra_args(
-        params.extra_args, config, length, request.resumable
-    )
-    reads = reads_of(params.extra_args, config)
-    if any(read.reads("prefill") for read in reads):
+    params.extra_args = admitted_extra_args(params.extra_args, steering, config, length)
+    if steering is not None and any(r.reads("prefill") for r in steering.reads):
         # As with prompt log-probabilities: what is read has to be computed.
         params.skip_reading_prefix_cache = True
     request.sampling_params = params
+    return steering
 
 
-def follow_admission(request: Request, config: SteeringConfig | None) -> None:
+def follow_admission(
+    request: Request, config: SteeringConfig | None, steering: SteeringRequest | None
+) -> None:
     """Note the configuration that a request was admitted under, and what it reads."""
     request.steering_config = config
-    request.sae_reads = request_reads(request, config)
+    reads = () if steering is None else steering.reads
+    request.sae_reads = request_reads(request, reads, config)
 
 
 def admit_again(request: Request, config: SteeringConfig | None) -> None:
@@ -87,8 +101,9 @@ def admit_again(request: Request, config: SteeringConfig | None) -> None:
         return
     params = request.sampling_params
     before = params.extra_args or {}
-    after = admitted_extra_args(before, config, request.num_prompt_tokens)
-    follow_admission(request, config)
+    steering = parse_steering_request(before, config)
+    after = admitted_extra_args(before, steering, config, request.num_prompt_tokens)
+    follow_admission(request, config, steering)
     if after is None:
         return
     params.extra_args = after

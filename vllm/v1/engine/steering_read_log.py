@@ -17,8 +17,8 @@ import numpy as np
 
 from vllm.config.sae_readout_step import ReadPlaces, StepLayout, StepRows
 
-MAX_STEPS = 64
-MAX_BYTES = 16 << 20
+MAX_STEPS = 512
+MAX_BYTES = 32 << 20
 # A request with at least one in so many of a step's rows does not copy them.
 SHARE = 8
 
@@ -174,9 +174,14 @@ class LogReader:
 
 
 class ReadLog:
-    """The steps that some reading request has not taken yet."""
+    """The steps that some reading request has not taken yet.
 
-    def __init__(self) -> None:
+    Args:
+        max_steps: it is emptied when it holds so many.
+    """
+
+    def __init__(self, max_steps: int = MAX_STEPS) -> None:
+        self.max_steps = max_steps
         self.segments: list[Segment] = []
         self.end = 0  # steps that have arrived
         # Where a step goes on that continues one that was forgotten.
@@ -187,7 +192,7 @@ class ReadLog:
         self._bytes = 0
 
     def add(self, step: StepRows) -> None:
-        """Append a step. Every `MAX_STEPS` steps, all requests take their rows."""
+        """Append a step. Every `max_steps` steps, all requests take their rows."""
         for req_id, places in step.new.items():
             self._introduce(req_id, places)
         if step.layout is not None or not self.segments:
@@ -198,7 +203,7 @@ class ReadLog:
         self.end += 1
         self._steps += 1
         self._bytes += step.num_bytes
-        if self._steps >= MAX_STEPS or self._bytes >= MAX_BYTES:
+        if self._steps >= self.max_steps or self._bytes >= MAX_BYTES:
             self.empty()
 
     def _introduce(self, req_id: str, places: ReadPlaces) -> None:

@@ -7,6 +7,7 @@ steps the engine makes no records.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,24 +31,40 @@ from vllm.v1.engine.steering_read_log import Chunk, LogReader, joined
 MANY_CHUNKS = 64
 
 
+class AskedReads:
+    """What a request asks to read, looked at when its features are asked for.
+
+    Args:
+        extra_args: of the request, with the canonical specs.
+    """
+
+    def __init__(self, extra_args: JsonView):
+        self._specs = extra_args.get(READOUT_KEY) or ()
+
+    @functools.cached_property
+    def reads(self) -> tuple[SiteRead, ...]:
+        """In the order in which the engine has them."""
+        return canonical_reads(self._specs)
+
+
 @dataclass(frozen=True, eq=False)
 class PendingFeatures:
     """What a request has read, as rows.
 
     Attributes:
-        reads: of the request.
+        asked: by the request.
         d_sae: F at each of them.
         chunks: by ascending position.
     """
 
-    reads: tuple[SiteRead, ...]
+    asked: AskedReads
     d_sae: Sequence[int]
     chunks: Sequence[Chunk]
 
     def make(self) -> ReadFeatures:
         """The records of the sites at which some token was read."""
         found: ReadFeatures = {}
-        for at, read in enumerate(self.reads):
+        for at, read in enumerate(self.asked.reads):
             records = self._records(at, read)
             if records:
                 found.setdefault(read.module, {})[read.site] = join(records)
@@ -89,7 +106,7 @@ class Readings:
     """
 
     def __init__(self, extra_args: JsonView, num_prompt: int, reader: LogReader):
-        self.reads = canonical_reads(extra_args)
+        self.asked = AskedReads(extra_args)
         self.num_prompt = num_prompt
         self._reader = reader
         self._end = 0  # positions before this one are in the lists below
@@ -131,13 +148,13 @@ class Readings:
     def _take(self, kept: list[Chunk], delta: bool) -> PendingFeatures:
         if len(kept) > MANY_CHUNKS:
             kept[:] = joined(kept)
-        found = PendingFeatures(self.reads, self._reader.d_sae, tuple(kept))
+        found = PendingFeatures(self.asked, self._reader.d_sae, tuple(kept))
         if delta:
             kept.clear()
         return found
 
 
-def canonical_reads(extra_args: JsonView) -> tuple[SiteRead, ...]:
+def canonical_reads(specs: Sequence[JsonView]) -> tuple[SiteRead, ...]:
     """The reads of canonical specs, in the order in which the engine has them."""
     found = [
         SiteRead(
@@ -149,7 +166,7 @@ def canonical_reads(extra_args: JsonView) -> tuple[SiteRead, ...]:
             tuple((s["feature_idx"], s["above"]) for s in spec["stop_if"] or ()),
             spec["phase"],
         )
-        for spec in extra_args.get(READOUT_KEY) or ()
+        for spec in specs
         for hook, layers in spec["sites"].items()
         for layer in layers
     ]

@@ -71,9 +71,7 @@ def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
         state.__class__ = reading_state()
 
 
-def take_steps(
-    log: ReadLog, states: JsonView, outputs: Sequence[EngineCoreOutput]
-) -> None:
+def take_steps(log: ReadLog, outputs: Sequence[EngineCoreOutput]) -> None:
     """Move the steps from the engine's outputs to the log."""
     if not outputs:
         return
@@ -83,9 +81,15 @@ def take_steps(
         for step in params.pop(PAYLOAD_KEY):
             log.add(StepRows.from_wire(step))
         first.ec_transfer_params = params or None
-    for output in outputs:
-        if output.stop_reason is not None and is_ours(output.stop_reason):
-            state = states.get(output.request_id)
-            if state is not None:
-                # The token that fired belongs to the text, unlike a stop token.
-                state.detokenizer.include_stop_str_in_output = True
+
+
+def keep_last_tokens(states: JsonView, ended: Sequence[EngineCoreOutput]) -> None:
+    """The token on which a feature fired belongs to the text, unlike a stop token.
+
+    Args:
+        ended: outputs that have a stop reason.
+    """
+    for output in ended:
+        state = states.get(output.request_id) if is_ours(output.stop_reason) else None
+        if state is not None:
+            state.detokenizer.include_stop_str_in_output = True

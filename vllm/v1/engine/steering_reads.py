@@ -18,9 +18,7 @@ import numpy as np
 from vllm.config.sae_features import NOT_READ, first_firing
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_readout_step import ReadPlaces, StepReadout
-from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_json import JsonView
 from vllm.v1.engine.steering_read_outbox import Outbox
 
 if TYPE_CHECKING:
@@ -140,11 +138,17 @@ class Conditions:
 class Batch:
     """The reading requests of a step, looked up again only when they change."""
 
-    def __init__(self, req_ids: Sequence[str], requests: Mapping[str, Request]):
-        self.req_ids = list(req_ids)
+    def __init__(
+        self,
+        req_ids: list[str],
+        requests: Mapping[str, Request],
+        counts: dict[str, ReadCounts],
+    ):
+        self.req_ids = req_ids
         self.reads: list[RequestReads | None] = []
         self.clients: dict[int, list[int]] = {}
-        self.modules: dict[int, str] = {}
+        # Of each slot, where the rows that requests read are counted.
+        self.counts: dict[int, ReadCounts] = {}
         self.stopping: list[int] = []
         self.new: dict[str, ReadPlaces] = {}
         conditions: dict[int, list[tuple[int, int, float]]] = {}
@@ -160,7 +164,8 @@ class Batch:
             if reads.stops:
                 self.stopping.append(at)
             for read, slot in zip(reads.reads, reads.slots, strict=True):
-                self.modules[slot] = read.module
+                if slot not in self.counts:
+                    self.counts[slot] = counts.setdefault(read.module, ReadCounts())
                 for feature, bound in read.stops:
                     column = 2 + read.explicit.index(feature)
                     conditions.setdefault(slot, []).append((at, column, bound))
@@ -216,10 +221,10 @@ class StepReads:
         self.outbox = Outbox()
         self._batch: Batch | None = None
 
-    def batch(self, req_ids: Sequence[str], requests: Mapping[str, Request]) -> Batch:
+    def batch(self, req_ids: list[str], requests: Mapping[str, Request]) -> Batch:
         """The batch of a step."""
         if self._batch is None or self._batch.req_ids != req_ids:
-            self._batch = Batch(req_ids, requests)
+            self._batch = Batch(req_ids, requests, self.counts)
         return self._batch
 
     def take(
@@ -239,8 +244,8 @@ class StepReads:
         """
         batch = self.batch(readout.req_ids, requests)
         for slot, rows in readout.rows.items():
-            if slot in batch.modules:
-                own = self.counts.setdefault(batch.modules[slot], ReadCounts())
+            if slot in batch.counts:
+                own = batch.counts[slot]
                 own.tokens += int(np.count_nonzero(rows[:, 0] != NOT_READ))
                 own.bytes += rows.nbytes
         new = batch.take_new()
@@ -266,23 +271,14 @@ class StepReads:
                 first.ec_transfer_params = {**params, PAYLOAD_KEY: steps}
 
 
-def reads_of(
-    extra_args: JsonView | None, config: SteeringConfig | None
-) -> tuple[SiteRead, ...]:
-    """What a request with these `extra_args` reads."""
-    request = parse_steering_request(extra_args, config)
-    return () if request is None else request.reads
-
-
 def request_reads(
-    request: Request, config: SteeringConfig | None
+    request: Request, reads: tuple[SiteRead, ...], config: SteeringConfig | None
 ) -> RequestReads | None:
     """The scheduler's state of an admitted request, or None if it reads nothing."""
-    params = request.sampling_params
-    assert params is not None
-    reads = reads_of(params.extra_args, config)
     if config is None or not reads:
         return None
+    params = request.sampling_params
+    assert params is not None
     modules = [config.modules[read.module] for read in reads]
     slots, d_sae = [], []
     for module, read in zip(modules, reads, strict=True):

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_families import find_decoder_layers
 from vllm.model_executor.layers.steering_shards import WHOLE, tensor_parallel_shard
 from vllm.model_executor.model_loader.sae_loader import load_vectors
+from vllm.v1.worker.steering_memory import naming_memory
 from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_places import VectorPlace
 from vllm.v1.worker.steering_tables import unit_scale
@@ -50,7 +51,8 @@ def build_site_modules(
         readable=config.readout,
         shard=WHOLE if config.ranks.size == 1 else tensor_parallel_shard(),
     )
-    places = modules.make_places(slots_of(config), config.inline_sites)
+    with naming_memory(config, layers, widths, dtype, device):
+        places = modules.make_places(slots_of(config), config.inline_sites)
     modules.places = places
     for module in config.modules.values():
         scales: dict[int, np.ndarray | None] = {}
@@ -70,7 +72,11 @@ def build_site_modules(
             "Steering module %s: %d site(s) [%s], %.1f MiB, digest %s",
             info.name,
             len(info.sites),
-            ", ".join(f"{s.name} F={s.d_sae}" for s in info.sites),
+            ", ".join(
+                f"{site.name} F={site.d_sae}"
+                + (f" on {config.ranks.size} ranks" if info.is_sharded(site) else "")
+                for site in info.sites
+            ),
             module_bytes(info, dtype.itemsize, config.ranks) / 2**20,
             info.digest[:12],
         )

@@ -142,9 +142,11 @@ class ModuleChanges:
         """Put the staged module in place."""
         change, modules = self._change(), self.modules
         self._synchronize()
-        change.committed = True
         if change.old is not None:
             self._keep(change, change.old)
+        # From here on something may be changed, and what a rollback needs is there.
+        change.committed = True
+        if change.old is not None:
             modules.unbind(change.old)
         if change.added:
             for site in modules.attach(change.added):
@@ -276,6 +278,11 @@ def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
     place.slot.weights.refresh()
 
 
+def _in_one_line(error: Exception) -> str:
+    """An error's text, or what kind of error it is."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class SteeringWorkerMixin:
     """Gives a worker the method that the engine calls on every rank."""
 
@@ -318,14 +325,12 @@ class SteeringWorkerMixin:
                     "rollback": changes.rollback,
                 }
                 verbs[verb]()
-        except (ValueError, torch.OutOfMemoryError) as error:
-            text = " ".join(str(error).split())
-            return {"ok": False, "refused": True, "error": text}
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            return {"ok": False, "refused": True, "error": _in_one_line(error)}
         except Exception as error:
             # A worker that raises would end the engine.
             logger.exception("Steering: %s of %s failed", verb, name or "a module")
-            text = " ".join(str(error).split())
-            return {"ok": False, "refused": False, "error": text}
+            return {"ok": False, "refused": False, "error": _in_one_line(error)}
         return {"ok": True}
 
     def _changes(self) -> ModuleChanges:

@@ -61,9 +61,10 @@ def test_inspect_shows_the_memory_of_each_rank(
 ) -> None:
     path = str(gated(tmp_path / "sae"))
     assert main(["inspect", path, "--tp", "4"]) == 0
-    assert "on each of 4 ranks: 0.0 MiB replicated; it cannot be" in (
-        capsys.readouterr().out
-    )
+    assert (
+        "on each of 4 ranks: 0.0 MiB replicated; it cannot be sharded: "
+        f"found {F} features and {D} columns, expected multiples of 64\n"
+    ) in capsys.readouterr().out
     wide = {"W_enc": torch.ones(64, 32), "W_dec": torch.ones(64, 32)}
     wide |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32)}
     save_native(tmp_path / "wide", {(2, "post_block"): wide})
@@ -72,12 +73,27 @@ def test_inspect_shows_the_memory_of_each_rank(
     assert ranks == {
         "tp": 2,
         "can_shard": True,
+        "unit": 32,
         "auto": {"16_bit": "replicate", "32_bit": "replicate"},
         "bytes_16_bit_replicated": 2 * 2 * 64 * 32 + 4 * (2 * 64 + 32),
         "bytes_16_bit_sharded": 2 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
         "bytes_32_bit_replicated": 2 * 4 * 64 * 32 + 4 * (2 * 64 + 32),
         "bytes_32_bit_sharded": 4 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
     }
+
+
+def test_inspect_adds_up_what_ranks_hold_of_several_sites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In units of 64 features, so that MiB have one decimal."""
+    features, width = 16384, 32
+    one = {"W_enc": torch.ones(features, width), "W_dec": torch.ones(features, width)}
+    one |= {"b_enc": torch.zeros(features), "b_dec": torch.zeros(width)}
+    save_native(tmp_path / "two", {(at, "post_block"): one for at in (2, 5)})
+    assert main(["inspect", str(tmp_path / "two"), "--tp", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("on each of 2 ranks: 2.1 MiB replicated, 1.1 MiB sharded") == 2
+    assert "all sites      4.3 MiB on each of 2 ranks in 16 bit (auto)\n" in said
 
 
 def test_a_transcoder_from_before_the_gain_stays_one_when_converted(
@@ -115,7 +131,7 @@ def test_a_refused_module_is_one_line_and_status_one(
     assert main(["inspect", str(tmp_path / "nothing")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: steering module")
+    assert captured.err.startswith(f"error: {tmp_path / 'nothing'}: ")
     assert captured.err.count("\n") == 1
 
 

@@ -71,8 +71,8 @@ def run(*arguments: str) -> tuple[int, list[str], str]:
         ([], 2, "required"),
         (["unknown"], 2, "invalid choice"),
         (["probe", "x", "--model", "m", "--max-tokens", "0"], 2, "expected an integer"),
-        (["inspect", "/no/such/module"], 1, "(/no/such/module): no such file"),
-        (["convert", "/no/such/module", "/tmp"], 1, "(/no/such/module): no such file"),
+        (["inspect", "/no/such/module"], 1, "error: /no/such/module: no such file"),
+        (["convert", "/no/such/module", "/tmp"], 1, "error: /no/such/module: no"),
     ],
 )
 def test_neither_torch_nor_vllm_is_imported(
@@ -95,7 +95,7 @@ def test_a_module_that_needs_no_folding_is_described_without_torch(
     assert json.loads(said) == json.loads(capsys.readouterr().out)
 
 
-def test_a_value_that_is_not_finite_is_found_without_torch_and_told_with_it(
+def test_a_value_that_is_not_finite_is_found_without_torch(
     native: Path, tmp_path: Path
 ) -> None:
     module = tmp_path / "module"
@@ -105,8 +105,7 @@ def test_a_value_that_is_not_finite_is_found_without_torch_and_told_with_it(
     tensors["W_dec"][5, 1] = torch.nan
     save_file(tensors, path)
     code, heavy, said = run("inspect", str(module))
-    assert code == 1
-    assert "torch" in heavy
+    assert (code, heavy) == (1, ["numpy"])
     assert "W_dec: expected finite values" in said
     assert "feature 5" in said
 
@@ -129,15 +128,15 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_folding_needs_torch_and_nothing_of_vllm(
+def test_folding_needs_neither_torch_nor_vllm(
     folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, heavy, said = run("inspect", str(folded), "--json")
-    assert (code, heavy) == (0, ["numpy", "torch"])
+    assert (code, heavy) == (0, ["numpy"])
     assert main(["inspect", str(folded), "--json"]) == 0
     assert json.loads(said) == json.loads(capsys.readouterr().out)
     code, heavy, said = run("convert", str(folded), str(tmp_path / "alone"))
-    assert (code, heavy) == (0, ["numpy", "torch"])
+    assert (code, heavy) == (0, ["numpy"])
     assert "wrote 1 site(s)" in said
     # As in a process that has vLLM.
     assert main(["convert", str(folded), str(tmp_path / "beside")]) == 0
@@ -146,20 +145,16 @@ def test_folding_needs_torch_and_nothing_of_vllm(
         assert alone.read_bytes() == beside.read_bytes()
 
 
-def test_converting_a_module_takes_a_few_seconds(folded: Path, tmp_path: Path) -> None:
-    arguments = ["convert", str(folded), str(tmp_path / "out")]
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_reading_a_module_takes_less_than_a_second(
+    folded: Path, tmp_path: Path, command: str
+) -> None:
+    arguments = [command, str(folded)]
+    if command == "convert":
+        arguments.append(str(tmp_path / "out"))
     before = children_s()
-    command = [sys.executable, "-m", "vllm_steering_cli", *arguments]
-    subprocess.run(command, check=True, capture_output=True)
-    # PyTorch takes half of it; all of vLLM would take three times as long.
-    assert children_s() - before < 3.0
-
-
-def test_describing_a_module_takes_less_than_a_second(native: Path) -> None:
-    module = str(native / "float16")
-    command = [sys.executable, "-m", "vllm_steering_cli", "inspect", module]
-    before = children_s()
-    subprocess.run(command, check=True, capture_output=True)
+    run_it = [sys.executable, "-m", "vllm_steering_cli", *arguments]
+    subprocess.run(run_it, check=True, capture_output=True)
     assert children_s() - before < 1.0
 
 

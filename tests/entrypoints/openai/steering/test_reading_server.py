@@ -192,8 +192,14 @@ def test_a_feature_ends_a_stream(http: httpx.Client) -> None:
     reason = f"sae:{MODULE}:post_block.1:{BRIDGE['feature']}"
     (choice,) = post(http, "/v1/chat/completions", body)["choices"]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", reason)
-    last = streamed(http, "/v1/chat/completions", body)[-1]["choices"][0]
+    chunks = streamed(http, "/v1/chat/completions", body)
+    last = chunks[-1]["choices"][0]
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", reason)
+    # The token that fired is a part of both answers.
+    deltas = [one["choices"][0]["delta"].get("content") or "" for one in chunks]
+    assert "".join(deltas) == choice["message"]["content"] != ""
+    parts = [one["choices"][0].get("sae_features", {}) for one in chunks]
+    same(joined(parts), choice["sae_features"])
     positions = choice["sae_features"][MODULE]["post_block.1"]["positions"]
     assert len(positions) == 1
 

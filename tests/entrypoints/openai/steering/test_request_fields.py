@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from argparse import Namespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import vllm.plugins.steering as plugin
+from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_types import EXTRA_ARGS_KEYS
 from vllm.exceptions import VLLMValidationError
 
@@ -251,6 +253,16 @@ def test_realtime_events_refuse_the_fields(event: str) -> None:
     message = {"type": event, "model": "m", "sae_clamp_specs": SPECS["sae_clamp_specs"]}
     with pytest.raises(VLLMValidationError, match="sae_clamp_specs"):
         asyncio.run(connection.handle_event(message))
+
+
+def test_a_hundred_thousand_unknown_fields_take_no_seconds() -> None:
+    keys = [f"field_of_mine_{at}" for at in range(100_000)]
+    start = time.process_time()
+    refuse_misspelt(keys)
+    assert time.process_time() - start < 2.0  # all of them compared took over 5
+    # The words of our fields are found behind them, too.
+    with pytest.raises(VLLMValidationError, match="expected sae_clamp_specs"):
+        refuse_misspelt([*keys, "sae_clamp_spec"])
 
 
 @pytest.mark.parametrize("route", CARRIERS)

@@ -25,15 +25,23 @@ LABELS = f"/v1/steering/modules/{MODULE}/features"
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("encode")
     shutil.copytree(EXAMPLE / "sae", root / "sae")
-    labels = [
+    content = [
         {"index": "3", "description": "soup"},
         {"index": "4", "description": "sea"},
     ]
-    (root / "sae" / "labels.json").write_text(json.dumps(labels))
+    file = root / "sae" / "labels.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.fixture(scope="module")
+def http(labels: Path) -> Iterator[httpx.Client]:
+    root = labels.parent.parent
     options = ("--steering-modules", f"{MODULE}={root / 'sae'}", "--api-key", "secret")
+    options += ("--steering-api-key", "key")
     with (
         api_server(
             EXAMPLE / "model",
@@ -93,6 +101,9 @@ def test_messages_are_rendered(http: httpx.Client) -> None:
     (entry,) = encode(http, messages=messages)["data"]
     assert "who are you" in "".join(entry["tokens"])
     assert entry["sae_features"]["post_block.1"]["positions"]
+    parts = [{"type": "text", "text": "Who are"}, {"type": "text", "text": "you?"}]
+    (same,) = encode(http, messages=[{"role": "user", "content": parts}])["data"]
+    assert same["token_ids"] == entry["token_ids"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,15 @@ def test_messages_are_rendered(http: httpx.Client) -> None:
         ({"input": "a", "features": [1 << 30]}, "features[0]"),
         ({"input": "a", "module_name": "none"}, "module_name"),
         ({"input": "word " * 400}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": ["a", 5]}, "input"),
         ({"input": "a", "n": 1}, "n"),
+        ({"input": "a", "sites": {"post_block": []}}, "sites.post_block"),
+        ({"input": "a", "sites": {"post_block": [3]}}, "sites.post_block[0]"),
+        ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
+        ({"messages": [{"content": "a"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages"),
     ],
 )
 def test_what_cannot_be_encoded_is_a_400(
@@ -117,6 +136,88 @@ def test_what_cannot_be_encoded_is_a_400(
     assert answer.status_code == 400, answer.text
     if field is not None:
         assert answer.json()["error"]["param"] == field
+
+
+def test_a_text_that_does_not_fit_is_named(http: httpx.Client) -> None:
+    body = {"module_name": MODULE, "input": ["a", "b", "word " * 400]}
+    error = http.post(URL, json=body).json()["error"]
+    assert re.match(
+        r"input\[2\]: found \d+ tokens, expected 1 to 255", error["message"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 100_000, 400),
+        (b'{"module_name": "golden-gate", "input": "a", "input": "b"}', 400),
+        (b'{"module_name": "golden-gate", "input": "\\ud800"}', 400),
+        (b'{"module_name": "golden-gate", "input": "' + b"a" * (1 << 20) + b'"}', 413),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(
+    http: httpx.Client, body: bytes, status: int
+) -> None:
+    answer = http.post(URL, content=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_a_long_text_is_cut_into_pieces_as_a_short_one(http: httpx.Client) -> None:
+    words = [f"the {word}" for word in ("bridge", "soup", "chef", "bay") * 28]
+    (entry,) = encode(http, input=" ".join(words), top_k=1)["data"]
+    assert len(entry["tokens"]) == len(entry["token_ids"]) > 200
+    assert "".join(entry["tokens"]).endswith(" ".join(words))
+
+
+def test_the_model_is_the_one_that_is_served(http: httpx.Client) -> None:
+    assert encode(http, input="a", model=MODEL_NAME)["data"]
+    body = {"module_name": MODULE, "input": "a", "model": "other"}
+    answer = http.post(URL, json=body)
+    assert answer.status_code == 404 and answer.json()["error"]["param"] == "model"
+    assert MODEL_NAME in answer.json()["error"]["message"]
+
+
+def test_the_default_preset_does_not_steer_what_is_encoded(http: httpx.Client) -> None:
+    key = {"X-Steering-Authorization": "Bearer key"}
+    clamp = {"feature_idx": 3, "kind": "additive", "value": 9.0}
+    preset = {"sae_clamp_specs": [{"module_name": MODULE, "clamps": [clamp]}]}
+    plain = encode(http, input="the bridge", features=[3])
+
+    def default(name: str | None) -> None:
+        url = "/v1/steering/default_preset"
+        answer = http.put(url, json={"preset": name}, headers=key)
+        assert answer.status_code == 200, answer.text
+
+    try:
+        for locked in (False, True):
+            url = "/v1/steering/presets/three"
+            body = {**preset, "locked": locked}
+            assert http.put(url, json=body, headers=key).status_code in (200, 201)
+            default("three")
+            found = encode(http, input="the bridge", features=[3])
+            # A locked default acts on every request.
+            assert (found["data"] == plain["data"]) is not locked
+    finally:
+        default(None)
+
+
+def test_a_broken_labels_file_is_named_without_its_place(
+    http: httpx.Client, labels: Path
+) -> None:
+    content = labels.read_text()
+    try:
+        labels.write_text('[{"index": "x", "description": "soup"}]')
+        answer = http.get(LABELS)
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 409
+        assert "labels.json: entry" in message and str(labels.parent) not in message
+    finally:
+        labels.write_text(content)
 
 
 def test_the_servers_key_is_wanted(http: httpx.Client) -> None:
@@ -139,7 +240,12 @@ def test_labels_are_searched(http: httpx.Client) -> None:
     assert http.get(LABELS, params={"q": "SOU"}).json()["features"] == [soup]
     assert http.get(LABELS, params={"index": 4}).json()["features"] == [sea]
     assert http.get(LABELS, params={"index": 9}).json()["features"] == []
-    assert http.get(LABELS, params={"limit": "x"}).status_code == 400
+    assert http.get(LABELS, params={"q": "soup sea"}).json()["features"] == []
+    assert http.get(LABELS, params={"limit": 1}).json()["features"] == [soup]
+    for bad in ({"limit": "x"}, {"limit": 0}, {"limit": 1001}, {"index": -1}):
+        answer = http.get(LABELS, params=bad)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == next(iter(bad))
     other = LABELS.replace(MODULE, "none")
     assert http.get(other).status_code == 404
 

@@ -351,3 +351,22 @@ def test_the_schema_is_the_definition(client: TestClient) -> None:
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["name", "path"]
     assert schema["properties"]["replace"] == {"type": "boolean", "default": False}
+
+
+def test_the_document_names_queries_and_statuses(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    named = {
+        (path, verb): {parameter["name"] for parameter in operation["parameters"]}
+        for path, verbs in paths.items()
+        for verb, operation in verbs.items()
+        if "parameters" in operation
+    }
+    assert named[f"{URL}/{{name}}/features", "get"] == {"name", "q", "index", "limit"}
+    assert named[f"{URL}/{{name}}/evidence", "get"] == {"name", "index"}
+    assert named[f"{URL}/{{name}}", "delete"] == {"name", "drain"}
+    assert "201" in paths[URL]["post"]["responses"]
+    for path, verbs in paths.items():
+        for verb, operation in verbs.items():
+            assert operation["description"], path
+            if verb != "get" and "encode" not in path:
+                assert {"401", "403"} <= operation["responses"].keys(), path

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +67,49 @@ def test_a_preset_whose_module_is_gone_is_listed_with_the_reason(
         ("x", {FULL: [sae_spec("none")]}, 400, f"{FULL}[0].module_name"),
         ("x", {"locked": True}, 400, "preset"),
         ("x", {**GOOD, "sampling": {"temperature": True}}, 400, "preset.sampling"),
+        ("x", {**GOOD, "sampling": {"top_p": float("nan")}}, 400, "preset.sampling"),
+        ("x", {**GOOD, "description": "\ud800"}, 400, "preset.description"),
+        ("x", {"\ud800": 1}, 400, "preset['\\ud800']"),
     ],
 )
 def test_a_bad_preset_is_refused(
     client: TestClient, name: str, body: Any, status: int, param: str
 ) -> None:
-    refused = client.put(f"{PRESETS}/{name}", json=body)
+    refused = client.put(f"{PRESETS}/{name}", content=json.dumps(body))
     assert refused.status_code == status, refused.text
     assert error(refused)["param"].startswith(param)
+    assert error(refused)["message"].startswith(param)
+    assert client.get(PRESETS).json()["presets"] == []
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"preset": "x", "preset": "y"}'])
-def test_a_bad_default_is_refused(client: TestClient, body: bytes) -> None:
-    assert client.put(DEFAULT, content=body).status_code == 400
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "body: found nothing, expected a JSON object"),
+        (b"\xff", "body: found no UTF-8 at byte 0"),
+        (b'{"preset": ', "body: found no JSON at character 11"),
+        (b"[" * 100_000, "body: found JSON that is nested too deep"),
+        (b'{"preset": ' + b"1" * 5000 + b"}", "body: found an integer of thousands"),
+        (b"[]", "body: found a value of type list, expected an object with preset"),
+        (b"{}", "preset: is missing, expected the name of a preset, or null"),
+        (b'{"preset": 5}', "preset: found 5, expected the name of a preset, or null"),
+        (b'{"preset": "x", "preset": "y"}', "preset: is given twice, expected once"),
+        (b'{"preset": null, "x": 1}', "x: unknown field, expected only preset"),
+    ],
+)
+def test_a_bad_default_is_refused(
+    client: TestClient, body: bytes, message: str
+) -> None:
+    refused = client.put(DEFAULT, content=body)
+    assert refused.status_code == 400
+    assert error(refused)["message"].startswith(message)
 
 
 def test_unknown_presets_are_not_found(client: TestClient) -> None:
     assert client.delete(f"{PRESETS}/nobody").status_code == 404
-    assert client.put(DEFAULT, json={"preset": "nobody"}).status_code == 404
+    unknown = client.put(DEFAULT, json={"preset": "nobody"})
+    assert unknown.status_code == 404
+    assert error(unknown)["message"].startswith("preset: found 'nobody', expected a")
 
 
 def test_without_the_key_nothing_changes(serve: Serve) -> None:

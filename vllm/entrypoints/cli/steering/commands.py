@@ -6,31 +6,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
-from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import ModuleLayout
+from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
-    load_site,
     read_layout,
+    read_site,
     save_native,
 )
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 SiteName = tuple[int, HookPoint | str]
 
 
 class LoadedSites(Mapping[SiteName, JsonView]):
-    """The sites of a module, each loaded when it is asked for."""
+    """The sites of a module, each read when it is asked for."""
 
-    def __init__(self, module: ModuleInfo, layout: ModuleLayout, dtype: torch.dtype):
+    def __init__(self, module: ModuleInfo, layout: ModuleLayout, dtype: FloatType):
         self._module = module
         self._declared = layout.declared
         self._dtype = dtype
@@ -46,14 +39,11 @@ class LoadedSites(Mapping[SiteName, JsonView]):
 
     def __getitem__(self, key: SiteName) -> JsonView:
         site = self._sites[key]
-        cpu = torch.device("cpu")
-        weights = SAEWeights.for_site(site, self._dtype, cpu)
-        load_site(self._module, site, weights)
+        weights = read_site(self._module, site, self._dtype).tensors()
+        if site.activation is not Activation.JUMPRELU:
+            del weights["threshold"]
         content: Json = {
-            "W_enc": weights.W_enc,
-            "b_enc": weights.b_enc,
-            "W_dec": weights.W_dec,
-            "b_dec": weights.b_dec,
+            **weights,
             "activation": site.activation,
             **self._declared.get(site.name, {}),
         }
@@ -63,10 +53,6 @@ class LoadedSites(Mapping[SiteName, JsonView]):
             content["before_gain"] = True
         if site.raw_output:
             content["raw_output"] = True
-        if weights.W_skip is not None:
-            content["W_skip"] = weights.W_skip
-        if site.activation is Activation.JUMPRELU:
-            content["threshold"] = weights.threshold
         if site.activation is Activation.TOPK:
             content |= {"k": site.k, "topk_relu": site.topk_relu}
         return content
@@ -80,14 +66,14 @@ def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> Non
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty directory")
+        raise ValueError(f"{out}: found files, expected a new or empty directory")
     module = inspect_module("module", path, sites=sites)
     if module.kind != "sae":
         raise ValueError(f"{path}: expected an SAE, found steering vectors")
     layout = read_layout("module", path, sites)
     save_native(
         target,
-        LoadedSites(module, layout, DTYPES[dtype]),
+        LoadedSites(module, layout, FloatType(dtype)),
         reference_norm=module.reference_norm,
         skip_token_ids=module.skip_token_ids,
         norm_guard=module.norm_guard,

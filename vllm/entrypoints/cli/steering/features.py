@@ -10,32 +10,26 @@ from typing import TYPE_CHECKING
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import parse_site
-from vllm.config.steering_json import Json
+from vllm.entrypoints.cli.steering.inputs import (
+    check_model_path,
+    quiet_engine,
+    texts_of,
+)
 from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
 from vllm.entrypoints.steering.evaluate import evaluate
-from vllm.entrypoints.steering.finder import FoundFeatures, find_features
+from vllm.entrypoints.steering.finder import (
+    check_one_site,
+    check_top,
+    find_features,
+)
+from vllm.entrypoints.steering.found import FoundFeatures
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 # Above this share of unexplained variance the features mean little.
 BAD_FVU = 0.6
-
-
-def texts_of(file: str) -> list[str]:
-    """The texts of a UTF-8 file: paragraphs, or lines where there is one paragraph.
-
-    Raises:
-        ValueError: there is none.
-    """
-    content = Path(file).read_text()
-    paragraphs = [part.strip() for part in content.split("\n\n") if part.strip()]
-    if len(paragraphs) == 1:
-        lines = [line.strip() for line in paragraphs[0].splitlines()]
-        paragraphs = [line for line in lines if line]
-    if not paragraphs:
-        raise ValueError(f"{file}: expected at least one text, found none")
-    return paragraphs
 
 
 def features(
@@ -51,35 +45,49 @@ def features(
     as_json: bool = False,
     plot: str | None = None,
 ) -> int:
-    """Print what tells the texts of one file from those of another; exit status 0."""
-    texts = texts_of(text_file)
-    against = None if against_file is None else texts_of(against_file)
-    labels = labels_of(path) if labels_file is None else load_labels(labels_file)
-    chosen = None
-    if site is not None:
-        parsed = parse_site(site)
-        if parsed is None:
-            raise ValueError(f"--site: found {site!r}, expected HOOK.LAYER")
-        chosen = (parsed[1].value, parsed[0])
-    options: Json = {"dtype": dtype}
-    if site is not None:
-        options["sites"] = [site]
-    with probing_engine(path, model, options) as llm:
-        own, other = _windows(llm, texts), _windows(llm, against or [])
-        found = find_features(
-            llm, MODULE, own, other, site=chosen, top=top, labels=labels
+    """Print what tells the texts of one file from those of another; exit status 0.
+
+    Whatever can be refused without the model is refused before it is loaded.
+
+    Raises:
+        ValueError, OSError: an argument, a file, the module or the model is refused.
+    """
+    quiet_engine()
+    check_top("--top", top)
+    texts = texts_of("--text", text_file)
+    against = None if against_file is None else texts_of("--against", against_file)
+    labels = _labels(path, labels_file)
+    if plot is not None:
+        _check_plot(plot)
+    check_model_path(model)
+    if site is not None and parse_site(site) is None:
+        raise ValueError(
+            f"--site: found {site!r}, expected HOOK.LAYER such as post_block.20"
         )
-        (fit,) = (one for one in evaluate(llm, MODULE, own) if one.site == found.site)
-    if fit.fvu > BAD_FVU:
+    sites = None if site is None else [site]
+    info = inspect_module(MODULE, path, sites=sites)
+    if info.kind != "sae":
+        raise ValueError(f"{path}: expected an SAE, found steering vectors")
+    check_one_site("--site", [one.name for one in info.sites])
+    with probing_engine(path, model, {"dtype": dtype, "sites": sites}) as llm:
+        own, other = _windows(llm, texts), _windows(llm, against or [])
+        found = find_features(llm, MODULE, own, other, top=top, labels=labels)
+        # A loss needs texts of two tokens.
+        fits = evaluate(llm, MODULE, own) if max(map(len, own)) > 1 else []
+    fit = fits[0] if fits else None
+    if fit is not None and fit.fvu > BAD_FVU:
         found.warnings.append(
             f"FVU {fit.fvu:.2f}: the SAE explains little of this site on these texts; "
             "is it of this model, layer and hook?"
         )
     if as_json:
-        fitted = {"fvu": fit.fvu, "l0": fit.l0}
-        print(json.dumps({**found.to_json(), "fit": fitted}, indent=1))
+        fitted = None if fit is None else {"fvu": fit.fvu, "l0": fit.l0}
+        shown = {**found.to_json(), "module": path, "model": model, "fit": fitted}
+        print(json.dumps(shown, indent=1))
     else:
-        _print(found, labels)
+        for warning in found.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(found)
     if plot is not None:
         _plot(found, plot)
     return 0
@@ -95,30 +103,39 @@ def _windows(llm: LLM, texts: list[str]) -> list[list[int]]:
     return found
 
 
-def _print(found: FoundFeatures, labels: Labels) -> None:
-    for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{found.site}: {len(found)} features, the best first")
-    print(
-        f"{'feature':>8} {'A - B':>9} {'AUROC':>6} {'on A':>6} {'on B':>6}  strongest"
-    )
-    for one in found:
-        auroc = "" if one.auroc is None else f"{one.auroc:.3f}"
-        print(
-            f"{one.feature_idx:>8} {one.mean_difference:>9.3f} {auroc:>6} "
-            f"{one.frequency:>6.1%} {one.frequency_against:>6.1%}  {one.label}"
+def _labels(path: str, file: str | None) -> Labels:
+    """The labels of a file, or those beside the module."""
+    if file is None:
+        return labels_of(path)
+    try:
+        return load_labels(file)
+    except OSError as error:
+        raise ValueError(f"--labels {file}: {error.strerror}") from None
+
+
+def _check_plot(file: str) -> None:
+    """Raise `ValueError` unless a figure can be written there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(
+            "--plot: needs matplotlib, which is not installed: pip install matplotlib"
+        ) from None
+    known = Figure().canvas.get_supported_filetypes()
+    place = Path(file)
+    if place.suffix[1:].lower() not in known:
+        endings = ", ".join(f".{name}" for name in sorted(known))
+        raise ValueError(
+            f"--plot {file}: expected a name that ends in one of {endings}"
         )
-        for example in one.examples:
-            text = f"{example.before}[{example.token}]{example.after}"
-            print(f"{'':>40}{example.value:7.2f}  {' '.join(text.split())}")
+    if not place.parent.is_dir() or place.is_dir():
+        raise ValueError(f"--plot {file}: expected a file in a directory that exists")
 
 
 def _plot(found: FoundFeatures, file: str) -> None:
     """A bar for each feature's mean difference, its AUROC in the label."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot: needs matplotlib, which is not installed") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 0.3 * len(found) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = [

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that describes a module: `inspect`.
 
-A module that PyTorch is not needed for is described without it: importing PyTorch
-takes much longer than reading the module.
+It does not import PyTorch, which would take longer than reading most modules.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
 from vllm.config.steering_json import Json
@@ -21,24 +18,11 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
     SAELayout,
 )
-from vllm.model_executor.model_loader.sae_formats.safetensors_file import (
-    SafetensorsFile,
-)
-from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
-from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import (
+    check_weights,
     inspect_module,
-    load_site,
-    load_vectors,
     read_layout,
-    site_file,
 )
-from vllm.model_executor.model_loader.sae_location import locate
-
-# Elements that are checked at a time.
-FINITE_CHUNK = 1 << 22
-# All ones in the exponent: NaN or infinity.
-BF16_EXPONENT = 0x7F80
 
 
 def describe_folds(layout: SAELayout) -> list[str]:
@@ -76,7 +60,7 @@ def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
 
 def ranks_of(site: SiteInfo, tp: int) -> Json:
     """Memory of a site on each of `tp` tensor-parallel ranks, in bytes."""
-    found: Json = {"tp": tp, "can_shard": False, "auto": {}}
+    found: Json = {"tp": tp, "can_shard": False, "unit": Ranks(tp).unit, "auto": {}}
     for name, itemsize in (("16_bit", 2), ("32_bit", 4)):
         ranks = Ranks(tp, itemsize)
         found[f"bytes_{name}_replicated"] = sae_bytes(site, itemsize)
@@ -107,66 +91,6 @@ def report(module: ModuleInfo, layout: ModuleLayout, tp: int = 1) -> Json:
     return data
 
 
-def check_weights(module: ModuleInfo) -> None:
-    """Load each site once, as an engine would, to find values that are not finite."""
-    import torch
-
-    from vllm.model_executor.layers.steering_state import SAEWeights
-
-    cpu = torch.device("cpu")
-    for site in module.sites:
-        if module.kind == "vectors":
-            load_vectors(module, site)
-        else:
-            load_site(module, site, SAEWeights.for_site(site, torch.float32, cpu))
-
-
-def plainly_finite(path: str, layout: ModuleLayout) -> bool:
-    """Whether NumPy can tell that every weight is finite as an engine would hold it.
-
-    False also where it cannot tell: for weights that loading folds, and for files
-    other than safetensors.
-    """
-    location = locate("module", path).location
-    for entry in layout.sites:
-        if not isinstance(entry, SAELayout) or describe_folds(entry):
-            return False
-        with open_tensors(site_file(location, entry)) as tensors:
-            if not isinstance(tensors, SafetensorsFile):
-                return False
-            if not all(is_finite(tensors, name) for name in _tensors_of(entry)):
-                return False
-    return True
-
-
-def _tensors_of(layout: SAELayout) -> Iterator[str]:
-    for matrix in (layout.W_enc, layout.W_dec, layout.W_skip):
-        if matrix is not None:
-            yield matrix.name
-    for name in (layout.b_enc, layout.b_dec, layout.threshold):
-        if isinstance(name, str):
-            yield name
-
-
-def is_finite(tensors: SafetensorsFile, name: str) -> bool:
-    """Whether all elements are finite as float32; False also for float64."""
-    kind = tensors.infos[name].dtype
-    if kind is None or kind is FloatType.F64:
-        return False
-    if 0 in tensors.infos[name].shape:
-        return True
-    flat = tensors.array(name).reshape(-1)
-    for start in range(0, len(flat), FINITE_CHUNK):
-        part = flat[start : start + FINITE_CHUNK]
-        if kind is FloatType.BF16:
-            good = (part & BF16_EXPONENT) != BF16_EXPONENT
-        else:
-            good = np.isfinite(part)
-        if not good.all():
-            return False
-    return True
-
-
 def inspect(
     path: str, sites: Sequence[str] | None, tp: int = 1, *, as_json: bool
 ) -> None:
@@ -182,8 +106,7 @@ def inspect(
     module = inspect_module("module", path, sites=sites)
     layout = read_layout("module", path, sites)
     data = report(module, layout, tp)
-    if not plainly_finite(path, layout):
-        check_weights(module)
+    check_weights(module)
     if as_json:
         print(json.dumps(data, indent=2))
     else:
@@ -206,14 +129,16 @@ def show(data: Json) -> None:
             skip = " with W_skip" if shown["has_skip"] else ""
             print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")
         if "ranks" in shown:
-            show_ranks(shown["ranks"])
+            show_ranks(shown["ranks"], shown)
         for fold in shown["folds"]:
             print(f"{'':15}folds {fold}")
         for name, value in shown["declared"].items():
             print(f"{'':15}declared {name} {value:g}")
+    if len(data["sites"]) > 1 and "ranks" in data["sites"][0]:
+        show_total(data["sites"])
 
 
-def show_ranks(ranks: Json) -> None:
+def show_ranks(ranks: Json, site: Json) -> None:
     """Print the memory of each tensor-parallel rank."""
     copied = ranks["bytes_16_bit_replicated"] / 2**20
     text = f"on each of {ranks['tp']} ranks: {copied:.1f} MiB replicated"
@@ -221,5 +146,21 @@ def show_ranks(ranks: Json) -> None:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
         text += f" (auto: {ranks['auto']['16_bit']})"
     else:
-        text += "; it cannot be sharded"
+        d_out = site["d_out"] or site["d_in"]
+        text += (
+            f"; it cannot be sharded: found {site['d_sae']} features and {d_out} "
+            f"columns, expected multiples of {ranks['unit']}"
+        )
     print(f"{'':15}{text}")
+
+
+def show_total(sites: Sequence[Json]) -> None:
+    """Print what `auto` makes of all sites together."""
+    total = 0
+    for site in sites:
+        ranks = site["ranks"]
+        is_shared = ranks["auto"]["16_bit"] == "shard"
+        total += ranks[f"bytes_16_bit_{'sharded' if is_shared else 'replicated'}"]
+    tp = sites[0]["ranks"]["tp"]
+    size = f"{total / 2**20:.1f} MiB"
+    print(f"{'all sites':15}{size} on each of {tp} ranks in 16 bit (auto)")

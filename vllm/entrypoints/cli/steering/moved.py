@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
 from vllm.config.steering import site_name
 from vllm.entrypoints.cli.steering.commands import LoadedSites
 from vllm.model_executor.model_loader.sae_formats.names import need_site
+from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
     read_layout,
@@ -50,7 +49,7 @@ def at_asked_site(
     layer, hook = need_site(sites[0], "sites")
     asked = site_name(hook, layer)
     print(f"note: the files say {stated.name}; measured at {asked}", file=sys.stderr)
-    content = LoadedSites(module, layout, torch.float32)[stated.layer, stated.hook]
+    content = LoadedSites(module, layout, FloatType.F32)[stated.layer, stated.hook]
     with tempfile.TemporaryDirectory(prefix="vllm-steering-probe-") as folder:
         save_native(
             folder,

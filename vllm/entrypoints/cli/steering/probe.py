@@ -10,11 +10,8 @@ computed by the reference from the weights that the engine holds.
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -25,6 +22,11 @@ from vllm.config.steering import (
     site_name,
 )
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
+from vllm.entrypoints.cli.steering.inputs import (
+    check_model_path,
+    quiet_engine,
+    read_text,
+)
 from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe_engine import (
     MODULE,
@@ -109,27 +111,6 @@ def windows(ids: Sequence[int], bos: int | None, max_tokens: int) -> list[list[i
     body = list(ids[len(prefix) : max_tokens])
     step = WINDOW - 1 - len(prefix)  # one place is for the token that is generated
     return [prefix + body[at : at + step] for at in range(0, len(body), step)]
-
-
-def check_model_path(model: str) -> None:
-    """Raise `ValueError` for a path that is no model, before vLLM takes it for a name.
-
-    A name of the Hugging Face Hub is not looked up here.
-    """
-    place = Path(model).expanduser()
-    looks_local = model.startswith(("/", ".", "~")) or model.count("/") > 1
-    if place.is_dir() and not (place / "config.json").is_file():
-        found = "a directory without config.json"
-    elif place.exists() and not place.is_dir() and place.suffix != ".gguf":
-        found = "a file"
-    elif looks_local and not place.exists():
-        found = "no such directory"
-    else:
-        return
-    raise ValueError(
-        f"--model {model}: {found}; expected the directory of a model, or a name on "
-        "the Hugging Face Hub such as google/gemma-2-2b"
-    )
 
 
 def probe_module(
@@ -239,12 +220,8 @@ def probe(
     Raises:
         ValueError, OSError: as `probe_module`, or the text cannot be read.
     """
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        # The engine's log would go where the table does. The engine reads the
-        # variable again; what runs before it has read it already.
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-    text = DEFAULT_TEXT if text_file is None else Path(text_file).read_text("utf-8")
+    quiet_engine()
+    text = DEFAULT_TEXT if text_file is None else read_text("--text", text_file)
     found = probe_module(path, model, text, max_tokens, sites=sites, dtype=dtype)
     warnings = [warning for site in found for warning in site.warnings]
     if as_json:

@@ -16,7 +16,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.serve.steering import preset_router
 from vllm.entrypoints.serve.steering.access import configured_key
 from vllm.entrypoints.serve.steering.api_router import router
-from vllm.entrypoints.serve.steering.encode import EncodeService
+from vllm.entrypoints.serve.steering.encode import EncodeService, served_names
 from vllm.entrypoints.serve.steering.metrics import SteeringMetrics
 from vllm.entrypoints.serve.steering.playground import PATH, Playground
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
@@ -48,7 +48,7 @@ class SteeringEndpoints:
             return
         service = SteeringModulesService(engine_client)
         state.steering_modules = service
-        state.steering_encode = EncodeService(engine_client)
+        state.steering_encode = EncodeService(engine_client, served_names(args))
         state.steering_api_key = configured_key(args)
         if service.steering is not None:
             state.steering_metrics = SteeringMetrics(service)

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import about, shown
 from vllm.config.steering_environment import KEY_ENV
 
 # For servers whose own `--api-key` takes the Authorization header.
@@ -30,22 +30,24 @@ class RequestRefused(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = about(field, message)
         self.field = field
         self.in_use = in_use
 
 
 def configured_key(args: Namespace) -> str | None:
     """The key from `--steering-api-key` or the environment, or None."""
-    key = vars(args).get("steering_api_key") or os.environ.get(KEY_ENV)
-    return key or None
+    key = vars(args).get("steering_api_key") or os.environ.get(KEY_ENV) or ""
+    return key.strip() or None
 
 
 def holds_key(headers: Mapping[str, str], key: str | None) -> bool:
     """Whether the caller sends the configured key; False where none is configured."""
     given = headers.get(OWN_HEADER) or headers.get("authorization") or ""
     scheme, _, token = given.partition(" ")
-    same = hmac.compare_digest(_bytes(token.strip()), _bytes(key or ""))
+    # Starlette reads the bytes of a header as Latin-1; clients send a key as UTF-8.
+    sent = token.strip().encode("latin-1", errors="replace")
+    same = hmac.compare_digest(sent, (key or "").encode(errors="surrogateescape"))
     return key is not None and scheme.lower() == "bearer" and same
 
 
@@ -59,12 +61,10 @@ def check_key(headers: Mapping[str, str], key: str | None) -> None:
         )
     if not holds_key(headers, key):
         raise RequestRefused(
-            401, "expected the steering key as Authorization: Bearer KEY"
+            401,
+            "found no steering key, or a wrong one, expected Authorization: Bearer KEY "
+            "or X-Steering-Authorization: Bearer KEY",
         )
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode(errors="surrogateescape")
 
 
 def allowed_path(path: str, roots: Sequence[str]) -> str:
@@ -92,7 +92,9 @@ def allowed_path(path: str, roots: Sequence[str]) -> str:
         return _allowed_repository(path, roots)
     if not os.path.isabs(path):
         raise RequestRefused(
-            400, f"path: found {shown(path)}, expected an absolute path", "path"
+            400,
+            f"path: found {shown(path)}, expected an absolute path or hf:owner/repo",
+            "path",
         )
     folders = [os.path.realpath(root) for root in roots if not root.startswith("hf:")]
     real = os.path.realpath(path)

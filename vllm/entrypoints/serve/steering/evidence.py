@@ -14,17 +14,21 @@ configuration.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
+import re
 from pathlib import Path
 
+from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.access import RequestRefused
+from vllm.entrypoints.serve.steering.file_cache import FileCache
 
 FILE = "evidence.json"
 MAX_BYTES = 32 << 20
 MAX_INDICES = 256
+# An escaped surrogate; most are halves of pairs.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LISTS = ("max", "p99", "p50", "frequency")
 FIGURES = ("fvu", "l0")
 
@@ -39,7 +43,7 @@ def of_features(module_path: str, indices: list[int]) -> Json:
         RequestRefused: 409, the file is no JSON object, or contains NaN.
     """
     folder = Path(module_path)
-    content = _content(folder / FILE)
+    content = _content(folder / FILE) or {}
     card, sites = content.get("card"), content.get("sites")
     id_ = content.get("neuronpedia")
     if not isinstance(id_, str):
@@ -56,19 +60,22 @@ def of_features(module_path: str, indices: list[int]) -> Json:
     }
 
 
-def _content(path: Path) -> Json:
-    """The JSON object in a file, or an empty one if there is no file."""
+def _content(path: Path) -> Json | None:
+    """The JSON object in a file, or None if there is no file."""
     try:
-        stat = path.stat()
+        return _FILES.get(path)
     except (OSError, ValueError):
-        return {}
-    return _read(path, stat.st_mtime_ns, stat.st_size)
+        raise RequestRefused(
+            409,
+            f"{path.name}: found no JSON object of at most {MAX_BYTES} bytes, or one "
+            "with NaN, infinity or broken characters",
+        ) from None
 
 
 def _stand_in(path: Path) -> Json:
     """As `_content`, but a file that holds no JSON object counts as empty."""
     try:
-        return _content(path)
+        return _content(path) or {}
     except RequestRefused:
         return {}
 
@@ -105,29 +112,33 @@ def parse_indices(text: str | None) -> list[int]:
     if not good or len(parts) > MAX_INDICES or any(len(part) > 9 for part in parts):
         raise RequestRefused(
             400,
-            f"index: expected at most {MAX_INDICES} feature indices, comma-separated",
+            f"index: found {shown(text)}, expected at most {MAX_INDICES} feature "
+            "indices, separated by commas",
             "index",
         )
     return [int(part) for part in parts]
 
 
-@functools.lru_cache(maxsize=8)
-def _read(path: Path, changed: int, size: int) -> Json:
-    """The file; `changed` is a part of the key, so that a new file is read."""
+def _read(path: Path) -> Json:
+    """The JSON object in a file, if an answer can have it.
+
+    An answer cannot have NaN, infinity or half of a surrogate pair.
+
+    Raises:
+        ValueError: it cannot, or there is no such object.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError("too large")
+    data = path.read_bytes()
     try:
-        content = _parsed(path) if size <= MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        content = None
+        content = json.loads(data, parse_float=_finite, parse_constant=_finite)
+        if _SURROGATE.search(data):
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
     if not isinstance(content, dict):
-        raise RequestRefused(
-            409, f"{path.name}: expected a JSON object of at most {MAX_BYTES} bytes"
-        )
+        raise ValueError("no object")
     return content
-
-
-def _parsed(path: Path) -> object:
-    """The JSON in a file; NaN and infinity are none, and an answer cannot have them."""
-    return json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
 
 
 def _finite(text: str) -> float:
@@ -135,6 +146,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is no JSON number")
     return number
+
+
+_FILES = FileCache(_read)
 
 
 def _of_feature(content: Json, index: int) -> Json:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from vllm.config.sae_steering_presets import PRESET_SCHEMA
-from vllm.config.steering_json import Json
-from vllm.config.strict_json import marked_loads, refuse_ambiguous
+from vllm.config.sae_steering_presets import PRESET_SCHEMA, read_preset
+from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.api_router import (
     modules_of,
@@ -16,7 +19,8 @@ from vllm.entrypoints.serve.steering.api_router import (
     read_body,
     refused,
 )
-from vllm.entrypoints.serve.steering.protocol import check_name
+from vllm.entrypoints.serve.steering.openapi import errors, takes
+from vllm.entrypoints.serve.steering.protocol import check_name, read_body_as
 from vllm.exceptions import VLLMValidationError
 
 router = APIRouter(tags=["steering"])
@@ -24,12 +28,7 @@ PATH = "/v1/steering/presets"
 DEFAULT = "/v1/steering/default_preset"
 
 
-def _accepts(schema: Json) -> Json:
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-@router.get(PATH)
+@router.get(PATH, responses=errors(409))
 async def list_steering_presets(request: Request) -> JSONResponse:
     """Every preset, whether it is valid now, and the default."""
     try:
@@ -38,22 +37,29 @@ async def list_steering_presets(request: Request) -> JSONResponse:
         return refused(error)
 
 
-@router.put(PATH + "/{name}", openapi_extra=_accepts(PRESET_SCHEMA))
+@router.put(
+    PATH + "/{name}",
+    responses=errors(400, 401, 403, 408, 409, 413),
+    openapi_extra=takes(PRESET_SCHEMA),
+)
 async def put_steering_preset(name: str, request: Request) -> JSONResponse:
-    """Make a preset, or replace one. Requests that run keep the one they had."""
+    """Make a preset, or replace one. Needs the steering key.
+
+    Requests that run keep the preset that they had.
+    """
     try:
         asked = modules_to_change(request)
         check_name(name)
-        preset = await _json(request)
+        preset = _preset(await read_body(request))
         await asked.call("put_preset", {"name": name, "preset": preset})
     except RequestRefused as error:
         return refused(error)
     return JSONResponse({"name": name, "preset": preset})
 
 
-@router.delete(PATH + "/{name}")
+@router.delete(PATH + "/{name}", responses=errors(400, 401, 403, 404, 409))
 async def delete_steering_preset(name: str, request: Request) -> JSONResponse:
-    """Remove a preset that is not the default."""
+    """Remove a preset that is not the default. Needs the steering key."""
     try:
         asked = modules_to_change(request)
         check_name(name)
@@ -63,35 +69,39 @@ async def delete_steering_preset(name: str, request: Request) -> JSONResponse:
     return JSONResponse({"name": name, "deleted": True})
 
 
-_DEFAULT_SCHEMA = {
-    "type": "object",
-    "properties": {"preset": {"type": ["string", "null"]}},
-    "required": ["preset"],
-    "additionalProperties": False,
-}
+class _DefaultPreset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The name of the preset for requests that name none; null for no preset."""
+
+    preset: Annotated[str | None, expects("the name of a preset, or null")]
 
 
-@router.put(DEFAULT, openapi_extra=_accepts(_DEFAULT_SCHEMA))
+_DEFAULT = Reader(_DefaultPreset)
+
+
+@router.put(
+    DEFAULT,
+    responses=errors(400, 401, 403, 404, 408, 409, 413),
+    openapi_extra=takes(json_schema(_DefaultPreset)),
+)
 async def set_default_steering_preset(request: Request) -> JSONResponse:
-    """Apply a preset to every request that names none; `{"preset": null}` ends it."""
+    """Apply a preset to every request that names none. Needs the steering key.
+
+    `{"preset": null}` ends that.
+    """
     try:
         asked = modules_to_change(request)
-        given = await _json(request)
-        if not isinstance(given, dict) or set(given) != {"preset"}:
-            raise RequestRefused(400, 'body: expected {"preset": NAME or null}')
-        await asked.call("set_default_preset", {"name": given["preset"]})
+        name = read_body_as(_DEFAULT, await read_body(request)).preset
+        await asked.call("set_default_preset", {"name": name})
     except RequestRefused as error:
         return refused(error)
-    return JSONResponse({"default_preset": given["preset"]})
+    return JSONResponse({"default_preset": name})
 
 
-async def _json(request: Request) -> object:
-    """The body as JSON, refused where readers of JSON could disagree."""
+def _preset(body: bytes) -> object:
+    """The preset in a body, as it was written; its types are right."""
     try:
-        found = marked_loads(await read_body(request))
-        refuse_ambiguous("", found)
+        found = strict_loads(body)
+        read_preset(found)
     except VLLMValidationError as error:
         raise RequestRefused(400, error.args[0], error.parameter) from None
-    except (ValueError, RecursionError):
-        raise RequestRefused(400, "body: expected a JSON object") from None
     return found

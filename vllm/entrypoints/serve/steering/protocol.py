@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -13,12 +13,15 @@ from vllm.config.steering import FeatureUnits, Screening, Sharding
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
-from vllm.config.strict_json import marked_loads, refuse_ambiguous
+from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.exceptions import VLLMValidationError
 
+T = TypeVar("T")
+
 MAX_BODY_BYTES = 256 << 10
 MAX_LIST = 8192
+MAX_QUERY = 256
 
 Name = Annotated[
     str,
@@ -39,7 +42,8 @@ Path = Annotated[
 ]
 TokenId = Annotated[int, expects("a token id", ge=0, lt=2**31)]
 TokenIds = Annotated[
-    list[TokenId], expects("null or a list of token ids", max_length=MAX_LIST)
+    list[TokenId],
+    expects(f"null or a list of at most {MAX_LIST} token ids", max_length=MAX_LIST),
 ]
 SiteName = Annotated[
     str,
@@ -47,7 +51,10 @@ SiteName = Annotated[
 ]
 SiteNames = Annotated[
     list[SiteName],
-    expects('null or a list of sites such as "post_block.20"', max_length=MAX_LIST),
+    expects(
+        f'null or a list of at most {MAX_LIST} sites such as "post_block.20"',
+        max_length=MAX_LIST,
+    ),
 ]
 Guard = Annotated[float, expects("null or a positive number", gt=0)]
 
@@ -89,17 +96,22 @@ def parse_register(body: bytes) -> RegisterRequest:
     Raises:
         RequestRefused: 400, naming the field, what was found and what is accepted.
     """
+    return read_body_as(_REGISTER, body)
+
+
+def read_body_as(reader: Reader[T], body: bytes) -> T:
+    """A body, read into the type of a reader.
+
+    Raises:
+        RequestRefused: 400, naming the field, what was found and what is accepted.
+    """
     try:
-        data = marked_loads(body)
-        refuse_ambiguous("", data)
-        return _REGISTER.read(data)
+        return reader.read(strict_loads(body))
     except VLLMValidationError as error:
-        raise RequestRefused(400, error.args[0], top_field(error)) from None
-    except (ValueError, RecursionError):
-        raise RequestRefused(400, "body: expected a JSON object") from None
+        raise RequestRefused(400, error.args[0], _top_field(error)) from None
 
 
-def top_field(error: VLLMValidationError) -> str | None:
+def _top_field(error: VLLMValidationError) -> str | None:
     """The field of the body that an error is about, or None."""
     field = re.split(r"[.\[]", error.parameter or "")[0]
     return field if field and field != _REGISTER.root else None
@@ -125,14 +137,26 @@ def parse_flag(key: str, value: str | None) -> bool:
     )
 
 
+def parse_words(key: str, value: str | None) -> str:
+    """A query parameter that is a few words."""
+    if value is not None and len(value) > MAX_QUERY:
+        raise RequestRefused(
+            400,
+            f"{key}: found {len(value)} characters, expected at most {MAX_QUERY}",
+            key,
+        )
+    return value or ""
+
+
 def parse_count(
-    key: str, value: str | None, default: int | None, most: int
+    key: str, value: str | None, default: int | None, most: int, least: int = 0
 ) -> int | None:
-    """A query parameter that is a number from 0 to `most`."""
+    """A query parameter that is a number from `least` to `most`."""
     if value is None:
         return default
-    if value.isascii() and value.isdigit() and len(value) <= 10 and int(value) <= most:
+    digits = value.isascii() and value.isdigit() and len(value) <= 10
+    if digits and least <= int(value) <= most:
         return int(value)
     raise RequestRefused(
-        400, f"{key}: found {shown(value)}, expected an integer in 0..{most}", key
+        400, f"{key}: found {shown(value)}, expected an integer in {least}..{most}", key
     )

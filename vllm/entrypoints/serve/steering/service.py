@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vllm.config.sae_labels import FILE_NAME, Labels, labels_of, search
+from vllm.config.sae_labels import FILE_NAME, Labels, load_labels, search
 from vllm.config.sae_steering_parser import check_preset
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
@@ -22,6 +22,7 @@ from vllm.config.steering_replies import (
     as_reply,
 )
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
+from vllm.entrypoints.serve.steering.file_cache import FileCache
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 from vllm.exceptions import VLLMValidationError
@@ -49,26 +50,21 @@ class Engine(Protocol):
     ) -> list: ...
 
 
-class LabelFiles:
-    """The labels of modules, read once from the files beside them."""
+_LABELS = FileCache(load_labels)
 
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[float, Labels]] = {}
 
-    async def of(self, path: str) -> Labels:
-        """The labels beside the module at `path`, read anew when they change."""
-        try:
-            return await asyncio.to_thread(self._read, path)
-        except (OSError, ValueError) as error:
-            raise RequestRefused(409, f"labels: {error}") from None
+def _labels_of(module_path: str) -> Labels:
+    """The labels beside a module's files; empty where there are none.
 
-    def _read(self, path: str) -> Labels:
-        file = Path(path) / FILE_NAME
-        changed = file.stat().st_mtime if file.is_file() else 0.0
-        known = self._known.get(path)
-        if known is None or known[0] != changed:
-            known = self._known[path] = changed, labels_of(path)
-        return known[1]
+    Raises:
+        RequestRefused: 409, the file is broken. Clients are not told where it is.
+    """
+    file = Path(module_path) / FILE_NAME
+    try:
+        return _LABELS.get(file) or {}
+    except (OSError, ValueError) as error:
+        reason = str(error).replace(str(file), FILE_NAME)
+        raise RequestRefused(409, reason) from None
 
 
 class SteeringModulesService:
@@ -76,7 +72,9 @@ class SteeringModulesService:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.labels = LabelFiles()
+        # Calls that wait for their turn, by action.
+        self._waiting: dict[str, asyncio.Task[ModuleReply]] = {}
+        self._turn = asyncio.Lock()
 
     @property
     def steering(self) -> Json | None:
@@ -99,10 +97,32 @@ class SteeringModulesService:
             raise RequestRefused(status, reply.error, reply.field, reply.in_use)
         return reply
 
+    async def _asked(self, action: str) -> ModuleReply:
+        """The reply to an action that only looks.
+
+        Clients without a key can ask as often as they like. So the engine is asked once
+        at a time, and whoever asks meanwhile shares the next reply: nobody gets one
+        that is older than the question.
+        """
+        waiting = self._waiting.get(action)
+        if waiting is None:
+            waiting = asyncio.create_task(self._in_turn(action))
+            self._waiting[action] = waiting
+        return await asyncio.shield(waiting)
+
+    async def _in_turn(self, action: str) -> ModuleReply:
+        async with self._turn:
+            del self._waiting[action]
+            return await self.call(action, {})
+
+    async def config(self) -> SteeringConfig:
+        """The engine's configuration as it is now."""
+        return SteeringConfig.from_json((await self._asked("list")).config or {})
+
     async def list(self) -> Json:
         """Modules with memory and requests, free slots, rows and tokens."""
-        listed = (await self.call("list", {})).listing or {}
-        stats = (await self.call("stats", {})).stats or {}
+        listed = (await self._asked("list")).listing or {}
+        stats = (await self._asked("stats")).stats or {}
         # `listed` replaces the names in `stats` by the modules.
         return {**stats, **listed}
 
@@ -112,12 +132,12 @@ class SteeringModulesService:
         Raises:
             RequestRefused: 404, there is no such module.
         """
-        listed = (await self.call("list", {})).listing or {}
+        listed = (await self._asked("list")).listing or {}
         modules = {module["name"]: module for module in listed["modules"]}
         if name not in modules:
             known = listing(list(modules))
             raise RequestRefused(
-                404, f"found {shown(name)}, expected a module: {known}", "name"
+                404, f"name: found {shown(name)}, expected a module: {known}", "name"
             )
         return modules[name]
 
@@ -125,28 +145,21 @@ class SteeringModulesService:
         self, name: str, query: str, index: int | None, limit: int
     ) -> Sequence[tuple[int, str]]:
         """Labels of a module that hold the query's words, or that of one feature."""
-        labels = await self.labels.of(await self.path_of(name))
+        labels = await asyncio.to_thread(_labels_of, await self.path_of(name))
         if index is not None:
             return [(index, labels[index])] if index in labels else []
-        return search(labels, query, limit)
+        return await asyncio.to_thread(search, labels, query, limit)
 
     async def labels_among(self, name: str, features: Iterable[int]) -> dict[str, str]:
         """The labels of those of some features that have one, by index."""
-        labels = await self.labels.of(await self.path_of(name))
+        labels = await asyncio.to_thread(_labels_of, await self.path_of(name))
         return {str(index): labels[index] for index in features if index in labels}
 
     async def list_presets(self) -> Json:
         """Every preset, whether it is valid now, and the default."""
-        reply = await self.call("list", {})
-        config = SteeringConfig.from_json(reply.config or {})
-        found = []
-        for name, preset in config.presets.items():
-            error = None
-            try:
-                check_preset(name, preset, config)
-            except VLLMValidationError as refusal:
-                error = refusal.args[0]
-            found.append({"name": name, "error": error, **preset})
+        config = await self.config()
+        # Hundreds of large presets take seconds.
+        found = await asyncio.to_thread(_checked_presets, config)
         return {"presets": found, "default_preset": config.default_preset}
 
     async def path_of(self, name: str) -> str:
@@ -204,7 +217,7 @@ class SteeringModulesService:
                     raise RequestRefused(
                         409,
                         f"module {name!r} is still in use by {reply.in_use} "
-                        f"request(s) after {DRAIN_LIMIT_S:g} s",
+                        f"request(s) after {DRAIN_LIMIT_S:g} s, expected none",
                         "name",
                         reply.in_use,
                     )
@@ -214,3 +227,16 @@ class SteeringModulesService:
         finally:
             if unfinished:
                 await asyncio.shield(self.call("release", {"name": name}))
+
+
+def _checked_presets(config: SteeringConfig) -> Sequence[Json]:
+    """Every preset, and why requests cannot run under it now, if they cannot."""
+    found = []
+    for name, preset in config.presets.items():
+        error = None
+        try:
+            check_preset(name, preset, config)
+        except VLLMValidationError as refusal:
+            error = refusal.args[0]
+        found.append({"name": name, "error": error, **preset})
+    return found

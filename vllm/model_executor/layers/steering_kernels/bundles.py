@@ -31,6 +31,7 @@ STEP_FIELDS = (
     "read_index", "read_table", "read_scale", "read_out",
 )  # fmt: skip
 STREAM_FIELDS = ("hidden", "residual")
+GUESS_FIELDS = ("samples", "bars", "failed")
 
 
 def weights_bundle(weights: SAEWeights) -> Tensors:

@@ -16,6 +16,9 @@ LIST_MAX = 512  # non-zeros of a token that is decoded from a list; more: `dense
 DENSE_SPLITS = 7  # ranges of features whose sums the dense path adds in order
 RECORD_INTS = 32  # ints of a token's record: a cache line
 CHUNK_ALIGN = 256  # the widest token tile of the encoder
+GUESS_LEAST = 65536  # features; for fewer, storing all scores is faster
+GUESS_SAMPLE = 4096  # features whose scores a guess samples
+GUESS_CAPACITY = 1024  # candidates of a guess that a list has room for
 COMPACT_ENCODE_TOKENS = 256  # the longest step that one launch compacts and encodes
 
 
@@ -114,6 +117,35 @@ def plan_chunks(
                 "do not fit the workspace; use a narrower SAE"
             )
     return ChunkPlan(rows, num_chunks, capacity, dense)
+
+
+def most_guessed(
+    d_in: int, d_out: int, d_sae: int, max_clamps: int, itemsize: int
+) -> int:
+    """The most tokens of a chunk whose TopK is guessed, whole tiles; 0: none is."""
+    if d_sae < GUESS_LEAST:
+        return 0
+    rows = most_rows(d_in, d_out, d_sae, max_clamps, itemsize, topk=False)
+    row_bytes = 2 * GUESS_SAMPLE + 4 + ENTRY_BYTES * GUESS_CAPACITY
+    rows = min(rows, (MAX_TOPK_BYTES - 3 * PAGE) // row_bytes)
+    return rows - rows % CHUNK_ALIGN
+
+
+def plan_guess(
+    tokens: int, d_in: int, d_out: int, d_sae: int, max_clamps: int, itemsize: int
+) -> ChunkPlan | None:
+    """Chunking of a TopK step whose selection is guessed and verified.
+
+    None where the scores of all tokens fit the workspace at once, which is faster, and
+    for narrow SAEs.
+    """
+    shape = (d_in, d_out, d_sae, max_clamps, itemsize)
+    most = most_guessed(*shape)
+    if most == 0 or tokens <= most_rows(*shape, topk=True):
+        return None
+    num_chunks = cdiv(tokens, most)
+    rows = cdiv(cdiv(tokens, num_chunks), CHUNK_ALIGN) * CHUNK_ALIGN
+    return ChunkPlan(min(rows, tokens), num_chunks, GUESS_CAPACITY, 0)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,14 @@ def given_of(f, act, features):
 
 
 @triton.jit
+def unit_bits(given, features, scale, wanted, F):
+    """Bits of given activations in the module's units; 0 of features not here."""
+    held = wanted & (features >= 0) & (features < F)
+    value = given * tl.load(scale + features, mask=held, other=1.0)
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def keys_from_list(own, n, features, scale):
     """Turns a token's entries into keys in place; the given features' activations."""
     given = tl.zeros([MAX_READ], tl.float32)
@@ -160,6 +168,7 @@ def keys_from_all(
     w_enc,
     b_enc,
     threshold,
+    F,
     D: tl.constexpr,
     TOPK: tl.constexpr,
 ):
@@ -167,7 +176,7 @@ def keys_from_all(
 
     Returns (keys kept, given features' activations, active features).
     """
-    d_sae = tl.load(meta + D_SAE)
+    d_sae = tl.minimum(tl.load(meta + D_SAE), F)
     relu = tl.load(meta + RELU_FIELD)
     given = tl.zeros([MAX_READ], tl.float32)
     n = 0
@@ -193,7 +202,7 @@ def keys_from_all(
     return n, given, active
 
 
-@triton.jit(do_not_specialize=["base", "rows", "F", "capacity"])
+@triton.jit(do_not_specialize=["base", "rows", "F", "capacity", "first_feature"])
 def readout_kernel(
     index,
     table,
@@ -217,6 +226,7 @@ def readout_kernel(
     rows,
     F,
     capacity,
+    first_feature,
     D: tl.constexpr,
     GATE: tl.constexpr,
     TOPK: tl.constexpr,
@@ -225,6 +235,8 @@ def readout_kernel(
 ):
     """Writes `out` of the read tokens of one chunk.
 
+    It reads F features, of which `first_feature` is the first, and writes their
+    indices among these F; given features that are not among them are 0.
     OVERFLOW: of those with more non-zeros than their list holds.
     """
     pdl_wait(PDL)
@@ -244,9 +256,9 @@ def readout_kernel(
             i64 = tl.cast(i, tl.int64)
             top_k = tl.load(row_ptr + TOP_K)
             given_count = tl.load(row_ptr + COUNT)
-            features = tl.load(
-                row_ptr + FEATURES + place, mask=place < given_count, other=-1
-            )
+            wanted = place < given_count
+            features = tl.load(row_ptr + FEATURES + place, mask=wanted, other=-1)
+            features -= first_feature
             own = entries + i64 * capacity
             active = n
             if n <= capacity:
@@ -256,16 +268,14 @@ def readout_kernel(
                     own=own, room=capacity, x_row=x + i64 * D,
                     scores_row=scores + i64 * F, kth=tl.load(kth + i),
                     features=features, scale=scale, meta=meta, w_enc=w_enc,
-                    b_enc=b_enc, threshold=threshold, D=D, TOPK=TOPK,
+                    b_enc=b_enc, threshold=threshold, F=F, D=D, TOPK=TOPK,
                 )  # fmt: skip
             if n > 1024:
                 n = keep_best(own, n, MAX_READ)
             to = out + token.to(tl.int64) * out_stride
             tl.store(to, active)
             tl.store(to + 1, tl.minimum(active, top_k))
-            wanted = place < given_count
-            unit = tl.load(scale + features, mask=wanted, other=1.0)
-            bits = (given * unit).to(tl.int32, bitcast=True)
+            bits = unit_bits(given, features, scale, wanted, F)
             tl.store(to + 2 + place, bits, mask=wanted)
             first = to + 2 + given_count
             if n <= 128:

@@ -53,6 +53,7 @@ class Run:
         edits: False where no token is to be changed, whatever its row.
         own_scores: float32 `[rows, F / size]`, where the encoder of a shared TopK SAE
             writes; None: to the workspace.
+        own_index: int32 `[T]`, the tokens' rows; None: those of the step.
     """
 
     slot: SAESlot
@@ -68,6 +69,7 @@ class Run:
     reads: ReadBuffers | None = None
     edits: bool = True
     own_scores: torch.Tensor | None = None
+    own_index: torch.Tensor | None = None
 
     @property
     def table(self) -> ClampTable:
@@ -104,4 +106,6 @@ class Run:
 
     @property
     def index(self) -> torch.Tensor:
+        if self.own_index is not None:
+            return self.own_index
         return self.step.index[self.tier] if self.edits else self.step.no_rows

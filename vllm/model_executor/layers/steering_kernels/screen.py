@@ -19,7 +19,7 @@ from vllm.config.steering_screening import SCREEN_COLUMNS
 
 SCREEN_TOKENS = 64  # the most active tokens of a step that is screened
 ENCODER_COLUMNS = 64  # of one stage of the encoder
-ENCODER_FEATURES = 128  # of one tile
+ENCODER_FEATURES = 256  # of two tiles, which have one order of columns
 MOST = 127  # the largest |q|
 # Rows and tokens beyond these exponents of two have no integers: what is too small is
 # all error, what is too large may always fire.
@@ -171,5 +171,5 @@ SCREEN_FIELDS = (
 
 
 def candidates(features: int) -> int:
-    """Ints in which each tile of the encoder can list all of its features."""
+    """Ints in which each pair of tiles of the encoder can list all of its features."""
     return -(-features // ENCODER_FEATURES) * ENCODER_FEATURES

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .clamp import read_stream
+from .clamp import read_stream, source_norm
 from .compact import DENSE, RECORD_INTS, SKIP_MASK, USES_TOPK
 from .resolve import sort_entries
 
@@ -210,12 +210,15 @@ def steered_kernel(
     T,
     D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
     GATED: tl.constexpr,
     ROW_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """places[t]: t where the delta tier edits the token, else -1; and count [1] = T.
 
-    The norm is computed as the clamp kernel does, so both decide the same.
+    `hidden` is what the encoder reads. The norm is computed as the clamp kernel does,
+    so both decide the same; HAS_SOURCE: as of what a transcoder reads.
     """
     t = tl.program_id(0).to(tl.int64)
     if t == 0:
@@ -227,11 +230,15 @@ def steered_kernel(
         on = on & (tl.load(meta + USES_TOPK) == 0)
     place = -1
     if on:
-        col = tl.arange(0, ROW_D)
-        x = read_stream(
-            hidden, hidden_stride, residual, residual_stride, t, col, D, HAS_RESIDUAL
-        )
-        norm = tl.sqrt(tl.sum(x * x, 0))
+        if HAS_SOURCE:
+            norm = source_norm(hidden, hidden_stride, t, D, BLOCK_D)
+        else:
+            col = tl.arange(0, ROW_D)
+            x = read_stream(
+                hidden, hidden_stride, residual, residual_stride, t, col, D,
+                HAS_RESIDUAL,
+            )  # fmt: skip
+            norm = tl.sqrt(tl.sum(x * x, 0))
         if norm <= tl.load(norm_limit):
             place = t.to(tl.int32)
     tl.store(places + t, place)

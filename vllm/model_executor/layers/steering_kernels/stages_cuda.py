@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ from .bundles import (
 from .extension import cuda_ops
 from .plan import COMPACT_ENCODE_TOKENS, sorts_ahead
 from .run import Run
+from .workspace import GuessBuffers
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -131,6 +133,29 @@ def decode(run: Run, base: int) -> None:
         delta=run.tier is Tier.DELTA,
         many=sorts_ahead(run.buffers.plan.rows),
     )
+
+
+def takes_guess(run: Run) -> bool:
+    """Whether TopK may be guessed: nobody reads the lists on the way."""
+    return run.topk and run.reads is None and not takes_compact_encode(run)
+
+
+def guess(run: Run, buffers: GuessBuffers) -> Run:
+    """All stages of the tokens whose TopK a guess finds; the run of the others."""
+    guessed = replace(run, buffers=buffers.stages)
+    buffers.failed.zero_()
+    plan = buffers.stages.plan
+    own = [buffers.samples, buffers.bars, buffers.failed]
+    for base in range(0, plan.num_chunks * plan.rows, plan.rows):
+        compact(guessed, base)
+        cuda_ops().guess(*reading_bundles(guessed), own, base=base)
+        cuda_ops().decode_chosen(
+            *writing_bundles(guessed),
+            base=base,
+            delta=run.tier is Tier.DELTA,
+            many=sorts_ahead(plan.rows),
+        )
+    return replace(run, own_index=buffers.failed)
 
 
 def _fits_table(

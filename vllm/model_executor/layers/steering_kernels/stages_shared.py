@@ -84,14 +84,12 @@ def pipeline(run: Run) -> None:
 
 def _encode(run: Run, base: int) -> None:
     """Lists, or scores of TopK, of all features, as one rank has them."""
-    weights, buffers, workspace = run.slot.weights, run.buffers, run.workspace
-    shard, rows = weights.shard, buffers.plan.rows
-    device, held = weights.W_enc.device, weights.W_enc.shape[0]
-    own = torch.empty(rows, held, device=device) if run.topk else None
-    stages_triton.encode(replace(run, own_scores=own), base)
-    if own is not None:
-        _put(shard.stack(own), buffers.scores)
+    if run.topk:
+        exchange_scores(run, base)
         return
+    weights, buffers, workspace = run.slot.weights, run.buffers, run.workspace
+    shard, rows, device = weights.shard, buffers.plan.rows, weights.W_enc.device
+    stages_triton.encode(run, base)
     packed = torch.empty(rows, 1 + LIST_MAX, dtype=torch.int64, device=device)
     shared = {
         "count": workspace.count,
@@ -108,6 +106,15 @@ def _encode(run: Run, base: int) -> None:
     pack_kernel[grid](packed=packed, first_feature=weights.own.start, **shared)
     every = shard.stack(packed)
     merge_kernel[grid](packed=every, RANKS=shard.size, **shared)
+
+
+def exchange_scores(run: Run, base: int) -> None:
+    """Write a chunk's scores of all features to the workspace."""
+    weights, buffers = run.slot.weights, run.buffers
+    held, device = weights.W_enc.shape[0], weights.W_enc.device
+    own = torch.empty(buffers.plan.rows, held, device=device)
+    stages_triton.encode(replace(run, own_scores=own), base)
+    _put(weights.shard.stack(own), buffers.scores)
 
 
 def _put(parts: torch.Tensor, whole: torch.Tensor) -> None:
@@ -223,6 +230,7 @@ def clamp(
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
 ) -> None:
     """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped."""
     weights, table, shard = slot.weights, slot.delta, slot.weights.shard
@@ -237,9 +245,15 @@ def clamp(
         "index": step.index[Tier.DELTA],
         "table": table.packed,
         "places": places,
-        **stream_arguments(hidden, residual),
         "table_stride": table.packed.stride(0),
         "num_warps": 4 if row_d <= 1024 else 8,
+    }
+    read = (hidden, residual) if source is None else (source, None)
+    reads = {
+        **stream_arguments(*read),
+        "D": weights.d_in,
+        "BLOCK_D": min(next_power_of_2(weights.d_in), 512),
+        **shared,
     }
     steered_kernel[(tokens,)](
         flags=step.flags,
@@ -247,10 +261,10 @@ def clamp(
         norm_limit=weights.norm_limit,
         count=count,
         T=tokens,
-        D=weights.d_out,
+        HAS_SOURCE=source is not None,
         GATED=gated,
         ROW_D=row_d,
-        **shared,
+        **reads,
     )
     clamp_acts_kernel[(tokens,)](
         w_enc=weights.W_enc,
@@ -259,11 +273,9 @@ def clamp(
         acts=acts,
         first_feature=weights.own.start,
         features=weights.W_enc.shape[0],
-        D=weights.d_in,
         MAX_CLAMPS=table.max_clamps,
         NC=8,
-        BLOCK_D=min(next_power_of_2(weights.d_in), 512),
-        **shared,
+        **reads,
     )
     clamp_columns_kernel[(tokens,)](
         w_dec=weights.W_dec,
@@ -276,6 +288,7 @@ def clamp(
         MAX_CLAMPS=table.max_clamps,
         NC=8,
         ROW_W=next_power_of_2(width),
+        **stream_arguments(hidden, residual),
         **shared,
     )
     write_columns(slot, count, places, shard.stack(columns), hidden, residual, 0)

@@ -112,7 +112,7 @@ def write_skip(run: Run, w_skip: torch.Tensor, base: int) -> None:
     """Write `b_dec + W_skip x` of a chunk, to which the decoder adds."""
     weights, rows = run.slot.weights, run.buffers.plan.rows
     blocks = plan_dense(w_skip.element_size())
-    work = cdiv(rows, blocks.tokens) * cdiv(weights.d_out, blocks.columns)
+    work = cdiv(rows, blocks.tokens) * cdiv(run.d_out, blocks.columns)
     skip_kernel[(min(work, 2 * device_facts(w_skip.device)[0]),)](
         x=run.buffers.x,
         w_skip=w_skip,
@@ -122,7 +122,7 @@ def write_skip(run: Run, w_skip: torch.Tensor, base: int) -> None:
         base=base,
         rows=rows,
         D_IN=weights.d_in,
-        D_OUT=weights.d_out,
+        D_OUT=run.d_out,
         BT=blocks.tokens,
         BD=blocks.columns,
         BK=blocks.reduction,

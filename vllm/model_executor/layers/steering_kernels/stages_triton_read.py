@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
 from .readout import readout_kernel
@@ -12,11 +14,24 @@ from .run import Run, device_facts, pdl_options
 LEAST_CAPACITY = 96
 
 
-def read_out(run: Run, reads: ReadBuffers, base: int, overflow: bool) -> None:
+def read_out(
+    run: Run,
+    reads: ReadBuffers,
+    base: int,
+    overflow: bool,
+    part: torch.Tensor | None = None,
+) -> None:
     """Write the rows of a chunk's read tokens to `reads.out`.
 
-    `overflow`: after the extension's stages, and only tokens with more non-zeros than
-    their list holds; the decoder reads the others.
+    Args:
+        run: the pipeline, of whose stages only those up to the encoder have run, and
+            for TopK the selection.
+        reads: the reading table.
+        base: the first token of the chunk.
+        overflow: after the extension's stages, and only tokens with more non-zeros
+            than their list holds; the decoder reads the others.
+        part: int32 `[T, OUT_WIDTH]`, written instead: the rows of the features that
+            this rank encodes, counted from its first.
     """
     weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
     plan = buffers.plan
@@ -26,13 +41,16 @@ def read_out(run: Run, reads: ReadBuffers, base: int, overflow: bool) -> None:
             f"{LEAST_CAPACITY}"
         )
     device = weights.W_enc.device
+    out, own = reads.out, slice(0, weights.d_sae_capacity)
+    if part is not None:
+        out, own = part, weights.own
     # The extension notes a token's id in its record, Triton's stages beside it.
     tokens = workspace.records[:, 1] if overflow else workspace.tokens
     readout_kernel[(min(plan.rows, device_facts(device)[0] * 8),)](
         index=run.step.read_index,
         table=reads.packed,
-        scale=reads.scale,
-        out=reads.out,
+        scale=reads.scale[own],
+        out=out,
         meta=weights.meta,
         count=workspace.count,
         tokens=tokens,
@@ -45,12 +63,13 @@ def read_out(run: Run, reads: ReadBuffers, base: int, overflow: bool) -> None:
         b_enc=weights.b_enc,
         threshold=weights.threshold,
         table_stride=reads.packed.stride(0),
-        out_stride=reads.out.stride(0),
+        out_stride=out.stride(0),
         tokens_stride=tokens.stride(0),
         base=base,
         rows=plan.rows,
-        F=weights.d_sae_capacity,
+        F=own.stop - own.start,
         capacity=plan.capacity,
+        first_feature=own.start,
         D=weights.d_in,
         GATE=run.gate,
         TOPK=run.topk,

@@ -12,17 +12,24 @@ from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
 from .plan import (
+    CHUNK_ALIGN,
     ENTRY_BYTES,
+    GUESS_CAPACITY,
+    GUESS_SAMPLE,
     MIB,
     RECORD_INTS,
     ChunkPlan,
+    cdiv,
     dense_row_bytes,
+    most_guessed,
     most_rows,
     plan_chunks,
+    plan_guess,
 )
 from .screen import ScreenScratch
 
 LIMIT_BYTES = 256 * MIB
+MAX_KEPT_VIEWS = 256  # of steps of different lengths; then they are made anew
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,22 @@ class StageBuffers:
     entries: torch.Tensor
     dense: torch.Tensor
     coef: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GuessBuffers:
+    """Views of the workspace for TopK by guess and verify (`guess_kernel.cuh`).
+
+    stages: as for a threshold SAE; lists hold candidates, later what is chosen.
+    samples: int16 `[rows, GUESS_SAMPLE]`, coarse scores of some features.
+    bars: float32 `[rows, up to a whole tile]`, what candidates of a token reach.
+    failed: int32 `[T]`, the rows of tokens whose guess failed, else 0.
+    """
+
+    stages: StageBuffers
+    samples: torch.Tensor
+    bars: torch.Tensor
+    failed: torch.Tensor
 
 
 def align(size: int) -> int:
@@ -91,8 +114,9 @@ class SteeringWorkspace:
     ) -> None:
         self.max_tokens = max_tokens
         slots = list(slots)
+        self._kept: dict[tuple[SAESlot, int, bool, int | None], StageBuffers] = {}
         x_bytes = shared_bytes = coef_bytes = 16
-        rows = 1
+        rows = guessed = 1
         for slot in slots:
             w = slot.weights
             for topk in (False, True):
@@ -108,6 +132,13 @@ class SteeringWorkspace:
                 coef_bytes = max(coef_bytes, plan.rows * slot.full.max_clamps * 4)
                 shared = self._shared_bytes(slot, max_tokens, topk)
                 shared_bytes = max(shared_bytes, shared)
+            if self.guess_plan(slot, max_tokens) is not None:
+                most = min(max_tokens, most_guessed(*_widths(slot)))
+                rows = max(rows, most)
+                x_bytes = max(x_bytes, align(most * w.d_in * w.W_enc.element_size()))
+                coef_bytes = max(coef_bytes, most * slot.full.max_clamps * 4)
+                shared_bytes = max(shared_bytes, sum(self._guess_bytes(most)))
+                guessed = max_tokens
         u8 = torch.uint8
         self._x = torch.empty(align(x_bytes), dtype=u8, device=device)
         self._shared = torch.empty(align(shared_bytes), dtype=u8, device=device)
@@ -119,6 +150,7 @@ class SteeringWorkspace:
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
         screened = [slot.weights for slot in slots if slot.weights.screen is not None]
         self.screen = ScreenScratch([w.W_enc.shape for w in screened], device)
+        self.failed = torch.zeros(guessed, dtype=i32, device=device)
         if self.nbytes > LIMIT_BYTES:
             raise ValueError(
                 f"steering workspace: {self.nbytes} bytes, at most {LIMIT_BYTES}"
@@ -128,6 +160,20 @@ class SteeringWorkspace:
     def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         """The chunks in which `slot` processes a step of `tokens` tokens."""
         return plan_chunks(tokens, *_widths(slot), topk, _has_skip(slot))
+
+    @staticmethod
+    def guess_plan(slot: SAESlot, tokens: int) -> ChunkPlan | None:
+        """The chunks of a step whose TopK is guessed; None: all scores are stored."""
+        if not uses_topk(slot) or _has_skip(slot) or not slot.weights.shard.is_whole:
+            return None
+        return plan_guess(tokens, *_widths(slot))
+
+    @staticmethod
+    def _guess_bytes(rows: int) -> tuple[int, int, int]:
+        """Bytes of samples, bars and lists of a chunk."""
+        bars = cdiv(rows, CHUNK_ALIGN) * CHUNK_ALIGN
+        lists = rows * GUESS_CAPACITY * ENTRY_BYTES
+        return align(rows * GUESS_SAMPLE * 2), align(bars * 4), align(lists)
 
     @staticmethod
     def _longest(slot: SAESlot, max_tokens: int, topk: bool) -> int:
@@ -164,6 +210,7 @@ class SteeringWorkspace:
             self.tokens,
             self.records,
             self.kth,
+            self.failed,
         )
         return sum(t.nbytes for t in tensors) + self.screen.nbytes
 
@@ -172,8 +219,20 @@ class SteeringWorkspace:
     ) -> StageBuffers:
         """Views for `slot` and a step of `tokens` tokens; allocates nothing.
 
-        `capacity`: the most that a list needs to hold (None: as much as fits).
+        `capacity`: the most that a list needs to hold (None: as much as fits). Views
+        are kept, since making them costs the host more than a launch.
         """
+        key = (slot, tokens, topk, capacity)
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= MAX_KEPT_VIEWS:
+                self._kept.clear()
+            found = self._kept[key] = self._make_buffers(*key)
+        return found
+
+    def _make_buffers(
+        self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None
+    ) -> StageBuffers:
         w = slot.weights
         plan = self.plan(slot, tokens, topk)
         scores_bytes = plan.rows * w.d_sae_capacity * 4 if topk else 0
@@ -202,4 +261,32 @@ class SteeringWorkspace:
             view(entries, torch.int64, plan.rows, plan.capacity),
             entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
+        )
+
+    def guess_buffers(self, slot: SAESlot, tokens: int) -> GuessBuffers | None:
+        """Views for a TopK step that is guessed; None where it is not."""
+        plan = self.guess_plan(slot, tokens)
+        if plan is None:
+            return None
+        w, rows = slot.weights, plan.rows
+        sample_bytes, bar_bytes, _ = self._guess_bytes(rows)
+        samples = self._shared[: rows * GUESS_SAMPLE * 2].view(torch.int16)
+        bars = self._shared[sample_bytes : sample_bytes + bar_bytes]
+        lists = self._shared[sample_bytes + bar_bytes :].view(torch.int64)
+        f32 = self._coef.view(torch.float32)
+        unused = f32[:1].view(1, 1)
+        stages = StageBuffers(
+            plan,
+            x=self._x.view(w.W_enc.dtype)[: rows * w.d_in].view(rows, w.d_in),
+            skip=unused,
+            scores=unused,
+            entries=lists[: rows * plan.capacity].view(rows, plan.capacity),
+            dense=self._shared[:0].view(0, 1),
+            coef=f32[: rows * slot.full.max_clamps].view(rows, slot.full.max_clamps),
+        )
+        return GuessBuffers(
+            stages,
+            samples.view(rows, GUESS_SAMPLE),
+            bars.view(torch.float32),
+            self.failed[:tokens],
         )

@@ -2,15 +2,17 @@
 """Check a site's tensors by their headers, and fold them into the canonical SAE.
 
 The fold streams: a chunk of features at a time goes to the device in its stored
-dtype, becomes fp32 there, and is written into the site's buffers.
+dtype, becomes fp32 there, and is written into the site's buffers. `fold_host.py` has
+the same arithmetic without PyTorch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -22,12 +24,18 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_files import (
     TensorFile,
+    read_array,
     read_slice,
 )
-from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
+from vllm.model_executor.model_loader.sae_formats.tensor_types import (
+    FloatType,
+    as_float32,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.steering import SAEWeights
+
+    Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 # One fp32 chunk; several of them are alive at a time.
 CHUNK_BYTES = 8 << 20
@@ -87,7 +95,7 @@ def need_k(fields: Fields, d_sae: int, tensors: TensorFile) -> int:
     if k > d_sae:
         raise fields.fail("k", f"at most {d_sae}")
     if (info := tensors.infos.get("k")) is not None and math.prod(info.shape) == 1:
-        stored = read_slice(tensors, "k", 0, 1).item()
+        stored: float = read_array(tensors, "k", 0, 1).item()
         if stored != k:
             raise fields.fail("k", f"{stored:g}, which {tensors.label} has for k")
     return k
@@ -142,18 +150,31 @@ def _itemsize(tensors: TensorFile, matrix: Matrix) -> int:
     return _info_of(tensors, matrix.name)[1].itemsize
 
 
-def read_vector(tensors: TensorFile, name: str, row: int | None = None) -> torch.Tensor:
-    """A small tensor, whole or one row of it, in fp32 on the CPU; a scalar is `[1]`.
+def read_floats(tensors: TensorFile, name: str, row: int | None = None) -> np.ndarray:
+    """A small tensor, whole or one row of it, in fp32; a scalar is `[1]`.
 
     Raises:
         LayoutError: it holds a NaN or an infinity.
     """
-    shape, _ = _info_of(tensors, name)
+    shape, dtype = _info_of(tensors, name)
     first, last = (0, shape[0] if shape else 1) if row is None else (row, row + 1)
-    value = read_slice(tensors, name, first, last).reshape(-1)
-    value = value.to(torch.float32, copy=True)
-    _check_finite(value, f"{tensors.label}: {name}")
+    value = as_float32(read_array(tensors, name, first, last).reshape(-1), dtype)
+    if not np.isfinite(value).all():
+        raise not_finite(f"{tensors.label}: {name}", FloatType.F32)
     return value
+
+
+def read_vector(tensors: TensorFile, name: str, row: int | None = None) -> torch.Tensor:
+    """As `read_floats`, as a tensor on the CPU."""
+    return torch.from_numpy(read_floats(tensors, name, row))
+
+
+def not_finite(what: str, dtype: FloatType, feature: int | None = None) -> LayoutError:
+    """The error for a NaN or an infinity."""
+    where = "" if feature is None else f" in the row of feature {feature}"
+    return LayoutError(
+        f"{what}: expected finite values in {dtype.value}, found NaN or infinity{where}"
+    )
 
 
 def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
@@ -161,13 +182,25 @@ def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
     lowest, highest = torch.aminmax(value)
     if bool(torch.isfinite(lowest) & torch.isfinite(highest)):
         return
-    where = ""
+    bad = None
     if value.dim() == 2:
-        bad = (~torch.isfinite(value)).any(dim=1).to(torch.uint8).argmax()
-        where = f" in the row of feature {first_row + int(bad)}"
-    raise LayoutError(
-        f"{what}: expected finite values in {value.dtype}, found NaN or infinity{where}"
-    )
+        rows = (~torch.isfinite(value)).any(dim=1).to(torch.uint8)
+        bad = first_row + int(rows.argmax())
+    raise not_finite(what, FloatType(str(value.dtype).removeprefix("torch.")), bad)
+
+
+def row_sums(W: Array) -> Array:
+    """The sums of the rows of `W [n, D]`, as `[n]`; `W` is overwritten.
+
+    Halves are added to each other. This order is fixed, so NumPy and PyTorch on every
+    device get the same bits.
+    """
+    width = W.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        W[:, : width - half] += W[:, half:width]
+        width = half
+    return W[:, 0]
 
 
 def _chunks(
@@ -236,7 +269,7 @@ def _fold_sae(
 
     row_scale = norms * layout.W_enc_scale
     if layout.gate is not None:
-        gain = small(layout.gate.r_mag, F).exp()
+        gain = _exactly(torch.exp, small(layout.gate.r_mag, F))
         row_scale *= gain
         b_enc = small(layout.gate.b_mag, F)
         threshold = (b_enc - gain * small(layout.gate.b_gate, F)).clamp(min=0)
@@ -247,16 +280,18 @@ def _fold_sae(
     for rows, W in _chunks(tensors, layout.W_enc, device, into.own):
         W *= row_scale[rows, None]
         if layout.centre_input:
-            mean = W.mean(dim=1)
+            mean = row_sums(W.clone()) / W.shape[1]
             W -= mean[:, None]
-            # The part of W_enc b_dec (below) that comes from the mean of a row.
-            b_enc[rows] -= mean * b_dec.sum() * layout.subtract_b_dec
+            if layout.subtract_b_dec:
+                # The part of W_enc b_dec (below) that comes from the mean of a row.
+                b_enc[rows] -= mean * row_sums(b_dec[None].clone())
         stored = into.W_enc[rows.start - into.own.start : rows.stop - into.own.start]
         stored.copy_(W)
         _check_finite(stored, f"{tensors.label}: {layout.W_enc.name}", rows.start)
         if layout.subtract_b_dec:
             W.copy_(stored)
-            b_enc[rows] -= W @ b_dec
+            W *= b_dec
+            b_enc[rows] -= row_sums(W)
         progress(W.numel() * _itemsize(tensors, layout.W_enc))
     _copy_skip(layout.W_skip, tensors, into)
 
@@ -280,7 +315,7 @@ def _fold_decoder(
         W *= layout.W_dec_scale
         if layout.unit_decoder_rows:
             # A dead feature may have a zero row; it then contributes nothing.
-            norms[rows] = torch.linalg.vector_norm(W, dim=1)
+            norms[rows] = _exactly(torch.sqrt, row_sums(W * W))
             W /= norms[rows, None].clamp(min=1e-8)
         stored = W.to(into.W_dec.dtype)
         what = f"{tensors.label}: {layout.W_dec.name}"
@@ -313,5 +348,12 @@ def _threshold(
     else:
         threshold = torch.full((d_sae,), layout.threshold or 0.0, device=device)
     if layout.threshold_is_log:
-        threshold = threshold.exp()
+        threshold = _exactly(torch.exp, threshold)
     return threshold * layout.threshold_scale
+
+
+def _exactly(
+    function: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor
+) -> torch.Tensor:
+    """A function in float64, so that every library rounds to the same float32."""
+    return function(value.double()).float()

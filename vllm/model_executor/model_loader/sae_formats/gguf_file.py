@@ -13,7 +13,6 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
@@ -132,14 +131,14 @@ class GGUFFile:
                     f"{self.label}: {name}: its data ends past the end of the file"
                 )
 
-    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
         """As `TensorFile.read`."""
         shape, kind, offset = self._tensors[name]
-        dtype, code = _DTYPES[kind]
+        _, code = _DTYPES[kind]
         if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype.dtype)
+            return np.empty(shape, code)
         array: np.ndarray = np.memmap(
             self._path, code, mode="r", offset=self._start + offset, shape=shape
         )
         array = array[start:stop] if axis == 0 else array[:, start:stop]
-        return torch.from_numpy(np.array(array))
+        return np.array(array)

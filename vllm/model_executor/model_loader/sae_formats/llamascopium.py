@@ -18,7 +18,7 @@ from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
     need_k,
-    read_vector,
+    read_floats,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
@@ -132,7 +132,7 @@ def _scales(
     for key in ("hook_point_in", "hook_point_out"):
         name = f"{_NORM}{config.text(key) or config.text('hook_point_in')}"
         if name in tensors.infos:
-            norm = float(read_vector(tensors, name)[0])
+            norm = float(read_floats(tensors, name)[0])
             if norm <= 0:
                 raise LayoutError(f"{WEIGHTS}: {name}: expected a positive norm")
             scales.append(math.sqrt(d_model) / norm)

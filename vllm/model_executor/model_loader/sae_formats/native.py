@@ -12,8 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from vllm.config.steering import (
     HOOK_ALIASES,
@@ -33,6 +32,16 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     SAELayout,
     read_json,
 )
+from vllm.model_executor.model_loader.sae_formats.safetensors_file import (
+    write_safetensors,
+)
+from vllm.model_executor.model_loader.sae_formats.tensor_types import (
+    FloatType,
+    HostTensor,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "vllm-sae"
 VERSION = 1
@@ -206,7 +215,8 @@ def save_native(
     Args:
         path: the directory.
         sites: `(layer, hook)` -> `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`,
-            `b_dec [D]`, `threshold [F]` for JumpReLU (all floating), and optional
+            `b_dec [D]`, `threshold [F]` for JumpReLU (all floating; tensors, or
+            `HostTensor`s), and optional
             `activation` (default: jumprelu with a threshold, else relu), `k`,
             `topk_relu`, and what the author measured: `fvu`, `l0`. A transcoder has
             `hook_out`, `W_enc [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]` and may
@@ -219,9 +229,6 @@ def save_native(
     Raises:
         ValueError: a tensor is missing, has another shape, or is not floating.
     """
-    # Deferred: it imports torch, which reading headers does without.
-    from safetensors.torch import save_file
-
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -229,13 +236,13 @@ def save_native(
         point = hook if isinstance(hook, HookPoint) else HOOK_ALIASES[hook]
         name = site_name(point, layer)
         tensors = {
-            key: content[key].detach().cpu().contiguous()
+            key: _on_host(f"{name}: {key}", content[key])
             for key in _TENSORS
             if content.get(key) is not None
         }
         _check_shapes(name, tensors)
         activation = _activation_of(name, content, "threshold" in tensors)
-        F, D = tensors["W_enc"].shape
+        F, D = tensors["W_enc"].data.shape
         entry: Json = {
             "layer": layer,
             "hook": point.value,
@@ -243,11 +250,11 @@ def save_native(
             "d_sae": F,
             "activation": activation.value,
             "file": f"{name}.safetensors",
-            "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
+            "dtype": tensors["W_enc"].dtype.value,
         }
         if content.get("hook_out") is not None:
             entry["hook_out"] = HookPoint(content["hook_out"]).value
-            entry["d_out"] = tensors["W_dec"].shape[1]
+            entry["d_out"] = tensors["W_dec"].data.shape[1]
             entry["has_skip"] = "W_skip" in tensors
         for key in ("k", "topk_relu", "fvu", "l0", "before_gain", "raw_output"):
             if content.get(key) is not None:
@@ -255,10 +262,7 @@ def save_native(
         # Check the manifest by the reader's own rules, so that the reader will accept
         # it.
         _read_site(Fields(entry, name))
-        if tensors["W_enc"].data_ptr() == tensors["W_dec"].data_ptr():
-            # Tied weights; safetensors takes no tensors that share memory.
-            tensors["W_dec"] = tensors["W_dec"].clone()
-        save_file(tensors, root / entry["file"])
+        write_safetensors(root / entry["file"], tensors)
         entries.append(entry)
     manifest: Json = {"format": FORMAT, "version": VERSION, "sites": entries}
     optional = {
@@ -273,15 +277,32 @@ def save_native(
     (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _check_shapes(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def _on_host(what: str, value: torch.Tensor | HostTensor) -> HostTensor:
+    """A tensor of any device in host memory."""
+    if isinstance(value, HostTensor):
+        return value
+    stored_as = str(value.dtype).removeprefix("torch.")
+    if stored_as not in [kind.value for kind in FloatType]:
+        raise ValueError(f"{what}: expected a floating tensor, found {stored_as}")
+    dtype = FloatType(stored_as)
+    plain = value.detach().cpu().contiguous()
+    if dtype is FloatType.BF16:
+        import torch
+
+        return HostTensor(plain.view(torch.uint16).numpy(), dtype)
+    return HostTensor(plain.numpy(), dtype)
+
+
+def _check_shapes(name: str, tensors: Mapping[str, HostTensor]) -> None:
     for key in _TENSORS:
         if key not in tensors and key not in _OPTIONAL_TENSORS:
             raise ValueError(f"{name}: {key}: expected a tensor, found none")
     for key in ("W_enc", "W_dec"):
-        if tensors[key].dim() != 2:
-            raise ValueError(f"{name}: {key}: expected a matrix [F, D]")
-    F, d_out = tensors["W_dec"].shape
-    d_in = tensors["W_enc"].shape[1]
+        shape = list(tensors[key].data.shape)
+        if len(shape) != 2:
+            raise ValueError(f"{name}: {key}: expected a matrix [F, D], found {shape}")
+    F, d_out = tensors["W_dec"].data.shape
+    d_in = tensors["W_enc"].data.shape[1]
     shapes = {
         "W_enc": (F, d_in),
         "b_enc": (F,),
@@ -291,8 +312,8 @@ def _check_shapes(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         "W_skip": (d_out, d_in),
     }
     for key, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
+        if tensor.data.shape != shapes[key]:
             raise ValueError(
                 f"{name}: {key}: expected floating {list(shapes[key])}, found "
-                f"{tensor.dtype} {list(tensor.shape)}"
+                f"{tensor.dtype.value} {list(tensor.data.shape)}"
             )

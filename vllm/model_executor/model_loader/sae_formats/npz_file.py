@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
@@ -63,12 +62,12 @@ class NpzFile:
             }
         self.infos = {name: member.info for name, member in self._members.items()}
 
-    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
         """As `TensorFile.read`."""
         array = self._array(name)
         if array.ndim:
             array = array[start:stop] if axis == 0 else array[:, start:stop]
-        return torch.from_numpy(np.array(array))
+        return np.array(array)
 
     def _array(self, name: str) -> np.ndarray:
         member = self._members[name]

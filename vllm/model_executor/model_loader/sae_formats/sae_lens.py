@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from vllm.config.steering import Activation, HookPoint
 from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
     need_k,
-    read_vector,
+    read_floats,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
@@ -186,9 +184,7 @@ def _refuse_what_cannot_fold(
 
 def _refuse_finetuning(tensors: TensorFile) -> None:
     for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name in tensors.infos and not torch.equal(
-            (value := read_vector(tensors, name)), torch.ones_like(value)
-        ):
+        if name in tensors.infos and (read_floats(tensors, name) != 1).any():
             raise LayoutError(
                 f"{tensors.label}: {name}: expected all ones, found other values"
             )

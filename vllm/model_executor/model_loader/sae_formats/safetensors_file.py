@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a safetensors file through a read-only mapping, header first.
+"""Read a safetensors file through a read-only mapping, header first; write one.
 
 The safetensors package maps a file so that its pages count as memory of this process.
 This mapping does not, so a large file can be inspected under a memory limit. Source:
@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
-import torch
 
 from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
+    HostTensor,
     TensorInfo,
 )
 
 # A header of this size names about 10,000 tensors; an SAE has at most ten a site.
 MAX_HEADER_BYTES = 2 << 20
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2"}
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2}
 _ITEM_BYTES |= {"BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -67,28 +68,23 @@ class SafetensorsFile:
         self.infos[name] = TensorInfo(tuple(shape), dtype, kind)
         self._offsets[name] = self._start + begin
 
-    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
         """As `TensorFile.read`."""
         info = self.infos[name]
         assert info.dtype is not None
+        code = _NUMPY[info.stored_as]
         if not math.prod(info.shape):
-            return torch.empty(info.shape, dtype=info.dtype.dtype)
-        array = self.array(name)
-        if info.shape:
-            array = array[start:stop] if axis == 0 else array[:, start:stop]
-        value = torch.from_numpy(np.array(array)).view(info.dtype.dtype)
-        return value if info.shape else value.reshape(())
-
-    def array(self, name: str) -> np.ndarray:
-        """A tensor with elements, mapped; bfloat16 as integers, a scalar as `[1]`."""
-        info = self.infos[name]
-        return np.memmap(
+            return np.empty(info.shape, code)
+        array: np.ndarray = np.memmap(
             self._path,
-            _NUMPY[info.stored_as],
+            code,
             mode="r",
             offset=self._offsets[name],
             shape=info.shape or (1,),
         )
+        if not info.shape:
+            return np.array(array).reshape(())
+        return np.array(array[start:stop] if axis == 0 else array[:, start:stop])
 
 
 def _sizes(value: object, length: int | None = None) -> TypeGuard[list[int]]:
@@ -124,3 +120,27 @@ def _read_header(path: Path) -> tuple[Json, int]:
     if not isinstance(header, dict):
         raise LayoutError(f"{path.name}: not a safetensors file: no JSON object")
     return header, 8 + header_bytes
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, HostTensor]) -> None:
+    """Write tensors as the safetensors package would, to the byte.
+
+    Wider elements come first, and names are sorted, so that all data is aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: Json = {}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.data.nbytes
+        header[name] = {
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.data.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            stream.write(np.ascontiguousarray(tensors[name].data).data)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from vllm.model_executor.model_loader.sae_formats.gguf_file import GGUFFile
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
@@ -21,13 +22,17 @@ from vllm.model_executor.model_loader.sae_formats.safetensors_file import (
     SafetensorsFile,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
+    FloatType,
     TensorFile,
     TensorInfo,
     check_file,
 )
 from vllm.model_executor.model_loader.sae_formats.torch_zip import open_torch
 
-__all__ = ["TensorFile", "TensorInfo", "open_tensors", "read_slice"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TensorFile", "TensorInfo", "open_tensors", "read_array", "read_slice"]
 
 
 def _broken(label: str, error: Exception) -> LayoutError:
@@ -57,14 +62,25 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         yield tensors
 
 
-def read_slice(
+def read_array(
     tensors: TensorFile, name: str, start: int, stop: int, axis: int = 0
-) -> torch.Tensor:
+) -> np.ndarray:
     """`TensorFile.read`, with every failure of the parser as a `LayoutError`."""
     try:
         return tensors.read(name, start, stop, axis)
     except Exception as error:
         raise _broken(f"{tensors.label}: {name}", error) from error
+
+
+def read_slice(
+    tensors: TensorFile, name: str, start: int, stop: int, axis: int = 0
+) -> torch.Tensor:
+    """As `read_array`, as a tensor of the stored dtype on the CPU."""
+    import torch
+
+    value = torch.from_numpy(read_array(tensors, name, start, stop, axis))
+    is_bfloat16 = tensors.infos[name].dtype is FloatType.BF16
+    return value.view(torch.bfloat16) if is_bfloat16 else value
 
 
 def _open_npz(path: Path, stack: contextlib.ExitStack) -> TensorFile:

@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LFS_POINTER,
     LayoutError,
@@ -67,6 +69,40 @@ class TensorInfo:
     stored_as: str
 
 
+@dataclass(frozen=True)
+class HostTensor:
+    """A tensor in host memory; bfloat16 as its bits (`uint16`), which NumPy lacks."""
+
+    data: np.ndarray
+    dtype: FloatType
+
+    @classmethod
+    def rounded(cls, value: np.ndarray, dtype: FloatType) -> HostTensor:
+        """Float32 values in another type, rounded to the nearest, ties to even."""
+        if dtype is not FloatType.BF16:
+            with np.errstate(over="ignore"):  # to infinity, which the caller refuses
+                return cls(value.astype(dtype.value), dtype)
+        bits = np.ascontiguousarray(value).view(np.uint32)
+        nearest = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
+        # Adding to the bits of a NaN could carry into its sign.
+        bits = np.where(np.isfinite(value), nearest, bits)
+        return cls((bits >> 16).astype(np.uint16), dtype)
+
+    def floats(self) -> np.ndarray:
+        """A new float32 array of the values."""
+        return as_float32(self.data, self.dtype)
+
+
+def as_float32(data: np.ndarray, dtype: FloatType) -> np.ndarray:
+    """A new, C-contiguous float32 array of what a `TensorFile` read."""
+    if dtype is FloatType.BF16:
+        wide = np.array(data, np.uint32, order="C")
+        wide <<= 16
+        return wide.view(np.float32)
+    with np.errstate(over="ignore"):
+        return np.array(data, np.float32, order="C")
+
+
 class TensorFile(Protocol):
     """An open tensor file. `label` is its name in messages, `metadata` its strings."""
 
@@ -74,8 +110,11 @@ class TensorFile(Protocol):
     infos: dict[str, TensorInfo]
     metadata: dict[str, str]
 
-    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
-        """Elements `start:stop` along `axis`, on the CPU, in the stored dtype."""
+    def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
+        """A copy of elements `start:stop` along `axis` in the stored dtype.
+
+        NumPy has no bfloat16: its bits come as `uint16`.
+        """
 
 
 def check_file(path: Path) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
-import torch
 
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
@@ -42,13 +41,13 @@ _STORAGES: dict[str, tuple[str, str]] = {
     "DoubleStorage": ("float64", "<f8"),
     "FloatStorage": ("float32", "<f4"),
     "HalfStorage": ("float16", "<f2"),
-    "BFloat16Storage": ("bfloat16", "<i2"),
+    "BFloat16Storage": ("bfloat16", "<u2"),
     "LongStorage": ("int64", "<i8"),
     "IntStorage": ("int32", "<i4"),
     "ShortStorage": ("int16", "<i2"),
     "CharStorage": ("int8", "<i1"),
     "ByteStorage": ("uint8", "<u1"),
-    "BoolStorage": ("bool", "<u1"),
+    "BoolStorage": ("bool", "?"),
 }
 _FLOATS = {kind.value: kind for kind in FloatType}
 _DICTS = ("collections OrderedDict", "builtins dict", "__builtin__ dict")
@@ -309,12 +308,12 @@ class TorchZipFile:
             name: _info(value) for name, (value, _, _) in self._tensors.items()
         }
 
-    def read(self, name: str, start: int, stop: int, axis: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
         """As `TensorFile.read`; a copy."""
         value, offset, elements = self._tensors[name]
-        dtype, code = _STORAGES[value.storage.kind]
+        _, code = _STORAGES[value.storage.kind]
         if not elements:
-            return _as_torch(np.empty(value.shape, code), dtype)
+            return np.empty(value.shape, code)
         flat: np.ndarray = np.memmap(
             self._path, dtype=code, mode="r", offset=offset, shape=(elements,)
         )
@@ -324,7 +323,7 @@ class TorchZipFile:
         )
         if array.ndim:
             array = array[start:stop] if axis == 0 else array[:, start:stop]
-        return _as_torch(np.array(array), dtype)
+        return np.array(array)
 
     def _small_member(self, name: str, default: bytes) -> bytes:
         item = self._members.get(self._root + name)
@@ -359,13 +358,6 @@ class TorchZipFile:
             )
         start = stored_member_offset(self._path, item)
         return start + value.offset * item_bytes, spans
-
-
-def _as_torch(array: np.ndarray, name: str) -> torch.Tensor:
-    """A tensor of the named dtype; NumPy has no bfloat16, and reads bool as bytes."""
-    tensor = torch.from_numpy(array)
-    views = {"bfloat16": torch.bfloat16, "bool": torch.bool}
-    return tensor.view(views[name]) if name in views else tensor
 
 
 def _info(value: _Tensor) -> TensorInfo:

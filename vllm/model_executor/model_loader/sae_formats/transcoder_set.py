@@ -108,7 +108,9 @@ def _read_config(location: Location) -> Fields:
     if content.startswith(LFS_POINTER):
         raise lfs_pointer(CONFIG)
     if len(content) > MAX_YAML_BYTES:
-        raise LayoutError(f"{CONFIG}: expected at most {MAX_YAML_BYTES} bytes")
+        raise LayoutError(
+            f"{CONFIG}: expected at most {MAX_YAML_BYTES} bytes, found more"
+        )
     try:
         data = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -18,7 +18,7 @@ const TOP_K = 24;
 export class Column {
   constructor(mode, label) {
     this.mode = mode;
-    this.status = el("p", { className: "hint" });
+    this.status = el("p", { className: "hint", role: "status" });
     this.error = el("p", { className: "error", role: "alert", hidden: true });
     const title = el("h3", { id: `column-${mode}` }, MODES[mode]);
     const text = el("div", { role: "group", "aria-labelledby": title.id });

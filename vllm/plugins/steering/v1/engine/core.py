@@ -73,9 +73,9 @@ def _preprocess_add_request(stock: Stock) -> Stock:
         config = active_steering_config(self.vllm_config)
         if not concerns_steering(request, config):
             return stock(self, request)
-        admit(request, config)
+        steering = admit(request, config)
         made, wave = stock(self, request)
-        follow_admission(made, config)
+        follow_admission(made, config, steering)
         return made, wave
 
     return preprocess_add_request

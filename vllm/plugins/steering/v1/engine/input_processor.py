@@ -2,13 +2,13 @@
 """Seam into `vllm.v1.engine.input_processor`: bad steering is an HTTP 400.
 
 The edit a branch would make: `_validate_params` ends by parsing the request's
-steering, and `process_inputs` writes the canonical specs into its private copy of
-the sampling parameters. The caller's object is never changed.
+steering, and `process_inputs`, which calls it, writes the canonical specs into its
+private copy of the sampling parameters. The caller's object is never changed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.config.sae_steering_admission import (
     canonical_extra_args,
@@ -17,8 +17,10 @@ from vllm.config.sae_steering_admission import (
     refuse_streaming_input,
 )
 from vllm.config.sae_steering_parser import parse_steering_request
+from vllm.config.sae_steering_request import SteeringRequest
+from vllm.config.steering import SteeringConfig
 from vllm.engine.steering_active_config import active_steering_config
-from vllm.plugins.steering.seam import Stock, wrap
+from vllm.plugins.steering.seam import Stock, declare, wrap
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 
@@ -44,8 +46,17 @@ PROCESS_INPUTS = (
 )
 
 
+class Parsed(NamedTuple):
+    """What one request asks for, under the configuration that it was parsed with."""
+
+    params: SamplingParams
+    config: SteeringConfig | None
+    steering: SteeringRequest | None
+
+
 def install() -> None:
     """Check steering where vLLM checks sampling parameters."""
+    declare(f"{MODULE}:InputProcessor", "sae_parsed")
     wrap(
         f"{MODULE}:InputProcessor._validate_params",
         ("self", "params", "supported_tasks"),
@@ -56,6 +67,11 @@ def install() -> None:
     )
 
 
+def _parse(processor: InputProcessor, params: SamplingParams) -> Parsed:
+    config = active_steering_config(processor.vllm_config)
+    return Parsed(params, config, parse_steering_request(params.extra_args, config))
+
+
 def _make_validate_params(stock: Stock) -> Stock:
     def _validate_params(
         self: InputProcessor, params: object, supported_tasks: object
@@ -63,8 +79,7 @@ def _make_validate_params(stock: Stock) -> Stock:
         watermarking = stock(self, params, supported_tasks)
         if isinstance(params, SamplingParams):
             refuse_reserved_key(params.extra_args)
-            config = active_steering_config(self.vllm_config)
-            parse_steering_request(params.extra_args, config)
+            self.sae_parsed = _parse(self, params)
         elif isinstance(params, PoolingParams):
             refuse_pooling(params.extra_kwargs)
         return watermarking
@@ -73,18 +88,25 @@ def _make_validate_params(stock: Stock) -> Stock:
 
 
 def _make_process_inputs(stock: Stock) -> Stock:
-    def process_inputs(self: InputProcessor, *args: object, **kwargs: object) -> object:
-        request = stock(self, *args, **kwargs)
-        params = request.sampling_params
-        if params is None:
+    def process_inputs(
+        self: InputProcessor,
+        request_id: object,
+        prompt: object,
+        params: object,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
+        request = stock(self, request_id, prompt, params, *args, **kwargs)
+        own = request.sampling_params
+        if own is None:
             return request
-        config = active_steering_config(self.vllm_config)
-        if params.extra_args or (config is not None and config.default_preset):
-            steering = parse_steering_request(params.extra_args, config)
+        parsed, self.sae_parsed = self.sae_parsed, None
+        if parsed is None or parsed.params is not params:
+            parsed = _parse(self, own)
+        config, steering = parsed.config, parsed.steering
+        if own.extra_args or (config is not None and config.default_preset):
             refuse_streaming_input(steering, request.resumable)
-            params.extra_args = canonical_extra_args(
-                params.extra_args, steering, config
-            )
+            own.extra_args = canonical_extra_args(own.extra_args, steering, config)
         return request
 
     return process_inputs

@@ -23,7 +23,11 @@ from vllm.plugins.steering.seam import (
     wrap,
 )
 from vllm.v1.engine.steering_read_log import ReadLog
-from vllm.v1.engine.steering_read_states import follow, take_steps
+from vllm.v1.engine.steering_read_states import (
+    follow,
+    keep_last_tokens,
+    take_steps,
+)
 from vllm.v1.engine.steering_refusals import refusal_in
 
 if TYPE_CHECKING:
@@ -89,11 +93,13 @@ def _make(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> OutputProcessorOutput:
+        ended = [one for one in engine_core_outputs if one.stop_reason is not None]
         if self.sae_read_log is not None:
-            take_steps(self.sae_read_log, self.request_states, engine_core_outputs)
+            take_steps(self.sae_read_log, engine_core_outputs)
+            keep_last_tokens(self.request_states, ended)
         refused = [
             (state, refusal)
-            for output in engine_core_outputs
+            for output in ended
             if (refusal := refusal_in(output.stop_reason)) is not None
             and (state := self.request_states.get(output.request_id)) is not None
         ]

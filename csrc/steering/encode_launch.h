@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the launches of the encoder share: tensor maps, and the grid.
+#pragma once
+
+#include "encode_kernel.cuh"
+#include "tensor_map.h"
+
+namespace vllm_steering {
+
+template <typename T>
+EncodeMaps encode_maps(const Workspace<T>& ws, const Weights<T>& w) {
+  EncodeMaps maps;
+  maps.w = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
+  for (int i = 0; i < kWidths; ++i)
+    maps.x[i] = tensor_map(ws.x, ws.rows, w.d_in, kWidth[i], kTileK);
+  return maps;
+}
+
+// Launches the encoder over `features` rows of W_enc in clusters, one block a
+// multiprocessor, as many as there are tiles for.
+template <typename T>
+void launch_encoder(void (*kernel)(EncodeArgs<T>, EncodeMaps),
+                    const EncodeArgs<T>& a, int features, int processors,
+                    cudaStream_t stream) {
+  constexpr int kRows = kTileF * kEncodePeers;
+  const int64_t tiles = static_cast<int64_t>((features + kRows - 1) / kRows) *
+                        ((a.ws.rows + 255) / 256);
+  const int clusters = static_cast<int>(
+      std::clamp<int64_t>(tiles, 1, std::max(processors / kEncodePeers, 1)));
+  launch_clusters(kernel, clusters * kEncodePeers, kEncodePeers, kEncodeThreads,
+                  kEncodeSmem, stream, a, encode_maps(a.ws, a.weights));
+}
+
+}  // namespace vllm_steering

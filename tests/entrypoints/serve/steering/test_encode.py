@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`/v1/steering/encode` without a server: what waits, what is too much."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from steering_testing.specs import CONFIG
+
+from vllm.entrypoints.serve.steering import encode as module
+from vllm.entrypoints.serve.steering.access import RequestRefused
+from vllm.entrypoints.serve.steering.encode import (
+    EncodeRequest,
+    EncodeService,
+    message_of,
+)
+
+
+class Words:
+    """A tokenizer: one token a word."""
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[len(word) for word in text.split()])
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" {token}" for token in ids)
+
+
+class Engine:
+    """Generates nothing until it is released; remembers who was cancelled."""
+
+    def __init__(self) -> None:
+        self.vllm_config: Any = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=100)
+        )
+        self.running = 0
+        self.cancelled = 0
+        self.go_on = asyncio.Event()
+        self.fails = False
+
+    def get_tokenizer(self) -> Any:
+        return Words()
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str
+    ) -> AsyncIterator[Any]:
+        self.running += 1
+        try:
+            if self.fails and self.running == 2:
+                raise ValueError("no")
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        yield SimpleNamespace(prompt_sae_features={})
+
+
+REQUEST = EncodeRequest("one", input=["a b", "c", "d e f"])
+
+
+def run(engine: Engine, request: EncodeRequest = REQUEST) -> Any:
+    return EncodeService(engine, ["m"]).encode(request, CONFIG)
+
+
+def test_one_failing_text_ends_the_others() -> None:
+    async def check() -> None:
+        engine = Engine()
+        engine.fails = True
+        with pytest.raises(RequestRefused, match="input: no") as caught:
+            await run(engine)
+        assert caught.value.status == 400
+        await asyncio.sleep(0)
+        assert engine.cancelled == engine.running - 1 == 2
+
+    asyncio.run(check())
+
+
+def test_every_text_is_answered_when_it_is_read() -> None:
+    async def check() -> None:
+        engine = Engine()
+        engine.go_on.set()
+        answer = await run(engine)
+        assert [one["token_ids"] for one in answer["data"]] == [[1, 1], [1], [1, 1, 1]]
+        assert answer["data"][0]["tokens"] == [" 1", " 1"]
+        assert answer["usage"]["prompt_tokens"] == 6
+
+    asyncio.run(check())
+
+
+def test_an_answer_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check(limit: int) -> None:
+        monkeypatch.setattr(module, "MAX_VALUES", limit)
+        engine = Engine()
+        engine.go_on.set()
+        await run(engine, EncodeRequest("one", input=["a b", "c"], top_k=4))
+
+    asyncio.run(check(12))  # 3 tokens at one site
+    with pytest.raises(RequestRefused, match="input: found 12 values") as caught:
+        asyncio.run(check(11))
+    assert caught.value.status == 400 and caught.value.field == "input"
+
+
+def test_text_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    message = {"role": "user", "content": parts, "name": "x"}
+    joined = {"role": "user", "content": "a\nb", "name": "x"}
+    assert message_of("messages[0]", message) == joined
+    for bad, path in (
+        ({}, r"messages\[0\]\.role: found None"),
+        ({"role": "user", "content": 5}, r"messages\[0\]\.content: found 5"),
+        ({"role": "user", "content": [{}]}, r"messages\[0\]\.content\[0\]: found"),
+    ):
+        with pytest.raises(RequestRefused, match=path):
+            message_of("messages[0]", bad)

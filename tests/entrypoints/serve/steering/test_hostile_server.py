@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that mean ill, beside a stream that must go on: a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from soak.over_http import tracebacks
+from steering_testing.engine import DELTA
+from steering_testing.server import MODEL_NAME, Server, api_server
+
+pytestmark = pytest.mark.server
+
+EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
+MODULES = "/v1/steering/modules"
+ENCODE = "/v1/steering/encode"
+MODULE = "golden-gate"
+KEY = {"Authorization": "Bearer the-key"}
+CLAMP = {"feature_idx": 457, "kind": "absolute", "value": 9.4}
+SPEC = {"module_name": MODULE, "clamps": [CLAMP]}
+TEXTS = {"module_name": MODULE, "input": ["the chef " * 50] * 64, "top_k": 64}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose module has 16384 labels, and another one broken files."""
+    root = tmp_path_factory.mktemp("root").resolve()
+    for name in ("good", "broken"):
+        shutil.copytree(EXAMPLE / "sae", root / name)
+    labels = {str(at): "mentions of the bridge" for at in range(16384)}
+    (root / "good" / "labels.json").write_text(json.dumps(labels))
+    (root / "broken" / "labels.json").write_text("[1, 2")
+    (root / "broken" / "evidence.json").write_text('{"card": {"a": "\\ud800"}}')
+    modules = {MODULE: str(root / "good"), "broken": str(root / "broken")}
+    steering = {"modules": modules, "module_roots": [str(root)]}
+    with api_server(
+        EXAMPLE / "model",
+        root / "log",
+        *("--steering-api-key", "the-key"),
+        *("--additional-config", json.dumps({"steering": steering})),
+        environment={"VLLM_PLUGINS": "steering"},
+    ) as running:
+        yield running
+        assert tracebacks(running.log) == []
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL_NAME, "prompt": "the chef", "max_tokens": 2, **fields}
+
+
+def ask_all(server: Server, count: int, ask: Callable[..., Any]) -> list[Any]:
+    """The answers, or errors, of many clients at once."""
+
+    async def run() -> list[Any]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=server.url, timeout=120, limits=limits
+        ) as client:
+            asked = (ask(client) for _ in range(count))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def metric(http: httpx.Client, start: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+
+def test_texts_of_clients_that_left_are_not_encoded(
+    server: Server, http: httpx.Client
+) -> None:
+    tokens_read = "vllm:prompt_tokens_total"
+    before = metric(http, tokens_read)
+
+    async def leave(client: httpx.AsyncClient) -> None:
+        await client.post(ENCODE, json=TEXTS, timeout=0.5)
+
+    left = ask_all(server, 24, leave)
+    assert any(isinstance(one, httpx.TimeoutException) for one in left)
+    deadline = time.monotonic() + 30
+    while (held := metric(http, "vllm:num_requests_")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert held == 0
+    # Most of these texts, of 101 tokens each, were never read.
+    assert metric(http, tokens_read) - before < 24 * 64 * 101 / 2
+
+
+def test_bodies_that_end_in_the_middle_are_no_errors(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    for call in (f"POST {MODULES}", f"POST {ENCODE}", "PUT /v1/steering/presets/x"):
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as connection:
+                head = f"{call} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer the-key"
+                connection.sendall(f"{head}\r\nContent-Length: 99\r\n\r\n{{".encode())
+                time.sleep(0.05)
+
+
+def test_who_only_looks_does_not_stop_a_stream(
+    server: Server, http: httpx.Client
+) -> None:
+    """A stream ends while 200 clients list modules, presets, labels and evidence."""
+    looks = (
+        *(MODULES, "/v1/steering/presets", f"{MODULES}/{MODULE}/evidence?index=1"),
+        f"{MODULES}/{MODULE}/features?q={'bridge+' * 30}zzz",
+    )
+
+    async def look(client: httpx.AsyncClient) -> list[int]:
+        return [(await client.get(path)).status_code for path in looks]
+
+    async def stream(client: httpx.AsyncClient) -> str:
+        body = completion(max_tokens=40, ignore_eos=True, stream=True)
+        body[DELTA] = [SPEC]
+        lines = []
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                lines.append(line)
+        return next(line for line in reversed(lines) if line)
+
+    async def both(client: httpx.AsyncClient) -> tuple[str, list[int]]:
+        last, statuses = await asyncio.gather(stream(client), look(client))
+        return last, statuses
+
+    found = ask_all(server, 50, both)
+    assert all(one == ("data: [DONE]", [200] * 4) for one in found), found[:3]
+    assert http.get(MODULES).status_code == 200
+
+
+def test_a_long_query_is_refused(http: httpx.Client) -> None:
+    answer = http.get(f"{MODULES}/{MODULE}/features?q={'e+' * 20_000}zzz")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("q: found 40003 characters")
+
+
+def test_broken_files_do_not_say_where_they_are(http: httpx.Client) -> None:
+    for path in ("features?q=a", "evidence?index=0"):
+        answer = http.get(f"{MODULES}/broken/{path}")
+        assert answer.status_code == 409, answer.text
+        assert "json" in answer.text and "/" not in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({DELTA: [{**SPEC, "clamps": [CLAMP] * 10_000}]}, "1 sites and 10000 clamps"),
+        (
+            {
+                DELTA: [
+                    {**SPEC, "clamps": {"post_block": dict.fromkeys(range(9999), [])}}
+                ]
+            },
+            "9999 sites and 0 clamps",
+        ),
+        ({DELTA: [SPEC] * 10_000}, "found 10000 specs"),
+        ({DELTA: [{**SPEC, "spans": [{"of": "prompt"}] * 9999}]}, "found 9999 items"),
+        ({DELTA: [{**SPEC, "module_name": "<script>"}]}, "found '<script>'"),
+        ({DELTA: [{"\ud800": 1}]}, "unknown field"),
+        ({DELTA: [{**SPEC, "clamps": [{**CLAMP, "value": 1e999}]}]}, "found inf"),
+    ],
+)
+def test_absurd_specs_are_refused_with_what_was_found(
+    http: httpx.Client, fields: dict[str, Any], found: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = json.dumps(completion(**fields))
+    answer = http.post("/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert found in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"].startswith(DELTA)
+
+
+def test_forty_registrations_at_once_are_all_answered(
+    server: Server, http: httpx.Client
+) -> None:
+    path = http.get(f"{MODULES}/{MODULE}", headers=KEY).json()["module"]["path"]
+    body = {"name": "hot", "path": path, "replace": True}
+
+    async def register(client: httpx.AsyncClient) -> int:
+        return (await client.post(MODULES, json=body, headers=KEY)).status_code
+
+    assert set(ask_all(server, 40, register)) == {201}
+    assert http.delete(f"{MODULES}/hot", headers=KEY).status_code == 200
+
+
+def test_at_the_end_nothing_is_held(http: httpx.Client) -> None:
+    assert http.post("/v1/completions", json=completion()).status_code == 200
+    listed = http.get(MODULES).json()
+    assert sum(listed["rows_in_use"].values()) == 0
+    assert [module["requests"] for module in listed["modules"]] == [0, 0]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that only look cannot make the engine answer each of them, and work for
+clients that have gone away ends."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+from starlette.requests import Request
+
+from vllm.entrypoints.serve.steering.access import RequestRefused, holds_key
+from vllm.entrypoints.serve.steering.api_router import read_body, while_connected
+from vllm.entrypoints.serve.steering.encode import EncodeRequest, EncodeService
+from vllm.entrypoints.serve.steering.service import Engine, SteeringModulesService
+
+
+class CountingEngine:
+    """Says how often it was asked before; each answer takes two turns of the loop."""
+
+    def __init__(self) -> None:
+        additional = {"steering": {"modules": {}}}
+        self.vllm_config = Namespace(additional_config=additional)
+        self.asked = 0
+        self.fails = False
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> list[Any]:
+        self.asked += 1
+        modules = [{"name": f"m{self.asked}", "path": "/x"}]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if self.fails:
+            raise RuntimeError("gone")
+        return [{"outcome": "done", "listing": {"modules": modules}, "stats": {}}]
+
+
+def service_of(engine: CountingEngine) -> SteeringModulesService:
+    return SteeringModulesService(cast(Engine, engine))
+
+
+async def names(service: SteeringModulesService) -> list[str]:
+    return [module["name"] for module in (await service.list())["modules"]]
+
+
+def test_clients_that_ask_meanwhile_share_the_next_reply() -> None:
+    engine = CountingEngine()
+    service = service_of(engine)
+
+    async def look() -> list[list[str]]:
+        first = asyncio.create_task(names(service))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the engine is asked; these come too late for that
+        return await asyncio.gather(first, *(names(service) for _ in range(50)))
+
+    first, *others = asyncio.run(look())
+    assert first == ["m1"]
+    # One reply for all of them, and it is younger than their question.
+    assert len({tuple(found) for found in others}) == 1
+    assert others[0] != ["m1"]
+    assert engine.asked <= 4  # a list and the counts, twice
+
+
+def test_after_a_failure_the_engine_is_asked_again() -> None:
+    engine = CountingEngine()
+    service = service_of(engine)
+
+    async def look() -> list[str]:
+        engine.fails = True
+        with pytest.raises(RuntimeError, match="gone"):
+            await service.list()
+        engine.fails = False
+        return await names(service)
+
+    assert asyncio.run(look()) == ["m2"]
+
+
+def test_a_client_that_leaves_does_not_take_the_reply_from_others() -> None:
+    service = service_of(CountingEngine())
+
+    async def look() -> list[str]:
+        leaving = asyncio.create_task(names(service))
+        staying = asyncio.create_task(names(service))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        return await staying
+
+    assert asyncio.run(look()) == ["m1"]
+
+
+class WaitingEngine:
+    """Generates nothing until its requests are cancelled."""
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    def get_tokenizer(self) -> Any:
+        return lambda text: Namespace(input_ids=[1, 2])
+
+    async def generate(
+        self, prompt: object, sampling_params: object, request_id: str
+    ) -> AsyncIterator[Any]:
+        self.running += 1
+        try:
+            await asyncio.sleep(60)
+            yield None
+        finally:
+            self.running -= 1
+
+
+def request_that(*messages: dict[str, Any]) -> Request:
+    """A request of a client that sends these messages and then waits."""
+    left = list(messages)
+
+    async def receive() -> dict[str, Any]:
+        if left:
+            await asyncio.sleep(0.05)
+            return left.pop(0)
+        await asyncio.sleep(60)
+        return {}
+
+    return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+
+def test_texts_of_a_client_that_left_are_not_encoded() -> None:
+    engine = WaitingEngine()
+    request = EncodeRequest("m", input=["a"] * 8)
+
+    async def leave() -> None:
+        caller = request_that({"type": "http.disconnect"})
+        encoding = EncodeService(cast(Any, engine)).encode(request)
+        with pytest.raises(RequestRefused, match="disconnected") as caught:
+            await while_connected(caller, encoding)
+        assert caught.value.status == 408
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert engine.running == 0
+
+    asyncio.run(leave())
+
+
+def test_what_is_done_in_time_is_the_answer() -> None:
+    async def work() -> str:
+        return "done"
+
+    assert asyncio.run(while_connected(request_that(), work())) == "done"
+
+
+def test_a_body_that_is_not_finished_is_no_error_of_the_server() -> None:
+    half = {"type": "http.request", "body": b'{"a', "more_body": True}
+    caller = request_that(half, {"type": "http.disconnect"})
+    with pytest.raises(RequestRefused, match="disconnected"):
+        asyncio.run(read_body(caller))
+
+
+@pytest.mark.parametrize(
+    ("sent", "holds"),
+    [
+        ("Bearer schlüssel", True),
+        ("bearer  schlüssel ", True),
+        ("Bearer schlussel", False),
+        ("Basic schlüssel", False),
+        ("Bearer", False),
+        ("", False),
+    ],
+)
+def test_a_key_may_have_any_letters(sent: str, holds: bool) -> None:
+    # As a server reads the bytes of a header.
+    header = sent.encode().decode("latin-1")
+    assert holds_key({"authorization": header}, "schlüssel") is holds
+    assert not holds_key({"authorization": header}, None)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as data frames, where pandas is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def data_frame(
+    rows: Iterable[Mapping[str, object]], columns: Sequence[str]
+) -> pandas.DataFrame:
+    """A frame with these columns, which an empty one has too.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError(
+            "to_pandas() needs pandas, which is not installed: pip install pandas"
+        ) from None
+    return pandas.DataFrame(list(rows), columns=list(columns))
