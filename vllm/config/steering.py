@@ -279,10 +279,8 @@ class ModuleInfo:
         """JSON types only; the inverse of `from_json`."""
         data = asdict(self)
         data["sites"] = [site.to_json() for site in self.sites]
-        if data["skip_token_ids"] is not None:
-            data["skip_token_ids"] = list(data["skip_token_ids"])
-        data["slots"] = None if self.slots is None else list(self.slots)
-        data |= {"sharded": list(self.sharded), "screened": list(self.screened)}
+        for name in ("skip_token_ids", "slots", "sharded", "screened"):
+            data[name] = None if data[name] is None else list(data[name])
         return data
 
     @classmethod
@@ -290,11 +288,9 @@ class ModuleInfo:
         """Rebuild what `to_json` wrote."""
         fields = dict(data)
         fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
-        for name in ("skip_token_ids", "slots"):
+        for name in ("skip_token_ids", "slots", "sharded", "screened"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
-        for name in ("sharded", "screened"):
-            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
 
