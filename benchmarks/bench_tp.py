@@ -3,6 +3,11 @@
 
     python benchmarks/bench_tp.py --tp 2 --layers 24 --shape 27b
     python benchmarks/bench_tp.py --dry-run        # a tiny model, on a CPU
+    python benchmarks/bench_tp.py --root DIR --modes shard --wait FILE
+
+With `--root`, the model and the SAE stay in DIR and are used again. With `--wait`, an
+engine starts and then waits until the file exists, so that several start at a time and
+measure in turn.
 
 A model of the shape with dummy weights and `--layers` layers; one SAE in its middle.
 Engines start one after another: without steering, shared, replicated. A step's time is
@@ -26,6 +31,7 @@ from facts import environment
 FULL_KEY = "sae_full_reconstruction_specs"
 CLAMP = {"feature_idx": 11, "kind": "absolute", "value": 1.0}
 L0 = 100
+MODES = ("stock", "shard", "replicate")
 PROMPT = 32
 
 # hidden, intermediate, heads, key-value heads, head width, layers, features
@@ -129,10 +135,7 @@ def prefill_ms(llm: Any, length: int, steered: bool, rounds: int) -> float:
 def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
     """All times of one engine: `stock`, `replicate` or `shard`."""
     from vllm import LLM
-    from vllm.engine import steering_resolution
 
-    # The engine's configuration is resolved in this process.
-    steering_resolution.ON_A_GPU = ""
     config: dict[str, Any] = {}
     if mode != "stock":
         module = {"path": str(root / "sae"), "sharding": mode}
@@ -145,7 +148,7 @@ def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
         "max_num_seqs": 64,
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": (1 << 26) if args.dry_run else (4 << 30),
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": 0.3,
         "enable_prefix_caching": False,
         "tensor_parallel_size": args.tp,
         "distributed_executor_backend": "mp",
@@ -156,6 +159,8 @@ def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
     llm = LLM(str(root / "model"), additional_config=config, **options)
     row: dict[str, Any] = {"mode": mode, "start_s": round(time.perf_counter() - start)}
     print(f"{mode}: started in {row['start_s']} s", flush=True)
+    while args.wait is not None and not args.wait.exists():
+        time.sleep(0.2)
     length = 64 if args.dry_run else 1024
     for steered in (False, True) if mode != "stock" else (False,):
         name = "steered" if steered else "idle"
@@ -173,7 +178,7 @@ def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
 def shares(rows: list[dict[str, Any]]) -> None:
     """Print each mode beside stock: the share, and microseconds more."""
     stock = rows[0]
-    for row in rows[1:]:
+    for row in rows[1:] if stock["mode"] == "stock" else ():
         for state in ("idle", "steered"):
             for kind in ("1", "64", "prefill"):
                 ms = row[f"{state}_{kind}_ms"]
@@ -192,17 +197,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--root", type=Path, default=None)
+    parser.add_argument("--wait", type=Path, default=None)
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
         args.shape, args.layers, args.rounds, args.steps = "tiny", 3, 1, 4
     facts = {} if args.dry_run else environment()
     with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        write_model(root / "model", args.shape, args.layers)
-        write_sae(root / "sae", args.shape, args.layers // 2)
+        root = args.root or Path(directory)
+        if not (root / "sae").exists():
+            root.mkdir(exist_ok=True)
+            write_model(root / "model", args.shape, args.layers)
+            write_sae(root / "sae", args.shape, args.layers // 2)
         rows: list[dict[str, Any]] = []
-        for mode in ("stock", "shard", "replicate"):
+        for mode in args.modes:
             rows.append(measure(args, root, mode))
             shares([rows[0], *rows[-1:]] if rows[1:] else rows)
     result = {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints README's table of costs, or writes it into the README.
 
-The figures come from the file in benchmarks/results/ that holds the newest run of
-`bench_engine.py`, and from the kernels that `bench_kernels.py` measured on the same
-card. `--write` updates README.md; a test compares the two.
+The figures come from the files in benchmarks/results/: the newest run of
+`bench_engine.py`, and the run of `bench_kernels.py` with the most cases. `--write`
+updates README.md; a test compares the two.
 """
 
 from __future__ import annotations
@@ -28,13 +28,21 @@ MODES = {
 BATCHES = (1, 64, 256)
 
 
-def newest() -> Row:
+def results() -> list[Row]:
+    """The result file of each card."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def engine_run() -> Row:
     """The results of the card whose engines were measured last."""
-    files = (ROOT / "benchmarks" / "results").glob("*.json")
-    runs = [
-        run for run in (json.loads(f.read_text()) for f in files) if "engine" in run
-    ]
+    runs = [run for run in results() if "engine" in run]
     return max(runs, key=lambda run: run["engine_environment"]["date"])
+
+
+def kernel_run() -> Row:
+    """The results of the card on which the most kernels were measured."""
+    return max(results(), key=lambda run: (len(run.get("kernel", [])), run["date"]))
 
 
 def kernel_rows(rows: list[Row]) -> list[tuple[str, str]]:
@@ -89,19 +97,19 @@ def engine_rows(rows: list[Row]) -> list[tuple[str, str]]:
 
 def table() -> str:
     """The table as Markdown, with the run that it is of."""
-    run = newest()
+    run, kernels = engine_run(), kernel_run()
     engine = run["engine_environment"]
     where = (
-        f"On one {run['gpu']}, torch {engine['torch']}. Engines: commit "
-        f"{engine['commit']}, {engine['date']}. Kernels: commit {run['commit']}, "
-        f"{run['date']}."
+        f"Kernels: one {kernels['gpu']}, torch {kernels['torch']}, commit "
+        f"{kernels['commit']}, {kernels['date']}. Engines: one {engine['gpu']}, torch "
+        f"{engine['torch']}, commit {engine['commit']}, {engine['date']}."
     )
     if any(row["mode"] == CONTROL for row in run["engine"]):
         where += (
             " Differences as large as the control's are between engines and not of "
             "steering."
         )
-    rows = [*kernel_rows(run["kernel"]), *engine_rows(run["engine"])]
+    rows = [*kernel_rows(kernels["kernel"]), *engine_rows(run["engine"])]
     lines = ["| what | cost |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
     return "\n".join([where, "", *lines])
 

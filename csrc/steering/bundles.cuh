@@ -20,8 +20,11 @@ struct Weights {
   const float* b_dec;      // [D_out]
   const int* meta;
   const float* norm_limit;
-  int num_features;
-  int d_in, d_out;  // equal, but for some transcoders
+  int num_features;  // rows of W_enc that this rank holds
+  int d_in, d_out;   // equal, but for some transcoders and for shards
+  // Of an SAE that ranks share: rows of W_dec, and the feature of W_enc's
+  // first.
+  int all_features, first_feature;
 };
 
 // Who reads, and where to; ReadBuffers in layers/steering_read_state.py.
@@ -51,6 +54,10 @@ struct Stream {
   int64_t hidden_stride, residual_stride;
   int tokens;
 };
+
+// Columns of a token that a block of the decoder makes at a time: one access of
+// a warp.
+constexpr int kColumnsOfSlice = 256;
 
 // The largest component that is written back.
 template <typename T>

@@ -9,6 +9,7 @@
 
 #include "bundles.cuh"
 #include "dense.cuh"
+#include "exchange.cuh"
 #include "launch.h"
 
 namespace vllm_steering {
@@ -95,6 +96,36 @@ Stream<T> make_stream(const Tensors& stream, int64_t width, const Expected& e) {
           static_cast<int>(tokens)};
 }
 
+// How ranks share the SAE, int64 in the host's memory; a whole one shares
+// nothing.
+inline Exchange make_exchange(const Tensors& w, int64_t d_out) {
+  Exchange x = {};
+  x.size = 1;
+  if (w.size() <= kShared) return x;
+  const Tensor& t = w[kShared];
+  STD_TORCH_CHECK(!t.is_cuda() && t.scalar_type() == ScalarType::Long &&
+                      t.is_contiguous() && t.numel() > kShareAddresses,
+                  "steering: shared is not int64 in the host's memory");
+  const int64_t* at = data<int64_t>(t);
+  const int64_t size = at[kShareSize];
+  STD_TORCH_CHECK(
+      size > 1 && size <= kMaxRanks && at[kShareRank] >= 0 &&
+          at[kShareRank] < size && t.numel() == kShareAddresses + size,
+      "steering: found ", size, " ranks, expected 2 to ", kMaxRanks);
+  for (int r = 0; r < size; ++r)
+    x.at[r] = reinterpret_cast<char*>(at[kShareAddresses + r]);
+  x.rank = static_cast<int>(at[kShareRank]);
+  x.size = static_cast<int>(size);
+  x.rows = static_cast<int>(at[kShareRows]);
+  x.slices = static_cast<int>((d_out + kColumnsOfSlice - 1) / kColumnsOfSlice);
+  x.width = static_cast<int>(2 * d_out * size);
+  x.lists = at[kShareLists];
+  x.flags = at[kShareFlags];
+  x.columns = at[kShareColumns];
+  x.staging = at[kShareStaging];
+  return x;
+}
+
 template <typename T>
 Weights<T> make_weights(const Tensors& w, const Expected& e) {
   const auto f32 = ScalarType::Float;
@@ -102,8 +133,15 @@ Weights<T> make_weights(const Tensors& w, const Expected& e) {
       check(get(w, kWEnc, "W_enc"), "W_enc", e.type, {kAny, kAny}, e);
   const int64_t f = w_enc.size(0), d_in = w_enc.size(1);
   const Tensor& w_dec =
-      check(get(w, kWDec, "W_dec"), "W_dec", e.type, {f, kAny}, e);
+      check(get(w, kWDec, "W_dec"), "W_dec", e.type, {kAny, kAny}, e);
   const int64_t d_out = w_dec.size(1);
+  const Exchange x = make_exchange(w, d_out);
+  STD_TORCH_CHECK(w_dec.size(0) == f * x.size, "steering: W_dec has ",
+                  w_dec.size(0), " rows, expected ", f * x.size);
+  // The two blocks of a cluster of the encoder take neighbouring tiles.
+  constexpr int kRows = 2 * kTileF;
+  STD_TORCH_CHECK(x.size == 1 || f % kRows == 0, "steering: a rank has ", f,
+                  " features, expected a multiple of ", kRows);
   check_width(d_in);
   check_width(d_out);
   const Tensor& b_enc = check(get(w, kBEnc, "b_enc"), "b_enc", f32, {f}, e);
@@ -117,10 +155,18 @@ Weights<T> make_weights(const Tensors& w, const Expected& e) {
   check_length(meta, kSkipMask + 1, "meta");
   check_aligned(w_enc, "W_enc");
   check_aligned(w_dec, "W_dec");
-  return {data<T>(w_enc),          data<float>(b_enc),  data<float>(threshold),
-          data<T>(w_dec),          data<float>(b_dec),  data<int>(meta),
-          data<float>(norm_limit), static_cast<int>(f), static_cast<int>(d_in),
-          static_cast<int>(d_out)};
+  return {data<T>(w_enc),
+          data<float>(b_enc),
+          data<float>(threshold),
+          data<T>(w_dec),
+          data<float>(b_dec),
+          data<int>(meta),
+          data<float>(norm_limit),
+          static_cast<int>(f),
+          static_cast<int>(d_in),
+          static_cast<int>(d_out),
+          static_cast<int>(f * x.size),
+          static_cast<int>(f * x.rank)};
 }
 
 // Who reads, where a step's bundle says so; the scale is checked with weights.
@@ -189,8 +235,12 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
       check(get(ws, kEntries, "entries"), "entries", i64, {rows, kAny}, e);
   check(get(ws, kCoef, "coef"), "coef", f32, {rows, max_clamps}, e);
   if (topk) {
-    check(get(ws, kScores, "scores"), "scores", f32,
-          {rows, weights.num_features}, e);
+    // Those of this rank's features, or of all.
+    const Tensor& scores =
+        check(get(ws, kScores, "scores"), "scores", f32, {rows, kAny}, e);
+    STD_TORCH_CHECK(scores.size(1) == weights.num_features ||
+                        scores.size(1) == weights.all_features,
+                    "steering: scores has ", scores.size(1), " columns");
     check_length(check(get(ws, kKth, "kth"), "kth", i64, {kAny}, e), rows,
                  "kth");
   }
@@ -219,7 +269,7 @@ DenseScratch<T> make_dense_scratch(const Tensors& ws, const Weights<T>& weights,
                               ScalarType::Byte, {kAny, kAny}, e);
   check_aligned(bytes, "dense");
   const int64_t rows = bytes.size(0);
-  const int64_t padded = (weights.num_features + kTileK - 1) / kTileK * kTileK;
+  const int64_t padded = (weights.all_features + kTileK - 1) / kTileK * kTileK;
   const int64_t each =
       2 * weights.d_in + 4 * padded + 4 * kDenseSplits * weights.d_out;
   STD_TORCH_CHECK(rows >= 1 && bytes.size(1) >= each, "steering: dense has ",
@@ -249,11 +299,12 @@ Bundles<T> make_bundles(const Tensors& step, const Tensors& weights,
                         bool topk, int64_t base) {
   const Expected e = expected_of(stream);
   const Weights<T> w = make_weights<T>(weights, e);
+  const int ranks = w.all_features / w.num_features;
   const Stream<T> s =
-      make_stream<T>(stream, side == Side::kRead ? w.d_in : w.d_out, e);
+      make_stream<T>(stream, side == Side::kRead ? w.d_in : w.d_out * ranks, e);
   const Step st = make_step(step, s.tokens, e);
   if (st.reads.index != nullptr)
-    check(step[kReadScale], "read_scale", ScalarType::Float, {w.num_features},
+    check(step[kReadScale], "read_scale", ScalarType::Float, {w.all_features},
           e);
   return {st, w, s,
           make_workspace<T>(ws, w, st.table.max_clamps, topk, base, e), e};

@@ -124,14 +124,16 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
       static_cast<int>(blockIdx.x) * kTileF < a.encode.weights.num_features;
   const int first = has_tile ? min(kFirstStages, k_tiles) : 0;
   prefetch_rows(a.stream, a.encode.weights.d_in);
-  if (t == kWeightsThread) request_first(m, &maps.w, first, k_tiles);
+  if (t == kWeightsThread)
+    request_first(m, &maps.w, first, k_tiles, a.encode.weights.first_feature);
   const int n = list_active(a, own, m);
   if (blockIdx.x == 0 && t == 0) *ws.count = n;
   if (n == 0) {
     if (t == kWeightsThread) drain_first(m, first);
     return;
   }
-  const TileWalk walk = tile_walk(a.encode.weights.num_features, n);
+  const TileWalk walk = tile_walk(a.encode.weights.num_features, n, 1, 0,
+                                  a.encode.weights.first_feature);
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) {

@@ -65,6 +65,7 @@ enum WeightsField {
   kBDec = 4,
   kMeta = 5,
   kNormLimit = 6,
+  kShared = 7,
 };
 enum WorkspaceField {
   kX = 0,
@@ -99,5 +100,19 @@ enum ScreenField {
 };
 enum StreamField { kHidden = 0, kResidual = 1 };
 enum GuessField { kSamples = 0, kBars = 1, kFailed = 2 };
+
+// steering_kernels/peers.py: the numbers of an exchange; the addresses of all
+// ranks' arenas follow.
+enum ShareField {
+  kShareRank = 0,
+  kShareSize = 1,
+  kShareRows = 2,
+  kShareLists = 3,
+  kShareFlags = 4,
+  kShareColumns = 5,
+  kShareStaging = 6,
+  kShareStagingBytes = 7,
+  kShareAddresses = 8,
+};
 
 }  // namespace vllm_steering

@@ -10,7 +10,7 @@ namespace vllm_steering {
 
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kColumns = 256;  // columns of D of a block: one warp-wide access
+constexpr int kColumns = kColumnsOfSlice;
 constexpr int kFewTokens = 8;  // up to here a token's latency counts
 
 template <typename T>
@@ -23,6 +23,11 @@ struct DecodeArgs {
   bool resolved;  // ws.coef holds g - f of the clamps already
   bool delta;     // add to the stream: no entries, no b_dec
   Reads reads;
+  // Of an SAE that ranks share: lists come from all ranks (`joined`; TopK has
+  // selected among all scores), columns go to all of them.
+  Exchange exchange;
+  bool joined;
+  int parts;  // SharedPart
 };
 
 inline int decode_slices(int d_out) {
@@ -59,10 +64,22 @@ __device__ __forceinline__ EntryLoads load_entries(const int64_t* own,
   return l;
 }
 
+// As load_entries, of a token's lists of all ranks, which have come.
+__device__ __forceinline__ EntryLoads load_joined(const Exchange& x, int64_t i,
+                                                  const int* counts, int n) {
+  EntryLoads l;
+#pragma unroll
+  for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
+    const int e = threadIdx.x + u * kDecodeThreads;
+    l.at[u] = e < n ? joined_entry(x, i, counts, e) : 0;
+  }
+  return l;
+}
+
 // Sorted (feature, weight) of the token in `list`. An entry's place is the
 // number of features below its own.
-__device__ void sort_entries(const EntryLoads& l, int n, int2* list,
-                             int* features) {
+inline __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
+                                    int* features) {
   int2 mine[kListMax / kDecodeThreads];
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
@@ -89,7 +106,7 @@ __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
 }
 
 // The activation of `feature` in the sorted list, 0 when absent.
-__device__ float find_feature(const int2* list, int n, int feature) {
+inline __device__ float find_feature(const int2* list, int n, int feature) {
   int low = 0, high = n;
   while (low < high) {
     const int middle = (low + high) / 2;

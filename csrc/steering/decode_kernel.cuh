@@ -73,11 +73,52 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
   }
 }
 
-// Adds the eight partial sums and the base, rounds once, writes back exactly.
+// Sends a slice of a shared SAE's columns to all ranks.
 template <typename T>
+__device__ __forceinline__ void send_slice(const DecodeArgs<T>& a, int64_t i,
+                                           int first, float total, bool over,
+                                           unsigned round) {
+  __shared__ __align__(16) T slice[kColumns];
+  slice[threadIdx.x] = from_float<T>(total);
+  const unsigned flag = slice_flag(round, __syncthreads_or(over) != 0);
+  push_slice(a.exchange, slice, i, a.weights.d_out, first,
+             min(kColumns, a.weights.d_out - first), first / kColumns, flag);
+}
+
+// Waits for a slice of a shared SAE's token from all ranks, and writes it back:
+// a warp a rank. `token` < 0: there is nothing to write.
+template <typename T>
+__device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
+                                            int slice, int token,
+                                            unsigned round, int* counted) {
+  const Exchange& x = a.exchange;
+  const int d_out = a.weights.d_out, lane = threadIdx.x & 31;
+  const bool over = wait_slices(x, i, round, slice, 1);
+  const bool limited = __syncthreads_or(over) != 0;
+  if (token < 0) return;
+  const int column = slice * kColumns + lane * 8;
+  Pack8<T> zero;
+  zero.raw = make_uint4(0, 0, 0, 0);
+  for (int from = threadIdx.x / 32; from < x.size; from += kDecodeWarps) {
+    if (column >= d_out) continue;
+    const int c = from * d_out + column;
+    const Pack8<T> out = load8(x.template row<T>(x.rank, i) + c);
+    T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
+    if (a.stream.residual != nullptr) {
+      store8(a.stream.residual + token * a.stream.residual_stride + c, out);
+      store8(h, zero);
+    } else {
+      store8(h, out);
+    }
+  }
+  count_saturated(limited && threadIdx.x == 0, counted, a.saturated);
+}
+
+// Adds the eight partial sums and the base, rounds once, writes back exactly.
+template <bool kShared, typename T>
 __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
                              float* sums, int64_t i, T* hidden, T* residual,
-                             int* counted, int first) {
+                             int* counted, int first, unsigned round) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
@@ -93,7 +134,16 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
       total = to_float(from_float<T>(total + to_float(residual[c])));
   }
   __syncthreads();
-  if (inside) {
+  if constexpr (kShared) {
+    bool over = false;
+    if (inside) {
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w)
+        total += sums[w * kColumns + threadIdx.x];
+      total = saturate<T>(total, over);
+    }
+    send_slice(a, i, first, total, over, round);
+  } else if (inside) {
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w)
       total += sums[w * kColumns + threadIdx.x];
@@ -110,12 +160,29 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
   __syncthreads();
 }
 
+// The list of a token of a shared SAE; returns its length.
+template <typename T>
+__device__ __forceinline__ int shared_list(const DecodeArgs<T>& a, int64_t i,
+                                           int listed, unsigned round,
+                                           EntryLoads& mine) {
+  __shared__ int counts[kMaxRanks];
+  if (!a.joined) {
+    mine = load_entries(a.ws.entries + i * a.ws.capacity,
+                        a.delta ? 0 : a.ws.capacity);
+    return listed;
+  }
+  __syncthreads();  // `counts` of the token before have been read
+  const int total = wait_lists(a.exchange, i, round, counts);
+  mine = load_joined(a.exchange, i, counts, total);
+  return total;
+}
+
 // Blocks share a token's slices in groups, as many as keep all of them busy:
 // the list is sorted once a group, not once a slice. `Ahead` rows are in flight
 // in a warp, and blocks share a multiprocessor accordingly: many for one
 // token's latency, few for many tokens. With kReads a group more reads the
 // token, or the last group does so too, where blocks are scarce.
-template <typename T, int Ahead, bool kReads>
+template <typename T, int Ahead, bool kReads, bool kShared>
 __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
   extern __shared__ __align__(16) char memory[];
@@ -125,6 +192,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
   launch_dependents();
   wait_for_previous();
   const int n = a.ws.tokens(), d_out = a.weights.d_out;
+  unsigned round = 0;
+  if constexpr (kShared) {
+    if (n <= 0) return;
+    round = a.exchange.round();
+    if ((a.parts & kPushes) != 0) push_lists(a.ws, a.exchange, n, round);
+    if ((a.parts & kDecodes) == 0) return;
+  }
+  const bool writes = kShared && (a.parts & kWrites) != 0;
   const int slices = (d_out + kColumns - 1) / kColumns;
   const int groups =
       max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
@@ -136,23 +211,43 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     const int64_t* own = a.ws.entries + i * a.ws.capacity;
     TokenRecord* record = a.ws.records + i;
     const int token = record->token;
-    const int listed = a.delta ? 0 : record->listed;
-    const EntryLoads mine = load_entries(own, room);
+    int listed = a.delta ? 0 : record->listed;
+    EntryLoads mine;
+    if constexpr (kShared) {
+      listed = shared_list(a, i, listed, round, mine);
+      // All of its activations count, and none past the norm limit.
+      if (a.joined && work < n && threadIdx.x == 0) record->listed = listed;
+    } else {
+      mine = load_entries(own, room);
+    }
     const bool edits = record->row != 0 && work < n * groups;
     const bool reads = kReads && record->read != 0 && work / n == reader;
-    if (token < 0 || !(edits || reads)) continue;
+    if constexpr (kShared) {
+      if (listed <= kListMax && (token < 0 || !edits)) {
+        const unsigned flag = slice_flag(round, false);
+        for (int slice = work / n; slice < slices; slice += groups) {
+          release_slice(a.exchange, i, slice, flag);
+          if (writes) write_slice(a, i, slice, -1, round, &record->saturated);
+        }
+        continue;
+      }
+    } else if (token < 0 || !(edits || reads)) {
+      continue;
+    }
     if (listed > kListMax) {
-      if (edits && work < n && threadIdx.x == 0) note_dense(a.ws, i);
+      if ((edits || kShared) && work < n && threadIdx.x == 0)
+        note_dense(a.ws, i);
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
                   *reinterpret_cast<LongReadMemory*>(memory));
       continue;
     }
     const ClampRow row = a.table.row(record->row);
-    T* h = a.stream.hidden + token * a.stream.hidden_stride;
+    const int before = kShared ? a.exchange.rank * d_out : 0;
+    T* h = a.stream.hidden + token * a.stream.hidden_stride + before;
     T* r = a.stream.residual == nullptr
                ? nullptr
-               : a.stream.residual + token * a.stream.residual_stride;
+               : a.stream.residual + token * a.stream.residual_stride + before;
     sort_entries(mine, listed, list, reinterpret_cast<int*>(scratch));
     if constexpr (kReads) {
       if (reads)
@@ -166,8 +261,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
                 column = first + (threadIdx.x & 31) * 8;
       Partial sum = {};
       gather_list<Ahead>(sum.at, list, total, a.weights.w_dec, column, d_out);
-      finish_slice(sum, a, scratch, i, h, r, &record->saturated, first);
+      finish_slice<kShared>(sum, a, scratch, i, h, r, &record->saturated, first,
+                            round);
     }
+    if (writes)
+      for (int slice = work / n; slice < slices; slice += groups)
+        write_slice(a, i, slice, token, round, &record->saturated);
   }
 }
 

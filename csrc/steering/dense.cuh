@@ -12,7 +12,7 @@
 // two 16-bit limbs, so that 16-bit products with W_dec keep 16 bits of it.
 #pragma once
 
-#include "bundles.cuh"
+#include "exchange.cuh"
 #include "keys.cuh"
 #include "scheduler.cuh"
 
@@ -29,6 +29,12 @@ struct DenseScratch {
   int padded;  // F, up to a multiple of kTileK
 };
 
+// What one launch does: phases [first, end) of chunk `chunk`. A launch for an
+// SAE that this rank holds whole does everything.
+struct DensePart {
+  int first, end, chunk;
+};
+
 template <typename T>
 struct DenseArgs {
   Weights<T> weights;
@@ -38,6 +44,17 @@ struct DenseArgs {
   unsigned long long* saturated;
   bool topk;
   DenseScratch<T> scratch;
+  Exchange exchange;
+  DensePart part;
+
+  __device__ __forceinline__ bool shared() const { return exchange.size > 1; }
+  // Where this rank's limbs wait for its peers to read them.
+  __device__ __forceinline__ DenseScratch<T> staged(int rank) const {
+    DenseScratch<T> s = scratch;
+    s.limbs = reinterpret_cast<T*>(exchange.at[rank] + exchange.staging);
+    s.padded = weights.num_features;
+    return s;
+  }
 };
 
 // What entries are added to: b_dec, with a skip connection b_dec + W_skip x.
@@ -88,7 +105,18 @@ __device__ __forceinline__ float limb_value(const DenseScratch<T>& s, int d,
 
 // Work of the dense kernel, in the order in which blocks take it. A phase
 // begins when all that is before it is done.
-enum DensePhase { kGather, kEncode, kDecode, kFinish, kPhases };
+// kOrder, kPublish and kPulled are of an SAE that ranks share: the dense tokens
+// are listed in order, and limbs are exchanged.
+enum DensePhase {
+  kOrder,
+  kGather,
+  kEncode,
+  kPublish,
+  kPulled,
+  kDecode,
+  kFinish,
+  kPhases
+};
 
 __device__ __forceinline__ int dense_width(int n) {
   return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : 128;
@@ -105,32 +133,54 @@ struct DenseItem {
 // The items of each phase of a chunk of n tokens.
 struct DenseCounts {
   int of[kPhases];
-  __device__ DenseCounts(int n, int n_f, int n_d, bool topk) {
+  template <typename T>
+  __device__ DenseCounts(const DenseArgs<T>& a, int n) {
+    const int n_f = (a.weights.num_features + kTileF - 1) / kTileF;
+    const int n_d = (a.weights.d_out + kTileF - 1) / kTileF;
     const int tiles = (n + dense_width(n) - 1) / dense_width(n);
+    const bool pulls = a.shared() && !a.topk;
+    of[kOrder] = pulls ? 1 : 0;
     of[kGather] = n;
-    of[kEncode] = topk ? 0 : n_f * tiles;
+    of[kEncode] = a.topk ? 0 : n_f * tiles;
+    of[kPublish] = pulls ? 1 : 0;
+    of[kPulled] = pulls ? n * a.exchange.size : 0;
     of[kDecode] = n_d * tiles * kDenseSplits;
     of[kFinish] = n;
+#pragma unroll
+    for (int phase = 0; phase < kPhases; ++phase)
+      if (phase < a.part.first || phase >= a.part.end) of[phase] = 0;
   }
   __device__ int total() const {
-    return of[kGather] + of[kEncode] + of[kDecode] + of[kFinish];
+    int sum = 0;
+#pragma unroll
+    for (int phase = 0; phase < kPhases; ++phase) sum += of[phase];
+    return sum;
   }
 };
 
-// The ticket-th item of a step with n dense tokens.
+// How many dense tokens a launch has to do with, of `n`.
+template <typename T>
+__device__ __forceinline__ int dense_tokens(const DenseArgs<T>& a, int n) {
+  if (!a.shared()) return n;
+  return min(a.scratch.rows, n - a.part.chunk * a.scratch.rows);
+}
+
+// The ticket-th item of a launch with n dense tokens.
 template <typename T>
 __device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n) {
   const int rows = a.scratch.rows;
-  const int n_f = (a.scratch.padded + kTileF - 1) / kTileF;
-  const int n_d = (a.weights.d_out + kTileF - 1) / kTileF;
-  const int full = DenseCounts(rows, n_f, n_d, a.topk).total();
+  const int full = DenseCounts(a, rows).total();
   const int chunk = min(ticket / full, n / rows);
-  DenseItem item = {kPhases,      ticket - chunk * full,       chunk * full,
-                    chunk * rows, min(rows, n - chunk * rows), 0};
+  DenseItem item = {kPhases,
+                    ticket - chunk * full,
+                    chunk * full,
+                    (a.part.chunk + chunk) * rows,
+                    min(rows, n - chunk * rows),
+                    0};
   if (item.tokens <= 0) return item;
   const int width = dense_width(item.tokens);
   item.token_tiles = (item.tokens + width - 1) / width;
-  const DenseCounts counts(item.tokens, n_f, n_d, a.topk);
+  const DenseCounts counts(a, item.tokens);
 #pragma unroll
   for (int phase = 0; phase < kPhases; ++phase) {
     if (item.phase != kPhases) continue;

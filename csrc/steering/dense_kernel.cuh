@@ -10,6 +10,7 @@
 #pragma once
 
 #include "dense.cuh"
+#include "dense_exchange.cuh"
 #include "pipeline.cuh"
 
 namespace vllm_steering {
@@ -56,7 +57,7 @@ __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
       store8(to + k, load8(from + k));
     return;
   }
-  const float* p = a.ws.scores + i * a.weights.num_features;
+  const float* p = a.ws.scores + i * a.weights.all_features;
   const auto kth = static_cast<unsigned long long>(a.ws.kth[i]);
   const bool relu = a.weights.meta[kTopkRelu] != 0;
   const int d_sae = a.weights.meta[kDSae];
@@ -216,7 +217,9 @@ __device__ __forceinline__ DenseTile dense_tile(const DenseArgs<T>& a,
             min(each, k_tiles - k0)};
   } else {
     const int k_tiles = (a.weights.d_in + kTileK - 1) / kTileK;
-    return {rest * kTileF, t * width, first_k(rest, k_tiles), k_tiles, k_tiles};
+    const int f_tile = a.weights.first_feature / kTileF + rest;
+    return {rest * kTileF, t * width, first_k(f_tile, k_tiles), k_tiles,
+            k_tiles};
   }
 }
 
@@ -241,7 +244,8 @@ __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
     } else {
       const LaneFeatures l = load_features(a.weights, row);
       multiply_dense<T, N, false>(acc, m, tile.steps, it);
-      store_limbs<T, N>(a.scratch, acc, l, row, tile.t0, item.tokens);
+      store_limbs<T, N>(a.shared() ? a.staged(a.exchange.rank) : a.scratch, acc,
+                        l, row, tile.t0, item.tokens);
     }
   }
   return it + tile.steps;
@@ -264,7 +268,10 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
                              int64_t i) {
   TokenRecord* record = a.ws.records + i;
   const int token = record->token, d_out = a.weights.d_out;
-  if (token < 0) return;
+  if (token < 0) {  // its peers wait for its columns all the same
+    if (a.shared()) release_dense(a.exchange, i, d_out, false);
+    return;
+  }
   const float* base = base_of(a.weights, a.ws, i);
   const ClampRow row = a.table.row(record->row);
   const int clamps = row.count();
@@ -302,6 +309,12 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       out.at[j] = from_float<T>(saturate<T>(total[j], over));
+    if (a.shared()) {
+      for (int to = 0; to < a.exchange.size; ++to)
+        store8(a.exchange.template row<T>(to, i) + a.exchange.rank * d_out + c,
+               out);
+      continue;
+    }
     T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
     if (a.stream.residual != nullptr) {
       store8(a.stream.residual + token * a.stream.residual_stride + c, out);
@@ -310,16 +323,10 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
       store8(h, out);
     }
   }
-  count_saturated(over, &record->saturated, a.saturated);
-}
-
-// The last block resets the counters to zero for the next launch.
-template <typename T>
-__device__ __forceinline__ void leave_dense(const Workspace<T>& ws) {
-  if (atomicAdd(ws.sync + kDenseExits, 1) != static_cast<int>(gridDim.x) - 1)
-    return;
-  for (int field = kDenseCount; field <= kDenseExits; ++field)
-    ws.sync[field] = 0;
+  if (a.shared())
+    release_dense(a.exchange, i, d_out, __syncthreads_or(over) != 0);
+  else
+    count_saturated(over, &record->saturated, a.saturated);
 }
 
 template <typename T>
@@ -332,8 +339,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (threadIdx.x == 0) prefetch_line(a.ws.sync + kDenseCount);
   wait_for_previous();
   launch_dependents();
-  const int n = a.ws.sync[kDenseCount];
-  if (n == 0) return;
+  const int n = dense_tokens(a, a.ws.sync[kDenseCount]);
+  if (n <= 0) return;
   DenseMemory& m = *reinterpret_cast<DenseMemory*>(aligned_memory(raw));
   if (threadIdx.x == 0) {
     for (int s = 0; s < kDenseStages; ++s) {
@@ -352,7 +359,13 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (threadIdx.x == 0) grid_wait(a.ws.sync + kDenseDone, item.first);
     __syncthreads();
     const int d = item.index;
-    if (item.phase == kGather) {
+    if (item.phase == kOrder) {
+      order_dense(a);
+    } else if (item.phase == kPublish) {
+      publish_limbs(a.exchange);
+    } else if (item.phase == kPulled) {
+      pull_limbs(a, d / a.exchange.size, d % a.exchange.size);
+    } else if (item.phase == kGather) {
       gather_dense(a, d, a.ws.records[item.base + d].dense);
     } else if (item.phase == kEncode) {
       it = run_dense_tile<T, false>(a, m, maps, item, it);
@@ -366,7 +379,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     __syncthreads();
     if (threadIdx.x == 0) grid_arrive(a.ws.sync + kDenseDone);
   }
-  if (threadIdx.x == 0) leave_dense(a.ws);
+  if (threadIdx.x == 0) leave_dense(a);
 #else
   __trap();
 #endif

@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   const int n = a.ws.tokens();
   if (n <= 0) return;
   encode_tiles<Leaves::kUsual>(
-      a, m, maps, n, tile_walk(a.weights.num_features, n, kEncodePeers, rank));
+      a, m, maps, n,
+      tile_walk(a.weights.num_features, n, kEncodePeers, rank,
+                a.weights.first_feature));
 #else
   __trap();
 #endif

@@ -80,7 +80,8 @@ template <typename T, typename Place>
 __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
                                           int slot, Place at) {
   if (slot >= a.ws.capacity) return;
-  const int64_t f = at.feature(hit.x & 0xFF), t = at.t0 + (hit.x >> 8);
+  const int64_t t = at.t0 + (hit.x >> 8);
+  const int64_t f = a.weights.first_feature + at.feature(hit.x & 0xFF);
   a.ws.entries[t * a.ws.capacity + slot] =
       pack_entry(f, __uint_as_float(hit.y));
   if (a.eager && at.n <= kEagerTokens)

@@ -52,7 +52,31 @@ __device__ __forceinline__ void gather_clamps(float (&acc)[kDecodeWarps][8],
   }
 }
 
+// Eight columns: the base and the eight sums in order, limited and rounded.
 template <typename T>
+__device__ __forceinline__ Pack8<T> sum_columns(
+    const float (&acc)[kDecodeWarps][8], const float* base, bool& over) {
+  Pack8<T> out;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float total = base[j];
+#pragma unroll
+    for (int u = 0; u < kDecodeWarps; ++u) total += acc[u][j];
+    out.at[j] = from_float<T>(saturate<T>(total, over));
+  }
+  return out;
+}
+
+// A warp tells all ranks that a slice of token i has come.
+__device__ __forceinline__ void release_columns(const Exchange& x, int64_t i,
+                                                int slice, bool over) {
+  const int to = threadIdx.x & 31;
+  __syncwarp();
+  if (to < x.size)
+    store_release(x.flag(to, x.rank, i) + slice, slice_flag(x.round(), over));
+}
+
+template <typename T, bool kShared>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     gather_kernel(const __grid_constant__ DecodeArgs<T> a) {
   launch_dependents();
@@ -65,8 +89,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int64_t i = work % n;
     TokenRecord* record = a.ws.records + i;
     const int token = record->token, listed = record->listed;
-    if (token < 0 || record->row == 0 || listed > kListMax) continue;
+    if (listed > kListMax) continue;
     const int column = work / n * kColumns + (threadIdx.x & 31) * 8;
+    if (token < 0 || record->row == 0) {
+      if constexpr (kShared) release_columns(a.exchange, i, work / n, false);
+      continue;
+    }
     const ClampRow row = a.table.row(record->row);
     float acc[kDecodeWarps][8] = {};
     const T* columns = a.weights.w_dec + min(column, d_out - 8);
@@ -74,18 +102,23 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
                    d_out);
     gather_clamps(acc, row, a.ws.coef + i * row.max_clamps, listed, columns,
                   d_out);
-    if (column >= d_out) continue;
+    if (!kShared && column >= d_out) continue;
     const float* base = base_of(a.weights, a.ws, i);
     bool over = false;
-    Pack8<T> out, zero;
-    zero.raw = make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float total = base[column + j];
-#pragma unroll
-      for (int u = 0; u < kDecodeWarps; ++u) total += acc[u][j];
-      out.at[j] = from_float<T>(saturate<T>(total, over));
+    if constexpr (kShared) {
+      if (column < d_out) {
+        const Pack8<T> out = sum_columns<T>(acc, base + column, over);
+        for (int to = 0; to < a.exchange.size; ++to)
+          store8(a.exchange.template row<T>(to, i) + a.exchange.rank * d_out +
+                     column,
+                 out);
+      }
+      release_columns(a.exchange, i, work / n, __any_sync(~0u, over));
+      continue;
     }
+    const Pack8<T> out = sum_columns<T>(acc, base + column, over);
+    Pack8<T> zero;
+    zero.raw = make_uint4(0, 0, 0, 0);
     count_saturated(over, &record->saturated, a.saturated);
     T* h = a.stream.hidden + token * a.stream.hidden_stride + column;
     if (a.stream.residual != nullptr) {

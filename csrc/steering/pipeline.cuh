@@ -82,8 +82,9 @@ struct Stages {
 // Requests the first `stages` of feature tile blockIdx.x before the step's
 // tokens are known. They fit whatever the tile width will be.
 inline __device__ void request_first(EncodeMemory& m, const CUtensorMap* w,
-                                     int stages, int k_tiles) {
-  int k = first_k(blockIdx.x, k_tiles);
+                                     int stages, int k_tiles,
+                                     int first_feature) {
+  int k = first_k(first_feature / kTileF + blockIdx.x, k_tiles);
   for (int s = 0; s < stages; ++s) {
     const uint32_t full = barrier_at(m.full, s);
     barrier_expect(full, kStageW);
@@ -145,7 +146,7 @@ __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
     int f, t;
     walk.at(tile, f, t);
     const int row = Weights ? f * kTileF : t * N;
-    int k = first_k(f, k_tiles);
+    int k = first_k(walk.before + f, k_tiles);
 #pragma unroll 1
     for (int step = 0; step < k_tiles; ++step, ++it) {
       const int s = it % S::kCount, round = it / S::kCount;

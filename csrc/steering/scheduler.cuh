@@ -47,6 +47,7 @@ struct TileWalk {
   int n_f, n_t, group;
   int peers, rank;
   int first, stride;  // this block's: first, first + stride, ...
+  int before;  // feature tiles of the ranks before this one, an even number
   __device__ void at(int tile, int& f, int& t) const {
     const int start = tile / (group * n_f) * group;
     const int width = min(n_t - start, group);
@@ -76,7 +77,8 @@ struct SampleWalk : TileWalk {
 constexpr int kTokenGroup = 8;  // token tiles of a group
 
 __device__ __forceinline__ TileWalk tile_walk(int num_features, int n,
-                                              int peers = 1, int rank = 0) {
+                                              int peers = 1, int rank = 0,
+                                              int first_feature = 0) {
   const int width = tile_width(n), rows = kTileF * peers;
   return {(num_features + rows - 1) / rows,
           (n + width - 1) / width,
@@ -84,7 +86,8 @@ __device__ __forceinline__ TileWalk tile_walk(int num_features, int n,
           peers,
           rank,
           static_cast<int>(blockIdx.x) / peers,
-          static_cast<int>(gridDim.x) / peers};
+          static_cast<int>(gridDim.x) / peers,
+          first_feature / kTileF};
 }
 
 // Where feature tile `f` begins its reduction. Blocks that run at the same time

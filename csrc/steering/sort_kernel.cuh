@@ -16,22 +16,31 @@ union SortMemory {
   LongReadMemory reading;
 };
 
-template <typename T, bool kReads>
+template <typename T, bool kReads, bool kShared>
 __global__ void __launch_bounds__(kDecodeThreads)
     sort_kernel(const __grid_constant__ DecodeArgs<T> a) {
   __shared__ __align__(16) SortMemory memory;
+  __shared__ int counts[kMaxRanks];
   int2* list = memory.list;
   launch_dependents();
   wait_for_previous();
   const int n = a.ws.tokens();
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
-    const TokenRecord* record = a.ws.records + i;
-    const int token = record->token, listed = record->listed;
-    if (token < 0) continue;
+    TokenRecord* record = a.ws.records + i;
+    const int token = record->token;
+    int listed = record->listed;
+    const bool joins = kShared && a.joined;
+    if (joins) {
+      __syncthreads();  // `counts` of the token before have been read
+      listed = wait_lists(a.exchange, i, a.exchange.round(), counts);
+      if (threadIdx.x == 0) record->listed = listed;
+    }
+    if (token < 0 && !(kShared && listed > kListMax)) continue;
     const bool reads = kReads && record->read != 0;
     int64_t* own = a.ws.entries + i * a.ws.capacity;
     if (listed > kListMax) {
-      if (record->row != 0 && threadIdx.x == 0) note_dense(a.ws, i);
+      if ((record->row != 0 || kShared) && threadIdx.x == 0)
+        note_dense(a.ws, i);
       __syncthreads();
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
@@ -39,8 +48,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
       continue;
     }
     __syncthreads();
-    sort_entries(load_entries(own, listed), listed, list,
-                 reinterpret_cast<int*>(memory.scratch));
+    sort_entries(joins ? load_joined(a.exchange, i, counts, listed)
+                       : load_entries(own, listed),
+                 listed, list, reinterpret_cast<int*>(memory.scratch));
     if (reads)
       read_list(read_row(a.reads, record->read, token), list, listed,
                 memory.scratch);

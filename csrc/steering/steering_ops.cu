@@ -7,13 +7,9 @@
 #include "checks.h"
 #include "compact_encode_kernel.cuh"
 #include "compact_kernel.cuh"
-#include "decode_kernel.cuh"
-#include "dense_kernel.cuh"
+#include "decode_launch.h"
 #include "encode_launch.h"
-#include "gather_kernel.cuh"
 #include "select_kernel.cuh"
-#include "sort_kernel.cuh"
-#include "tensor_map.h"
 
 namespace vllm_steering {
 namespace {
@@ -78,68 +74,12 @@ void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
         b.weights.meta,
         {b.ws.x, b.ws.records, b.ws.count, b.ws.sync, b.ws.entries, b.ws.scores,
          b.ws.kth, b.ws.coef, b.ws.skip, b.ws.rows, b.ws.capacity, b.ws.base},
-        b.weights.num_features};
+        b.weights.all_features};
     const int blocks =
         std::min(a.ws.rows, 4 * multiprocessors(stream[kHidden]));
     launch(select_kernel, blocks, kSelectThreads, 0, stream_of(stream[kHidden]),
            a);
   });
-}
-
-template <int Ahead, typename T>
-void launch_lists(const DecodeArgs<T>& a, int processors, cudaStream_t stream) {
-  const bool reads = a.reads.index != nullptr;
-  const int64_t each = decode_slices(a.weights.d_out) + reads;
-  const int64_t blocks =
-      std::min<int64_t>(a.ws.rows * each, 32 / Ahead * processors);
-  launch(reads ? decode_kernel<T, Ahead, true> : decode_kernel<T, Ahead, false>,
-         static_cast<int>(blocks), kDecodeThreads,
-         decode_smem(a.table.max_clamps), stream, a);
-}
-
-// Tokens that lists hold. Few: one kernel. Many: sort once, then gather.
-template <typename T>
-void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
-                   cudaStream_t stream) {
-  if (many) {
-    launch(
-        a.reads.index != nullptr ? sort_kernel<T, true> : sort_kernel<T, false>,
-        std::min(a.ws.rows, 8 * processors), kDecodeThreads, 0, stream, a);
-    const int64_t work =
-        static_cast<int64_t>(a.ws.rows) * decode_slices(a.weights.d_out);
-    const int64_t blocks = std::min<int64_t>((work + 7) / 8, 2 * processors);
-    launch(gather_kernel<T>, static_cast<int>(blocks), kDecodeThreads, 0,
-           stream, a);
-  } else if (a.ws.rows <= kFewTokens) {
-    launch_lists<16>(a, processors, stream);
-  } else {
-    launch_lists<8>(a, processors, stream);
-  }
-}
-
-template <typename T>
-DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
-  DenseMaps maps;
-  maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
-  maps.w_dec = tensor_map(w.w_dec, w.num_features, w.d_out, kTileK, 64);
-  for (int i = 0; i < kDenseWidths; ++i) {
-    maps.x[i] = tensor_map(s.x, s.rows, w.d_in, kWidth[i], kTileK);
-    maps.limbs[i] =
-        tensor_map(s.limbs, 2 * s.rows, s.padded, kWidth[i], kTileK);
-  }
-  return maps;
-}
-
-// Tokens that no list holds: their number is known on the device only.
-template <typename T>
-void launch_dense(const Bundles<T>& b, const DenseScratch<T>& scratch,
-                  bool topk, int processors, cudaStream_t stream) {
-  STD_TORCH_CHECK(b.step.table.max_clamps <= kDenseClamps,
-                  "steering: more than ", kDenseClamps, " clamps a row");
-  const DenseArgs<T> a = {b.weights,        b.stream, b.ws,   b.step.table,
-                          b.step.saturated, topk,     scratch};
-  launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem, stream, a,
-         dense_maps(scratch, b.weights));
 }
 
 // Stage 4, and stage 3 of threshold SAEs. `many`: sort in a launch of its own.
@@ -155,11 +95,12 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
         delta || b.ws.capacity >= std::min(b.weights.num_features, kListMax),
         "steering: lists of ", b.ws.capacity, " entries are too short");
     const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
-                             b.step.saturated, topk,     delta, b.step.reads};
-    launch_decode(a, many && !delta, processors, on);
+                             b.step.saturated, topk,     delta, b.step.reads,
+                             Exchange{},       false,    0};
+    launch_decode<false>(a, many && !delta, processors, on);
     if (delta || b.weights.num_features <= kListMax) return;
     launch_dense(b, make_dense_scratch(workspace, b.weights, b.expected), topk,
-                 processors, on);
+                 processors, on, Exchange{}, DensePart{0, kPhases, 0});
   });
 }
 
@@ -171,9 +112,10 @@ void decode_chosen(Tensors step, Tensors weights, Tensors stream,
     const auto b = make_bundles<T>(step, weights, stream, workspace,
                                    Side::kWritten, false, base);
     const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
-                             b.step.saturated, true,     delta, b.step.reads};
-    launch_decode(a, many && !delta, multiprocessors(stream[kHidden]),
-                  stream_of(stream[kHidden]));
+                             b.step.saturated, true,     delta, b.step.reads,
+                             Exchange{},       false,    0};
+    launch_decode<false>(a, many && !delta, multiprocessors(stream[kHidden]),
+                         stream_of(stream[kHidden]));
   });
 }
 

@@ -20,6 +20,9 @@ from torch import nn
 WIDTH = 320  # tokens of a row
 NEW_TOKENS = 256
 MIN_P = 0.02
+# <|endoftext|>, <|im_start|> and <|im_end|>; transformers' releases differ in which of
+# them a tokenizer calls special.
+CONTROL_IDS = (0, 1, 2)
 _TOPICS = """
 the Golden Gate Bridge; San Francisco; Paris; New York City; Japan; India; Africa; the
 Arctic; the ocean; rivers; mountains; the desert; volcanoes; the moon; space travel;
@@ -107,7 +110,7 @@ def make_corpus(tokens: torch.Tensor, tokenizer: Any) -> Corpus:
     # A chat prompt has two ends of messages; padding has many in a row.
     repeated = torch.zeros_like(tokens, dtype=torch.bool)
     repeated[:, 1:] = (ended[:, 1:] > 0) & (tokens[:, 1:] == tokens[:, :-1])
-    special = torch.isin(tokens, torch.tensor(tokenizer.all_special_ids))
+    special = torch.isin(tokens, torch.tensor(CONTROL_IDS))
     counts = ~(special | (repeated & special))
     counts[:, 0] = False
     return Corpus(tokens.to(torch.int32), counts)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve SmolLM2 with its SAE and the playground: http://localhost:8000/steering/
+"""Serve SmolLM2 with its SAE, a vector and the playground.
+
+The page is http://localhost:8000/steering/
 
 python examples/smollm2/playground.py [further options of `vllm serve`]
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 import checkpoint
 
 SAE = Path(__file__).parent / "sae"
+VECTOR = Path(__file__).parent / "cheerful.safetensors"
 
 
 def command(model: Path, further: list[str]) -> list[str]:
@@ -20,7 +23,8 @@ def command(model: Path, further: list[str]) -> list[str]:
     options = [
         "--served-model-name", "SmolLM2-135M-Instruct", "--max-model-len", "2048",
         "--max-num-seqs", "32", "--kv-cache-memory-bytes", "512M", "--enforce-eager",
-        "--steering-modules", f"smollm2={SAE}", *further,
+        "--steering-modules", f"smollm2={SAE}", f"cheerful={VECTOR}",
+        *further,
     ]  # fmt: skip
     module = "vllm.entrypoints.cli.main"
     return [sys.executable, "-m", module, "serve", str(model), *options]

@@ -24,6 +24,7 @@ prose: Any = importlib.import_module("prose")
 sae_module: Any = importlib.import_module("sae")
 topics: Any = importlib.import_module("topics")
 checkpoint: Any = importlib.import_module("checkpoint")
+playground: Any = importlib.import_module("playground")
 demo: Any = example(EXAMPLE / "demo.py")
 
 D, F = 24, 64
@@ -55,6 +56,17 @@ def test_the_module_loads_with_its_norm_guard() -> None:
     assert (site.layer, site.d_in, site.d_sae) == (15, 576, 3456)
     assert module.norm_guard == 10.0
     assert module.reference_norm == pytest.approx(168.19)
+
+
+def test_the_playground_serves_the_sae_and_a_vector_of_its_site() -> None:
+    command = playground.command(Path("model"), ["--port", "1"])
+    modules = command[command.index("--steering-modules") + 1 : -2]
+    found = dict(module.split("=", 1) for module in modules)
+    assert command[-2:] == ["--port", "1"]
+    vector, sae = (inspect_module(n, found[n]) for n in ("cheerful", "smollm2"))
+    assert vector.kind == "vectors"
+    assert [s.name for s in vector.sites] == [s.name for s in sae.sites]
+    assert vector.sites[0].d_in == 576
 
 
 def test_the_module_is_small_enough_to_ship() -> None:

@@ -28,8 +28,6 @@ from steering_testing.shard_engines import (
     save,
 )
 
-from vllm.engine import steering_resolution
-
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices"
 )
@@ -67,7 +65,6 @@ def test_gpus_that_share_saes_read_and_transcode(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(steering_resolution, "ON_A_GPU", "")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")

@@ -22,7 +22,6 @@ from steering_testing.reference import Edit, random_sae
 from steering_testing.requests import SPECIAL, Modules, prompt, specs, vector
 
 from vllm import LLM
-from vllm.engine import steering_resolution
 from vllm.entrypoints.steering import register_module
 
 pytestmark = pytest.mark.skipif(
@@ -83,7 +82,6 @@ def test_gpus_that_share_saes_agree(
 ) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
-    monkeypatch.setattr(steering_resolution, "ON_A_GPU", "")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")

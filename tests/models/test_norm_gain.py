@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from steering_testing.reference import (
     random_transcoder,
 )
 from steering_testing.requests import SPECIAL
+from steering_testing.shard_engines import RANKS, shared
 from torch import nn
 
 from vllm.config.steering import HookPoint
@@ -101,16 +103,29 @@ def test_a_transcoder_from_before_the_gain_reads_what_the_mlp_reads(
     assert raw.logprobs != pytest.approx(after.logprobs, abs=1e-3)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"enforce_eager": False},
+    "shared": RANKS,
+}
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    "enforce_eager", [True, pytest.param(False, marks=pytest.mark.slow)]
+    "how",
+    [
+        "eager",
+        pytest.param("compiled", marks=pytest.mark.slow),
+        pytest.param("shared", marks=pytest.mark.slow),
+    ],
 )
 def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
-    enforce_eager: bool, tmp_path: Path
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     family, site, point = "gemma2", (LAYER, "mlp_in"), (LAYER, "post_block")
-    transcoder = random_transcoder(40, "relu", 7, skip=True)
-    sae = random_sae(40, models.HIDDEN, "relu", 3)
+    transcoder = random_transcoder(64, "relu", 7, skip=True)
+    sae = random_sae(64, models.HIDDEN, "relu", 3)
     for one in (transcoder, sae):
         one.skip_token_ids = SPECIAL
     paths = {
@@ -119,7 +134,8 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
     }
     prompt = [3 + i * 5 % 90 for i in range(12)]
     asks = [params(6), *(params(6, **{FULL: [sae_spec(name)]}) for name in paths)]
-    with engine(family, tmp_path, paths, enforce_eager=enforce_eager) as llm:
+    given = shared(paths) if how == "shared" else paths
+    with engine(family, tmp_path, given, **OPTIONS[how]) as llm:
         answers = [generate(llm, [prompt] * len(asks), asks)]
         other = models.save(family, tmp_path, seed=1)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from steering_testing import matrix, models
 from steering_testing.engine import (
     FULL,
@@ -27,6 +28,7 @@ from steering_testing.reference import (
     random_transcoder,
 )
 from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs, vector
+from steering_testing.tiers import unit_clamps
 
 from vllm import LLM
 from vllm.config.steering_json import Json
@@ -43,6 +45,8 @@ RANKS: dict[str, Any] = {
 }
 WIDTH = 192  # a multiple of 16 features for each of two or four ranks
 POST: Site = (1, "post_block")
+# The module whose values are in units of unit-norm decoder rows.
+UNIT = "unit"
 INLINE = {"inline_vectors": {"post_block.1": 2}}
 REFERENCE_NORM = 4.0
 # Points that are not the stream's, and layers for them.
@@ -98,8 +102,12 @@ def modules() -> Modules:
     }
     guarded = random_sae(WIDTH, models.HIDDEN, "jumprelu", 40)
     guarded.norm_limit = REFERENCE_NORM
+    uneven = random_sae(WIDTH, models.HIDDEN, "jumprelu", 41)
+    stretch = torch.linspace(0.5, 2.0, WIDTH).double()[:, None]
+    uneven.W_dec = (uneven.W_dec * stretch).float().double()
     found = {
         **saes,
+        UNIT: {POST: uneven},
         "points": points,
         "transcoders": transcoders,
         "guarded": {POST: guarded},
@@ -116,6 +124,7 @@ def save(root: Path) -> dict[str, Any]:
     guarded = {POST: modules().saes["guarded"][POST]}
     path = save_sae(root / "guarded", guarded, reference_norm=REFERENCE_NORM)
     found["guarded"] = {"path": path, "sharding": "shard", "norm_guard": 1.0}
+    found[UNIT]["feature_units"] = "unit_decoder"
     return found
 
 
@@ -150,6 +159,7 @@ def requests() -> list[list[Ask]]:
         asked.append([Ask("delta", kind, {POST: clamps()}, spans=spans)])
     for tier in ("delta", "full"):
         asked.append([Ask(tier, "guarded", {POST: clamps()})])
+        asked.append([Ask(tier, UNIT, {POST: clamps()[:2]})])
     asked += [
         [Ask("additive", vector=vector(6, norm=6.0), site=POST)],
         [
@@ -160,6 +170,15 @@ def requests() -> list[list[Ask]]:
         ],
     ]
     return asked
+
+
+def native(ask: Ask) -> Ask:
+    """The same request with values in the SAE's own units."""
+    if ask.module != UNIT:
+        return ask
+    (sae,) = modules().saes[UNIT].values()
+    given = {at: unit_clamps(sae, list(own)) for at, own in ask.clamps.items()}
+    return replace(ask, clamps=given)
 
 
 def check_requests(
@@ -175,7 +194,7 @@ def check_requests(
     found = generate(llm, prompts, sampling)
     for result, ids, asks in zip(found, prompts, asked, strict=True):
         assert len(result.tokens) == max_tokens
-        edits = modules().edits(*asks)
+        edits = modules().edits(*map(native, asks))
         matrix.assert_near(result, ids, edits, tolerance, f"{asks}", family)
 
 
@@ -209,6 +228,7 @@ def check_reading(
     steering = specs(ask) if ask is not None else {}
     edits = every.edits(ask) if ask is not None else {}
     saes = {read.site: every.saes[read.module][read.site] for read in reads}
+    norms = every.saes[UNIT][POST].W_dec.norm(dim=1)
     wanted = params(5, sae_readout_specs=[read.spec for read in reads], **steering)
     (output,) = llm.generate([{"prompt_token_ids": ids}], wanted, use_tqdm=False)
     answer = list(output.outputs[0].token_ids)
@@ -228,6 +248,7 @@ def check_reading(
                 top_k=read.top_k,
                 features=features,
                 tolerance=tolerance,
+                scale=norms if read.module == UNIT else None,
                 label=f"{read}",
             )
 

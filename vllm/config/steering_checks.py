@@ -39,6 +39,8 @@ def shown(value: object) -> str:
         if isinstance(value, (str, bytes)) and len(value) > MAX_SHOWN:
             return f"{ascii(value[:MAX_SHOWN])}..."
         return ascii(value)
+    if type(value) in (dict, list):
+        return "an object" if type(value) is dict else "a list"
     return f"a value of type {type(value).__name__}"
 
 

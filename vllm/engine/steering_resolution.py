@@ -64,9 +64,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# Why ranks on GPUs do not share SAEs. The stages for it are there; tests and benchmarks
-# that run them empty this text.
-ON_A_GPU = "on a GPU every rank holds a copy, because sharing is not confirmed there"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -165,7 +162,6 @@ def ranks_of(vllm_config: VllmConfig) -> Ranks:
     return Ranks(
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
-        refused="" if on_cpu else ON_A_GPU,
         auto_copies=not on_cpu,
         screens=_can_screen(vllm_config.model_config.dtype),
     )

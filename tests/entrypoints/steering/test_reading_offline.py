@@ -28,7 +28,6 @@ from vllm.entrypoints.steering import (
     set_default_preset,
 )
 from vllm.entrypoints.steering.encoded import entries
-from vllm.entrypoints.steering.finder import auroc
 from vllm.exceptions import VLLMValidationError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
@@ -185,7 +184,12 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", ["a", [1.5]], {}, r"texts\[1\]: found a value of type list"),
     ("encode", ["a", []], {}, r"texts\[1\]: found 0 tokens, expected 1 to 255"),
     ("encode", ["a", [5] * 256], {}, r"texts\[1\]: found 256 tokens"),
-    ("encode", "a", {"module": "none"}, "'none'.*'golden-gate'"),
+    ("encode", "a", {"module": "none"}, "^module_name: found 'none'.*'golden-gate'"),
+    ("encode", "a", {"top_k": 65}, "^top_k: found 65, expected null or an integer"),
+    ("encode", 5, {}, "texts: found 5, expected a text or a list"),
+    ("encode", None, {}, "texts: found None"),
+    ("encode", "a", {"labels": {"x": "y"}}, "labels: found 'x', expected a feature"),
+    ("encode", "a", {"steering": {"sae_clamp_specs": 3}}, "sae_clamp_specs: found 3"),
     ("find", [], {}, "texts: expected at least one text"),
     ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
     ("find", ABOUT, {"top": 257}, "top: found 257"),
@@ -367,11 +371,6 @@ def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
     x = streams[0][1 : len(text.tokens)]
     (found,) = evaluate(llm, MODULE, [ABOUT[0]])
     assert found.fvu == pytest.approx(measure(site.saes[0].weights, x).fvu, rel=1e-3)
-
-
-def test_auroc_counts_ties_half() -> None:
-    assert auroc(np.array([2.0, 3.0]), np.array([1.0])) == 1.0
-    assert auroc(np.array([1.0]), np.array([1.0, 2.0])) == 0.25
 
 
 # The last one: the engine that it stops takes the process groups of both along.

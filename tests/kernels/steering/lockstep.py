@@ -22,23 +22,38 @@ class Lockstep:
         self._turn = threading.Lock()
         self._all = threading.Barrier(size, timeout=240)
         self._parts: list[torch.Tensor | None] = [None] * size
+        self._arenas: list[list[torch.Tensor]] = [[] for _ in range(size)]
 
-    def shard(self, rank: int) -> Shard:
+    def _pass_on(self) -> None:
+        """Let the others run until they all wait here."""
+        self._turn.release()
+        self._all.wait()
+        self._turn.acquire()
+
+    def shard(self, rank: int, device: torch.device | None = None) -> Shard:
+        """A rank; with a device, one that can address the memory of the others."""
+
         def stack(own: torch.Tensor) -> torch.Tensor:
             self._parts[rank] = own
-            self._turn.release()
-            self._all.wait()
-            self._turn.acquire()
+            self._pass_on()
             every = torch.stack([part for part in self._parts if part is not None])
             assert len(every) == self.size
-            self._turn.release()
-            self._all.wait()
-            self._turn.acquire()
+            self._pass_on()
             return every
 
-        return Shard(rank, self.size, stack)
+        def allocate(nbytes: int) -> list[int]:
+            arena = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self._arenas[rank].append(arena)
+            self._pass_on()
+            return [arenas[-1].data_ptr() for arenas in self._arenas]
 
-    def run(self, work: Callable[[Shard], T]) -> list[T]:
+        if device is None:
+            return Shard(rank, self.size, stack)
+        return Shard(rank, self.size, stack, allocate, self._pass_on)
+
+    def run(
+        self, work: Callable[[Shard], T], device: torch.device | None = None
+    ) -> list[T]:
         """`work` of every rank, in rank order; raises what one of them raises."""
         results: list[T | None] = [None] * self.size
         errors: list[BaseException] = []
@@ -46,7 +61,7 @@ class Lockstep:
         def main(rank: int) -> None:
             with self._turn:
                 try:
-                    results[rank] = work(self.shard(rank))
+                    results[rank] = work(self.shard(rank, device))
                 except threading.BrokenBarrierError as error:
                     errors.append(error)
                 except BaseException as error:

@@ -130,7 +130,8 @@ def steered(slot: SAESlot, step: StepState, stream: Streams) -> Streams:
     return found
 
 
-def check(case: Case) -> None:
+def check(case: Case, device: torch.device | None = None) -> None:
+    """`device`: the ranks exchange through their memory there."""
     torch.manual_seed(case.tokens + case.l0)
     slot, step = make_case(case)
     stream = [
@@ -150,7 +151,7 @@ def check(case: Case) -> None:
         own_step.flags.copy_(step.flags)
         return steered(shared_slot(slot, shard), own_step, stream)
 
-    for rank, found in enumerate(Lockstep(case.ranks).run(on_rank)):
+    for rank, found in enumerate(Lockstep(case.ranks).run(on_rank, device)):
         assert len(found) == len(expected)
         for at, (own, whole) in enumerate(zip(found, expected, strict=True)):
             assert torch.equal(own, whole), f"rank {rank}: result {at} differs"

@@ -148,17 +148,15 @@ class NoCPU:
         return False
 
 
-def test_what_gpus_cannot_share_is_refused_and_auto_copies(
-    vllm_config: VllmConfig,
-    sae_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_gpus_share_what_is_asked_for_and_auto_copies(
+    vllm_config: VllmConfig, sae_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steering_resolution, "current_platform", NoCPU)
     asked = {"modules": {"m": {"path": str(sae_path), "sharding": "shard"}}}
-    check_refused(vllm_config, 2, asked, 'expected "replicate"', "on a GPU")
+    assert resolved(vllm_config, 2, asked).modules["m"].sharding == "shard"
     assert resolved(vllm_config, 2, {}).ranks.auto_copies
     assert not Ranks(2, 2, auto_copies=True).shards("auto", 131072, 5376, 5376)
     transcoder = slot(hook="mlp_in", hook_out="mlp_out", sharding="shard")
-    check_refused(vllm_config, 2, transcoder, "spare[0].sharding", "on a GPU")
+    [found] = resolved(vllm_config, 2, transcoder).slots
+    assert found is not None and found.sharded
     assert resolved(vllm_config, 1, asked).modules["m"].sharded == ()

@@ -207,7 +207,7 @@ def test_a_locked_preset_is_neither_left_nor_changed(llm: LLM) -> None:
     ("preset", "what"),
     [
         ({}, "no specs"),
-        ([], "found a value of type list"),
+        ([], "found a list"),
         ({DELTA: [sae_spec("none")]}, "sae_clamp_specs[0].module_name"),
         ({**specs(*CALM), "lock": True}, "preset.lock: unknown field"),
         ({**specs(*CALM), "sampling": {"temperature": "hot"}}, "temperature"),

@@ -16,6 +16,7 @@ from steering_testing.shard_engines import (
     POST,
     RANKS,
     TRANSCODERS,
+    UNIT,
     WIDTH,
     Read,
     check_counters,
@@ -59,6 +60,7 @@ def test_two_ranks_that_share_saes_equal_hugging_face(
         check_requests(llm)
         check_reading(llm, READS)
         check_reading(llm, READS, Ask("full", "jumprelu", {POST: clamps()}))
+        check_reading(llm, [Read(UNIT, POST, top_k=4)])
         check_counters(llm)
         check_late_modules(llm, tmp_path, POST)
 

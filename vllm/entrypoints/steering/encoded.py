@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, SupportsIndex, cast
@@ -22,6 +22,7 @@ from vllm.config.steering_json import Json, JsonView
 from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Text = str | Sequence[int]
 COLUMNS = ("position", "token", "site", "feature_idx", "value", "label")
+SPEC = f"{READOUT_KEY}[0]"  # where the engine finds what `encode` asks
 SHOWN_TEXT = 60  # characters of a text in its `repr`
 
 
@@ -190,9 +192,9 @@ def encode(
             module.
 
     Raises:
-        VLLMValidationError: no such module, site or feature.
-        ValueError: both `top_k` and `features`, no feature, or a text that is no text,
-            has no tokens or is too long.
+        ValueError: no such module, site or feature, both `top_k` and `features`, or a
+            text that is no text, has no tokens or is too long.
+        VLLMValidationError: a bad field of `steering`.
     """
     if top_k is not None and features is not None:
         raise ValueError("top_k: found both top_k and features, expected one of them")
@@ -243,7 +245,7 @@ def labels_for(
     Indices may be written as text, as in JSON.
     """
     if given is not None:
-        return {int(index): label for index, label in given.items()}
+        return {_index(index): label for index, label in given.items()}
     info = None if config is None else config.modules.get(module)
     return {} if info is None else labels_of(info.path)
 
@@ -261,6 +263,8 @@ def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
         ValueError: a text is no text, has no tokens or is too long; or it is a string,
             and the engine has no tokenizer.
     """
+    if not isinstance(texts, Sized):
+        raise ValueError(f"texts: found {shown(texts)}, expected a text or a list")
     one = isinstance(texts, str) or (len(texts) > 0 and _is_index(texts[0]))
     tokenizer = tokenizer_of(llm)
     # One token is generated, because vLLM always generates.
@@ -275,6 +279,14 @@ def text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
             )
         found.append(own)
     return found
+
+
+def _index(given: object) -> int:
+    """A feature's index in labels, where it may be text."""
+    text = str(given)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"labels: found {shown(given)}, expected a feature index")
+    return int(text)
 
 
 def _is_index(value: object) -> bool:
@@ -312,7 +324,13 @@ def _read(
         extra_args={**steering, READOUT_KEY: [spec]},
     )
     prompts = [{"prompt_token_ids": own} for own in ids]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    try:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    except VLLMValidationError as error:
+        if not (error.parameter or "").startswith(SPEC):
+            raise
+        # The caller gave arguments, not a spec.
+        raise ValueError(error.args[0].replace(f"{SPEC}.", "")) from None
     return [output.prompt_sae_features or {} for output in outputs]
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # How many candidates the second pass reads exactly.
 CANDIDATES = 256
 CONTEXT, EXAMPLES = 8, 3
+# No SAE has a larger share of its features active where it fits.
+DENSE = 0.2
 
 
 def find_features(
@@ -95,10 +97,10 @@ def find_features(
     name = _only_site(first, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
-        return FoundFeatures(module, name, [], _warnings(first, other, name))
+        return FoundFeatures(module, name, [], doubts(first, other, name))
     exact = read(texts, candidates)
     exact_other = read(against or [], candidates)
-    warnings = _warnings(first, other, name) + _unknown(llm, first, other)
+    warnings = doubts(first, other, name) + _unknown(llm, first, other)
     a, b = _Values(exact, name, candidates), _Values(exact_other, name, candidates)
     found = [
         _statistics(feature, at, a, b, exact, labels, name)
@@ -254,7 +256,8 @@ def _unknown(llm: LLM, a: EncodedTexts, b: EncodedTexts) -> list[str]:
     ]
 
 
-def _warnings(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
+def doubts(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
+    """What makes a result doubtful that compares texts `a` and `b`, one line each."""
     found = []
     records = [t.features[site] for t in (*a, *b) if site in t.features]
     active = np.concatenate([record.num_active for record in records])
@@ -262,7 +265,12 @@ def _warnings(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
     if share > 0.1:
         found.append(
             f"{share:.0%} of the tokens have more than {MAX_READ} active features; "
-            "weak ones were not looked at. Does the SAE fit this site?"
+            f"only the {MAX_READ} largest of each were looked at"
+        )
+    if float(active.mean()) > DENSE * records[0].d_sae:
+        found.append(
+            f"a token has {active.mean():.0f} of {records[0].d_sae} features active: "
+            "does the SAE fit this site?"
         )
     if float((active == 0).mean()) > 0.5:
         found.append("most tokens have no active feature: does the SAE fit this site?")

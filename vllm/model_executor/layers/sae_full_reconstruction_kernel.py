@@ -20,7 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_kernels import stages_cuda
+from vllm.model_executor.layers.steering_kernels import (
+    stages_cuda,
+    stages_shared_cuda,
+)
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
 from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX
 from vllm.model_executor.layers.steering_kernels.run import Run
@@ -169,7 +172,8 @@ def sae_clamp(
         if hidden.shape[0] == 0:
             return
         if not slot.weights.shard.is_whole:
-            stages_shared.clamp(slot, step, gated, hidden, residual, source)
+            streams = (hidden, residual, source)
+            stages_shared.clamp(slot, step, workspace, gated, *streams)
         elif _takes_clamp(slot, hidden, residual, source):
             stages_cuda.clamp(slot, step, gated, hidden, residual, source)
         else:
@@ -252,7 +256,11 @@ def _pipeline(run: Run | None) -> None:
     if run is None:
         return
     if not run.slot.weights.shard.is_whole:
-        stages_shared.pipeline(run)
+        peers = run.workspace.peers
+        if peers is not None and stages_shared_cuda.takes(run):
+            stages_shared_cuda.pipeline(run, peers)
+        else:
+            stages_shared.pipeline(run)
         return
     cuda = extension_is_built() and stages_cuda.takes_cuda(
         run.slot, run.hidden, run.residual, run.source

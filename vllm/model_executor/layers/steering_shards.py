@@ -7,10 +7,30 @@ Rank r of `size` holds features `r F/size ..` of the encoder, and columns
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from vllm.config.steering_json import Json
+
+
+class _Memory:
+    """Memory that PyTorch has not allocated, as it asks for it."""
+
+    def __init__(self, address: int, nbytes: int):
+        self.__cuda_array_interface__: Json = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def tensor_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 `[nbytes]`: memory of a GPU, which must outlive the tensor."""
+    return torch.as_tensor(_Memory(address, nbytes), device=device)
 
 
 def _alone(own: torch.Tensor) -> torch.Tensor:
@@ -25,11 +45,18 @@ class Shard:
         rank, size: which of how many parts.
         stack: `[n, w]` of each rank -> `[size, n, w]` on every rank. All ranks call it
             together, with the same shapes.
+        allocate: bytes -> the addresses of new memory of so many bytes on each rank,
+            in rank order, all zero. All ranks call it together. None: a rank cannot
+            address the memory of others.
+        turn: called where a rank begins to wait for what others have sent, if ranks
+            take turns on one device; None: they run at the same time.
     """
 
     rank: int = 0
     size: int = 1
     stack: Callable[[torch.Tensor], torch.Tensor] = _alone
+    allocate: Callable[[int], list[int]] | None = None
+    turn: Callable[[], None] | None = None
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """`[n, w]` of each rank -> `[n, size * w]`, in the ranks' order."""
@@ -71,4 +98,41 @@ def tensor_parallel_shard() -> Shard:
         every = group.all_gather(own.contiguous(), dim=0)
         return every.view(group.world_size, *own.shape)
 
-    return Shard(group.rank_in_group, group.world_size, stack)
+    return Shard(group.rank_in_group, group.world_size, stack, peer_allocator())
+
+
+def peer_allocator() -> Callable[[int], list[int]] | None:
+    """How the ranks of the tensor-parallel group get memory that all can address.
+
+    None unless `VLLM_STEERING_PEER_MEMORY=1` and vLLM's custom all-reduce is on: it
+    needs the same of the GPUs, one host and access to each other's memory, and has
+    checked it.
+    """
+    if os.environ.get("VLLM_STEERING_PEER_MEMORY") != "1":
+        return None
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    from vllm.distributed import get_tp_group
+    from vllm.distributed.device_communicators.cuda_communicator import (
+        CudaCommunicator,
+    )
+    from vllm.distributed.device_communicators.custom_all_reduce import (
+        CustomAllreduce,
+    )
+
+    group = get_tp_group()
+    communicator = group.device_communicator
+    if not isinstance(communicator, CudaCommunicator):
+        return None
+    reduces = communicator.ca_comm
+    if reduces is None or reduces.disabled or reduces.mnnvl_only:
+        return None
+
+    def allocate(nbytes: int) -> list[int]:
+        addresses = CustomAllreduce.create_shared_buffer(nbytes, group=group.cpu_group)
+        tensor_at(addresses[group.rank_in_group], nbytes, group.device).zero_()
+        torch.cuda.synchronize(group.device)
+        group.barrier()
+        return addresses
+
+    return allocate

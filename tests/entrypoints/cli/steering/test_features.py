@@ -113,7 +113,7 @@ def test_standard_output_is_json_and_nothing_else(tmp_path: Path) -> None:
         (["--text", "blank"], "--text {}/blank: expected at least one text"),
         (["--against", "none"], "--against {}/none: No such file"),
         (["--labels", "none"], "--labels {}/none: No such file"),
-        (["--labels", "a"], "{}/a: line 1 is not JSON"),
+        (["--labels", "a"], "{}/a: found no JSON in line 1"),
         (["--plot", "none/x.png"], "expected a file in a directory that exists"),
         (["--plot", "x.foo"], "expected a name that ends in one of .avif"),
         (["--plot", "x"], "expected a name that ends in one of"),

@@ -90,7 +90,7 @@ def test_a_bad_preset_is_refused(
         (b'{"preset": ', "body: found no JSON at character 11"),
         (b"[" * 100_000, "body: found JSON that is nested too deep"),
         (b'{"preset": ' + b"1" * 5000 + b"}", "body: found an integer of thousands"),
-        (b"[]", "body: found a value of type list, expected an object with preset"),
+        (b"[]", "body: found a list, expected an object with preset"),
         (b"{}", "preset: is missing, expected the name of a preset, or null"),
         (b'{"preset": 5}', "preset: found 5, expected the name of a preset, or null"),
         (b'{"preset": "x", "preset": "y"}', "preset: is given twice, expected once"),

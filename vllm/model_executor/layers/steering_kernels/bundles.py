@@ -15,12 +15,13 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
 )
 
+from .peers import Peers
 from .run import Run
 
 Tensors = list[torch.Tensor]
 
 WEIGHTS_FIELDS = (
-    "W_enc", "b_enc", "threshold", "W_dec", "b_dec", "meta", "norm_limit",
+    "W_enc", "b_enc", "threshold", "W_dec", "b_dec", "meta", "norm_limit", "shared",
 )  # fmt: skip
 WORKSPACE_FIELDS = (
     "x", "records", "count", "sync", "entries", "scores", "kth", "coef",
@@ -34,10 +35,11 @@ STREAM_FIELDS = ("hidden", "residual")
 GUESS_FIELDS = ("samples", "bars", "failed")
 
 
-def weights_bundle(weights: SAEWeights) -> Tensors:
-    """The tensors of `WEIGHTS_FIELDS`."""
+def weights_bundle(weights: SAEWeights, peers: Peers | None = None) -> Tensors:
+    """The tensors of `WEIGHTS_FIELDS`; the last where ranks share the SAE."""
     w = weights
-    return [w.W_enc, w.b_enc, w.threshold, w.W_dec, w.b_dec, w.meta, w.norm_limit]
+    own = [w.W_enc, w.b_enc, w.threshold, w.W_dec, w.b_dec, w.meta, w.norm_limit]
+    return own if peers is None else [*own, peers.shared]
 
 
 def step_bundle(
@@ -68,7 +70,8 @@ def _workspace_bundle(run: Run) -> Tensors:
     ws, buffers = run.workspace, run.buffers
     own = [
         buffers.x, ws.records, ws.count, run.step.sync, buffers.entries,
-        buffers.scores, ws.kth, buffers.coef, buffers.dense,
+        buffers.scores if run.own_scores is None else run.own_scores,
+        ws.kth, buffers.coef, buffers.dense,
     ]  # fmt: skip
     return own if run.slot.weights.W_skip is None else [*own, buffers.skip]
 
@@ -78,7 +81,7 @@ def _run_bundles(
 ) -> tuple[Tensors, Tensors, Tensors, Tensors]:
     return (
         step_bundle(run.step, run.index, run.table, run.slot.saturated, run.reads),
-        weights_bundle(run.slot.weights),
+        weights_bundle(run.slot.weights, run.peers),
         stream,
         _workspace_bundle(run),
     )

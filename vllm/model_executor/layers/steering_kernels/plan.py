@@ -47,6 +47,15 @@ class ChunkPlan:
     dense_rows: int
 
 
+@dataclass(frozen=True)
+class ExchangeLimits:
+    """Tokens that ranks exchange at a time: of lists and columns (`rows`), and of
+    4 bytes for each feature (`scored`)."""
+
+    rows: int
+    scored: int
+
+
 def dense_row_bytes(d_in: int, d_out: int, d_sae: int) -> int:
     """Scratch bytes of a dense token: x, activations of all features, partial sums."""
     size = 2 * d_in + 4 * cdiv(d_sae, 64) * 64 + 4 * DENSE_SPLITS * d_out
@@ -67,6 +76,8 @@ def most_rows(
     itemsize: int,
     topk: bool,
     skip: bool = False,
+    *,
+    exchanged: ExchangeLimits | None = None,
 ) -> int:
     """The most active tokens that go through the workspace at a time.
 
@@ -79,6 +90,8 @@ def most_rows(
     if topk:
         rows = min(rows, MAX_ENTRY_BYTES // (4 * d_sae))
         rows = min(rows, (MAX_TOPK_BYTES - PAGE) // (4 * d_sae + ENTRY_BYTES * listed))
+    if exchanged is not None:
+        rows = min(rows, exchanged.scored if topk else exchanged.rows)
     if rows < 1:
         raise ValueError(
             f"steering: d_in={d_in}, d_sae={d_sae}, max_clamps={max_clamps}: one "
@@ -96,12 +109,17 @@ def plan_chunks(
     itemsize: int,
     topk: bool,
     skip: bool = False,
+    *,
+    exchanged: ExchangeLimits | None = None,
 ) -> ChunkPlan:
     """Chunking of a step of `tokens` tokens, so that every region keeps its limit.
 
     `skip`: the slot has a skip connection, whose float32 outputs are stored beside x.
+    `exchanged`: what ranks that share the SAE can exchange at a time.
     """
-    rows = most_rows(d_in, d_out, d_sae, max_clamps, itemsize, topk, skip)
+    rows = most_rows(
+        d_in, d_out, d_sae, max_clamps, itemsize, topk, skip, exchanged=exchanged
+    )
     num_chunks = max(cdiv(tokens, rows), 1)
     if num_chunks > 1 and rows > CHUNK_ALIGN:
         rows = cdiv(cdiv(tokens, num_chunks), CHUNK_ALIGN) * CHUNK_ALIGN
@@ -111,6 +129,8 @@ def plan_chunks(
     dense = 0
     if d_sae > LIST_MAX:
         dense = dense_rows(rows, dense_row_bytes(d_in, d_out, d_sae), room)
+        if exchanged is not None:
+            dense = min(dense, exchanged.scored)
         if dense < 1:
             raise ValueError(
                 f"steering: d_in={d_in}, d_sae={d_sae}: the activations of one token "

@@ -13,6 +13,7 @@ from vllm.config.steering_json import Json
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
 
+from .peers import Peers
 from .workspace import StageBuffers, SteeringWorkspace
 
 
@@ -54,6 +55,7 @@ class Run:
         own_scores: float32 `[rows, F / size]`, where the encoder of a shared TopK SAE
             writes; None: to the workspace.
         own_index: int32 `[T]`, the tokens' rows; None: those of the step.
+        peers: the memory through which ranks share the SAE in the extension's kernels.
     """
 
     slot: SAESlot
@@ -70,6 +72,7 @@ class Run:
     edits: bool = True
     own_scores: torch.Tensor | None = None
     own_index: torch.Tensor | None = None
+    peers: Peers | None = None
 
     @property
     def table(self) -> ClampTable:

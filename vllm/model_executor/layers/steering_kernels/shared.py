@@ -204,6 +204,7 @@ def steered_kernel(
     residual,
     places,
     count,
+    active,
     hidden_stride,
     residual_stride,
     table_stride,
@@ -217,8 +218,10 @@ def steered_kernel(
 ):
     """places[t]: t where the delta tier edits the token, else -1; and count [1] = T.
 
-    `hidden` is what the encoder reads. The norm is computed as the clamp kernel does,
-    so both decide the same; HAS_SOURCE: as of what a transcoder reads.
+    active [1] becomes 1 if there is a token to edit, its norm aside: that depends on
+    integers alone, so it is the same on all ranks. `hidden` is what the encoder reads.
+    The norm is computed as the clamp kernel does, so both decide the same; HAS_SOURCE:
+    as of what a transcoder reads.
     """
     t = tl.program_id(0).to(tl.int64)
     if t == 0:
@@ -230,6 +233,7 @@ def steered_kernel(
         on = on & (tl.load(meta + USES_TOPK) == 0)
     place = -1
     if on:
+        tl.store(active, 1)
         if HAS_SOURCE:
             norm = source_norm(hidden, hidden_stride, t, D, BLOCK_D)
         else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
     STREAM_LIMIT,
     SAESlot,
@@ -20,7 +21,8 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from . import stages_triton
-from .plan import LIST_MAX, next_power_of_2
+from .peers import Peers
+from .plan import LIST_MAX, cdiv, next_power_of_2
 from .run import Run, device_facts, stream_arguments
 from .shared import (
     merge_kernel,
@@ -32,6 +34,7 @@ from .shared import (
 )
 from .shared_clamp import clamp_acts_kernel, clamp_columns_kernel
 from .stages_triton_dense import dense, dense_acts, encode_dense
+from .workspace import SteeringWorkspace, exchanges
 
 COLUMN_BLOCK = 1024
 
@@ -112,9 +115,21 @@ def exchange_scores(run: Run, base: int) -> None:
     """Write a chunk's scores of all features to the workspace."""
     weights, buffers = run.slot.weights, run.buffers
     held, device = weights.W_enc.shape[0], weights.W_enc.device
-    own = torch.empty(buffers.plan.rows, held, device=device)
+    rows, peers = buffers.plan.rows, peers_of(run.slot, run.workspace)
+    if peers is not None:
+        own = peers.staged(rows, held, torch.float32)
+        stages_triton.encode(replace(run, own_scores=own), base)
+        peers.turn()
+        peers.pull(own, buffers.scores, run.workspace.count, base)
+        return
+    own = torch.empty(rows, held, device=device)
     stages_triton.encode(replace(run, own_scores=own), base)
     _put(weights.shard.stack(own), buffers.scores)
+
+
+def peers_of(slot: SAESlot, workspace: SteeringWorkspace) -> Peers | None:
+    """The memory through which the ranks of a slot exchange; None: they gather."""
+    return workspace.peers if exchanges(slot) else None
 
 
 def _put(parts: torch.Tensor, whole: torch.Tensor) -> None:
@@ -224,22 +239,61 @@ def write_columns(
     )
 
 
+@dataclass(frozen=True)
+class Gather:
+    """How the ranks gather rows: through their memory where that is possible.
+
+    active: int32 `[1]` on the device. Where it is 0, nothing need be gathered.
+    """
+
+    shard: Shard
+    peers: Peers | None
+    active: torch.Tensor
+
+    def room(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[rows, width]`, from which `__call__` gathers next."""
+        peers = self.peers
+        if peers is not None and peers.fits(rows * width * dtype.itemsize):
+            return peers.staged(rows, width, dtype)
+        return torch.empty(rows, width, dtype=dtype, device=self.active.device)
+
+    def __call__(self, own: torch.Tensor, empty: int = 0) -> torch.Tensor:
+        """`[size, rows, width]` of all ranks; `empty` where nothing is gathered."""
+        peers = self.peers
+        if peers is None or not peers.fits(own.nbytes):
+            return self.shard.stack(own)
+        # Copies are of 16 bytes.
+        padded = cdiv(own.nbytes, 16) * 16
+        every = torch.empty(
+            self.shard.size, padded, dtype=torch.uint8, device=own.device
+        )
+        every.view(own.dtype).fill_(empty)
+        peers.turn()
+        peers.pull(
+            peers.staged(1, padded, torch.uint8), every, self.active, stacked=True
+        )
+        used = every[:, : own.nbytes].contiguous()
+        return used.view(own.dtype).view(self.shard.size, *own.shape)
+
+
 def clamp(
     slot: SAESlot,
     step: StepState,
+    workspace: SteeringWorkspace,
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     source: torch.Tensor | None = None,
 ) -> None:
     """The delta tier of a threshold SAE. With `gated`, a TopK module is skipped."""
-    weights, table, shard = slot.weights, slot.delta, slot.weights.shard
+    weights, table = slot.weights, slot.delta
     tokens, device = hidden.shape[0], hidden.device
     width = weights.W_dec.shape[1]
     places = torch.empty(tokens, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
-    acts = torch.empty(tokens, table.max_clamps, device=device)
-    columns = torch.empty(tokens, width, dtype=hidden.dtype, device=device)
+    active = torch.zeros(1, dtype=torch.int32, device=device)
+    gather = Gather(weights.shard, peers_of(slot, workspace), active)
+    acts = gather.room(tokens, table.max_clamps, torch.float32)
     row_d = next_power_of_2(weights.d_out)
     shared = {
         "index": step.index[Tier.DELTA],
@@ -260,6 +314,7 @@ def clamp(
         meta=weights.meta,
         norm_limit=weights.norm_limit,
         count=count,
+        active=active,
         T=tokens,
         HAS_SOURCE=source is not None,
         GATED=gated,
@@ -277,9 +332,11 @@ def clamp(
         NC=8,
         **reads,
     )
+    every = gather(acts)
+    columns = gather.room(tokens, width, hidden.dtype)
     clamp_columns_kernel[(tokens,)](
         w_dec=weights.W_dec,
-        acts=shard.stack(acts),
+        acts=every,
         columns=columns,
         first_column=weights.columns.start,
         features=weights.W_enc.shape[0],
@@ -291,4 +348,4 @@ def clamp(
         **stream_arguments(hidden, residual),
         **shared,
     )
-    write_columns(slot, count, places, shard.stack(columns), hidden, residual, 0)
+    write_columns(slot, count, places, gather(columns), hidden, residual, 0)

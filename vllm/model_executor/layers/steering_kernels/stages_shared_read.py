@@ -18,17 +18,20 @@ from . import stages_triton
 from .plan import next_power_of_2
 from .run import Run, device_facts
 from .shared_read import merge_reads_kernel
-from .stages_shared import exchange_scores
+from .stages_shared import Gather, exchange_scores, peers_of
 from .stages_triton_read import read_out
 
 
 def pipeline(run: Run, reads: ReadBuffers) -> None:
     """All stages, chunk after chunk; all ranks call it together."""
     plan, part = run.buffers.plan, None
-    tokens, device = run.hidden.shape[0], run.hidden.device
+    tokens = run.hidden.shape[0]
+    gather = Gather(
+        run.slot.weights.shard, peers_of(run.slot, run.workspace), run.workspace.count
+    )
     if not run.topk:
-        size = (tokens, OUT_WIDTH)
-        part = torch.full(size, NOT_READ, dtype=torch.int32, device=device)
+        part = gather.room(tokens, OUT_WIDTH, torch.int32)
+        part.fill_(NOT_READ)
     for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         stages_triton.compact(run, base)
         if run.topk:
@@ -38,7 +41,7 @@ def pipeline(run: Run, reads: ReadBuffers) -> None:
             stages_triton.encode(run, base)
         read_out(run, reads, base, overflow=False, part=part)
     if part is not None:
-        _merge(run, reads, run.slot.weights.shard.stack(part))
+        _merge(run, reads, gather(part, NOT_READ))
 
 
 def _merge(run: Run, reads: ReadBuffers, parts: torch.Tensor) -> None:

@@ -11,6 +11,8 @@ import torch
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
+from .extension import extension_is_built
+from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
 from .plan import (
     CHUNK_ALIGN,
     ENTRY_BYTES,
@@ -19,6 +21,7 @@ from .plan import (
     MIB,
     RECORD_INTS,
     ChunkPlan,
+    ExchangeLimits,
     cdiv,
     dense_row_bytes,
     most_guessed,
@@ -97,6 +100,38 @@ def _has_skip(slot: SAESlot) -> bool:
     return slot.weights.W_skip is not None
 
 
+def exchanges(slot: SAESlot) -> bool:
+    """Whether the extension's kernels can share the slot's SAE among ranks."""
+    w = slot.weights
+    return (
+        extension_is_built()
+        and can_exchange(w.shard, w.d_sae_capacity, w.d_out)
+        and w.W_skip is None
+        and w.W_enc.dtype.itemsize == 2
+    )
+
+
+def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
+    """How much of the slot's ranks exchange at a time, if they do."""
+    if not exchanges(slot):
+        return None
+    held = slot.weights.W_enc.shape[0]
+    return exchange_limits(held)
+
+
+def _make_peers(
+    max_tokens: int, slots: list[SAESlot], device: torch.device
+) -> Peers | None:
+    """The memory through which ranks share SAEs; None if there is none to share."""
+    shared = [slot.weights for slot in slots if exchanges(slot)]
+    if not shared:
+        return None
+    width = max(w.d_out for w in shared)
+    shard = shared[0].shard
+    rows = min(max_tokens, EXCHANGE_ROWS)
+    return Peers(shard, plan_arena(shard.size, rows, width), device)
+
+
 class SteeringWorkspace:
     """Scratch memory of all sites of a worker, which run one after another.
 
@@ -112,8 +147,9 @@ class SteeringWorkspace:
     def __init__(
         self, max_tokens: int, slots: Iterable[SAESlot], device: torch.device
     ) -> None:
-        self.max_tokens = max_tokens
         slots = list(slots)
+        self.max_tokens = max_tokens
+        self.peers = _make_peers(max_tokens, slots, device)
         self._kept: dict[tuple[SAESlot, int, bool, int | None], StageBuffers] = {}
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
@@ -159,7 +195,9 @@ class SteeringWorkspace:
     @staticmethod
     def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         """The chunks in which `slot` processes a step of `tokens` tokens."""
-        return plan_chunks(tokens, *_widths(slot), topk, _has_skip(slot))
+        return plan_chunks(
+            tokens, *_widths(slot), topk, _has_skip(slot), exchanged=exchange_of(slot)
+        )
 
     @staticmethod
     def guess_plan(slot: SAESlot, tokens: int) -> ChunkPlan | None:
@@ -178,7 +216,10 @@ class SteeringWorkspace:
     @staticmethod
     def _longest(slot: SAESlot, max_tokens: int, topk: bool) -> int:
         """The longest step of at most `max_tokens` tokens that is one chunk."""
-        return min(max_tokens, most_rows(*_widths(slot), topk, _has_skip(slot)))
+        most = most_rows(
+            *_widths(slot), topk, _has_skip(slot), exchanged=exchange_of(slot)
+        )
+        return min(max_tokens, most)
 
     @classmethod
     def _shared_bytes(cls, slot: SAESlot, max_tokens: int, topk: bool) -> int:

@@ -280,7 +280,7 @@ def _fold_sae(
     for rows, W in _chunks(tensors, layout.W_enc, device, into.own):
         W *= row_scale[rows, None]
         if layout.centre_input:
-            mean = row_sums(W.clone()) / W.shape[1]
+            mean = row_sums(W.clone()) * (1 / W.shape[1])
             W -= mean[:, None]
             if layout.subtract_b_dec:
                 # The part of W_enc b_dec (below) that comes from the mean of a row.

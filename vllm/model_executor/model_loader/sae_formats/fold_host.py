@@ -153,7 +153,8 @@ def _fold_encoder(
     for rows, W in _chunks(tensors, layout.W_enc):
         W *= row_scale[rows, None]
         if layout.centre_input:
-            mean = row_sums(W.copy()) / np.float32(W.shape[1])
+            # Not a division, which a GPU does by this product.
+            mean = row_sums(W.copy()) * np.float32(1 / W.shape[1])
             W -= mean[:, None]
             if layout.subtract_b_dec:
                 b_enc[rows] -= mean * row_sums(b_dec[None].copy())

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that share an SAE through their memory write the bits of one rank: the CUDA
+stages, with ranks that take turns on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import test_shared_gpu
+import torch
+from lockstep import Lockstep
+from steering_reference import DEVICE, INTERPRETED
+from test_shared_gpu import Case, check
+
+from vllm.config.steering import Activation
+from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_kernels import stages_shared_cuda
+from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
+from vllm.model_executor.layers.steering_kernels.peers import Peers
+from vllm.model_executor.layers.steering_kernels.run import Run
+from vllm.model_executor.layers.steering_shards import Shard
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or not extension_is_built(), reason="needs the CUDA extension"
+)
+
+JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
+T = TypeVar("T")
+CASES = [
+    Case(1, 512, 64, JUMP, 12),
+    Case(5, 512, 64, JUMP, 12),
+    Case(3, 512, 64, TOPK, 8, two_streams=False),
+    Case(5, 2048, 64, JUMP, 700),  # dense: more than a list holds
+    Case(9, 1024, 128, JUMP, 504, ranks=4),  # on either side of it
+    Case(3, 2048, 64, TOPK, 600),
+    Case(20, 1024, 96, JUMP, 20, dtype=torch.float16),
+    Case(4, 1024, 64, TOPK, 5, ranks=4, dtype=torch.float16),
+    Case(600, 2048, 1088, JUMP, 40, ranks=4),  # a slice that is not full
+    Case(600, 2048, 64, JUMP, 500),
+    Case(5000, 1024, 64, JUMP, 30),  # several chunks
+    Case(300, 65536, 64, JUMP, 700, two_streams=False),  # several chunks are dense
+]
+WIDE = [
+    Case(tokens, 16384, 2304, activation, l0, ranks)
+    for tokens in (1, 64, 300, 2048)
+    for activation in (JUMP, TOPK)
+    for l0 in (64, 1000)
+    for ranks in (2, 4)
+]
+
+
+@pytest.fixture(autouse=True)
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Runs that took the kernels in question. The delta tier of a shared threshold SAE
+    is Triton's, so it is compared with Triton's."""
+    found: list[Run] = []
+    takes = stages_shared_cuda.takes
+
+    def noted(run: Run) -> bool:
+        assert takes(run)
+        found.append(run)
+        return True
+
+    monkeypatch.setattr(stages_shared_cuda, "takes", noted)
+    monkeypatch.setattr(kernel, "_takes_clamp", lambda *_: False)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_write_the_bits_of_one(case: Case, used: list[Run]) -> None:
+    check(case, DEVICE)
+    assert used
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_ranks_write_the_bits_of_one_at_real_widths(
+    case: Case, used: list[Run]
+) -> None:
+    check(case, DEVICE)
+    assert used
+
+
+class Streams(Lockstep):
+    """Ranks on streams of their own, which meet before they decode."""
+
+    def _pass_on(self) -> None:
+        self._turn.release()
+        self._all.wait()
+        torch.cuda.synchronize()
+        self._turn.acquire()
+
+    def run(
+        self, work: Callable[[Shard], T], device: torch.device | None = None
+    ) -> list[T]:
+        def on_stream(shard: Shard) -> T:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                return work(shard)
+
+        torch.cuda.synchronize()
+        found = super().run(on_stream, device)
+        torch.cuda.synchronize()
+        return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 512, 2304, JUMP, 30),
+        Case(7, 512, 2304, JUMP, 30),
+        Case(16, 512, 512, JUMP, 30),
+        Case(4, 512, 512, TOPK, 16),
+    ],
+    ids=str,
+)
+def test_one_launch_sends_decodes_and_writes(
+    case: Case, used: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ranks on devices of their own do; here, so few blocks that all ranks' are
+    resident together, and no dense kernel, which would take all multiprocessors."""
+    check(case, DEVICE)  # loads every kernel, which waits for those that run
+    monkeypatch.setattr(test_shared_gpu, "Lockstep", Streams)
+    monkeypatch.setattr(Peers, "apart", False)
+    for _ in range(5):
+        check(case, DEVICE)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory through which GPUs that share SAEs exchange data (csrc/steering).
+
+Each rank has an arena of the same layout, which all ranks can address. All slots of a
+worker use it, one after another; `exchange.cuh` has the protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm.model_executor.layers.steering_shards import Shard, tensor_at
+
+from .extension import cuda_ops
+from .plan import CHUNK_ALIGN, LIST_MAX, MIB, ExchangeLimits, cdiv
+
+MAX_RANKS = 8
+FEATURE_TILE = 256  # features of a rank are a multiple: two tiles, of a cluster
+COLUMN_SLICE = 256  # columns that have a flag of their own
+HEADER_BYTES = 4096
+EXCHANGE_ROWS = 2048  # the most active tokens of a chunk
+STAGING_BYTES = 32 * MIB
+# Parts of a pull (csrc/steering/shared_kernels.cuh): announce, copy, await.
+ANNOUNCE, COPY, AWAIT = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """Where the regions of an arena begin, in bytes; `rows` tokens fit them.
+
+    lists: int64 `[size, rows, 1 + LIST_MAX]`; flags: int32 `[rows, size, slices]`;
+    columns: 16-bit numbers `[rows, D]`; staging: what peers read.
+    """
+
+    rows: int
+    lists: int
+    flags: int
+    columns: int
+    staging: int
+    staging_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.staging + self.staging_bytes
+
+
+def plan_arena(
+    size: int, rows: int, width: int, staging_bytes: int = STAGING_BYTES
+) -> ArenaLayout:
+    """The arena of `size` ranks, for chunks of `rows` tokens of `width` columns."""
+    slices = cdiv(cdiv(width, size), COLUMN_SLICE)
+    lists = HEADER_BYTES
+    flags = _after(lists, 8 * size * rows * (1 + LIST_MAX))
+    columns = _after(flags, 4 * rows * size * slices)
+    staging = _after(columns, 2 * rows * width)
+    return ArenaLayout(rows, lists, flags, columns, staging, staging_bytes)
+
+
+def _after(start: int, nbytes: int) -> int:
+    """Where the next region begins."""
+    return start + cdiv(nbytes, 256) * 256
+
+
+def can_exchange(shard: Shard, d_sae: int, d_out: int) -> bool:
+    """Whether the extension's kernels can share an SAE of these widths."""
+    return (
+        not shard.is_whole
+        and shard.allocate is not None
+        and shard.size <= MAX_RANKS
+        and d_sae % (shard.size * FEATURE_TILE) == 0
+        and d_out % (shard.size * 8) == 0
+    )
+
+
+def exchange_limits(features: int) -> ExchangeLimits:
+    """What ranks of so many features each can exchange at a time."""
+    scored = STAGING_BYTES // (4 * features)
+    if scored > CHUNK_ALIGN:
+        scored -= scored % CHUNK_ALIGN
+    return ExchangeLimits(EXCHANGE_ROWS, scored)
+
+
+class Peers:
+    """One rank's arena, and where those of the others are.
+
+    Args:
+        shard: this rank, whose `allocate` all ranks call together.
+        layout: the same on every rank.
+        device: where this rank's arena lies.
+    """
+
+    def __init__(self, shard: Shard, layout: ArenaLayout, device: torch.device):
+        assert shard.allocate is not None
+        self.shard = shard
+        self.layout = layout
+        self.addresses = shard.allocate(layout.nbytes)
+        own = tensor_at(self.addresses[shard.rank], layout.nbytes, device)
+        self._staging = own[layout.staging :]
+        at = layout
+        # The order is that of ShareField (csrc/steering/constants.cuh).
+        self.shared = torch.tensor(
+            [
+                *(shard.rank, shard.size, at.rows, at.lists, at.flags, at.columns),
+                *(at.staging, at.staging_bytes, *self.addresses),
+            ],
+            dtype=torch.int64,
+        )
+
+    @property
+    def apart(self) -> bool:
+        """Whether a launch may only wait for what earlier turns have sent."""
+        return self.shard.turn is not None
+
+    def turn(self) -> None:
+        """Let the other ranks of this device come up."""
+        if self.shard.turn is not None:
+            self.shard.turn()
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether the staging holds so many bytes."""
+        return nbytes <= self.layout.staging_bytes
+
+    def staged(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[rows, width]` at the staging's begin, for a pull."""
+        nbytes = rows * width * dtype.itemsize
+        return self._staging[:nbytes].view(dtype).view(rows, width)
+
+    def pull(
+        self,
+        own: torch.Tensor,
+        out: torch.Tensor,
+        count: torch.Tensor,
+        base: int = 0,
+        stacked: bool = False,
+    ) -> None:
+        """Gather `own` of all ranks, which is `staged`, in `out`.
+
+        Args:
+            own: `[rows, n]`, of 16-byte rows.
+            out: `[rows, size * n]`; or with `stacked` `[size, rows, n]`.
+            count: int32 `[1]` on the device. `count - base` rows move, at most `rows`;
+                with `stacked` all, or none.
+        """
+        arguments = (own, out, self.shared, count, base, stacked, stacked)
+        if not self.apart:
+            cuda_ops().pull(*arguments, ANNOUNCE | COPY | AWAIT)
+            return
+        for part in (ANNOUNCE, COPY, AWAIT):
+            cuda_ops().pull(*arguments, part)
+            self.turn()
