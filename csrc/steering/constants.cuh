@@ -43,9 +43,10 @@ constexpr int kDenseSplits = 7;
 constexpr int kGuessSample = 4096;    // features whose scores are sampled
 constexpr int kGuessCapacity = 1024;  // candidates that a list has room for
 
-// steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS.
+// steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS, SCREEN_ORDERS.
 constexpr int kScreenTokens = 64;
 constexpr int kScreenColumns = 128;
+constexpr int kScreenOrders = 128;  // the most orders of reduction
 
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;

@@ -2,11 +2,10 @@
 // Stages 1 and 2 of a decoding step of a wide SAE: at most kScreenTokens active
 // tokens are screened, so that W_enc is read where a feature may fire only.
 //
-// One launch, as compact_encode_kernel.cuh. Behind its barrier a block
-// multiplies the 8-bit copy of its tiles and lists their candidates; then
-// rescore.cuh encodes those. A block's tiles have one order of columns, or a
-// few. More tokens, and a step after one in which too many features were
-// candidates, take the encoder's own way.
+// One launch, as compact_encode_kernel.cuh. Between its first barrier and its
+// second the grid multiplies the 8-bit copy and lists the candidates; then
+// rescore.cuh encodes those. More tokens, and a step after one in which too
+// many features were candidates, take the encoder's own way.
 #pragma once
 
 #include "ptx/wgmma_int8.cuh"
@@ -21,14 +20,18 @@ struct ScreenArgs {
 };
 
 struct ScreenMaps {
-  CUtensorMap w;         // box kTileF x kScreenColumns
+  CUtensorMap w;         // box kScreenF x kScreenColumns
   CUtensorMap limbs[3];  // box tokens x kScreenColumns
 };
 
 constexpr int kFirstScreenStages = 2;
 
+__device__ __forceinline__ int screen_tiles(int num_features) {
+  return (num_features + kScreenF - 1) / kScreenF;
+}
+
 inline __device__ void init_screen_barriers(ScreenMemory& m) {
-  for (int s = 0; s < kMostScreenStages; ++s) {
+  for (int s = 0; s < kScreenStages; ++s) {
     barrier_init(barrier_at(m.full, s), 2);
     barrier_init(barrier_at(m.empty, s), 2);
   }
@@ -39,72 +42,51 @@ inline __device__ void init_screen_barriers(ScreenMemory& m) {
   init_barriers(m.base, 1);
 }
 
-// The first rows of one or two tiles of the encoder; -1: no second one.
-struct TilePair {
-  int a, b;
-};
-
-__device__ __forceinline__ TilePair tile_pair(const GroupedTiles& g,
-                                              const BlockTiles& own, int at) {
-  return {g.tile(at) * kTileF, at + 1 < own.end ? g.tile(at + 1) * kTileF : -1};
-}
-
-// Requests columns of a pair.
-__device__ __forceinline__ void request_rows(const CUtensorMap* map,
-                                             TilePair rows, uint32_t to,
-                                             uint32_t full, int column) {
-  barrier_expect(full, rows.b >= 0 ? kStageW8 : kHalfW8);
-  copy_tile(map, to, full, column, rows.a);
-  if (rows.b >= 0) copy_tile(map, to + kHalfW8, full, column, rows.b);
-}
-
-// One thread: requests one operand of the block's tiles; `first` stages of
-// weights have been requested. See request_all for the pace.
+// One thread: requests the weights of the block's tiles; `first` stages have
+// been requested. See request_all for the pace.
 template <int Tokens, bool Weights>
 __device__ void request_screen(ScreenMemory& m, const CUtensorMap* map,
-                               const GroupedTiles& g, const BlockTiles& own,
-                               int k_tiles, int first) {
-  using S = ScreenStages<Tokens>;
+                               int k_tiles, int tiles, int first) {
+  constexpr int kBox = Tokens * kScreenColumns;
   const uint32_t operands = smem_address(m.base.operands);
   const long long start = clock64();
   int it = 0;
 #pragma unroll 1
-  for (int at = own.first; at < own.end; at += 2) {
-    int k = first_k(at, k_tiles);
-    const TilePair rows = tile_pair(g, own, at);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    int k = first_k(tile, k_tiles);
 #pragma unroll 1
     for (int step = 0; step < k_tiles; ++step, ++it) {
-      const int s = it % S::kCount, round = it / S::kCount;
+      const int s = it % kScreenStages, round = it / kScreenStages;
       if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
       const uint32_t full = barrier_at(m.full, s);
       if constexpr (Weights) {
         if (first > 0 && round == 0) pace(start, 2 * (it - first));
-        if (it >= first)
-          request_rows(map, rows, operands + s * kStageW8, full,
-                       k * kScreenColumns);
+        if (it >= first) {
+          barrier_expect(full, kStageW8);
+          copy_tile(map, operands + s * kStageW8, full, k * kScreenColumns,
+                    tile * kScreenF);
+        }
       } else {
-        const uint32_t to = operands + S::kX0 + s * 2 * S::kBox;
-        barrier_expect(full, 2 * S::kBox);
+        const uint32_t to = operands + kScreenStages * kStageW8 + s * 2 * kBox;
+        barrier_expect(full, 2 * kBox);
         copy_tile(map, to, full, k * kScreenColumns, 0);
-        copy_tile(map, to + S::kBox, full, k * kScreenColumns, kScreenTokens);
+        copy_tile(map, to + kBox, full, k * kScreenColumns, kScreenTokens);
       }
       k = k + 1 == k_tiles ? 0 : k + 1;
     }
   }
 }
 
-// Requests the first stages of the block's first tiles.
+// Requests the first stages of the block's first tile.
 inline __device__ void request_screen_first(ScreenMemory& m,
-                                            const CUtensorMap* map,
-                                            const GroupedTiles& g,
-                                            const BlockTiles& own, int first,
+                                            const CUtensorMap* map, int first,
                                             int k_tiles) {
-  if (first == 0) return;
-  int k = first_k(own.first, k_tiles);
-  const TilePair rows = tile_pair(g, own, own.first);
+  int k = first_k(blockIdx.x, k_tiles);
   for (int s = 0; s < first; ++s) {
-    request_rows(map, rows, smem_address(m.base.operands) + s * kStageW8,
-                 barrier_at(m.full, s), k * kScreenColumns);
+    const uint32_t full = barrier_at(m.full, s);
+    barrier_expect(full, kStageW8);
+    copy_tile(map, smem_address(m.base.operands) + s * kStageW8, full,
+              k * kScreenColumns, blockIdx.x * kScreenF);
     k = k + 1 == k_tiles ? 0 : k + 1;
   }
 }
@@ -118,25 +100,25 @@ inline __device__ void drain_screen_first(ScreenMemory& m, int first) {
 }
 
 // acc[h] = the integer products of rows [64 h, 64 h + 64) of this warpgroup's
-// 128 (junk where it has no tile); columns are the tokens' high limbs, then
-// their low ones.
+// 128; columns are the tokens' high limbs, then their low ones.
 template <int Tokens>
 __device__ __forceinline__ void multiply_limbs(int (&acc)[2][Tokens],
                                                ScreenMemory& m, int k_tiles,
                                                int& it) {
-  using S = ScreenStages<Tokens>;
+  constexpr int kStageX8 = 2 * Tokens * kScreenColumns;
   const uint32_t operands = smem_address(m.base.operands);
-  const uint32_t own = threadIdx.x / 128 * kHalfW8;
+  const uint32_t own = threadIdx.x / 128 * 128 * kScreenColumns;
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
     for (int i = 0; i < Tokens; ++i) acc[h][i] = 0;
 #pragma unroll 1
   for (int k = 0; k < k_tiles; ++k, ++it) {
-    const int s = it % S::kCount;
-    barrier_wait(barrier_at(m.full, s), it / S::kCount & 1);
+    const int s = it % kScreenStages;
+    barrier_wait(barrier_at(m.full, s), it / kScreenStages & 1);
     const uint64_t w = tile_descriptor(operands + s * kStageW8 + own);
-    const uint64_t x = tile_descriptor(operands + S::kX0 + s * 2 * S::kBox);
+    const uint64_t x =
+        tile_descriptor(operands + kScreenStages * kStageW8 + s * kStageX8);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kScreenColumns / 32; ++kk) {
@@ -147,7 +129,7 @@ __device__ __forceinline__ void multiply_limbs(int (&acc)[2][Tokens],
     wgmma_commit();
     wgmma_wait<1>();
     if (k > 0 && threadIdx.x % 128 == 0)
-      barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
+      barrier_arrive(barrier_at(m.empty, (it - 1) % kScreenStages));
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -156,7 +138,7 @@ __device__ __forceinline__ void multiply_limbs(int (&acc)[2][Tokens],
     for (int i = 0; i < Tokens; ++i)
       asm volatile("" : "+r"(acc[h][i])::"memory");
   if (threadIdx.x % 128 == 0)
-    barrier_arrive(barrier_at(m.empty, (it - 1) % S::kCount));
+    barrier_arrive(barrier_at(m.empty, (it - 1) % kScreenStages));
 }
 
 // Which of a lane's two rows may fire, in bits 0 and 1.
@@ -180,12 +162,12 @@ __device__ __forceinline__ unsigned test_rows(const int (&acc)[Tokens],
   return up | down << 1;
 }
 
-// Appends the rows of a warp that may fire to a list of the block. `rows` has a
-// bit for each of the lane's four rows: f0 + lane / 4, and 8, 64, 72 behind.
+// Appends the rows of a warp that may fire to the list of their order. `rows`
+// has a bit for each of the lane's four rows: f, f + 8, f + 64, f + 72.
 template <typename T>
-__device__ __forceinline__ void list_candidates(const Weights<T>& w,
-                                                unsigned rows, int f0, int n,
-                                                int* list, int* count) {
+__device__ __forceinline__ void list_candidates(const ScreenArgs<T>& a,
+                                                unsigned rows, int f0, int n) {
+  const Weights<T>& w = a.compact.encode.weights;
   const int lane = threadIdx.x & 31;
   unsigned mine = 0;
 #pragma unroll
@@ -197,12 +179,14 @@ __device__ __forceinline__ void list_candidates(const Weights<T>& w,
   const bool may = (mine >> (lane % 8 * 4) & 0xF) != 0;
   const unsigned all = __ballot_sync(~0u, may);
   if (all == 0) return;
+  const int order = f0 / kScreenF % a.screen.orders;
   int base = 0;
-  if (lane == 0) base = atomicAdd(count, __popc(all));
+  if (lane == 0) base = atomicAdd(a.screen.counts + order, __popc(all));
   base = __shfl_sync(~0u, base, 0);
   if (!may) return;
   const int f = f0 + lane % 8 + (lane / 8 & 1) * 8 + (lane / 16) * 64;
-  list[base + __popc(all & ((1u << lane) - 1))] = f;
+  a.screen.candidates[order * a.screen.per_order + base +
+                      __popc(all & ((1u << lane) - 1))] = f;
   // It is read soon, and few tokens leave L2 room for all of it.
   if (n <= kFewScreened)
     prefetch_bytes(w.w_enc + static_cast<int64_t>(f) * w.d_in, w.d_in * 2);
@@ -210,22 +194,19 @@ __device__ __forceinline__ void list_candidates(const Weights<T>& w,
 
 // The consumers' first loop: multiply, test, list.
 template <typename T, int Tokens>
-__device__ void screen(const ScreenArgs<T>& a, ScreenMemory& m,
-                       const GroupedTiles& g, const BlockTiles& own, int n) {
+__device__ void screen(const ScreenArgs<T>& a, ScreenMemory& m, int n) {
   const Weights<T>& w = a.compact.encode.weights;
   const int k_tiles = a.screen.padded / kScreenColumns;
+  const int tiles = screen_tiles(w.num_features);
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int row = warp / 4 * 128 + warp % 4 * 16;
   const float minus = -__int_as_float(0x7F800000);
   float4* tokens = reinterpret_cast<float4*>(m.base.hits);
   int it = 0;
   int acc[2][Tokens];
 #pragma unroll 1
-  for (int pair = own.first; pair < own.end; pair += 2) {
-    const int at = pair + warp / 4;
-    const bool mine = at < own.end;
-    // Past the end no feature can fire.
-    const int f0 = mine ? g.tile(at) * kTileF + warp % 4 * 16 : w.num_features;
-    const int f = f0 + lane / 4;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int f0 = tile * kScreenF + row, f = f0 + lane / 4;
     RowBound rows[4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -235,7 +216,7 @@ __device__ void screen(const ScreenArgs<T>& a, ScreenMemory& m,
           row_bound(a.screen, f + 64 * h + 8, w.num_features, l.cut.y);
     }
     multiply_limbs<Tokens>(acc, m, k_tiles, it);
-    if (pair == own.first) {
+    if (tile == static_cast<int>(blockIdx.x)) {
       // The barrier of the grid is behind the limbs that have been multiplied.
       const int t = threadIdx.x;
       if (t < Tokens)
@@ -243,75 +224,52 @@ __device__ void screen(const ScreenArgs<T>& a, ScreenMemory& m,
                           : make_float4(0.f, 0.f, 0.f, minus);
       sync_threads<kConsumers>();
     }
-    if (!mine) continue;
     unsigned may = test_rows<Tokens>(acc[0], rows[0], rows[1], tokens);
     may |= test_rows<Tokens>(acc[1], rows[2], rows[3], tokens) << 2;
-    const int order = g.order(at);
-    list_candidates(w, may, f0, n, candidate_list(a.screen, g, own, order),
-                    candidate_counts(m) + order - own.order);
+    list_candidates(a, may, f0, n);
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void screen_producer(
-    const ScreenArgs<T>& a, ScreenMemory& m, const EncodeMaps& encode_maps,
-    const ScreenMaps& maps, const GroupedTiles& g, const BlockTiles& own, int n,
-    int first) {
+__device__ __forceinline__ void screen_producer(const ScreenArgs<T>& a,
+                                                ScreenMemory& m,
+                                                const EncodeMaps& encode_maps,
+                                                const ScreenMaps& maps, int n,
+                                                int first) {
   const int k_tiles = a.screen.padded / kScreenColumns;
+  const int tiles = screen_tiles(a.compact.encode.weights.num_features);
   if (threadIdx.x == kWeightsThread) {
-#define STEERING_COPY(N, I) \
-  request_screen<N, true>(m, &maps.w, g, own, k_tiles, first)
-    STEERING_SCREEN_WIDTHS(n, STEERING_COPY)
-#undef STEERING_COPY
+    request_screen<8, true>(m, &maps.w, k_tiles, tiles, first);
   } else if (threadIdx.x == kTokensThread) {
 #define STEERING_LIMBS(N, I) \
-  request_screen<N, false>(m, &maps.limbs[I], g, own, k_tiles, 0)
+  request_screen<N, false>(m, &maps.limbs[I], k_tiles, tiles, 0)
     STEERING_SCREEN_WIDTHS(n, STEERING_LIMBS)
 #undef STEERING_LIMBS
   }
   __syncwarp();
+  if (threadIdx.x / 32 == kTokensThread / 32)
+    plan_rescore(a.screen, a.compact.encode.ws.sync, m, n,
+                 a.compact.encode.weights.num_features);
   sync_block();
 #define STEERING_GATHER(N, I) \
   gather_candidates<T, N>(a.compact.encode, a.screen, m, &encode_maps.x[I])
   STEERING_SCREEN_WIDTHS(n, STEERING_GATHER)
 #undef STEERING_GATHER
-  if (threadIdx.x == kWeightsThread)
-    count_candidates(a.screen, a.compact.encode.ws.sync, m, own, n,
-                     a.compact.encode.weights.num_features);
 }
 
 template <typename T>
 __device__ __forceinline__ void screen_consumer(const ScreenArgs<T>& a,
-                                                ScreenMemory& m,
-                                                const GroupedTiles& g,
-                                                const BlockTiles& own, int n) {
-#define STEERING_SCREEN(N, I) screen<T, N>(a, m, g, own, n)
+                                                ScreenMemory& m, int n) {
+#define STEERING_SCREEN(N, I) screen<T, N>(a, m, n)
   STEERING_SCREEN_WIDTHS(n, STEERING_SCREEN)
 #undef STEERING_SCREEN
+  sync_threads<kConsumers>();
+  if (threadIdx.x == 0) grid_arrive(a.compact.encode.ws.sync + kScreenArrivals);
   sync_block();
   launch_dependents();
 #define STEERING_RESCORE(N, I) rescore<T, N>(a.compact.encode, a.screen, m, n)
   STEERING_SCREEN_WIDTHS(n, STEERING_RESCORE)
 #undef STEERING_RESCORE
-}
-
-// What the consumers do before the barrier of the grid, beyond the gather.
-template <typename T>
-__device__ __forceinline__ void prepare_screen(const ScreenArgs<T>& a,
-                                               ScreenMemory& m, int n) {
-  const Workspace<T>& ws = a.compact.encode.ws;
-  const int d_in = a.compact.encode.weights.d_in;
-  float* shared = reinterpret_cast<float*>(m.base.hits);
-  if (threadIdx.x < kMostOrders) candidate_counts(m)[threadIdx.x] = 0;
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.screen.counts[0] = 0;
-  for (int i = blockIdx.x; i < n; i += gridDim.x)
-    split_row(a.screen, ws, d_in, i, shared);
-}
-
-// Whether a step of n tokens is screened.
-__device__ __forceinline__ bool is_screened(const Screen& s, int n, int left) {
-  return n <= kScreenTokens && left <= 0 &&
-         s.orders <= (kMostOrders - 2) * static_cast<int>(gridDim.x);
 }
 
 template <typename T>
@@ -324,27 +282,25 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   ScreenMemory& m = *reinterpret_cast<ScreenMemory*>(aligned_memory(raw));
   const CompactEncodeArgs<T>& c = a.compact;
   const Workspace<T>& ws = c.encode.ws;
+  const int d_in = c.encode.weights.d_in;
   const int t = threadIdx.x;
   if (t == kWeightsThread) {
     init_screen_barriers(m);
     prefetch_map(&maps.w);
   }
-  const FirstLoads loads = load_first(c, t);
+  const FirstLoads own = load_first(c, t);
   const int4 plain_left = *reinterpret_cast<const int4*>(a.screen.state);
-  if (!__syncthreads_or((loads.row | loads.read) != 0)) {
+  if (!__syncthreads_or((own.row | own.read) != 0)) {
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;
   }
-  const int pairs = tile_pairs(c.encode.weights.num_features);
-  const GroupedTiles g(pairs, a.screen.orders);
-  const BlockTiles own = block_tiles(g, pairs);
   const int k_tiles = a.screen.padded / kScreenColumns;
-  const bool early = own.first < own.end && c.stream.tokens <= kScreenTokens;
-  const int first = early ? min(kFirstScreenStages, k_tiles) : 0;
-  prefetch_rows(c.stream, c.encode.weights.d_in);
-  if (t == kWeightsThread)
-    request_screen_first(m, &maps.w, g, own, first, k_tiles);
-  const int n = list_active(c, loads, m.base);
+  const bool has_tile = static_cast<int>(blockIdx.x) <
+                        screen_tiles(c.encode.weights.num_features);
+  const int first = has_tile ? min(kFirstScreenStages, k_tiles) : 0;
+  prefetch_rows(c.stream, d_in);
+  if (t == kWeightsThread) request_screen_first(m, &maps.w, first, k_tiles);
+  const int n = list_active(c, own, m.base);
   if (blockIdx.x == 0 && t == 0) *ws.count = n;
   if (n == 0) {
     if (t == kWeightsThread) drain_screen_first(m, first);
@@ -354,7 +310,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   const int left = width == 0   ? plain_left.x
                    : width == 1 ? plain_left.y
                                 : plain_left.z;
-  const bool screens = is_screened(a.screen, n, left);
+  const bool screens = n <= kScreenTokens && left <= 0;
   if (!screens) {
     if (t == kWeightsThread) drain_screen_first(m, first);
     __syncthreads();
@@ -370,18 +326,23 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
         a.screen.state[width] = left - 1;
     }
     if (screens)
-      screen_producer(a, m, encode_maps, maps, g, own, n, first);
+      screen_producer(a, m, encode_maps, maps, n, first);
     else
       producer<1, Leaves::kUsual>(c.encode, m.base, encode_maps, n, 0, walk);
   } else {
     take_registers<232>();
-    gather_active(c, m.base, n, loads.limit);
-    if (screens) prepare_screen(a, m, n);
+    gather_active(c, m.base, n, own.limit);
+    if (screens) {
+      float* shared = reinterpret_cast<float*>(m.base.hits);
+      for (int i = blockIdx.x; i < n; i += gridDim.x)
+        split_row(a.screen, ws, d_in, i, shared);
+      if (blockIdx.x == 0 && t < a.screen.orders) a.screen.counts[t] = 0;
+    }
     fence_async();
     sync_threads<kConsumers>();
     if (t == 0) grid_arrive(ws.sync + kArrivals);
     if (screens)
-      screen_consumer(a, m, g, own, n);
+      screen_consumer(a, m, n);
     else
       consumer<1, Leaves::kUsual>(c.encode, m.base, n, walk);
   }

@@ -11,6 +11,8 @@ from screen_model import accumulate, copy_of, may_fire, split
 
 from vllm.model_executor.layers.steering_kernels.screen import (
     accumulation_error,
+    candidates,
+    orders,
     padded,
     quantise,
     round_up,
@@ -165,5 +167,8 @@ def test_round_up_never_rounds_down() -> None:
     assert (up >= exact).all() and (up <= exact * (1 + 2.0**-22)).all()
 
 
-def test_widths_of_copies() -> None:
+def test_widths_of_copies_and_orders() -> None:
     assert [padded(d) for d in (8, 128, 136, 5376)] == [128, 128, 256, 5376]
+    assert [orders(d) for d in (64, 2304, 3584, 4096, 5376)] == [1, 36, 8, 64, 12]
+    assert candidates(300, 64) == 512
+    assert candidates(131072, 5376) == 43 * 256 * 12

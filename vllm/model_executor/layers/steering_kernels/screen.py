@@ -10,6 +10,7 @@ bar. docs/design/screening.md has the proof; csrc/steering/screen.cuh evaluates 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -17,8 +18,10 @@ from torch import nn
 
 from vllm.config.steering_screening import SCREEN_COLUMNS
 
+SCREEN_ORDERS = 128  # the most orders in which the encoder adds up a feature's sum
 SCREEN_TOKENS = 64  # the most active tokens of a step that is screened
 ENCODER_COLUMNS = 64  # of one stage of the encoder
+ORDER_STEP = 7  # pairs of tiles begin their sums so many stages apart
 ENCODER_FEATURES = 256  # of two tiles, which have one order of columns
 MOST = 127  # the largest |q|
 # Rows and tokens beyond these exponents of two have no integers: what is too small is
@@ -33,6 +36,12 @@ CHUNK = 2048  # rows that are quantised at a time
 def padded(d_in: int) -> int:
     """Columns of the copy."""
     return -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
+
+
+def orders(d_in: int) -> int:
+    """In how many orders of columns the encoder adds up the sums of its features."""
+    stages = -(-d_in // ENCODER_COLUMNS)
+    return stages // math.gcd(stages, ORDER_STEP)
 
 
 def accumulation_error(d_in: int) -> float:
@@ -142,13 +151,13 @@ class ScreenScratch:
     def __init__(self, widths: Iterable[tuple[int, int]], device: torch.device) -> None:
         widths = list(widths)
         columns = max((padded(d_in) for _, d_in in widths), default=0)
-        found = max((candidates(features) for features, _ in widths), default=0)
+        found = max((candidates(*each) for each in widths), default=0)
         tokens = 2 * SCREEN_TOKENS
         i32 = torch.int32
         self._limbs = torch.zeros(tokens * columns, dtype=torch.int8, device=device)
         self._facts = torch.zeros(SCREEN_TOKENS, 4, device=device)
         self._candidates = torch.zeros(found, dtype=i32, device=device)
-        self._counts = torch.zeros(4, dtype=i32, device=device)
+        self._counts = torch.zeros(SCREEN_ORDERS, dtype=i32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -170,6 +179,7 @@ SCREEN_FIELDS = (
 )  # fmt: skip
 
 
-def candidates(features: int) -> int:
-    """Ints in which each pair of tiles of the encoder can list all of its features."""
-    return -(-features // ENCODER_FEATURES) * ENCODER_FEATURES
+def candidates(features: int, d_in: int) -> int:
+    """Ints of a list of all features, in which each order has a place of its own."""
+    pairs = -(-features // ENCODER_FEATURES)
+    return -(-pairs // orders(d_in)) * ENCODER_FEATURES * orders(d_in)
