@@ -33,46 +33,44 @@ struct EncodeArgs {
 // scores; or, of a guess, the sample or the candidates.
 enum class Leaves { kUsual, kSample, kCandidates };
 
-// Bias and bar of the two features whose scores a lane holds (f and f + 8 in
-// an ordinary tile).
+// Bias and bar of the two features whose scores a lane holds (f and f + 8).
 // The test is x W > bar - b; features past the end never pass it.
 struct LaneFeatures {
   float2 bias, cut;
 };
 
 template <typename T>
-__device__ __forceinline__ LaneFeatures load_two(const Weights<T>& w, int f,
-                                                 int g) {
+__device__ __forceinline__ LaneFeatures load_features(const Weights<T>& w,
+                                                      int f) {
   const float inf = __int_as_float(0x7F800000);
   LaneFeatures l = {make_float2(-inf, -inf), make_float2(inf, inf)};
   if (f < w.num_features) {
     l.bias.x = w.b_enc[f];
     l.cut.x = fmaxf(w.threshold[f], 0.f) - l.bias.x;
   }
-  if (g < w.num_features) {
-    l.bias.y = w.b_enc[g];
-    l.cut.y = fmaxf(w.threshold[g], 0.f) - l.bias.y;
+  if (f + 8 < w.num_features) {
+    l.bias.y = w.b_enc[f + 8];
+    l.cut.y = fmaxf(w.threshold[f + 8], 0.f) - l.bias.y;
   }
   return l;
-}
-
-template <typename T>
-__device__ __forceinline__ LaneFeatures load_features(const Weights<T>& w,
-                                                      int f) {
-  return load_two(w, f, f + 8);
 }
 
 // Where a tile lies, and how many tokens there are in all.
 struct TilePlace {
   int f0, t0, n;
-  __device__ int feature(int row) const { return f0 + row; }
+  // `first`: the feature of W_enc's first row.
+  __device__ uint32_t feature(int first, uint32_t row) const {
+    return first + f0 + row;
+  }
 };
 
 // The same for a tile whose rows are any features.
 struct ListPlace {
   const int* features;
   int t0, n;
-  __device__ int feature(int row) const { return features[row]; }
+  __device__ uint32_t feature(int first, uint32_t row) const {
+    return first + features[row];
+  }
 };
 
 // Stores one hit at its place in its token's list, if there is room.
@@ -81,7 +79,7 @@ __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
                                           int slot, Place at) {
   if (slot >= a.ws.capacity) return;
   const int64_t t = at.t0 + (hit.x >> 8);
-  const int64_t f = a.weights.first_feature + at.feature(hit.x & 0xFF);
+  const int64_t f = at.feature(a.weights.first_feature, hit.x & 0xFF);
   a.ws.entries[t * a.ws.capacity + slot] =
       pack_entry(f, __uint_as_float(hit.y));
   if (a.eager && at.n <= kEagerTokens)

@@ -228,6 +228,23 @@ __device__ __forceinline__ void multiply_item(
   if (leader) barrier_arrive(barrier_at(m.rescore_empty, previous));
 }
 
+// Bias and bar of two features anywhere; past the end none fires.
+template <typename T>
+__device__ __forceinline__ LaneFeatures load_two(const Weights<T>& w, int f,
+                                                 int g) {
+  const float inf = __int_as_float(0x7F800000);
+  LaneFeatures l = {make_float2(-inf, -inf), make_float2(inf, inf)};
+  if (f < w.num_features) {
+    l.bias.x = w.b_enc[f];
+    l.cut.x = fmaxf(w.threshold[f], 0.f) - l.bias.x;
+  }
+  if (g < w.num_features) {
+    l.bias.y = w.b_enc[g];
+    l.cut.y = fmaxf(w.threshold[g], 0.f) - l.bias.y;
+  }
+  return l;
+}
+
 // The consumers' second loop: encode the candidates, emit what fires.
 template <typename T, int Tokens>
 __device__ void rescore(const EncodeArgs<T>& a, const Screen& s,
