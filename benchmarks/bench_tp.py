@@ -12,8 +12,9 @@ measure in turn.
 A model of the shape with dummy weights and `--layers` layers; one SAE in its middle.
 Engines start one after another: without steering, shared, replicated. A step's time is
 the difference between a long and a short generation, the best of `--rounds`. With
-fewer layers than the model has, the shares of stock are of a shorter step; the printed
-microseconds do not depend on that. 100 features fire on every token, always the same.
+fewer layers than the model has, the shares of stock are of a shorter step, and a step
+of few tokens may wait for the host, which hides what a site costs: time decoding with
+all layers and one engine at a time. 100 features fire on every token, always the same.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ struct GuessArgs {
 
 // Which of a token's sampled scores is its bar; 0: there is no guess. With
 // m = k kGuessSample / d_sae, about m sampled scores are among the k largest;
-// that more than the rank are happens once in 10^5 tokens. So does a list that
-// has no room.
+// that more than the rank are happens less than once in 10^5 tokens. A list has
+// no room about as rarely for k = 64, and once in 2000 tokens for the largest
+// k.
 __device__ __forceinline__ int guess_rank(const int* meta) {
   const int d_sae = meta[kDSae], k = meta[kK];
   if (d_sae < 4 * kGuessSample || k <= 0 || k > kListMax) return 0;

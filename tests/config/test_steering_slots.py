@@ -185,7 +185,6 @@ def test_auto_shares_what_saves_a_rank_many_bytes(
     assert ranks.shards("auto", *widths) is sharded
     assert not ranks.shards("replicate", *widths)
     assert ranks.shards("shard", *widths) is (tp > 1)
-    assert not replace(ranks, refused="no").shards("shard", *widths)
 
 
 @pytest.mark.parametrize(("d_sae", "d_model", "tp", "sharded"), AUTO)
@@ -199,7 +198,6 @@ def test_what_auto_copies_for_its_widths_alone_is_known(
     expected = [site] if large and not divides else []
     assert undivided(module, Ranks(tp, 2)) == expected
     assert undivided(replace(module, sharding="replicate"), Ranks(tp, 2)) == []
-    assert undivided(module, Ranks(tp, 2, refused="no")) == []
     assert undivided(module, Ranks(tp, 2, auto_copies=True)) == []
 
 

@@ -6,54 +6,30 @@ All of them in one process, on one engine; breadth: each as a program of its own
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from steering_testing.examples import example
+from steering_testing.gallery import GALLERY, Run, demo_model, engine_of, runner
 
-from vllm.distributed import cleanup_dist_env_and_memory
-
-GALLERY = Path(__file__).parents[2] / "examples" / "gallery"
-sys.path.insert(0, str(GALLERY))
-demo_model: Any = importlib.import_module("demo_model")
 PROGRAMS = ("find", "steer", "sweep", "evaluate", "monitor")
 pytestmark = pytest.mark.engine
-
-Run = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[Any]:
-    engine = demo_model.start(demo_model.tiny())
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    torch._dynamo.reset()
+    yield from engine_of(demo_model.tiny())
 
 
 @pytest.fixture
 def run(
     llm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """Run a program on the engine that is there; its standard output."""
-
-    def in_process(name: str) -> str:
-        program = example(GALLERY / f"{name}.py")
-        monkeypatch.setattr(program, "start", lambda demo: llm)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-        capsys.readouterr()
-        program.main()
-        return capsys.readouterr().out
-
-    return in_process
+    return runner(llm, monkeypatch, capsys)
 
 
 @pytest.mark.slow

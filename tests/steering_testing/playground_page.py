@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from selenium import webdriver
@@ -58,6 +60,18 @@ class Page:
         self.fill("label-query", "bridge" + Keys.ENTER)
         self.until(lambda: self.all("#found button"))[0].click()
         self.until(lambda: "the bridge" in self("clamps").text)
+
+    @contextmanager
+    def window(self, width: int, height: int) -> Iterator[None]:
+        """A window of another size; that of a phone is a phone's."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1}
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {**metrics, "mobile": width < 500}
+        )
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     def run(self, prompt: str = "the chef stirs", tokens: str = "24") -> dict[str, str]:
         """Run without chat; the answers by column."""

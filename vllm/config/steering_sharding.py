@@ -26,13 +26,12 @@ AUTO_SAVED_BYTES = 256 << 20
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
-    `refused`: why these ranks cannot share an SAE; empty: they can. `auto_copies`:
-    `auto` shares nothing. `screens`: whether their devices can screen wide SAEs.
+    `auto_copies`: `auto` shares nothing. `screens`: whether their devices can screen
+    wide SAEs.
     """
 
     size: int = 1
     item_bytes: int = 4
-    refused: str = ""
     auto_copies: bool = False
     screens: bool = False
 
@@ -58,7 +57,7 @@ class Ranks:
 
     def shards(self, asked: Sharding, d_sae: int, d_in: int, d_out: int) -> bool:
         """Whether an SAE of these widths is sharded. `shard` needs `can_shard`."""
-        if self.size == 1 or self.refused or asked == "replicate":
+        if self.size == 1 or asked == "replicate":
             return False
         if asked == "shard":
             return True

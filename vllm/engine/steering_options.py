@@ -265,10 +265,6 @@ def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:
     """Raise unless the ranks can share an SAE of these widths; one rank always can."""
     if ranks.size == 1:
         return
-    if ranks.refused:
-        raise SteeringConfigError(
-            f'{path}: found "shard", expected "replicate": {ranks.refused}'
-        )
     if not ranks.can_shard(d_sae, d_out):
         raise SteeringConfigError(
             f'{path}: found "shard" with {d_sae} features and {d_out} columns on '

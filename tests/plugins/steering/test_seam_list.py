@@ -130,6 +130,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.input_processor": (
         "InputProcessor._validate_params",
         "InputProcessor.process_inputs",
+        "InputProcessor.sae_parsed",
     ),
     "vllm.v1.engine.output_processor": (
         "OutputProcessor.add_request",

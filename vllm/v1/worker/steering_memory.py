@@ -83,7 +83,7 @@ def too_large(
         return f"{text}, or more tensor-parallel ranks than {ranks.size}"
     if ranks.size == 1:
         return f"{text}, or tensor-parallel ranks that share them"
-    if ranks.refused or not ranks.can_shard(slot.width, d_out):
+    if not ranks.can_shard(slot.width, d_out):
         return text
     shard = slot_bytes(replace(slot, sharded=True), ranks, widths)
     return (

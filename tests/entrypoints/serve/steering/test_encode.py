@@ -79,6 +79,21 @@ def test_one_failing_text_ends_the_others() -> None:
     asyncio.run(check())
 
 
+def test_a_cancelled_call_ends_all_its_texts() -> None:
+    async def check() -> None:
+        engine = Engine()
+        encoding = asyncio.create_task(run(engine))
+        while engine.running < 3:
+            await asyncio.sleep(0)
+        encoding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await encoding
+        await asyncio.sleep(0)
+        assert engine.cancelled == 3
+
+    asyncio.run(check())
+
+
 def test_every_text_is_answered_when_it_is_read() -> None:
     async def check() -> None:
         engine = Engine()

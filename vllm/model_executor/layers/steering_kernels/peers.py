@@ -22,6 +22,10 @@ COLUMN_SLICE = 256  # columns that have a flag of their own
 HEADER_BYTES = 4096
 EXCHANGE_ROWS = 2048  # the most active tokens of a chunk
 STAGING_BYTES = 32 * MIB
+SHARE_FIELDS = (
+    "rank", "size", "rows", "lists", "flags", "columns", "staging", "staging_bytes",
+    "addresses",
+)  # fmt: skip
 # Parts of a pull (csrc/steering/shared_kernels.cuh): announce, copy, await.
 ANNOUNCE, COPY, AWAIT = 1, 2, 4
 
@@ -99,7 +103,7 @@ class Peers:
         own = tensor_at(self.addresses[shard.rank], layout.nbytes, device)
         self._staging = own[layout.staging :]
         at = layout
-        # The order is that of ShareField (csrc/steering/constants.cuh).
+        # SHARE_FIELDS
         self.shared = torch.tensor(
             [
                 *(shard.rank, shard.size, at.rows, at.lists, at.flags, at.columns),

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory through which GPUs that share SAEs exchange: sizes, and what C++ says."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from vllm.model_executor.layers.steering_kernels import peers, stages_shared_cuda
+from vllm.model_executor.layers.steering_kernels.plan import (
+    CHUNK_ALIGN,
+    LIST_MAX,
+    plan_chunks,
+)
+from vllm.model_executor.layers.steering_shards import Shard
+
+CSRC = Path(__file__).parents[3] / "csrc" / "steering"
+
+
+def stated(name: str) -> str:
+    return (CSRC / name).read_text()
+
+
+def enum_of(text: str, name: str) -> dict[str, int]:
+    """Members of an enum, with the values that C++ gives them."""
+    body = re.search(rf"enum {name} \{{(.*?)\}}", text, re.DOTALL)
+    assert body is not None
+    members = re.findall(r"(k\w+)(?: = (\d+))?", re.sub("//.*", "", body[1]))
+    values: dict[str, int] = {}
+    for member, value in members:
+        values[member] = int(value) if value else len(values)
+    return values
+
+
+def test_the_regions_of_an_arena_hold_what_they_are_for_and_do_not_meet() -> None:
+    for size, rows, width in itertools.product((2, 4, 8), (1, 64, 2048), (64, 5376)):
+        at = peers.plan_arena(size, rows, width)
+        slices = -(-(width // size) // peers.COLUMN_SLICE)
+        assert at.lists == peers.HEADER_BYTES
+        assert at.flags >= at.lists + 8 * size * rows * (1 + LIST_MAX)
+        assert at.columns >= at.flags + 4 * rows * size * slices
+        assert at.staging >= at.columns + 2 * rows * width
+        assert at.nbytes == at.staging + peers.STAGING_BYTES
+        for start in (at.lists, at.flags, at.columns, at.staging):
+            assert start % 256 == 0
+
+
+@pytest.mark.parametrize("topk", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64, 300, 2048, 2049, 8192])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_no_chunk_is_longer_than_what_ranks_exchange(
+    topk: bool, tokens: int, size: int
+) -> None:
+    for d_sae, d_model in ((16384, 2304), (131072, 5376), (65536, 8192)):
+        limits = peers.exchange_limits(d_sae // size)
+        widths = (d_model, d_model, d_sae, 64, 2)
+        plan = plan_chunks(tokens, *widths, topk, exchanged=limits)
+        assert plan.rows <= peers.EXCHANGE_ROWS
+        assert plan.rows * plan.num_chunks >= tokens
+        staged = plan.rows if topk else plan.dense_rows
+        assert 4 * staged * d_sae // size <= peers.STAGING_BYTES
+        few = plan.num_chunks == 1 or plan.rows <= CHUNK_ALIGN
+        assert few or plan.rows % CHUNK_ALIGN == 0
+
+
+def test_only_whole_tiles_of_ranks_that_reach_each_other_are_exchanged() -> None:
+    def allocate(nbytes: int) -> list[int]:
+        return [0] * nbytes
+
+    two = Shard(0, 2, allocate=allocate)
+    assert peers.can_exchange(two, 512, 64)
+    assert not peers.can_exchange(two, 256, 64)
+    assert not peers.can_exchange(two, 512, 24)
+    assert not peers.can_exchange(Shard(0, 2), 512, 64)
+    assert not peers.can_exchange(Shard(allocate=allocate), 512, 64)
+    assert not peers.can_exchange(Shard(0, 16, allocate=allocate), 1 << 20, 8192)
+
+
+def test_python_and_cpp_state_the_same() -> None:
+    exchange, kernels = stated("exchange.cuh"), stated("shared_kernels.cuh")
+    assert f"kMaxRanks = {peers.MAX_RANKS};" in exchange
+    assert f"kColumnsOfSlice = {peers.COLUMN_SLICE};" in stated("bundles.cuh")
+    parts = {"kAnnounce": peers.ANNOUNCE, "kCopy": peers.COPY, "kAwait": peers.AWAIT}
+    assert enum_of(kernels, "PullPart") == parts
+    phases = enum_of(stated("dense.cuh"), "DensePhase")
+    assert phases["kPulled"] == stages_shared_cuda.PULLED
+    assert phases["kPhases"] == stages_shared_cuda.PHASES
+    fields = enum_of(stated("constants.cuh"), "ShareField")
+    assert list(fields.values()) == list(range(len(fields)))
+    names = [name.removeprefix("kShare") for name in fields]
+    assert [name.lower() for name in names] == [
+        field.replace("_", "") for field in peers.SHARE_FIELDS
+    ]
+    headers = enum_of(exchange, "HeaderField")
+    ready, done = headers["kReady"], headers["kDone"]
+    assert headers["kLeft"] < ready and ready + peers.MAX_RANKS <= done
+    assert 4 * (done + peers.MAX_RANKS) <= peers.HEADER_BYTES
