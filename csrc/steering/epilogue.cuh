@@ -58,15 +58,28 @@ __device__ __forceinline__ LaneFeatures load_features(const Weights<T>& w,
 // Where a tile lies, and how many tokens there are in all.
 struct TilePlace {
   int f0, t0, n;
+  // `first`: the feature of W_enc's first row.
+  __device__ uint32_t feature(int first, uint32_t row) const {
+    return first + f0 + row;
+  }
+};
+
+// The same for a tile whose rows are any features.
+struct ListPlace {
+  const int* features;
+  int t0, n;
+  __device__ uint32_t feature(int first, uint32_t row) const {
+    return first + features[row];
+  }
 };
 
 // Stores one hit at its place in its token's list, if there is room.
-template <typename T>
+template <typename T, typename Place>
 __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
-                                          int slot, TilePlace at) {
+                                          int slot, Place at) {
   if (slot >= a.ws.capacity) return;
   const int64_t t = at.t0 + (hit.x >> 8);
-  const int64_t f = a.weights.first_feature + at.f0 + (hit.x & 0xFF);
+  const int64_t f = at.feature(a.weights.first_feature, hit.x & 0xFF);
   a.ws.entries[t * a.ws.capacity + slot] =
       pack_entry(f, __uint_as_float(hit.y));
   if (a.eager && at.n <= kEagerTokens)
@@ -76,10 +89,10 @@ __device__ __forceinline__ void store_hit(const EncodeArgs<T>& a, uint2 hit,
 // As append_hits, for lanes with many hits: lanes that have the same token ask
 // once for all of them, or the atomics of all tiles would queue for a token's
 // counter.
-template <typename T>
+template <typename T, typename Place>
 __device__ __forceinline__ void append_together(const EncodeArgs<T>& a,
                                                 const uint2* hits, int own,
-                                                int most, TilePlace at) {
+                                                int most, Place at) {
   constexpr int kInFlight = 2;
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
@@ -107,10 +120,10 @@ __device__ __forceinline__ void append_together(const EncodeArgs<T>& a,
 
 // Appends a lane's hits to their tokens' lists, four atomics in flight at a
 // time.
-template <typename T>
+template <typename T, typename Place>
 __device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
                                             const uint2* hits, int own,
-                                            TilePlace at) {
+                                            Place at) {
   const int most = __reduce_max_sync(~0u, own);
   if (most > kHitsPerLane / 2) {
     append_together(a, hits, own, most, at);
@@ -193,12 +206,11 @@ __device__ __forceinline__ void note_part(int part, const float (&p)[R],
 // Emits one lane's non-zeros, part by part; the buffer is emptied whenever
 // another part might not fit. With `keep` the last hits stay in it for another
 // warp. Returns how many are left there.
-template <bool kBars, int N, typename T>
+template <bool kBars, int N, typename T, typename Place>
 __device__ __forceinline__ int emit_hits(const EncodeArgs<T>& a,
                                          const float (&p)[N / 2],
                                          const LaneFeatures& l, uint2* hits,
-                                         uint32_t where, TilePlace at,
-                                         bool keep) {
+                                         uint32_t where, Place at, bool keep) {
   // A part covers two runs of eight tokens; parts past the last token are left.
   constexpr int kParts = (N / 2 + kPart - 1) / kPart;
   const int parts = min(kParts, (at.n - at.t0 + 15) / 16);

@@ -179,7 +179,7 @@ __device__ void append_left(const EncodeArgs<T>& a, EncodeMemory& m,
     for (int w = emitter; w < kConsumerWarps; w += kEmitterWarps) {
       barrier_wait(barrier_at(m.hits_full, w), round & 1);
       append_hits(a, m.hits + w * kHitsPerWarp + lane, m.left[w * 32 + lane],
-                  {f * kTileF, t * width, n});
+                  TilePlace{f * kTileF, t * width, n});
       __syncwarp();
       if (lane == 0) barrier_arrive(barrier_at(m.hits_empty, w));
     }

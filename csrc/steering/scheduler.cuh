@@ -94,8 +94,9 @@ __device__ __forceinline__ TileWalk tile_walk(int num_features, int n,
 // begin at different columns; otherwise all would read the same lines of x at
 // once. Two neighbours begin at the same one, so that a cluster can share x.
 // The order of a feature's sum depends on the feature alone.
+constexpr int kOrderStep = 7;
 __device__ __forceinline__ int first_k(int f, int k_tiles) {
-  return f / 2 * 7 % k_tiles;
+  return f / 2 * kOrderStep % k_tiles;
 }
 
 }  // namespace vllm_steering

@@ -28,18 +28,19 @@ inline EncodeTiled tensor_map_encoder() {
   return encode;
 }
 
-// A map over a contiguous [rows, columns] matrix of 16-bit numbers, in boxes of
-// box_rows x box_columns (64 or fewer columns: a 128-byte swizzle row).
+// A map over a contiguous [rows, columns] matrix of 16-bit numbers or bytes, in
+// boxes of box_rows x box_columns (at most 128 bytes: a swizzle row).
 template <typename T>
 CUtensorMap tensor_map(const T* p, int64_t rows, int64_t columns, int box_rows,
                        int box_columns) {
   CUtensorMap map;
-  const auto type = std::is_same_v<T, __nv_bfloat16>
+  const auto type = sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : std::is_same_v<T, __nv_bfloat16>
                         ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns),
                                static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * sizeof(T)};
   const cuuint32_t boxes[2] = {static_cast<cuuint32_t>(box_columns),
                                static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};

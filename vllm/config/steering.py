@@ -25,6 +25,7 @@ from vllm.config.steering_points import (
     point_widths,
     site_name,
 )
+from vllm.config.steering_screening import DEFAULT_SCREENING, Screening
 from vllm.config.steering_sharding import Ranks, Sharding
 
 __all__ = [
@@ -159,7 +160,8 @@ class SlotInfo:
     `has_skip` are as in `SiteInfo`; they must equal the site's. Slots of a site run in
     the order in which the configuration lists them. A slot that was `added` to a
     running engine is removed with its module. The ranks of the tensor-parallel group
-    share a `sharded` slot, which holds modules of exactly its width.
+    share a `sharded` slot, which holds modules of exactly its width. A `screened` slot
+    has an 8-bit copy of its encoder.
     """
 
     layer: int
@@ -172,6 +174,7 @@ class SlotInfo:
     has_skip: bool = False
     added: bool = False
     sharded: bool = False
+    screened: bool = False
 
     @property
     def out_hook(self) -> HookPoint:
@@ -233,8 +236,8 @@ class ModuleInfo:
     effect; it goes into the prefix-cache keys. `skip_token_ids=None` stands for the
     model's bos, eos and pad; `norm_guard` is a multiple of `reference_norm`. `format`
     names the file layout for the loader. `slots` says, for each of `sites`, which of
-    the engine's slots holds it, or None before placing. `sharding` is what was asked,
-    `sharded` the sites (by index) whose slots are sharded.
+    the engine's slots holds it, or None before placing. `sharding` and `screening` are
+    what was asked, `sharded` and `screened` the sites (by index) whose slots are so.
     """
 
     name: str
@@ -250,6 +253,8 @@ class ModuleInfo:
     slots: tuple[int, ...] | None = None
     sharding: Sharding = "auto"
     sharded: tuple[int, ...] = ()
+    screening: Screening = DEFAULT_SCREENING
+    screened: tuple[int, ...] = ()
 
     def is_sharded(self, site: SiteInfo) -> bool:
         """Whether the ranks share one of the module's sites."""
@@ -274,10 +279,8 @@ class ModuleInfo:
         """JSON types only; the inverse of `from_json`."""
         data = asdict(self)
         data["sites"] = [site.to_json() for site in self.sites]
-        if data["skip_token_ids"] is not None:
-            data["skip_token_ids"] = list(data["skip_token_ids"])
-        data["slots"] = None if self.slots is None else list(self.slots)
-        data["sharded"] = list(self.sharded)
+        for name in ("skip_token_ids", "slots", "sharded", "screened"):
+            data[name] = None if data[name] is None else list(data[name])
         return data
 
     @classmethod
@@ -285,11 +288,9 @@ class ModuleInfo:
         """Rebuild what `to_json` wrote."""
         fields = dict(data)
         fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
-        if fields.get("skip_token_ids") is not None:
-            fields["skip_token_ids"] = tuple(fields["skip_token_ids"])
-        if fields.get("slots") is not None:
-            fields["slots"] = tuple(fields["slots"])
-        fields["sharded"] = tuple(fields.get("sharded", ()))
+        for name in ("skip_token_ids", "slots", "sharded", "screened"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
         return cls(**fields)
 
 

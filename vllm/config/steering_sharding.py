@@ -26,12 +26,14 @@ AUTO_SAVED_BYTES = 256 << 20
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
-    `auto_copies`: `auto` shares nothing.
+    `auto_copies`: `auto` shares nothing. `screens`: whether their devices can screen
+    wide SAEs.
     """
 
     size: int = 1
     item_bytes: int = 4
     auto_copies: bool = False
+    screens: bool = False
 
     @property
     def unit(self) -> int:

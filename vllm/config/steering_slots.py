@@ -19,6 +19,7 @@ from vllm.config.steering import (
     SlotInfo,
     SteeringConfig,
 )
+from vllm.config.steering_screening import screen_bytes, screens
 
 ALONE = Ranks()
 # Each distinct set of skipped token ids has one bit of an int32 flag word.
@@ -34,6 +35,9 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
     is_topk = site.activation is Activation.TOPK
     if module.kind == "vectors":
         return SlotInfo(site.layer, site.hook, "vectors", 1)
+    sharded = ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width)
+    widths = (site.d_sae, site.d_in, ranks.item_bytes)
+    can_screen = ranks.screens and not sharded and not is_topk
     return SlotInfo(
         layer=site.layer,
         hook=site.hook,
@@ -43,7 +47,8 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
         threshold=not is_topk,
         hook_out=site.hook_out,
         has_skip=site.has_skip,
-        sharded=ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width),
+        sharded=sharded,
+        screened=can_screen and screens(module.screening, *widths),
     )
 
 
@@ -73,6 +78,8 @@ def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
     if module.kind == "vectors":
         return True
     if module.sharding != "auto" and slot.sharded != (module.sharding == "shard"):
+        return False
+    if module.screening == "off" and slot.screened:
         return False
     is_topk = site.activation is Activation.TOPK
     can_compute = slot.topk if is_topk else slot.threshold
@@ -169,7 +176,8 @@ def _placed(
     """The module in the slots of these ids, one a site."""
     own = tuple(ids)
     sharded = tuple(at for at, slot in enumerate(own) if slots[slot].sharded)
-    return replace(module, slots=own, sharded=sharded)
+    screened = tuple(at for at, slot in enumerate(own) if slots[slot].screened)
+    return replace(module, slots=own, sharded=sharded, screened=screened)
 
 
 def without_module(config: SteeringConfig, name: str) -> SteeringConfig:
@@ -205,15 +213,19 @@ def skip_set(module: ModuleInfo) -> tuple[int, ...]:
 
 
 def module_bytes(module: ModuleInfo, item_bytes: int, ranks: Ranks = ALONE) -> int:
-    """Bytes of a module's weights on a rank, all sites, in a dtype of `item_bytes`."""
+    """Bytes of a module's weights on a rank, all sites, in a dtype of `item_bytes`.
+
+    With the 8-bit copies of the sites that are screened.
+    """
     if module.kind == "vectors":
         return sum(4 * site.d_in for site in module.sites)
+    screens = [module.sites[at] for at in module.screened]
     return sum(
         shard_bytes(site, replace(ranks, item_bytes=item_bytes))
         if at in module.sharded
         else site_bytes(site, item_bytes)
         for at, site in enumerate(module.sites)
-    )
+    ) + sum(screen_bytes(site.d_sae, site.d_in) for site in screens)
 
 
 def shard_bytes(site: SiteInfo, ranks: Ranks) -> int:

@@ -4,7 +4,8 @@
     {"modules": {"name": "path" | {"path": ..., "feature_units": ...,
                                    "skip_token_ids": [...] | None,
                                    "norm_guard": float | None, "sites": [...],
-                                   "sharding": "auto" | "replicate" | "shard"}},
+                                   "sharding": "auto" | "replicate" | "shard",
+                                   "screening": "auto" | "off"}},
      "max_clamps": 64,
      "max_specs": 64,
      "max_pieces": 8,
@@ -39,6 +40,7 @@ from vllm.config.steering import (
     HookPoint,
     InlineSite,
     Ranks,
+    Screening,
     Sharding,
     SlotInfo,
     parse_site,
@@ -47,6 +49,7 @@ from vllm.config.steering import (
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import RESIDUAL_HOOKS
+from vllm.config.steering_screening import DEFAULT_SCREENING, screens
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -66,9 +69,12 @@ TOP_FIELDS = (
     "module_roots",
     "resolved",
 )
-MODULE_OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites", "sharding")
+MODULE_OPTIONS = (
+    "feature_units", "skip_token_ids", "norm_guard", "sites", "sharding", "screening",
+)  # fmt: skip
 SPARE_FIELDS = (
     "layer", "hook", "hook_out", "skip", "width", "count", "vectors", "sharding",
+    "screening",
 )  # fmt: skip
 MAX_CLAMPS_LIMIT = 4096
 MAX_SPECS_LIMIT = 4096
@@ -153,7 +159,7 @@ def spare_slots(
                 f"{where}: found {has} of width and vectors, expected exactly one"
             )
         if "vectors" in given:
-            for key in ("count", "hook_out", "skip", "sharding"):
+            for key in ("count", "hook_out", "skip", "sharding", "screening"):
                 if key in given:
                     raise SteeringConfigError(
                         f"{where}.{key}: found {shown(given[key])} with vectors, "
@@ -167,6 +173,7 @@ def spare_slots(
                 width = point_widths(model_config).of(slot.out_hook)
                 check_sharded(f"{where}.sharding", slot.width, width, ranks)
                 slot = replace(slot, sharded=ranks.size > 1)
+            slot = _screened(where, given, slot, model_config, ranks)
             count = _integer(
                 f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT
             )
@@ -237,6 +244,21 @@ def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo
         has_skip=skip,
         sharded=sharding == "shard",
     )
+
+
+def _screened(
+    where: str, given: Json, slot: SlotInfo, model_config: ModelConfig, ranks: Ranks
+) -> SlotInfo:
+    """The slot, with an 8-bit copy where it was asked for and the width gains."""
+    asked = given.get("screening", DEFAULT_SCREENING)
+    if accepted := _check_screening(asked):
+        raise SteeringConfigError(
+            f"{where}.screening: found {shown(asked)}, expected {accepted}"
+        )
+    if slot.sharded or not ranks.screens:
+        return slot
+    widths = (slot.width, point_widths(model_config).of(slot.hook), ranks.item_bytes)
+    return replace(slot, screened=screens(asked, *widths))
 
 
 def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:
@@ -344,10 +366,16 @@ def _check_sharding(value: object) -> str | None:
     return None if value in known else " or ".join(f'"{item}"' for item in known)
 
 
+def _check_screening(value: object) -> str | None:
+    known = get_args(Screening)
+    return None if value in known else " or ".join(f'"{item}"' for item in known)
+
+
 _OPTION_CHECKS = {
     "feature_units": _check_units,
     "skip_token_ids": _check_ids,
     "norm_guard": _check_guard,
     "sites": _check_sites,
     "sharding": _check_sharding,
+    "screening": _check_screening,
 }

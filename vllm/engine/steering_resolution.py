@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 import vllm.envs as envs
 from vllm.config.steering import (
     DEFAULT_MAX_CLAMPS,
@@ -25,6 +27,7 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_private_directory import make_private_directory
+from vllm.config.steering_screening import DEFAULT_SCREENING
 from vllm.config.steering_slots import start_up_slots, undivided
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
@@ -53,6 +56,7 @@ from vllm.engine.steering_options import (
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.logger import init_logger
+from vllm.model_executor.layers.steering_kernels.extension import extension_library
 from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
@@ -159,6 +163,17 @@ def ranks_of(vllm_config: VllmConfig) -> Ranks:
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.dtype.itemsize,
         auto_copies=not on_cpu,
+        screens=_can_screen(vllm_config.model_config.dtype),
+    )
+
+
+def _can_screen(dtype: torch.dtype) -> bool:
+    """Whether the workers' devices screen wide SAEs: Hopper, with the extension."""
+    return (
+        current_platform.is_cuda()
+        and current_platform.is_device_capability((9, 0))
+        and dtype in (torch.bfloat16, torch.float16)
+        and extension_library() is not None
     )
 
 
@@ -181,6 +196,7 @@ def inspect_for_model(
     path, options = module_form(name, given)
     assert isinstance(name, str)  # checked there
     sharding = options.pop("sharding", "auto")
+    screening = options.pop("screening", DEFAULT_SCREENING)
     model_config = vllm_config.model_config
     try:
         module = (inspect or inspect_module)(name, path, **options)
@@ -192,6 +208,8 @@ def inspect_for_model(
         check_shards(module, ranks_of(vllm_config))
     if ranks_of(vllm_config).size > 1:
         module = dataclasses.replace(module, sharding=sharding)
+    if module.kind == "sae":
+        module = dataclasses.replace(module, screening=screening)
     for site in undivided(module, ranks_of(vllm_config)):
         logger.warning(
             "Steering module %s: %s: every rank holds a copy, because %d features and "

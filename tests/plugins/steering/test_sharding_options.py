@@ -143,6 +143,10 @@ class NoCPU:
     def is_cpu() -> bool:
         return False
 
+    @staticmethod
+    def is_cuda() -> bool:
+        return False
+
 
 def test_gpus_share_what_is_asked_for_and_auto_copies(
     vllm_config: VllmConfig, sae_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.model_executor.layers.steering_bypass import BypassCounts
+from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 
@@ -162,6 +163,8 @@ class SAEWeights(nn.Module):
         row_norms: float32 `[F]`, L2 norms of the rows of the whole `W_dec`; None where
             this rank holds all of it.
 
+    `screen` is an 8-bit copy of `W_enc` or None; `refresh` makes it anew.
+
     A rank of a group that shares the SAE holds `shard`: with `own = shard.part(F)` and
     `columns = shard.part(d_out)`, `W_enc[own]`, `b_enc[own]`, `threshold[own]`,
     `W_dec[:, columns]`, `b_dec[columns]` and `W_skip[columns]`.
@@ -189,6 +192,7 @@ class SAEWeights(nn.Module):
         d_out: int | None = None,
         has_skip: bool = False,
         shard: Shard = WHOLE,
+        screened: bool = False,
     ):
         super().__init__()
         self.d_sae_capacity = d_sae
@@ -217,6 +221,7 @@ class SAEWeights(nn.Module):
         for name, (shape, kind) in shapes.items():
             tensor = torch.zeros(shape, dtype=kind, device=device)
             self.register_buffer(name, tensor, persistent=False)
+        self.screen = ScreenCopy(features, d_in, device) if screened else None
         self.clear()
 
     @classmethod
@@ -250,8 +255,8 @@ class SAEWeights(nn.Module):
     def copy_from(self, staged: SAEWeights) -> None:
         """Take over the weights of an SAE of at most this capacity, in place.
 
-        A shard takes the same shard of an SAE of exactly its capacity. `meta` and
-        `norm_limit` do not change.
+        A shard takes the same shard of an SAE of exactly its capacity. `meta`,
+        `norm_limit` and `screen` do not change.
         """
         assert (self.shard.rank, self.shard.size) == (
             staged.shard.rank,
@@ -272,6 +277,11 @@ class SAEWeights(nn.Module):
         if self.W_skip is not None:
             assert staged.W_skip is not None
             self.W_skip.copy_(staged.W_skip)
+
+    def refresh(self) -> None:
+        """Fit what is derived from `W_enc` to its content."""
+        if self.screen is not None:
+            self.screen.fill(self.W_enc)
 
     def set_meta(
         self, site: SiteInfo, skip_mask: int, norm_limit: float | None

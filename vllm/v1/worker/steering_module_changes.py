@@ -264,6 +264,7 @@ def _restore(place: Place, content: dict[str, torch.Tensor]) -> None:
         return
     for name, buffer in place.slot.weights.named_buffers(recurse=False):
         buffer.copy_(content[name])
+    place.slot.weights.refresh()
 
 
 def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
@@ -274,6 +275,7 @@ def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
         return
     assert isinstance(content, SAEWeights)
     place.slot.weights.copy_from(content)
+    place.slot.weights.refresh()
 
 
 def _in_one_line(error: Exception) -> str:

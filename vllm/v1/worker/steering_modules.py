@@ -197,8 +197,9 @@ class SiteModules:
         d_in, d_out = self.widths.of(slot.hook), self.widths.of(slot.out_hook)
         shard = self.shard_of(slot.sharded)
         weights = SAEWeights(
-            slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip, shard
-        )
+            slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip, shard,
+            slot.screened,
+        )  # fmt: skip
         kinds: set[Activation] = {Activation.TOPK} if slot.topk else set()
         if slot.threshold:
             kinds |= {Activation.RELU, Activation.JUMPRELU}
@@ -330,6 +331,7 @@ class SiteModules:
             refuse_output_norm(self.layers[site.layer], site.out_hook)
         load_site(module, site, into)
         self.fold_gain(site, into)
+        into.refresh()
 
     def fold_gain(self, site: SiteInfo, into: SAEWeights) -> None:
         """Fit a loaded SAE to its layer's point.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
 from vllm.config.steering_json import Json
+from vllm.config.steering_screening import screen_bytes, screens
 from vllm.config.steering_slots import shard_bytes
 from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -83,6 +84,8 @@ def report(module: ModuleInfo, layout: ModuleLayout, tp: int = 1) -> Json:
         shown["declared"] = dict(layout.declared.get(site.name, {}))
         shown["bytes_16_bit"] = site_bytes(site, module.kind, 2)
         shown["bytes_32_bit"] = site_bytes(site, module.kind, 4)
+        if module.kind == "sae" and screens("auto", site.d_sae, site.d_in, 2):
+            shown["bytes_screening"] = screen_bytes(site.d_sae, site.d_in)
         if tp > 1 and module.kind == "sae":
             shown["ranks"] = ranks_of(site, tp)
     return data
@@ -141,7 +144,9 @@ def show_ranks(ranks: Json, site: Json) -> None:
     text = f"on each of {ranks['tp']} ranks: {copied:.1f} MiB replicated"
     if ranks["can_shard"]:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
-        text += f" (auto: {ranks['auto']['16_bit']})"
+        auto = ranks["auto"]["16_bit"]
+        on_gpus = ", on GPUs replicate" if auto == "shard" else ""
+        text += f" (auto: {auto}{on_gpus})"
     else:
         d_out = site["d_out"] or site["d_in"]
         text += (
@@ -152,12 +157,11 @@ def show_ranks(ranks: Json, site: Json) -> None:
 
 
 def show_total(sites: Sequence[Json]) -> None:
-    """Print what `auto` makes of all sites together."""
-    total = 0
-    for site in sites:
-        ranks = site["ranks"]
-        is_shared = ranks["auto"]["16_bit"] == "shard"
-        total += ranks[f"bytes_16_bit_{'sharded' if is_shared else 'replicated'}"]
-    tp = sites[0]["ranks"]["tp"]
-    size = f"{total / 2**20:.1f} MiB"
-    print(f"{'all sites':15}{size} on each of {tp} ranks in 16 bit (auto)")
+    """Print what a rank holds of all sites, if it shares none or all that it can."""
+    copied = shared = 0
+    for ranks in (site["ranks"] for site in sites):
+        whole = ranks["bytes_16_bit_replicated"]
+        copied += whole
+        shared += ranks["bytes_16_bit_sharded"] if ranks["can_shard"] else whole
+    text = f"on each of {sites[0]['ranks']['tp']} ranks: {copied / 2**20:.1f} MiB "
+    print(f"{'all sites':15}{text}replicated, {shared / 2**20:.1f} MiB sharded")

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vllm.config.steering import FeatureUnits, Sharding
+from vllm.config.steering import FeatureUnits, Screening, Sharding
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
@@ -59,7 +59,9 @@ SiteNames = Annotated[
 Guard = Annotated[float, expects("null or a positive number", gt=0)]
 
 
-OPTIONS = ("feature_units", "skip_token_ids", "norm_guard", "sites", "sharding")
+OPTIONS = (
+    "feature_units", "skip_token_ids", "norm_guard", "sites", "sharding", "screening",
+)  # fmt: skip
 
 
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +74,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm_guard: Guard | None | UnsetType = UNSET
     sites: SiteNames | None | UnsetType = UNSET
     sharding: Sharding | UnsetType = UNSET
+    screening: Screening | UnsetType = UNSET
     replace: bool = False
     drain: bool = False
 

@@ -14,20 +14,26 @@ import torch
 logger = logging.getLogger(__name__)
 
 
+def extension_library() -> Path | None:
+    """The file `vllm/_steering_C*.so`; None with `VLLM_STEERING_NO_CUDA=1`."""
+    if os.environ.get("VLLM_STEERING_NO_CUDA") == "1":
+        return None
+    package = Path(__file__).resolve().parents[3]
+    return next(iter(sorted(package.glob("_steering_C*.so"))), None)
+
+
 @functools.cache
 def extension_is_built() -> bool:
-    """Whether `vllm/_steering_C*.so` loads; never with `VLLM_STEERING_NO_CUDA=1`."""
-    if os.environ.get("VLLM_STEERING_NO_CUDA") == "1" or not torch.cuda.is_available():
+    """Whether `extension_library` loads, on a machine with a CUDA device."""
+    library = extension_library()
+    if library is None or not torch.cuda.is_available():
         return False
-    package = Path(__file__).resolve().parents[3]
-    for library in sorted(package.glob("_steering_C*.so")):
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            logger.warning("steering: Triton only, %s: %s", library, error.__cause__)
-            return False
-        return True
-    return False
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        logger.warning("steering: Triton only, %s: %s", library, error.__cause__)
+        return False
+    return True
 
 
 def cuda_ops() -> Any:

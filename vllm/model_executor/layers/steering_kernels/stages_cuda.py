@@ -100,7 +100,16 @@ def takes_compact_encode(run: Run) -> bool:
 
 
 def compact_encode(run: Run) -> None:
-    """`compact` and `encode` of a step of at most `COMPACT_ENCODE_TOKENS` tokens."""
+    """`compact` and `encode` of a step of at most `COMPACT_ENCODE_TOKENS` tokens.
+
+    Where the encoder has an 8-bit copy, the device decides whether the step is
+    screened.
+    """
+    copy = run.slot.weights.screen
+    if copy is not None and not run.topk:
+        screen = run.workspace.screen.bundle(copy)
+        cuda_ops().screen_encode(*reading_bundles(run), screen, gate=run.gate)
+        return
     cuda_ops().compact_encode(*reading_bundles(run), gate=run.gate, topk=run.topk)
 
 

@@ -29,6 +29,7 @@ from .plan import (
     plan_chunks,
     plan_guess,
 )
+from .screen import ScreenScratch
 
 LIMIT_BYTES = 256 * MIB
 MAX_KEPT_VIEWS = 256  # of steps of different lengths; then they are made anew
@@ -183,6 +184,8 @@ class SteeringWorkspace:
         self.tokens = torch.zeros(rows, dtype=i32, device=device)
         self.records = torch.zeros(rows, RECORD_INTS, dtype=i32, device=device)
         self.kth = torch.zeros(rows, dtype=torch.int64, device=device)
+        screened = [slot.weights for slot in slots if slot.weights.screen is not None]
+        self.screen = ScreenScratch([w.W_enc.shape for w in screened], device)
         self.failed = torch.zeros(guessed, dtype=i32, device=device)
         if self.nbytes > LIMIT_BYTES:
             raise ValueError(
@@ -250,7 +253,7 @@ class SteeringWorkspace:
             self.kth,
             self.failed,
         )
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors) + self.screen.nbytes
 
     def buffers(
         self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None = None

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stages 1 and 2 of a decoding step with a screen, as an op.
+#include <numeric>
+
+#include "checks.h"
+#include "encode_launch.h"
+#include "screen_kernel.cuh"
+
+namespace vllm_steering {
+namespace {
+
+struct ScreenBundle {
+  Screen screen;
+  const int8_t* w;
+};
+
+template <typename T>
+ScreenBundle make_screen(const Tensors& s, const Weights<T>& w,
+                         const Expected& e) {
+  const auto i32 = ScalarType::Int, f32 = ScalarType::Float;
+  const auto i8 = ScalarType::Char;
+  const int64_t padded =
+      (w.d_in + kScreenColumns - 1) / kScreenColumns * kScreenColumns;
+  const int k_tiles = (w.d_in + kTileK - 1) / kTileK;
+  const int orders = k_tiles / std::gcd(k_tiles, kOrderStep);
+  const int n_f = (w.num_features + kScreenF - 1) / kScreenF;
+  const int per_order = (n_f + orders - 1) / orders * kScreenF;
+  STD_TORCH_CHECK(orders <= kScreenOrders, "steering: width ", w.d_in,
+                  " is too wide to screen");
+  const Tensor& copy = check(get(s, kScreenW, "screen W"), "screen W", i8,
+                             {w.num_features, padded}, e);
+  const Tensor& rows = check(get(s, kScreenRows, "screen rows"), "screen rows",
+                             f32, {w.num_features, 4}, e);
+  const Tensor& state =
+      check(get(s, kScreenState, "screen state"), "screen state", i32, {4}, e);
+  const Tensor& limbs =
+      check(get(s, kScreenLimbs, "screen limbs"), "screen limbs", i8,
+            {2 * kScreenTokens, padded}, e);
+  const Tensor& facts = check(get(s, kScreenFacts, "screen facts"),
+                              "screen facts", f32, {kScreenTokens, 4}, e);
+  const Tensor& found = check(get(s, kScreenCandidates, "screen candidates"),
+                              "screen candidates", i32, {kAny}, e);
+  const Tensor& counts = check(get(s, kScreenCounts, "screen counts"),
+                               "screen counts", i32, {kScreenOrders}, e);
+  check_length(found, static_cast<int64_t>(orders) * per_order,
+               "screen candidates");
+  for (const Tensor& t : s) check_aligned(t, "a screen's tensor");
+  return {{data<float4>(rows), data<int8_t>(limbs), data<float4>(facts),
+           data<int>(found), data<int>(counts), data<int>(state),
+           static_cast<int>(padded), orders, per_order},
+          data<int8_t>(copy)};
+}
+
+template <typename T>
+ScreenMaps screen_maps(const ScreenBundle& b, const Weights<T>& w) {
+  constexpr int kBox[3] = {8, 32, 64};
+  ScreenMaps maps;
+  maps.w = tensor_map(b.w, w.num_features, b.screen.padded, kScreenF,
+                      kScreenColumns);
+  for (int i = 0; i < 3; ++i)
+    maps.limbs[i] = tensor_map(b.screen.limbs, 2 * kScreenTokens,
+                               b.screen.padded, kBox[i], kScreenColumns);
+  return maps;
+}
+
+// Stages 1 and 2 at once, for a step of at most kCompactEncodeTokens tokens;
+// lists of non-zeros as compact_encode makes them.
+void screen_encode(Tensors step, Tensors weights, Tensors stream,
+                   Tensors workspace, Tensors screen, int64_t gate) {
+  for_type(stream, [&](auto type) {
+    using T = decltype(type);
+    const auto b = make_bundles<T>(step, weights, stream, workspace,
+                                   Side::kRead, false, 0);
+    STD_TORCH_CHECK(
+        b.stream.tokens <= kCompactEncodeTokens && b.ws.rows >= b.stream.tokens,
+        "steering: too many tokens for one launch");
+    const ScreenBundle own = make_screen<T>(screen, b.weights, b.expected);
+    const ScreenArgs<T> a = {
+        {b.step, b.stream, {b.weights, b.ws, true}, static_cast<int>(gate)},
+        own.screen};
+    launch_together(screen_kernel<T>, multiprocessors(stream[kHidden]),
+                    kEncodeThreads, kScreenSmem, stream_of(stream[kHidden]), a,
+                    encode_maps(b.ws, b.weights), screen_maps(own, b.weights));
+  });
+}
+
+}  // namespace
+}  // namespace vllm_steering
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
+  m.def(
+      "screen_encode(Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, "
+      "Tensor(b!)[] workspace, Tensor(c!)[] screen, int gate) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
+  m.impl("screen_encode", TORCH_BOX(&vllm_steering::screen_encode));
+}

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bound of the screen on a CPU: no feature that the encoder lets fire is missed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from screen_model import accumulate, copy_of, may_fire, split
+
+from vllm.model_executor.layers.steering_kernels.screen import (
+    accumulation_error,
+    candidates,
+    orders,
+    padded,
+    quantise,
+    round_up,
+)
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTHS = (8, 72, 576, 1000)
+ROWS = 24
+
+
+def weights_of(kind: str, d_in: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of one kind; products and sums of float16 stay finite."""
+    w = torch.randn(ROWS, d_in) / d_in**0.5
+    if kind == "heavy rows":
+        w *= torch.exp(4 * torch.randn(ROWS, 1)).clamp(max=500)
+        w[torch.arange(ROWS), torch.randint(d_in, (ROWS,))] += 20
+    elif kind == "small and zero":
+        w *= 10.0 ** torch.randint(-45, 0, (ROWS, 1))
+        w[::4] = 0
+    elif kind == "one component":
+        w.zero_()
+        w[torch.arange(ROWS), torch.randint(d_in, (ROWS,))] = 1.5
+    elif kind == "equal":
+        w.fill_(0.05)
+    return w.to(dtype)
+
+
+def token_of(kind: str, w: torch.Tensor) -> torch.Tensor:
+    d_in = w.shape[1]
+    x = torch.randn(d_in)
+    if kind == "massive":
+        x[torch.randperm(d_in)[:2]] = torch.tensor([3000.0, -900.0])
+    elif kind == "tiny":
+        x *= 1e-20
+    elif kind == "zero":
+        x.zero_()
+    elif kind == "along a row":
+        x = w[0].float().clone()
+    elif kind == "along an error":
+        # The worst direction: all of the copy's error counts.
+        copy = copy_of(w)
+        wrong = w[0].double() - copy.rows[0, 0].double() * copy.q[0, :d_in]
+        x = (wrong / wrong.abs().max().clamp(min=1e-30)).float()
+    return x.to(w.dtype)
+
+
+KINDS = ("normal", "heavy rows", "small and zero", "one component", "equal")
+TOKENS = ("normal", "massive", "tiny", "zero", "along a row", "along an error")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**31 - 1),
+    st.sampled_from(KINDS),
+    st.sampled_from(TOKENS),
+    st.sampled_from(WIDTHS),
+    st.sampled_from(DTYPES),
+)
+def test_what_the_encoder_lets_fire_is_a_candidate(
+    seed: int, kind: str, token: str, d_in: int, dtype: torch.dtype
+) -> None:
+    """Bars just below each sum, where a bound that is too small would miss it."""
+    torch.manual_seed(seed)
+    w = weights_of(kind, d_in, dtype)
+    x = token_of(token, w)
+    total = accumulate(w, x)
+    cut = torch.nextafter(total, torch.full_like(total, -float("inf")))
+    assert (total > cut).all()
+    assert may_fire(copy_of(w), split(x), cut).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**31 - 1),
+    st.sampled_from(KINDS),
+    st.sampled_from(TOKENS),
+    st.sampled_from(DTYPES),
+)
+def test_the_bound_holds_for_any_order_of_additions(
+    seed: int, kind: str, token: str, dtype: torch.dtype
+) -> None:
+    """The exact product plus all that an accumulator may gain is within the bound."""
+    torch.manual_seed(seed)
+    w = weights_of(kind, 576, dtype)
+    x = token_of(token, w)
+    exact = w.double() @ x.double()
+    gain = accumulation_error(576) * w.double().norm(dim=1) * x.double().norm()
+    cut = torch.nextafter((exact + gain).float(), torch.tensor(-float("inf")))
+    nonzero = w.abs().amax(1) > 0
+    assert may_fire(copy_of(w), split(x), cut)[nonzero].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_model_of_the_accumulator_keeps_within_its_error(
+    dtype: torch.dtype,
+) -> None:
+    """And comes near enough to it that the model tests something."""
+    w, x = torch.full((1, 4096), 0.3).to(dtype), torch.full((4096,), 0.7).to(dtype)
+    exact = w.double() @ x.double()
+    allowed = accumulation_error(4096) * w.double().norm(dim=1) * x.double().norm()
+    error = (accumulate(w, x).double() - exact).abs()
+    assert allowed / 100 < error < allowed
+
+
+def test_few_features_are_candidates() -> None:
+    """A normal SAE and stream: the bound is about 0.2 of a score's deviation here."""
+    torch.manual_seed(0)
+    w = (torch.randn(4000, 576) / 24).bfloat16()
+    copy, cut = copy_of(w), torch.full((4000,), 3.0)
+    shares = [
+        may_fire(copy, split(torch.randn(576).bfloat16()), cut).double().mean()
+        for _ in range(8)
+    ]
+    assert 0.0013 < sum(shares) / 8 < 0.0035
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_row_without_a_bound_is_always_a_candidate(value: float) -> None:
+    w = torch.randn(4, 72).bfloat16()
+    w[2, 7] = value
+    copy = copy_of(w)
+    assert not copy.q[2].any()
+    far = torch.full((4,), 1e30)
+    may = may_fire(copy, split(torch.randn(72).bfloat16()), far)
+    assert may.tolist() == [False, False, True, False]
+
+
+def test_features_that_cannot_fire_are_no_candidates() -> None:
+    """Padding has an infinite bar; a row of zeros sums to zero."""
+    w = torch.zeros(2, 72).bfloat16()
+    token = split(torch.randn(72).bfloat16())
+    assert not may_fire(copy_of(w), token, torch.tensor([0.0, float("inf")])).any()
+    assert may_fire(copy_of(w), token, torch.tensor([-1.0, -1e-30])).all()
+
+
+def test_quantise_fills_every_byte_chunk_after_chunk() -> None:
+    w = torch.randn(4100, 72).half()
+    whole = copy_of(w)
+    for first in (0, 2048, 4096):
+        part = copy_of(w[first : first + 2048])
+        assert torch.equal(whole.q[first : first + 2048], part.q)
+        assert torch.equal(whole.rows[first : first + 2048], part.rows)
+    quantise(w[:2], whole.q[:2], whole.rows[:2])
+    assert whole.q.abs().max() == 127
+
+
+def test_round_up_never_rounds_down() -> None:
+    exact = torch.rand(10_000, dtype=torch.float64) * 10.0 ** torch.randint(
+        -30, 30, (10_000,)
+    )
+    up = round_up(exact).double()
+    assert (up >= exact).all() and (up <= exact * (1 + 2.0**-22)).all()
+
+
+def test_widths_of_copies_and_orders() -> None:
+    assert [padded(d) for d in (8, 128, 136, 5376)] == [128, 128, 256, 5376]
+    assert [orders(d) for d in (64, 2304, 3584, 4096, 5376)] == [1, 36, 8, 64, 12]
+    assert candidates(300, 64) == 512
+    assert candidates(131072, 5376) == 43 * 256 * 12

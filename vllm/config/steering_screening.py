@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which SAEs have an 8-bit copy of `W_enc`, by which decoding steps are screened.
+
+A step of few tokens then reads the copy, and `W_enc` only where a feature may fire
+(docs/design/screening.md). The results do not change.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Screening = Literal["auto", "off"]
+
+DEFAULT_SCREENING: Screening = "off"
+# `auto` screens an SAE whose encoder has at least so many bytes. Below, the two
+# barriers of a step take longer than the bytes that they save.
+AUTO_SCREENED_BYTES = 384 << 20
+# The copy's columns, and the widest SAE whose sums the kernels can put in order.
+SCREEN_COLUMNS = 128
+MAX_SCREENED_WIDTH = 8192
+# Facts of a feature: its scale and two bounds, padded to 16 bytes.
+FACTS_BYTES = 16
+
+
+def screens(asked: Screening, features: int, d_in: int, item_bytes: int) -> bool:
+    """Whether an encoder of `features` rows on this rank gets a copy, on a device that
+    can screen."""
+    if asked == "off" or item_bytes != 2 or d_in > MAX_SCREENED_WIDTH:
+        return False
+    return features * d_in * item_bytes >= AUTO_SCREENED_BYTES
+
+
+def screen_bytes(features: int, d_in: int) -> int:
+    """Bytes of the copy and its facts."""
+    padded = -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
+    return features * (padded + FACTS_BYTES) + FACTS_BYTES
