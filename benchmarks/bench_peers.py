@@ -85,9 +85,8 @@ def but_first(x: torch.Tensor, edit: Edit) -> torch.Tensor:
 def generate(model: torch.nn.Module, ids: torch.Tensor, new: int) -> list[list[int]]:
     """Greedy answers of Hugging Face's `generate`."""
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False,
-        min_new_tokens=new, max_new_tokens=new,
-    )  # fmt: skip
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new
+    )
     return out[:, ids.shape[1] :].tolist()
 
 
@@ -151,7 +150,7 @@ def by_nnsight(task: Task) -> Answer:
 
     wrapped = LanguageModel(task.model, tokenizer=task.tokenizer)
     layer, edit, new = task.layer, task.edit, task.new
-    sampling = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+    sampling = {"do_sample": False, "max_new_tokens": new}
 
     @torch.no_grad()
     def answer(ids: torch.Tensor, steered: bool) -> list[list[int]]:
@@ -173,6 +172,8 @@ def by_vllm(task: Task) -> Answer:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
+    # An end in an answer is a token as any other here.
+    module = {"path": str(task.sae), "skip_token_ids": []}
     llm = LLM(
         str(task.checkpoint),
         dtype="float32",
@@ -180,7 +181,7 @@ def by_vllm(task: Task) -> Answer:
         max_num_seqs=len(PROMPTS),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 28,
-        additional_config={"steering": {"modules": {"sae": str(task.sae)}}},
+        additional_config={"steering": {"modules": {"sae": module}}},
     )
     spec = {"module_name": "sae", "clamps": {}}
 
@@ -254,6 +255,8 @@ def make_task(options: argparse.Namespace) -> Task:
 
     (site,) = json.loads((options.sae / "manifest.json").read_text())["sites"]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    # Nobody stops before the last token, and nobody keeps from writing an end.
+    model.generation_config.eos_token_id = None
     return Task(
         checkpoint=options.model,
         model=model.eval(),
