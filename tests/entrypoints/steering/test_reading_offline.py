@@ -181,7 +181,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", "a", {"sites": {"post_block": 1}}, "sites.post_block: found 1"),
     ("encode", "a", {"sites": {"post_block": [3]}}, "layer 3"),
     ("encode", ["a", 5], {}, r"texts\[1\]: found 5, expected"),
-    ("encode", ["a", [1.5]], {}, r"texts\[1\]: found a value of type list"),
+    ("encode", ["a", [1.5]], {}, r"texts\[1\]: found a list, expected"),
     ("encode", ["a", []], {}, r"texts\[1\]: found 0 tokens, expected 1 to 255"),
     ("encode", ["a", [5] * 256], {}, r"texts\[1\]: found 256 tokens"),
     ("encode", "a", {"module": "none"}, "^module_name: found 'none'.*'golden-gate'"),

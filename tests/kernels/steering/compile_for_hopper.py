@@ -38,7 +38,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 MODEL = ("hidden", "residual", "source", "x", "w_enc", "w_dec", "w_skip", "columns")
 INT32 = (
     "index", "flags", "table", "meta", "tokens", "records", "sync", "count",
-    "places", "rows_of",
+    "places", "rows_of", "active",
 )  # fmt: skip
 INT64 = ("entries", "kth", "saturated", "packed")
 READ = {"D": 96, "GATE": -1}

@@ -69,4 +69,4 @@ def test_the_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    assert run.stdout.count("compiled") == 24
+    assert run.stdout.count("compiled") == 26
