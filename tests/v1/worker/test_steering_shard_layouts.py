@@ -38,6 +38,7 @@ from steering_testing.shard_engines import (
     clamps,
     late_slot,
     modules,
+    native,
     requests,
     save,
     stats,
@@ -136,7 +137,7 @@ def test_adapters_do_not_change_what_ranks_share(
     for at, output in enumerate(outputs):
         model = adapted if at % 2 else models.build("llama")
         found = answer_of(output)
-        edits = modules().edits(*asked[at])
+        edits = modules().edits(*map(native, asked[at]))
         expected = oracle.follow(model, prompts[at], edits, found.tokens)
         assert_same(found, expected, f"adapter {at % 2}: {asked[at]}")
 
