@@ -50,10 +50,9 @@ __device__ __forceinline__ void copy_async(const void* to, const void* from,
 // Copies 16 bytes past L1, or writes zeros and reads nothing.
 __device__ __forceinline__ void stream_async(uint32_t to, const void* from,
                                              bool there) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-      "l"(from), "r"(there ? 16 : 0)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "r"(there ? 16 : 0)
+               : "memory");
 }
 
 // This thread arrives at `bar` when its copies so far have landed; the barrier
