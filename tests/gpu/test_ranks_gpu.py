@@ -17,6 +17,7 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
+from steering_testing.gpus import RANK_OPTIONS
 from steering_testing.observe import steps_of
 from steering_testing.reference import Edit, random_sae
 from steering_testing.requests import SPECIAL, prompt
@@ -28,16 +29,6 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices"
 )
 
-OPTIONS: dict[str, Any] = {
-    "attention_backend": "TRITON_ATTN",
-    "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
-    "cudagraph_metrics": True,
-    "enforce_eager": False,
-    "distributed_executor_backend": "mp",
-    # NCCL alone: other communicators may change the sums, which is not tested here.
-    "disable_custom_all_reduce": True,
-}
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 96}]
 
 
@@ -66,7 +57,7 @@ def test_ranks_agree(
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
-    options = {**OPTIONS, split: 2}
+    options = {**RANK_OPTIONS, split: 2}
     modules = matrix.save(tmp_path)
     with (
         engine(matrix.FAMILY, model_root, modules, {"spare": SPARE}, **options) as llm,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from steering_testing.engine import engine
+from steering_testing.gpus import RANK_OPTIONS
 from steering_testing.observe import steps_of
 from steering_testing.requests import Ask
 from steering_testing.shard_engines import (
@@ -32,17 +33,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices"
 )
 
-OPTIONS: dict[str, Any] = {
-    "attention_backend": "TRITON_ATTN",
-    "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
-    "cudagraph_metrics": True,
-    "enforce_eager": False,
-    "tensor_parallel_size": 2,
-    "distributed_executor_backend": "mp",
-    # NCCL alone: other communicators may change the sums, which is not tested here.
-    "disable_custom_all_reduce": True,
-}
+OPTIONS = {**RANK_OPTIONS, "tensor_parallel_size": 2}
 READS = [
     Read("topk", POST, top_k=4),
     Read("jumprelu", (2, "post_attn"), features=(0, WIDTH // 2, WIDTH - 1)),

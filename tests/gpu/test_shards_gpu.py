@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
+from steering_testing.gpus import RANK_OPTIONS
 from steering_testing.observe import steps_of
 from steering_testing.reference import Edit, random_sae
 from steering_testing.requests import SPECIAL, Modules, prompt, specs, vector
@@ -29,16 +29,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 FAMILY = "qwen3"  # its tiny model has four heads
-OPTIONS: dict[str, Any] = {
-    "attention_backend": "TRITON_ATTN",
-    "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
-    "cudagraph_metrics": True,
-    "enforce_eager": False,
-    "distributed_executor_backend": "mp",
-    # NCCL alone: other communicators may change the sums, which is not tested here.
-    "disable_custom_all_reduce": True,
-}
 SPARE = {"layer": 1, "hook": "resid_post", "width": 128, "sharding": "shard"}
 
 
@@ -93,7 +83,7 @@ def test_gpus_that_share_saes_agree(
         for name, path in modules.save(tmp_path).items()
     }
     steering = {"spare": [SPARE], "readout": False}
-    options = {**OPTIONS, "tensor_parallel_size": ranks}
+    options = {**RANK_OPTIONS, "tensor_parallel_size": ranks}
     with (
         engine(FAMILY, model_root, configured, steering, **options) as llm,
         steps_of(llm) as steps,

@@ -30,7 +30,11 @@ def screens(asked: Screening, features: int, d_in: int, item_bytes: int) -> bool
     return features * d_in * item_bytes >= AUTO_SCREENED_BYTES
 
 
+def padded(d_in: int) -> int:
+    """Columns of the copy."""
+    return -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
+
+
 def screen_bytes(features: int, d_in: int) -> int:
     """Bytes of the copy and its facts."""
-    padded = -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
-    return features * (padded + FACTS_BYTES) + FACTS_BYTES
+    return features * (padded(d_in) + FACTS_BYTES) + FACTS_BYTES

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm.config import steering_screening
 from vllm.model_executor.layers.steering_kernels import bundles, plan, screen
 from vllm.model_executor.layers.steering_read_state import MAX_READ, TABLE_HEAD
 from vllm.model_executor.layers.steering_state import (
@@ -96,7 +97,8 @@ def test_a_bundle_has_its_tensors_in_the_order_of_python(bundle: str) -> None:
 def test_every_number_of_the_header_has_its_python_twin() -> None:
     twins = {plain(k): v for k, v in vars(plan).items() if isinstance(v, int)}
     twins["syncints"] = SYNC_INTS
-    twins |= {plain(k): v for k, v in vars(screen).items() if isinstance(v, int)}
+    for module in (screen, steering_screening):
+        twins |= {plain(k): v for k, v in vars(module).items() if isinstance(v, int)}
     twins |= {"kindbits": KIND_BITS, "conditionshift": CONDITION_SHIFT}
     twins |= {"maxread": MAX_READ, "tablehead": TABLE_HEAD}
     twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))

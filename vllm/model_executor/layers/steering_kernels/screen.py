@@ -16,7 +16,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vllm.config.steering_screening import SCREEN_COLUMNS
+from vllm.config.steering_screening import padded
+
+from .plan import cdiv
 
 SCREEN_ORDERS = 128  # the most orders in which the encoder adds up a feature's sum
 SCREEN_TOKENS = 64  # the most active tokens of a step that is screened
@@ -33,14 +35,9 @@ SCALES = (1.0, 0.85, 0.7, 0.55)  # of the largest component, tried for each row
 CHUNK = 2048  # rows that are quantised at a time
 
 
-def padded(d_in: int) -> int:
-    """Columns of the copy."""
-    return -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
-
-
 def orders(d_in: int) -> int:
     """In how many orders of columns the encoder adds up the sums of its features."""
-    stages = -(-d_in // ENCODER_COLUMNS)
+    stages = cdiv(d_in, ENCODER_COLUMNS)
     return stages // math.gcd(stages, ORDER_STEP)
 
 
@@ -50,7 +47,7 @@ def accumulation_error(d_in: int) -> float:
     A step of the tensor cores adds 16 products to the accumulator. Each of the 17 terms
     and the result lose less than 2^-23 of the largest one.
     """
-    steps = -(-d_in // ENCODER_COLUMNS) * (ENCODER_COLUMNS // 16)
+    steps = cdiv(d_in, ENCODER_COLUMNS) * (ENCODER_COLUMNS // 16)
     lost = steps * 18 * 2.0**-23
     return lost / (1 - lost)
 
@@ -181,5 +178,5 @@ SCREEN_FIELDS = (
 
 def candidates(features: int, d_in: int) -> int:
     """Ints of a list of all features, in which each order has a place of its own."""
-    pairs = -(-features // ENCODER_FEATURES)
-    return -(-pairs // orders(d_in)) * ENCODER_FEATURES * orders(d_in)
+    pairs = cdiv(features, ENCODER_FEATURES)
+    return cdiv(pairs, orders(d_in)) * ENCODER_FEATURES * orders(d_in)

@@ -27,10 +27,9 @@ PULLED, PHASES = 4, 7
 
 
 def takes(run: Run) -> bool:
-    """Whether the kernels fit this site and its stream."""
+    """Whether the kernels fit this site and its stream; the ranks have an arena."""
     return (
-        run.workspace.peers is not None
-        and exchanges(run.slot)
+        exchanges(run.slot)
         and run.source is None
         and stages_cuda.takes_cuda(run.slot, run.hidden, run.residual)
     )
