@@ -25,6 +25,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.generate.structured_decisions.protocol": (
         "StructuredDecisionRequest",
     ),
+    "vllm.entrypoints.launchers.app": ("init_entrypoints_middleware",),
     "vllm.entrypoints.launchers.run_batch": (
         "BatchTranscriptionRequest",
         "BatchTranslationRequest",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from vllm.plugins.steering import outputs
 from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import (
+    app,
     carrying_routes,
     reading_routes,
     refusing_routes,
@@ -35,6 +36,7 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (outputs.MODULE, outputs.install),
     (scheduler.MODULE, scheduler.install),
     (kv_cache_utils.MODULE, kv_cache_utils.install),
+    (app.MODULE, app.install),
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),
     (carrying_routes.RESPONSES, carrying_routes.install_responses),
