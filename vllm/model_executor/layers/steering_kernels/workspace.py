@@ -11,7 +11,7 @@ import torch
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .extension import extension_is_built
+from .extension import Kernels, kernels_for
 from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
 from .plan import (
     CHUNK_ALIGN,
@@ -104,7 +104,7 @@ def exchanges(slot: SAESlot) -> bool:
     """Whether the extension's kernels can share the slot's SAE among ranks."""
     w = slot.weights
     return (
-        extension_is_built()
+        Kernels.STAGES in kernels_for(w.W_enc.device)
         and can_exchange(w.shard, w.d_sae_capacity, w.d_out)
         and w.W_skip is None
         and w.W_enc.dtype.itemsize == 2
