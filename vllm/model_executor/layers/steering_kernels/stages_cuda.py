@@ -17,16 +17,16 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from .bundles import (
+    clamp_bundles,
     reading_bundles,
     step_bundle,
     stream_bundle,
-    weights_bundle,
     writing_bundles,
 )
 from .extension import Kernels, cuda_ops, kernels_for
 from .plan import COMPACT_ENCODE_TOKENS, clamp_shared_bytes, sorts_ahead
 from .run import Run
-from .workspace import GuessBuffers
+from .workspace import GuessBuffers, SteeringWorkspace
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -204,6 +204,7 @@ def takes_clamp(
 def clamp(
     slot: SAESlot,
     step: StepState,
+    workspace: SteeringWorkspace,
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -211,8 +212,7 @@ def clamp(
 ) -> None:
     """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     cuda_ops().clamp(
-        step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
-        weights_bundle(slot.weights),
+        *clamp_bundles(slot, step, workspace),
         [] if source is None else [source],
         stream_bundle(hidden, residual),
         gated=gated,
