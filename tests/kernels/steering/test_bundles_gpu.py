@@ -23,7 +23,7 @@ from vllm.model_executor.layers.steering_kernels.run import Run  # noqa: E402
 from vllm.model_executor.layers.steering_read_state import ReadBuffers  # noqa: E402
 from vllm.model_executor.layers.steering_state import SAESlot  # noqa: E402
 
-pytestmark = needs_gpu
+pytestmark = [pytest.mark.gpu, needs_gpu]
 TOKENS = 12
 
 
