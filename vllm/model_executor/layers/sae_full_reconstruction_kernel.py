@@ -175,7 +175,7 @@ def sae_clamp(
             streams = (hidden, residual, source)
             stages_shared.clamp(slot, step, workspace, gated, *streams)
         elif _takes_clamp(slot, hidden, residual, source):
-            stages_cuda.clamp(slot, step, gated, hidden, residual, source)
+            stages_cuda.clamp(slot, step, workspace, gated, hidden, residual, source)
         else:
             stages_triton.clamp(slot, step, gated, hidden, residual, source)
     if uses_topk(slot):
