@@ -33,7 +33,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest  # noqa: E402
 from vllm.entrypoints.openai.steering import request_fields  # noqa: E402
-from vllm.entrypoints.openai.steering.request_checks import check_request
+from vllm.entrypoints.openai.steering.request_checks import (  # noqa: E402
+    check_request,
+)
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import (  # noqa: E402
     GenerateRequest,
 )
