@@ -181,7 +181,7 @@ __device__ __forceinline__ Appended list_candidates(const Weights<T>& w,
   const int f = f0 + lane % 8 + (lane / 8 & 1) * 8 + (lane / 16) * 64;
   list[base + __popc(all & ((1u << lane) - 1))] = f;
   // It is read soon, and few tokens leave L2 room for all of it.
-  if (n <= kFewScreened)
+  if (!looks_twice(n))
     prefetch_bytes(w.w_enc + static_cast<int64_t>(f) * w.d_in, w.d_in * 2);
   return {base, all};
 }
@@ -241,7 +241,6 @@ __device__ void screen(const Weights<T>& w, const Screen& s, ScreenMemory& m,
         tokens[t] =
             t < n ? __ldcg(s.tokens + t) : make_float4(0.f, 0.f, 0.f, minus);
       sync_threads<kConsumers>();
-      STAMP(s, 3)
     }
     if (!mine) continue;
     unsigned may = test_rows<Tokens>(acc[0], rows[0], rows[1], tokens);

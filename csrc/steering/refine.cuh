@@ -32,7 +32,7 @@ __device__ void request_fine(const Screen& s, ScreenMemory& m,
   using S = FineStages<Tokens>;
   const uint32_t operands = smem_address(m.base.operands);
   RingPlace ring;
-  for_items(s, m, num_features, 0, [&](const Item&) {
+  for_items<false>(s, m, num_features, 0, [&](const Item&) {
 #pragma unroll 1
     for (int g = 0; g < s.groups; ++g) {
       barrier_wait(barrier_at(m.base.empty, ring.stage), ring.phase ^ 1);
@@ -71,12 +71,13 @@ __device__ __forceinline__ void unpack_fine(const uint4& upper,
   }
 }
 
-// acc = c . h of this warpgroup's 64 rows of an item; nothing unless `mine`.
+// acc = c . h of this warpgroup's 64 rows of an item, all of them: see
+// multiply_item.
 template <int Tokens>
 __device__ __forceinline__ void multiply_fine(int (&acc)[Tokens / 2],
                                               ScreenMemory& m, int groups,
                                               const uint4* upper,
-                                              const uint4* lower, bool mine,
+                                              const uint4* lower, bool together,
                                               RingPlace& ring) {
   using S = FineStages<Tokens>;
   const uint32_t operands = smem_address(m.base.operands);
@@ -85,24 +86,24 @@ __device__ __forceinline__ void multiply_fine(int (&acc)[Tokens / 2],
   for (int i = 0; i < Tokens / 2; ++i) acc[i] = 0;
 #pragma unroll
   for (int u = 0; u < kFineAhead; ++u) {
-    if (!mine || u >= groups) continue;
-    up[u] = __ldg(upper + 4 * u);
-    low[u] = __ldg(lower + 4 * u);
+    const int g = min(u, groups - 1);
+    up[u] = __ldg(upper + 4 * g);
+    low[u] = __ldg(lower + 4 * g);
   }
 #pragma unroll 1
   for (int g0 = 0; g0 < groups; g0 += kFineAhead) {
 #pragma unroll
     for (int u = 0; u < kFineAhead; ++u) {
-      const int g = g0 + u;
-      if (g >= groups) break;
+      if (g0 + u >= groups) break;
       barrier_wait(barrier_at(m.base.full, ring.stage), ring.phase);
-      if (mine) {
+      // Always; but not known to the compiler, which else believes that the
+      // threads of a warp part while they wait, and runs products one by one.
+      if (together) {
         uint32_t a[8][4];
         unpack_fine(up[u], low[u], a);
-        if (g + kFineAhead < groups) {
-          up[u] = __ldg(upper + 4 * (g + kFineAhead));
-          low[u] = __ldg(lower + 4 * (g + kFineAhead));
-        }
+        const int next = min(g0 + u + kFineAhead, groups - 1);
+        up[u] = __ldg(upper + 4 * next);
+        low[u] = __ldg(lower + 4 * next);
         const uint32_t at = operands + ring.stage * S::kBytes;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -169,18 +170,16 @@ __device__ void refine(const Weights<T>& w, const Screen& s, ScreenMemory& m,
   sync_threads<kConsumers>();
   RingPlace ring;
   int acc[Tokens / 2];
-  for_items(s, m, w.num_features, 0, [&](const Item& item) {
+  for_items<true>(s, m, w.num_features, 0, [&](const Item& item) {
     const int* list = item.features();
     const int count = item.count;
-    const bool mine =
-        __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) * 64 < count, 0);
     const int up = __ldcg(list + min(row, count - 1));
     const int down = __ldcg(list + min(row + 8, count - 1));
     const uint4* fine = s.fine + (lane & 3);
     const int64_t stride = 4 * s.groups;
     multiply_fine<Tokens>(acc, m, s.groups, fine + up * stride,
-                          fine + down * stride, mine, ring);
-    if (!mine) return;
+                          fine + down * stride, __shfl_sync(~0u, count > 0, 0),
+                          ring);
     const int f[2] = {up, down};
     unsigned left = 0;
 #pragma unroll

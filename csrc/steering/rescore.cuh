@@ -14,7 +14,10 @@ namespace vllm_steering {
 
 constexpr int kGatherers = 128;
 constexpr int kMostRows = 128;
-constexpr int kFewScreened = 8;  // up to here candidates are asked for early
+// Up to here candidates are encoded at once, and L2 is asked for their rows
+// when they are found. More tokens have more candidates, which get a second
+// look.
+constexpr int kFewScreened = 8;
 // Of all features. With more candidates than that the encoder itself is faster.
 constexpr float kMostShare = 0.4f;
 // Shared memory that stages leave: a warpgroup reads 64 rows of a short tile.
@@ -26,9 +29,12 @@ __device__ __forceinline__ int* candidate_counts(ScreenMemory& m, int level) {
   return m.base.left + level * kMostOrders;
 }
 
-// Whether candidates of a step are looked at more closely.
+// Whether candidates of a step of n tokens get a second look.
+constexpr __host__ __device__ bool looks_twice(int n) {
+  return n > kFewScreened;
+}
 template <int Tokens>
-constexpr int kLevel = Tokens > 8 ? 1 : 0;
+constexpr int kLevel = looks_twice(Tokens) ? 1 : 0;
 
 // Where the block lists its candidates of one order.
 __device__ __forceinline__ int* candidate_list(const Screen& s,
@@ -38,9 +44,11 @@ __device__ __forceinline__ int* candidate_list(const Screen& s,
   return s.candidates + max(own.first, g.start(order)) * kTileF;
 }
 
-// All threads of the block.
-__device__ __forceinline__ void sync_block() {
-  asm volatile("bar.sync 2, %0;" ::"n"(kEncodeThreads) : "memory");
+// All threads of the block, for the n-th time.
+__device__ __forceinline__ void sync_block(ScreenMemory& m, int n) {
+  barrier_arrive(barrier_at(&m.together, 0));
+  barrier_wait(barrier_at(&m.together, 0), n & 1);
+  __syncwarp();  // or the compiler runs products one by one
 }
 
 __device__ __forceinline__ void sync_gatherers() {
@@ -53,7 +61,7 @@ inline __device__ void count_candidates(const Screen& s, int* sync,
                                         ScreenMemory& m, const BlockTiles& own,
                                         int n, int num_features) {
   int total = 0;
-  const bool two = n > kFewScreened;
+  const bool two = looks_twice(n);
   for (int o = 0; o < own.orders; ++o)
     total += two ? candidate_counts(m, 0)[o] / 8 + candidate_counts(m, 1)[o]
                  : candidate_counts(m, 0)[o];
@@ -91,14 +99,16 @@ struct Item {
   }
 };
 
-// Calls `run` for each item of the block.
-template <typename Run>
+// Calls `run` for each item of the block. `kWarps`: whole warps call it, and
+// the compiler has to know that their threads stay together.
+template <bool kWarps, typename Run>
 __device__ __forceinline__ void for_items(const Screen& s, ScreenMemory& m,
                                           int num_features, int level,
                                           const Run& run) {
 #pragma unroll 1
   for (int o = 0; o < kMostOrders; ++o) {
-    const int count = candidate_counts(m, level)[o];
+    int count = candidate_counts(m, level)[o];
+    if constexpr (kWarps) count = __shfl_sync(~0u, count, 0);
     if (count == 0) continue;
     // Opaque, or registers would hold all of it meanwhile.
     int pairs = tile_pairs(num_features);
@@ -173,7 +183,7 @@ __device__ void gather_candidates(const EncodeArgs<T>& a, const Screen& s,
   int* features = reinterpret_cast<int*>(
       m.base.operands + sizeof(EncodeMemory::operands) - 4 * kMostRows);
   RingPlace ring;
-  for_items(
+  for_items<true>(
       s, m, a.weights.num_features, kLevel<Tokens>, [&](const Item& item) {
         const int* list = item.features();
         const int count = item.count;
@@ -204,12 +214,14 @@ __device__ void gather_candidates(const EncodeArgs<T>& a, const Screen& s,
       });
 }
 
-// acc = this warpgroup's 64 x Tokens sums of an item; nothing unless `mine`.
+// acc = this warpgroup's 64 x Tokens sums of an item. Rows that the item does
+// not have are multiplied too, as junk: products are what keeps the warps of a
+// warpgroup together, so that its leader gives away no stage that another warp
+// still waits for.
 template <typename T, int Tokens>
 __device__ __forceinline__ void multiply_item(
     float (&acc)[Tokens / 2], ScreenMemory& m,
-    const RescoreStages<Tokens>& stages, int k_tiles, bool mine,
-    RingPlace& ring) {
+    const RescoreStages<Tokens>& stages, int k_tiles, RingPlace& ring) {
   const uint32_t operands = smem_address(m.base.operands);
   const uint32_t half = threadIdx.x / 128 * 64 * 128;
   const bool leader = threadIdx.x % 128 == 0;
@@ -219,23 +231,21 @@ __device__ __forceinline__ void multiply_item(
 #pragma unroll 1
   for (int k = 0; k < k_tiles; k += stages.wide) {
     barrier_wait(barrier_at(m.rescore_full, ring.stage), ring.phase);
-    if (mine) {
-      // Rows came by ordinary copies; the tensor cores read otherwise.
-      fence_async_shared();
-      wgmma_fence();
+    // Rows came by ordinary copies; the tensor cores read otherwise.
+    fence_async_shared();
 #pragma unroll 1
-      for (int tile = 0; tile < min(stages.wide, k_tiles - k); ++tile) {
-        const uint64_t w =
-            tile_descriptor(operands + stages.w_at(ring.stage, tile) + half);
-        const uint64_t x =
-            tile_descriptor(operands + stages.x_at(ring.stage, tile));
+    for (int tile = 0; tile < min(stages.wide, k_tiles - k); ++tile) {
+      const uint64_t w =
+          tile_descriptor(operands + stages.w_at(ring.stage, tile) + half);
+      const uint64_t x =
+          tile_descriptor(operands + stages.x_at(ring.stage, tile));
+      wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < kTileK / 16; ++kk)
-          Wgmma<T, Tokens>::mma(acc, w + 2 * kk, x + 2 * kk, 1);
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
+      for (int kk = 0; kk < kTileK / 16; ++kk)
+        Wgmma<T, Tokens>::mma(acc, w + 2 * kk, x + 2 * kk, 1);
     }
+    wgmma_commit();
+    wgmma_wait<1>();
     if (k > 0 && leader) barrier_arrive(barrier_at(m.rescore_empty, previous));
     previous = ring.stage;
     ring.next(stages.count);
@@ -278,19 +288,17 @@ __device__ void rescore(const EncodeArgs<T>& a, const Screen& s,
   uint2* hits = m.base.hits + warp * kHitsPerWarp + lane;
   RingPlace ring;
   float acc[Tokens / 2];
-  for_items(s, m, a.weights.num_features, kLevel<Tokens>,
-            [&](const Item& item) {
-              const int* list = item.features();
-              const int count = item.count;
-              const bool mine = __shfl_sync(
-                  ~0u, static_cast<int>(threadIdx.x / 128) * 64 < count, 0);
-              const int upper = row < count ? __ldcg(list + row) : past;
-              const int lower = row + 8 < count ? __ldcg(list + row + 8) : past;
-              const LaneFeatures l = load_two(a.weights, upper, lower);
-              multiply_item<T, Tokens>(acc, m, stages, k_tiles, mine, ring);
-              emit_hits<false, Tokens>(a, acc, l, hits, where,
-                                       ListPlace{list, 0, n}, false);
-            });
+  for_items<true>(
+      s, m, a.weights.num_features, kLevel<Tokens>, [&](const Item& item) {
+        const int* list = item.features();
+        const int count = item.count;
+        const int upper = row < count ? __ldcg(list + row) : past;
+        const int lower = row + 8 < count ? __ldcg(list + row + 8) : past;
+        const LaneFeatures l = load_two(a.weights, upper, lower);
+        multiply_item<T, Tokens>(acc, m, stages, k_tiles, ring);
+        emit_hits<false, Tokens>(a, acc, l, hits, where, ListPlace{list, 0, n},
+                                 false);
+      });
 }
 
 }  // namespace vllm_steering

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Certified screening of the encoder: which features may fire, from an 8-bit
-// copy of W_enc. docs/design/screening.md proves the bound.
+// Certified screening of the encoder: which features may fire, from a copy of
+// W_enc in 8 bits, and 2 more for a second look (refine.cuh).
+// docs/design/screening.md proves the bounds.
 //
 //   w = s q + r,  x = u (128 h + l) + d,  P = 128 (q . h) + (q . l), exact
 //   accumulator of the encoder <= s u P + A |x| + B |d| + eta
@@ -25,7 +26,7 @@ constexpr int kMostLimbs = 127 * kLimb + kLimb / 2 - 1;
 constexpr int kTinyExponent = -40;  // smaller x have no limbs
 constexpr int kPlainSteps = 32;     // without a screen after one that failed
 
-// An SAE's 8-bit copy and the scratch memory of one step.
+// An SAE's copy in few bits and the scratch memory of one step.
 struct Screen {
   const float4* rows;  // [F]: s, A, B, A of the finer copy
   const uint4* fine;   // [F, 4 groups]: two more bits of each element
@@ -41,18 +42,6 @@ struct Screen {
   int groups;          // of kFineColumns columns
   int room;            // candidates of one list of all features
 };
-
-#ifdef SCREEN_STAMPS
-#define STAMP(s, i)                                                      \
-  if (threadIdx.x == 0) {                                                \
-    long long now;                                                       \
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");    \
-    reinterpret_cast<long long*>((s).candidates +                        \
-                                 (1 << 18))[blockIdx.x * 8 + (i)] = now; \
-  }
-#else
-#define STAMP(s, i)
-#endif
 
 // Pairs of neighbouring tiles of the encoder, which have one order of columns.
 __host__ __device__ inline int tile_pairs(int num_features) {
@@ -114,12 +103,14 @@ __device__ __forceinline__ int screen_width(int n) {
     RUN(64, 2);                        \
   }
 
-// Shared memory: that of the encoder, and the barriers of two more pipelines.
-constexpr int kRescoreStages = 16;
+// Shared memory: that of the encoder, the barriers of two more pipelines, and
+// one between them.
+constexpr int kRescoreStages = 14;
 struct ScreenMemory {
   EncodeMemory base;
   uint64_t full[kMostScreenStages], empty[kMostScreenStages];
   uint64_t rescore_full[kRescoreStages], rescore_empty[kRescoreStages];
+  uint64_t together;  // of all threads
 };
 constexpr int kScreenSmem = sizeof(ScreenMemory) + 1024;
 static_assert(kScreenSmem <= 227 * 1024, "more than a multiprocessor has");

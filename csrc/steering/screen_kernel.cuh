@@ -2,11 +2,12 @@
 // Stages 1 and 2 of a decoding step of a wide SAE: at most kScreenTokens active
 // tokens are screened, so that W_enc is read where a feature may fire only.
 //
-// One launch, as compact_encode_kernel.cuh. Behind its barrier a block
-// multiplies the 8-bit copy of its tiles and lists their candidates; then
-// rescore.cuh encodes those. A block's tiles have one order of columns, or a
-// few. More tokens, and a step after one in which too many features were
-// candidates, take the encoder's own way.
+// One launch, as compact_encode_kernel.cuh. Behind its barrier a block lists
+// the candidates among its tiles (candidates.cuh), looks at them again if
+// tokens are many (refine.cuh), and encodes what is left (rescore.cuh). A
+// block's tiles have one order of columns, or a few. More tokens, and a step
+// after one in which too many features were candidates, take the encoder's own
+// way.
 #pragma once
 
 #include "candidates.cuh"
@@ -36,6 +37,7 @@ inline __device__ void init_screen_barriers(ScreenMemory& m) {
     barrier_init(barrier_at(m.rescore_full, s), kGatherers + 1);
     barrier_init(barrier_at(m.rescore_empty, s), 2);
   }
+  barrier_init(barrier_at(&m.together, 0), kEncodeThreads);
   init_barriers(m.base, 1);
 }
 
@@ -57,8 +59,8 @@ __device__ __forceinline__ void screen_producer(
 #undef STEERING_LIMBS
   }
   __syncwarp();
-  sync_block();
-  if (n > kFewScreened) {
+  sync_block(m, 0);
+  if (looks_twice(n)) {
     if (threadIdx.x == kTokensThread) {
 #define STEERING_LIMBS(N, I)                   \
   request_fine<N>(a.screen, m, &maps.limbs[I], \
@@ -67,7 +69,7 @@ __device__ __forceinline__ void screen_producer(
 #undef STEERING_LIMBS
     }
     __syncwarp();
-    sync_block();
+    sync_block(m, 1);
   }
 #define STEERING_GATHER(N, I) \
   gather_candidates<T, N>(a.compact.encode, a.screen, m, &encode_maps.x[I])
@@ -87,22 +89,18 @@ __device__ __forceinline__ void screen_consumer(const ScreenArgs<T>& a,
   screen<T, N>(a.compact.encode.weights, a.screen, m, g, own, n)
   STEERING_SCREEN_WIDTHS(n, STEERING_SCREEN)
 #undef STEERING_SCREEN
-  STAMP(a.screen, 4)
-  sync_block();
-  STAMP(a.screen, 5)
+  sync_block(m, 0);
   launch_dependents();
 #define STEERING_REFINE(N, I)                               \
   if constexpr (kLevel<N> == 1) {                           \
     refine<T, N>(a.compact.encode.weights, a.screen, m, n); \
-    sync_block();                                           \
+    sync_block(m, 1);                                       \
   }
   STEERING_SCREEN_WIDTHS(n, STEERING_REFINE)
 #undef STEERING_REFINE
-  STAMP(a.screen, 7)
 #define STEERING_RESCORE(N, I) rescore<T, N>(a.compact.encode, a.screen, m, n)
   STEERING_SCREEN_WIDTHS(n, STEERING_RESCORE)
 #undef STEERING_RESCORE
-  STAMP(a.screen, 6)
 }
 
 // What the consumers do before the barrier of the grid, beyond the gather.
@@ -139,7 +137,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     init_screen_barriers(m);
     prefetch_map(&maps.w);
   }
-  STAMP(a.screen, 0)
   const FirstLoads loads = load_first(c, t);
   const int4 plain_left = *reinterpret_cast<const int4*>(a.screen.state);
   if (!__syncthreads_or((loads.row | loads.read) != 0)) {
@@ -156,7 +153,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (t == kWeightsThread)
     request_screen_first(m, &maps.w, g, own, first, k_tiles);
   const int n = list_active(c, loads, m.base);
-  STAMP(a.screen, 1)
   if (blockIdx.x == 0 && t == 0) *ws.count = n;
   if (n == 0) {
     if (t == kWeightsThread) drain_screen_first(m, first);
@@ -192,7 +188,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (screens) prepare_screen(a, m, n);
     fence_async();
     sync_threads<kConsumers>();
-    STAMP(a.screen, 2)
     if (t == 0) grid_arrive(ws.sync + kArrivals);
     if (screens)
       screen_consumer(a, m, g, own, n);
