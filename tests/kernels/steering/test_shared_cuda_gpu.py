@@ -12,6 +12,7 @@ import test_shared_gpu
 import torch
 from lockstep import Lockstep
 from steering_reference import DEVICE, INTERPRETED
+from steering_testing.shards import shared_slot
 from test_shared_gpu import Case, check
 
 from vllm.config.steering import Activation
@@ -20,7 +21,9 @@ from vllm.model_executor.layers.steering_kernels import stages_shared_cuda
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
 from vllm.model_executor.layers.steering_kernels.peers import Peers
 from vllm.model_executor.layers.steering_kernels.run import Run
+from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import SAESlot
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or not extension_is_built(), reason="needs the CUDA extension"
@@ -78,6 +81,31 @@ def test_ranks_write_the_bits_of_one(case: Case, used: list[Run]) -> None:
 def test_ranks_write_the_bits_of_one_at_real_widths(
     case: Case, used: list[Run]
 ) -> None:
+    check(case, DEVICE)
+    assert used
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 32768, 576, JUMP, 60),
+        Case(7, 20480, 1152, JUMP, 40, ranks=4),
+        Case(33, 33792, 2304, JUMP, 80),
+        Case(64, 16384, 2304, JUMP, 700),
+        Case(200, 16384, 576, JUMP, 30, ranks=4, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_screened_ranks_write_the_bits_of_one(
+    case: Case, used: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def screened_slot(slot: SAESlot, shard: Shard) -> SAESlot:
+        own = shared_slot(slot, shard)
+        own.weights.screen = ScreenCopy(*own.weights.W_enc.shape, DEVICE)
+        own.weights.refresh()
+        return own
+
+    monkeypatch.setattr(test_shared_gpu, "shared_slot", screened_slot)
     check(case, DEVICE)
     assert used
 

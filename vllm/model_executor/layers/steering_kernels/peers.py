@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_shards import Shard, tensor_at
 
 from .extension import cuda_ops
 from .plan import CHUNK_ALIGN, LIST_MAX, MIB, ExchangeLimits, cdiv
 
 MAX_RANKS = 8
-FEATURE_TILE = 256  # features of a rank are a multiple: two tiles, of a cluster
 COLUMN_SLICE = 256  # columns that have a flag of their own
 HEADER_BYTES = 4096
 EXCHANGE_ROWS = 2048  # the most active tokens of a chunk
@@ -73,7 +73,7 @@ def can_exchange(shard: Shard, d_sae: int, d_out: int) -> bool:
         not shard.is_whole
         and shard.allocate is not None
         and shard.size <= MAX_RANKS
-        and d_sae % (shard.size * FEATURE_TILE) == 0
+        and d_sae % (shard.size * EXTENSION_FEATURES) == 0
         and d_out % (shard.size * 8) == 0
     )
 
