@@ -5,7 +5,7 @@ stages, with ranks that take turns on one device."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import test_shared_gpu
@@ -16,7 +16,6 @@ from steering_testing.shards import shared_slot
 from test_shared_gpu import Case, check
 
 from vllm.config.steering import Activation
-from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernels import stages_shared_cuda
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
 from vllm.model_executor.layers.steering_kernels.peers import Peers
@@ -56,18 +55,21 @@ WIDE = [
 
 @pytest.fixture(autouse=True)
 def used(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Runs that took the kernels in question. The delta tier of a shared threshold SAE
-    is Triton's, so it is compared with Triton's."""
+    """Runs that took the kernels in question; clamps must take them too."""
     found: list[Run] = []
-    takes = stages_shared_cuda.takes
+    takes, takes_clamp = stages_shared_cuda.takes, stages_shared_cuda.takes_clamp
 
     def noted(run: Run) -> bool:
         assert takes(run)
         found.append(run)
         return True
 
+    def clamps(*streams: Any) -> bool:
+        assert takes_clamp(*streams)
+        return True
+
     monkeypatch.setattr(stages_shared_cuda, "takes", noted)
-    monkeypatch.setattr(kernel, "_takes_clamp", lambda *_: False)
+    monkeypatch.setattr(stages_shared_cuda, "takes_clamp", clamps)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import pytest
@@ -37,15 +38,28 @@ def enum_of(text: str, name: str) -> dict[str, int]:
 
 def test_the_regions_of_an_arena_hold_what_they_are_for_and_do_not_meet() -> None:
     for size, rows, width in itertools.product((2, 4, 8), (1, 64, 2048), (64, 5376)):
-        at = peers.plan_arena(size, rows, width)
+        at = peers.plan_arena(size, rows, width, max_clamps=64)
         slices = -(-(width // size) // peers.COLUMN_SLICE)
         assert at.lists == peers.HEADER_BYTES
         assert at.flags >= at.lists + 8 * size * rows * (1 + LIST_MAX)
         assert at.columns >= at.flags + 4 * rows * size * slices
-        assert at.staging >= at.columns + 2 * rows * width
+        clamps = at.clamps
+        assert clamps.rounds >= at.columns + 2 * rows * width
+        assert clamps.heads >= clamps.rounds + 4 * clamps.rows
+        assert clamps.acts >= clamps.heads + 8 * clamps.rows * size
+        assert clamps.flags >= clamps.acts + 8 * clamps.rows * clamps.each
+        assert at.staging >= clamps.flags + 4 * clamps.rows * size * slices
         assert at.nbytes == at.staging + peers.STAGING_BYTES
-        for start in (at.lists, at.flags, at.columns, at.staging):
+        of_clamps = (clamps.rounds, clamps.heads, clamps.acts, clamps.flags)
+        for start in (at.lists, at.flags, at.columns, at.staging, *of_clamps):
             assert start % 256 == 0
+
+
+def test_many_clamps_leave_room_for_fewer_tokens_at_a_time() -> None:
+    rows = [
+        peers.plan_arena(2, 2048, 64, most).clamps.rows for most in (1, 64, 2048, 4096)
+    ]
+    assert rows == [2048, 2048, 512, 256]
 
 
 @pytest.mark.parametrize("topk", [False, True])
@@ -94,6 +108,19 @@ def test_python_and_cpp_state_the_same() -> None:
     assert [name.lower() for name in names] == [
         field.replace("_", "") for field in peers.SHARE_FIELDS
     ]
+    regions = enum_of(stated("constants.cuh"), "ClampShareField")
+    assert list(regions.values()) == list(range(len(peers.CLAMP_FIELDS) + 1))
+    assert [name.removeprefix("kClamp").lower() for name in list(regions)[:-1]] == [
+        *peers.CLAMP_FIELDS
+    ]
+    assert [field.name for field in fields_of(peers.ClampRegions)] == [
+        *peers.CLAMP_FIELDS
+    ]
+    assert enum_of(stated("shared_clamp.cuh"), "ClampPart") == {
+        "kSendActs": peers.SEND_ACTS,
+        "kSendColumns": peers.SEND_COLUMNS,
+        "kWriteTokens": peers.WRITE_TOKENS,
+    }
     headers = enum_of(exchange, "HeaderField")
     ready, done = headers["kReady"], headers["kDone"]
     assert headers["kLeft"] < ready and ready + peers.MAX_RANKS <= done

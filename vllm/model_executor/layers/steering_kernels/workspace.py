@@ -123,13 +123,14 @@ def _make_peers(
     max_tokens: int, slots: list[SAESlot], device: torch.device
 ) -> Peers | None:
     """The memory through which ranks share SAEs; None if there is none to share."""
-    shared = [slot.weights for slot in slots if exchanges(slot)]
+    shared = [slot for slot in slots if exchanges(slot)]
     if not shared:
         return None
-    width = max(w.d_out for w in shared)
-    shard = shared[0].shard
+    width = max(slot.weights.d_out for slot in shared)
+    clamps = max(slot.delta.max_clamps for slot in shared)
+    shard = shared[0].weights.shard
     rows = min(max_tokens, EXCHANGE_ROWS)
-    return Peers(shard, plan_arena(shard.size, rows, width), device)
+    return Peers(shard, plan_arena(shard.size, rows, width, clamps), device)
 
 
 class SteeringWorkspace:
