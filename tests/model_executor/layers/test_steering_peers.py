@@ -4,19 +4,28 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from dataclasses import fields as fields_of
 from pathlib import Path
 
 import pytest
+import torch
 
-from vllm.model_executor.layers.steering_kernels import peers, stages_shared_cuda
+from vllm.config.steering import Activation
+from vllm.model_executor.layers import steering_shards
+from vllm.model_executor.layers.steering_kernels import (
+    peers,
+    stages_shared_cuda,
+    workspace,
+)
 from vllm.model_executor.layers.steering_kernels.plan import (
     CHUNK_ALIGN,
     LIST_MAX,
     plan_chunks,
 )
 from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
 
 CSRC = Path(__file__).parents[3] / "csrc" / "steering"
 
@@ -91,6 +100,70 @@ def test_only_whole_tiles_of_ranks_that_reach_each_other_are_exchanged() -> None
     assert not peers.can_exchange(Shard(0, 2), 512, 64)
     assert not peers.can_exchange(Shard(allocate=allocate), 512, 64)
     assert not peers.can_exchange(Shard(0, 16, allocate=allocate), 1 << 20, 8192)
+
+
+def no_addresses(nbytes: int) -> list[int]:
+    raise AssertionError("nothing is allocated here")
+
+
+def slot_of(
+    shard: Shard,
+    d_sae: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    skip: bool = False,
+) -> SAESlot:
+    cpu = torch.device("cpu")
+    weights = SAEWeights(d_sae, 64, dtype, cpu, has_skip=skip, shard=shard)
+    return SAESlot(weights, 2, 4, frozenset({Activation.RELU}), reads_source=skip)
+
+
+REACH = Shard(0, 2, allocate=no_addresses)
+
+
+@pytest.mark.parametrize(
+    ("slot", "why"),
+    [
+        (slot_of(REACH), ""),
+        (slot_of(Shard(0, 2, gathers="they are far away")), "they are far away"),
+        (slot_of(REACH, d_sae=768), "768 features x 64 .* multiples of 256 x 8 for 2"),
+        (slot_of(REACH, dtype=torch.float32), "not 16-bit"),
+        (slot_of(REACH, skip=True), "skip connection"),
+        (slot_of(Shard()), "not shared"),
+    ],
+    ids=["fits", "far", "features", "float32", "skip", "whole"],
+)
+def test_what_the_kernels_cannot_share_is_gathered_and_said(
+    slot: SAESlot, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "extension_is_built", lambda: True)
+    monkeypatch.setattr(workspace, "is_hopper", lambda device: True)
+    assert re.search(why, workspace.why_gathers(slot))
+    assert workspace.exchanges(slot) == (why == "")
+
+
+def test_other_devices_gather() -> None:
+    assert "Hopper" in workspace.why_gathers(slot_of(REACH))
+
+
+def test_the_first_rank_says_once_how_ranks_exchange(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    cpu = torch.device("cpu")
+    for rank in (0, 1):
+        slots = [slot_of(Shard(rank, 2, gathers="they are far away")) for _ in range(3)]
+        with caplog.at_level(logging.INFO):
+            workspace.SteeringWorkspace(4, [*slots, slot_of(Shard())], cpu)
+    (record,) = caplog.records
+    assert "of 3 shared SAEs" in record.message
+    assert "3 by all_gather (they are far away)" in record.message
+
+
+def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(steering_shards.PEER_MEMORY_ENV, "0")
+    found = steering_shards.peer_allocator()
+    assert isinstance(found, str) and steering_shards.PEER_MEMORY_ENV in found
 
 
 def test_python_and_cpp_state_the_same() -> None:

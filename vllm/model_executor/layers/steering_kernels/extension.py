@@ -36,6 +36,14 @@ def extension_is_built() -> bool:
     return True
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the extension's machine code is for this device: NVIDIA's sm_90."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def cuda_ops() -> Any:
     """The extension's ops; call only where `extension_is_built()`."""
     return torch.ops.vllm_steering

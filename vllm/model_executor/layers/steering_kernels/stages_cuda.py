@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import torch
@@ -23,20 +22,12 @@ from .bundles import (
     weights_bundle,
     writing_bundles,
 )
-from .extension import cuda_ops
+from .extension import cuda_ops, is_hopper
 from .plan import COMPACT_ENCODE_TOKENS, sorts_ahead
 from .run import Run
 from .workspace import GuessBuffers
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the extension's machine code is for this device: NVIDIA's sm_90."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _fits_stream(hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:

@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from vllm.config.steering import Activation
+from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .extension import extension_is_built
-from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
+from .extension import extension_is_built, is_hopper
+from .peers import (
+    EXCHANGE_ROWS,
+    MAX_RANKS,
+    Peers,
+    can_exchange,
+    exchange_limits,
+    plan_arena,
+)
 from .plan import (
     CHUNK_ALIGN,
     ENTRY_BYTES,
@@ -30,6 +39,8 @@ from .plan import (
     plan_guess,
 )
 from .screen import ScreenScratch
+
+logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 256 * MIB
 MAX_KEPT_VIEWS = 256  # of steps of different lengths; then they are made anew
@@ -100,15 +111,28 @@ def _has_skip(slot: SAESlot) -> bool:
     return slot.weights.W_skip is not None
 
 
+def why_gathers(slot: SAESlot) -> str:
+    """Why the extension's kernels cannot share the slot's SAE among ranks; else ""."""
+    w = slot.weights
+    if w.shard.is_whole:
+        return "it is not shared"
+    if w.shard.allocate is None:
+        return w.shard.gathers
+    if not extension_is_built() or not is_hopper(w.W_enc.device):
+        return "the extension's kernels need to be built, and Hopper GPUs"
+    if not can_exchange(w.shard, w.d_sae_capacity, w.d_out):
+        return (
+            f"{w.d_sae_capacity} features x {w.d_out} cannot be cut into multiples of "
+            f"{EXTENSION_FEATURES} x 8 for {w.shard.size} of at most {MAX_RANKS} ranks"
+        )
+    if w.W_skip is not None:
+        return "it has a skip connection"
+    return "" if w.W_enc.dtype.itemsize == 2 else "its weights are not 16-bit"
+
+
 def exchanges(slot: SAESlot) -> bool:
     """Whether the extension's kernels can share the slot's SAE among ranks."""
-    w = slot.weights
-    return (
-        extension_is_built()
-        and can_exchange(w.shard, w.d_sae_capacity, w.d_out)
-        and w.W_skip is None
-        and w.W_enc.dtype.itemsize == 2
-    )
+    return not why_gathers(slot)
 
 
 def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
@@ -119,11 +143,28 @@ def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
     return exchange_limits(held)
 
 
+def _log_exchange(slots: list[SAESlot], stored: int) -> None:
+    """Say how the ranks exchange what belongs to shared SAEs; the first rank does."""
+    all_shared = [slot for slot in slots if not slot.weights.shard.is_whole]
+    if not all_shared or all_shared[0].weights.shard.rank:
+        return
+    gathered = sorted(set(map(why_gathers, all_shared)) - {""})
+    logger.info(
+        "Steering: of %d shared SAEs, ranks exchange %d through each other's memory "
+        "and %d by all_gather%s",
+        len(all_shared),
+        stored,
+        len(all_shared) - stored,
+        f" ({'; '.join(gathered)})" if gathered else "",
+    )
+
+
 def _make_peers(
     max_tokens: int, slots: list[SAESlot], device: torch.device
 ) -> Peers | None:
     """The memory through which ranks share SAEs; None if there is none to share."""
     shared = [slot for slot in slots if exchanges(slot)]
+    _log_exchange(slots, len(shared))
     if not shared:
         return None
     width = max(slot.weights.d_out for slot in shared)
