@@ -33,7 +33,7 @@ from test_shared_gpu import make_case, steered
 from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers import sae_readout_kernel as readout
-from vllm.model_executor.layers.steering_kernels import stages_cuda
+from vllm.model_executor.layers.steering_kernels.extension import Kernels, kernels_for
 from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import Shard
@@ -179,7 +179,7 @@ def cases() -> Iterator[Case]:
         yield f"vectors {d_model}", edit(slot, Tier.ADDITIVE, 5)
     for d_sae, d_model in ((300, 72), (5000, 576)):
         slot = partial(screened, d_sae, d_model)
-        for tokens in (1, 33, 90) if stages_cuda.is_hopper(DEVICE) else ():
+        for tokens in (1, 33, 90) if Kernels.STAGES in kernels_for(DEVICE) else ():
             yield f"screen {d_sae} {tokens}", edit(slot, Tier.FULL, tokens)
     for activation in (JUMPRELU, TOPK):
         for tokens, l0 in ((4, 30), (70, 30), (5, 640)):

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.steering_kernels import (
     stages_shared_cuda,
     workspace,
 )
+from vllm.model_executor.layers.steering_kernels.extension import Kernels
 from vllm.model_executor.layers.steering_kernels.plan import (
     CHUNK_ALIGN,
     LIST_MAX,
@@ -135,8 +136,8 @@ REACH = Shard(0, 2, allocate=no_addresses)
 def test_what_the_kernels_cannot_share_is_gathered_and_said(
     slot: SAESlot, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "extension_is_built", lambda: True)
-    monkeypatch.setattr(workspace, "is_hopper", lambda device: True)
+
+    monkeypatch.setattr(workspace, "kernels_for", lambda device: Kernels.ALL)
     assert re.search(why, workspace.why_gathers(slot))
     assert workspace.exchanges(slot) == (why == "")
 

@@ -174,7 +174,7 @@ def sae_clamp(
         if not slot.weights.shard.is_whole:
             _shared_clamp(slot, step, workspace, gated, (hidden, residual, source))
         elif _takes_clamp(slot, hidden, residual, source):
-            stages_cuda.clamp(slot, step, gated, hidden, residual, source)
+            stages_cuda.clamp(slot, step, workspace, gated, hidden, residual, source)
         else:
             stages_triton.clamp(slot, step, gated, hidden, residual, source)
     if uses_topk(slot):
@@ -190,9 +190,8 @@ def _shared_clamp(
     streams: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
 ) -> None:
     """The delta tier of a threshold SAE that ranks share; streams as `sae_clamp`'s."""
-    peers = workspace.peers
-    if peers is not None and stages_shared_cuda.takes_clamp(slot, *streams):
-        stages_shared_cuda.clamp(slot, step, peers, gated, *streams[:2])
+    if stages_shared_cuda.takes_clamp(slot, *streams):
+        stages_shared_cuda.clamp(slot, step, workspace, gated, *streams[:2])
     else:
         stages_shared.clamp(slot, step, workspace, gated, *streams)
 

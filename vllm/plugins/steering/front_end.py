@@ -10,6 +10,7 @@ from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import (
     app,
     carrying_routes,
+    reading_limits,
     reading_routes,
     refusing_routes,
     serving,
@@ -41,6 +42,7 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),
     (carrying_routes.RESPONSES, carrying_routes.install_responses),
     *reading_routes.SEAMS,
+    *reading_limits.SEAMS,
     *((installer.module, installer) for installer in serving.INSTALLERS),
     *refusing_routes.installers(),
 )

@@ -16,18 +16,12 @@ from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
 from . import stages_cuda
-from .bundles import (
-    reading_bundles,
-    step_bundle,
-    stream_bundle,
-    weights_bundle,
-    writing_bundles,
-)
+from .bundles import clamp_bundles, reading_bundles, stream_bundle, writing_bundles
 from .extension import cuda_ops
 from .peers import SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS, Peers
 from .plan import LIST_MAX, cdiv, sorts_ahead
 from .run import Run
-from .workspace import exchanges
+from .workspace import SteeringWorkspace, exchanges
 
 # DensePhase (csrc/steering/dense.cuh): the first in which a rank waits, and the end.
 PULLED, PHASES = 4, 7
@@ -56,19 +50,20 @@ def takes_clamp(
 def clamp(
     slot: SAESlot,
     step: StepState,
-    peers: Peers,
+    workspace: SteeringWorkspace,
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> None:
     """The delta tier of a threshold SAE; with `gated`, a TopK module is skipped."""
+    peers = workspace.peers
+    assert peers is not None
     together = (SEND_ACTS | SEND_COLUMNS | WRITE_TOKENS,)
     parts = (SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS) if peers.apart else together
     for base in range(0, hidden.shape[0], peers.layout.clamps.rows):
         for part in parts:
             cuda_ops().shared_clamp(
-                step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
-                weights_bundle(slot.weights, peers),
+                *clamp_bundles(slot, step, workspace),
                 stream_bundle(hidden, residual),
                 peers.clamps,
                 gated=gated,

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -13,7 +14,8 @@ from vllm.config.steering import Activation
 from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .extension import extension_is_built, is_hopper
+from .extension import Kernels, kernels_for
+from .kept import Kept
 from .peers import (
     EXCHANGE_ROWS,
     MAX_RANKS,
@@ -43,10 +45,10 @@ from .screen import ScreenScratch
 logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 256 * MIB
-MAX_KEPT_VIEWS = 256  # of steps of different lengths; then they are made anew
+Tensors = list[torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageBuffers:
     """Views of the workspace for one slot and one step.
 
@@ -118,7 +120,7 @@ def why_gathers(slot: SAESlot) -> str:
         return "it is not shared"
     if w.shard.allocate is None:
         return w.shard.gathers
-    if not extension_is_built() or not is_hopper(w.W_enc.device):
+    if Kernels.STAGES not in kernels_for(w.W_enc.device):
         return "the extension's kernels need to be built, and Hopper GPUs"
     if not can_exchange(w.shard, w.d_sae_capacity, w.d_out):
         return (
@@ -192,7 +194,9 @@ class SteeringWorkspace:
         slots = list(slots)
         self.max_tokens = max_tokens
         self.peers = _make_peers(max_tokens, slots, device)
-        self._kept: dict[tuple[SAESlot, int, bool, int | None], StageBuffers] = {}
+        self._views: Kept[tuple[SAESlot, int, bool, int | None], StageBuffers] = Kept()
+        self._guesses: Kept[tuple[SAESlot, int], GuessBuffers] = Kept()
+        self.bundles: Kept[Hashable, tuple[Tensors, Tensors, Tensors]] = Kept()
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
         for slot in slots:
@@ -302,16 +306,10 @@ class SteeringWorkspace:
     ) -> StageBuffers:
         """Views for `slot` and a step of `tokens` tokens; allocates nothing.
 
-        `capacity`: the most that a list needs to hold (None: as much as fits). Views
-        are kept, since making them costs the host more than a launch.
+        `capacity`: the most that a list needs to hold (None: as much as fits).
         """
         key = (slot, tokens, topk, capacity)
-        found = self._kept.get(key)
-        if found is None:
-            if len(self._kept) >= MAX_KEPT_VIEWS:
-                self._kept.clear()
-            found = self._kept[key] = self._make_buffers(*key)
-        return found
+        return self._views.get(key, lambda: self._make_buffers(*key))
 
     def _make_buffers(
         self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None
@@ -351,6 +349,12 @@ class SteeringWorkspace:
         plan = self.guess_plan(slot, tokens)
         if plan is None:
             return None
+        make = partial(self._make_guess_buffers, slot, tokens, plan)
+        return self._guesses.get((slot, tokens), make)
+
+    def _make_guess_buffers(
+        self, slot: SAESlot, tokens: int, plan: ChunkPlan
+    ) -> GuessBuffers:
         w, rows = slot.weights, plan.rows
         sample_bytes, bar_bytes, _ = self._guess_bytes(rows)
         samples = self._shared[: rows * GUESS_SAMPLE * 2].view(torch.int16)
