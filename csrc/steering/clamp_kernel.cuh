@@ -99,11 +99,10 @@ __device__ __forceinline__ bool resolve_clamps(
     const int clamp = first + lane / 4;
     const bool needs = reads_activation(row.code[clamp]) &&
                        encoder.encodes(row.feature[clamp]);
-    const T* w_row =
-        w_enc + quad * 8 +
-        static_cast<uint64_t>(
-            static_cast<uint32_t>(encoder.row(row.feature[clamp]))) *
-            d_model;
+    const T* w_row = w_enc + quad * 8 +
+                     static_cast<uint64_t>(static_cast<uint32_t>(
+                         encoder.row(row.feature[clamp]))) *
+                         d_model;
     float low[4] = {}, high[4] = {};
 #pragma unroll 1
     for (unsigned base = warp * 256; base < d_model; base += blockDim.x * 8) {

@@ -189,9 +189,10 @@ __device__ __forceinline__ void send_columns(const ClampExchange& e, int64_t i,
 // Waits for all columns, a slice a warp, and writes them back; true where a
 // component was limited. `writes`: the token's norm is within its limit.
 template <typename T, bool kTwo>
-__device__ __forceinline__ bool write_token(
-    const ClampExchange& e, int64_t i, unsigned round, unsigned width,
-    const TokenStream<T, kTwo>& stream, bool writes) {
+__device__ __forceinline__ bool write_token(const ClampExchange& e, int64_t i,
+                                            unsigned round, unsigned width,
+                                            const TokenStream<T, kTwo>& stream,
+                                            bool writes) {
   const Exchange& x = e.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slices = (width + kColumnsOfSlice - 1) / kColumnsOfSlice;
@@ -269,8 +270,8 @@ __global__ void __launch_bounds__(kClampThreads, 2)
     RowRing<T, T> ring = {shared + kRingPitch * threadIdx.x,
                           reinterpret_cast<const char*>(a.directions + own),
                           width, static_cast<int>(own)};
-    const SharedEncoder encoder = {e, i, round, a.weights.first_feature,
-                                   a.weights.num_features, begins};
+    const SharedEncoder encoder = {
+        e, i, round, a.weights.first_feature, a.weights.num_features, begins};
     const bool within = resolve_clamps<T, kTwo, false>(a.weights.w_enc, stream,
                                                        row, ring, encoder);
     if ((e.parts & kSendColumns) != 0) {

@@ -9,11 +9,10 @@ namespace {
 // Where the clamps' regions of an arena are, int64 in the host's memory.
 ClampExchange make_clamp_exchange(const Tensor& regions, const Exchange& x,
                                   int max_clamps, int64_t base, int64_t parts) {
-  STD_TORCH_CHECK(!regions.is_cuda() &&
-                      regions.scalar_type() == ScalarType::Long &&
-                      regions.is_contiguous() &&
-                      regions.numel() == kClampFields,
-                  "steering: regions is not int64 in the host's memory");
+  STD_TORCH_CHECK(
+      !regions.is_cuda() && regions.scalar_type() == ScalarType::Long &&
+          regions.is_contiguous() && regions.numel() == kClampFields,
+      "steering: regions is not int64 in the host's memory");
   const int64_t* at = data<int64_t>(regions);
   STD_TORCH_CHECK(at[kClampRows] <= x.rows && x.slices <= at[kClampSlices] &&
                       max_clamps <= at[kClampEach] && base >= 0,
@@ -40,8 +39,9 @@ void shared_clamp(Tensors step, Tensors weights, Tensors stream, Tensor regions,
     const Exchange x = make_exchange(weights, w.d_out);
     STD_TORCH_CHECK(x.size > 1, "steering: the SAE is not shared");
     const Stream<T> s = make_stream<T>(stream, w.d_out * x.size, e);
-    STD_TORCH_CHECK(w.d_in == w.d_out * x.size, "steering: an encoder of width ",
-                    w.d_in, " cannot read this stream");
+    STD_TORCH_CHECK(w.d_in == w.d_out * x.size,
+                    "steering: an encoder of width ", w.d_in,
+                    " cannot read this stream");
     const Step st = make_step(step, s.tokens, e);
     SharedClampArgs<T> a = {
         {st, w, s, w.w_dec, nullptr, 0, w.d_in, gated},
@@ -58,8 +58,7 @@ void shared_clamp(Tensors step, Tensors weights, Tensors stream, Tensor regions,
       return launch_blocks(kernel, a, a.clamp, blocks, on);
     for (const int part : {kSendActs, kSendColumns, kWriteTokens}) {
       a.exchange.parts = static_cast<int>(parts) & part;
-      if (a.exchange.parts != 0)
-        launch_blocks(kernel, a, a.clamp, blocks, on);
+      if (a.exchange.parts != 0) launch_blocks(kernel, a, a.clamp, blocks, on);
     }
   });
 }
