@@ -66,13 +66,6 @@ __device__ __forceinline__ void apply_conditions(const StagedRow& row) {
   }
 }
 
-// Which features this rank encodes: all of them.
-struct WholeEncoder {
-  static constexpr bool kShared = false;
-  __device__ __forceinline__ bool encodes(int) const { return true; }
-  __device__ __forceinline__ int row(int feature) const { return feature; }
-};
-
 // Turns values into g - f, sums the stream and starts the ring; false where
 // the norm is past its limit. A warp owns 256 columns. In the tensor core's
 // terms clamp c is column c of B, and x is in A: the first halves of 16 bytes
