@@ -2,36 +2,15 @@
 // The delta tier of threshold SAEs and the additive tier as ops.
 #include <algorithm>
 
-#include "checks.h"
-#include "clamp_kernel.cuh"
+#include "clamp_launch.h"
 
 namespace vllm_steering {
 namespace {
 
-// Leaves the shared memory that two blocks per SM do not need to L1: blocks
-// that read the same rows at the same time get them from there.
-template <typename Kernel>
-void share_l1(Kernel* kernel, int smem) {
-  constexpr int kReserved = 2 * 1024;  // the system's, and the static part
-  constexpr int kPerMultiprocessor = 228 * 1024;
-  const int bytes = 2 * (smem + kReserved);
-  const int percent =
-      (bytes * 100 + kPerMultiprocessor - 1) / kPerMultiprocessor;
-  check_cuda(cudaFuncSetAttribute(
-                 kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                 std::min(percent, 100)),
-             "carveout");
-}
-
 template <typename T, typename W>
 void launch_clamp(void (*kernel)(ClampArgs<T, W>), const ClampArgs<T, W>& a,
                   cudaStream_t stream) {
-  const int d_source = a.source != nullptr ? a.weights.d_in : 0;
-  const int threads = clamp_threads(std::max(a.d_model, d_source));
-  const int smem =
-      clamp_smem(threads, a.d_model, d_source, a.step.table.max_clamps);
-  share_l1(kernel, smem);
-  launch(kernel, a.stream.tokens, threads, smem, stream, a);
+  launch_blocks(kernel, a, a, a.stream.tokens, stream);
 }
 
 template <typename T, bool kSource>
@@ -100,6 +79,13 @@ void add_vectors(Tensors step, Tensor directions, Tensors stream) {
   });
 }
 
+// Whether these ops run on the tensor's device, which is the current one.
+int64_t has_clamps(Tensor on) {
+  STD_TORCH_CHECK(on.is_cuda(), "steering: not a CUDA device");
+  return has_code(
+      clamp_kernel<__nv_bfloat16, __nv_bfloat16, true, true, false>);
+}
+
 }  // namespace
 }  // namespace vllm_steering
 
@@ -110,9 +96,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
   m.def(
       "add_vectors(Tensor[] step, Tensor directions, Tensor(a!)[] stream)"
       " -> ()");
+  m.def("has_clamps(Tensor on) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
   m.impl("clamp", TORCH_BOX(&vllm_steering::clamp));
   m.impl("add_vectors", TORCH_BOX(&vllm_steering::add_vectors));
+  m.impl("has_clamps", TORCH_BOX(&vllm_steering::has_clamps));
 }

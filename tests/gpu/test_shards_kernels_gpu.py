@@ -61,11 +61,15 @@ def _main(rank: int, size: int, file: str) -> None:
         return every
 
     shard = Shard(rank, size, stack, _allocate(rank))
-    kernel._takes_clamp = lambda *_: False  # type: ignore[assignment]
     cases = [
         Case(tokens, 16384, 2304, activation, l0, size)
         for tokens, l0 in ((1, 64), (64, 64), (64, 700), (300, 1000), (2048, 64))
         for activation in (JUMP, TOPK)
+    ]
+    cases += [
+        Case(1, 131072, 5376, JUMP, 100, size),
+        Case(64, 131072, 5376, JUMP, 100, size),
+        Case(64, 65536, 8192, TOPK, 64, size),
     ]
     random.seed(rank)
     for case in cases:

@@ -9,6 +9,7 @@
      "max_clamps": 64,
      "max_specs": 64,
      "max_pieces": 8,
+     "max_body_mib": 32,
      "readout": True,
      "decoder_layer": "known" | "auto",
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
@@ -60,6 +61,7 @@ TOP_FIELDS = (
     "max_clamps",
     "max_specs",
     "max_pieces",
+    "max_body_mib",
     "presets",
     "default_preset",
     "readout",
@@ -79,6 +81,8 @@ SPARE_FIELDS = (
 MAX_CLAMPS_LIMIT = 4096
 MAX_SPECS_LIMIT = 4096
 MAX_PIECES_LIMIT = 64
+DEFAULT_MAX_BODY_MIB = 32
+MAX_BODY_MIB_LIMIT = 65536
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 MAX_INLINE_VECTORS = 64
@@ -255,10 +259,11 @@ def _screened(
         raise SteeringConfigError(
             f"{where}.screening: found {shown(asked)}, expected {accepted}"
         )
-    if slot.sharded or not ranks.screens:
+    if not ranks.screens:
         return slot
-    widths = (slot.width, point_widths(model_config).of(slot.hook), ranks.item_bytes)
-    return replace(slot, screened=screens(asked, *widths))
+    encoded = ranks.encoded(slot.width, slot.sharded)
+    d_in = point_widths(model_config).of(slot.hook)
+    return replace(slot, screened=screens(asked, encoded, d_in, ranks.item_bytes))
 
 
 def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:

@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from vllm.config.steering import Activation
+from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .extension import extension_is_built
-from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
+from .extension import Kernels, kernels_for
+from .kept import Kept
+from .peers import (
+    EXCHANGE_ROWS,
+    MAX_RANKS,
+    Peers,
+    can_exchange,
+    exchange_limits,
+    plan_arena,
+)
 from .plan import (
     CHUNK_ALIGN,
     ENTRY_BYTES,
@@ -31,11 +42,13 @@ from .plan import (
 )
 from .screen import ScreenScratch
 
+logger = logging.getLogger(__name__)
+
 LIMIT_BYTES = 256 * MIB
-MAX_KEPT_VIEWS = 256  # of steps of different lengths; then they are made anew
+Tensors = list[torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageBuffers:
     """Views of the workspace for one slot and one step.
 
@@ -100,15 +113,28 @@ def _has_skip(slot: SAESlot) -> bool:
     return slot.weights.W_skip is not None
 
 
+def why_gathers(slot: SAESlot) -> str:
+    """Why the extension's kernels cannot share the slot's SAE among ranks; else ""."""
+    w = slot.weights
+    if w.shard.is_whole:
+        return "it is not shared"
+    if w.shard.allocate is None:
+        return w.shard.gathers
+    if Kernels.STAGES not in kernels_for(w.W_enc.device):
+        return "the extension's kernels need to be built, and Hopper GPUs"
+    if not can_exchange(w.shard, w.d_sae_capacity, w.d_out):
+        return (
+            f"{w.d_sae_capacity} features x {w.d_out} cannot be cut into multiples of "
+            f"{EXTENSION_FEATURES} x 8 for {w.shard.size} of at most {MAX_RANKS} ranks"
+        )
+    if w.W_skip is not None:
+        return "it has a skip connection"
+    return "" if w.W_enc.dtype.itemsize == 2 else "its weights are not 16-bit"
+
+
 def exchanges(slot: SAESlot) -> bool:
     """Whether the extension's kernels can share the slot's SAE among ranks."""
-    w = slot.weights
-    return (
-        extension_is_built()
-        and can_exchange(w.shard, w.d_sae_capacity, w.d_out)
-        and w.W_skip is None
-        and w.W_enc.dtype.itemsize == 2
-    )
+    return not why_gathers(slot)
 
 
 def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
@@ -119,17 +145,35 @@ def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
     return exchange_limits(held)
 
 
+def _log_exchange(slots: list[SAESlot], stored: int) -> None:
+    """Say how the ranks exchange what belongs to shared SAEs; the first rank does."""
+    all_shared = [slot for slot in slots if not slot.weights.shard.is_whole]
+    if not all_shared or all_shared[0].weights.shard.rank:
+        return
+    gathered = sorted(set(map(why_gathers, all_shared)) - {""})
+    logger.info(
+        "Steering: of %d shared SAEs, ranks exchange %d through each other's memory "
+        "and %d by all_gather%s",
+        len(all_shared),
+        stored,
+        len(all_shared) - stored,
+        f" ({'; '.join(gathered)})" if gathered else "",
+    )
+
+
 def _make_peers(
     max_tokens: int, slots: list[SAESlot], device: torch.device
 ) -> Peers | None:
     """The memory through which ranks share SAEs; None if there is none to share."""
-    shared = [slot.weights for slot in slots if exchanges(slot)]
+    shared = [slot for slot in slots if exchanges(slot)]
+    _log_exchange(slots, len(shared))
     if not shared:
         return None
-    width = max(w.d_out for w in shared)
-    shard = shared[0].shard
+    width = max(slot.weights.d_out for slot in shared)
+    clamps = max(slot.delta.max_clamps for slot in shared)
+    shard = shared[0].weights.shard
     rows = min(max_tokens, EXCHANGE_ROWS)
-    return Peers(shard, plan_arena(shard.size, rows, width), device)
+    return Peers(shard, plan_arena(shard.size, rows, width, clamps), device)
 
 
 class SteeringWorkspace:
@@ -150,7 +194,9 @@ class SteeringWorkspace:
         slots = list(slots)
         self.max_tokens = max_tokens
         self.peers = _make_peers(max_tokens, slots, device)
-        self._kept: dict[tuple[SAESlot, int, bool, int | None], StageBuffers] = {}
+        self._views: Kept[tuple[SAESlot, int, bool, int | None], StageBuffers] = Kept()
+        self._guesses: Kept[tuple[SAESlot, int], GuessBuffers] = Kept()
+        self.bundles: Kept[Hashable, tuple[Tensors, Tensors, Tensors]] = Kept()
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
         for slot in slots:
@@ -260,16 +306,10 @@ class SteeringWorkspace:
     ) -> StageBuffers:
         """Views for `slot` and a step of `tokens` tokens; allocates nothing.
 
-        `capacity`: the most that a list needs to hold (None: as much as fits). Views
-        are kept, since making them costs the host more than a launch.
+        `capacity`: the most that a list needs to hold (None: as much as fits).
         """
         key = (slot, tokens, topk, capacity)
-        found = self._kept.get(key)
-        if found is None:
-            if len(self._kept) >= MAX_KEPT_VIEWS:
-                self._kept.clear()
-            found = self._kept[key] = self._make_buffers(*key)
-        return found
+        return self._views.get(key, lambda: self._make_buffers(*key))
 
     def _make_buffers(
         self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None
@@ -309,6 +349,12 @@ class SteeringWorkspace:
         plan = self.guess_plan(slot, tokens)
         if plan is None:
             return None
+        make = partial(self._make_guess_buffers, slot, tokens, plan)
+        return self._guesses.get((slot, tokens), make)
+
+    def _make_guess_buffers(
+        self, slot: SAESlot, tokens: int, plan: ChunkPlan
+    ) -> GuessBuffers:
         w, rows = slot.weights, plan.rows
         sample_bytes, bar_bytes, _ = self._guess_bytes(rows)
         samples = self._shared[: rows * GUESS_SAMPLE * 2].view(torch.int16)
