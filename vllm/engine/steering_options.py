@@ -253,16 +253,17 @@ def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo
 def _screened(
     where: str, given: Json, slot: SlotInfo, model_config: ModelConfig, ranks: Ranks
 ) -> SlotInfo:
-    """The slot, with an 8-bit copy where it was asked for and the width gains."""
+    """The slot, with a copy in 10 bits where it was asked for and the width gains."""
     asked = given.get("screening", DEFAULT_SCREENING)
     if accepted := _check_screening(asked):
         raise SteeringConfigError(
             f"{where}.screening: found {shown(asked)}, expected {accepted}"
         )
-    if slot.sharded or not ranks.screens:
+    if not ranks.screens:
         return slot
-    widths = (slot.width, point_widths(model_config).of(slot.hook), ranks.item_bytes)
-    return replace(slot, screened=screens(asked, *widths))
+    encoded = ranks.encoded(slot.width, slot.sharded)
+    d_in = point_widths(model_config).of(slot.hook)
+    return replace(slot, screened=screens(asked, encoded, d_in, ranks.item_bytes))
 
 
 def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:
