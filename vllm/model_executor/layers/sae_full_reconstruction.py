@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor.layers.steering import edits_in_place, get_site
+from vllm.model_executor.layers.steering import edits_in_place, get_site, is_needed
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
@@ -34,9 +34,13 @@ def apply_sae_full_reconstruction(
     for slot in others:
         if slot.reads is not None:
             site.backend.read_features(slot, *read)
-    site.backend.read_and_reconstruct(first, hidden, residual, source)
+    if is_needed(first.full, hidden):
+        site.backend.read_and_reconstruct(first, hidden, residual, source)
+    elif first.reads is not None:
+        site.backend.read_features(first, *read)
     for slot in others:
-        site.backend.full_reconstruction(slot, hidden, residual, source)
+        if is_needed(slot.full, hidden):
+            site.backend.full_reconstruction(slot, hidden, residual, source)
 
 
 direct_register_custom_op(

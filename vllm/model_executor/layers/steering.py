@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, Tier, site_name
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.steering_capture import is_captured
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     POINT_LIMIT,
@@ -190,6 +191,11 @@ def apply_layer_steering(
         hidden.clamp_(-limit, limit)
 
 
+def is_needed(table: ClampTable, stream: torch.Tensor) -> bool:
+    """Whether a tier has to be launched: in a graph always, since rows are data."""
+    return table.in_use or is_captured(stream.device)
+
+
 def edits_in_place(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -210,7 +216,7 @@ def apply_steering_vectors(
 ) -> None:
     """The additive tier at a site: `x' = x + sum_m scale_m v_m`."""
     site = get_site(site_name)
-    if site.vectors is not None:
+    if site.vectors is not None and is_needed(site.vectors.table, hidden):
         site.backend.steering_vectors(site.vectors, hidden, residual)
 
 
