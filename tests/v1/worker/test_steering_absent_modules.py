@@ -39,7 +39,7 @@ from steering_testing.hot_modules import (
 from vllm import LLM
 from vllm.config.steering import HookPoint, Tier
 from vllm.entrypoints.steering import register_module, unregister_module
-from vllm.model_executor.layers import steering
+from vllm.model_executor.layers import steering_capture, steering_reference
 from vllm.model_executor.layers.steering import SiteKey
 
 pytestmark = pytest.mark.engine
@@ -56,28 +56,28 @@ def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @contextmanager
 def launches(llm: LLM) -> Iterator[Counter[tuple[str, str]]]:
-    """Counts the calls of the backend at the site: (what, module)."""
+    """Counts what is computed at the site: (tier, module)."""
     modules = runner(llm).steering.modules
     key = SiteKey(SITE[0], HookPoint(SITE[1]))
-    site = modules.sites[key]
     names = {id(modules.sae_slot(name, key)): name for name in SAES}
     found: Counter[tuple[str, str]] = Counter()
-    inner = site.backend
+    functions = {
+        "full": "full_reconstruction",
+        "delta": "sae_clamp",
+        "vectors": "steering_vectors",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for tier, name in functions.items():
+            stock = getattr(steering_reference, name)
 
-    class Counting:
-        def __getattr__(self, what: str) -> Any:
-            def call(slot: Any, *args: Any, **kwargs: Any) -> None:
-                if what != "read_features":  # which returns where nobody reads
-                    found[what, names.get(id(slot), "another")] += 1
-                getattr(inner, what)(slot, *args, **kwargs)
+            def count(
+                slot: Any, *args: Any, tier: str = tier, stock: Any = stock
+            ) -> None:
+                found[tier, names.get(id(slot), "another")] += 1
+                stock(slot, *args)
 
-            return call
-
-    site.backend = Counting()
-    try:
+            patch.setattr(steering_reference, name, count)
         yield found
-    finally:
-        site.backend = inner
 
 
 def test_plain_requests_launch_nothing(llm: LLM) -> None:
@@ -94,11 +94,7 @@ def test_a_module_is_launched_alone(
     with launches(llm) as found:
         (output,) = generate(llm, [IDS], [steered(module, spec)])
     assert_same(output, expected(KINDS[module], tier), module)
-    (what,) = found
-    calls = {"full": ("read_and_reconstruct", "full_reconstruction")}
-    assert what[1] == module
-    assert what[0] in calls.get(tier, ("sae_clamp",))
-    assert found[what] == TOKENS  # of the steps
+    assert found == {(tier, module): TOKENS}  # as many as steps
 
 
 def test_what_ends_is_not_launched_any_more(llm: LLM) -> None:
@@ -122,7 +118,7 @@ def test_vectors_and_new_modules_are_launched_when_used(
     vector = {VECTORS: [{"module_name": "vector", "scale": 2.0}]}
     with launches(llm) as found:
         generate(llm, [IDS], [params(2, **vector)])
-    assert {what for what, _ in found} == {"steering_vectors"}
+    assert {what for what, _ in found} == {"vectors"}
     paths = save_modules(tmp_path)
     register_module(llm, "new", paths["relu"])
     try:
@@ -141,9 +137,20 @@ def test_a_graph_holds_every_launch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     x = torch.zeros(2, models.HIDDEN)
     generate(llm, [IDS], [params(1)])
     for table in (slot.full, slot.delta):
-        assert not steering.is_needed(table, x)
-    monkeypatch.setattr(steering, "is_captured", lambda device: True)
+        assert not steering_capture.is_needed(table, x)
+    monkeypatch.setattr(steering_capture, "is_captured", lambda device: True)
     for table in (slot.full, slot.delta):
-        assert steering.is_needed(table, x)
+        assert steering_capture.is_needed(table, x)
     tables = [t for tier in Tier for t in modules.tables(tier)]
     assert not any(bound.table.in_use for bound in tables)
+
+
+def test_an_edit_that_begins_later_is_launched_then(llm: LLM) -> None:
+    """Its rows are held from the first step on, and written when they are needed."""
+    later = sae_spec("other", {SITE: CLAMPS}, spans=[("generated", 2, None)])
+    with launches(llm) as found:
+        (output,) = generate(llm, [IDS], [params(TOKENS, **{FULL: [later]})])
+    assert set(found) == {("full", "other")}
+    (plain,) = generate(llm, [IDS], [params(TOKENS)])
+    assert output.tokens[:2] == plain.tokens[:2]
+    assert output.tokens != plain.tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.model_executor.layers.steering import edits_in_place, get_site, is_needed
+from vllm.model_executor.layers.steering import edits_in_place, get_site
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
@@ -23,8 +23,7 @@ def apply_sae_clamp(
     """The delta tier at a site, one module after another in registration order."""
     site = get_site(site_name)
     for slot in site.saes:
-        if is_needed(slot.delta, hidden):
-            site.backend.sae_clamp(slot, hidden, residual, source)
+        site.backend.sae_clamp(slot, hidden, residual, source)
 
 
 direct_register_custom_op(

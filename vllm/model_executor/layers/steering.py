@@ -10,7 +10,7 @@ compiled or captured graph holds no weights, and modules can change without a ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,6 @@ from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, Tier, site_name
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.steering_capture import is_captured
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     POINT_LIMIT,
@@ -125,6 +124,28 @@ class SteeringBackend(Protocol):
             self.read_features(slot, *read)
         self.full_reconstruction(slot, hidden, residual, source)
 
+    def full_tier(
+        self,
+        slots: Sequence[SAESlot],
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None,
+    ) -> None:
+        """Reading and the full tier at a site.
+
+        Reading sees the input of the full tier's encoders, so every other slot has read
+        before the first one edits; that one does both at once. A token's row of the
+        full tier names one module, so the slots may run in any order.
+        """
+        read = (hidden, residual) if source is None else (source, None)
+        first, *others = slots
+        for slot in others:
+            if slot.reads is not None:
+                self.read_features(slot, *read)
+        self.read_and_reconstruct(first, hidden, residual, source)
+        for slot in others:
+            self.full_reconstruction(slot, hidden, residual, source)
+
 
 class SteeringSite(nn.Module):
     """One `(layer, hook)` of the model, with the modules that may edit there.
@@ -191,11 +212,6 @@ def apply_layer_steering(
         hidden.clamp_(-limit, limit)
 
 
-def is_needed(table: ClampTable, stream: torch.Tensor) -> bool:
-    """Whether a tier has to be launched: in a graph always, since rows are data."""
-    return table.in_use or is_captured(stream.device)
-
-
 def edits_in_place(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -216,7 +232,7 @@ def apply_steering_vectors(
 ) -> None:
     """The additive tier at a site: `x' = x + sum_m scale_m v_m`."""
     site = get_site(site_name)
-    if site.vectors is not None and is_needed(site.vectors.table, hidden):
+    if site.vectors is not None:
         site.backend.steering_vectors(site.vectors, hidden, residual)
 
 

@@ -93,7 +93,7 @@ class SteeringRuntime:
         self._part_extent = 0
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.counts = TokenCounts(num_rows)
-        # Whether other rows are held than when the tables were last marked.
+        # Whether rows were taken, written or given back since the tables were marked.
         self._marks_are_old = True
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
@@ -223,6 +223,7 @@ class SteeringRuntime:
         self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
+                self._marks_are_old = True
                 self.counts.hold(tier, changes)
                 tables = self.modules.tables(tier)
                 write_rows(changes, tables, self.modules.table_of(tier))
