@@ -23,8 +23,10 @@ from facts import environment, results_file
 from kernel_timing import BF16, DEVICE, Timer, measured_ceilings
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering_screening import screens
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
+from vllm.model_executor.layers.steering_kernels.screen import SCREEN_TOKENS, ScreenCopy
 from vllm.model_executor.layers.steering_state import (
     ClampKind,
     SAESlot,
@@ -212,6 +214,15 @@ class Bench:
             us = self.timer(op, stream.restore, 40.0 * count)
             self.add(f"{count}_modules_{case}", shape, tokens, us, least)
 
+    def screened(self, slot: SAESlot) -> None:
+        """Short steps with a copy of the encoder in 10 bits, if it would get one."""
+        if screens("auto", *slot.weights.W_enc.shape, 2):
+            copy = slot.weights.screen = ScreenCopy(*slot.weights.W_enc.shape, DEVICE)
+            copy.fill(slot.weights.W_enc)
+            for tokens in (n for n in TOKENS if n <= SCREEN_TOKENS):
+                self.full("screened", slot, tokens)
+            slot.weights.screen = None
+
     def torch_port(self, slot: SAESlot, tokens: int) -> None:
         """Eager: nonzero, float32 encoder, dense decode, index_put."""
         w = slot.weights
@@ -290,6 +301,7 @@ def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) ->
             if activation is Activation.JUMPRELU:
                 bench.full("idle", slot, 256, active=0)
                 bench.full("five_active", slot, 256, active=5)
+                bench.screened(slot)
                 for tokens in TOKENS if baselines else []:
                     bench.cublas_pair(slot, tokens)
                     bench.torch_port(slot, tokens)
