@@ -22,7 +22,9 @@ import torch
 from facts import environment, results_file
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering_screening import screens
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_kernels.screen import SCREEN_TOKENS, ScreenCopy
 from vllm.model_executor.layers.steering_state import (
     ClampKind,
     SAESlot,
@@ -264,6 +266,15 @@ class Bench:
         for tokens in sizes:
             self.full("heavy_tailed", slot, tokens, share=share)
 
+    def screened(self, slot: SAESlot) -> None:
+        """Short steps with a copy of the encoder in 10 bits, if it would get one."""
+        if screens("auto", *slot.weights.W_enc.shape, 2):
+            copy = slot.weights.screen = ScreenCopy(*slot.weights.W_enc.shape, DEVICE)
+            copy.fill(slot.weights.W_enc)
+            for tokens in (n for n in TOKENS if n <= SCREEN_TOKENS):
+                self.full("screened", slot, tokens)
+            slot.weights.screen = None
+
     def torch_port(self, slot: SAESlot, tokens: int) -> None:
         """Eager: nonzero, float32 encoder, dense decode, index_put."""
         w = slot.weights
@@ -340,6 +351,7 @@ def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) ->
             if activation is Activation.JUMPRELU:
                 bench.full("idle", slot, 256, active=0)
                 bench.full("five_active", slot, 256, active=5)
+                bench.screened(slot)
                 for tokens in TOKENS if baselines else []:
                     bench.cublas_pair(slot, tokens)
                     bench.torch_port(slot, tokens)
