@@ -18,7 +18,7 @@ from tp_shapes import HOOK, SHAPES
 FULL_KEY = "sae_full_reconstruction_specs"
 CLAMP = {"feature_idx": 11, "kind": "absolute", "value": 1.0}
 PROMPT = 32
-WARM_STEPS, LAST_STEPS = 6, 3
+WARM_STEPS, LAST_STEPS = 4, 2
 READY = "ready"  # a file that says that model and modules are written
 
 
@@ -76,6 +76,15 @@ def options(start: Start) -> dict[str, Any]:
         "compilation_config": {"cudagraph_capture_sizes": [1, 64]},
         "enforce_eager": dry,
     }
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Ask for the kernels that the first rank runs while it serves a batch."""
+
+    module: str | None
+    batch: int
+    tokens: int
 
 
 class Bench:
@@ -148,21 +157,28 @@ class Bench:
         return found
 
     def measure(self, turn: Turn) -> dict[str, list[float]]:
-        """Milliseconds by clock: `steps` between, half as many inside."""
+        """Milliseconds by clock: `steps` between, and as many inside."""
         if not turn.steps:
             return self.prefill(turn)
-        inside = turn.steps // 2
-        expect = (turn.batch, WARM_STEPS, turn.steps, inside)
+        expect = (turn.batch, WARM_STEPS, turn.steps, turn.steps)
         self.llm.collective_rpc("expect_steps", args=expect)
-        tokens = 2 + WARM_STEPS + turn.steps + inside + LAST_STEPS
+        tokens = 2 + WARM_STEPS + 2 * turn.steps + LAST_STEPS
         self.run(turn, tokens)
         return self.take(turn.batch * (turn.length + tokens - 1) * bool(turn.module))
 
+    def profile(self, asked: Profile) -> dict[str, tuple[int, float]]:
+        """Kernel -> how often it ran, and microseconds in all."""
+        turn = Turn(asked.module, asked.batch, PROMPT, 0, -1)
+        self.llm.collective_rpc("begin_profile")
+        self.run(turn, asked.tokens)
+        found: dict[str, tuple[int, float]] = self.llm.collective_rpc("end_profile")[0]
+        return found
+
     def prefill(self, turn: Turn) -> dict[str, list[float]]:
-        """One step with all prompts, twice inside and once on the host's clock."""
+        """One step with all prompts: inside, and another on the host's clock."""
         tokens = turn.batch * turn.length
         times: dict[str, list[float]] = {"gpu": [], "between": [], "host": []}
-        for inside in (1, 0, 1):
+        for inside in (1, 0):
             self.llm.collective_rpc("expect_steps", args=(tokens, 0, 0, inside))
             begin = time.perf_counter()
             self.run(turn, 1)
@@ -194,7 +210,8 @@ def serve(start: Start, pipe: Connection) -> None:
         bench = Bench(start)
         pipe.send((True, bench.facts | {"engine": asdict(start)}))
         while (turn := pipe.recv()) is not None:
-            pipe.send((True, bench.measure(turn)))
+            measure = bench.profile if isinstance(turn, Profile) else bench.measure
+            pipe.send((True, measure(turn)))
     except EOFError:
         pass  # the other process has ended
     except Exception:

@@ -9,6 +9,7 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import steering_reference as reference
 from vllm.model_executor.layers.steering import SteeringBackend
+from vllm.model_executor.layers.steering_capture import is_needed
 from vllm.model_executor.layers.steering_readout import read_features
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
@@ -37,7 +38,8 @@ class ReferenceBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        reference.full_reconstruction(slot, self.step, hidden, residual, source)
+        if is_needed(slot.full, hidden):
+            reference.full_reconstruction(slot, self.step, hidden, residual, source)
 
     def sae_clamp(
         self,
@@ -46,12 +48,14 @@ class ReferenceBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        reference.sae_clamp(slot, self.step, hidden, residual, source)
+        if is_needed(slot.delta, hidden):
+            reference.sae_clamp(slot, self.step, hidden, residual, source)
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        reference.steering_vectors(slot, self.step, hidden, residual)
+        if is_needed(slot.table, hidden):
+            reference.steering_vectors(slot, self.step, hidden, residual)
 
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
