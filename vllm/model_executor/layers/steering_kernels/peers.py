@@ -102,9 +102,17 @@ def plan_arena(
     staging = _after(column_packets, 4 * packed * width)
     clamps = ClampRegions(clamped, each, slices, rounds, heads, acts, clamp_flags)
     return ArenaLayout(
-        rows, lists, flags, columns, staging, staging_bytes, clamps, packed, packets,
-        column_packets,
-    )  # fmt: skip
+        rows=rows,
+        lists=lists,
+        flags=flags,
+        columns=columns,
+        staging=staging,
+        staging_bytes=staging_bytes,
+        clamps=clamps,
+        packet_rows=packed,
+        packets=packets,
+        column_packets=column_packets,
+    )
 
 
 def _after(start: int, nbytes: int) -> int:
