@@ -140,6 +140,8 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
         return "the ranks are on several hosts"
 
     def allocate(nbytes: int) -> list[int]:
+        # What PyTorch has kept for itself is of no use to others.
+        torch.cuda.empty_cache()
         addresses = CustomAllreduce.create_shared_buffer(nbytes, group=group.cpu_group)
         tensor_at(addresses[group.rank_in_group], nbytes, group.device).zero_()
         torch.cuda.synchronize(group.device)
