@@ -117,8 +117,8 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     access to each other's memory, and has checked it. `VLLM_STEERING_PEER_MEMORY=0`
     turns this off.
     """
-    if os.environ.get(PEER_MEMORY_ENV) != "1":
-        return f"{PEER_MEMORY_ENV} is not 1"
+    if os.environ.get(PEER_MEMORY_ENV) == "0":
+        return f"{PEER_MEMORY_ENV} is 0"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "the devices are not NVIDIA's"
     from vllm.distributed import get_tp_group
