@@ -288,23 +288,22 @@ class Bench:
 
 
 def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) -> None:
-    """All cases; `quick` keeps the smallest shape and a few sizes."""
+    """All cases; `quick` keeps the smallest shape and a few sizes. Baselines last."""
     bench.clamps()
     for count in (4, 8):
         bench.several(SHAPES[0], count)
-    for shape in SHAPES[:1] if quick else SHAPES:
+    shapes = SHAPES[:1] if quick else SHAPES
+    for shape in shapes:
         for activation in (Activation.JUMPRELU, Activation.TOPK):
             slot = make_slot(*shape, activation)
             l0 = K if activation is Activation.TOPK else L0
             for tokens in [1, 64, 256, 2048] if quick else TOKENS:
                 bench.full(activation.value, slot, tokens, l0=l0)
             if activation is Activation.JUMPRELU:
-                bench.full("idle", slot, 256, active=0)
+                for tokens in (1, 256):
+                    bench.full("idle", slot, tokens, active=0)
                 bench.full("five_active", slot, 256, active=5)
                 bench.screened(slot)
-                for tokens in TOKENS if baselines else []:
-                    bench.cublas_pair(slot, tokens)
-                    bench.torch_port(slot, tokens)
             else:
                 bench.full("idle_topk", slot, 256, active=0)
             save()
@@ -312,6 +311,14 @@ def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) ->
             torch.cuda.empty_cache()
         bench.heavy_tailed(shape, [64, 2048] if quick else TOKENS)
         save()
+        torch.cuda.empty_cache()
+    for shape in shapes if baselines else []:
+        slot = make_slot(*shape, Activation.JUMPRELU)
+        for tokens in TOKENS:
+            bench.cublas_pair(slot, tokens)
+            bench.torch_port(slot, tokens)
+        save()
+        del slot
         torch.cuda.empty_cache()
 
 
