@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from vllm.config.steering import Tier
@@ -25,7 +24,7 @@ class ReferenceBackend(SteeringBackend):
         # NumPy has less to do than PyTorch around each of these small operations.
         ids, bits = token_ids.numpy(), step.skip_bits.numpy()
         known = (ids >= 0) & (ids < len(bits))
-        flags = np.where(known, bits[np.where(known, ids, 0)], 0)
+        flags = bits.take(ids, mode="clip") * known
         step.flags[:n].numpy()[:] = flags
         if flags.any():
             rows = step.index[:, :n]
