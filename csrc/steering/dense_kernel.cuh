@@ -30,21 +30,22 @@ struct DenseMemory {
   char operands[kDenseStages * kDenseStage];
   uint64_t full[kDenseStages], empty[kDenseStages];
   int ticket;
+  uint8_t tokens[kCompactEncodeTokens];  // where a kernel lists them itself
 };
 constexpr int kDenseSmem = sizeof(DenseMemory) + 1024;
 static_assert(kDenseSmem <= 227 * 1024, "more than a multiprocessor has");
 // Clamps whose corrections the last phase keeps in `operands`.
 constexpr int kDenseClamps = sizeof(DenseMemory::operands) / 4;
 
-#define STEERING_DENSE_WIDTHS(n, RUN) \
-  if (n <= 8) {                       \
-    RUN(8, 0);                        \
-  } else if (n <= 32) {               \
-    RUN(32, 1);                       \
-  } else if (n <= 64) {               \
-    RUN(64, 2);                       \
-  } else {                            \
-    RUN(128, 3);                      \
+#define STEERING_DENSE_WIDTHS(n, RUN)    \
+  if (n <= 8) {                          \
+    RUN(8, 0);                           \
+  } else if (n <= 32) {                  \
+    RUN(32, 1);                          \
+  } else if (n <= 64 || kWidest == 64) { \
+    RUN(64, 2);                          \
+  } else {                               \
+    RUN(kWidest, width_index(kWidest));  \
   }
 
 // Phase 1: row d of x; for TopK the limbs of the selected features, instead.
@@ -53,7 +54,7 @@ __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
   if (!a.topk) {
     const T* from = a.ws.x + i * a.weights.d_in;
     T* to = a.scratch.x + static_cast<int64_t>(d) * a.weights.d_in;
-    for (int k = threadIdx.x * 8; k < a.weights.d_in; k += blockDim.x * 8)
+    for (int k = threadIdx.x * 8; k < a.weights.d_in; k += kEncodeThreads * 8)
       store8(to + k, load8(from + k));
     return;
   }
@@ -65,7 +66,7 @@ __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
       a.scratch.limbs + static_cast<int64_t>(d) * a.scratch.padded);
   uint32_t* low =
       high + static_cast<int64_t>(a.scratch.rows) * a.scratch.padded / 2;
-  for (int f = threadIdx.x * 2; f < a.scratch.padded; f += blockDim.x * 2) {
+  for (int f = threadIdx.x * 2; f < a.scratch.padded; f += kEncodeThreads * 2) {
     float act[2];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -251,7 +252,7 @@ __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
   return it + tile.steps;
 }
 
-template <typename T, bool kDecodes>
+template <typename T, int kWidest, bool kDecodes>
 __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
                                               DenseMemory& m,
                                               const DenseMaps& maps,
@@ -275,14 +276,14 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
   const float* base = base_of(a.weights, a.ws, i);
   const ClampRow row = a.table.row(record->row);
   const int clamps = row.count();
-  for (int c = threadIdx.x; c < clamps; c += blockDim.x)
+  for (int c = threadIdx.x; c < clamps; c += kEncodeThreads)
     deltas[c] = a.topk ? a.ws.coef[i * row.max_clamps + c]
                        : clamp_delta(row, c, [&](int f) {
                            return limb_value(a.scratch, d, f);
                          });
   __syncthreads();
   bool over = false;
-  for (int c = threadIdx.x * 8; c < d_out; c += blockDim.x * 8) {
+  for (int c = threadIdx.x * 8; c < d_out; c += kEncodeThreads * 8) {
     float total[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) total[j] = base[c + j];
@@ -329,19 +330,12 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
     count_saturated(over, &record->saturated, a.saturated);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kEncodeThreads, 1)
-    dense_kernel(const __grid_constant__ DenseArgs<T> a,
-                 const __grid_constant__ DenseMaps maps) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw[];
-  // Nothing that earlier kernels write is read yet, only moved into L2.
-  if (threadIdx.x == 0) prefetch_line(a.ws.sync + kDenseCount);
-  wait_for_previous();
-  launch_dependents();
-  const int n = dense_tokens(a, a.ws.sync[kDenseCount]);
-  if (n <= 0) return;
-  DenseMemory& m = *reinterpret_cast<DenseMemory*>(aligned_memory(raw));
+// Takes items until there are none. `token_at` tells the d-th of the n dense
+// tokens.
+template <int kWidest, typename T, typename TokenAt>
+__device__ __forceinline__ void run_dense(const DenseArgs<T>& a, DenseMemory& m,
+                                          const DenseMaps& maps, int n,
+                                          const TokenAt& token_at) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < kDenseStages; ++s) {
       barrier_init(barrier_at(m.full, s), 1);
@@ -354,7 +348,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     __syncthreads();
     if (threadIdx.x == 0) m.ticket = atomicAdd(a.ws.sync + kDenseTicket, 1);
     __syncthreads();
-    const DenseItem item = dense_item(a, m.ticket, n);
+    const DenseItem item = dense_item<kWidest>(a, m.ticket, n);
     if (item.phase == kPhases) break;
     if (threadIdx.x == 0) grid_wait(a.ws.sync + kDenseDone, item.first);
     __syncthreads();
@@ -366,20 +360,36 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     } else if (item.phase == kPulled) {
       pull_limbs(a, d / a.exchange.size, d % a.exchange.size);
     } else if (item.phase == kGather) {
-      gather_dense(a, d, a.ws.records[item.base + d].dense);
+      gather_dense(a, d, token_at(item.base + d));
     } else if (item.phase == kEncode) {
-      it = run_dense_tile<T, false>(a, m, maps, item, it);
+      it = run_dense_tile<T, kWidest, false>(a, m, maps, item, it);
     } else if (item.phase == kDecode) {
-      it = run_dense_tile<T, true>(a, m, maps, item, it);
+      it = run_dense_tile<T, kWidest, true>(a, m, maps, item, it);
     } else {
       finish_dense(a, reinterpret_cast<float*>(m.operands), d,
-                   a.ws.records[item.base + d].dense);
+                   token_at(item.base + d));
     }
     fence_async();  // copies of other blocks may read what was stored here
     __syncthreads();
     if (threadIdx.x == 0) grid_arrive(a.ws.sync + kDenseDone);
   }
   if (threadIdx.x == 0) leave_dense(a);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kEncodeThreads, 1)
+    dense_kernel(const __grid_constant__ DenseArgs<T> a,
+                 const __grid_constant__ DenseMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char raw[];
+  // Nothing that earlier kernels write is read yet, only moved into L2.
+  if (threadIdx.x == 0) prefetch_line(a.ws.sync + kDenseCount);
+  wait_for_previous();
+  launch_dependents();
+  const int n = dense_tokens(a, a.ws.sync[kDenseCount]);
+  if (n <= 0) return;
+  run_dense<128>(a, *reinterpret_cast<DenseMemory*>(aligned_memory(raw)), maps,
+                 n, [&](int d) { return a.ws.records[d].dense; });
 #else
   __trap();
 #endif

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.config.steering import Tier
+from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers.steering_kernels import (
     stages_cuda,
     stages_shared_cuda,
@@ -53,6 +53,7 @@ __all__ = [
     "full_reconstruction",
     "sae_clamp",
     "steering_vectors",
+    "vectors_and_clamp",
     "warm_up",
 ]
 
@@ -183,6 +184,35 @@ def sae_clamp(
         _pipeline(_make_run(slot, step, workspace, DELTA, True, *streams))
 
 
+def vectors_and_clamp(
+    vectors: VectorSlot,
+    slot: SAESlot,
+    step: StepState,
+    workspace: SteeringWorkspace,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None = None,
+) -> None:
+    """`steering_vectors`, then `sae_clamp`; one launch where the extension fits both.
+
+    A slot that may hold a TopK module has more launches all the same.
+    """
+    together = (
+        slot.activations.isdisjoint({Activation.TOPK})
+        and slot.weights.shard.is_whole
+        and hidden.shape[0] > 0
+        and _takes_clamp(vectors, hidden, residual)
+        and _takes_clamp(slot, hidden, residual, source)
+    )
+    if not together:
+        steering_vectors(vectors, step, hidden, residual)
+        sae_clamp(slot, step, workspace, hidden, residual, source)
+        return
+    _check_source(slot, hidden, source)
+    _check(hidden, residual, slot.weights.d_out)
+    stages_cuda.vectors_and_clamp(vectors, slot, step, hidden, residual, source)
+
+
 def steering_vectors(
     slot: VectorSlot,
     step: StepState,
@@ -211,6 +241,18 @@ def _takes_clamp(
     )
 
 
+def _takes_stages(
+    slot: SAESlot,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None,
+) -> bool:
+    """Whether the extension is built and its stages fit."""
+    return extension_is_built() and stages_cuda.takes_cuda(
+        slot, hidden, residual, source
+    )
+
+
 def _make_run(
     slot: SAESlot,
     step: StepState,
@@ -231,15 +273,18 @@ def _make_run(
             f"steering: {tokens} tokens, workspace built for {workspace.max_tokens}"
         )
     mixed = uses_threshold(slot) and uses_topk(slot)
+    # Longer lists are not decoded. Reading looks for the largest of all, and other
+    # selections than the extension's keep their candidates there.
+    whole = passage.reads is not None
+    if topk:
+        whole |= not slot.weights.shard.is_whole or not _takes_stages(
+            slot, hidden, residual, source
+        )
     return Run(
         slot=slot,
         step=step,
         workspace=workspace,
-        # Longer lists are not decoded. Selection keeps its candidates there, and
-        # reading looks for the largest.
-        buffers=workspace.buffers(
-            slot, tokens, topk, None if topk or passage.reads else LIST_MAX
-        ),
+        buffers=workspace.buffers(slot, tokens, topk, None if whole else LIST_MAX),
         hidden=hidden,
         residual=residual,
         tier=passage.tier,
@@ -262,9 +307,7 @@ def _pipeline(run: Run | None) -> None:
         else:
             stages_shared.pipeline(run)
         return
-    cuda = extension_is_built() and stages_cuda.takes_cuda(
-        run.slot, run.hidden, run.residual, run.source
-    )
+    cuda = _takes_stages(run.slot, run.hidden, run.residual, run.source)
     if cuda and stages_cuda.takes_guess(run):
         guess = run.workspace.guess_buffers(run.slot, run.hidden.shape[0])
         if guess is not None:
@@ -290,6 +333,11 @@ def _pipeline(run: Run | None) -> None:
             stages_triton.coefficients(run, base)
             stages_triton.combine(run, base)
             stages_triton_dense.dense(run)
+
+
+def vectors_of_width(slots: Iterable[VectorSlot], width: int) -> list[VectorSlot]:
+    """Those that add to a stream of `width` columns."""
+    return [slot for slot in slots if slot.directions.shape[1] == width]
 
 
 def warm_up(
@@ -318,6 +366,9 @@ def warm_up(
             for residual in (torch.zeros_like(hidden), None):
                 full_reconstruction(slot, step, workspace, hidden, residual, source)
                 sae_clamp(slot, step, workspace, hidden, residual, source)
+                for vectors in vectors_of_width(vector_slots, weights.d_out)[:1]:
+                    streams = (hidden, residual, source)
+                    vectors_and_clamp(vectors, slot, step, workspace, *streams)
         for vectors in vector_slots:
             width = vectors.directions.shape[1]
             hidden = torch.zeros(tokens, width, dtype=dtype, device=device)
