@@ -2,7 +2,7 @@
 """What steering costs a whole engine: decode and prefill, against stock vLLM.
 
     python benchmarks/bench_engine.py [--out FILE] [--budget SECONDS]
-        [--engines stock,one] [--batches 64,prefill]
+        [--engines stock,one] [--batches 64,prefill] [--hurry]
 
 A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 (16384 x 2304) of which about 100 features fire per token. Stages, each a process:
@@ -14,6 +14,7 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
+With `--hurry` the eager engine is not timed, and the stock engine starts beside it.
 Results are written after every measurement. So what a stage has measured is kept if it
 fails or runs out of time. `engine_stages.py` has the stages, `engine_timing.py` the two
 clocks. `ratio` is the share of stock's tokens per second, `ratio_gpu` that of its GPU
@@ -33,11 +34,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_stages import ALL_BATCHES, BATCHES, HF_BATCH, HF_MODE, Row, run_stage
+from engine_stages import (
+    ALL_BATCHES,
+    BATCHES,
+    HF_BATCH,
+    HF_MODE,
+    Asked,
+    Row,
+    run_stage,
+)
 from facts import results_file
 
 TOGETHER = ("stock", "one", "four", "again")
 EAGER_SECONDS = 100  # at most
+GRACE_SECONDS = 15.0  # after a stage's end, until it is killed
 HF_SECONDS = 45  # kept free of the budget for the last stage
 
 # mode, phase, batch -> the share of stock's tokens per second that is wanted
@@ -60,8 +70,9 @@ class Bench:
         budget: float,
         engines: Sequence[str],
         batches: Sequence[str],
+        hurry: bool,
     ):
-        self.root, self.out = root, out
+        self.root, self.out, self.hurry = root, out, hurry
         self.engines, self.batches = engines, batches
         self.end = time.time() + budget
         self.rows: list[Row] = []
@@ -70,24 +81,45 @@ class Bench:
 
     def run(self, stage: str, end: float) -> None:
         """Run one stage; it is told to be done by `end`, and killed soon after."""
-        begin = time.time()
-        if end - begin < 15:
-            self.stages[stage] = {"seconds": 0, "ended": "no time left"}
-        else:
-            command = [sys.executable, __file__, "--stage", stage]
-            command += ["--root", str(self.root), "--deadline", str(end)]
-            command += ["--engines", ",".join(self.engines)]
-            command += ["--batches", ",".join(self.batches)]
-            env = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        self.finish(stage, self.start(stage, end), end)
+
+    def start(self, stage: str, end: float) -> subprocess.Popen[bytes] | None:
+        """Start one stage; None if there is no time for it."""
+        self.stages[stage] = {"begin": time.time()}
+        if end - time.time() < 15:
+            return None
+        command = [sys.executable, __file__, "--stage", stage]
+        command += ["--root", str(self.root), "--deadline", str(end)]
+        command += ["--engines", ",".join(self.engines)]
+        command += ["--batches", ",".join(self.batches)]
+        command += ["--hurry"] if self.hurry else []
+        return subprocess.Popen(
+            command, env=dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        )
+
+    def finish(
+        self, stage: str, process: subprocess.Popen[bytes] | None, end: float
+    ) -> None:
+        """Wait for a stage, and take its rows."""
+        ended = "no time left"
+        if process is not None:
             try:
-                code = subprocess.run(command, env=env, timeout=end - begin + 15)
-                ended = f"exit {code.returncode}"
+                ended = f"exit {process.wait(end - time.time() + GRACE_SECONDS)}"
             except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
                 ended = "timeout"
-            self.stages[stage] = {"seconds": round(time.time() - begin), "ended": ended}
+        seconds = round(time.time() - self.stages[stage]["begin"])
+        self.stages[stage] = {"seconds": seconds, "ended": ended}
         print(f"stage {stage}: {self.stages[stage]}", flush=True)
         self.merge(self.root / f"{stage}.json")
         self.write()
+
+    def run_together(self, stages: dict[str, float]) -> None:
+        """Run stages side by side; each with its own end."""
+        started = {stage: self.start(stage, end) for stage, end in stages.items()}
+        for stage, process in started.items():
+            self.finish(stage, process, stages[stage])
 
     def merge(self, path: Path) -> None:
         """Take the rows of a stage, unless an earlier stage has measured the same."""
@@ -185,11 +217,13 @@ def main() -> None:
     parser.add_argument("--engines", **some_of(TOGETHER))
     parser.add_argument("--batches", **some_of(ALL_BATCHES))
     parser.add_argument("--no-hf", action="store_true", help="no Hugging Face stage")
+    parser.add_argument("--hurry", action="store_true", help="no timed eager engine")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
-        run_stage(args.stage, args.root, args.deadline, args.engines, args.batches)
+        asked = Asked(args.engines, args.batches, args.hurry)
+        run_stage(args.stage, args.root, args.deadline, asked)
     whole = (args.engines, args.batches, args.no_hf) == (TOGETHER, ALL_BATCHES, False)
     if not whole and not args.out:
         parser.error("a part of the benchmark needs --out: results/ holds whole runs")
@@ -198,10 +232,14 @@ def main() -> None:
 
     (root / "model").mkdir(parents=True, exist_ok=True)
     (root / "model" / "config.json").write_text(json.dumps(CONFIG))
-    bench = Bench(root, args.out, args.budget, args.engines, args.batches)
+    bench = Bench(root, args.out, args.budget, args.engines, args.batches, args.hurry)
     engines_end = bench.end - (0 if args.no_hf else HF_SECONDS)
-    bench.run("eager", min(time.time() + EAGER_SECONDS, engines_end))
-    bench.run("engines", engines_end)
+    eager_end = min(time.time() + EAGER_SECONDS, engines_end)
+    if args.hurry:
+        bench.run_together({"eager": eager_end, "engines": engines_end})
+    else:
+        bench.run("eager", eager_end)
+        bench.run("engines", engines_end)
     if not args.no_hf:
         bench.run("hf", bench.end)
     for name in bench.missing():

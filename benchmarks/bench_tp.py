@@ -1,231 +1,357 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an SAE costs a tensor-parallel engine: replicated and shared by the ranks.
+"""What an SAE costs a tensor-parallel engine: shared by the ranks, and copied.
 
-    python benchmarks/bench_tp.py --tp 2 --layers 24 --shape 27b
+    python benchmarks/bench_tp.py --tp 4 --shape 27b --out FILE
+        [--engines stock,peers,gather] [--batches 1,64,prefill] [--budget SECONDS]
     python benchmarks/bench_tp.py --dry-run        # a tiny model, on a CPU
-    python benchmarks/bench_tp.py --root DIR --modes shard --wait FILE
 
-With `--root`, the model and the SAE stay in DIR and are used again. With `--wait`, an
-engine starts and then waits until the file exists, so that several start at a time and
-measure in turn.
+A model of the shape with all its layers and dummy weights; about 100 features fire on
+each token, others on others (`tp_shapes.py`). Engines start side by side, each in a
+process of its own, and then take turns, one at a time:
 
-A model of the shape with dummy weights and `--layers` layers; one SAE in its middle.
-Engines start one after another: without steering, shared, replicated. A step's time is
-the difference between a long and a short generation, the best of `--rounds`. With
-fewer layers than the model has, the shares of stock are of a shorter step, and a step
-of few tokens may wait for the host, which hides what a site costs: time decoding with
-all layers and one engine at a time. 100 features fire on every token, always the same.
+- `stock`: vLLM without steering;
+- `peers`: shared SAEs go through peers' memory. One module of one site is shared, one
+  is copied, and one of four sites is shared. Requests choose;
+- `gather`: shared SAEs go through vLLM's all-gather. One module of one site.
+
+Each round measures every mode once. `gpu` is the time of a step on the GPU, without
+launch gaps (`tp_worker.py`), `between` and `host` the time from one step to the next on
+the GPU and on the host. `ratio` is the baseline's time over the mode's, the median of
+the rounds: an idle engine's baseline is `stock`, that of a steered mode is its own
+engine when idle. If `between` is longer than `gpu`, the step waits for the host.
+
+With `--wait FILE`, the engines wait until the file exists before they measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import multiprocessing
+import os
+import statistics
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from facts import environment
+from tp_engine import PROMPT, READY, Start, Turn, serve
+from tp_shapes import SHAPES, write_files
 
-FULL_KEY = "sae_full_reconstruction_specs"
-CLAMP = {"feature_idx": 11, "kind": "absolute", "value": 1.0}
-L0 = 100
-MODES = ("stock", "shard", "replicate")
-PROMPT = 32
+PREFILL = "prefill"
+PREFILL_COUNT, PREFILL_LENGTH = 8, 1024
+CLOCKS = ("gpu", "between", "host")
+ANSWER_S = 180  # the longest that a turn may take
+LEAST_S, LAST_S = 60, 8  # to measure, and for a round that has begun
 
-# hidden, intermediate, heads, key-value heads, head width, layers, features
-SHAPES: dict[str, tuple[int, ...]] = {
-    "27b": (5376, 21504, 32, 16, 128, 62, 131072),
-    "70b": (8192, 28672, 64, 8, 128, 80, 65536),
-    "2b": (2304, 9216, 8, 4, 256, 26, 16384),
-    "tiny": (64, 128, 2, 2, 32, 3, 256),
+Row = dict[str, Any]
+Window = dict[str, list[float]]
+
+# shape -> (mode, phase and batch) -> the share of its baseline's speed that is wanted
+TARGETS: dict[str, dict[tuple[str, str], float]] = {
+    "27b": {
+        ("peers one shared", "1"): 0.985,
+        ("peers one shared", "64"): 0.975,
+        ("peers one shared", PREFILL): 0.96,
+        ("peers four shared", "1"): 0.95,
+        ("peers four shared", "64"): 0.95,
+        ("peers idle", "1"): 0.997,
+        ("peers idle", "64"): 0.997,
+        ("peers idle", PREFILL): 0.997,
+    },
+    "70b": {
+        ("peers one shared", "1"): 0.99,
+        ("peers one shared", "64"): 0.98,
+    },
 }
 
 
-def write_model(path: Path, shape: str, layers: int) -> None:
-    """The configuration of a Llama of this shape."""
-    hidden, intermediate, heads, kv_heads, head_dim, _, _ = SHAPES[shape]
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": 8192,
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 32000 if shape != "tiny" else 128,
-    }
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
+@dataclass
+class Engine:
+    """An engine's process, and the end of the pipe to it."""
+
+    name: str
+    process: Any
+    pipe: Any
+    facts: Row = field(default_factory=dict)
+    failed: bool = False
+
+    def answer(self, seconds: float) -> Any:
+        """What the process sends next.
+
+        Raises:
+            RuntimeError: it failed, ended, or was silent for so long.
+        """
+        try:
+            good, result = self.pipe.recv() if self.pipe.poll(seconds) else (False, "")
+        except EOFError:
+            good, result = False, "it ended"
+        if not good:
+            self.failed = True
+            self.process.kill()
+            raise RuntimeError(f"{self.name}: {result or 'no answer in time'}")
+        return result
 
 
-def write_sae(path: Path, shape: str, layer: int) -> None:
-    """An SAE of which L0 features, spread over all ranks, always fire."""
-    import torch
+@dataclass(frozen=True)
+class Mode:
+    """What is compared: an engine, and the module that its requests use."""
 
-    from vllm.model_executor.model_loader.sae_formats.native import save_native
-
-    hidden, features = SHAPES[shape][0], SHAPES[shape][-1]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    W_enc, W_dec = (
-        (torch.randn(features, hidden, device=device, dtype=torch.bfloat16) * scale)
-        for scale in (1e-6, 0.01)
-    )
-    fires = torch.full((features,), -1.0)
-    fires[torch.linspace(0, features - 1, min(L0, features)).long()] = 1.0
-    site = {
-        "W_enc": W_enc.cpu(),
-        "W_dec": W_dec.cpu(),
-        "b_enc": fires,
-        "b_dec": torch.zeros(hidden),
-        "threshold": torch.zeros(features),
-    }
-    save_native(path, {(layer, "resid_post"): site})
+    name: str
+    engine: Engine
+    module: str | None
+    baseline: str | None
 
 
-def generate(llm: Any, batch: int, length: int, tokens: int, steered: bool) -> float:
-    """Seconds of one generation of a batch."""
-    from vllm import SamplingParams
-
-    rng = random.Random(batch)
-    prompts = [
-        {"prompt_token_ids": [1, *(rng.randrange(3, 100) for _ in range(length - 1))]}
-        for _ in range(batch)
-    ]
-    spec = {"module_name": "sae", "clamps": [CLAMP]}
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        extra_args={FULL_KEY: [spec]} if steered else None,
-    )
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
+def modules_of(engine: str, four: bool) -> dict[str, tuple[str, str]]:
+    """The modules of an engine: name -> (folder, `sharding`)."""
+    shared = {"one shared": ("one", "shard")}
+    if engine == "stock":
+        return {}
+    if engine == "gather":
+        return shared
+    every = shared | {"one copied": ("one", "replicate")}
+    return every | ({"four shared": ("four", "shard")} if four else {})
 
 
-def step_ms(llm: Any, batch: int, steered: bool, rounds: int, steps: int) -> float:
-    """Milliseconds of a decoding step, the best of several rounds."""
-    generate(llm, batch, PROMPT, 4, steered)
-    found = []
-    for _ in range(rounds):
-        short = generate(llm, batch, PROMPT, 4, steered)
-        long = generate(llm, batch, PROMPT, 4 + steps, steered)
-        found.append(1e3 * (long - short) / steps)
-    return min(found)
-
-
-def prefill_ms(llm: Any, length: int, steered: bool, rounds: int) -> float:
-    """Milliseconds of a step with eight prompts."""
-    generate(llm, 8, length, 1, steered)
-    return 1e3 * min(generate(llm, 8, length, 1, steered) for _ in range(rounds))
-
-
-def measure(args: argparse.Namespace, root: Path, mode: str) -> dict[str, Any]:
-    """All times of one engine: `stock`, `replicate` or `shard`."""
-    from vllm import LLM
-
-    config: dict[str, Any] = {}
-    if mode != "stock":
-        module = {"path": str(root / "sae"), "sharding": mode}
-        config = {"steering": {"modules": {"sae": module}, "readout": False}}
-    options: dict[str, Any] = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "dtype": "float32" if args.dry_run else "bfloat16",
-        "max_model_len": 128 if args.dry_run else 2048,
-        "max_num_seqs": 64,
-        "max_num_batched_tokens": 8192,
-        "kv_cache_memory_bytes": (1 << 26) if args.dry_run else (4 << 30),
-        "gpu_memory_utilization": 0.3,
-        "enable_prefix_caching": False,
-        "tensor_parallel_size": args.tp,
-        "distributed_executor_backend": "mp",
-        "compilation_config": {"cudagraph_capture_sizes": [1, 64]},
-        "enforce_eager": args.dry_run,
-    }
-    start = time.perf_counter()
-    llm = LLM(str(root / "model"), additional_config=config, **options)
-    row: dict[str, Any] = {"mode": mode, "start_s": round(time.perf_counter() - start)}
-    print(f"{mode}: started in {row['start_s']} s", flush=True)
-    while args.wait is not None and not args.wait.exists():
-        time.sleep(0.2)
-    length = 64 if args.dry_run else 1024
-    for steered in (False, True) if mode != "stock" else (False,):
-        name = "steered" if steered else "idle"
-        for batch in (1, 64):
-            ms = step_ms(llm, batch, steered, args.rounds, args.steps)
-            row[f"{name}_{batch}_ms"] = round(ms, 4)
-        row[f"{name}_prefill_ms"] = round(
-            prefill_ms(llm, length, steered, args.rounds), 3
+def start_engines(args: argparse.Namespace, root: Path) -> list[Engine]:
+    """Start the processes; write the files while they load their libraries."""
+    context = multiprocessing.get_context("spawn")
+    engines = []
+    for name in args.engines:
+        modules = modules_of(name, args.four and bool(SHAPES[args.shape].sites))
+        start = Start(
+            name=name,
+            root=str(root),
+            shape=args.shape,
+            tp=args.tp,
+            modules=modules,
+            peers=name == "peers",
+            dry_run=args.dry_run,
         )
-        print(json.dumps(row), flush=True)
-    llm.llm_engine.engine_core.shutdown()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(start, theirs))
+        process.start()
+        theirs.close()
+        engines.append(Engine(name, process, ours))
+    if not (root / READY).exists():
+        # In a process of its own, whose memory of the GPU is then free again.
+        writer = context.Process(target=write_files, args=(root, SHAPES[args.shape]))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise RuntimeError("the model's files could not be written")
+        (root / READY).touch()
+    return engines
+
+
+def wait_for(engines: list[Engine], deadline: float) -> list[Engine]:
+    """Those that started in time, with their facts."""
+    started = []
+    for engine in engines:
+        try:
+            engine.facts = engine.answer(max(1, deadline - time.time()))
+        except RuntimeError as error:
+            print(str(error)[-1500:], flush=True)
+            continue
+        print(f"{engine.name}: {engine.facts}", flush=True)
+        started.append(engine)
+    return started
+
+
+def modes_of(engines: list[Engine]) -> list[Mode]:
+    """Stock, each engine when idle, and each of its modules."""
+    stock = "stock" if any(engine.name == "stock" for engine in engines) else None
+    modes = []
+    for engine in engines:
+        if engine.name == "stock":
+            modes.append(Mode("stock", engine, None, None))
+            continue
+        idle = f"{engine.name} idle"
+        modes.append(Mode(idle, engine, None, stock))
+        for module in engine.facts["engine"]["modules"]:
+            modes.append(Mode(f"{engine.name} {module}", engine, module, idle))
+    return modes
+
+
+def take_turns(
+    modes: list[Mode],
+    turn: dict[str, Any],
+    rounds: range,
+    deadline: float,
+    found: dict[str, list[Window]],
+) -> None:
+    """Every mode once a round, each round beginning with another; into `found`.
+
+    Rounds before the round 0 warm up. After the deadline no round begins.
+    """
+    for at in rounds:
+        if time.time() > deadline:
+            return
+        first = at % len(modes)
+        for mode in [*modes[first:], *modes[:first]]:
+            if mode.engine.failed:
+                continue
+            try:
+                mode.engine.pipe.send(Turn(module=mode.module, seed=at, **turn))
+                window = mode.engine.answer(ANSWER_S)
+            except (RuntimeError, OSError) as error:
+                print(str(error)[-1500:], flush=True)
+                mode.engine.failed = True
+                continue
+            if at >= 0:
+                found.setdefault(mode.name, []).append(window)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def row_of(
+    mode: Mode, found: dict[str, list[Window]], asked: str, wanted: float | None
+) -> Row:
+    """Times and shares of a mode, from windows of the same rounds."""
+    windows = found[mode.name]
+    row: Row = {"mode": mode.name, "batch": asked, "rounds": len(windows)}
+    for clock in CLOCKS:
+        steps = [ms for window in windows for ms in window[clock]]
+        if not steps:
+            continue
+        low, middle, high = (round(ms, 4) for ms in quartiles(steps))
+        row |= {f"{clock}_ms": middle, f"{clock}_p25": low, f"{clock}_p75": high}
+        row[f"{clock}_steps"] = len(steps)
+        if mode.baseline not in found:
+            continue
+        pairs = [
+            (statistics.median(base[clock]), statistics.median(own[clock]))
+            for base, own in zip(found[mode.baseline], windows, strict=False)
+        ]
+        low, middle, high = quartiles([base / own for base, own in pairs])
+        name = "ratio" if clock == "gpu" else f"ratio_{clock}"
+        row |= {name: round(middle, 4), f"{name}_p25": round(low, 4)}
+        row[f"{name}_p75"] = round(high, 4)
+        extra = statistics.median(own - base for base, own in pairs)
+        row[f"{clock}_extra_us"] = round(1e3 * extra, 1)
+    if "ratio" in row:
+        row["baseline"] = mode.baseline
+    if wanted is not None and "ratio" in row:
+        row |= {"wanted": wanted, "met": row["ratio"] >= wanted}
     return row
 
 
-def shares(rows: list[dict[str, Any]]) -> None:
-    """Print each mode beside stock: the share, and microseconds more."""
-    stock = rows[0]
-    for row in rows[1:] if stock["mode"] == "stock" else ():
-        for state in ("idle", "steered"):
-            for kind in ("1", "64", "prefill"):
-                ms = row[f"{state}_{kind}_ms"]
-                base = stock[f"idle_{kind}_ms"]
-                print(
-                    f"{row['mode']:>9} {state:>7} {kind:>7}: {ms:9.3f} ms, "
-                    f"{100 * base / ms:6.2f} % of stock, {1e3 * (ms - base):+8.1f} us"
-                )
+def line_of(row: Row) -> str:
+    """A row to read."""
+    text = f"{row['batch']:>7} {row['mode']:<18}"
+    for clock in CLOCKS:
+        if f"{clock}_ms" in row:
+            text += f" {clock} {row[f'{clock}_ms']:8.3f}"
+    if "ratio" in row:
+        spread = f"{100 * row['ratio_p25']:.2f}..{100 * row['ratio_p75']:.2f}"
+        text += f" | {100 * row['ratio']:6.2f} % ({spread}) of {row['baseline']}"
+        text += f", {row['gpu_extra_us']:+.0f} us"
+    if "ratio_between" in row:
+        text += f", between {100 * row['ratio_between']:.2f} %"
+    if "wanted" in row:
+        text += f", wanted {100 * row['wanted']:.1f}" + " met" * row["met"]
+    return text
+
+
+def turn_of(args: argparse.Namespace, asked: str) -> dict[str, Any]:
+    """A batch's part of `Turn`."""
+    if asked != PREFILL:
+        return {"batch": int(asked), "length": PROMPT, "steps": args.steps}
+    length = 64 if args.dry_run else PREFILL_LENGTH
+    return {"batch": PREFILL_COUNT, "length": length, "steps": 0}
+
+
+def measure(
+    args: argparse.Namespace, engines: list[Engine], deadline: float
+) -> list[Row]:
+    """All batches in several passes; rows are printed and written after each."""
+    modes = modes_of(engines)
+    found: dict[str, dict[str, list[Window]]] = {asked: {} for asked in args.batches}
+    rows: dict[tuple[str, str], Row] = {}
+    for done in range(args.passes):
+        begin = done * args.rounds
+        for asked in args.batches:
+            rounds = range(begin if done else -1, begin + args.rounds)
+            windows = found[asked]
+            take_turns(modes, turn_of(args, asked), rounds, deadline, windows)
+            for mode in modes:
+                if mode.name not in windows:
+                    continue
+                wanted = TARGETS.get(args.shape, {}).get((mode.name, asked))
+                row = row_of(mode, windows, asked, wanted)
+                rows[mode.name, asked] = row
+                print(line_of(row), flush=True)
+            print(f"-- pass {done + 1}", flush=True)
+            if args.out is not None:
+                write(args, engines, list(rows.values()))
+        if time.time() > deadline:
+            break
+    return list(rows.values())
+
+
+def write(args: argparse.Namespace, engines: list[Engine], rows: list[Row]) -> None:
+    """The result file."""
+    shape = SHAPES[args.shape]
+    content = {
+        "tp": args.tp,
+        "shape": args.shape,
+        "model": f"{shape.family}, {shape.layers} layers of {shape.hidden}",
+        "sae": f"{shape.features}x{shape.hidden}",
+        "l0": shape.l0,
+        "engines": {engine.name: engine.facts for engine in engines},
+        "rows": rows,
+        "environment": {} if args.dry_run else environment(),
+    }
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="27b")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--root", type=Path, default=None)
-    parser.add_argument("--wait", type=Path, default=None)
-    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
+    parser.add_argument("--engines", type=names, default=["stock", "peers"])
+    parser.add_argument("--batches", type=names, default=["1", "64", PREFILL])
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="of a pass")
+    parser.add_argument("--steps", type=int, default=24, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=900, help="for everything")
+    parser.add_argument("--no-four", dest="four", action="store_false")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--root", type=Path, help="folder of model, SAEs and logs")
+    parser.add_argument("--wait", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
-        args.shape, args.layers, args.rounds, args.steps = "tiny", 3, 1, 4
-    facts = {} if args.dry_run else environment()
+        args.shape, args.passes, args.rounds, args.steps = "tiny", 1, 1, 2
+    deadline = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as directory:
         root = args.root or Path(directory)
-        if not (root / "sae").exists():
-            root.mkdir(exist_ok=True)
-            write_model(root / "model", args.shape, args.layers)
-            write_sae(root / "sae", args.shape, args.layers // 2)
-        rows: list[dict[str, Any]] = []
-        for mode in args.modes:
-            rows.append(measure(args, root, mode))
-            shares([rows[0], *rows[-1:]] if rows[1:] else rows)
-    result = {
-        **facts,
-        "tp": args.tp,
-        "shape": args.shape,
-        "layers": args.layers,
-        "rows": rows,
-    }
-    print(json.dumps(result))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        root.mkdir(parents=True, exist_ok=True)
+        engines = wait_for(start_engines(args, root), deadline - LEAST_S)
+        if not engines:
+            raise SystemExit("no engine started")
+        print(f"{deadline - time.time():.0f} s left", flush=True)
+        while args.wait is not None and not args.wait.exists():
+            time.sleep(0.2)
+        rows = measure(args, engines, deadline - LAST_S)
+    if not rows:
+        raise SystemExit("nothing was measured")
+    for engine in engines:
+        engine.process.kill()
+    os._exit(0)
 
 
 if __name__ == "__main__":

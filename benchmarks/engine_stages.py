@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ HF_BATCH, HF_TOKENS = 64, 128
 MEASURE_SECONDS = 30  # that measuring takes at least
 HF_MODE = "hugging face + hook"
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which engines and batches; `hurry`: the eager engine only calibrates."""
+
+    engines: Sequence[str]
+    batches: Sequence[str]
+    hurry: bool
 
 
 class Report:
@@ -41,31 +51,38 @@ class Report:
         fresh.replace(self.path)
 
 
-def run_eager(
-    root: Path, deadline: float, report: Report, batches: Sequence[str]
-) -> None:
+def run_eager(root: Path, deadline: float, report: Report, asked: Asked) -> None:
     """Calibrate on an eager engine, then time it."""
     from engine_calibration import calibrate
     from engine_modes import modes_of, start
 
     engine = start(root, "eager")
     report.add(calibrate(root, engine))
-    measure(modes_of("eager", engine), EAGER_ROUNDS, deadline, report, batches)
+    if not asked.hurry:
+        measure(
+            modes_of("eager", engine), EAGER_ROUNDS, deadline, report, asked.batches
+        )
+
+
+def wait_for_modules(root: Path, deadline: float) -> None:
+    """Wait until the eager stage has written the modules and its report."""
+    while not (root / "eager.json").exists():
+        if time.time() > deadline:
+            raise RuntimeError("the eager engine has not calibrated the modules")
+        time.sleep(0.1)
 
 
 def run_engines(
-    root: Path,
-    deadline: float,
-    report: Report,
-    names: Sequence[str],
-    batches: Sequence[str],
+    root: Path, deadline: float, report: Report, names: Sequence[str], asked: Asked
 ) -> None:
     """Start the engines, as many as there is time for, and let them take turns."""
-    from engine_modes import modes_of, start
+    from engine_modes import SITE_LAYERS, modes_of, start
 
     modes: list[Any] = []
     took = 0.0
     for name in names:
+        if asked.hurry and name in SITE_LAYERS:
+            wait_for_modules(root, deadline)
         begin = time.time()
         # The first one also imported everything.
         expected = took if len(modes) > 1 else took / 2
@@ -81,7 +98,7 @@ def run_engines(
         print(f"engine {name}: started in {took:.0f} s", flush=True)
     if not modes:
         raise RuntimeError("no engine could be started")
-    measure(modes, ROUNDS, deadline, report, batches)
+    measure(modes, ROUNDS, deadline, report, asked.batches)
 
 
 def measure(
@@ -171,25 +188,19 @@ def run_hf(root: Path, deadline: float, report: Report) -> None:
             break
 
 
-def run_stage(
-    stage: str,
-    root: Path,
-    deadline: float,
-    engines: Sequence[str],
-    batches: Sequence[str],
-) -> None:
+def run_stage(stage: str, root: Path, deadline: float, asked: Asked) -> None:
     """The body of a stage's process; does not return."""
     report = Report(root / f"{stage}.json")
     code = 0
     try:
         if stage == "eager":
-            run_eager(root, deadline, report, batches)
+            run_eager(root, deadline, report, asked)
         elif stage == "hf":
             run_hf(root, deadline, report)
         else:
             _, _, name = stage.partition("-")
-            names = (name,) if name else engines
-            run_engines(root, deadline, report, names, batches)
+            names = (name,) if name else asked.engines
+            run_engines(root, deadline, report, names, asked)
     except Exception:
         traceback.print_exc()
         code = 1

@@ -13,10 +13,10 @@ namespace {
 template <typename Kernel>
 void share_l1(Kernel* kernel, int smem) {
   constexpr int kReserved = 2 * 1024;  // the system's, and the static part
-  constexpr int kPerMultiprocessor = 228 * 1024;
+  static const int all =
+      current_device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const int bytes = 2 * (smem + kReserved);
-  const int percent =
-      (bytes * 100 + kPerMultiprocessor - 1) / kPerMultiprocessor;
+  const int percent = (bytes * 100 + all - 1) / all;
   check_cuda(cudaFuncSetAttribute(
                  kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                  std::min(percent, 100)),
@@ -141,6 +141,13 @@ void vectors_and_clamp(Tensors vectors, Tensor directions, Tensors step,
   });
 }
 
+// Whether these ops run on the tensor's device, which is the current one.
+int64_t has_clamps(Tensor on) {
+  STD_TORCH_CHECK(on.is_cuda(), "steering: not a CUDA device");
+  return has_code(
+      clamp_kernel<__nv_bfloat16, __nv_bfloat16, true, true, false>);
+}
+
 }  // namespace
 }  // namespace vllm_steering
 
@@ -154,10 +161,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
   m.def(
       "vectors_and_clamp(Tensor[] vectors, Tensor directions, Tensor[] step, "
       "Tensor[] weights, Tensor[] source, Tensor(a!)[] stream) -> ()");
+  m.def("has_clamps(Tensor on) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
   m.impl("clamp", TORCH_BOX(&vllm_steering::clamp));
   m.impl("add_vectors", TORCH_BOX(&vllm_steering::add_vectors));
   m.impl("vectors_and_clamp", TORCH_BOX(&vllm_steering::vectors_and_clamp));
+  m.impl("has_clamps", TORCH_BOX(&vllm_steering::has_clamps));
 }

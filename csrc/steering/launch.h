@@ -101,14 +101,34 @@ void launch_with(cudaLaunchAttribute* attributes, int count,
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch");
 }
 
-// Launches so that the kernel's prologue may overlap the previous kernel's end.
+inline int current_device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+  return value;
+}
+
+// Whether this build has machine code of a kernel for the current device.
+template <typename... Params>
+bool has_code(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();  // an error is the answer
+  return error == cudaSuccess;
+}
+
+// Launches so that the kernel's prologue may overlap the previous kernel's end,
+// on devices that can.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int blocks, int threads, int smem,
             cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(&overlap, 1, kernel, blocks, threads, smem, stream, args...);
+  static const bool overlaps =
+      current_device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  launch_with(&overlap, overlaps ? 1 : 0, kernel, blocks, threads, smem, stream,
+              args...);
 }
 
 // As `launch`, in clusters of `peers` blocks, which run at the same time.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm.engine import steering_args
 from vllm.engine.steering_options import (
+    MAX_BODY_MIB_LIMIT,
     MAX_CLAMPS_LIMIT,
     MAX_PIECES_LIMIT,
     MAX_SPECS_LIMIT,
@@ -33,6 +34,7 @@ def test_every_option_has_a_row_with_its_range() -> None:
         "max_clamps": f"1 to {MAX_CLAMPS_LIMIT}",
         "max_specs": f"1 to {MAX_SPECS_LIMIT}",
         "max_pieces": f"2 to {MAX_PIECES_LIMIT}",
+        "max_body_mib": f"1 to {MAX_BODY_MIB_LIMIT}",
     }
     for field, limits in ranges.items():
         assert any(field in row and limits in row for row in rows()), field

@@ -67,6 +67,11 @@ def _main(rank: int, size: int, file: str) -> None:
         for tokens, l0 in ((1, 64), (64, 64), (64, 700), (300, 1000), (2048, 64))
         for activation in (JUMP, TOPK)
     ]
+    cases += [
+        Case(1, 131072, 5376, JUMP, 100, size),
+        Case(64, 131072, 5376, JUMP, 100, size),
+        Case(64, 65536, 8192, TOPK, 64, size),
+    ]
     random.seed(rank)
     for case in cases:
         torch.manual_seed(case.tokens + case.l0)

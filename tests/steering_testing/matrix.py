@@ -120,17 +120,6 @@ def decide(edits: SiteEdits, choices: tuple[bool, ...]) -> Ties:
     return ties
 
 
-def complaint(
-    found: Greedy,
-    ids: list[int],
-    edits: SiteEdits,
-    tolerance: float,
-    family: str = FAMILY,
-) -> str | None:
-    """`departs` for a family's tiny model."""
-    return departs(models.build(family), found, ids, edits, tolerance)
-
-
 @torch.no_grad()
 def departs(
     model: Any, found: Greedy, ids: list[int], edits: SiteEdits, tolerance: float
@@ -164,16 +153,28 @@ def assert_near(
     label: str = "",
     family: str = FAMILY,
 ) -> None:
+    """`assert_near_of` for a family's tiny model."""
+    assert_near_of(models.build(family), found, ids, edits, tolerance, label)
+
+
+def assert_near_of(
+    model: Any,
+    found: Greedy,
+    ids: list[int],
+    edits: SiteEdits,
+    tolerance: float,
+    label: str = "",
+) -> None:
     """The continuation is that of greedy decoding, with near ties either way."""
     ties = decide(edits, ())
-    first = complaint(found, ids, edits, tolerance, family)
+    first = departs(model, found, ids, edits, tolerance)
     if first is None:
         return
     count = ties.met
     assert count <= MOST_TIES, f"{label}: {first}, and {count} near ties"
     for choices in itertools.product((False, True), repeat=count):
         decide(edits, choices)
-        if complaint(found, ids, edits, tolerance, family) is None:
+        if departs(model, found, ids, edits, tolerance) is None:
             return
     raise AssertionError(f"{label}: {first}, whichever way {count} near ties fall")
 

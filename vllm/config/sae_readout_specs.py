@@ -10,18 +10,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
 
 from vllm.config.steering import HookPoint
+from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Number, expects
 
 # Most values that one request may read for a token at one site, and at all sites.
 MAX_READ = 64
 MAX_READ_PER_TOKEN = 1024
+# Of the prompts of one HTTP answer, over all tokens and sites; about 25 MB of JSON.
+MAX_PROMPT_VALUES = 1 << 20
 MAX_STOPS = 8
 # `top_k` of a call that states neither `top_k` nor `features`.
 DEFAULT_TOP_K = 16
@@ -136,6 +140,29 @@ class SiteRead:
         where = struct.pack("<IIQ", len(name), self.top_k, self.layer)
         features = struct.pack(f"<{len(self.explicit)}Q", *self.explicit)
         return where + name + self.hook.value.encode() + b"\0" + features
+
+
+def check_prompt_values(
+    path: str, lengths: Iterable[int], reads: Iterable[SiteRead]
+) -> None:
+    """Limit what one HTTP answer holds of its prompts.
+
+    Args:
+        path: the field with the prompts.
+        lengths: tokens of each prompt.
+        reads: what is read of each of them.
+
+    Raises:
+        VLLMValidationError: there are more than `MAX_PROMPT_VALUES`.
+    """
+    of_a_token = sum(read.num_values for read in reads if read.reads("prefill"))
+    values = sum(lengths) * of_a_token
+    if values > MAX_PROMPT_VALUES:
+        raise refusal(
+            path,
+            f"found {values} values over all tokens and sites, expected at most "
+            f"{MAX_PROMPT_VALUES}: send less text, or read fewer sites or features",
+        )
 
 
 def reads_to_json(reads: tuple[SiteRead, ...]) -> list[Json]:

@@ -78,9 +78,7 @@ def parse_steering_request(
         extra_args = {}
     refuse_misspelt(extra_args, "extra_args.")
     given = {
-        key: extra_args[key]
-        for key in EXTRA_ARGS_KEYS
-        if _is_asked(extra_args.get(key))
+        key: extra_args[key] for key in EXTRA_ARGS_KEYS if is_asked(extra_args.get(key))
     }
     if config is None:
         if extra_args.get(PRESET_KEY) is not None:
@@ -176,7 +174,8 @@ def _items(value: object) -> Sequence[object]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def _is_asked(specs: object) -> bool:
+def is_asked(specs: object) -> bool:
+    """Whether a field asks for something: not if it is null or an empty list."""
     return specs is not None and not (isinstance(specs, (list, tuple)) and not specs)
 
 

@@ -90,7 +90,7 @@ class SteeringRequest:
     reads: tuple[SiteRead, ...] = ()
     inline: Mapping[str, bytes] = field(default_factory=dict)
     # Kept, because one object serves many requests.
-    _acting: dict[When, Acting] = field(
+    _acting: dict[When | Coverage, Acting] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _schedules: dict[int, tuple[Piece, ...]] = field(
@@ -171,7 +171,10 @@ class SteeringRequest:
 
     def acting(self, when: When) -> Acting:
         """What edits the tokens of a phase or a piece."""
-        found = self._acting.get(when)
+        # Phases without specs of their own are edited alike; so this is computed once.
+        is_shared = isinstance(when, str) and when not in self.coverages
+        key: When | Coverage = "both" if is_shared else when
+        found = self._acting.get(key)
         if found is not None:
             return found
         edits: list[tuple[SiteEdit, ...]] = [()] * len(Tier)
@@ -184,7 +187,7 @@ class SteeringRequest:
                 keys[tier] = digest = digest_of(blocks[-1:])
         if len(blocks) != 1:  # of one tier, the same bytes have been hashed
             digest = digest_of(blocks)
-        found = self._acting[when] = Acting(tuple(edits), tuple(keys), digest)
+        found = self._acting[key] = Acting(tuple(edits), tuple(keys), digest)
         return found
 
     @functools.cached_property

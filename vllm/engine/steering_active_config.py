@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_json import Json
+from vllm.engine.steering_options import DEFAULT_MAX_BODY_MIB
 from vllm.engine.steering_shared_config import shared_config
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ def active_steering_config(vllm_config: VllmConfig) -> SteeringConfig | None:
         config = get_steering_config(vllm_config.additional_config)
         _LAST = (resolved, config)
     return config
+
+
+def max_body_bytes(vllm_config: VllmConfig) -> int | None:
+    """How large the body of a request may be; None: any size, without steering."""
+    steering = _section(vllm_config)
+    if steering is None:
+        return None
+    return steering.get("max_body_mib", DEFAULT_MAX_BODY_MIB) << 20
 
 
 def may_register(vllm_config: VllmConfig) -> bool:

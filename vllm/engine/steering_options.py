@@ -9,6 +9,7 @@
      "max_clamps": 64,
      "max_specs": 64,
      "max_pieces": 8,
+     "max_body_mib": 32,
      "readout": True,
      "decoder_layer": "known" | "auto",
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
@@ -60,6 +61,7 @@ TOP_FIELDS = (
     "max_clamps",
     "max_specs",
     "max_pieces",
+    "max_body_mib",
     "presets",
     "default_preset",
     "readout",
@@ -79,6 +81,8 @@ SPARE_FIELDS = (
 MAX_CLAMPS_LIMIT = 4096
 MAX_SPECS_LIMIT = 4096
 MAX_PIECES_LIMIT = 64
+DEFAULT_MAX_BODY_MIB = 32
+MAX_BODY_MIB_LIMIT = 65536
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 MAX_INLINE_VECTORS = 64

@@ -99,10 +99,7 @@ def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
 def refuse_without_default(config: SteeringConfig, module: str) -> None:
     """Raise if the default preset needs a module that is to be removed."""
     name = config.default_preset
-    if name is None:
-        return
-    specs = [s for key in EXTRA_ARGS_KEYS for s in config.presets[name].get(key, ())]
-    if any(spec.get("module_name") == module for spec in specs):
+    if name is not None and _uses(config.presets[name], module):
         raise RefusedCall(
             Outcome.CONFLICT,
             f"module {shown(module)} is used by the server's default preset "
@@ -113,13 +110,17 @@ def refuse_without_default(config: SteeringConfig, module: str) -> None:
 
 def broken_presets(config: SteeringConfig) -> dict[str, str]:
     """The presets that requests could not run under now, and why."""
-    found = {}
-    for name, preset in config.presets.items():
-        try:
-            check_preset(name, preset, config)
-        except VLLMValidationError as error:
-            found[name] = str(error.args[0])
-    return found
+    reasons = {name: why_broken(name, config) for name in config.presets}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
+def why_broken(name: str, config: SteeringConfig) -> str | None:
+    """Why requests could not run under a preset now, or None if they could."""
+    try:
+        check_preset(name, config.presets[name], config)
+    except VLLMValidationError as error:
+        return str(error.args[0])
+    return None
 
 
 def warn_of_broken_presets(
@@ -140,7 +141,9 @@ def with_valid_default(after: SteeringConfig, module: str) -> SteeringConfig:
         module: its name.
     """
     name = after.default_preset
-    why = None if name is None else broken_presets(_ready(after, module)).get(name)
+    if name is None or not _uses(after.presets[name], module):
+        return after
+    why = why_broken(name, _ready(after, module))
     if why is not None:
         raise RefusedCall(
             Outcome.CONFLICT,
@@ -149,6 +152,12 @@ def with_valid_default(after: SteeringConfig, module: str) -> SteeringConfig:
             "name",
         )
     return after
+
+
+def _uses(preset: Json, module: str) -> bool:
+    """Whether a spec of a preset names a module."""
+    specs = [spec for key in EXTRA_ARGS_KEYS for spec in preset.get(key, ())]
+    return any(spec.get("module_name") == module for spec in specs)
 
 
 def _ready(config: SteeringConfig, module: str) -> SteeringConfig:

@@ -36,6 +36,8 @@ from vllm.engine.steering_kv_connectors import (
 )
 from vllm.engine.steering_layouts import refuse_layouts
 from vllm.engine.steering_options import (
+    DEFAULT_MAX_BODY_MIB,
+    MAX_BODY_MIB_LIMIT,
     MAX_CLAMPS_LIMIT,
     MAX_PIECES_LIMIT,
     MAX_SPECS_LIMIT,
@@ -92,6 +94,7 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
         steering, "max_pieces", DEFAULT_MAX_PIECES, MAX_PIECES_LIMIT
     )
     max_specs = limit_option(steering, "max_specs", DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT)
+    limit_option(steering, "max_body_mib", DEFAULT_MAX_BODY_MIB, MAX_BODY_MIB_LIMIT)
     modules: dict[str, ModuleInfo] = {}
     for name, given in object_option(
         f"{ROOT}.modules", steering.get("modules", {})

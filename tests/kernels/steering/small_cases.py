@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every CUDA kernel once or twice on small inputs, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python small_cases.py
-    compute-sanitizer --tool racecheck --error-exitcode 9 python small_cases.py
+    PYTHONPATH=tests compute-sanitizer --tool memcheck --error-exitcode 9 \\
+        python tests/kernels/steering/small_cases.py [WORD]
 
-Prints each case before it runs; `python small_cases.py WORD` runs the cases whose name
-contains the word. Exits with 1 where a result is not finite.
+and with `--tool racecheck` and `--tool synccheck`. Prints each case before it runs;
+with WORD, those whose names contain it. Exits with 1 where a result is not finite.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from lockstep import Lockstep
 from steering_reference import (
     DEVICE,
     DTYPE,
@@ -24,21 +26,29 @@ from steering_reference import (
     random_clamps,
     set_row,
 )
+from steering_testing.shards import shared_slot
+from test_shared_gpu import Case as SharedCase
+from test_shared_gpu import make_case, steered
 
 from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers import sae_readout_kernel as readout
+from vllm.model_executor.layers.steering_kernels.extension import Kernels, kernels_for
+from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     ClampFlag,
     ClampKind,
     SAESlot,
+    StepState,
     VectorSlot,
 )
 
 JUMPRELU, TOPK = Activation.JUMPRELU, Activation.TOPK
-Case = tuple[str, SAESlot | VectorSlot, Tier, int]
+Run = Callable[[], torch.Tensor]
+Case = tuple[str, Run]
 
 
 def sae(d_sae: int, activation: Activation, l0: float, d_model: int = 72) -> SAESlot:
@@ -68,24 +78,13 @@ def vectors(d_model: int) -> VectorSlot:
     return slot
 
 
-def cases() -> Iterator[Case]:
-    """Name, slot, tier and tokens of every case."""
-    for activation in (JUMPRELU, TOPK):
-        name = activation.value
-        lists = sae(1000, activation, 40)
-        for tokens in (1, 9, 70, 140, 260, 600):
-            yield f"full {name} lists {tokens}", lists, Tier.FULL, tokens
-        full = sae(700, activation, 640)
-        for tokens in (2, 40, 300):
-            yield f"full {name} dense {tokens}", full, Tier.FULL, tokens
-        for tokens in (3, 40):
-            yield f"delta {name} {tokens}", lists, Tier.DELTA, tokens
-    for d_sae in (34000, 68000):
-        yield f"full wide {d_sae}", sae(d_sae, JUMPRELU, 60), Tier.FULL, 520
-    yield "guess 65536", sae(65536, TOPK, 40), Tier.FULL, 520
-    yield "delta wide", sae(64, JUMPRELU, 30, 4104), Tier.DELTA, 4
-    for d_model in (72, 4104):
-        yield f"vectors {d_model}", vectors(d_model), Tier.ADDITIVE, 5
+def screened(d_sae: int, d_model: int) -> SAESlot:
+    """An SAE whose encoder has an 8-bit copy."""
+    slot = sae(d_sae, JUMPRELU, 20, d_model)
+    copy = ScreenCopy(d_sae, d_model, DEVICE)
+    copy.fill(slot.weights.W_enc)
+    slot.weights.screen = copy
+    return slot
 
 
 def run(slot: SAESlot | VectorSlot, tier: Tier, tokens: int) -> torch.Tensor:
@@ -105,6 +104,11 @@ def run(slot: SAESlot | VectorSlot, tier: Tier, tokens: int) -> torch.Tensor:
         step.index.copy_(rows)
     assert residual is not None
     return residual
+
+
+def edit(make: Callable[[], SAESlot | VectorSlot], tier: Tier, tokens: int) -> Run:
+    """`run`, with a slot that is made when it is wanted."""
+    return lambda: run(make(), tier, tokens)
 
 
 def width(slot: SAESlot | VectorSlot) -> int:
@@ -131,25 +135,73 @@ def read(activation: Activation, tokens: int, l0: float, full: bool) -> torch.Te
     return residual
 
 
-def main() -> None:
-    """Run every case, or those that the command line names."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    torch.manual_seed(0)
-    bad = 0
-    for name, slot, tier, tokens in cases():
-        if word in name:
-            print(name, flush=True)
-            bad += int(not run(slot, tier, tokens).isfinite().all())
+def shared(case: SharedCase) -> torch.Tensor:
+    """The streams of ranks that share an SAE; they take turns on this device."""
+    slot, step = make_case(case)
+    hidden, residual = make_stream(case.tokens, case.d_model, DTYPE)
+    assert residual is not None
+
+    def on_rank(shard: Shard) -> torch.Tensor:
+        own = StepState(step.max_tokens, DEVICE)
+        own.index.copy_(step.index)
+        own.flags.copy_(step.flags)
+        found = steered(shared_slot(slot, shard), own, [hidden, residual])
+        return torch.cat([x for x in found if x.is_floating_point()])
+
+    return torch.stack(Lockstep(case.ranks).run(on_rank, DEVICE))
+
+
+def full_cases() -> Iterator[Case]:
+    """Full reconstruction, from lists and of dense tokens, and the delta tier."""
+    for activation in (JUMPRELU, TOPK):
+        name = activation.value
+        lists = partial(sae, 1000, activation, 40)
+        for tokens in (1, 9, 70, 140, 260, 600):
+            yield f"full {name} lists {tokens}", edit(lists, Tier.FULL, tokens)
+        dense = partial(sae, 700, activation, 640)
+        for tokens in (2, 40, 300):
+            yield f"full {name} dense {tokens}", edit(dense, Tier.FULL, tokens)
+        for tokens in (3, 40):
+            yield f"delta {name} {tokens}", edit(lists, Tier.DELTA, tokens)
+    for d_sae in (34000, 68000):
+        wide = partial(sae, d_sae, JUMPRELU, 60)
+        yield f"full wide {d_sae}", edit(wide, Tier.FULL, 520)
+    guessed = partial(sae, 65536, TOPK, 40)
+    yield "guess 65536", edit(guessed, Tier.FULL, 520)
+    yield "delta wide", edit(partial(sae, 64, JUMPRELU, 30, 4104), Tier.DELTA, 4)
+
+
+def cases() -> Iterator[Case]:
+    """Every case: its name, and what runs it and returns the stream."""
+    yield from full_cases()
+    for d_model in (72, 4104):
+        slot = partial(vectors, d_model)
+        yield f"vectors {d_model}", edit(slot, Tier.ADDITIVE, 5)
+    for d_sae, d_model in ((300, 72), (5000, 576)):
+        slot = partial(screened, d_sae, d_model)
+        for tokens in (1, 33, 90) if Kernels.STAGES in kernels_for(DEVICE) else ():
+            yield f"screen {d_sae} {tokens}", edit(slot, Tier.FULL, tokens)
     for activation in (JUMPRELU, TOPK):
         for tokens, l0 in ((4, 30), (70, 30), (5, 640)):
             for full in (False, True):
                 name = f"read {activation.value} {tokens} {l0} full {full}"
-                if word in name:
-                    print(name, flush=True)
-                    out = read(activation, tokens, l0, full)
-                    bad += int(not out.isfinite().all())
-    torch.cuda.synchronize()
-    sys.exit(bad > 0)
+                yield name, partial(read, activation, tokens, l0, full)
+        for tokens, d_sae, l0 in ((5, 512, 12), (3, 2048, 700), (600, 1024, 30)):
+            case = SharedCase(tokens, d_sae, 64, activation, l0)
+            yield f"shared {activation.value} {tokens} {l0}", partial(shared, case)
+
+
+def main() -> None:
+    """Run every case, or those that the command line names."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    torch.manual_seed(0)
+    bad = []
+    for name, run_case in cases():
+        if word in name:
+            print(name, flush=True)
+            if not run_case().isfinite().all():
+                bad.append(name)
+    sys.exit(f"not finite: {bad}" if bad else 0)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ from vllm.config.steering import Activation, Tier  # noqa: E402
 from vllm.model_executor.layers import (  # noqa: E402
     sae_full_reconstruction_kernel as kernel,
 )
+from vllm.model_executor.layers.steering_kernels.extension import (  # noqa: E402
+    Kernels,
+    cuda_ops,
+    kernels_for,
+)
 from vllm.model_executor.layers.steering_state import (  # noqa: E402
     ClampKind,
     SAESlot,
@@ -68,8 +73,8 @@ def path(
         monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
     elif not kernel.extension_is_built():
         pytest.skip("the CUDA extension is not built")
-    elif torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the extension's kernels are for Hopper")
+    elif Kernels.CLAMPS not in kernels_for(DEVICE):
+        pytest.skip("the extension has no clamp kernel for this device")
     yield taken
 
 
@@ -357,3 +362,9 @@ def test_a_captured_graph_follows_rows_and_weights(tier: Tier) -> None:
     else:
         slot.directions.mul_(-2)
     replay()
+
+
+def test_the_build_finds_its_code_for_the_device(path: list[bool]) -> None:
+    if not kernel.extension_is_built():
+        pytest.skip("with the extension alone")
+    assert cuda_ops().has_clamps(torch.empty(0, device=DEVICE)) == 1

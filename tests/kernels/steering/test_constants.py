@@ -108,3 +108,12 @@ def test_every_number_of_the_header_has_its_python_twin() -> None:
     numbers = stated_numbers()
     assert numbers
     assert numbers == {name: twins[name] for name in numbers}
+
+
+def test_the_clamp_kernels_shared_memory() -> None:
+    """Python decides by it whether a block fits a device."""
+    text = SOURCE.with_name("clamp_rows.cuh").read_text()
+    stated = dict(re.findall(r"(k\w+) = (\d+)[,;]", text))
+    assert int(stated["kClampThreads"]) == plan.CLAMP_THREADS
+    assert int(stated["kClampGroup"]) == plan.CLAMP_GROUP
+    assert int(stated["kRingParts"]) + 1 == plan.CLAMP_RING

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from vllm.config.steering import Activation
-from vllm.model_executor.layers.steering_kernels import stages_cuda
+from vllm.model_executor.layers.steering_kernels import extension, stages_cuda
+from vllm.model_executor.layers.steering_kernels.extension import Kernels
+from vllm.model_executor.layers.steering_kernels.plan import clamp_shared_bytes
 from vllm.model_executor.layers.steering_state import (
+    ClampTable,
     SAESlot,
     SAEWeights,
     VectorSlot,
@@ -21,10 +27,14 @@ BF16 = torch.bfloat16
 CARD = torch.device("cuda", 0)
 
 
+HOPPER_BYTES, L40S_BYTES = 227 << 10, 99 << 10  # shared memory of a block
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device counts as one that the machine code is for."""
-    monkeypatch.setattr(stages_cuda, "is_hopper", lambda device: True)
+    monkeypatch.setattr(stages_cuda, "kernels_for", lambda device: Kernels.ALL)
+    monkeypatch.setattr(stages_cuda, "shared_memory_of", lambda device: HOPPER_BYTES)
 
 
 def make(
@@ -43,23 +53,122 @@ def rows(width: int = 64, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.zeros(5, width, dtype=dtype)
 
 
+class Card:
+    """A GPU as torch and the extension describe it."""
+
+    def __init__(self, capability: tuple[int, int], compiled: bool = True):
+        self.capability, self.compiled = capability, compiled
+
+    def has_clamps(self, on: torch.Tensor) -> bool:
+        return self.compiled
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, built: bool = True) -> None:
+        monkeypatch.setattr(extension, "extension_is_built", lambda: built)
+        monkeypatch.setattr(extension, "cuda_ops", lambda: self)
+        # No device here can hold a tensor, nor become the current one.
+        monkeypatch.setattr(torch, "empty", lambda *sizes, device: rows())
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        cuda = {"capability": self.capability, "name": "Card"}
+        for what, value in cuda.items():
+            monkeypatch.setattr(
+                torch.cuda, f"get_device_{what}", lambda device, value=value: value
+            )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known() -> Iterator[None]:
+    extension.kernels_for.cache_clear()
+    yield
+    extension.kernels_for.cache_clear()
+
+
+TRITON = "Card (sm_{}): Triton; the CUDA extension has no machine code for sm_{}"
+CLAMPS = (
+    "Card (sm_{}): delta clamps and steering vectors in the CUDA extension, full "
+    "reconstruction and reading in Triton"
+)
+
+
 @pytest.mark.parametrize(
-    ("hip", "capability", "taken"),
-    [(None, (9, 0), True), (None, (10, 0), False), (None, (8, 0), False),
-     ("6.4", (9, 0), False)],
-)  # fmt: skip
-def test_only_nvidias_compute_capability_9_0_is_hopper(
+    ("capability", "kernels", "said"),
+    [
+        ((7, 5), Kernels.NONE, TRITON.format(75, 75)),
+        ((8, 0), Kernels.CLAMPS, CLAMPS.format(80)),
+        ((8, 9), Kernels.CLAMPS, CLAMPS.format(89)),
+        ((9, 0), Kernels.ALL, "Card (sm_90): the CUDA extension"),
+        ((10, 0), Kernels.CLAMPS, CLAMPS.format(100)),
+        ((11, 0), Kernels.NONE, TRITON.format(110, 110)),
+        ((12, 0), Kernels.CLAMPS, CLAMPS.format(120)),
+    ],
+)
+def test_a_card_gets_the_kernels_that_run_on_it(
     monkeypatch: pytest.MonkeyPatch,
-    hip: str | None,
     capability: tuple[int, int],
-    taken: bool,
+    kernels: Kernels,
+    said: str,
 ) -> None:
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    stages_cuda.is_hopper.cache_clear()
-    assert stages_cuda.is_hopper(CARD) is taken
-    assert stages_cuda.is_hopper(CPU) is False
-    stages_cuda.is_hopper.cache_clear()
+    Card(capability).install(monkeypatch)
+    assert extension.kernels_for(CARD) is kernels
+    assert extension.describe_kernels(CARD) == said
+    assert extension.kernels_for(CPU) is Kernels.NONE
+
+
+def test_a_card_that_the_build_left_out_runs_triton(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Card((8, 0), compiled=False).install(monkeypatch)
+    assert extension.kernels_for(CARD) is Kernels.NONE
+    assert extension.describe_kernels(CARD) == TRITON.format(80, 80)
+
+
+@pytest.mark.parametrize(
+    ("turned_off", "why"),
+    [("0", "is not built"), ("1", "is turned off by VLLM_STEERING_NO_CUDA=1")],
+)
+def test_without_the_extension_every_card_runs_triton(
+    monkeypatch: pytest.MonkeyPatch, turned_off: str, why: str
+) -> None:
+    monkeypatch.setenv("VLLM_STEERING_NO_CUDA", turned_off)
+    Card((9, 0)).install(monkeypatch, built=False)
+    assert extension.kernels_for(CARD) is Kernels.NONE
+    said = f"Card (sm_90): Triton; the CUDA extension {why}"
+    assert extension.describe_kernels(CARD) == said
+
+
+def test_an_amd_gpu_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    Card((9, 0)).install(monkeypatch)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert extension.kernels_for(CARD) is Kernels.NONE
+
+
+def test_the_build_has_code_for_every_card_that_is_promised_some() -> None:
+    text = (Path(__file__).parents[3] / "CMakeLists.txt").read_text()
+    named = {int(n) // 10 for n in re.findall(r'"(\d+)a?-real"', text)}
+    assert named == {*extension.CLAMP_MAJORS, extension.HOPPER[0]}
+
+
+def test_clamps_alone_run_where_stages_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_cuda, "kernels_for", lambda device: Kernels.CLAMPS)
+    monkeypatch.setattr(stages_cuda, "shared_memory_of", lambda device: L40S_BYTES)
+    assert not stages_cuda.takes_cuda(make(), rows(), rows())
+    assert stages_cuda.takes_clamp(make(), rows(), None)
+    assert stages_cuda.takes_clamp(VectorSlot(4, 64, 3, 4, CPU), rows(), rows())
+
+
+@pytest.mark.parametrize(
+    ("width", "clamps", "bytes_"), [(64, 8, L40S_BYTES), (16384, 2048, HOPPER_BYTES)]
+)
+def test_a_row_that_a_block_cannot_hold_is_left_to_triton(
+    monkeypatch: pytest.MonkeyPatch, width: int, clamps: int, bytes_: int
+) -> None:
+    needed = clamp_shared_bytes(width, width, clamps)
+    assert needed <= bytes_
+    monkeypatch.setattr(stages_cuda, "kernels_for", lambda device: Kernels.CLAMPS)
+    for room in (needed, needed - 1):
+        monkeypatch.setattr(stages_cuda, "shared_memory_of", lambda _, room=room: room)
+        table = ClampTable(1, clamps, CPU)
+        fits = stages_cuda._fits_table(table, rows(width), rows(width))
+        assert fits is (room == needed)
 
 
 def test_an_sae_of_the_streams_dtype_is_taken(hopper: None) -> None:

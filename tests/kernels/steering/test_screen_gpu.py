@@ -15,15 +15,14 @@ from steering_reference import DEVICE, INTERPRETED, make_slot, make_step, set_ro
 from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernels import stages_cuda
-from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
+from vllm.model_executor.layers.steering_kernels.extension import Kernels, kernels_for
 from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_state import SAESlot
 
 CAN_SCREEN = (
     not INTERPRETED
     and torch.cuda.is_available()
-    and extension_is_built()
-    and stages_cuda.is_hopper(DEVICE)
+    and Kernels.STAGES in kernels_for(DEVICE)
 )
 pytestmark = [
     pytest.mark.gpu,

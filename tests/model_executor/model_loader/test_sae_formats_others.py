@@ -18,6 +18,7 @@ from example_weights import (
     pre_activations,
     threshold,
 )
+from llama_scope_files import save_llama_scope
 from sae_reference import (
     D,
     F,
@@ -145,30 +146,7 @@ def test_gemma_scope_2_refuses_other_kinds(
 
 
 def llama_scope(path: Path, **config: Any) -> Path:
-    base = {
-        "d_model": D,
-        "d_sae": F,
-        "hook_point_in": "blocks.12.hook_resid_post",
-        "hook_point_out": "blocks.12.hook_resid_post",
-        "act_fn": "jumprelu",
-        "jump_relu_threshold": 0.6,
-        "norm_activation": "dataset-wise",
-        "dataset_average_activation_norm": {"in": 3.0, "out": 2.0},
-        "sparsity_include_decoder_norm": True,
-        "use_decoder_bias": True,
-        "apply_decoder_bias_to_pre_encoder": False,
-        "use_glu_encoder": False,
-        "top_k": K,
-    }
-    write_json(path / "hyperparams.json", {**base, **config})
-    (path / "checkpoints").mkdir()
-    tensors = {
-        "encoder.weight": W_enc,
-        "encoder.bias": b_enc,
-        "decoder.weight": W_dec.T.contiguous(),
-        "decoder.bias": b_dec,
-    }
-    save_file(tensors, path / "checkpoints/final.safetensors")
+    save_llama_scope(path, W_enc, b_enc, W_dec, b_dec, **{"top_k": K, **config})
     return path
 
 

@@ -26,6 +26,7 @@ from example_weights import (
     threshold,
     transcode,
 )
+from llama_scope_files import save_llama_scope
 from sae_reference import (
     D,
     F,
@@ -295,21 +296,15 @@ def test_llamascopium_refuses_what_does_not_fold(
 
 @pytest.mark.parametrize("point", ["attn_out", "mlp_out"])
 def test_llama_scope_has_saes_on_sublayers(tmp_path: Path, point: str) -> None:
-    config = {
-        "hook_point_in": f"blocks.4.hook_{point}",
-        "hook_point_out": f"blocks.4.hook_{point}",
-        "act_fn": "relu",
-        "norm_activation": "none",
-        "sparsity_include_decoder_norm": False,
-    }
-    write_json(tmp_path / "hyperparams.json", config)
-    (tmp_path / "checkpoints").mkdir()
-    tensors = {
-        "encoder.weight": W_enc,
-        "encoder.bias": b_enc,
-        "decoder.weight": W_dec.T.contiguous(),
-        "decoder.bias": b_dec,
-    }
-    save_file(tensors, tmp_path / "checkpoints/final.safetensors")
+    hook = f"blocks.4.hook_{point}"
+    save_llama_scope(
+        tmp_path,
+        *(W_enc, b_enc, W_dec, b_dec),
+        hook_point_in=hook,
+        hook_point_out=hook,
+        act_fn="relu",
+        norm_activation="none",
+        sparsity_include_decoder_norm=False,
+    )
     assert site_of(tmp_path).name == f"{point}.4"
     close(reconstruct(tmp_path), decode(pre().relu()))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_scope_files import save_llama_scope
 from sae_reference import write_json
 from safetensors.torch import save_file
 
@@ -58,30 +59,7 @@ def compressed(path: Path) -> None:
 
 
 def llama_scope(path: Path) -> None:
-    config = {
-        "d_model": D,
-        "d_sae": F,
-        "hook_point_in": "blocks.12.hook_resid_post",
-        "hook_point_out": "blocks.12.hook_resid_post",
-        "act_fn": "jumprelu",
-        "jump_relu_threshold": 0.6,
-        "norm_activation": "dataset-wise",
-        "dataset_average_activation_norm": {"in": 3.0, "out": 2.0},
-        "sparsity_include_decoder_norm": True,
-        "use_decoder_bias": True,
-        "apply_decoder_bias_to_pre_encoder": False,
-        "use_glu_encoder": False,
-        "top_k": K,
-    }
-    write_json(path / "hyperparams.json", config)
-    (path / "checkpoints").mkdir()
-    tensors = {
-        "encoder.weight": W_enc,
-        "encoder.bias": PER_FEATURE["b_enc"],
-        "decoder.weight": W_dec.T.contiguous(),
-        "decoder.bias": b_dec,
-    }
-    save_file(tensors, path / "checkpoints/final.safetensors")
+    save_llama_scope(path, W_enc, PER_FEATURE["b_enc"], W_dec, b_dec, top_k=K)
 
 
 def dictionary_learning(path: Path) -> None:

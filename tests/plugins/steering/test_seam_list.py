@@ -25,12 +25,14 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.generate.structured_decisions.protocol": (
         "StructuredDecisionRequest",
     ),
+    "vllm.entrypoints.launchers.app": ("init_entrypoints_middleware",),
     "vllm.entrypoints.launchers.run_batch": (
         "BatchTranscriptionRequest",
         "BatchTranslationRequest",
     ),
     "vllm.entrypoints.openai.chat_completion.batch_serving": (
         "OpenAIServingChatBatch.chat_completion_full_generator_batch",
+        "OpenAIServingChatBatch.render_batch_chat_request",
     ),
     "vllm.entrypoints.openai.chat_completion.protocol": (
         "BatchChatCompletionRequest",
@@ -42,6 +44,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "OpenAIServingChat.chat_completion_full_generator",
         "OpenAIServingChat.chat_completion_stream_generator",
         "OpenAIServingChat.create_chat_completion",
+        "OpenAIServingChat.render_chat_request",
     ),
     "vllm.entrypoints.openai.completion.protocol": (
         "CompletionRequest",
@@ -51,6 +54,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.openai.completion.serving": (
         "OpenAIServingCompletion.completion_stream_generator",
         "OpenAIServingCompletion.create_completion",
+        "OpenAIServingCompletion.render_completion_request",
         "OpenAIServingCompletion.request_output_to_completion_response",
     ),
     "vllm.entrypoints.openai.models.serving": (
@@ -69,6 +73,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "ResponsesRequest.to_sampling_params",
     ),
     "vllm.entrypoints.openai.responses.serving": (
+        "OpenAIServingResponses._render_resolved_response_inputs",
         "OpenAIServingResponses.create_responses",
         "OpenAIServingResponses.responses_full_generator",
         "OpenAIServingResponses.responses_stream_generator",

@@ -176,7 +176,7 @@ def sae_clamp(
             streams = (hidden, residual, source)
             stages_shared.clamp(slot, step, workspace, gated, *streams)
         elif _takes_clamp(slot, hidden, residual, source):
-            stages_cuda.clamp(slot, step, gated, hidden, residual, source)
+            stages_cuda.clamp(slot, step, workspace, gated, hidden, residual, source)
         else:
             stages_triton.clamp(slot, step, gated, hidden, residual, source)
     if uses_topk(slot):
@@ -210,7 +210,9 @@ def vectors_and_clamp(
         return
     _check_source(slot, hidden, source)
     _check(hidden, residual, slot.weights.d_out)
-    stages_cuda.vectors_and_clamp(vectors, slot, step, hidden, residual, source)
+    stages_cuda.vectors_and_clamp(
+        vectors, slot, step, workspace, hidden, residual, source
+    )
 
 
 def steering_vectors(

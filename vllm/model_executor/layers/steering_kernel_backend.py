@@ -7,13 +7,17 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm.logger import init_logger
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers import sae_readout_kernel as readout
+from vllm.model_executor.layers.steering_kernels.extension import describe_kernels
 from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
     write_flags,
 )
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
+
+logger = init_logger(__name__)
 
 
 class KernelBackend:
@@ -33,6 +37,7 @@ class KernelBackend:
     ):
         self.step = step
         device = step.index.device
+        logger.info_once("Steering kernels on %s", describe_kernels(device))
         self.workspace = kernel.SteeringWorkspace(step.max_tokens, saes, device)
         kernel.warm_up(saes, vectors, step, self.workspace, dtype)
         readout.warm_up(saes, step, self.workspace, dtype)

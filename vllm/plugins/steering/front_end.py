@@ -8,7 +8,9 @@ from collections.abc import Callable
 from vllm.plugins.steering import outputs
 from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import (
+    app,
     carrying_routes,
+    reading_limits,
     reading_routes,
     refusing_routes,
     serving,
@@ -35,10 +37,12 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (outputs.MODULE, outputs.install),
     (scheduler.MODULE, scheduler.install),
     (kv_cache_utils.MODULE, kv_cache_utils.install),
+    (app.MODULE, app.install),
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),
     (carrying_routes.RESPONSES, carrying_routes.install_responses),
     *reading_routes.SEAMS,
+    *reading_limits.SEAMS,
     *((installer.module, installer) for installer in serving.INSTALLERS),
     *refusing_routes.installers(),
 )

@@ -2,8 +2,9 @@
 """The engine core's registry, which changes modules while requests run.
 
 Reached as `collective_rpc(METHOD, args=(action, payload))`, which every client of an
-engine has. All of it runs between two steps in the thread that schedules, so calls are
-serialised; only what reads files runs beside, in `inspect` and in the workers.
+engine has. Changes run between two steps in the thread that schedules. What takes long
+runs beside it: `inspect`, and the workers, read files; `PresetChecks` checks presets.
+A lock keeps changes apart.
 
 Each data-parallel rank has an engine core, hence a registry, of its own. One rank
 changes at once. Several change together in phases, which `steering_ranks.py` drives:
@@ -37,19 +38,13 @@ from vllm.engine.steering_active_config import (
     may_register,
     publish,
 )
-from vllm.engine.steering_presets import (
-    refuse_without_default,
-    warn_of_broken_presets,
-    with_default,
-    with_preset,
-    with_valid_default,
-    without_preset,
-)
+from vllm.engine.steering_presets import refuse_without_default, with_valid_default
 from vllm.engine.steering_resolution import check_against_model, inspect_for_model
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
 from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
 from vllm.v1.engine.steering_loading import ModuleLoads, first_error, refusal
+from vllm.v1.engine.steering_preset_checks import CHANGES, PresetChecks
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -59,9 +54,7 @@ logger = init_logger(__name__)
 WORKER_METHOD = "change_steering_modules"
 # After this time, the caller of an unfinished change is taken to have given up.
 PREPARED_LIMIT_S = 600.0
-# Makes the configuration after a change of presets from the change's payload.
-PresetChange = Callable[[SteeringConfig, Json], SteeringConfig]
-# The same for a change of modules.
+# Makes the configuration after a change of modules from the change's payload.
 Plan = Callable[[Json], SteeringConfig]
 
 
@@ -88,6 +81,7 @@ class SteeringRegistry:
         self.lock = threading.Lock()
         self.inspector = ThreadPoolExecutor(1, "steering-inspect")
         self.loads = ModuleLoads(self._workers)
+        self.presets = PresetChecks(lambda: self.config, self._keep_presets)
         self.prepared: PreparedChange | None = None
         # What the workers said last, for when they are asleep.
         self.known_stats: list[Json] = []
@@ -116,9 +110,6 @@ class SteeringRegistry:
             "stats": self._stats,
             "register": lambda p: self._change(p["module"]["name"], p, self._with),
             "unregister": lambda p: self._change(p.get("name"), p, self._without),
-            "put_preset": lambda p: self._change_presets(with_preset, p),
-            "delete_preset": lambda p: self._change_presets(without_preset, p),
-            "set_default_preset": lambda p: self._change_presets(with_default, p),
             "finish": self._finish,
             "rollback": self._rollback,
             "release": self._release,
@@ -130,8 +121,12 @@ class SteeringRegistry:
                 )
             if action == "inspect":
                 return self.inspector.submit(self._inspect, dict(payload or {}))
+            if action in CHANGES:
+                with self.lock:
+                    self._refuse_other_change()
+                return self.presets.change(action, dict(payload or {}))
             if action not in actions:
-                known = ", ".join(("inspect", *actions))
+                known = ", ".join(("inspect", *CHANGES, *actions))
                 raise RefusedCall(
                     Outcome.INVALID,
                     f"found {shown(action)}, expected {known}",
@@ -266,16 +261,30 @@ class SteeringRegistry:
         refuse_without_default(config, name)
         return without_module(config, name)
 
-    def _change_presets(self, change: PresetChange, payload: Json) -> ModuleReply:
-        """Change presets, at once or by `prepare` and then `finish` or `rollback`."""
-        after = change(self.config, payload)
-        self._refuse_other_change()
-        name, ident = str(payload.get("name")), payload.get("change", "")
-        now = time.monotonic()
-        self.prepared = PreparedChange(ident, name, after, now, by_workers=False)
-        if payload.get("phase") == "prepare":
-            return ModuleReply(outcome=Outcome.DONE)
-        return self._finish(payload)
+    def _keep_presets(
+        self, before: SteeringConfig, after: SteeringConfig, payload: Json
+    ) -> ModuleReply | None:
+        """Change presets, at once or by `prepare` and then `finish` or `rollback`.
+
+        Args:
+            before: the configuration that the change was checked under.
+            after: what it makes of it.
+            payload: of the call.
+
+        Returns:
+            None if the configuration has changed meanwhile.
+        """
+        with self.lock:
+            if self.prepared is not None:
+                raise self._under_way(self.prepared)
+            if self.config.version != before.version:
+                return None
+            name, ident = str(payload.get("name")), payload.get("change", "")
+            now = time.monotonic()
+            self.prepared = PreparedChange(ident, name, after, now, by_workers=False)
+            if payload.get("phase") == "prepare":
+                return ModuleReply(outcome=Outcome.DONE)
+            return self._finish(payload)
 
     def _refuse_in_use(self, name: str) -> None:
         if in_use := requests_of(self.core, name):
@@ -322,14 +331,18 @@ class SteeringRegistry:
         if other is None:
             return
         if time.monotonic() - other.since < PREPARED_LIMIT_S:
-            raise RefusedCall(
-                Outcome.CONFLICT,
-                f"a change of {shown(other.name)} is under way: try again when it has "
-                "ended",
-                "name",
-            )
+            raise self._under_way(other)
         logger.error("Steering: a change of %s was given up", shown(other.name))
         self._undo()
+
+    @staticmethod
+    def _under_way(other: PreparedChange) -> RefusedCall:
+        return RefusedCall(
+            Outcome.CONFLICT,
+            f"a change of {shown(other.name)} is under way: try again when it has "
+            "ended",
+            "name",
+        )
 
     def _prepare(self, name: str, after: SteeringConfig, ident: str) -> None:
         """Bring every worker to `after`, or leave every worker as it was."""
@@ -353,7 +366,7 @@ class SteeringRegistry:
         if done.by_workers:
             self._refuse_asleep()
             draining -= {done.name}
-            warn_of_broken_presets(self.config, done.after, done.name)
+            self.presets.warn(self.config, done.after, done.name)
         self.prepared = None
         self._publish(dataclasses.replace(done.after, draining=draining))
         if not done.by_workers:

@@ -77,9 +77,12 @@ def expected() -> list[tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    log = tmp_path_factory.mktemp("server") / "log"
+    root = tmp_path_factory.mktemp("server")
+    log, preset = root / "log", root / "preset.json"
+    preset.write_text(json.dumps(READ))
     modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
-    options = (*modules, "--enable-scale-out")
+    presets = ("--steering-presets", f"reader={preset}")
+    options = (*modules, *presets, "--enable-scale-out")
     with api_server(EXAMPLE / "model", log, *options) as server:
         yield from client_of(server)
 
@@ -183,6 +186,62 @@ def test_responses_whole_and_streamed(http: httpx.Client) -> None:
     same(done["prompt_sae_features"], response["prompt_sae_features"])
     parts = [event["sae_features"] for event in events[:-1] if "sae_features" in event]
     assert parts  # a slow reader gets several tokens in one event
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", COMPLETION),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", RESPONSES),
+    ],
+)
+def test_what_a_preset_reads_is_in_the_answer(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    own = post(http, path, body)
+    plain = {key: value for key, value in body.items() if key not in READ}
+    for chosen in ({"model": "reader"}, {"steering_preset": "reader"}):
+        found = post(http, path, {**plain, **chosen})
+        for one, other in zip(
+            found.get("choices", [found]), own.get("choices", [own]), strict=True
+        ):
+            same(one["sae_features"], other["sae_features"])
+            same(one["prompt_sae_features"], other["prompt_sae_features"])
+    events = streamed(http, path, {**plain, "model": "reader"})
+    assert "prompt_sae_features" in json.dumps(events)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {**COMPLETION, "prompt": [[5] * 250] * 66}, "prompt"),
+        (
+            "/v1/completions",
+            {**COMPLETION, "prompt": [[5] * 250] * 66, "stream": True},
+            "prompt",
+        ),
+        (
+            "/v1/chat/completions/batch",
+            {**CHAT, "messages": [[{"role": "user", "content": "a " * 200}]] * 99},
+            "messages",
+        ),
+    ],
+)
+def test_an_answer_with_too_many_values_is_refused_before_it_is_made(
+    http: httpx.Client, path: str, body: dict[str, Any], field: str
+) -> None:
+    spec = {**READ["sae_readout_specs"][0], "top_k": 64}
+    answer = http.post(path, json={**body, "sae_readout_specs": [spec]})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field}: found ")
+    assert "expected at most 1048576" in error["message"]
+    # Reading only what is generated holds nothing of the prompts.
+    decode = {**spec, "phase": "decode"}
+    few = {**body, "sae_readout_specs": [decode], "max_tokens": 1}
+    assert http.post(path, json=few).status_code == 200
 
 
 def test_a_feature_ends_a_stream(http: httpx.Client) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from steering_testing.specs import CONFIG
 
 import vllm.plugins.steering as plugin
 from vllm.config.sae_steering_names import refuse_misspelt
@@ -32,6 +33,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest  # noqa: E402
 from vllm.entrypoints.openai.steering import request_fields  # noqa: E402
+from vllm.entrypoints.openai.steering.request_checks import (  # noqa: E402
+    check_request,
+)
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import (  # noqa: E402
     GenerateRequest,
 )
@@ -222,6 +226,19 @@ def test_other_routes_refuse_the_fields_with_400(
     assert "does not support steering" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("route", REFUSING)
+def test_other_routes_refuse_a_misspelt_field(client: TestClient, route: str) -> None:
+    if route.startswith("/v1/audio"):
+        audio = {"file": ("a.wav", b"x")}
+        response = client.post(route, data={"sae_clamp_spec": "[]"}, files=audio)
+    else:
+        body = {**REFUSING[route], "sae_clamp_spec": SPECS["sae_clamp_specs"]}
+        response = client.post(route, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "sae_clamp_spec"
+    assert "expected sae_clamp_specs" in response.json()["error"]["message"]
+
+
 def test_null_fields_are_not_refused() -> None:
     null = dict.fromkeys(EXTRA_ARGS_KEYS)
     body = REFUSING["/v1/messages"]
@@ -238,6 +255,9 @@ def test_raw_generate_refuses_specs_beside_extra_args() -> None:
     with pytest.raises(VLLMValidationError) as caught:
         GenerateRequest.model_validate(body)
     assert caught.value.parameter == f"sampling_params.{EXTRA_ARGS_KEYS[0]}"
+    body = {"token_ids": [1], "sampling_params": {"sae_clamp_spec": []}}
+    with pytest.raises(VLLMValidationError, match="sampling_params.sae_clamp_spec: "):
+        GenerateRequest.model_validate(body)
 
 
 def test_rendered_parameters_carry_the_specs_to_raw_generate() -> None:
@@ -250,9 +270,10 @@ def test_rendered_parameters_carry_the_specs_to_raw_generate() -> None:
 @pytest.mark.parametrize("event", ["session.update", "input_audio_buffer.commit"])
 def test_realtime_events_refuse_the_fields(event: str) -> None:
     connection = RealtimeConnection.__new__(RealtimeConnection)
-    message = {"type": event, "model": "m", "sae_clamp_specs": SPECS["sae_clamp_specs"]}
-    with pytest.raises(VLLMValidationError, match="sae_clamp_specs"):
-        asyncio.run(connection.handle_event(message))
+    for field in ("sae_clamp_specs", "sae_clamp_spec"):
+        message = {"type": event, "model": "m", field: SPECS["sae_clamp_specs"]}
+        with pytest.raises(VLLMValidationError, match="sae_clamp_specs"):
+            asyncio.run(connection.handle_event(message))
 
 
 def test_a_hundred_thousand_unknown_fields_take_no_seconds() -> None:
@@ -271,6 +292,19 @@ def test_a_misspelt_field_is_refused_with_the_right_name(route: str) -> None:
     for misspelt in ({"sae_clamp_spec": []}, {"vllm_xargs": {"sae_clamp_spec": 1}}):
         with pytest.raises(VLLMValidationError, match="expected sae_clamp_specs"):
             model.model_validate({**body, **misspelt}).to_sampling_params(16, {})
+
+
+@pytest.mark.parametrize("value", [{}, "", 0, False])
+@pytest.mark.parametrize("route", CARRIERS)
+def test_what_is_no_list_is_refused_before_a_stream_begins(
+    route: str, value: object
+) -> None:
+    model, body = CARRIERS[route]
+    for field in EXTRA_ARGS_KEYS:
+        request = model.model_validate({**body, field: value, "stream": True})
+        with pytest.raises(VLLMValidationError, match="expected a list") as caught:
+            check_request(request, CONFIG)
+        assert caught.value.parameter == field
 
 
 class Sent:

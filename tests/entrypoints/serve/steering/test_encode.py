@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from steering_testing.specs import CONFIG
 
-from vllm.entrypoints.serve.steering import encode as module
+from vllm.config import sae_readout_specs
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.encode import (
     EncodeRequest,
@@ -108,7 +108,7 @@ def test_every_text_is_answered_when_it_is_read() -> None:
 
 def test_an_answer_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(limit: int) -> None:
-        monkeypatch.setattr(module, "MAX_VALUES", limit)
+        monkeypatch.setattr(sae_readout_specs, "MAX_PROMPT_VALUES", limit)
         engine = Engine()
         engine.go_on.set()
         await run(engine, EncodeRequest("one", input=["a b", "c"], top_k=4))

@@ -141,6 +141,19 @@ def test_who_only_looks_does_not_stop_a_stream(
     assert http.get(MODULES).status_code == 200
 
 
+def test_a_body_of_33_mib_is_refused_before_it_is_parsed(http: httpx.Client) -> None:
+    """Here `[[[…]]]` beside steering; parsing it would hold every stream for long."""
+    body = json.dumps(completion(prompt=[[1]] * (33 << 18), **{DELTA: [SPEC]}))
+    assert len(body) > 33 << 20
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+        began = time.monotonic()
+        answer = http.post(path, content=body)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"].startswith("body: found ")
+        assert "max_body_mib" in answer.json()["error"]["message"]
+        assert time.monotonic() - began < 5
+
+
 def test_a_long_query_is_refused(http: httpx.Client) -> None:
     answer = http.get(f"{MODULES}/{MODULE}/features?q={'e+' * 20_000}zzz")
     assert answer.status_code == 400

@@ -144,11 +144,9 @@ def check_device() -> Finding:
 
     if not torch.cuda.is_available():
         return Finding("device", True, "CPU (plain PyTorch; for trying things out)")
-    name = torch.cuda.get_device_name()
-    major, minor = torch.cuda.get_device_capability()
-    extension = find_spec("vllm._steering_C") is not None
-    kernels = "CUDA extension" if extension else "Triton"
-    return Finding("device", True, f"{name} (sm_{major}{minor}), {kernels}")
+    from vllm.model_executor.layers.steering_kernels.extension import describe_kernels
+
+    return Finding("device", True, describe_kernels(torch.device("cuda", 0)))
 
 
 def check_run() -> Finding:

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_features import ReadFeatures, features_json, merge
-from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.sae_steering_specs import PRESET_KEY, READOUT_KEY
+from vllm.config.steering import SteeringConfig
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -26,11 +27,18 @@ _DATA = "data: {"
 _TEXT_DELTAS = ("response.output_text.delta", "response.reasoning_text.delta")
 
 
-def asks_to_read(request: BaseModel) -> bool:
-    """Whether a request of an OpenAI route reads features."""
+def asks_to_read(request: BaseModel, config: SteeringConfig | None) -> bool:
+    """Whether a request of an OpenAI route reads features, itself or by its preset."""
     fields = dict(request)
     xargs = fields.get("vllm_xargs") or {}
-    return bool(fields.get(READOUT_KEY) or xargs.get(READOUT_KEY))
+    if fields.get(READOUT_KEY) or xargs.get(READOUT_KEY):
+        return True
+    if config is None:
+        return False
+    name = xargs.get(PRESET_KEY, config.default_preset)
+    if PRESET_KEY in request.model_fields_set:
+        name = fields[PRESET_KEY]
+    return name is not None and bool(config.presets.get(name, {}).get(READOUT_KEY))
 
 
 def put(target: object, features: ReadFeatures, prompt: ReadFeatures | None) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from vllm.config.sae_readout_specs import check_prompt_values
 from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_specs import READOUT_KEY
@@ -64,3 +66,26 @@ def refuse_reading(extra_args: Json | None) -> None:
             "/v1/completions, /v1/chat/completions, /v1/responses or "
             "/v1/steering/encode",
         )
+
+
+def check_prompts(
+    request: BaseModel,
+    config: SteeringConfig | None,
+    path: str,
+    lengths: Iterable[int],
+) -> None:
+    """Limit the features of prompts in the answer to an OpenAI request.
+
+    Args:
+        request: it has passed `check_request`.
+        config: of the engine that will run it.
+        path: the field with the prompts.
+        lengths: tokens of each prompt.
+
+    Raises:
+        VLLMValidationError: the answer would have too many values.
+    """
+    given = {**(dict(request).get("vllm_xargs") or {}), **steering_of(request)}
+    steering = parse_steering_request(given, config)
+    if steering is not None:
+        check_prompt_values(path, lengths, steering.reads)

@@ -11,11 +11,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    GetCoreSchemaHandler,
+    WithJsonSchema,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function
 from starlette.requests import Request
 
 from vllm.config.sae_steering_names import refuse_misspelt
+from vllm.config.sae_steering_parser import is_asked
 from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     PRESET_KEY,
@@ -50,7 +58,21 @@ def refuse_fields(model: type[BaseModel], route: str, hint: str) -> None:
         refuse = _refuser(name, f"{route} does not support steering, {hint}")
         schema = WithJsonSchema({"type": "null", "description": "Not supported here."})
         _add_field(model, name, Annotated[Any, BeforeValidator(refuse), schema])
+    model.__get_pydantic_core_schema__ = classmethod(_checked_schema)  # type: ignore[assignment, method-assign]
     model.model_rebuild(force=True)
+
+
+def _checked_schema(
+    cls: type[BaseModel], source: type[BaseModel], handler: GetCoreSchemaHandler
+) -> CoreSchema:
+    """The schema of a model whose unknown keys are looked at before they are lost."""
+    return no_info_before_validator_function(_refuse_misspelt_keys, handler(source))
+
+
+def _refuse_misspelt_keys(body: object) -> object:
+    if isinstance(body, dict):
+        refuse_misspelt(body)
+    return body
 
 
 def _add_field(model: type[BaseModel], name: str, annotation: object) -> None:
@@ -82,6 +104,7 @@ def refuse_specs_beside_extra_args(value: object) -> object:
                     f"{path}: unknown field, expected it in sampling_params.extra_args",
                     parameter=path,
                 )
+        refuse_misspelt(value, "sampling_params.")
     return value
 
 
@@ -91,6 +114,7 @@ def refuse_event_fields(event: object) -> None:
         for name in FIELD_SCHEMAS:
             if event.get(name) is not None:
                 _refuser(name, "/v1/realtime does not support steering")(event[name])
+        refuse_misspelt(event)
 
 
 def specs_of(request: BaseModel) -> Json:
@@ -106,7 +130,9 @@ def steering_of(request: BaseModel) -> Json:
 
     A preset of null is not the same as none: it opts out of the server's default.
     """
-    given = {name: specs for name, specs in specs_of(request).items() if specs}
+    given = {
+        name: specs for name, specs in specs_of(request).items() if is_asked(specs)
+    }
     if PRESET_KEY in request.model_fields_set:
         given[PRESET_KEY] = dict(request)[PRESET_KEY]
     return given

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import msgspec
 
 from vllm.config.sae_features import features_json
-from vllm.config.sae_readout_specs import DEFAULT_TOP_K, Features, ReadLayers, TopK
+from vllm.config.sae_readout_specs import (
+    DEFAULT_TOP_K,
+    Features,
+    ReadLayers,
+    TopK,
+    check_prompt_values,
+)
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_presets import opt_out
 from vllm.config.sae_steering_specs import READOUT_KEY
@@ -34,8 +40,6 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 MAX_TEXTS = 64
-# Of one answer; about 25 MB of JSON.
-MAX_VALUES = 1 << 20
 PIECES_AT_ONCE = 128  # tokens that are decoded before others have their turn
 
 Text = Annotated[str, expects("a text", min_length=1)]
@@ -179,15 +183,10 @@ class EncodeService:
                     "max_model_len - 1",
                     field,
                 )
-        values = sum(map(len, prompts)) * sum(read.num_values for read in reads)
-        if values > MAX_VALUES:
-            raise RequestRefused(
-                400,
-                f"{field}: found {values} values over all tokens and sites, expected "
-                f"at most {MAX_VALUES}: send less text, or read fewer sites or "
-                "features",
-                field,
-            )
+        try:
+            check_prompt_values(field, map(len, prompts), reads)
+        except VLLMValidationError as error:
+            raise RequestRefused(400, error.args[0], field) from None
 
     async def _read(self, ids: Sequence[int], specs: JsonView) -> RequestOutput:
         params = SamplingParams(

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import torch
 
+from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import (
     ClampTable,
+    SAESlot,
     SAEWeights,
     StepState,
 )
 
 from .peers import Peers
 from .run import Run
-
-Tensors = list[torch.Tensor]
+from .workspace import SteeringWorkspace, Tensors
 
 WEIGHTS_FIELDS = (
     "W_enc", "b_enc", "threshold", "W_dec", "b_dec", "meta", "norm_limit", "shared",
@@ -76,15 +77,41 @@ def _workspace_bundle(run: Run) -> Tensors:
     return own if run.slot.weights.W_skip is None else [*own, buffers.skip]
 
 
-def _run_bundles(
-    run: Run, stream: Tensors
-) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+def _make_run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors]:
+    """Step, weights and workspace: all but the stream."""
     return (
         step_bundle(run.step, run.index, run.table, run.slot.saturated, run.reads),
         weights_bundle(run.slot.weights, run.peers),
-        stream,
         _workspace_bundle(run),
     )
+
+
+def _run_bundles(
+    run: Run, stream: Tensors
+) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    own = (run.own_scores, run.own_index, run.peers)
+    if any(each is not None for each in own):  # which may be new in each step
+        step, weights, workspace = _make_run_bundles(run)
+    else:
+        # The buffers belong to the slot, the number of tokens, and the activation.
+        key = (run.step, run.buffers, run.tier, run.edits, run.reads)
+        kept = run.workspace.bundles
+        step, weights, workspace = kept.get(key, lambda: _make_run_bundles(run))
+    return step, weights, stream, workspace
+
+
+def clamp_bundles(
+    slot: SAESlot, step: StepState, workspace: SteeringWorkspace
+) -> tuple[Tensors, Tensors]:
+    """Step and weights of the delta tier of a threshold SAE."""
+
+    def make() -> tuple[Tensors, Tensors, Tensors]:
+        index = step.index[Tier.DELTA]
+        own = step_bundle(step, index, slot.delta, slot.saturated)
+        return own, weights_bundle(slot.weights), []
+
+    own, weights, _ = workspace.bundles.get((step, slot), make)
+    return own, weights
 
 
 def reading_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:

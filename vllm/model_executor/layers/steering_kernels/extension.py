@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import logging
 import os
@@ -12,6 +13,24 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
+
+HOPPER = (9, 0)
+# The major compute capabilities that CMakeLists.txt compiles the clamp kernel for,
+# besides Hopper's.
+CLAMP_MAJORS = (8, 10, 12)
+
+
+class Kernels(enum.Flag):
+    """Which kernels of the extension run on a device; Triton does the rest.
+
+    CLAMPS: the delta tier of threshold SAEs, and steering vectors.
+    STAGES: full reconstruction, TopK, and reading on the way.
+    """
+
+    NONE = 0
+    CLAMPS = enum.auto()
+    STAGES = enum.auto()
+    ALL = CLAMPS | STAGES
 
 
 def extension_library() -> Path | None:
@@ -34,6 +53,42 @@ def extension_is_built() -> bool:
         logger.warning("steering: Triton only, %s: %s", library, error.__cause__)
         return False
     return True
+
+
+@functools.cache
+def kernels_for(device: torch.device) -> Kernels:
+    """The extension's kernels that run on this device."""
+    if device.type != "cuda" or torch.version.hip or not extension_is_built():
+        return Kernels.NONE
+    capability = torch.cuda.get_device_capability(device)
+    if capability == HOPPER:
+        return Kernels.ALL
+    if capability[0] not in CLAMP_MAJORS:
+        return Kernels.NONE
+    # A build may leave targets out.
+    with torch.cuda.device(device):
+        found = cuda_ops().has_clamps(torch.empty(0, device=device))
+    return Kernels.CLAMPS if found else Kernels.NONE
+
+
+def describe_kernels(device: torch.device) -> str:
+    """What runs where on this GPU, in one sentence."""
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    kernels = kernels_for(device)
+    if kernels == Kernels.ALL:
+        return f"{name}: the CUDA extension"
+    if kernels == Kernels.CLAMPS:
+        return (
+            f"{name}: delta clamps and steering vectors in the CUDA extension, full "
+            "reconstruction and reading in Triton"
+        )
+    why = "is not built"
+    if extension_is_built():
+        why = f"has no machine code for sm_{major}{minor}"
+    elif os.environ.get("VLLM_STEERING_NO_CUDA") == "1":
+        why = "is turned off by VLLM_STEERING_NO_CUDA=1"
+    return f"{name}: Triton; the CUDA extension {why}"
 
 
 def cuda_ops() -> Any:

@@ -32,6 +32,25 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+CLAMP_THREADS = 448  # the most of a block of the clamp kernel
+CLAMP_GROUP = 8  # clamps that it encodes at a time
+CLAMP_RING = 9  # 16-byte parts of a thread's decoder rows
+CLAMP_STATIC = 1024  # bytes of its static shared memory, at most
+
+
+def clamp_shared_bytes(d_out: int, d_in: int | None, max_clamps: int) -> int:
+    """Shared memory of a block of the clamp kernel (csrc/steering/clamp_rows.cuh).
+
+    `d_in`: the width of what a transcoder reads; None for an SAE.
+    """
+    needed = cdiv(max(d_out, d_in or 0), 8)
+    threads = cdiv(cdiv(needed, cdiv(needed, CLAMP_THREADS)), 32) * 32
+    rows = [d_out, d_out, d_in or 0]  # hidden, residual, source; in whole warps
+    parts = CLAMP_RING * threads + sum(32 * cdiv(row, 256) for row in rows)
+    clamps = cdiv(max_clamps, CLAMP_GROUP) * CLAMP_GROUP
+    return 16 * parts + 20 * clamps + CLAMP_STATIC
+
+
 @dataclass(frozen=True)
 class ChunkPlan:
     """How the tokens of one step pass through the workspace.

@@ -17,31 +17,34 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from .bundles import (
+    clamp_bundles,
     reading_bundles,
     step_bundle,
     stream_bundle,
-    weights_bundle,
     writing_bundles,
 )
-from .extension import cuda_ops
-from .plan import COMPACT_ENCODE_TOKENS, sorts_ahead
+from .extension import Kernels, cuda_ops, kernels_for
+from .plan import COMPACT_ENCODE_TOKENS, clamp_shared_bytes, sorts_ahead
 from .run import Run
-from .workspace import GuessBuffers
+from .workspace import GuessBuffers, SteeringWorkspace
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the extension's machine code is for this device: NVIDIA's sm_90."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that a block of this GPU may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def runs(device: torch.device, kernels: Kernels) -> bool:
+    """Whether these kernels of the extension run on the device."""
+    return kernels in kernels_for(device)
 
 
 def _fits_stream(hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:
     """Whether the kernels can address the stream: 16-bit numbers, 16-byte rows."""
-    if hidden.dtype not in DTYPES or not is_hopper(hidden.device):
+    if hidden.dtype not in DTYPES:
         return False
     streams = (hidden,) if residual is None else (hidden, residual)
     return all(
@@ -87,7 +90,8 @@ def takes_cuda(
     """Whether the extension's stages fit this site, its stream, and its source."""
     w = slot.weights
     return (
-        _fits_source(slot, hidden, source)
+        runs(hidden.device, Kernels.STAGES)
+        and _fits_source(slot, hidden, source)
         and _fits_stream(hidden, residual)
         and _fits_weights(hidden, w.W_enc, w.W_dec)
     )
@@ -162,8 +166,13 @@ def _fits_table(
     table: ClampTable, hidden: torch.Tensor, source: torch.Tensor | None = None
 ) -> bool:
     """Whether a block's shared memory holds the rows and the clamps."""
-    widths = [x.shape[1] for x in (hidden, source) if x is not None]
-    return max(widths) <= 16384 and 1 <= table.max_clamps <= 2048
+    d_out, clamps = hidden.shape[1], table.max_clamps
+    d_in = None if source is None else source.shape[1]
+    return (
+        max(d_out, d_in or 0) <= 16384
+        and 1 <= clamps <= 2048
+        and clamp_shared_bytes(d_out, d_in, clamps) <= shared_memory_of(hidden.device)
+    )
 
 
 def takes_clamp(
@@ -173,7 +182,7 @@ def takes_clamp(
     source: torch.Tensor | None = None,
 ) -> bool:
     """Whether the clamp kernel fits: the delta tier of a slot, or its vectors."""
-    if not _fits_stream(hidden, residual):
+    if not runs(hidden.device, Kernels.CLAMPS) or not _fits_stream(hidden, residual):
         return False
     if isinstance(slot, SAESlot):
         w = slot.weights
@@ -195,6 +204,7 @@ def takes_clamp(
 def clamp(
     slot: SAESlot,
     step: StepState,
+    workspace: SteeringWorkspace,
     gated: bool,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -202,8 +212,7 @@ def clamp(
 ) -> None:
     """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     cuda_ops().clamp(
-        step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
-        weights_bundle(slot.weights),
+        *clamp_bundles(slot, step, workspace),
         [] if source is None else [source],
         stream_bundle(hidden, residual),
         gated=gated,
@@ -214,6 +223,7 @@ def vectors_and_clamp(
     vectors: VectorSlot,
     slot: SAESlot,
     step: StepState,
+    workspace: SteeringWorkspace,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     source: torch.Tensor | None,
@@ -222,8 +232,7 @@ def vectors_and_clamp(
     cuda_ops().vectors_and_clamp(
         step_bundle(step, step.index[Tier.ADDITIVE], vectors.table, vectors.saturated),
         vectors.directions,
-        step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
-        weights_bundle(slot.weights),
+        *clamp_bundles(slot, step, workspace),
         [] if source is None else [source],
         stream_bundle(hidden, residual),
     )

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_state import SAESlot
 
-from .extension import extension_is_built
+from .extension import Kernels, kernels_for
+from .kept import Kept
 from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
 from .plan import (
     CHUNK_ALIGN,
@@ -34,10 +36,10 @@ from .plan import (
 from .screen import ScreenScratch
 
 LIMIT_BYTES = 256 * MIB
-MAX_KEPT_VIEWS = 256  # of steps of different lengths; then they are made anew
+Tensors = list[torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageBuffers:
     """Views of the workspace for one slot and one step.
 
@@ -107,7 +109,7 @@ def exchanges(slot: SAESlot) -> bool:
     """Whether the extension's kernels can share the slot's SAE among ranks."""
     w = slot.weights
     return (
-        extension_is_built()
+        Kernels.STAGES in kernels_for(w.W_enc.device)
         and can_exchange(w.shard, w.d_sae_capacity, w.d_out)
         and w.W_skip is None
         and w.W_enc.dtype.itemsize == 2
@@ -153,7 +155,9 @@ class SteeringWorkspace:
         slots = list(slots)
         self.max_tokens = max_tokens
         self.peers = _make_peers(max_tokens, slots, device)
-        self._kept: dict[tuple[SAESlot, int, bool, int | None], StageBuffers] = {}
+        self._views: Kept[tuple[SAESlot, int, bool, int | None], StageBuffers] = Kept()
+        self._guesses: Kept[tuple[SAESlot, int], GuessBuffers] = Kept()
+        self.bundles: Kept[Hashable, tuple[Tensors, Tensors, Tensors]] = Kept()
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
         for slot in slots:
@@ -264,16 +268,10 @@ class SteeringWorkspace:
     ) -> StageBuffers:
         """Views for `slot` and a step of `tokens` tokens; allocates nothing.
 
-        `capacity`: the most that a list needs to hold (None: as much as fits). Views
-        are kept, since making them costs the host more than a launch.
+        `capacity`: the most that a list needs to hold (None: as much as fits).
         """
         key = (slot, tokens, topk, capacity)
-        found = self._kept.get(key)
-        if found is None:
-            if len(self._kept) >= MAX_KEPT_VIEWS:
-                self._kept.clear()
-            found = self._kept[key] = self._make_buffers(*key)
-        return found
+        return self._views.get(key, lambda: self._make_buffers(*key))
 
     def _make_buffers(
         self, slot: SAESlot, tokens: int, topk: bool, capacity: int | None
@@ -317,6 +315,12 @@ class SteeringWorkspace:
         plan = self.guess_plan(slot, tokens)
         if plan is None:
             return None
+        make = partial(self._make_guess_buffers, slot, tokens, plan)
+        return self._guesses.get((slot, tokens), make)
+
+    def _make_guess_buffers(
+        self, slot: SAESlot, tokens: int, plan: ChunkPlan
+    ) -> GuessBuffers:
         w, rows = slot.weights, plan.rows
         sample_bytes, bar_bytes, _ = self._guess_bytes(rows)
         samples = self._shared[: rows * GUESS_SAMPLE * 2].view(torch.int16)

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, TypeAlias
 
+from vllm.engine.steering_active_config import active_steering_config
 from vllm.plugins.steering.seam import Stock, declare, wrap
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.context import ConversationContext
@@ -42,6 +46,14 @@ _RESPONSES_STREAM = (
 )
 
 
+def _reads(serving: GenerateBaseServing, request: BaseModel) -> bool:
+    """Whether a request reads features, itself or by its preset."""
+    from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+
+    config = active_steering_config(serving.engine_client.vllm_config)
+    return asks_to_read(request, config)
+
+
 def install_completion() -> None:
     """`/v1/completions`."""
     owner = f"{COMPLETION}:OpenAIServingCompletion"
@@ -65,20 +77,17 @@ def install_completion() -> None:
 
 
 def _completion_stream(stock: Stock) -> Stock:
-    from vllm.entrypoints.openai.steering.read_choices import (
-        StreamedChoices,
-        asks_to_read,
-    )
+    from vllm.entrypoints.openai.steering.read_choices import StreamedChoices
 
     def completion_stream_generator(
-        self: object,
+        self: GenerateBaseServing,
         request: OpenAIRequest,
         engine_inputs: object,
         result_generator: AsyncIterator[RequestOutput],
         *args: object,
         **kwargs: object,
     ) -> AsyncIterator[str]:
-        if not asks_to_read(request):
+        if not _reads(self, request):
             return stock(
                 self, request, engine_inputs, result_generator, *args, **kwargs
             )
@@ -92,19 +101,18 @@ def _completion_stream(stock: Stock) -> Stock:
 
 def _completion_response(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.read_choices import (
-        asks_to_read,
         fill_choices,
     )
 
     def request_output_to_completion_response(
-        self: object,
+        self: GenerateBaseServing,
         final_res_batch: list,
         request: OpenAIRequest,
         *args: object,
         **kwargs: object,
     ) -> object:
         response = stock(self, final_res_batch, request, *args, **kwargs)
-        if asks_to_read(request):
+        if _reads(self, request):
             fill_choices(response.choices, final_res_batch)
         return response
 
@@ -131,19 +139,16 @@ def install_chat() -> None:
 
 
 def _chat_stream(stock: Stock) -> Stock:
-    from vllm.entrypoints.openai.steering.read_choices import (
-        StreamedChoices,
-        asks_to_read,
-    )
+    from vllm.entrypoints.openai.steering.read_choices import StreamedChoices
 
     def chat_completion_stream_generator(
-        self: object,
+        self: GenerateBaseServing,
         request: OpenAIRequest,
         result_generator: AsyncIterator[RequestOutput],
         *args: object,
         **kwargs: object,
     ) -> AsyncIterator[str]:
-        if not asks_to_read(request):
+        if not _reads(self, request):
             return stock(self, request, result_generator, *args, **kwargs)
         choices = StreamedChoices(request.n or 1)
         results = choices.of_one(result_generator)
@@ -155,19 +160,18 @@ def _chat_stream(stock: Stock) -> Stock:
 def _chat_full(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.read_choices import (
         LastResult,
-        asks_to_read,
         fill_choices,
     )
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     async def chat_completion_full_generator(
-        self: object,
+        self: GenerateBaseServing,
         request: OpenAIRequest,
         result_generator: AsyncIterator[RequestOutput],
         *args: object,
         **kwargs: object,
     ) -> object:
-        if not asks_to_read(request):
+        if not _reads(self, request):
             return await stock(self, request, result_generator, *args, **kwargs)
         last = LastResult()
         results = last.watch(result_generator)
@@ -194,19 +198,18 @@ def install_batch() -> None:
 def _chat_batch(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.read_choices import (
         LastResult,
-        asks_to_read,
         fill_choices,
     )
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     async def chat_completion_full_generator_batch(
-        self: object,
+        self: GenerateBaseServing,
         request: OpenAIRequest,
         generators: list,
         *args: object,
         **kwargs: object,
     ) -> object:
-        if not asks_to_read(request):
+        if not _reads(self, request):
             return await stock(self, request, generators, *args, **kwargs)
         lasts = [LastResult() for _ in generators]
         watched = [last.watch(one) for last, one in zip(lasts, generators, strict=True)]
@@ -236,11 +239,10 @@ def _reading_of(context: ConversationContext) -> ResponseReading:
 
 
 def _responses_full(stock: Stock) -> Stock:
-    from vllm.entrypoints.openai.steering.read_choices import asks_to_read
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     async def responses_full_generator(
-        self: object,
+        self: GenerateBaseServing,
         request: OpenAIRequest,
         sampling_params: object,
         result_generator: object,
@@ -251,7 +253,7 @@ def _responses_full(stock: Stock) -> Stock:
         response = await stock(
             self, request, sampling_params, result_generator, context, *args, **kwargs
         )
-        if asks_to_read(request) and not isinstance(response, ErrorResponse):
+        if _reads(self, request) and not isinstance(response, ErrorResponse):
             _reading_of(context).finish(response)
         return response
 
@@ -259,10 +261,8 @@ def _responses_full(stock: Stock) -> Stock:
 
 
 def _responses_stream(stock: Stock) -> Stock:
-    from vllm.entrypoints.openai.steering.read_choices import asks_to_read
-
     def responses_stream_generator(
-        self: object,
+        self: GenerateBaseServing,
         request: OpenAIRequest,
         sampling_params: object,
         result_generator: object,
@@ -274,7 +274,7 @@ def _responses_stream(stock: Stock) -> Stock:
             self, request, sampling_params, result_generator, context, *args, **kwargs
         )
         return (
-            _reading_of(context).annotate(events) if asks_to_read(request) else events
+            _reading_of(context).annotate(events) if _reads(self, request) else events
         )
 
     return responses_stream_generator

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bodies that are too large are refused before anything parses them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from fastapi import Body, FastAPI
+from fastapi.testclient import TestClient
+
+from vllm.entrypoints.openai.steering.body_limit import BodyLimit
+
+MOST = 1000
+SLACK = len(b'""')
+
+
+@pytest.fixture
+def limits() -> list[int | None]:
+    """The limit that is in force, which a test may change."""
+    return [MOST]
+
+
+@pytest.fixture
+def http(limits: list[int | None]) -> Iterator[TestClient]:
+    app = FastAPI()
+
+    @app.post("/echo")
+    async def echo(text: str = Body()) -> int:
+        return len(text)
+
+    app.add_middleware(BodyLimit, most=lambda: limits[0])
+    with TestClient(app) as client:
+        yield client
+
+
+def chunked(text: str) -> Iterator[bytes]:
+    """The text as JSON, without an announced length."""
+    data = f'"{text}"'.encode()
+    yield from (data[at : at + 100] for at in range(0, len(data), 100))
+
+
+def test_a_body_of_the_largest_size_is_read(http: TestClient) -> None:
+    text = "a" * (MOST - SLACK)
+    assert http.post("/echo", json=text).json() == len(text)
+    headers = {"Content-Type": "application/json"}
+    answer = http.post("/echo", content=chunked(text), headers=headers)
+    assert answer.json() == len(text)
+
+
+def test_one_byte_more_is_refused_by_its_announced_length(http: TestClient) -> None:
+    answer = http.post("/echo", json="a" * (MOST - SLACK + 1))
+    assert answer.status_code == 413
+    assert answer.json() == {
+        "error": {
+            "message": "body: found 1001 bytes, expected at most 1000 "
+            "(additional_config.steering.max_body_mib)",
+            "type": "RequestEntityTooLargeError",
+            "param": "body",
+            "code": 413,
+        }
+    }
+
+
+def test_a_body_without_a_length_is_refused_when_it_gets_too_large(
+    http: TestClient,
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = http.post("/echo", content=chunked("a" * MOST), headers=headers)
+    assert answer.status_code == 413
+    assert "found more than 1000 bytes" in answer.json()["error"]["message"]
+
+
+def test_reading_stops_at_the_limit() -> None:
+    received, sent = [], []
+
+    async def receive() -> dict:
+        received.append(1)
+        return {"type": "http.request", "body": b"a" * 400, "more_body": True}
+
+    async def send(message: dict) -> None:
+        sent.append(message["type"])
+
+    async def app(scope: object, receive, send: object) -> None:
+        while True:
+            await receive()
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(BodyLimit(app, lambda: MOST)(scope, receive, send))
+    assert (len(received), sent) == (3, ["http.response.start", "http.response.body"])
+
+
+def test_without_a_limit_any_body_is_read(
+    http: TestClient, limits: list[int | None]
+) -> None:
+    limits[0] = None
+    assert http.post("/echo", json="a" * 5000).json() == 5000

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPUs that share SAEs through their memory, in an engine under CUDA graphs: float16
+answers with the bits of copies, and those of Hugging Face in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from steering_testing import matrix, peer_engines
+from steering_testing.engine import engine
+from steering_testing.gpus import RANK_OPTIONS
+from steering_testing.observe import steps_of
+from steering_testing.peer_engines import (
+    answers,
+    check_bits,
+    check_late_modules,
+    check_oracle,
+    check_reading,
+    requests,
+    rounds_of,
+    shares_a_gated_clamp,
+)
+from steering_testing.requests import prompt
+
+from vllm import LLM
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices"
+)
+
+OPTIONS = {
+    **RANK_OPTIONS,
+    "dtype": "float16",
+    "disable_custom_all_reduce": False,  # it says which GPUs reach which
+    "enable_prefix_caching": False,  # copies would find the blocks of shared SAEs
+    "async_scheduling": False,  # steps would depend on time, and sums on steps
+    "max_num_batched_tokens": 640,
+    "max_num_seqs": 16,
+    "max_model_len": 256,
+    "block_size": 16,
+    "num_gpu_blocks_override": 130,  # fewer than 16 long requests need
+    "gpu_memory_utilization": 0.1,
+}
+TOLERANCE = 1e-2  # of a log-probability; a float16 engine is off by 2e-3
+
+
+def check_short(llm: LLM) -> None:
+    """One batch of every tier, point, phase and activation."""
+    asked = requests()
+    prompts = [prompt(500 + at, 5 + at % 7) for at in range(len(asked))]
+    found = answers(llm, prompts, asked, 6)
+    check_oracle(found, prompts, asked, TOLERANCE)
+    print("a batch of every kind is Hugging Face's", flush=True)
+    exact = [at for at, asks in enumerate(asked) if not shares_a_gated_clamp(asks)]
+    check_bits(llm, [prompts[at] for at in exact], [asked[at] for at in exact], 6)
+    print("a batch of every kind has the bits of copies", flush=True)
+
+
+def check_long(llm: LLM) -> None:
+    """Prompts in chunks, and requests that lose their place."""
+    asked = [asks for asks in requests() if not shares_a_gated_clamp(asks)]
+    prompts = [prompt(900 + at, 100 + 13 * at % 120) for at in range(len(asked))]
+    with steps_of(llm) as steps:
+        found = check_bits(llm, prompts, asked, 24)
+    assert steps.preempted > 3 and steps.chunks > 3, steps
+    # A long text meets too many near ties of TopK.
+    chosen = [
+        at for at, asks in enumerate(asked) if all(a.module != "topk" for a in asks)
+    ]
+    check_oracle(
+        [found[at] for at in chosen],
+        [prompts[at] for at in chosen],
+        [asked[at] for at in chosen],
+        TOLERANCE,
+    )
+    print(f"chunks and preemption: {steps.chunks}, {steps.preempted}", flush=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gpus_that_share_saes_through_their_memory_agree(
+    ranks: int, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
+    monkeypatch.setenv("VLLM_STEERING_PEER_MEMORY", "1")
+    monkeypatch.setattr(matrix, "TIE", peer_engines.TIE)
+    modules, steering = peer_engines.save(tmp_path), {"spare": [peer_engines.SPARE]}
+    options = {**OPTIONS, "tensor_parallel_size": ranks}
+    family = peer_engines.FAMILY
+    with engine(family, model_root, modules, steering, **options) as llm:
+        before = llm.collective_rpc(rounds_of)
+        assert min(before) >= 0, "the ranks gather"
+        with steps_of(llm) as steps:
+            check_short(llm)
+        assert steps.graphs["FULL"] > 0, steps
+        after = llm.collective_rpc(rounds_of)
+        assert len(set(after)) == 1 and after[0] > before[0] + 100, (before, after)
+        check_long(llm)
+        for kind in peer_engines.KINDS:
+            check_reading(llm, kind, 2 * TOLERANCE)
+        print("reading: done", flush=True)
+        check_late_modules(llm, tmp_path, TOLERANCE)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam into `vllm.entrypoints.launchers.app`: bodies of requests have a limit.
+
+The edit a branch would make: `init_entrypoints_middleware` also adds `BodyLimit`, which
+runs after the middlewares that authenticate. Without steering there is no limit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.engine.steering_active_config import max_body_bytes
+from vllm.plugins.steering.seam import Stock, wrap
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from fastapi import FastAPI
+
+MODULE = "vllm.entrypoints.launchers.app"
+
+
+def install() -> None:
+    """Add the limit where vLLM adds its middlewares."""
+    wrap(
+        f"{MODULE}:init_entrypoints_middleware",
+        ("args", "app", "supported_tasks"),
+        _make_init_entrypoints_middleware,
+    )
+
+
+def _make_init_entrypoints_middleware(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.body_limit import BodyLimit
+
+    def init_entrypoints_middleware(
+        args: Namespace, app: FastAPI, supported_tasks: tuple[str, ...]
+    ) -> None:
+        # The engine's configuration is there when the first request comes.
+        app.add_middleware(
+            BodyLimit, most=lambda: max_body_bytes(app.state.vllm_config)
+        )
+        stock(args, app, supported_tasks)
+
+    return init_entrypoints_middleware
