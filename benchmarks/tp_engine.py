@@ -18,7 +18,7 @@ from tp_shapes import HOOK, SHAPES
 FULL_KEY = "sae_full_reconstruction_specs"
 CLAMP = {"feature_idx": 11, "kind": "absolute", "value": 1.0}
 PROMPT = 32
-WARM_STEPS, LAST_STEPS = 6, 3
+WARM_STEPS, LAST_STEPS = 4, 2
 READY = "ready"  # a file that says that model and modules are written
 
 
@@ -148,21 +148,20 @@ class Bench:
         return found
 
     def measure(self, turn: Turn) -> dict[str, list[float]]:
-        """Milliseconds by clock: `steps` between, half as many inside."""
+        """Milliseconds by clock: `steps` between, and as many inside."""
         if not turn.steps:
             return self.prefill(turn)
-        inside = turn.steps // 2
-        expect = (turn.batch, WARM_STEPS, turn.steps, inside)
+        expect = (turn.batch, WARM_STEPS, turn.steps, turn.steps)
         self.llm.collective_rpc("expect_steps", args=expect)
-        tokens = 2 + WARM_STEPS + turn.steps + inside + LAST_STEPS
+        tokens = 2 + WARM_STEPS + 2 * turn.steps + LAST_STEPS
         self.run(turn, tokens)
         return self.take(turn.batch * (turn.length + tokens - 1) * bool(turn.module))
 
     def prefill(self, turn: Turn) -> dict[str, list[float]]:
-        """One step with all prompts, twice inside and once on the host's clock."""
+        """One step with all prompts: inside, and another on the host's clock."""
         tokens = turn.batch * turn.length
         times: dict[str, list[float]] = {"gpu": [], "between": [], "host": []}
-        for inside in (1, 0, 1):
+        for inside in (1, 0):
             self.llm.collective_rpc("expect_steps", args=(tokens, 0, 0, inside))
             begin = time.perf_counter()
             self.run(turn, 1)

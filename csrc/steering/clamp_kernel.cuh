@@ -67,11 +67,12 @@ __device__ __forceinline__ void apply_conditions(const StagedRow& row) {
 // W, `low` is right in the upper rows and `high` in the lower ones. The order
 // of columns within a product is free, so lanes load 16 bytes of a row at once.
 // With kSource `stream` is the source, and the ring has been started: a warp
-// may own columns of the stream and none of the source.
-template <typename T, bool kTwo, bool kSource>
+// may own columns of the stream and none of the source. An encoder that ranks
+// share sends the activations instead of turning them into g - f.
+template <typename T, bool kTwo, bool kSource, typename Encoder = WholeEncoder>
 __device__ __forceinline__ bool resolve_clamps(
     const T* w_enc, const TokenStream<T, kTwo>& stream, const StagedRow& row,
-    RowRing<T, T>& ring) {
+    RowRing<T, T>& ring, const Encoder& encoder = {}) {
   __shared__ float partial[2][kClampWarps * kClampGroup], norms[kClampWarps];
   __shared__ bool within;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -83,11 +84,12 @@ __device__ __forceinline__ bool resolve_clamps(
   for (int first = 0, turn = 0; first == 0 || first < row.count;
        first += kClampGroup, turn ^= 1) {
     const int clamp = first + lane / 4;
-    const bool needs = reads_activation(row.code[clamp]);
-    const T* w_row =
-        w_enc + quad * 8 +
-        static_cast<uint64_t>(static_cast<uint32_t>(row.feature[clamp])) *
-            d_model;
+    const bool needs = reads_activation(row.code[clamp]) &&
+                       encoder.encodes(row.feature[clamp]);
+    const T* w_row = w_enc + quad * 8 +
+                     static_cast<uint64_t>(static_cast<uint32_t>(
+                         encoder.row(row.feature[clamp]))) *
+                         d_model;
     float low[4] = {}, high[4] = {};
 #pragma unroll 1
     for (unsigned base = warp * 256; base < d_model; base += blockDim.x * 8) {
@@ -129,7 +131,9 @@ __device__ __forceinline__ bool resolve_clamps(
     const float bias = row.bias[clamp];
     const float p = sum_over_warps(partial[turn]) + bias;
     const bool fires = needs && p > fmaxf(row.threshold[clamp], 0.f);
-    if (quad == 0) {
+    if constexpr (Encoder::kShared) {
+      if (quad == 0 && needs) encoder.send(clamp, fires ? p : 0.f);
+    } else if (quad == 0) {
       const int code = row.code[clamp];
       const float value = row.delta[clamp], f = fires ? p : 0.f;
       row.delta[clamp] = clamp_delta(code, value, f);

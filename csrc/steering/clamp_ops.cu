@@ -2,49 +2,15 @@
 // The delta tier of threshold SAEs and the additive tier as ops.
 #include <algorithm>
 
-#include "checks.h"
-#include "clamp_kernel.cuh"
+#include "clamp_launch.h"
 
 namespace vllm_steering {
 namespace {
 
-// Leaves the shared memory that two blocks per SM do not need to L1: blocks
-// that read the same rows at the same time get them from there.
-template <typename Kernel>
-void share_l1(Kernel* kernel, int smem) {
-  constexpr int kReserved = 2 * 1024;  // the system's, and the static part
-  static const int all =
-      current_device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int bytes = 2 * (smem + kReserved);
-  const int percent = (bytes * 100 + all - 1) / all;
-  check_cuda(cudaFuncSetAttribute(
-                 kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                 std::min(percent, 100)),
-             "carveout");
-}
-
-template <typename T, typename W>
-int source_width(const ClampArgs<T, W>& a) {
-  return a.source != nullptr ? a.weights.d_in : 0;
-}
-
-template <typename T, typename W>
-int threads_of(const ClampArgs<T, W>& a) {
-  return clamp_threads(std::max(a.d_model, source_width(a)));
-}
-
-template <typename T, typename W>
-int smem_of(const ClampArgs<T, W>& a, int threads) {
-  return clamp_smem(threads, a.d_model, source_width(a),
-                    a.step.table.max_clamps);
-}
-
 template <typename T, typename W>
 void launch_clamp(void (*kernel)(ClampArgs<T, W>), const ClampArgs<T, W>& a,
                   cudaStream_t stream) {
-  const int threads = threads_of(a), smem = smem_of(a, threads);
-  share_l1(kernel, smem);
-  launch(kernel, a.stream.tokens, threads, smem, stream, a);
+  launch_blocks(kernel, a, a, a.stream.tokens, stream);
 }
 
 template <typename T, bool kSource>

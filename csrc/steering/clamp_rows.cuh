@@ -185,4 +185,11 @@ struct RowRing {
   }
 };
 
+// Which features this rank encodes: all of them.
+struct WholeEncoder {
+  static constexpr bool kShared = false;
+  __device__ __forceinline__ bool encodes(int) const { return true; }
+  __device__ __forceinline__ int row(int feature) const { return feature; }
+};
+
 }  // namespace vllm_steering

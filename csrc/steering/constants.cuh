@@ -115,5 +115,16 @@ enum ShareField {
   kShareStagingBytes = 7,
   kShareAddresses = 8,
 };
+// steering_kernels/peers.py: where the clamps' regions of an arena are.
+enum ClampShareField {
+  kClampRows = 0,
+  kClampEach = 1,
+  kClampSlices = 2,
+  kClampRounds = 3,
+  kClampHeads = 4,
+  kClampActs = 5,
+  kClampFlags = 6,
+  kClampFields = 7,
+};
 
 }  // namespace vllm_steering

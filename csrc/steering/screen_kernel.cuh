@@ -179,7 +179,7 @@ __device__ __forceinline__ void list_candidates(const ScreenArgs<T>& a,
   const bool may = (mine >> (lane % 8 * 4) & 0xF) != 0;
   const unsigned all = __ballot_sync(~0u, may);
   if (all == 0) return;
-  const int order = f0 / kScreenF % a.screen.orders;
+  const int order = (w.first_feature + f0) / kScreenF % a.screen.orders;
   int base = 0;
   if (lane == 0) base = atomicAdd(a.screen.counts + order, __popc(all));
   base = __shfl_sync(~0u, base, 0);
@@ -315,7 +315,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (t == kWeightsThread) drain_screen_first(m, first);
     __syncthreads();
   }
-  const TileWalk walk = tile_walk(c.encode.weights.num_features, n);
+  const TileWalk walk = tile_walk(c.encode.weights.num_features, n, 1, 0,
+                                  c.encode.weights.first_feature);
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) {

@@ -67,7 +67,19 @@ def test_a_slot_is_screened_where_the_device_can_and_the_module_may() -> None:
     assert not screened(module(65536), Ranks(item_bytes=2))
     assert not screened(module(16384), ON)
     assert not screened(module(65536, act=Activation.TOPK), ON)
-    assert not screened(module(131072), replace(ON, size=2))  # it is shared
+
+
+def test_ranks_screen_the_rows_that_they_hold() -> None:
+    two, four = replace(ON, size=2), replace(ON, size=4)
+    assert screened(module(131072), two)
+    assert not screened(module(131072), four)  # a quarter is too narrow
+    # The extension's kernels do not share an SAE of these features.
+    assert not screened(module(131072 + 64), two)
+    own = module(131072)
+    config = start_up_slots(SteeringConfig({"m": own}, ranks=two))
+    held = config.modules["m"]
+    plain = module_bytes(replace(held, screened=()), 2, two)
+    assert module_bytes(held, 2, two) - plain == screen_bytes(65536, 3584)
 
 
 def test_a_module_that_is_off_takes_no_screened_slot() -> None:

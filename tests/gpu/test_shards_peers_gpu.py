@@ -20,7 +20,6 @@ from steering_testing.peer_engines import (
     check_reading,
     requests,
     rounds_of,
-    shares_a_gated_clamp,
 )
 from steering_testing.requests import prompt
 
@@ -53,14 +52,13 @@ def check_short(llm: LLM) -> None:
     found = answers(llm, prompts, asked, 6)
     check_oracle(found, prompts, asked, TOLERANCE)
     print("a batch of every kind is Hugging Face's", flush=True)
-    exact = [at for at, asks in enumerate(asked) if not shares_a_gated_clamp(asks)]
-    check_bits(llm, [prompts[at] for at in exact], [asked[at] for at in exact], 6)
+    check_bits(llm, prompts, asked, 6)
     print("a batch of every kind has the bits of copies", flush=True)
 
 
 def check_long(llm: LLM) -> None:
     """Prompts in chunks, and requests that lose their place."""
-    asked = [asks for asks in requests() if not shares_a_gated_clamp(asks)]
+    asked = requests()
     prompts = [prompt(900 + at, 100 + 13 * at % 120) for at in range(len(asked))]
     with steps_of(llm) as steps:
         found = check_bits(llm, prompts, asked, 24)

@@ -146,11 +146,6 @@ def answers(
     return [answer_of(output) for output in outputs]
 
 
-def shares_a_gated_clamp(asks: Sequence[Ask]) -> bool:
-    """Whether the delta tier of a threshold SAE takes part."""
-    return any(ask.tier == "delta" and ask.module != "topk" for ask in asks)
-
-
 def check_bits(
     llm: LLM, prompts: Sequence[list[int]], asked: Sequence[list[Ask]], count: int
 ) -> list[Greedy]:

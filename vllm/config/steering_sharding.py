@@ -17,6 +17,8 @@ Sharding = Literal["auto", "replicate", "shard"]
 # A rank's features, and its columns, are a multiple of this. Matrix products of fewer
 # columns may add in another order.
 SHARD_UNIT = 16
+# Where the extension's kernels share an SAE, a rank's features are a multiple of this.
+EXTENSION_FEATURES = 256
 # `auto` shards an SAE if each rank then reads so many bytes less of its encoder in a
 # step. Below, the exchanges of a step take longer than the bytes that they save.
 AUTO_SAVED_BYTES = 256 << 20
@@ -66,6 +68,12 @@ class Ranks:
         encoder = d_sae * d_in * self.item_bytes
         saved = encoder - encoder // self.size
         return saved >= AUTO_SAVED_BYTES and self.can_shard(d_sae, d_out)
+
+    def encoded(self, d_sae: int, sharded: bool) -> int:
+        """Features that a rank's extension kernels encode; 0: others do it."""
+        if not sharded:
+            return d_sae
+        return 0 if d_sae % (self.size * EXTENSION_FEATURES) else d_sae // self.size
 
     def whole_bytes(self, d_sae: int, d_in: int, d_out: int, has_skip: bool) -> int:
         """Bytes of a replicated SAE's weights on each rank."""

@@ -36,8 +36,8 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
     if module.kind == "vectors":
         return SlotInfo(site.layer, site.hook, "vectors", 1)
     sharded = ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width)
-    widths = (site.d_sae, site.d_in, ranks.item_bytes)
-    can_screen = ranks.screens and not sharded and not is_topk
+    encoded = ranks.encoded(site.d_sae, sharded)
+    can_screen = ranks.screens and not is_topk
     return SlotInfo(
         layer=site.layer,
         hook=site.hook,
@@ -48,7 +48,8 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
         hook_out=site.hook_out,
         has_skip=site.has_skip,
         sharded=sharded,
-        screened=can_screen and screens(module.screening, *widths),
+        screened=can_screen
+        and screens(module.screening, encoded, site.d_in, ranks.item_bytes),
     )
 
 
@@ -219,13 +220,16 @@ def module_bytes(module: ModuleInfo, item_bytes: int, ranks: Ranks = ALONE) -> i
     """
     if module.kind == "vectors":
         return sum(4 * site.d_in for site in module.sites)
-    screens = [module.sites[at] for at in module.screened]
+    screens = [(module.sites[at], at in module.sharded) for at in module.screened]
     return sum(
         shard_bytes(site, replace(ranks, item_bytes=item_bytes))
         if at in module.sharded
         else site_bytes(site, item_bytes)
         for at, site in enumerate(module.sites)
-    ) + sum(screen_bytes(site.d_sae, site.d_in) for site in screens)
+    ) + sum(
+        screen_bytes(ranks.encoded(site.d_sae, sharded), site.d_in)
+        for site, sharded in screens
+    )
 
 
 def shard_bytes(site: SiteInfo, ranks: Ranks) -> int:

@@ -259,10 +259,11 @@ def _screened(
         raise SteeringConfigError(
             f"{where}.screening: found {shown(asked)}, expected {accepted}"
         )
-    if slot.sharded or not ranks.screens:
+    if not ranks.screens:
         return slot
-    widths = (slot.width, point_widths(model_config).of(slot.hook), ranks.item_bytes)
-    return replace(slot, screened=screens(asked, *widths))
+    encoded = ranks.encoded(slot.width, slot.sharded)
+    d_in = point_widths(model_config).of(slot.hook)
+    return replace(slot, screened=screens(asked, encoded, d_in, ranks.item_bytes))
 
 
 def check_sharded(path: str, d_sae: int, d_out: int, ranks: Ranks) -> None:

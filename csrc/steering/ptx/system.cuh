@@ -36,4 +36,20 @@ __device__ __forceinline__ uint64_t load_acquire(const uint64_t* from) {
   return value;
 }
 
+// A number that says by itself whether it has come: one access of 8 bytes,
+// which orders nothing.
+__device__ __forceinline__ void store_packet(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ uint64_t load_packet(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];"
+               : "=l"(value)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
 }  // namespace vllm_steering

@@ -5,22 +5,24 @@ stages, with ranks that take turns on one device."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import test_shared_gpu
 import torch
 from lockstep import Lockstep
 from steering_reference import DEVICE, INTERPRETED
+from steering_testing.shards import shared_slot
 from test_shared_gpu import Case, check
 
 from vllm.config.steering import Activation
-from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernels import stages_shared_cuda
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
 from vllm.model_executor.layers.steering_kernels.peers import Peers
 from vllm.model_executor.layers.steering_kernels.run import Run
+from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import SAESlot
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or not extension_is_built(), reason="needs the CUDA extension"
@@ -53,18 +55,21 @@ WIDE = [
 
 @pytest.fixture(autouse=True)
 def used(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Runs that took the kernels in question. The delta tier of a shared threshold SAE
-    is Triton's, so it is compared with Triton's."""
+    """Runs that took the kernels in question; clamps must take them too."""
     found: list[Run] = []
-    takes = stages_shared_cuda.takes
+    takes, takes_clamp = stages_shared_cuda.takes, stages_shared_cuda.takes_clamp
 
     def noted(run: Run) -> bool:
         assert takes(run)
         found.append(run)
         return True
 
+    def clamps(*streams: Any) -> bool:
+        assert takes_clamp(*streams)
+        return True
+
     monkeypatch.setattr(stages_shared_cuda, "takes", noted)
-    monkeypatch.setattr(kernel, "_takes_clamp", lambda *_: False)
+    monkeypatch.setattr(stages_shared_cuda, "takes_clamp", clamps)
     return found
 
 
@@ -78,6 +83,31 @@ def test_ranks_write_the_bits_of_one(case: Case, used: list[Run]) -> None:
 def test_ranks_write_the_bits_of_one_at_real_widths(
     case: Case, used: list[Run]
 ) -> None:
+    check(case, DEVICE)
+    assert used
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 32768, 576, JUMP, 60),
+        Case(7, 20480, 1152, JUMP, 40, ranks=4),
+        Case(33, 33792, 2304, JUMP, 80),
+        Case(64, 16384, 2304, JUMP, 700),
+        Case(200, 16384, 576, JUMP, 30, ranks=4, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_screened_ranks_write_the_bits_of_one(
+    case: Case, used: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def screened_slot(slot: SAESlot, shard: Shard) -> SAESlot:
+        own = shared_slot(slot, shard)
+        own.weights.screen = ScreenCopy(*own.weights.W_enc.shape, DEVICE)
+        own.weights.refresh()
+        return own
+
+    monkeypatch.setattr(test_shared_gpu, "shared_slot", screened_slot)
     check(case, DEVICE)
     assert used
 

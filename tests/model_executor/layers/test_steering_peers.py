@@ -4,18 +4,29 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import pytest
+import torch
 
-from vllm.model_executor.layers.steering_kernels import peers, stages_shared_cuda
+from vllm.config.steering import Activation
+from vllm.model_executor.layers import steering_shards
+from vllm.model_executor.layers.steering_kernels import (
+    peers,
+    stages_shared_cuda,
+    workspace,
+)
+from vllm.model_executor.layers.steering_kernels.extension import Kernels
 from vllm.model_executor.layers.steering_kernels.plan import (
     CHUNK_ALIGN,
     LIST_MAX,
     plan_chunks,
 )
 from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
 
 CSRC = Path(__file__).parents[3] / "csrc" / "steering"
 
@@ -37,15 +48,28 @@ def enum_of(text: str, name: str) -> dict[str, int]:
 
 def test_the_regions_of_an_arena_hold_what_they_are_for_and_do_not_meet() -> None:
     for size, rows, width in itertools.product((2, 4, 8), (1, 64, 2048), (64, 5376)):
-        at = peers.plan_arena(size, rows, width)
+        at = peers.plan_arena(size, rows, width, max_clamps=64)
         slices = -(-(width // size) // peers.COLUMN_SLICE)
         assert at.lists == peers.HEADER_BYTES
         assert at.flags >= at.lists + 8 * size * rows * (1 + LIST_MAX)
         assert at.columns >= at.flags + 4 * rows * size * slices
-        assert at.staging >= at.columns + 2 * rows * width
+        clamps = at.clamps
+        assert clamps.rounds >= at.columns + 2 * rows * width
+        assert clamps.heads >= clamps.rounds + 4 * clamps.rows
+        assert clamps.acts >= clamps.heads + 8 * clamps.rows * size
+        assert clamps.flags >= clamps.acts + 8 * clamps.rows * clamps.each
+        assert at.staging >= clamps.flags + 4 * clamps.rows * size * slices
         assert at.nbytes == at.staging + peers.STAGING_BYTES
-        for start in (at.lists, at.flags, at.columns, at.staging):
+        of_clamps = (clamps.rounds, clamps.heads, clamps.acts, clamps.flags)
+        for start in (at.lists, at.flags, at.columns, at.staging, *of_clamps):
             assert start % 256 == 0
+
+
+def test_many_clamps_leave_room_for_fewer_tokens_at_a_time() -> None:
+    rows = [
+        peers.plan_arena(2, 2048, 64, most).clamps.rows for most in (1, 64, 2048, 4096)
+    ]
+    assert rows == [2048, 2048, 512, 256]
 
 
 @pytest.mark.parametrize("topk", [False, True])
@@ -79,6 +103,70 @@ def test_only_whole_tiles_of_ranks_that_reach_each_other_are_exchanged() -> None
     assert not peers.can_exchange(Shard(0, 16, allocate=allocate), 1 << 20, 8192)
 
 
+def no_addresses(nbytes: int) -> list[int]:
+    raise AssertionError("nothing is allocated here")
+
+
+def slot_of(
+    shard: Shard,
+    d_sae: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    skip: bool = False,
+) -> SAESlot:
+    cpu = torch.device("cpu")
+    weights = SAEWeights(d_sae, 64, dtype, cpu, has_skip=skip, shard=shard)
+    return SAESlot(weights, 2, 4, frozenset({Activation.RELU}), reads_source=skip)
+
+
+REACH = Shard(0, 2, allocate=no_addresses)
+
+
+@pytest.mark.parametrize(
+    ("slot", "why"),
+    [
+        (slot_of(REACH), ""),
+        (slot_of(Shard(0, 2, gathers="they are far away")), "they are far away"),
+        (slot_of(REACH, d_sae=768), "768 features x 64 .* multiples of 256 x 8 for 2"),
+        (slot_of(REACH, dtype=torch.float32), "not 16-bit"),
+        (slot_of(REACH, skip=True), "skip connection"),
+        (slot_of(Shard()), "not shared"),
+    ],
+    ids=["fits", "far", "features", "float32", "skip", "whole"],
+)
+def test_what_the_kernels_cannot_share_is_gathered_and_said(
+    slot: SAESlot, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setattr(workspace, "kernels_for", lambda device: Kernels.ALL)
+    assert re.search(why, workspace.why_gathers(slot))
+    assert workspace.exchanges(slot) == (why == "")
+
+
+def test_other_devices_gather() -> None:
+    assert "Hopper" in workspace.why_gathers(slot_of(REACH))
+
+
+def test_the_first_rank_says_once_how_ranks_exchange(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    cpu = torch.device("cpu")
+    for rank in (0, 1):
+        slots = [slot_of(Shard(rank, 2, gathers="they are far away")) for _ in range(3)]
+        with caplog.at_level(logging.INFO):
+            workspace.SteeringWorkspace(4, [*slots, slot_of(Shard())], cpu)
+    (record,) = caplog.records
+    assert "of 3 shared SAEs" in record.message
+    assert "3 by all_gather (they are far away)" in record.message
+
+
+def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(steering_shards.PEER_MEMORY_ENV, "0")
+    found = steering_shards.peer_allocator()
+    assert isinstance(found, str) and steering_shards.PEER_MEMORY_ENV in found
+
+
 def test_python_and_cpp_state_the_same() -> None:
     exchange, kernels = stated("exchange.cuh"), stated("shared_kernels.cuh")
     assert f"kMaxRanks = {peers.MAX_RANKS};" in exchange
@@ -94,6 +182,19 @@ def test_python_and_cpp_state_the_same() -> None:
     assert [name.lower() for name in names] == [
         field.replace("_", "") for field in peers.SHARE_FIELDS
     ]
+    regions = enum_of(stated("constants.cuh"), "ClampShareField")
+    assert list(regions.values()) == list(range(len(peers.CLAMP_FIELDS) + 1))
+    assert [name.removeprefix("kClamp").lower() for name in list(regions)[:-1]] == [
+        *peers.CLAMP_FIELDS
+    ]
+    assert [field.name for field in fields_of(peers.ClampRegions)] == [
+        *peers.CLAMP_FIELDS
+    ]
+    assert enum_of(stated("shared_clamp.cuh"), "ClampPart") == {
+        "kSendActs": peers.SEND_ACTS,
+        "kSendColumns": peers.SEND_COLUMNS,
+        "kWriteTokens": peers.WRITE_TOKENS,
+    }
     headers = enum_of(exchange, "HeaderField")
     ready, done = headers["kReady"], headers["kDone"]
     assert headers["kLeft"] < ready and ready + peers.MAX_RANKS <= done

@@ -173,8 +173,7 @@ def sae_clamp(
         if hidden.shape[0] == 0:
             return
         if not slot.weights.shard.is_whole:
-            streams = (hidden, residual, source)
-            stages_shared.clamp(slot, step, workspace, gated, *streams)
+            _shared_clamp(slot, step, workspace, gated, (hidden, residual, source))
         elif _takes_clamp(slot, hidden, residual, source):
             stages_cuda.clamp(slot, step, workspace, gated, hidden, residual, source)
         else:
@@ -182,6 +181,20 @@ def sae_clamp(
     if uses_topk(slot):
         streams = (hidden, residual, source)
         _pipeline(_make_run(slot, step, workspace, DELTA, True, *streams))
+
+
+def _shared_clamp(
+    slot: SAESlot,
+    step: StepState,
+    workspace: SteeringWorkspace,
+    gated: bool,
+    streams: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+) -> None:
+    """The delta tier of a threshold SAE that ranks share; streams as `sae_clamp`'s."""
+    if stages_shared_cuda.takes_clamp(slot, *streams):
+        stages_shared_cuda.clamp(slot, step, workspace, gated, *streams[:2])
+    else:
+        stages_shared.clamp(slot, step, workspace, gated, *streams)
 
 
 def vectors_and_clamp(

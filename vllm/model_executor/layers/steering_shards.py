@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm.config.steering_json import Json
+
+PEER_MEMORY_ENV = "VLLM_STEERING_PEER_MEMORY"
 
 
 class _Memory:
@@ -48,6 +50,7 @@ class Shard:
         allocate: bytes -> the addresses of new memory of so many bytes on each rank,
             in rank order, all zero. All ranks call it together. None: a rank cannot
             address the memory of others.
+        gathers: why `allocate` is None, for the log.
         turn: called where a rank begins to wait for what others have sent, if ranks
             take turns on one device; None: they run at the same time.
     """
@@ -57,6 +60,7 @@ class Shard:
     stack: Callable[[torch.Tensor], torch.Tensor] = _alone
     allocate: Callable[[int], list[int]] | None = None
     turn: Callable[[], None] | None = None
+    gathers: str = "ranks do not address each other's memory"
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """`[n, w]` of each rank -> `[n, size * w]`, in the ranks' order."""
@@ -98,20 +102,25 @@ def tensor_parallel_shard() -> Shard:
         every = group.all_gather(own.contiguous(), dim=0)
         return every.view(group.world_size, *own.shape)
 
-    return Shard(group.rank_in_group, group.world_size, stack, peer_allocator())
+    own = Shard(group.rank_in_group, group.world_size, stack)
+    allocate = peer_allocator()
+    if isinstance(allocate, str):
+        return replace(own, gathers=allocate)
+    return replace(own, allocate=allocate)
 
 
-def peer_allocator() -> Callable[[int], list[int]] | None:
-    """How the ranks of the tensor-parallel group get memory that all can address.
+def peer_allocator() -> Callable[[int], list[int]] | str:
+    """How the ranks of the tensor-parallel group get memory that all can address; or
+    why they do not.
 
-    None unless `VLLM_STEERING_PEER_MEMORY=1` and vLLM's custom all-reduce is on: it
-    needs the same of the GPUs, one host and access to each other's memory, and has
-    checked it.
+    vLLM's custom all-reduce must be on: it needs the same of the GPUs, one host and
+    access to each other's memory, and has checked it. `VLLM_STEERING_PEER_MEMORY=0`
+    turns this off.
     """
-    if os.environ.get("VLLM_STEERING_PEER_MEMORY") != "1":
-        return None
+    if os.environ.get(PEER_MEMORY_ENV) != "1":
+        return f"{PEER_MEMORY_ENV} is not 1"
     if not torch.cuda.is_available() or torch.version.hip is not None:
-        return None
+        return "the devices are not NVIDIA's"
     from vllm.distributed import get_tp_group
     from vllm.distributed.device_communicators.cuda_communicator import (
         CudaCommunicator,
@@ -123,10 +132,12 @@ def peer_allocator() -> Callable[[int], list[int]] | None:
     group = get_tp_group()
     communicator = group.device_communicator
     if not isinstance(communicator, CudaCommunicator):
-        return None
+        return "vLLM's communicator is not for CUDA"
     reduces = communicator.ca_comm
-    if reduces is None or reduces.disabled or reduces.mnnvl_only:
-        return None
+    if reduces is None or reduces.disabled:
+        return "vLLM's custom all-reduce is off"
+    if reduces.mnnvl_only:
+        return "the ranks are on several hosts"
 
     def allocate(nbytes: int) -> list[int]:
         addresses = CustomAllreduce.create_shared_buffer(nbytes, group=group.cpu_group)

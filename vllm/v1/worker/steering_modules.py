@@ -198,7 +198,8 @@ class SiteModules:
         shard = self.shard_of(slot.sharded)
         weights = SAEWeights(
             slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip, shard,
-            slot.screened,
+            # Ranks that gather do not run the kernels that screen.
+            slot.screened and (shard.is_whole or shard.allocate is not None),
         )  # fmt: skip
         kinds: set[Activation] = {Activation.TOPK} if slot.topk else set()
         if slot.threshold:

@@ -89,12 +89,11 @@ def _make_run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors]:
 def _run_bundles(
     run: Run, stream: Tensors
 ) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    own = (run.own_scores, run.own_index, run.peers)
-    if any(each is not None for each in own):  # which may be new in each step
+    if run.own_scores is not None or run.own_index is not None:  # new in each step
         step, weights, workspace = _make_run_bundles(run)
     else:
         # The buffers belong to the slot, the number of tokens, and the activation.
-        key = (run.step, run.buffers, run.tier, run.edits, run.reads)
+        key = (run.step, run.buffers, run.tier, run.edits, run.reads, run.peers)
         kept = run.workspace.bundles
         step, weights, workspace = kept.get(key, lambda: _make_run_bundles(run))
     return step, weights, stream, workspace
@@ -108,7 +107,12 @@ def clamp_bundles(
     def make() -> tuple[Tensors, Tensors, Tensors]:
         index = step.index[Tier.DELTA]
         own = step_bundle(step, index, slot.delta, slot.saturated)
-        return own, weights_bundle(slot.weights), []
+        shared = not slot.weights.shard.is_whole
+        return (
+            own,
+            weights_bundle(slot.weights, workspace.peers if shared else None),
+            [],
+        )
 
     own, weights, _ = workspace.bundles.get((step, slot), make)
     return own, weights

@@ -7,17 +7,17 @@ worker use it, one after another; `exchange.cuh` has the protocol.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
+from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_shards import Shard, tensor_at
 
 from .extension import cuda_ops
 from .plan import CHUNK_ALIGN, LIST_MAX, MIB, ExchangeLimits, cdiv
 
 MAX_RANKS = 8
-FEATURE_TILE = 256  # features of a rank are a multiple: two tiles, of a cluster
 COLUMN_SLICE = 256  # columns that have a flag of their own
 HEADER_BYTES = 4096
 EXCHANGE_ROWS = 2048  # the most active tokens of a chunk
@@ -26,8 +26,30 @@ SHARE_FIELDS = (
     "rank", "size", "rows", "lists", "flags", "columns", "staging", "staging_bytes",
     "addresses",
 )  # fmt: skip
+CLAMP_FIELDS = ("rows", "each", "slices", "rounds", "heads", "acts", "flags")
+CLAMP_ACTS_BYTES = 8 * MIB  # the most that activations of clamps take
+# ClampPart (csrc/steering/shared_clamp.cuh).
+SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS = 1, 2, 4
 # Parts of a pull (csrc/steering/shared_kernels.cuh): announce, copy, await.
 ANNOUNCE, COPY, AWAIT = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class ClampRegions:
+    """Where the regions of the delta tier begin, in bytes; `rows` tokens with `each`
+    clamps fit them.
+
+    rounds: int32 `[rows]`; heads: int64 `[rows, size]`; acts: int64 `[rows, each]`;
+    flags: int32 `[rows, size, slices]`.
+    """
+
+    rows: int
+    each: int
+    slices: int
+    rounds: int
+    heads: int
+    acts: int
+    flags: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class ArenaLayout:
     columns: int
     staging: int
     staging_bytes: int
+    clamps: ClampRegions
 
     @property
     def nbytes(self) -> int:
@@ -51,15 +74,26 @@ class ArenaLayout:
 
 
 def plan_arena(
-    size: int, rows: int, width: int, staging_bytes: int = STAGING_BYTES
+    size: int,
+    rows: int,
+    width: int,
+    max_clamps: int,
+    staging_bytes: int = STAGING_BYTES,
 ) -> ArenaLayout:
     """The arena of `size` ranks, for chunks of `rows` tokens of `width` columns."""
     slices = cdiv(cdiv(width, size), COLUMN_SLICE)
     lists = HEADER_BYTES
     flags = _after(lists, 8 * size * rows * (1 + LIST_MAX))
     columns = _after(flags, 4 * rows * size * slices)
-    staging = _after(columns, 2 * rows * width)
-    return ArenaLayout(rows, lists, flags, columns, staging, staging_bytes)
+    each = max(max_clamps, 1)
+    clamped = min(rows, max(CLAMP_ACTS_BYTES // (8 * each), 1))
+    rounds = _after(columns, 2 * rows * width)
+    heads = _after(rounds, 4 * clamped)
+    acts = _after(heads, 8 * clamped * size)
+    clamp_flags = _after(acts, 8 * clamped * each)
+    staging = _after(clamp_flags, 4 * clamped * size * slices)
+    clamps = ClampRegions(clamped, each, slices, rounds, heads, acts, clamp_flags)
+    return ArenaLayout(rows, lists, flags, columns, staging, staging_bytes, clamps)
 
 
 def _after(start: int, nbytes: int) -> int:
@@ -73,7 +107,7 @@ def can_exchange(shard: Shard, d_sae: int, d_out: int) -> bool:
         not shard.is_whole
         and shard.allocate is not None
         and shard.size <= MAX_RANKS
-        and d_sae % (shard.size * FEATURE_TILE) == 0
+        and d_sae % (shard.size * EXTENSION_FEATURES) == 0
         and d_out % (shard.size * 8) == 0
     )
 
@@ -111,6 +145,8 @@ class Peers:
             ],
             dtype=torch.int64,
         )
+        # CLAMP_FIELDS
+        self.clamps = torch.tensor(astuple(layout.clamps), dtype=torch.int64)
 
     @property
     def apart(self) -> bool:

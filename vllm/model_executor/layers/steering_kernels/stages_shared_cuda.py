@@ -13,14 +13,15 @@ from dataclasses import replace
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
 from . import stages_cuda
-from .bundles import reading_bundles, writing_bundles
+from .bundles import clamp_bundles, reading_bundles, stream_bundle, writing_bundles
 from .extension import cuda_ops
-from .peers import Peers
+from .peers import SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS, Peers
 from .plan import LIST_MAX, cdiv, sorts_ahead
 from .run import Run
-from .workspace import exchanges
+from .workspace import SteeringWorkspace, exchanges
 
 # DensePhase (csrc/steering/dense.cuh): the first in which a rank waits, and the end.
 PULLED, PHASES = 4, 7
@@ -33,6 +34,43 @@ def takes(run: Run) -> bool:
         and run.source is None
         and stages_cuda.takes_cuda(run.slot, run.hidden, run.residual)
     )
+
+
+def takes_clamp(
+    slot: SAESlot,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None,
+) -> bool:
+    """Whether the clamp kernel fits this site's delta tier; the ranks have an arena."""
+    fits = exchanges(slot) and source is None
+    return fits and stages_cuda.takes_clamp(slot, hidden, residual)
+
+
+def clamp(
+    slot: SAESlot,
+    step: StepState,
+    workspace: SteeringWorkspace,
+    gated: bool,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """The delta tier of a threshold SAE; with `gated`, a TopK module is skipped."""
+    peers = workspace.peers
+    assert peers is not None
+    together = (SEND_ACTS | SEND_COLUMNS | WRITE_TOKENS,)
+    parts = (SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS) if peers.apart else together
+    for base in range(0, hidden.shape[0], peers.layout.clamps.rows):
+        for part in parts:
+            cuda_ops().shared_clamp(
+                *clamp_bundles(slot, step, workspace),
+                stream_bundle(hidden, residual),
+                peers.clamps,
+                gated=gated,
+                base=base,
+                parts=part,
+            )
+            peers.turn()
 
 
 def pipeline(run: Run, peers: Peers) -> None:

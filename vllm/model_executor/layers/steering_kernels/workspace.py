@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,11 +11,19 @@ from functools import partial
 import torch
 
 from vllm.config.steering import Activation
+from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_state import SAESlot
 
 from .extension import Kernels, kernels_for
 from .kept import Kept
-from .peers import EXCHANGE_ROWS, Peers, can_exchange, exchange_limits, plan_arena
+from .peers import (
+    EXCHANGE_ROWS,
+    MAX_RANKS,
+    Peers,
+    can_exchange,
+    exchange_limits,
+    plan_arena,
+)
 from .plan import (
     CHUNK_ALIGN,
     ENTRY_BYTES,
@@ -34,6 +43,8 @@ from .plan import (
     short_lists_bytes,
 )
 from .screen import ScreenScratch
+
+logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 256 * MIB
 Tensors = list[torch.Tensor]
@@ -105,15 +116,28 @@ def _has_skip(slot: SAESlot) -> bool:
     return slot.weights.W_skip is not None
 
 
+def why_gathers(slot: SAESlot) -> str:
+    """Why the extension's kernels cannot share the slot's SAE among ranks; else ""."""
+    w = slot.weights
+    if w.shard.is_whole:
+        return "it is not shared"
+    if w.shard.allocate is None:
+        return w.shard.gathers
+    if Kernels.STAGES not in kernels_for(w.W_enc.device):
+        return "the extension's kernels need to be built, and Hopper GPUs"
+    if not can_exchange(w.shard, w.d_sae_capacity, w.d_out):
+        return (
+            f"{w.d_sae_capacity} features x {w.d_out} cannot be cut into multiples of "
+            f"{EXTENSION_FEATURES} x 8 for {w.shard.size} of at most {MAX_RANKS} ranks"
+        )
+    if w.W_skip is not None:
+        return "it has a skip connection"
+    return "" if w.W_enc.dtype.itemsize == 2 else "its weights are not 16-bit"
+
+
 def exchanges(slot: SAESlot) -> bool:
     """Whether the extension's kernels can share the slot's SAE among ranks."""
-    w = slot.weights
-    return (
-        Kernels.STAGES in kernels_for(w.W_enc.device)
-        and can_exchange(w.shard, w.d_sae_capacity, w.d_out)
-        and w.W_skip is None
-        and w.W_enc.dtype.itemsize == 2
-    )
+    return not why_gathers(slot)
 
 
 def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
@@ -124,17 +148,35 @@ def exchange_of(slot: SAESlot) -> ExchangeLimits | None:
     return exchange_limits(held)
 
 
+def _log_exchange(slots: list[SAESlot], stored: int) -> None:
+    """Say how the ranks exchange what belongs to shared SAEs; the first rank does."""
+    all_shared = [slot for slot in slots if not slot.weights.shard.is_whole]
+    if not all_shared or all_shared[0].weights.shard.rank:
+        return
+    gathered = sorted(set(map(why_gathers, all_shared)) - {""})
+    logger.info(
+        "Steering: of %d shared SAEs, ranks exchange %d through each other's memory "
+        "and %d by all_gather%s",
+        len(all_shared),
+        stored,
+        len(all_shared) - stored,
+        f" ({'; '.join(gathered)})" if gathered else "",
+    )
+
+
 def _make_peers(
     max_tokens: int, slots: list[SAESlot], device: torch.device
 ) -> Peers | None:
     """The memory through which ranks share SAEs; None if there is none to share."""
-    shared = [slot.weights for slot in slots if exchanges(slot)]
+    shared = [slot for slot in slots if exchanges(slot)]
+    _log_exchange(slots, len(shared))
     if not shared:
         return None
-    width = max(w.d_out for w in shared)
-    shard = shared[0].shard
+    width = max(slot.weights.d_out for slot in shared)
+    clamps = max(slot.delta.max_clamps for slot in shared)
+    shard = shared[0].weights.shard
     rows = min(max_tokens, EXCHANGE_ROWS)
-    return Peers(shard, plan_arena(shard.size, rows, width), device)
+    return Peers(shard, plan_arena(shard.size, rows, width, clamps), device)
 
 
 class SteeringWorkspace:
