@@ -43,10 +43,11 @@ constexpr int kDenseSplits = 7;
 constexpr int kGuessSample = 4096;    // features whose scores are sampled
 constexpr int kGuessCapacity = 1024;  // candidates that a list has room for
 
-// steering_kernels/screen.py: SCREEN_TOKENS, SCREEN_COLUMNS, SCREEN_ORDERS.
+// steering_kernels/screen.py: SCREEN_TOKENS. config/steering_screening.py:
+// SCREEN_COLUMNS, FINE_COLUMNS.
 constexpr int kScreenTokens = 64;
 constexpr int kScreenColumns = 128;
-constexpr int kScreenOrders = 128;  // the most orders of reduction
+constexpr int kFineColumns = 256;
 
 // layers/steering_state.py: SYNC_INTS.
 constexpr int kSyncInts = 8;
@@ -94,10 +95,12 @@ enum ScreenField {
   kScreenW = 0,
   kScreenRows = 1,
   kScreenState = 2,
-  kScreenLimbs = 3,
-  kScreenFacts = 4,
-  kScreenCandidates = 5,
-  kScreenCounts = 6
+  kScreenFine = 3,
+  kScreenLimbs = 4,
+  kScreenFacts = 5,
+  kScreenCandidates = 6,
+  kScreenCounts = 7,
+  kScreenSums = 8
 };
 enum StreamField { kHidden = 0, kResidual = 1 };
 enum GuessField { kSamples = 0, kBars = 1, kFailed = 2 };

@@ -35,8 +35,7 @@ enum SyncField {
   kDenseTicket = 3,
   kDenseDone = 4,
   kDenseExits = 5,
-  kScreenArrivals = 6,
-  kScreenExits = 7,
+  kScreenExits = 6,
 };
 
 // A row of a packed clamp table: active, count, then features, codes, values.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Certified screening of the encoder: which features may fire, from an 8-bit
-// copy of W_enc. docs/design/screening.md proves the bound.
+// Certified screening of the encoder: which features may fire, from a copy of
+// W_enc in 8 bits, and 2 more for a second look (refine.cuh).
+// docs/design/screening.md proves the bounds.
 //
 //   w = s q + r,  x = u (128 h + l) + d,  P = 128 (q . h) + (q . l), exact
 //   accumulator of the encoder <= s u P + A |x| + B |d| + eta
@@ -13,26 +14,80 @@
 
 namespace vllm_steering {
 
-constexpr int kScreenF = 256;  // features of a tile, 128 a warpgroup
-constexpr int kScreenStages = 4;
-constexpr int kStageW8 = kScreenF * kScreenColumns;
+constexpr int kHalfW8 =
+    kTileF * kScreenColumns;  // a warpgroup's rows of a stage
+constexpr int kStageW8 = 2 * kHalfW8;
+constexpr int kMostScreenStages = 5;
+constexpr int kMostScreened = 8192;  // the widest row
+constexpr int kMostOrders = 16;      // of columns, among the tiles of a block
+constexpr int kRefineStages = 6;
 constexpr int kLimb = 128;  // x = u (kLimb h + l)
 constexpr int kMostLimbs = 127 * kLimb + kLimb / 2 - 1;
 constexpr int kTinyExponent = -40;  // smaller x have no limbs
 constexpr int kPlainSteps = 32;     // without a screen after one that failed
 
-// An SAE's 8-bit copy and the scratch memory of one step.
+// An SAE's copy in few bits and the scratch memory of one step.
 struct Screen {
-  const float4* rows;  // [F]: s, A, B, unused
+  const float4* rows;  // [F]: s, A, B, A of the finer copy
+  const uint4* fine;   // [F, 4 groups]: two more bits of each element
   int8_t* limbs;       // [2 kScreenTokens, padded]: h of all tokens, then l
   float4* tokens;      // [kScreenTokens]: u, |x|, |d|, eta
-  int* candidates;     // [orders, per_order] features
-  int* counts;         // [orders]
+  float* tails;        // [kScreenTokens]: |x - 128 u h|
+  float* sums;         // [tiles of the encoder, kTileF, kScreenTokens]: P
+  int* candidates;     // [2, tiles of the encoder, kTileF] features
+  int* counts;         // candidates so far, and those of the last step
   int* state;          // [3]: steps left without a screen, by tile width
   int padded;          // columns of the copy and the limbs
-  int orders;          // orders in which the encoder adds up a feature's sum
-  int per_order;
+  int orders;          // in which the encoder adds up the features' sums
+  int groups;          // of kFineColumns columns
+  int room;            // candidates of one list of all features
 };
+
+// Pairs of neighbouring tiles of the encoder, which have one order of columns.
+__host__ __device__ inline int tile_pairs(int num_features) {
+  return (num_features + 2 * kTileF - 1) / (2 * kTileF);
+}
+
+// The tiles of the encoder, by their order of columns: first all of order 0.
+struct GroupedTiles {
+  // Of pairs; the first `longer` orders have one more than `each`.
+  int orders, each, longer;
+
+  __device__ __forceinline__ GroupedTiles(int pairs, int orders)
+      : orders(orders), each(pairs / orders), longer(pairs % orders) {}
+
+  __device__ __forceinline__ int order(int at) const {
+    const int pair = at / 2, head = longer * (each + 1);
+    return pair < head ? pair / (each + 1) : longer + (pair - head) / each;
+  }
+  // Where an order begins.
+  __device__ __forceinline__ int start(int order) const {
+    return 2 * (order * each + min(order, longer));
+  }
+  __device__ __forceinline__ int tile(int at) const {
+    const int o = order(at), pair = (at - start(o)) / 2;
+    return 2 * (o + pair * orders) + at % 2;
+  }
+};
+
+// A block's tiles [first, end) of the grouped ones, and their orders.
+struct BlockTiles {
+  int first, end, order, orders;
+};
+
+__device__ __forceinline__ BlockTiles block_tiles(const GroupedTiles& g,
+                                                  int pairs) {
+  const int64_t block = blockIdx.x;
+  BlockTiles b;
+  b.first = static_cast<int>(block * 2 * pairs / gridDim.x);
+  b.end = static_cast<int>((block + 1) * 2 * pairs / gridDim.x);
+  b.order = b.orders = 0;
+  if (b.first < b.end) {
+    b.order = g.order(b.first);
+    b.orders = g.order(b.end - 1) - b.order + 1;
+  }
+  return b;
+}
 
 // The tile width that a step is screened with, as an index.
 __device__ __forceinline__ int screen_width(int n) {
@@ -48,43 +103,49 @@ __device__ __forceinline__ int screen_width(int n) {
     RUN(64, 2);                        \
   }
 
-// Shared memory: that of the encoder, and the barriers of two more pipelines.
-constexpr int kRescoreStages = 16;
+// Shared memory: that of the encoder, the barriers of two more pipelines, and
+// one between them.
+constexpr int kRescoreStages = 14;
 struct ScreenMemory {
   EncodeMemory base;
-  uint64_t full[kScreenStages], empty[kScreenStages];
+  uint64_t full[kMostScreenStages], empty[kMostScreenStages];
   uint64_t rescore_full[kRescoreStages], rescore_empty[kRescoreStages];
+  uint64_t together;  // of all threads
 };
 constexpr int kScreenSmem = sizeof(ScreenMemory) + 1024;
 static_assert(kScreenSmem <= 227 * 1024, "more than a multiprocessor has");
-static_assert(kScreenStages * (kStageW8 + 2 * kScreenTokens * kScreenColumns) <=
-              sizeof(EncodeMemory::operands));
+
+// The stages of the 8-bit copy, and behind them those of the limbs.
+template <int Tokens>
+struct ScreenStages {
+  static constexpr int kCount = Tokens == 8 ? kMostScreenStages : 4;
+  static constexpr int kBox = Tokens * kScreenColumns;
+  static constexpr int kX0 = kCount * kStageW8;
+  static_assert(kX0 + kCount * 2 * kBox <= sizeof(EncodeMemory::operands));
+};
 
 __device__ __forceinline__ float round_up_sum(float x) {
   for (int d = 16; d > 0; d >>= 1) x = __fadd_ru(x, __shfl_xor_sync(~0u, x, d));
   return x;
 }
 
-// The sum over the consumers' warps, rounded up; `shared` has a float a warp.
-__device__ __forceinline__ float consumers_sum(float x, float* shared) {
-  x = round_up_sum(x);
+// The largest `most` and the sum of `square`, rounded up, of the consumers;
+// `shared` has room for two floats of each of their warps.
+__device__ __forceinline__ void reduce_consumers(float& most, float& square,
+                                                 float* shared) {
+  for (int d = 16; d > 0; d >>= 1)
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  square = round_up_sum(square);
+  float2* all = reinterpret_cast<float2*>(shared);
   sync_threads<kConsumers>();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = make_float2(most, square);
   sync_threads<kConsumers>();
-  float total = 0.f;
+  square = 0.f;
 #pragma unroll
-  for (int w = 0; w < kConsumerWarps; ++w) total = __fadd_ru(total, shared[w]);
-  return total;
-}
-
-__device__ __forceinline__ float consumers_max(float x, float* shared) {
-  for (int d = 16; d > 0; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
-  sync_threads<kConsumers>();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  sync_threads<kConsumers>();
-#pragma unroll
-  for (int w = 0; w < kConsumerWarps; ++w) x = fmaxf(x, shared[w]);
-  return x;
+  for (int w = 0; w < kConsumerWarps; ++w) {
+    most = fmaxf(most, all[w].x);
+    square = __fadd_ru(square, all[w].y);
+  }
 }
 
 // The unit of the limbs of a row whose largest component is `most`, a power of
@@ -99,7 +160,8 @@ __device__ __forceinline__ float2 limb_unit(float most) {
 // Limbs of eight components; returns |d|^2 of them, added to `square`.
 template <typename T>
 __device__ __forceinline__ float split8(const Pack8<T>& x, float2 unit,
-                                        float square, uint2& high, uint2& low) {
+                                        float square, float& tail, uint2& high,
+                                        uint2& low) {
   constexpr float kMost = kMostLimbs;
   uint32_t h[2] = {0, 0}, l[2] = {0, 0};
 #pragma unroll
@@ -113,6 +175,8 @@ __device__ __forceinline__ float split8(const Pack8<T>& x, float2 unit,
                 << (j % 4 * 8);
     const float d = __fmaf_rn(-unit.x, v, value);  // exact
     square = __fmaf_ru(d, d, square);
+    const float e = __fmaf_rn(-unit.x * kLimb, up, value);  // exact
+    tail = __fmaf_ru(e, e, tail);
   }
   high = make_uint2(h[0], h[1]);
   low = make_uint2(l[0], l[1]);
@@ -124,31 +188,45 @@ __device__ __forceinline__ float split8(const Pack8<T>& x, float2 unit,
 template <typename T>
 __device__ void split_row(const Screen& s, const Workspace<T>& ws, int d_in,
                           int i, float* shared) {
+  constexpr int kEach = kMostScreened / (kConsumers * 8);
   const T* x = ws.x + static_cast<int64_t>(i) * d_in;
-  float most = 0.f, square = 0.f, rest = 0.f;
-  for (int d = threadIdx.x * 8; d < d_in; d += kConsumers * 8) {
-    const Pack8<T> v = load8(x + d);
+  const int first = threadIdx.x * 8;
+  float most = 0.f, square = 0.f, rest = 0.f, tail = 0.f;
+  Pack8<T> v[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int d = first + e * kConsumers * 8;
+    v[e].raw = make_uint4(0, 0, 0, 0);
+    if (d < d_in) v[e] = load8(x + d);
+  }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float value = to_float(v.at[j]);
+      const float value = to_float(v[e].at[j]);
       most = fmaxf(most, fabsf(value));
       square = __fmaf_ru(value, value, square);
     }
   }
-  most = consumers_max(most, shared);
-  square = consumers_sum(square, shared);
+  reduce_consumers(most, square, shared);
   const bool dead = ws.records[i].token < 0;
   const float2 unit = dead ? make_float2(0.f, 0.f) : limb_unit(most);
-  int8_t* to = s.limbs + static_cast<int64_t>(i) * s.padded;
-  for (int d = threadIdx.x * 8; d < s.padded; d += kConsumers * 8) {
+  int8_t* to = s.limbs + static_cast<int64_t>(i) * s.padded + first;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int d = e * kConsumers * 8;
+    if (first + d >= s.padded) continue;
     uint2 high = {0, 0}, low = {0, 0};
-    if (d < d_in && !dead) rest = split8(load8(x + d), unit, rest, high, low);
+    if (!dead) rest = split8(v[e], unit, rest, tail, high, low);
     *reinterpret_cast<uint2*>(to + d) = high;
     *reinterpret_cast<uint2*>(
         to + d + static_cast<int64_t>(kScreenTokens) * s.padded) = low;
   }
-  rest = consumers_sum(rest, shared);
+  float largest = most;
+  reduce_consumers(largest, rest, shared);
+  reduce_consumers(largest, tail, shared);
   if (threadIdx.x != 0) return;
+  s.tails[i] = __fsqrt_ru(tail);
   const float eta = most == 0.f ? 0.f : 1.f / power_of_2(100);
   const float minus = -__int_as_float(0x7F800000);
   s.tokens[i] =
@@ -171,10 +249,15 @@ __device__ __forceinline__ RowBound row_bound(const Screen& s, int f, int count,
   return {row.x, row.y, row.z, cut};
 }
 
+// 128 (q . h) + (q . l), rounded up.
+__device__ __forceinline__ float limb_sum(int high, int low) {
+  return __fmaf_ru(__int2float_ru(high), kLimb, __int2float_ru(low));
+}
+
 // Whether the encoder's accumulator could pass the bar.
 __device__ __forceinline__ bool may_fire(const RowBound& row, float4 token,
                                          int high, int low) {
-  const float p = __fmaf_ru(__int2float_ru(high), kLimb, __int2float_ru(low));
+  const float p = limb_sum(high, low);
   const float error =
       __fmaf_ru(row.a, token.y, __fmaf_ru(row.b, token.z, token.w));
   return !(__fmaf_ru(row.scale * token.x, p, error) <= row.cut);

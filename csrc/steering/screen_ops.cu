@@ -23,9 +23,8 @@ ScreenBundle make_screen(const Tensors& s, const Weights<T>& w,
       (w.d_in + kScreenColumns - 1) / kScreenColumns * kScreenColumns;
   const int k_tiles = (w.d_in + kTileK - 1) / kTileK;
   const int orders = k_tiles / std::gcd(k_tiles, kOrderStep);
-  const int n_f = (w.num_features + kScreenF - 1) / kScreenF;
-  const int per_order = (n_f + orders - 1) / orders * kScreenF;
-  STD_TORCH_CHECK(orders <= kScreenOrders, "steering: width ", w.d_in,
+  const int pairs = tile_pairs(w.num_features);
+  STD_TORCH_CHECK(w.d_in <= kMostScreened, "steering: width ", w.d_in,
                   " is too wide to screen");
   const Tensor& copy = check(get(s, kScreenW, "screen W"), "screen W", i8,
                              {w.num_features, padded}, e);
@@ -36,18 +35,26 @@ ScreenBundle make_screen(const Tensors& s, const Weights<T>& w,
   const Tensor& limbs =
       check(get(s, kScreenLimbs, "screen limbs"), "screen limbs", i8,
             {2 * kScreenTokens, padded}, e);
-  const Tensor& facts = check(get(s, kScreenFacts, "screen facts"),
-                              "screen facts", f32, {kScreenTokens, 4}, e);
+  const Tensor& facts =
+      check(get(s, kScreenFacts, "screen facts"), "screen facts", f32,
+            {kScreenTokens + kScreenTokens / 4, 4}, e);
+  const int groups = (w.d_in + kFineColumns - 1) / kFineColumns;
+  const Tensor& fine = check(get(s, kScreenFine, "screen fine"), "screen fine",
+                             i8, {w.num_features, groups * 64}, e);
+  const Tensor& sums =
+      check(get(s, kScreenSums, "screen sums"), "screen sums", f32, {kAny}, e);
   const Tensor& found = check(get(s, kScreenCandidates, "screen candidates"),
                               "screen candidates", i32, {kAny}, e);
   const Tensor& counts = check(get(s, kScreenCounts, "screen counts"),
-                               "screen counts", i32, {kScreenOrders}, e);
-  check_length(found, static_cast<int64_t>(orders) * per_order,
-               "screen candidates");
+                               "screen counts", i32, {4}, e);
+  const int room = pairs * 2 * kTileF;
+  check_length(found, 2 * static_cast<int64_t>(room), "screen candidates");
+  check_length(sums, static_cast<int64_t>(room) * kScreenTokens, "screen sums");
   for (const Tensor& t : s) check_aligned(t, "a screen's tensor");
-  return {{data<float4>(rows), data<int8_t>(limbs), data<float4>(facts),
-           data<int>(found), data<int>(counts), data<int>(state),
-           static_cast<int>(padded), orders, per_order},
+  return {{data<float4>(rows), data<uint4>(fine), data<int8_t>(limbs),
+           data<float4>(facts), data<float>(facts) + 4 * kScreenTokens,
+           data<float>(sums), data<int>(found), data<int>(counts),
+           data<int>(state), static_cast<int>(padded), orders, groups, room},
           data<int8_t>(copy)};
 }
 
@@ -55,8 +62,8 @@ template <typename T>
 ScreenMaps screen_maps(const ScreenBundle& b, const Weights<T>& w) {
   constexpr int kBox[3] = {8, 32, 64};
   ScreenMaps maps;
-  maps.w = tensor_map(b.w, w.num_features, b.screen.padded, kScreenF,
-                      kScreenColumns);
+  maps.w =
+      tensor_map(b.w, w.num_features, b.screen.padded, kTileF, kScreenColumns);
   for (int i = 0; i < 3; ++i)
     maps.limbs[i] = tensor_map(b.screen.limbs, 2 * kScreenTokens,
                                b.screen.padded, kBox[i], kScreenColumns);

@@ -161,7 +161,7 @@ class SlotInfo:
     the order in which the configuration lists them. A slot that was `added` to a
     running engine is removed with its module. The ranks of the tensor-parallel group
     share a `sharded` slot, which holds modules of exactly its width. A `screened` slot
-    has an 8-bit copy of its encoder.
+    has a copy of its encoder in 10 bits.
     """
 
     layer: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which SAEs have an 8-bit copy of `W_enc`, by which decoding steps are screened.
+"""Which SAEs have a copy of `W_enc` in few bits, by which decoding steps are screened.
 
 A step of few tokens then reads the copy, and `W_enc` only where a feature may fire
 (docs/design/screening.md). The results do not change.
@@ -15,10 +15,11 @@ DEFAULT_SCREENING: Screening = "off"
 # `auto` screens an SAE whose encoder has at least so many bytes. Below, the two
 # barriers of a step take longer than the bytes that they save.
 AUTO_SCREENED_BYTES = 384 << 20
-# The copy's columns, and the widest SAE whose sums the kernels can put in order.
+# The copy's columns come in whole groups: of bytes, and of two more bits each.
 SCREEN_COLUMNS = 128
+FINE_COLUMNS = 256
 MAX_SCREENED_WIDTH = 8192
-# Facts of a feature: its scale and two bounds, padded to 16 bytes.
+# Facts of a feature: its scale and three bounds.
 FACTS_BYTES = 16
 
 
@@ -31,10 +32,16 @@ def screens(asked: Screening, features: int, d_in: int, item_bytes: int) -> bool
 
 
 def padded(d_in: int) -> int:
-    """Columns of the copy."""
+    """Columns of the 8-bit copy."""
     return -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
+
+
+def fine_bytes(d_in: int) -> int:
+    """Bytes of a feature's two more bits."""
+    return -(-d_in // FINE_COLUMNS) * FINE_COLUMNS // 4
 
 
 def screen_bytes(features: int, d_in: int) -> int:
     """Bytes of the copy and its facts."""
-    return features * (padded(d_in) + FACTS_BYTES) + FACTS_BYTES
+    feature = padded(d_in) + fine_bytes(d_in) + FACTS_BYTES
+    return features * feature + FACTS_BYTES

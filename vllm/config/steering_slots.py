@@ -216,7 +216,7 @@ def skip_set(module: ModuleInfo) -> tuple[int, ...]:
 def module_bytes(module: ModuleInfo, item_bytes: int, ranks: Ranks = ALONE) -> int:
     """Bytes of a module's weights on a rank, all sites, in a dtype of `item_bytes`.
 
-    With the 8-bit copies of the sites that are screened.
+    With the copies of the encoders of the sites that are screened.
     """
     if module.kind == "vectors":
         return sum(4 * site.d_in for site in module.sites)

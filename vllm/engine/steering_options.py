@@ -253,7 +253,7 @@ def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo
 def _screened(
     where: str, given: Json, slot: SlotInfo, model_config: ModelConfig, ranks: Ranks
 ) -> SlotInfo:
-    """The slot, with an 8-bit copy where it was asked for and the width gains."""
+    """The slot, with a copy in 10 bits where it was asked for and the width gains."""
     asked = given.get("screening", DEFAULT_SCREENING)
     if accepted := _check_screening(asked):
         raise SteeringConfigError(

@@ -47,12 +47,14 @@ __device__ __forceinline__ void copy_async(const void* to, const void* from,
                : "memory");
 }
 
-// Copies 16 bytes past L1, or writes zeros and reads nothing.
+// Copies 16 bytes past L1, or writes zeros and reads nothing. L2 fetches the
+// 256 bytes around them.
 __device__ __forceinline__ void stream_async(uint32_t to, const void* from,
                                              bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(from), "r"(there ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to),
+      "l"(from), "r"(there ? 16 : 0)
+      : "memory");
 }
 
 // This thread arrives at `bar` when its copies so far have landed; the barrier

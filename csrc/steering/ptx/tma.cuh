@@ -30,6 +30,11 @@ __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
+// The same for accesses to shared memory alone.
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Asks L2 for one line, or for `bytes` (a multiple of 16).
 __device__ __forceinline__ void prefetch_line(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What csrc/steering/screen.cuh computes, on a CPU: limbs, facts, and who may fire.
+"""What csrc/steering/screen.cuh and refine.cuh compute, on a CPU: limbs, facts, codes,
+and who may fire.
 
 Directed rounding is modelled by float64 and `round_up`. The model of the encoder adds
 in float32 and always rounds towards zero, 17 terms at a time.
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm.config.steering_screening import fine_bytes
 from vllm.model_executor.layers.steering_kernels.screen import (
     TINY,
     TOKEN_FLUSH,
@@ -26,31 +28,51 @@ MOST_LIMBS = 127 * LIMB + LIMB // 2 - 1
 
 @dataclass
 class Copy:
-    """The 8-bit copy of some rows and their bounds."""
+    """The copy of some rows in few bits and their bounds."""
 
     q: torch.Tensor
     rows: torch.Tensor
+    fine: torch.Tensor
+
+    @property
+    def c(self) -> torch.Tensor:
+        """int64 `[F, columns]`, -3, -1, 1 or 3, unpacked as the kernel does it."""
+        n = self.fine.shape[0]
+        words = (
+            self.fine.view(torch.int32).long().view(n, -1, 4, 4)
+        )  # group, lane, word
+        nibbles = torch.arange(8) * 4
+        found = []
+        for operand in range(8):
+            word = words[..., operand // 2] >> (operand % 2 * 2) & 0x33333333
+            found.append(2 * (word[..., None] >> nibbles & 0xF) - 3)
+        # group, operand, lane, half, byte -> group, operand, half, lane, byte
+        codes = torch.stack(found, 2).view(n, words.shape[1], 8, 4, 2, 4)
+        return codes.transpose(3, 4).reshape(n, -1)
 
 
 def copy_of(w_enc: torch.Tensor) -> Copy:
     """As an engine makes it."""
     f, d_in = w_enc.shape
     copy = Copy(
-        torch.full((f, padded(d_in)), 99, dtype=torch.int8), torch.full((f, 4), -1.0)
+        torch.full((f, padded(d_in)), 99, dtype=torch.int8),
+        torch.full((f, 4), -1.0),
+        torch.full((f, fine_bytes(d_in)), 99, dtype=torch.int8),
     )
-    quantise(w_enc, copy.q, copy.rows)
+    quantise(w_enc, copy.q, copy.rows, copy.fine)
     return copy
 
 
 @dataclass
 class Token:
-    """Limbs of a token, and `u`, `|x|`, `|d|`, eta, the last three rounded up."""
+    """Limbs of a token; `u`; `|x|`, `|d|`, `|x - 128 u h|` and eta, rounded up."""
 
     high: torch.Tensor
     low: torch.Tensor
     unit: float
     size: float
     rest: float
+    tail: float
     eta: float
 
 
@@ -76,19 +98,26 @@ def split(x: torch.Tensor) -> Token:
         unit,
         upper(value.norm()),
         upper(rest.norm()),
+        upper((value - unit * LIMB * high).norm()),
         TOKEN_FLUSH if most else 0.0,
     )
 
 
-def may_fire(copy: Copy, token: Token, cut: torch.Tensor) -> torch.Tensor:
-    """bool `[F]`: whose accumulator may be above `cut`."""
+def may_fire(
+    copy: Copy, token: Token, cut: torch.Tensor, fine: bool = False
+) -> torch.Tensor:
+    """bool `[F]`: whose accumulator may be above `cut`, by 8 bits or by 10."""
     d_in = token.high.shape[0]
     q = copy.q[:, :d_in].long()
     assert not copy.q[:, d_in:].any()
     p = LIMB * (q @ token.high.long()) + q @ token.low.long()
-    scale, a, b, _ = copy.rows.double().unbind(1)
-    bound = scale * token.unit * p + a * token.size + b * token.rest + token.eta
+    scale, a, b, finer = copy.rows.double().unbind(1)
     zero_row = (a == 0) & (cut >= 0)
+    error = a * token.size
+    if fine:
+        p = p + 16 * (copy.c[:, :d_in] @ token.high.long())
+        error = finer * token.size + (a + finer) * token.tail
+    bound = scale * token.unit * p + error + b * token.rest + token.eta
     return ~(round_up(bound) <= cut) & ~zero_row
 
 

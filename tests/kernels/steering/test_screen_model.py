@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bound of the screen on a CPU: no feature that the encoder lets fire is missed."""
+"""The bounds of the screen on a CPU: no feature that fires is missed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from screen_model import accumulate, copy_of, may_fire, split
 
+from vllm.config.steering_screening import fine_bytes
 from vllm.model_executor.layers.steering_kernels.screen import (
     accumulation_error,
     candidates,
-    orders,
+    pack_codes,
     padded,
-    quantise,
     round_up,
 )
 
@@ -51,16 +51,22 @@ def token_of(kind: str, w: torch.Tensor) -> torch.Tensor:
         x.zero_()
     elif kind == "along a row":
         x = w[0].float().clone()
-    elif kind == "along an error":
+    elif kind.startswith("along"):
         # The worst direction: all of the copy's error counts.
         copy = copy_of(w)
-        wrong = w[0].double() - copy.rows[0, 0].double() * copy.q[0, :d_in]
+        scale = copy.rows[0, 0].double()
+        wrong = w[0].double() - scale * copy.q[0, :d_in]
+        if kind.startswith("along what ten"):
+            wrong = wrong - scale / 8 * copy.c[0, :d_in]
         x = (wrong / wrong.abs().max().clamp(min=1e-30)).float()
     return x.to(w.dtype)
 
 
 KINDS = ("normal", "heavy rows", "small and zero", "one component", "equal")
-TOKENS = ("normal", "massive", "tiny", "zero", "along a row", "along an error")
+TOKENS = (
+    "normal", "massive", "tiny", "zero", "along a row", "along what eight bits leave",
+    "along what ten bits leave",
+)  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -81,7 +87,8 @@ def test_what_the_encoder_lets_fire_is_a_candidate(
     total = accumulate(w, x)
     cut = torch.nextafter(total, torch.full_like(total, -float("inf")))
     assert (total > cut).all()
-    assert may_fire(copy_of(w), split(x), cut).all()
+    for fine in (False, True):
+        assert may_fire(copy_of(w), split(x), cut, fine).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -102,7 +109,8 @@ def test_the_bound_holds_for_any_order_of_additions(
     gain = accumulation_error(576) * w.double().norm(dim=1) * x.double().norm()
     cut = torch.nextafter((exact + gain).float(), torch.tensor(-float("inf")))
     nonzero = w.abs().amax(1) > 0
-    assert may_fire(copy_of(w), split(x), cut)[nonzero].all()
+    for fine in (False, True):
+        assert may_fire(copy_of(w), split(x), cut, fine)[nonzero].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,15 +126,18 @@ def test_the_model_of_the_accumulator_keeps_within_its_error(
 
 
 def test_few_features_are_candidates() -> None:
-    """A normal SAE and stream: the bound is about 0.2 of a score's deviation here."""
+    """A normal SAE and stream: the bounds are about 0.2 and 0.05 of a score's deviation
+    here; 0.00135 of all features fire."""
     torch.manual_seed(0)
     w = (torch.randn(4000, 576) / 24).bfloat16()
     copy, cut = copy_of(w), torch.full((4000,), 3.0)
-    shares = [
-        may_fire(copy, split(torch.randn(576).bfloat16()), cut).double().mean()
-        for _ in range(8)
-    ]
-    assert 0.0013 < sum(shares) / 8 < 0.0035
+    tokens = [split(torch.randn(576).bfloat16()) for _ in range(8)]
+    coarse, fine = (
+        sum(may_fire(copy, token, cut, fine).double().mean() for token in tokens) / 8
+        for fine in (False, True)
+    )
+    assert 0.0013 < coarse < 0.0035
+    assert 0.0011 < fine < 0.0019 and fine < coarse
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -155,7 +166,7 @@ def test_quantise_fills_every_byte_chunk_after_chunk() -> None:
         part = copy_of(w[first : first + 2048])
         assert torch.equal(whole.q[first : first + 2048], part.q)
         assert torch.equal(whole.rows[first : first + 2048], part.rows)
-    quantise(w[:2], whole.q[:2], whole.rows[:2])
+        assert torch.equal(whole.fine[first : first + 2048], part.fine)
     assert whole.q.abs().max() == 127
 
 
@@ -167,8 +178,26 @@ def test_round_up_never_rounds_down() -> None:
     assert (up >= exact).all() and (up <= exact * (1 + 2.0**-22)).all()
 
 
-def test_widths_of_copies_and_orders() -> None:
+def test_two_more_bits_make_the_error_a_quarter() -> None:
+    w = (torch.randn(50, 1000) / 30).bfloat16()
+    copy = copy_of(w)
+    unit = copy.rows[:, :1].double()
+    left = w.double() - unit * copy.q[:, :1000] - unit / 8 * copy.c[:, :1000]
+    assert (left.abs() <= unit / 8 * 1.001).all()
+    a, finer = copy.rows[:, 1], copy.rows[:, 3]
+    assert (left.norm(dim=1) < finer).all() and (finer < 0.3 * a).all()
+
+
+def test_packed_codes_fill_their_groups() -> None:
+    codes = torch.randint(0, 4, (3, 300), dtype=torch.uint8)
+    packed = pack_codes(codes)
+    assert packed.shape == (3, fine_bytes(300)) == (3, 128)
+    copy = copy_of(torch.zeros(3, 300).bfloat16())
+    copy.fine.copy_(packed.view(torch.int8))
+    assert torch.equal(copy.c[:, :300], 2 * codes.long() - 3)
+
+
+def test_widths_of_copies() -> None:
     assert [padded(d) for d in (8, 128, 136, 5376)] == [128, 128, 256, 5376]
-    assert [orders(d) for d in (64, 2304, 3584, 4096, 5376)] == [1, 36, 8, 64, 12]
-    assert candidates(300, 64) == 512
-    assert candidates(131072, 5376) == 43 * 256 * 12
+    assert [fine_bytes(d) for d in (8, 256, 264, 5376)] == [64, 64, 128, 1344]
+    assert [candidates(f) for f in (1, 256, 300, 131072)] == [256, 256, 512, 131072]

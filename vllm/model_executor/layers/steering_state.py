@@ -163,7 +163,7 @@ class SAEWeights(nn.Module):
         row_norms: float32 `[F]`, L2 norms of the rows of the whole `W_dec`; None where
             this rank holds all of it.
 
-    `screen` is an 8-bit copy of `W_enc` or None; `refresh` makes it anew.
+    `screen` is a copy of `W_enc` in 10 bits or None; `refresh` makes it anew.
 
     A rank of a group that shares the SAE holds `shard`: with `own = shard.part(F)` and
     `columns = shard.part(d_out)`, `W_enc[own]`, `b_enc[own]`, `threshold[own]`,

@@ -106,7 +106,7 @@ def takes_compact_encode(run: Run) -> bool:
 def compact_encode(run: Run) -> None:
     """`compact` and `encode` of a step of at most `COMPACT_ENCODE_TOKENS` tokens.
 
-    Where the encoder has an 8-bit copy, the device decides whether the step is
+    Where the encoder has a copy in 10 bits, the device decides whether the step is
     screened.
     """
     copy = run.slot.weights.screen
