@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom ops of the tiers: their contract with torch, and which tokens they edit."""
+"""The tiers' custom ops: their contract with torch, and which tokens they edit."""
 
 from __future__ import annotations
 
