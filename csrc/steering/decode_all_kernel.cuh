@@ -35,13 +35,13 @@ __host__ __device__ inline int team_smem(int max_clamps) {
   return (decode_smem(max_clamps) + 15) / 16 * 16;
 }
 inline int decode_all_smem(int teams, int max_clamps) {
-  return std::max(kDenseSmem, teams * team_smem(max_clamps));
+  return std::max(kDenseSmem<64>, teams * team_smem(max_clamps));
 }
 
 // Lists the dense tokens among n in order; returns how many.
 template <typename T>
 __device__ __forceinline__ int find_dense(const Workspace<T>& ws,
-                                          DenseMemory& m, int n) {
+                                          DenseMemory<64>& m, int n) {
   __shared__ int votes[kEncodeThreads / 32];
   const int i = threadIdx.x, warp = i / 32, lane = i % 32;
   bool dense = false;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTeams<Ahead>* kDecodeThreads, 1)
       blockIdx.x + team * gridDim.x, gridDim.x * kTeams<Ahead>, 0);
   if (!__syncthreads_or(listed > kListMax)) return;
   if (threadIdx.x >= kEncodeThreads) return;
-  DenseMemory& m = *reinterpret_cast<DenseMemory*>(aligned_memory(raw));
+  DenseMemory<64>& m = *reinterpret_cast<DenseMemory<64>*>(aligned_memory(raw));
   const int dense = find_dense(ws, m, n);
   if (dense > 0)
     run_dense<64>(a.dense, m, maps, dense,

@@ -100,7 +100,7 @@ template <typename T>
 void launch_dense(const Bundles<T>& b, const DenseScratch<T>& scratch,
                   bool topk, int processors, cudaStream_t stream,
                   const Exchange& exchange, const DensePart& part) {
-  launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem, stream,
+  launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem<128>, stream,
          dense_args(b, scratch, topk, exchange, part),
          dense_maps(scratch, b.weights));
 }
