@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from facts import environment
-from tp_engine import PROMPT, READY, Start, Turn, serve
+from tp_engine import PROMPT, READY, Profile, Start, Turn, serve
 from tp_shapes import SHAPES, write_files
 
 PREFILL = "prefill"
@@ -45,6 +45,7 @@ PREFILL_COUNT, PREFILL_LENGTH = 8, 1024
 CLOCKS = ("gpu", "between", "host")
 ANSWER_S = 180  # the longest that a turn may take
 LEAST_S, LAST_S = 60, 8  # to measure, and for a round that has begun
+PROFILE_S = 20
 
 Row = dict[str, Any]
 Window = dict[str, list[float]]
@@ -298,6 +299,31 @@ def measure(
     return list(rows.values())
 
 
+def profile(modes: list[Mode], batch: int) -> None:
+    """Print the kernels that a steered mode runs more than its idle engine.
+
+    Microseconds are of a step, on average; the first rank's.
+    """
+    tokens = 17
+    found: dict[str, dict[str, tuple[int, float]]] = {}
+    for mode in modes:
+        if mode.engine.failed or mode.name == "stock":
+            continue
+        mode.engine.pipe.send(Profile(mode.module, batch, tokens))
+        kernels = found[mode.name] = mode.engine.answer(PROFILE_S)
+        if mode.module is None:
+            continue
+        idle = found[mode.baseline or ""]
+        print(f"-- batch {batch}, {mode.name}: us a step more than idle", flush=True)
+        more = {
+            name: (us - idle.get(name, (0, 0.0))[1]) / tokens
+            for name, (_, us) in kernels.items()
+        }
+        for name in sorted(more, key=lambda name: -abs(more[name]))[:12]:
+            count = (kernels[name][0] - idle.get(name, (0, 0))[0]) / tokens
+            print(f"   {more[name]:+8.2f} {count:+6.2f} times {name[:90]}", flush=True)
+
+
 def write(args: argparse.Namespace, engines: list[Engine], rows: list[Row]) -> None:
     """The result file."""
     shape = SHAPES[args.shape]
@@ -329,6 +355,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of a turn")
     parser.add_argument("--seconds", type=float, default=900, help="for everything")
     parser.add_argument("--no-four", dest="four", action="store_false")
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--root", type=Path, help="folder of model, SAEs and logs")
     parser.add_argument("--wait", type=Path)
@@ -346,7 +373,13 @@ def main() -> None:
         print(f"{deadline - time.time():.0f} s left", flush=True)
         while args.wait is not None and not args.wait.exists():
             time.sleep(0.2)
-        rows = measure(args, engines, deadline - LAST_S)
+        last = LAST_S + (PROFILE_S if args.profile else 0)
+        rows = measure(args, engines, deadline - last)
+        for batch in args.profile:
+            try:
+                profile(modes_of(engines), batch)
+            except (RuntimeError, OSError) as error:
+                print(str(error)[-1500:], flush=True)
     if not rows:
         raise SystemExit("nothing was measured")
     for engine in engines:

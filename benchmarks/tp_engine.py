@@ -78,6 +78,15 @@ def options(start: Start) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Ask for the kernels that the first rank runs while it serves a batch."""
+
+    module: str | None
+    batch: int
+    tokens: int
+
+
 class Bench:
     """A running engine and its watched ranks."""
 
@@ -157,6 +166,14 @@ class Bench:
         self.run(turn, tokens)
         return self.take(turn.batch * (turn.length + tokens - 1) * bool(turn.module))
 
+    def profile(self, asked: Profile) -> dict[str, tuple[int, float]]:
+        """Kernel -> how often it ran, and microseconds in all."""
+        turn = Turn(asked.module, asked.batch, PROMPT, 0, -1)
+        self.llm.collective_rpc("begin_profile")
+        self.run(turn, asked.tokens)
+        found: dict[str, tuple[int, float]] = self.llm.collective_rpc("end_profile")[0]
+        return found
+
     def prefill(self, turn: Turn) -> dict[str, list[float]]:
         """One step with all prompts: inside, and another on the host's clock."""
         tokens = turn.batch * turn.length
@@ -193,7 +210,8 @@ def serve(start: Start, pipe: Connection) -> None:
         bench = Bench(start)
         pipe.send((True, bench.facts | {"engine": asdict(start)}))
         while (turn := pipe.recv()) is not None:
-            pipe.send((True, bench.measure(turn)))
+            measure = bench.profile if isinstance(turn, Profile) else bench.measure
+            pipe.send((True, measure(turn)))
     except EOFError:
         pass  # the other process has ended
     except Exception:

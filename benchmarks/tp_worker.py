@@ -153,3 +153,22 @@ class StepTimer:
     def take_steps(self) -> tuple[Times, int]:
         """As `StepLog.take`."""
         return self.step_log.take()
+
+    def begin_profile(self) -> None:
+        """Record the kernels of this rank."""
+        kinds = torch.profiler.ProfilerActivity
+        on_gpu = torch.cuda.is_available()
+        self.kernel_times = torch.profiler.profile(
+            activities=[kinds.CUDA if on_gpu else kinds.CPU]
+        )
+        self.kernel_times.start()
+
+    def end_profile(self) -> dict[str, tuple[int, float]]:
+        """Kernel -> how often it ran since `begin_profile`, and microseconds in all."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.kernel_times.stop()
+        return {
+            event.key: (event.count, event.device_time_total)
+            for event in self.kernel_times.key_averages()
+        }

@@ -106,9 +106,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   extern __shared__ char raw[];
   EncodeMemory& m = encode_memory(raw);
   const Workspace<T>& ws = a.encode.ws;
-  // The decoder's blocks fill a multiprocessor each, so they do not crowd on
-  // the few that are idle; those of the selection would.
-  if (ws.scores == nullptr) launch_dependents();
   const int t = threadIdx.x;
   if (t == kWeightsThread) {
     init_barriers(m, 1);

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "dense.cuh"
+#include "packets.cuh"
 #include "ptx/launch_control.cuh"
-#include "ptx/mbarrier.cuh"
 
 namespace vllm_steering {
 
@@ -13,12 +13,6 @@ constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
 constexpr int kColumns = kColumnsOfSlice;
 constexpr int kFewTokens = 8;  // up to here a token's latency counts
-
-// A token's list is the work of a team of threads; a block has one or more.
-__device__ __forceinline__ int team_thread() {
-  return threadIdx.x % kDecodeThreads;
-}
-__device__ __forceinline__ void sync_decoders() { sync_team<kDecodeThreads>(); }
 
 template <typename T>
 struct DecodeArgs {
@@ -34,8 +28,7 @@ struct DecodeArgs {
   // selected among all scores), columns go to all of them.
   Exchange exchange;
   bool joined;
-  int parts;                // SharedPart
-  bool notes_dense = true;  // for a launch that follows
+  int parts;  // SharedPart
 };
 
 inline int decode_slices(int d_out) {
@@ -66,7 +59,7 @@ __device__ __forceinline__ EntryLoads load_entries(const int64_t* own,
   EntryLoads l;
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    const int e = team_thread() + u * kDecodeThreads;
+    const int e = threadIdx.x + u * kDecodeThreads;
     l.at[u] = e < room ? own[e] : 0;
   }
   return l;
@@ -78,8 +71,21 @@ __device__ __forceinline__ EntryLoads load_joined(const Exchange& x, int64_t i,
   EntryLoads l;
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    const int e = team_thread() + u * kDecodeThreads;
+    const int e = threadIdx.x + u * kDecodeThreads;
     l.at[u] = e < n ? joined_entry(x, i, counts, e) : 0;
+  }
+  return l;
+}
+
+// The same from packets, which may be on their way.
+__device__ __forceinline__ EntryLoads wait_joined(const Exchange& x, int64_t i,
+                                                  unsigned round,
+                                                  const int* counts, int n) {
+  EntryLoads l;
+#pragma unroll
+  for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
+    const int e = threadIdx.x + u * kDecodeThreads;
+    l.at[u] = e < n ? wait_entry(x, i, round, counts, e) : 0;
   }
   return l;
 }
@@ -91,16 +97,16 @@ inline __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
   int2 mine[kListMax / kDecodeThreads];
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    const int e = team_thread() + u * kDecodeThreads;
+    const int e = threadIdx.x + u * kDecodeThreads;
     mine[u] = make_int2(entry_feature(l.at[u]), static_cast<int>(l.at[u]));
     // Sorts last; rounds n up to a multiple of 4.
     if (e >= n) mine[u] = make_int2(0x7FFFFFFF, 0);
     features[e] = mine[u].x;
   }
-  sync_decoders();
+  __syncthreads();
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    if (team_thread() + u * kDecodeThreads >= n) continue;
+    if (threadIdx.x + u * kDecodeThreads >= n) continue;
     int rank = 0;
 #pragma unroll 4
     for (int o = 0; o < n; o += 4) {
@@ -110,7 +116,7 @@ inline __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
     }
     list[rank] = mine[u];
   }
-  sync_decoders();
+  __syncthreads();
 }
 
 // The activation of `feature` in the sorted list, 0 when absent.

@@ -27,7 +27,7 @@ __host__ __device__ inline int list_slots(int max_clamps) {
 // partial sums, which are needed one after another.
 static_assert(sizeof(LongReadMemory) <=
               kListMax * 8 + kDecodeWarps * kColumns * 4);
-__host__ __device__ inline int decode_smem(int max_clamps) {
+inline int decode_smem(int max_clamps) {
   return list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
 }
 
@@ -37,7 +37,7 @@ __device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
                              int64_t i, int2* list, int n) {
   const int clamps = row.count();
   if (clamps == 0) return n;
-  for (int c = team_thread(); c < clamps; c += kDecodeThreads) {
+  for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
     const int feature = row.feature(c);
     const float delta = a.resolved ? a.ws.coef[i * row.max_clamps + c]
                                    : clamp_delta(row, c, [=](int f) {
@@ -45,7 +45,7 @@ __device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
                                      });
     list[n + c] = make_int2(feature, __float_as_int(delta));
   }
-  sync_decoders();
+  __syncthreads();
   return n + clamps;
 }
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
                                             int d_out) {
   const T* columns = w_dec + min(column, d_out - 8);
 #pragma unroll 1
-  for (int j = team_thread() / 32; j < n; j += kDecodeWarps * Ahead) {
+  for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * Ahead) {
     Pack8<T> w[Ahead];
     float weight[Ahead];
 #pragma unroll
@@ -81,8 +81,24 @@ __device__ __forceinline__ void send_slice(const DecodeArgs<T>& a, int64_t i,
   __shared__ __align__(16) T slice[kColumns];
   slice[threadIdx.x] = from_float<T>(total);
   const unsigned flag = slice_flag(round, __syncthreads_or(over) != 0);
-  push_slice(a.exchange, slice, i, a.weights.d_out, first,
-             min(kColumns, a.weights.d_out - first), first / kColumns, flag);
+  const int d_out = a.weights.d_out, n = min(kColumns, d_out - first);
+  if ((a.parts & kPackets) != 0)
+    push_column_packets(a.exchange, slice, i, d_out, first, n, flag);
+  else
+    push_slice(a.exchange, slice, i, d_out, first, n, first / kColumns, flag);
+}
+
+// Tells all ranks that nothing comes of a slice: the token is not written.
+template <typename T>
+__device__ __forceinline__ void send_nothing(const DecodeArgs<T>& a, int64_t i,
+                                             int slice, unsigned round) {
+  const unsigned flag = slice_flag(round, false);
+  const int d_out = a.weights.d_out, first = slice * kColumns;
+  if ((a.parts & kPackets) != 0)
+    push_column_packets<T>(a.exchange, nullptr, i, d_out, first,
+                           min(kColumns, d_out - first), flag);
+  else
+    release_slice(a.exchange, i, slice, flag);
 }
 
 // Waits for a slice of a shared SAE's token from all ranks, and writes it back:
@@ -93,16 +109,24 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
                                             unsigned round, int* counted) {
   const Exchange& x = a.exchange;
   const int d_out = a.weights.d_out, lane = threadIdx.x & 31;
-  const bool over = wait_slices(x, i, round, slice, 1);
-  const bool limited = __syncthreads_or(over) != 0;
-  if (token < 0) return;
+  const bool packets = (a.parts & kPackets) != 0;
+  bool limited = false;
+  if (!packets) {
+    const bool over = wait_slices(x, i, round, slice, 1);
+    limited = __syncthreads_or(over) != 0;
+    if (token < 0) return;
+  }
   const int column = slice * kColumns + lane * 8;
   Pack8<T> zero;
   zero.raw = make_uint4(0, 0, 0, 0);
   for (int from = threadIdx.x / 32; from < x.size; from += kDecodeWarps) {
     if (column >= d_out) continue;
     const int c = from * d_out + column;
-    const Pack8<T> out = load8(x.template row<T>(x.rank, i) + c);
+    bool over = false;
+    const Pack8<T> out = packets ? wait_columns<T>(x, i, c, round, over)
+                                 : load8(x.template row<T>(x.rank, i) + c);
+    if (token < 0) continue;
+    limited |= over;
     T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
     if (a.stream.residual != nullptr) {
       store8(a.stream.residual + token * a.stream.residual_stride + c, out);
@@ -111,7 +135,8 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
       store8(h, out);
     }
   }
-  count_saturated(limited && threadIdx.x == 0, counted, a.saturated);
+  count_saturated(limited && (packets || threadIdx.x == 0), counted,
+                  a.saturated);
 }
 
 // Adds the eight partial sums and the base, rounds once, writes back exactly.
@@ -119,11 +144,11 @@ template <bool kShared, typename T>
 __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
                              float* sums, int64_t i, T* hidden, T* residual,
                              int* counted, int first, unsigned round) {
-  const int thread = team_thread(), warp = thread / 32, lane = thread % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
   to[1] = make_float4(sum.at[4], sum.at[5], sum.at[6], sum.at[7]);
-  const int c = first + thread;
+  const int c = first + threadIdx.x;
   const bool inside = c < a.weights.d_out;
   float total = 0.f;
   if (inside && !a.delta) {
@@ -133,19 +158,20 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
     if (residual != nullptr)  // rounded as the model rounds it
       total = to_float(from_float<T>(total + to_float(residual[c])));
   }
-  sync_decoders();
+  __syncthreads();
   if constexpr (kShared) {
     bool over = false;
     if (inside) {
 #pragma unroll
       for (int w = 0; w < kDecodeWarps; ++w)
-        total += sums[w * kColumns + thread];
+        total += sums[w * kColumns + threadIdx.x];
       total = saturate<T>(total, over);
     }
     send_slice(a, i, first, total, over, round);
   } else if (inside) {
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w * kColumns + thread];
+    for (int w = 0; w < kDecodeWarps; ++w)
+      total += sums[w * kColumns + threadIdx.x];
     bool over = false;
     total = saturate<T>(total, over);
     count_saturated(over, counted, a.saturated);
@@ -156,7 +182,7 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
       hidden[c] = from_float<T>(total);
     }
   }
-  sync_decoders();
+  __syncthreads();
 }
 
 // The list of a token of a shared SAE; returns its length.
@@ -171,31 +197,53 @@ __device__ __forceinline__ int shared_list(const DecodeArgs<T>& a, int64_t i,
     return listed;
   }
   __syncthreads();  // `counts` of the token before have been read
-  const int total = wait_lists(a.exchange, i, round, counts);
-  mine = load_joined(a.exchange, i, counts, total);
+  const bool packets = (a.parts & kPackets) != 0;
+  const int total = packets ? wait_lengths(a.exchange, i, round, counts)
+                            : wait_lists(a.exchange, i, round, counts);
+  // Of a dense token there are no entries.
+  if (packets)
+    mine = wait_joined(a.exchange, i, round, counts,
+                       total <= kListMax ? total : 0);
+  else
+    mine = load_joined(a.exchange, i, counts, total);
   return total;
 }
 
-// The lists of n tokens. Teams share a token's slices in groups, as many as
-// keep all of them busy: the list is sorted once a group, not once a slice.
-// `Ahead` rows are in flight in a warp. With kReads a group more reads the
-// token, or the last group does so too, where teams are scarce. `memory` is the
-// team's own.
+// Blocks share a token's slices in groups, as many as keep all of them busy:
+// the list is sorted once a group, not once a slice. `Ahead` rows are in flight
+// in a warp, and blocks share a multiprocessor accordingly: many for one
+// token's latency, few for many tokens. With kReads a group more reads the
+// token, or the last group does so too, where blocks are scarce.
 template <typename T, int Ahead, bool kReads, bool kShared>
-__device__ __forceinline__ void decode_lists(const DecodeArgs<T>& a,
-                                             char* memory, int n, int team,
-                                             int teams, unsigned round) {
+__global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
+    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
+  extern __shared__ __align__(16) char memory[];
   int2* list = reinterpret_cast<int2*>(memory);
   float* scratch =
       reinterpret_cast<float*>(memory + list_slots(a.table.max_clamps) * 8);
-  const int d_out = a.weights.d_out;
+  launch_dependents();
+  wait_for_previous();
+  const int n = a.ws.tokens(), d_out = a.weights.d_out;
+  unsigned round = 0;
+  if constexpr (kShared) {
+    if (n <= 0) return;
+    round = a.exchange.round();
+    if ((a.parts & kPushes) != 0) {
+      if ((a.parts & kPackets) != 0)
+        push_packets(a.ws, a.exchange, n, round);
+      else
+        push_lists(a.ws, a.exchange, n, round);
+    }
+    if ((a.parts & kDecodes) == 0) return;
+  }
   const bool writes = kShared && (a.parts & kWrites) != 0;
   const int slices = (d_out + kColumns - 1) / kColumns;
-  const int groups = max(1, min(slices, teams / max(n, 1)));
+  const int groups =
+      max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
   const int room = a.delta ? 0 : a.ws.capacity;
-  const bool apart = kReads && n * (groups + 1) <= teams;
+  const bool apart = kReads && n * (groups + 1) <= static_cast<int>(gridDim.x);
   const int reader = apart ? groups : groups - 1;
-  for (int work = team; work < n * (groups + apart); work += teams) {
+  for (int work = blockIdx.x; work < n * (groups + apart); work += gridDim.x) {
     const int64_t i = work % n;
     const int64_t* own = a.ws.entries + i * a.ws.capacity;
     TokenRecord* record = a.ws.records + i;
@@ -205,7 +253,7 @@ __device__ __forceinline__ void decode_lists(const DecodeArgs<T>& a,
     if constexpr (kShared) {
       listed = shared_list(a, i, listed, round, mine);
       // All of its activations count, and none past the norm limit.
-      if (a.joined && work < n && team_thread() == 0) record->listed = listed;
+      if (a.joined && work < n && threadIdx.x == 0) record->listed = listed;
     } else {
       mine = load_entries(own, room);
     }
@@ -213,9 +261,8 @@ __device__ __forceinline__ void decode_lists(const DecodeArgs<T>& a,
     const bool reads = kReads && record->read != 0 && work / n == reader;
     if constexpr (kShared) {
       if (listed <= kListMax && (token < 0 || !edits)) {
-        const unsigned flag = slice_flag(round, false);
         for (int slice = work / n; slice < slices; slice += groups) {
-          release_slice(a.exchange, i, slice, flag);
+          send_nothing(a, i, slice, round);
           if (writes) write_slice(a, i, slice, -1, round, &record->saturated);
         }
         continue;
@@ -224,7 +271,7 @@ __device__ __forceinline__ void decode_lists(const DecodeArgs<T>& a,
       continue;
     }
     if (listed > kListMax) {
-      if (a.notes_dense && (edits || kShared) && work < n && team_thread() == 0)
+      if ((edits || kShared) && work < n && threadIdx.x == 0)
         note_dense(a.ws, i);
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
@@ -257,26 +304,6 @@ __device__ __forceinline__ void decode_lists(const DecodeArgs<T>& a,
       for (int slice = work / n; slice < slices; slice += groups)
         write_slice(a, i, slice, token, round, &record->saturated);
   }
-}
-
-// One team a block. Blocks share a multiprocessor by `Ahead`: many for many
-// tokens, few for one token's latency.
-template <typename T, int Ahead, bool kReads, bool kShared>
-__global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
-    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
-  extern __shared__ __align__(16) char memory[];
-  launch_dependents();
-  wait_for_previous();
-  const int n = a.ws.tokens();
-  unsigned round = 0;
-  if constexpr (kShared) {
-    if (n <= 0) return;
-    round = a.exchange.round();
-    if ((a.parts & kPushes) != 0) push_lists(a.ws, a.exchange, n, round);
-    if ((a.parts & kDecodes) == 0) return;
-  }
-  decode_lists<T, Ahead, kReads, kShared>(a, memory, n, blockIdx.x, gridDim.x,
-                                          round);
 }
 
 }  // namespace vllm_steering

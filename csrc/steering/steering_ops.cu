@@ -97,19 +97,10 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
                              b.step.saturated, topk,     delta, b.step.reads,
                              Exchange{},       false,    0};
-    if (delta || b.weights.num_features <= kListMax)
-      return launch_decode<false>(a, many && !delta, processors, on);
-    const DenseScratch<T> scratch =
-        make_dense_scratch(workspace, b.weights, b.expected);
-    const DensePart part = {0, kPhases, 0};
-    if (takes_all(a, scratch)) {
-      const auto dense = dense_args(b, scratch, topk, Exchange{}, part);
-      if (b.ws.rows <= kFewTokens)
-        return launch_all<16>(a, dense, processors, on);
-      return launch_all<8>(a, dense, processors, on);
-    }
-    launch_decode<false>(a, many, processors, on);
-    launch_dense(b, scratch, topk, processors, on, Exchange{}, part);
+    launch_decode<false>(a, many && !delta, processors, on);
+    if (delta || b.weights.num_features <= kListMax) return;
+    launch_dense(b, make_dense_scratch(workspace, b.weights, b.expected), topk,
+                 processors, on, Exchange{}, DensePart{0, kPhases, 0});
   });
 }
 

@@ -58,7 +58,10 @@ def test_the_regions_of_an_arena_hold_what_they_are_for_and_do_not_meet() -> Non
         assert clamps.heads >= clamps.rounds + 4 * clamps.rows
         assert clamps.acts >= clamps.heads + 8 * clamps.rows * size
         assert clamps.flags >= clamps.acts + 8 * clamps.rows * clamps.each
-        assert at.staging >= clamps.flags + 4 * clamps.rows * size * slices
+        assert at.packets >= clamps.flags + 4 * clamps.rows * size * slices
+        lists = 16 * size * at.packet_rows * (1 + LIST_MAX)
+        assert at.column_packets >= at.packets + lists
+        assert at.staging >= at.column_packets + 4 * at.packet_rows * width
         assert at.nbytes == at.staging + peers.STAGING_BYTES
         of_clamps = (clamps.rounds, clamps.heads, clamps.acts, clamps.flags)
         for start in (at.lists, at.flags, at.columns, at.staging, *of_clamps):

@@ -112,8 +112,8 @@ def test_a_listed_sae_is_found_by_release_and_id(listed: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gemma-scope-2b-pt-re/x", "no such release of SAELens; did you mean gemma-sc"),
-        (f"{RELEASE}/layer_99", "no such SAE; its ids look like layer_0/width_16k/can"),
+        ("gemma-scope-2b-pt-re/x", "of SAELens's list; did you mean gemma-scope-2b-"),
+        (f"{RELEASE}/layer_99", "no SAE layer_99, expected an id like layer_0/width_1"),
         (
             "temporal-sae-gemma-2-2b/blocks.12.hook_resid_post",
             "a temporal SAE reads ea",

@@ -10,7 +10,7 @@ compiled or captured graph holds no weights, and modules can change without a ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -138,6 +138,28 @@ class SteeringBackend(Protocol):
             read = (hidden, residual) if source is None else (source, None)
             self.read_features(slot, *read)
         self.full_reconstruction(slot, hidden, residual, source)
+
+    def full_tier(
+        self,
+        slots: Sequence[SAESlot],
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None,
+    ) -> None:
+        """Reading and the full tier at a site.
+
+        Reading sees the input of the full tier's encoders, so every other slot has read
+        before the first one edits; that one does both at once. A token's row of the
+        full tier names one module, so the slots may run in any order.
+        """
+        read = (hidden, residual) if source is None else (source, None)
+        first, *others = slots
+        for slot in others:
+            if slot.reads is not None:
+                self.read_features(slot, *read)
+        self.read_and_reconstruct(first, hidden, residual, source)
+        for slot in others:
+            self.full_reconstruction(slot, hidden, residual, source)
 
 
 class SteeringSite(nn.Module):

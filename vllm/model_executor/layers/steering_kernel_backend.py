@@ -10,6 +10,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers import sae_readout_kernel as readout
+from vllm.model_executor.layers.steering import SteeringBackend
+from vllm.model_executor.layers.steering_capture import is_needed
 from vllm.model_executor.layers.steering_kernels.extension import describe_kernels
 from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
@@ -20,7 +22,7 @@ from vllm.model_executor.layers.steering_state import SAESlot, StepState, Vector
 logger = init_logger(__name__)
 
 
-class KernelBackend:
+class KernelBackend(SteeringBackend):
     """The tiers on a GPU (see `SteeringBackend`).
 
     Built after the modules are loaded and before memory is profiled: the workspace
@@ -53,9 +55,10 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        kernel.full_reconstruction(
-            slot, self.step, self.workspace, hidden, residual, source
-        )
+        if is_needed(slot.full, hidden):
+            kernel.full_reconstruction(
+                slot, self.step, self.workspace, hidden, residual, source
+            )
 
     def sae_clamp(
         self,
@@ -64,7 +67,8 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
+        if is_needed(slot.delta, hidden):
+            kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
 
     def vectors_and_clamp(
         self,
@@ -90,6 +94,9 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
+        if not is_needed(slot.full, hidden):
+            read = (hidden, residual) if source is None else (source, None)
+            return self.read_features(slot, *read)
         readout.read_and_reconstruct(
             slot, self.step, self.workspace, hidden, residual, source
         )
@@ -97,4 +104,5 @@ class KernelBackend:
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        kernel.steering_vectors(slot, self.step, hidden, residual)
+        if is_needed(slot.table, hidden):
+            kernel.steering_vectors(slot, self.step, hidden, residual)

@@ -117,8 +117,8 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     access to each other's memory, and has checked it. `VLLM_STEERING_PEER_MEMORY=0`
     turns this off.
     """
-    if os.environ.get(PEER_MEMORY_ENV) != "1":
-        return f"{PEER_MEMORY_ENV} is not 1"
+    if os.environ.get(PEER_MEMORY_ENV) == "0":
+        return f"{PEER_MEMORY_ENV} is 0"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "the devices are not NVIDIA's"
     from vllm.distributed import get_tp_group
@@ -140,6 +140,8 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
         return "the ranks are on several hosts"
 
     def allocate(nbytes: int) -> list[int]:
+        # What PyTorch has kept for itself is of no use to others.
+        torch.cuda.empty_cache()
         addresses = CustomAllreduce.create_shared_buffer(nbytes, group=group.cpu_group)
         tensor_at(addresses[group.rank_in_group], nbytes, group.device).zero_()
         torch.cuda.synchronize(group.device)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm.entrypoints.cli.steering import commands
 from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
 from vllm_steering_cli.main import main
 
@@ -169,6 +172,36 @@ def test_convert_overwrites_nothing(
     path = gated(tmp_path / "sae")
     assert main(["convert", str(path), str(path)]) == 1
     assert "expected a new or empty directory" in capsys.readouterr().err
+
+
+def test_convert_to_a_file_says_that_it_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gated(tmp_path / "sae")
+    assert main(["convert", str(path), str(path / "cfg.json")]) == 1
+    assert "found a file, expected a new or empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_convert_to_a_full_disk_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_there: bool,
+) -> None:
+    path, out = gated(tmp_path / "sae"), tmp_path / "out"
+    if is_there:
+        out.mkdir()
+
+    def save(target: Path, *args: Any, **options: Any) -> None:
+        save_native(target, *args, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(commands, "save_native", save)
+    assert main(["convert", str(path), str(out)]) == 1
+    error = f"error: {out}: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == error
+    assert out.exists() == is_there and not any(tmp_path.glob("out/*"))
 
 
 def test_inspect_finds_what_is_not_finite(

@@ -158,6 +158,16 @@ def test_what_cannot_be_probed_is_one_line_and_status_one(
     assert error.startswith("error: ") and expected in error
 
 
+def test_a_text_without_words_is_refused_before_an_engine_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text"
+    file.write_text(" \n")
+    assert main(["probe", SAE, "--model", "no-model", "--text", str(file)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: --text {file}: expected at least one word, found none"
+
+
 def test_vectors_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
@@ -66,17 +67,46 @@ def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> Non
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out}: found files, expected a new or empty directory")
+        found = "files" if target.is_dir() else "a file"
+        raise ValueError(f"{out}: found {found}, expected a new or empty directory")
     module = inspect_module("module", path, sites=sites)
     if module.kind != "sae":
         raise ValueError(f"{path}: expected an SAE, found steering vectors")
     layout = read_layout("module", path, sites)
-    save_native(
-        target,
-        LoadedSites(module, layout, FloatType(dtype)),
-        reference_norm=module.reference_norm,
-        skip_token_ids=module.skip_token_ids,
-        norm_guard=module.norm_guard,
-        model=layout.model,
-    )
+    with _all_or_nothing(target):
+        save_native(
+            target,
+            LoadedSites(module, layout, FloatType(dtype)),
+            reference_norm=module.reference_norm,
+            skip_token_ids=module.skip_token_ids,
+            norm_guard=module.norm_guard,
+            model=layout.model,
+        )
     print(f"wrote {len(module.sites)} site(s) to {target}")
+
+
+@contextmanager
+def _all_or_nothing(target: Path) -> Iterator[None]:
+    """Leave nothing in a new or empty directory if the block fails.
+
+    Raises:
+        ValueError: the directory cannot be written.
+    """
+    was_there = target.exists()
+    try:
+        yield
+    except BaseException as error:
+        if target.is_dir():
+            for file in target.iterdir():
+                file.unlink()
+            if not was_there:
+                target.rmdir()
+        if isinstance(error, OSError) and _is_of(target, error.filename):
+            reason = error.strerror or str(error)
+            raise ValueError(f"{target}: cannot be written: {reason}") from None
+        raise
+
+
+def _is_of(target: Path, file: object) -> bool:
+    """Whether an error is about the target: the files that are read have names."""
+    return file is None or Path(str(file)).is_relative_to(target)

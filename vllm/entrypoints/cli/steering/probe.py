@@ -222,6 +222,8 @@ def probe(
     """
     quiet_engine()
     text = DEFAULT_TEXT if text_file is None else read_text("--text", text_file)
+    if not text.strip():
+        raise ValueError(f"--text {text_file}: expected at least one word, found none")
     found = probe_module(path, model, text, max_tokens, sites=sites, dtype=dtype)
     warnings = [warning for site in found for warning in site.warnings]
     if as_json:

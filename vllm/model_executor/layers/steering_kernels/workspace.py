@@ -34,13 +34,11 @@ from .plan import (
     ChunkPlan,
     ExchangeLimits,
     cdiv,
-    decodes_at_once,
     dense_row_bytes,
     most_guessed,
     most_rows,
     plan_chunks,
     plan_guess,
-    short_lists_bytes,
 )
 from .screen import ScreenScratch
 
@@ -59,9 +57,8 @@ class StageBuffers:
     scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
         a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
-    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds. In a
-        short step it follows the lists, where there is room. Otherwise it takes their
-        memory, and they have been read by then.
+    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds; it
+        takes the memory of `entries`, which have been read by then.
     coef: float32 `[rows, K]`, `g - f` of every clamp.
     """
 
@@ -236,10 +233,10 @@ class SteeringWorkspace:
         screened = [slot.weights for slot in slots if slot.weights.screen is not None]
         self.screen = ScreenScratch([w.W_enc.shape for w in screened], device)
         self.failed = torch.zeros(guessed, dtype=i32, device=device)
-        if self.nbytes > LIMIT_BYTES:
-            raise ValueError(
-                f"steering workspace: {self.nbytes} bytes, at most {LIMIT_BYTES}"
-            )
+        # What screening needs grows with the widest SAE, and comes with its copy.
+        own = self.nbytes - self.screen.nbytes
+        if own > LIMIT_BYTES:
+            raise ValueError(f"steering workspace: {own} bytes, at most {LIMIT_BYTES}")
 
     @staticmethod
     def plan(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
@@ -280,8 +277,7 @@ class SteeringWorkspace:
             scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
             entries = plan.rows * plan.capacity * ENTRY_BYTES
             dense = plan.dense_rows * cls._dense_bytes(slot)
-            apart = short_lists_bytes(plan)
-            most = max(most, align(scores) + align(max(entries, dense + apart)))
+            most = max(most, align(scores) + align(max(entries, dense)))
         return most
 
     @staticmethod
@@ -324,14 +320,10 @@ class SteeringWorkspace:
         entries = self._shared[align(scores_bytes) :]
         fit = entries.numel() // (ENTRY_BYTES * plan.rows)
         row_bytes = self._dense_bytes(slot)
-        capacity = min(plan.capacity, fit, capacity or fit)
-        lists = align(plan.rows * capacity * ENTRY_BYTES)
-        apart = decodes_at_once(plan.rows, entries.numel() - lists, row_bytes)
-        dense = entries[lists:] if apart else entries
         plan = replace(
             plan,
-            capacity=capacity,
-            dense_rows=min(plan.dense_rows, dense.numel() // row_bytes),
+            capacity=min(plan.capacity, fit, capacity or fit),
+            dense_rows=min(plan.dense_rows, entries.numel() // row_bytes),
         )
 
         def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -348,7 +340,7 @@ class SteeringWorkspace:
             view(self._x[x_bytes:], torch.float32, *skip_shape),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
-            dense[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
+            entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
         )
 

@@ -53,15 +53,18 @@ def find(release: str, sae_id: str) -> ListedSAE:
     if row is None:
         near = difflib.get_close_matches(release, releases(), 3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise LayoutError(f"{PREFIX}{release}: no such release of SAELens{hint}")
+        raise LayoutError(
+            f"found the release {release}, expected one of the {len(releases())} of "
+            f"SAELens's list{hint}"
+        )
     path = _path_of(row, sae_id)
     if path is None:
         raise LayoutError(
-            f"{PREFIX}{release}/{sae_id}: the release has no such SAE; its ids look "
-            f"like {', '.join(_examples(row))}"
+            f"the release {release} has no SAE {sae_id}, expected an id like "
+            f"{', '.join(_examples(row))}"
         )
     if (reason := _REFUSED_LOADERS.get(row["loader"])) is not None:
-        raise LayoutError(f"{PREFIX}{release}/{sae_id} is not supported: {reason}")
+        raise LayoutError(f"{sae_id} of {release} is not supported: {reason}")
     overrides = _overrides(row, path)
     return ListedSAE(row["repo"], path, row["model"], row["loader"], overrides)
 
