@@ -14,7 +14,8 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
-With `--hurry` the eager engine is not timed, and the stock engine starts beside it.
+With `--hurry` the eager engine is not timed, and the others start beside it, each in a
+process of its own; they still take turns.
 Results are written after every measurement. So what a stage has measured is kept if it
 fails or runs out of time. `engine_stages.py` has the stages, `engine_timing.py` the two
 clocks. `ratio` is the share of stock's tokens per second, `ratio_gpu` that of its GPU
