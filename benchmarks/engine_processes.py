@@ -8,6 +8,7 @@ nothing: no step of theirs is on the GPU.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -57,14 +58,18 @@ def serve(pipe: Connection, root: Path, name: str, deadline: float) -> None:
     if name in SITE_LAYERS:
         wait_for_modules(root, deadline)
     modes = {mode.name: mode for mode in modes_of(name, start(root, name))}
-    pipe.send(time.time() - begin)
-    while True:
-        mode, phase, batch, seed = pipe.recv()
-        try:
-            pipe.send(measure_window(modes[mode], phase, batch, seed))
-        except Exception:
-            traceback.print_exc()
-            pipe.send(None)
+    try:
+        pipe.send(time.time() - begin)
+        while True:
+            mode, phase, batch, seed = pipe.recv()
+            try:
+                window = measure_window(modes[mode], phase, batch, seed)
+            except Exception:
+                traceback.print_exc()
+                window = None
+            pipe.send(window)
+    except (EOFError, OSError):
+        os._exit(0)  # who asks has ended
 
 
 def start_engines(root: Path, names: Sequence[str], deadline: float) -> list[Any]:
@@ -74,7 +79,7 @@ def start_engines(root: Path, names: Sequence[str], deadline: float) -> list[Any
     for name in names:
         ours, theirs = context.Pipe()
         arguments = (theirs, root, name, deadline)
-        process = context.Process(target=serve, args=arguments, daemon=True)
+        process = context.Process(target=serve, args=arguments)
         process.start()
         theirs.close()
         engines.append(RemoteEngine(name, process, ours))
@@ -95,7 +100,7 @@ def start_engines(root: Path, names: Sequence[str], deadline: float) -> list[Any
     for engine in engines:
         if engine not in ready:
             print(f"engine {engine.name}: not started in time", flush=True)
-            engine.process.terminate()
+            engine.process.kill()
     in_order = [engine for engine in engines if engine in ready]
     return [RemoteMode(mode, e) for e in in_order for mode in MODES[e.name]]
 

@@ -83,6 +83,9 @@ def run_engines(
     if not modes:
         raise RuntimeError("no engine could be started")
     measure(modes, ROUNDS, deadline, report, asked.batches, window)
+    if asked.hurry:
+        for mode in modes:
+            mode.engine.process.kill()
 
 
 def start_together(root: Path, deadline: float, names: Sequence[str]) -> list[Any]:

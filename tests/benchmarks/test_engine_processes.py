@@ -59,4 +59,4 @@ def test_those_that_start_take_turns(modes: list[Any]) -> None:
     found = engine_timing.interleave(modes, window, 3, time.time() + 60)
     assert len(found["stock"]) == 3 and len(found["idle"]) == 2
     for mode in modes:
-        mode.engine.process.terminate()
+        mode.engine.process.kill()
