@@ -164,6 +164,19 @@ def test_the_first_rank_says_once_how_ranks_exchange(
     assert "3 by all_gather (they are far away)" in record.message
 
 
+def test_a_rank_without_memory_says_what_it_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 << 30)
+    said = steering_shards.no_arena(
+        90 << 20, torch.device("cuda"), RuntimeError("CUDA error: out of memory\nmore")
+    )
+    assert "found 3 of 81920 MiB free (20480 are this process's)" in said
+    assert "90 MiB" in said and "out of memory; expected" in said and "\n" not in said
+    assert f"{steering_shards.PEER_MEMORY_ENV}=0" in said
+
+
 def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(steering_shards.PEER_MEMORY_ENV, "0")
     found = steering_shards.peer_allocator()
