@@ -51,6 +51,8 @@ def wait_for_modules(root: Path, deadline: float) -> None:
 
 def serve(pipe: Connection, root: Path, name: str, deadline: float) -> None:
     """A process: starts the engine, says so, and measures what it is asked."""
+    # Two engines that compile the same model at once must not share its files.
+    os.environ["VLLM_CACHE_ROOT"] = str(root / "cache" / name)
     from engine_modes import modes_of, start
     from engine_windows import measure_window
 

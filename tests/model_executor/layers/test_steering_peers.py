@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm.config.steering import Activation
+from vllm.config.steering_sharding import exchange_bytes
 from vllm.model_executor.layers import steering_shards
 from vllm.model_executor.layers.steering_kernels import (
     peers,
@@ -66,6 +67,20 @@ def test_the_regions_of_an_arena_hold_what_they_are_for_and_do_not_meet() -> Non
         of_clamps = (clamps.rounds, clamps.heads, clamps.acts, clamps.flags)
         for start in (at.lists, at.flags, at.columns, at.staging, *of_clamps):
             assert start % 256 == 0
+
+
+def test_the_stated_size_of_an_arena_is_its_size() -> None:
+    sizes, rows, widths, clamps = (
+        (2, 4, 8),
+        (1, 64, 300, 2048),
+        (64, 5376),
+        (1, 64, 4096),
+    )
+    for size, row, width, most in itertools.product(sizes, rows, widths, clamps):
+        at = peers.plan_arena(size, row, width, most)
+        stated_size = exchange_bytes(size, width, row, most)
+        # Regions begin at multiples of 256 bytes, behind a header.
+        assert 0 <= at.nbytes - stated_size <= peers.HEADER_BYTES + 10 * 256
 
 
 def test_many_clamps_leave_room_for_fewer_tokens_at_a_time() -> None:
