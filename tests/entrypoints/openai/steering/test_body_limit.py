@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+from argparse import Namespace
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from fastapi import Body, FastAPI
 from fastapi.testclient import TestClient
 
+import vllm.plugins.steering as plugin
 from vllm.entrypoints.openai.steering.body_limit import BodyLimit
 
 MOST = 1000
@@ -96,3 +99,37 @@ def test_without_a_limit_any_body_is_read(
 ) -> None:
     limits[0] = None
     assert http.post("/echo", json="a" * 5000).json() == 5000
+
+
+def test_a_server_has_the_limit_of_its_engine_behind_its_key() -> None:
+    plugin.install_front_end_seams()
+    from vllm.entrypoints.launchers import app as launcher
+
+    app = FastAPI()
+    app.add_api_route("/v1/any", lambda: 1, methods=["POST"])
+    everyone = {"allowed_origins": ["*"], "allowed_methods": ["*"]}
+    args = Namespace(
+        **everyone,
+        allowed_headers=["*"],
+        allow_credentials=False,
+        api_key=["key"],
+        enable_request_id_headers=False,
+        middleware=[],
+    )
+    launcher.init_entrypoints_middleware(args, app, ())
+    with TestClient(app) as client:
+
+        def status(key: str = "key") -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            body = b"a" * (2 << 20)
+            return client.post("/v1/any", content=body, headers=headers).status_code
+
+        assert status() == 200  # no engine yet
+        for additional, expected in (
+            ({}, 200),
+            ({"steering": {}}, 200),
+            ({"steering": {"max_body_mib": 1}}, 413),
+        ):
+            app.state.vllm_config = SimpleNamespace(additional_config=additional)
+            assert status() == expected
+        assert status("another") == 401

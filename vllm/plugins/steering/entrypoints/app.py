@@ -35,10 +35,15 @@ def _make_init_entrypoints_middleware(stock: Stock) -> Stock:
     def init_entrypoints_middleware(
         args: Namespace, app: FastAPI, supported_tasks: tuple[str, ...]
     ) -> None:
-        # The engine's configuration is there when the first request comes.
-        app.add_middleware(
-            BodyLimit, most=lambda: max_body_bytes(app.state.vllm_config)
-        )
+        app.add_middleware(BodyLimit, most=lambda: _limit_of(app))
         stock(args, app, supported_tasks)
 
     return init_entrypoints_middleware
+
+
+def _limit_of(app: FastAPI) -> int | None:
+    """The limit of an application's engine; None for one that has no engine yet."""
+    try:
+        return max_body_bytes(app.state.vllm_config)
+    except AttributeError:
+        return None
