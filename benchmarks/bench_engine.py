@@ -14,7 +14,8 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
-With `--hurry` the eager engine is not timed, and the stock engine starts beside it.
+With `--hurry` the eager engine is not timed, and the others start beside it, each in a
+process of its own; they still take turns.
 Results are written after every measurement. So what a stage has measured is kept if it
 fails or runs out of time. `engine_stages.py` has the stages, `engine_timing.py` the two
 clocks. `ratio` is the share of stock's tokens per second, `ratio_gpu` that of its GPU
@@ -50,12 +51,15 @@ EAGER_SECONDS = 100  # at most
 GRACE_SECONDS = 15.0  # after a stage's end, until it is killed
 HF_SECONDS = 45  # kept free of the budget for the last stage
 
-# mode, phase, batch -> the share of stock's tokens per second that is wanted
-TARGETS: dict[tuple[str, str, int], float] = {
-    **{("idle", "decode", batch): 0.995 for batch in BATCHES},
-    **{("one site", "decode", batch): 0.97 for batch in BATCHES},
-    **{("four sites", "decode", batch): 0.90 for batch in BATCHES},
-    ("one site", "prefill", 8): 0.95,
+# mode, phase, batch -> the shares of stock's speed wanted: by the host's clock,
+# and by the time on the GPU.
+TARGETS: dict[tuple[str, str, int], tuple[float, float]] = {
+    **{("idle", "decode", batch): (0.995, 0.995) for batch in BATCHES},
+    ("one site", "decode", 1): (0.98, 0.99),
+    ("one site", "decode", 64): (0.98, 0.987),
+    ("one site", "decode", 256): (0.98, 0.988),
+    ("one site", "prefill", 8): (0.96, 0.98),
+    **{("four sites", "decode", batch): (0.94, 0.96) for batch in BATCHES},
 }
 HF_TARGET = 20.0
 
@@ -177,12 +181,13 @@ def targets(rows: list[Row]) -> list[Row]:
     """Every target beside what was measured for it, by both clocks."""
     at = {(row["mode"], row.get("phase"), row.get("batch")): row for row in rows}
     found: list[Row] = []
-    for (mode, phase, batch), wanted in TARGETS.items():
+    for (mode, phase, batch), shares in TARGETS.items():
         row = at.get((mode, phase, batch), {})
-        entry: Row = {"mode": mode, "phase": phase, "batch": batch, "wanted": wanted}
-        for name, met in (("ratio", "met"), ("ratio_gpu", "met_gpu")):
-            entry[name] = row.get(name)
-            entry[met] = row[name] >= wanted if name in row else None
+        entry: Row = {"mode": mode, "phase": phase, "batch": batch}
+        for clock, wanted in zip(("", "_gpu"), shares, strict=True):
+            name = f"ratio{clock}"
+            entry |= {f"wanted{clock}": wanted, name: row.get(name)}
+            entry[f"met{clock}"] = row[name] >= wanted if name in row else None
         found.append(entry)
     ours = at.get(("one site", "decode", HF_BATCH))
     theirs = at.get((HF_MODE, "decode", HF_BATCH))

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from facts import environment, results_file
+from kernel_timing import BF16, DEVICE, Timer, measured_ceilings
 
 from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.config.steering_screening import screens
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 from vllm.model_executor.layers.steering_kernels.screen import SCREEN_TOKENS, ScreenCopy
 from vllm.model_executor.layers.steering_state import (
     ClampKind,
@@ -34,87 +36,11 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 HERE = Path(__file__).resolve().parent
-DEVICE = torch.device("cuda")
-BF16 = torch.bfloat16
 SHAPES = [(16384, 2304), (65536, 3584), (131072, 5376)]
 TOKENS = [1, 8, 32, 64, 256, 1024, 2048, 8192]
 L0 = 100
 K = 64
-REPLAYS = 31
 DENSE_TOKENS = [1, 8, 64, 256, 2048, 8192]
-
-
-class Timer:
-    """Replays graphs of an op with a cold L2 and a restored stream."""
-
-    def __init__(self) -> None:
-        self.cold = torch.randint(0, 9, (64 << 20,), dtype=torch.int32, device=DEVICE)
-        self.sink = torch.zeros((), dtype=torch.int64, device=DEVICE)
-
-    def flush(self) -> None:
-        """Read 256 MiB, so that nothing of the op's is left in L2 (nor dirty)."""
-        torch.sum(self.cold, (0,), out=self.sink)
-
-    def replay(self, body: Callable[[], None], repeat: int) -> Callable[[], float]:
-        """Capture `repeat` calls of `body`; the result times one call, in us."""
-        body()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeat):
-                body()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def once() -> float:
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) * 1e3 / repeat
-
-        once()
-        return once
-
-    def __call__(
-        self, op: Callable[[], None], restore: Callable[[], None], guess_us: float
-    ) -> float:
-        """Median time of `op`, in us."""
-
-        def without() -> None:
-            restore()
-            self.flush()
-
-        def with_op() -> None:
-            without()
-            op()
-
-        repeat = max(1, min(10, int(3000 / max(guess_us, 1))))
-        base, full = self.replay(without, repeat), self.replay(with_op, repeat)
-        pairs = [(base(), full()) for _ in range(REPLAYS)]
-        return statistics.median(f for _, f in pairs) - statistics.median(
-            b for b, _ in pairs
-        )
-
-
-def measured_ceilings() -> tuple[float, float, float]:
-    """This GPU's copy and read bandwidths in bytes/s and its bf16 flop/s, now."""
-
-    def seconds(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(8):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times[3:])
-
-    source = torch.randint(0, 9, (1 << 30,), dtype=torch.int32, device=DEVICE)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    reading = source.nbytes / seconds(lambda: source.view(torch.float32).sum())
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
-    return bandwidth, reading, 2 * 8192**3 / seconds(lambda: a @ b)
 
 
 def heavy_tail(d_sae: int) -> torch.Tensor:
@@ -266,6 +192,28 @@ class Bench:
         for tokens in sizes:
             self.full("heavy_tailed", slot, tokens, share=share)
 
+    def several(self, shape: tuple[int, int], count: int, tokens: int = 64) -> None:
+        """Modules at one site, of which no token, all tokens, or each some use one."""
+        slots = [make_slot(*shape, Activation.JUMPRELU) for _ in range(count)]
+        for at, slot in enumerate(slots):
+            slot.full.packed[:, 0] = 0
+            slot.full.packed[1 + at, 0] = 1
+        step = StepState(tokens, DEVICE)
+        backend = KernelBackend(step, slots, [], BF16)
+        stream = Stream(tokens, shape[1])
+
+        def op() -> None:
+            backend.full_tier(slots, stream.now[0], stream.now[1], None)
+
+        each = 1 + torch.arange(tokens, device=DEVICE) % count
+        floor = self.floor(*shape, tokens)
+        cases = (("none", 0 * each, 3.0), ("one", 0 * each + 2, floor),
+                 ("all", each, count * floor))  # fmt: skip
+        for case, rows, least in cases:
+            step.index[Tier.FULL] = rows
+            us = self.timer(op, stream.restore, 40.0 * count)
+            self.add(f"{count}_modules_{case}", shape, tokens, us, least)
+
     def screened(self, slot: SAESlot) -> None:
         """Short steps with a copy of the encoder in 10 bits, if it would get one."""
         if screens("auto", *slot.weights.W_enc.shape, 2):
@@ -340,21 +288,22 @@ class Bench:
 
 
 def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) -> None:
-    """All cases; `quick` keeps the smallest shape and a few sizes."""
+    """All cases; `quick` keeps the smallest shape and a few sizes. Baselines last."""
     bench.clamps()
-    for shape in SHAPES[:1] if quick else SHAPES:
+    for count in (4, 8):
+        bench.several(SHAPES[0], count)
+    shapes = SHAPES[:1] if quick else SHAPES
+    for shape in shapes:
         for activation in (Activation.JUMPRELU, Activation.TOPK):
             slot = make_slot(*shape, activation)
             l0 = K if activation is Activation.TOPK else L0
             for tokens in [1, 64, 256, 2048] if quick else TOKENS:
                 bench.full(activation.value, slot, tokens, l0=l0)
             if activation is Activation.JUMPRELU:
-                bench.full("idle", slot, 256, active=0)
+                for tokens in (1, 256):
+                    bench.full("idle", slot, tokens, active=0)
                 bench.full("five_active", slot, 256, active=5)
                 bench.screened(slot)
-                for tokens in TOKENS if baselines else []:
-                    bench.cublas_pair(slot, tokens)
-                    bench.torch_port(slot, tokens)
             else:
                 bench.full("idle_topk", slot, 256, active=0)
             save()
@@ -362,6 +311,14 @@ def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) ->
             torch.cuda.empty_cache()
         bench.heavy_tailed(shape, [64, 2048] if quick else TOKENS)
         save()
+        torch.cuda.empty_cache()
+    for shape in shapes if baselines else []:
+        slot = make_slot(*shape, Activation.JUMPRELU)
+        for tokens in TOKENS:
+            bench.cublas_pair(slot, tokens)
+            bench.torch_port(slot, tokens)
+        save()
+        del slot
         torch.cuda.empty_cache()
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """Which engines and batches; `hurry`: the eager engine only calibrates."""
+    """Which engines and batches.
+
+    hurry: the eager engine only calibrates, and the others start in processes.
+    """
 
     engines: Sequence[str]
     batches: Sequence[str]
@@ -55,34 +58,43 @@ def run_eager(root: Path, deadline: float, report: Report, asked: Asked) -> None
     """Calibrate on an eager engine, then time it."""
     from engine_calibration import calibrate
     from engine_modes import modes_of, start
+    from engine_windows import measure_window
 
     engine = start(root, "eager")
     report.add(calibrate(root, engine))
     if not asked.hurry:
-        measure(
-            modes_of("eager", engine), EAGER_ROUNDS, deadline, report, asked.batches
-        )
-
-
-def wait_for_modules(root: Path, deadline: float) -> None:
-    """Wait until the eager stage has written the modules and its report."""
-    while not (root / "eager.json").exists():
-        if time.time() > deadline:
-            raise RuntimeError("the eager engine has not calibrated the modules")
-        time.sleep(0.1)
+        modes = modes_of("eager", engine)
+        measure(modes, EAGER_ROUNDS, deadline, report, asked.batches, measure_window)
 
 
 def run_engines(
     root: Path, deadline: float, report: Report, names: Sequence[str], asked: Asked
 ) -> None:
     """Start the engines, as many as there is time for, and let them take turns."""
-    from engine_modes import SITE_LAYERS, modes_of, start
+    from engine_windows import measure_window
+
+    if asked.hurry:
+        from engine_processes import remote_window, start_engines
+
+        modes = start_engines(root, names, deadline - MEASURE_SECONDS)
+        window = remote_window
+    else:
+        modes, window = start_together(root, deadline, names), measure_window
+    if not modes:
+        raise RuntimeError("no engine could be started")
+    measure(modes, ROUNDS, deadline, report, asked.batches, window)
+    if asked.hurry:
+        for mode in modes:
+            mode.engine.process.kill()
+
+
+def start_together(root: Path, deadline: float, names: Sequence[str]) -> list[Any]:
+    """The modes of the engines that this process has time to start."""
+    from engine_modes import modes_of, start
 
     modes: list[Any] = []
     took = 0.0
     for name in names:
-        if asked.hurry and name in SITE_LAYERS:
-            wait_for_modules(root, deadline)
         begin = time.time()
         # The first one also imported everything.
         expected = took if len(modes) > 1 else took / 2
@@ -96,9 +108,7 @@ def run_engines(
             continue
         took = time.time() - begin
         print(f"engine {name}: started in {took:.0f} s", flush=True)
-    if not modes:
-        raise RuntimeError("no engine could be started")
-    measure(modes, ROUNDS, deadline, report, asked.batches)
+    return modes
 
 
 def measure(
@@ -107,27 +117,26 @@ def measure(
     deadline: float,
     report: Report,
     batches: Sequence[str],
+    window: Callable[[Any, str, int, int], Any],
 ) -> None:
-    """Decode at every batch size, or prefill; time is shared out evenly."""
+    """Decode at every batch size, or prefill; time is shared out evenly.
+
+    `window` measures one turn of a mode: phase, batch, seed.
+    """
     from engine_modes import PREFILL_COUNT, PREFILL_LENGTH
     from engine_timing import interleave, summarize
-    from engine_windows import decode_window, prefill_window
 
     for done, asked in enumerate(batches):
         begin = time.time()
         until = begin + (deadline - begin) / (len(batches) - done)
-        if asked == PREFILL:
-            phase, batch = PREFILL, PREFILL_COUNT
-            tokens = PREFILL_COUNT * PREFILL_LENGTH
-            found = interleave(modes, prefill_window, rounds, until)
-        else:
-            phase, batch = "decode", int(asked)
-            tokens = batch
+        phase, batch, tokens = PREFILL, PREFILL_COUNT, PREFILL_COUNT * PREFILL_LENGTH
+        if asked != PREFILL:
+            phase, batch, tokens = "decode", int(asked), int(asked)
 
-            def window(mode: Any, seed: int, batch: int = batch) -> Any:
-                return decode_window(mode, batch, seed)
+        def turn(mode: Any, seed: int, phase: str = phase, batch: int = batch) -> Any:
+            return window(mode, phase, batch, seed)
 
-            found = interleave(modes, window, rounds, until)
+        found = interleave(modes, turn, rounds, until)
         report.add(summarize(found, phase, batch, tokens))
         print(f"{phase} {batch}: {time.time() - begin:.0f} s", flush=True)
 

@@ -115,3 +115,10 @@ def prefill_window(mode: Mode, seed: int) -> Window:
                 finish(mode, count, 1)
                 window.wall.append((time.perf_counter() - begin) * 1e3)
     return window
+
+
+def measure_window(mode: Mode, phase: str, batch: int, seed: int) -> Window:
+    """One turn of a mode: a batch that decodes, or a prefill."""
+    if phase == "prefill":
+        return prefill_window(mode, seed)
+    return decode_window(mode, batch, seed)

@@ -2,7 +2,7 @@
 """Prints README's table of costs, or writes it into the README.
 
 The figures come from the files in benchmarks/results/: the newest run of
-`bench_engine.py`, and the run of `bench_kernels.py` with the most cases. `--write`
+`bench_engine.py`, and the newest run of `bench_kernels.py` at all shapes. `--write`
 updates README.md; a test compares the two.
 """
 
@@ -41,8 +41,14 @@ def engine_run() -> Row:
 
 
 def kernel_run() -> Row:
-    """The results of the card on which the most kernels were measured."""
-    return max(results(), key=lambda run: (len(run.get("kernel", [])), run["date"]))
+    """The newest results of a card on which the kernels were measured at all shapes."""
+    shapes = [
+        (len({row["shape"] for row in run["kernel"] if row["case"] == "jumprelu"}), run)
+        for run in results()
+        if "kernel" in run
+    ]
+    most = max(count for count, _ in shapes)
+    return max((run for n, run in shapes if n == most), key=lambda run: run["date"])
 
 
 def kernel_rows(rows: list[Row]) -> list[tuple[str, str]]:

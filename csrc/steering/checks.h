@@ -123,6 +123,9 @@ inline Exchange make_exchange(const Tensors& w, int64_t d_out) {
   x.flags = at[kShareFlags];
   x.columns = at[kShareColumns];
   x.staging = at[kShareStaging];
+  x.packet_rows = static_cast<int>(at[kSharePacketRows]);
+  x.packets = at[kSharePackets];
+  x.column_packets = at[kShareColumnPackets];
   return x;
 }
 

@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(kCompactThreads)
   wait_for_previous();
   launch_dependents();  // after the wait: the encoder reads weights ahead of
                         // its own
+  // The first chunk of the step has counted the tokens: none are left.
+  if (a.ws.base > 0 && *a.ws.count <= a.ws.base) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int skip = a.weights.meta[kSkipMask], d_in = a.weights.d_in;
   const bool on = is_meant(a.gate, a.weights.meta[kUsesTopk]);

@@ -116,7 +116,10 @@ enum ShareField {
   kShareColumns = 5,
   kShareStaging = 6,
   kShareStagingBytes = 7,
-  kShareAddresses = 8,
+  kSharePacketRows = 8,
+  kSharePackets = 9,
+  kShareColumnPackets = 10,
+  kShareAddresses = 11,
 };
 // steering_kernels/peers.py: where the clamps' regions of an arena are.
 enum ClampShareField {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dense.cuh"
+#include "packets.cuh"
 #include "ptx/launch_control.cuh"
 
 namespace vllm_steering {
@@ -72,6 +73,19 @@ __device__ __forceinline__ EntryLoads load_joined(const Exchange& x, int64_t i,
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
     const int e = threadIdx.x + u * kDecodeThreads;
     l.at[u] = e < n ? joined_entry(x, i, counts, e) : 0;
+  }
+  return l;
+}
+
+// The same from packets, which may be on their way.
+__device__ __forceinline__ EntryLoads wait_joined(const Exchange& x, int64_t i,
+                                                  unsigned round,
+                                                  const int* counts, int n) {
+  EntryLoads l;
+#pragma unroll
+  for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
+    const int e = threadIdx.x + u * kDecodeThreads;
+    l.at[u] = e < n ? wait_entry(x, i, round, counts, e) : 0;
   }
   return l;
 }

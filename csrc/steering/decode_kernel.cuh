@@ -81,8 +81,24 @@ __device__ __forceinline__ void send_slice(const DecodeArgs<T>& a, int64_t i,
   __shared__ __align__(16) T slice[kColumns];
   slice[threadIdx.x] = from_float<T>(total);
   const unsigned flag = slice_flag(round, __syncthreads_or(over) != 0);
-  push_slice(a.exchange, slice, i, a.weights.d_out, first,
-             min(kColumns, a.weights.d_out - first), first / kColumns, flag);
+  const int d_out = a.weights.d_out, n = min(kColumns, d_out - first);
+  if ((a.parts & kPackets) != 0)
+    push_column_packets(a.exchange, slice, i, d_out, first, n, flag);
+  else
+    push_slice(a.exchange, slice, i, d_out, first, n, first / kColumns, flag);
+}
+
+// Tells all ranks that nothing comes of a slice: the token is not written.
+template <typename T>
+__device__ __forceinline__ void send_nothing(const DecodeArgs<T>& a, int64_t i,
+                                             int slice, unsigned round) {
+  const unsigned flag = slice_flag(round, false);
+  const int d_out = a.weights.d_out, first = slice * kColumns;
+  if ((a.parts & kPackets) != 0)
+    push_column_packets<T>(a.exchange, nullptr, i, d_out, first,
+                           min(kColumns, d_out - first), flag);
+  else
+    release_slice(a.exchange, i, slice, flag);
 }
 
 // Waits for a slice of a shared SAE's token from all ranks, and writes it back:
@@ -93,16 +109,24 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
                                             unsigned round, int* counted) {
   const Exchange& x = a.exchange;
   const int d_out = a.weights.d_out, lane = threadIdx.x & 31;
-  const bool over = wait_slices(x, i, round, slice, 1);
-  const bool limited = __syncthreads_or(over) != 0;
-  if (token < 0) return;
+  const bool packets = (a.parts & kPackets) != 0;
+  bool limited = false;
+  if (!packets) {
+    const bool over = wait_slices(x, i, round, slice, 1);
+    limited = __syncthreads_or(over) != 0;
+    if (token < 0) return;
+  }
   const int column = slice * kColumns + lane * 8;
   Pack8<T> zero;
   zero.raw = make_uint4(0, 0, 0, 0);
   for (int from = threadIdx.x / 32; from < x.size; from += kDecodeWarps) {
     if (column >= d_out) continue;
     const int c = from * d_out + column;
-    const Pack8<T> out = load8(x.template row<T>(x.rank, i) + c);
+    bool over = false;
+    const Pack8<T> out = packets ? wait_columns<T>(x, i, c, round, over)
+                                 : load8(x.template row<T>(x.rank, i) + c);
+    if (token < 0) continue;
+    limited |= over;
     T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
     if (a.stream.residual != nullptr) {
       store8(a.stream.residual + token * a.stream.residual_stride + c, out);
@@ -111,7 +135,8 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
       store8(h, out);
     }
   }
-  count_saturated(limited && threadIdx.x == 0, counted, a.saturated);
+  count_saturated(limited && (packets || threadIdx.x == 0), counted,
+                  a.saturated);
 }
 
 // Adds the eight partial sums and the base, rounds once, writes back exactly.
@@ -172,8 +197,15 @@ __device__ __forceinline__ int shared_list(const DecodeArgs<T>& a, int64_t i,
     return listed;
   }
   __syncthreads();  // `counts` of the token before have been read
-  const int total = wait_lists(a.exchange, i, round, counts);
-  mine = load_joined(a.exchange, i, counts, total);
+  const bool packets = (a.parts & kPackets) != 0;
+  const int total = packets ? wait_lengths(a.exchange, i, round, counts)
+                            : wait_lists(a.exchange, i, round, counts);
+  // Of a dense token there are no entries.
+  if (packets)
+    mine = wait_joined(a.exchange, i, round, counts,
+                       total <= kListMax ? total : 0);
+  else
+    mine = load_joined(a.exchange, i, counts, total);
   return total;
 }
 
@@ -196,7 +228,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
   if constexpr (kShared) {
     if (n <= 0) return;
     round = a.exchange.round();
-    if ((a.parts & kPushes) != 0) push_lists(a.ws, a.exchange, n, round);
+    if ((a.parts & kPushes) != 0) {
+      if ((a.parts & kPackets) != 0)
+        push_packets(a.ws, a.exchange, n, round);
+      else
+        push_lists(a.ws, a.exchange, n, round);
+    }
     if ((a.parts & kDecodes) == 0) return;
   }
   const bool writes = kShared && (a.parts & kWrites) != 0;
@@ -224,9 +261,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     const bool reads = kReads && record->read != 0 && work / n == reader;
     if constexpr (kShared) {
       if (listed <= kListMax && (token < 0 || !edits)) {
-        const unsigned flag = slice_flag(round, false);
         for (int slice = work / n; slice < slices; slice += groups) {
-          release_slice(a.exchange, i, slice, flag);
+          send_nothing(a, i, slice, round);
           if (writes) write_slice(a, i, slice, -1, round, &record->saturated);
         }
         continue;

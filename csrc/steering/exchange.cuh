@@ -10,6 +10,11 @@
 //   flags     [rows, ranks, slices] of 32 bits: whose columns have come
 //   columns   [rows, D]
 //   staging   what peers read from here
+//   packets   [ranks, packet rows, 1 + kListMax] of 128 bits: lists
+//   column packets  [packet rows, D / 4] of 128 bits
+//
+// Steps of few tokens send packets (packets.cuh) instead of lists, flags and
+// columns: each half of one carries the round, so nothing has to be ordered.
 //
 // A round is one passage of a chunk with active tokens. It has a number, which
 // is part of every flag, so no flag is ever reset. A region needs no second
@@ -45,6 +50,8 @@ struct Exchange {
   int rows, slices;     // the regions' room
   int width;            // bytes of a token's columns, of all ranks
   int64_t lists, flags, columns, staging;  // offsets in an arena
+  int packet_rows;
+  int64_t packets, column_packets;
 
   __device__ __forceinline__ unsigned* header(int of) const {
     return reinterpret_cast<unsigned*>(at[of]);
@@ -68,8 +75,9 @@ struct Exchange {
 };
 
 // What a launch of a shared SAE's decoder does. With few tokens one launch does
-// all three, else kPushes and kWrites are launches of their own.
-enum SharedPart { kPushes = 1, kDecodes = 2, kWrites = 4 };
+// all three, else kPushes and kWrites are launches of their own. kPackets: by
+// packets, and all of it.
+enum SharedPart { kPushes = 1, kDecodes = 2, kWrites = 4, kPackets = 8 };
 
 // kExchangeThreads threads a block: sends each active token's list to all
 // ranks, its head last. A list that is

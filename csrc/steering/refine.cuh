@@ -15,7 +15,18 @@
 
 namespace vllm_steering {
 
-constexpr int kFineAhead = 4;  // groups of columns that are asked for ahead
+constexpr int kFineAhead = 4;   // groups of columns that are asked for ahead
+constexpr int kEarlyRows = 16;  // of W_enc that a block asks L2 for at once
+
+// The consumers ask L2 for the codes of candidates [start, start + kMostRows)
+// of a list: whole rows at once, which memory brings faster than 64 bytes each.
+__device__ __forceinline__ void prefetch_codes(const Screen& s, const int* list,
+                                               int start, int count) {
+  const int i = start + threadIdx.x;
+  if (threadIdx.x >= kMostRows || i >= count) return;
+  prefetch_bytes(s.fine + static_cast<int64_t>(__ldcg(list + i)) * 4 * s.groups,
+                 s.groups * 64);
+}
 
 // The place of one group of columns of the high limbs, for `Tokens` tokens.
 template <int Tokens>
@@ -173,6 +184,9 @@ __device__ void refine(const Weights<T>& w, const Screen& s, ScreenMemory& m,
   for_items<true>(s, m, w.num_features, 0, [&](const Item& item) {
     const int* list = item.features();
     const int count = item.count;
+    const int listed = candidate_counts(m, 0)[item.o];
+    if (item.start == 0) prefetch_codes(s, item.list, 0, listed);
+    prefetch_codes(s, item.list, item.start + kMostRows, listed);
     const int up = __ldcg(list + min(row, count - 1));
     const int down = __ldcg(list + min(row + 8, count - 1));
     const uint4* fine = s.fine + (lane & 3);
@@ -203,8 +217,11 @@ __device__ void refine(const Weights<T>& w, const Screen& s, ScreenMemory& m,
       place = atomicAdd(candidate_counts(m, 1) + item.o, __popc(all));
     place = __shfl_sync(~0u, place, 0) + __popc(all & ((1u << lane) - 1));
     if (!may) return;
-    s.candidates[item.list - s.candidates + s.room + place] =
-        __ldcg(list + warp * 16 + lane);
+    const int left_over = __ldcg(list + warp * 16 + lane);
+    s.candidates[item.list - s.candidates + s.room + place] = left_over;
+    if (place < kEarlyRows)
+      prefetch_bytes(w.w_enc + static_cast<int64_t>(left_over) * w.d_in,
+                     w.d_in * 2);
   });
 }
 

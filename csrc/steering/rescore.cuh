@@ -114,7 +114,7 @@ __device__ __forceinline__ void for_items(const Screen& s, ScreenMemory& m,
     int pairs = tile_pairs(num_features);
     asm volatile("" : "+r"(pairs));
     const GroupedTiles g(pairs, s.orders);
-    const BlockTiles own = block_tiles(g, pairs);
+    const BlockTiles& own = m.own;
     const int order = own.order + o, rows = rows_of_item(count);
     const int* list = candidate_list(s, g, own, order) + level * s.room;
 #pragma unroll 1

@@ -24,7 +24,7 @@ constexpr int kRefineStages = 6;
 constexpr int kLimb = 128;  // x = u (kLimb h + l)
 constexpr int kMostLimbs = 127 * kLimb + kLimb / 2 - 1;
 constexpr int kTinyExponent = -40;  // smaller x have no limbs
-constexpr int kPlainSteps = 32;     // without a screen after one that failed
+constexpr int kPlainSteps = 256;    // without a screen after one that failed
 
 // An SAE's copy in few bits and the scratch memory of one step.
 struct Screen {
@@ -36,11 +36,13 @@ struct Screen {
   float* sums;         // [tiles of the encoder, kTileF, kScreenTokens]: P
   int* candidates;     // [2, tiles of the encoder, kTileF] features
   int* counts;         // candidates so far, and those of the last step
-  int* state;          // [3]: steps left without a screen, by tile width
-  int padded;          // columns of the copy and the limbs
-  int orders;          // in which the encoder adds up the features' sums
-  int groups;          // of kFineColumns columns
-  int room;            // candidates of one list of all features
+  // [4]: steps left without a screen, by tile width, and the most tokens of a
+  // step that is screened.
+  int* state;
+  int padded;  // columns of the copy and the limbs
+  int orders;  // in which the encoder adds up the features' sums
+  int groups;  // of kFineColumns columns
+  int room;    // candidates of one list of all features
 };
 
 // Pairs of neighbouring tiles of the encoder, which have one order of columns.
@@ -53,18 +55,18 @@ struct GroupedTiles {
   // Of pairs; the first `longer` orders have one more than `each`.
   int orders, each, longer;
 
-  __device__ __forceinline__ GroupedTiles(int pairs, int orders)
+  __host__ __device__ GroupedTiles(int pairs, int orders)
       : orders(orders), each(pairs / orders), longer(pairs % orders) {}
 
-  __device__ __forceinline__ int order(int at) const {
+  __host__ __device__ int order(int at) const {
     const int pair = at / 2, head = longer * (each + 1);
     return pair < head ? pair / (each + 1) : longer + (pair - head) / each;
   }
   // Where an order begins.
-  __device__ __forceinline__ int start(int order) const {
-    return 2 * (order * each + min(order, longer));
+  __host__ __device__ int start(int order) const {
+    return 2 * (order * each + (order < longer ? order : longer));
   }
-  __device__ __forceinline__ int tile(int at) const {
+  __host__ __device__ int tile(int at) const {
     const int o = order(at), pair = (at - start(o)) / 2;
     return 2 * (o + pair * orders) + at % 2;
   }
@@ -75,13 +77,27 @@ struct BlockTiles {
   int first, end, order, orders;
 };
 
-__device__ __forceinline__ BlockTiles block_tiles(const GroupedTiles& g,
-                                                  int pairs) {
-  const int64_t block = blockIdx.x;
-  BlockTiles b;
-  b.first = static_cast<int>(block * 2 * pairs / gridDim.x);
-  b.end = static_cast<int>((block + 1) * 2 * pairs / gridDim.x);
-  b.order = b.orders = 0;
+// The tiles of block `block` of `blocks`. Blocks have tiles of one order, if
+// the longest share does not become longer by that: each order is one more
+// round of products that wait for one another.
+__host__ __device__ inline BlockTiles block_tiles(const GroupedTiles& g,
+                                                  int pairs, int block,
+                                                  int blocks) {
+  const int most = 2 * (g.each + (g.longer > 0));
+  const int fewest = blocks / g.orders;  // blocks of an order
+  BlockTiles b = {0, 0, 0, 0};
+  if (fewest > 0 &&
+      (most + fewest - 1) / fewest <= (2 * pairs + blocks - 1) / blocks) {
+    const int o = ((block + 1) * g.orders - 1) / blocks;
+    const int head = o * blocks / g.orders;
+    const int own = (o + 1) * blocks / g.orders - head;
+    const int tiles = g.start(o + 1) - g.start(o);
+    b.first = g.start(o) + (block - head) * tiles / own;
+    b.end = g.start(o) + (block - head + 1) * tiles / own;
+  } else {
+    b.first = block * 2 * pairs / blocks;
+    b.end = (block + 1) * 2 * pairs / blocks;
+  }
   if (b.first < b.end) {
     b.order = g.order(b.first);
     b.orders = g.order(b.end - 1) - b.order + 1;
@@ -111,6 +127,7 @@ struct ScreenMemory {
   uint64_t full[kMostScreenStages], empty[kMostScreenStages];
   uint64_t rescore_full[kRescoreStages], rescore_empty[kRescoreStages];
   uint64_t together;  // of all threads
+  BlockTiles own;     // the block's
 };
 constexpr int kScreenSmem = sizeof(ScreenMemory) + 1024;
 static_assert(kScreenSmem <= 227 * 1024, "more than a multiprocessor has");

@@ -117,8 +117,9 @@ __device__ __forceinline__ void prepare_screen(const ScreenArgs<T>& a,
 }
 
 // Whether a step of n tokens is screened.
-__device__ __forceinline__ bool is_screened(const Screen& s, int n, int left) {
-  return n <= kScreenTokens && left <= 0 &&
+__device__ __forceinline__ bool is_screened(const Screen& s, int n, int left,
+                                            int most) {
+  return n <= min(most, kScreenTokens) && left <= 0 &&
          s.orders <= (kMostOrders - 2) * static_cast<int>(gridDim.x);
 }
 
@@ -137,17 +138,19 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     init_screen_barriers(m);
     prefetch_map(&maps.w);
   }
+  const int pairs = tile_pairs(c.encode.weights.num_features);
+  const GroupedTiles g(pairs, a.screen.orders);
+  if (t == kTokensThread) m.own = block_tiles(g, pairs, blockIdx.x, gridDim.x);
   const FirstLoads loads = load_first(c, t);
   const int4 plain_left = *reinterpret_cast<const int4*>(a.screen.state);
   if (!__syncthreads_or((loads.row | loads.read) != 0)) {
     if (blockIdx.x == 0 && t == 0) *ws.count = 0;
     return;
   }
-  const int pairs = tile_pairs(c.encode.weights.num_features);
-  const GroupedTiles g(pairs, a.screen.orders);
-  const BlockTiles own = block_tiles(g, pairs);
+  const BlockTiles& own = m.own;
   const int k_tiles = a.screen.padded / kScreenColumns;
-  const bool early = own.first < own.end && c.stream.tokens <= kScreenTokens;
+  const bool early = own.first < own.end &&
+                     c.stream.tokens <= min(plain_left.w, kScreenTokens);
   const int first = early ? min(kFirstScreenStages, k_tiles) : 0;
   prefetch_rows(c.stream, c.encode.weights.d_in);
   if (t == kWeightsThread)
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   const int left = width == 0   ? plain_left.x
                    : width == 1 ? plain_left.y
                                 : plain_left.z;
-  const bool screens = is_screened(a.screen, n, left);
+  const bool screens = is_screened(a.screen, n, left, plain_left.w);
   if (!screens) {
     if (t == kWeightsThread) drain_screen_first(m, first);
     __syncthreads();
@@ -175,7 +178,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
       grid_wait(ws.sync + kArrivals, gridDim.x);
       grid_leave(ws.sync + kArrivals, ws.sync + kExits);
       fence_async();
-      if (!screens && n <= kScreenTokens && blockIdx.x == 0)
+      if (!screens && n <= kScreenTokens && left > 0 && blockIdx.x == 0)
         a.screen.state[width] = left - 1;
     }
     if (screens)

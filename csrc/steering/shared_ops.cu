@@ -72,12 +72,14 @@ void pull(Tensor own, Tensor out, Tensor shared, Tensor count, int64_t base,
 // of the other ranks, so all must be resident; and one that writes must not
 // have another item to send afterwards.
 template <typename T>
-int shared_parts(const Bundles<T>& b, bool topk, int processors) {
+int shared_parts(const Bundles<T>& b, const Exchange& x, bool topk,
+                 int processors) {
   const int64_t items =
       static_cast<int64_t>(b.ws.rows) * decode_slices(b.weights.d_out);
   const int each = b.ws.rows <= kFewTokens ? 2 : 4;  // as launch_decode has it
-  return kDecodes | (topk ? 0 : kPushes) |
-         (items <= static_cast<int64_t>(each) * processors ? kWrites : 0);
+  const int parts = kDecodes | (topk ? 0 : kPushes);
+  if (items > static_cast<int64_t>(each) * processors) return parts;
+  return parts | kWrites | (b.ws.rows <= x.packet_rows ? kPackets : 0);
 }
 
 // Stage 4 on this rank's columns, which go to all ranks; for threshold SAEs
@@ -97,7 +99,8 @@ void decode_columns(Tensors step, Tensors weights, Tensors stream,
     // Not all blocks of the many would be resident.
     STD_TORCH_CHECK(!many || !together,
                     "steering: too many tokens for one launch");
-    const int parts = together ? shared_parts(b, topk, processors) : kDecodes;
+    const int parts =
+        together ? shared_parts(b, x, topk, processors) : kDecodes;
     const DecodeArgs<T> a = {
         b.weights, b.stream, b.ws,  b.step.table, b.step.saturated, topk, delta,
         Reads{},   x,        !topk, parts};
@@ -139,7 +142,7 @@ void write_columns(Tensors step, Tensors weights, Tensors stream,
     const Exchange x = shared_exchange(weights, b);
     const int processors = multiprocessors(stream[kHidden]);
     const bool dense =
-        together && (shared_parts(b, false, processors) & kWrites) != 0;
+        together && (shared_parts(b, x, false, processors) & kWrites) != 0;
     const int blocks = std::min(b.ws.rows, 4 * processors);
     launch(write_kernel<T>, blocks, kExchangeThreads, 0,
            stream_of(stream[kHidden]), b.ws, b.stream, x, b.step.saturated,

@@ -18,7 +18,7 @@ from vllm.config.steering import (
     SlotInfo,
     SteeringConfig,
 )
-from vllm.config.steering_screening import screen_bytes, screens
+from vllm.config.steering_screening import most_tokens, screen_bytes, screens
 from vllm.config.steering_slots import fits, module_bytes, start_up_slots
 from vllm.model_executor.layers.steering_state import SAEWeights
 
@@ -59,6 +59,15 @@ def test_only_wide_encoders_gain(d_sae: int, d_in: int, gains: bool) -> None:
     assert screens("auto", d_sae, d_in, 2) == gains
     assert not screens("off", d_sae, d_in, 2)
     assert not screens("auto", d_sae, d_in, 4)
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "d_in", "most"), [(65536, 3584, 32), (131072, 5376, 64)]
+)
+def test_only_the_widest_gain_with_many_tokens(
+    d_sae: int, d_in: int, most: int
+) -> None:
+    assert most_tokens(d_sae, d_in) == most
 
 
 def test_a_slot_is_screened_where_the_device_can_and_the_module_may() -> None:
@@ -109,11 +118,12 @@ def test_a_copy_follows_its_weights() -> None:
     assert weights.screen is not None
     place = weights.screen.q.data_ptr()
     staged.W_enc.normal_()
-    weights.screen.state.fill_(7)
+    weights.screen.state[:3].fill_(7)
     weights.copy_from(staged)
     weights.refresh()
     close = weights.screen.rows[:, :1] * weights.screen.q[:, :72]
     assert (close - weights.W_enc.float()).abs().max() < 0.03
     assert not weights.screen.q[48:].any() and weights.screen.q[:48].any()
-    assert weights.screen.q.data_ptr() == place and not weights.screen.state.any()
+    assert weights.screen.q.data_ptr() == place
+    assert weights.screen.state.tolist() == [0, 0, 0, 32]
     staged.refresh()  # has no copy

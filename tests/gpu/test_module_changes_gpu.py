@@ -34,6 +34,7 @@ from vllm.entrypoints.steering import (
     replace_module,
     unregister_module,
 )
+from vllm.model_executor.layers.steering_kernels.branches import LEAST_MODULES
 
 TOKENS, TOLERANCE = 8, 1e-2
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 192}]
@@ -90,3 +91,38 @@ def test_captured_graphs_take_new_modules(
         runner(llm).steering.check_integrity()
         assert steps.graphs["FULL"] > 0, steps
         kernels.assert_silent()
+
+
+@pytest.mark.parametrize("use_v2", ["1", "0"])
+def test_a_captured_site_of_many_modules_runs_those_in_use(
+    use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, one, and several of six, behind a conditional node of each graph."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    kinds = ("jumprelu", "topk", "relu")
+    saes = {
+        kind: random_sae(96, models.HIDDEN, kind, at) for at, kind in enumerate(kinds)
+    }
+    spare = [{**SPARE[0], "count": LEAST_MODULES}]
+    ids = prompt(7, 21)
+
+    def serve(llm: LLM, names: tuple[str, ...]) -> None:
+        """A plain request beside one of each of these modules."""
+        asks = [params(TOKENS, **{FULL: [sae_spec(n, {SITE: CLAMPS})]}) for n in names]
+        found = generate(llm, [ids] * (len(asks) + 1), [*asks, params(TOKENS)])
+        for result, name in zip(found, (*names, None), strict=True):
+            edits = {SITE: [Edit("full", saes[name], CLAMPS)]} if name else {}
+            matrix.assert_near(result, ids, edits, TOLERANCE, f"{name} of {names}")
+
+    with (
+        engine(FAMILY, model_root, {}, {"spare": spare}, **OPTIONS) as llm,
+        steps_of(llm) as steps,
+    ):
+        for name, sae in saes.items():
+            sae.skip_token_ids = SPECIAL
+            register_module(llm, name, save_sae(tmp_path / name, {SITE: sae}))
+        backend = runner(llm).steering.modules.backend
+        assert backend.branches is not None
+        for names in ((), ("topk",), kinds, ("relu",), ("jumprelu", "relu"), ()):
+            serve(llm, names)
+        assert steps.graphs["FULL"] > 0, steps

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 FAMILY = "qwen3"  # its tiny model has four heads
 # Prompts come in chunks, and 16 requests need more blocks than there are.
 SQUEEZED = {
-    "max_num_batched_tokens": 64,
+    "max_num_batched_tokens": 24,
     "block_size": 16,
     "num_gpu_blocks_override": 14,
     "max_model_len": 128,

@@ -85,7 +85,6 @@ def test_gpus_that_share_saes_through_their_memory_agree(
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
-    monkeypatch.setenv("VLLM_STEERING_PEER_MEMORY", "1")
     monkeypatch.setattr(matrix, "TIE", peer_engines.TIE)
     modules, steering = peer_engines.save(tmp_path), {"spare": [peer_engines.SPARE]}
     options = {**OPTIONS, "tensor_parallel_size": ranks}

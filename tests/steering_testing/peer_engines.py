@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from steering_testing.requests import SPECIAL, Ask, Modules, prompt, specs, vect
 
 from vllm import LLM
 from vllm.entrypoints.steering import register_module, unregister_module
-from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace
 from vllm.model_executor.layers.steering_shards import tensor_at
 
 FAMILY = "qwen3"  # its tiny model has four heads
@@ -128,8 +126,7 @@ def requests() -> list[list[Ask]]:
 
 def rounds_of(worker: Any) -> int:
     """How many rounds of exchanges a worker's arena has counted; -1: it has none."""
-    spaces = [one for one in gc.get_objects() if type(one) is SteeringWorkspace]
-    (peers,) = [space.peers for space in spaces]
+    peers = worker.model_runner.steering.modules.backend.workspace.peers
     if peers is None:
         return -1
     arena = tensor_at(peers.addresses[peers.shard.rank], 4, worker.device)

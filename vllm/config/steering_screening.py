@@ -12,9 +12,12 @@ from typing import Literal
 Screening = Literal["auto", "off"]
 
 DEFAULT_SCREENING: Screening = "off"
-# `auto` screens an SAE whose encoder has at least so many bytes. Below, the two
-# barriers of a step take longer than the bytes that they save.
+# `auto` screens an SAE whose encoder has at least so many bytes. Below, what a step has
+# to wait for takes longer than the bytes that it saves. More than `FEW_TOKENS` tokens
+# have so many candidates that only wider SAEs gain.
 AUTO_SCREENED_BYTES = 384 << 20
+FEW_TOKENS, MOST_TOKENS = 32, 64
+MANY_TOKENS_BYTES = 1 << 30
 # The copy's columns come in whole groups: of bytes, and of two more bits each.
 SCREEN_COLUMNS = 128
 FINE_COLUMNS = 256
@@ -29,6 +32,12 @@ def screens(asked: Screening, features: int, d_in: int, item_bytes: int) -> bool
     if asked == "off" or item_bytes != 2 or d_in > MAX_SCREENED_WIDTH:
         return False
     return features * d_in * item_bytes >= AUTO_SCREENED_BYTES
+
+
+def most_tokens(features: int, d_in: int) -> int:
+    """The most steered tokens of a step that is screened."""
+    wide = features * d_in * 2 >= MANY_TOKENS_BYTES
+    return MOST_TOKENS if wide else FEW_TOKENS
 
 
 def padded(d_in: int) -> int:

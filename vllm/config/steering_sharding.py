@@ -24,6 +24,25 @@ EXTENSION_FEATURES = 256
 AUTO_SAVED_BYTES = 256 << 20
 
 
+def exchange_bytes(
+    size: int, width: int, rows: int = 2048, max_clamps: int = 64
+) -> int:
+    """Bytes through which `size` ranks exchange, on each of them, once an engine.
+
+    Args:
+        width: columns of the widest SAE.
+        rows: tokens of a step, at most 2048.
+        max_clamps: of a row.
+    """
+    few, slices = min(rows, 64), -(-width // size // 256)
+    clamped = min(rows, max((1 << 20) // max(max_clamps, 1), 1))
+    lists = (1 + 512) * size * (8 * rows + 16 * few)
+    columns = 2 * rows * width + 4 * few * width
+    flags = 4 * size * slices * (rows + clamped)
+    clamps = clamped * (4 + 8 * size + 8 * max(max_clamps, 1))
+    return lists + columns + flags + clamps + (32 << 20)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.

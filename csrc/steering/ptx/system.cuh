@@ -36,6 +36,22 @@ __device__ __forceinline__ uint64_t load_acquire(const uint64_t* from) {
   return value;
 }
 
+// As store_packet, 16 bytes: each half carries its own sign that it has come.
+__device__ __forceinline__ void store_packet(uint4* to, uint4 value) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_packet(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
 // A number that says by itself whether it has come: one access of 8 bytes,
 // which orders nothing.
 __device__ __forceinline__ void store_packet(uint64_t* to, uint64_t value) {

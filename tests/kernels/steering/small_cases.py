@@ -34,7 +34,11 @@ from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers import sae_readout_kernel as readout
 from vllm.model_executor.layers.steering_kernels.extension import Kernels, kernels_for
-from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
+from vllm.model_executor.layers.steering_kernels.screen import (
+    SCREEN_TOKENS,
+    STATE_MOST,
+    ScreenCopy,
+)
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
@@ -83,6 +87,7 @@ def screened(d_sae: int, d_model: int) -> SAESlot:
     slot = sae(d_sae, JUMPRELU, 20, d_model)
     copy = ScreenCopy(d_sae, d_model, DEVICE)
     copy.fill(slot.weights.W_enc)
+    copy.state[STATE_MOST] = SCREEN_TOKENS
     slot.weights.screen = copy
     return slot
 

@@ -61,12 +61,24 @@ def test_every_small_case_equals_the_reference_when_interpreted() -> None:
     assert interpret("-m", "slow") >= LEAST
 
 
-def test_the_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
+def compile_for(capability: int) -> None:
     run = subprocess.run(
-        [sys.executable, str(HERE / "compile_for_hopper.py")],
+        [sys.executable, str(HERE / "compile_triton.py"), str(capability)],
         env={**os.environ, "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    assert run.stdout.count("compiled") == 26
+    assert run.stdout.count("compiled") == 32
+
+
+def test_the_triton_kernels_compile_for_hopper_without_a_gpu() -> None:
+    compile_for(90)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_the_triton_kernels_compile_for_other_cards(capability: int) -> None:
+    """With tiles that the shared memory of A100, L40S and B200 holds."""
+    compile_for(capability)

@@ -16,7 +16,11 @@ from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernels import stages_cuda
 from vllm.model_executor.layers.steering_kernels.extension import Kernels, kernels_for
-from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
+from vllm.model_executor.layers.steering_kernels.screen import (
+    SCREEN_TOKENS,
+    STATE_MOST,
+    ScreenCopy,
+)
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
 
@@ -100,6 +104,7 @@ def screened(slot: SAESlot) -> ScreenCopy:
     w = slot.weights.W_enc
     copy = ScreenCopy(*w.shape, DEVICE)
     copy.fill(w)
+    copy.state[STATE_MOST] = SCREEN_TOKENS
     return copy
 
 
@@ -148,7 +153,7 @@ def test_screened_lists_are_those_of_the_plain_encoder(
         steered = torch.randperm(tokens, device=DEVICE)[:count]
         if kind == "ties":
             settle_ties(slot, x, steered)
-        slot.weights.screen.state.zero_()
+        slot.weights.screen.state[:STATE_MOST].zero_()
         check(slot, x, steered)
         check(slot, x, steered)
 
@@ -159,11 +164,20 @@ def test_too_many_candidates_turn_the_screen_off_for_a_while() -> None:
     slot.weights.screen = screened(slot)
     x = make_stream("normal", 4, 576, BF16)
     left = []
-    for _ in range(35):
+    for _ in range(259):
         check(slot, x, torch.arange(4, device=DEVICE))
         left.append(int(slot.weights.screen.state[0]))
-    assert left == [*range(32, -1, -1), 32, 31]
-    assert slot.weights.screen.state[1:].tolist() == [0, 0, 0]
+    assert left == [*range(256, -1, -1), 256, 255]
+    assert slot.weights.screen.state[1:STATE_MOST].tolist() == [0, 0]
+
+
+def test_a_step_of_more_tokens_than_are_screened_leaves_the_state_alone() -> None:
+    slot = make_slot(3000, 576, Activation.RELU, dtype=BF16)
+    set_row(slot.full, 1, [])
+    slot.weights.screen = screened(slot)
+    slot.weights.screen.state[STATE_MOST] = 8
+    check(slot, make_stream("normal", 9, 576, BF16), torch.arange(9, device=DEVICE))
+    assert slot.weights.screen.state.tolist() == [0, 0, 0, 8]
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

@@ -9,14 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from screen_model import accumulate, copy_of, may_fire, split
 
+from vllm.config.steering import Activation
 from vllm.config.steering_screening import fine_bytes
 from vllm.model_executor.layers.steering_kernels.screen import (
+    SCREEN_TOKENS,
     accumulation_error,
     candidates,
     pack_codes,
     padded,
     round_up,
 )
+from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace
+from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (8, 72, 576, 1000)
@@ -201,3 +205,17 @@ def test_widths_of_copies() -> None:
     assert [padded(d) for d in (8, 128, 136, 5376)] == [128, 128, 256, 5376]
     assert [fine_bytes(d) for d in (8, 256, 264, 5376)] == [64, 64, 128, 1344]
     assert [candidates(f) for f in (1, 256, 300, 131072)] == [256, 256, 512, 131072]
+
+
+def test_the_scratch_of_the_widest_encoders_is_beside_the_workspaces_limit() -> None:
+    def workspace(screened: bool) -> SteeringWorkspace:
+        meta = torch.device("meta")
+        w = SAEWeights(524288, 8192, torch.bfloat16, meta, screened=screened)
+        return SteeringWorkspace(
+            256, [SAESlot(w, 9, 8, frozenset({Activation.JUMPRELU}))], meta
+        )
+
+    plain, screened = workspace(False), workspace(True)
+    more = screened.screen.nbytes - plain.screen.nbytes
+    assert screened.nbytes - plain.nbytes == more
+    assert 0 < more - 524288 * (4 * SCREEN_TOKENS + 2 * 4) < 2 << 20

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm.config.steering import Activation
+from vllm.config.steering_sharding import exchange_bytes
 from vllm.model_executor.layers import steering_shards
 from vllm.model_executor.layers.steering_kernels import (
     peers,
@@ -58,11 +59,28 @@ def test_the_regions_of_an_arena_hold_what_they_are_for_and_do_not_meet() -> Non
         assert clamps.heads >= clamps.rounds + 4 * clamps.rows
         assert clamps.acts >= clamps.heads + 8 * clamps.rows * size
         assert clamps.flags >= clamps.acts + 8 * clamps.rows * clamps.each
-        assert at.staging >= clamps.flags + 4 * clamps.rows * size * slices
+        assert at.packets >= clamps.flags + 4 * clamps.rows * size * slices
+        lists = 16 * size * at.packet_rows * (1 + LIST_MAX)
+        assert at.column_packets >= at.packets + lists
+        assert at.staging >= at.column_packets + 4 * at.packet_rows * width
         assert at.nbytes == at.staging + peers.STAGING_BYTES
         of_clamps = (clamps.rounds, clamps.heads, clamps.acts, clamps.flags)
         for start in (at.lists, at.flags, at.columns, at.staging, *of_clamps):
             assert start % 256 == 0
+
+
+def test_the_stated_size_of_an_arena_is_its_size() -> None:
+    sizes, rows, widths, clamps = (
+        (2, 4, 8),
+        (1, 64, 300, 2048),
+        (64, 5376),
+        (1, 64, 4096),
+    )
+    for size, row, width, most in itertools.product(sizes, rows, widths, clamps):
+        at = peers.plan_arena(size, row, width, most)
+        stated_size = exchange_bytes(size, width, row, most)
+        # Regions begin at multiples of 256 bytes, behind a header.
+        assert 0 <= at.nbytes - stated_size <= peers.HEADER_BYTES + 10 * 256
 
 
 def test_many_clamps_leave_room_for_fewer_tokens_at_a_time() -> None:
@@ -159,6 +177,19 @@ def test_the_first_rank_says_once_how_ranks_exchange(
     (record,) = caplog.records
     assert "of 3 shared SAEs" in record.message
     assert "3 by all_gather (they are far away)" in record.message
+
+
+def test_a_rank_without_memory_says_what_it_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 << 30)
+    said = steering_shards.no_arena(
+        90 << 20, torch.device("cuda"), RuntimeError("CUDA error: out of memory\nmore")
+    )
+    assert "found 3 of 81920 MiB free (20480 are this process's)" in said
+    assert "90 MiB" in said and "out of memory; expected" in said and "\n" not in said
+    assert f"{steering_shards.PEER_MEMORY_ENV}=0" in said
 
 
 def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,21 +22,9 @@ def apply_sae_full_reconstruction(
     site_name: str,
     source: torch.Tensor | None = None,
 ) -> None:
-    """Reading and the full tier at a site.
-
-    Reading sees the input of the full tier's encoders, so every other slot has read
-    before the first one edits; that one does both at once. A token's row of the full
-    tier names one module, so the slots may run in any order.
-    """
+    """Reading and the full tier at a site: `SteeringBackend.full_tier`."""
     site = get_site(site_name)
-    read = (hidden, residual) if source is None else (source, None)
-    first, *others = site.saes
-    for slot in others:
-        if slot.reads is not None:
-            site.backend.read_features(slot, *read)
-    site.backend.read_and_reconstruct(first, hidden, residual, source)
-    for slot in others:
-        site.backend.full_reconstruction(slot, hidden, residual, source)
+    site.backend.full_tier(list(site.saes), hidden, residual, source)
 
 
 direct_register_custom_op(

@@ -16,6 +16,7 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers.steering_capture import is_captured
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
@@ -63,13 +64,9 @@ def read_features(
         hidden: `[T, d_in]`, the model's dtype.
         residual: `[T, d_in]`, or None where the stream is one tensor.
     """
-    if not step.reading and not _is_captured(hidden.device):
+    if not step.reading and not is_captured(hidden.device):
         return
     launch(slot, step, workspace, hidden, residual)
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def launch(
@@ -105,7 +102,7 @@ def read_and_reconstruct(
 ) -> None:
     """`read_features`, then full reconstruction; encodes once where it can."""
     reads = slot.reads
-    if not step.reading and not _is_captured(hidden.device):
+    if not step.reading and not is_captured(hidden.device):
         reads = None
     passage = kernel.FULL
     if reads is not None and kernel.reads_on_the_way(slot, hidden, residual):

@@ -10,7 +10,7 @@ compiled or captured graph holds no weights, and modules can change without a ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,6 +103,21 @@ class SteeringBackend(Protocol):
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None: ...
 
+    def vectors_and_clamp(
+        self,
+        vectors: VectorSlot,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        """`steering_vectors`, then `sae_clamp`.
+
+        A backend that can do both at once has its own.
+        """
+        self.steering_vectors(vectors, hidden, residual)
+        self.sae_clamp(slot, hidden, residual, source)
+
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
@@ -123,6 +138,28 @@ class SteeringBackend(Protocol):
             read = (hidden, residual) if source is None else (source, None)
             self.read_features(slot, *read)
         self.full_reconstruction(slot, hidden, residual, source)
+
+    def full_tier(
+        self,
+        slots: Sequence[SAESlot],
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None,
+    ) -> None:
+        """Reading and the full tier at a site.
+
+        Reading sees the input of the full tier's encoders, so every other slot has read
+        before the first one edits; that one does both at once. A token's row of the
+        full tier names one module, so the slots may run in any order.
+        """
+        read = (hidden, residual) if source is None else (source, None)
+        first, *others = slots
+        for slot in others:
+            if slot.reads is not None:
+                self.read_features(slot, *read)
+        self.read_and_reconstruct(first, hidden, residual, source)
+        for slot in others:
+            self.full_reconstruction(slot, hidden, residual, source)
 
 
 class SteeringSite(nn.Module):
@@ -178,10 +215,13 @@ def apply_layer_steering(
     transcoder's site read; if None, they read what they edit.
     """
     name = site.name
-    if site.has_vectors:
+    if site.has_vectors and site.has_saes:
+        torch.ops.vllm.apply_vectors_and_clamp(hidden, residual, name, source)
+    elif site.has_vectors:
         torch.ops.vllm.apply_steering_vectors(hidden, residual, name)
-    if site.has_saes:
+    elif site.has_saes:
         torch.ops.vllm.apply_sae_clamp(hidden, residual, name, source)
+    if site.has_saes:
         torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name, source)
     limit = POINT_LIMIT.get(site.key.hook_out or site.key.hook)
     if limit is not None:

@@ -10,6 +10,13 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers import sae_readout_kernel as readout
+from vllm.model_executor.layers.steering import SteeringBackend
+from vllm.model_executor.layers.steering_capture import is_captured, is_needed
+from vllm.model_executor.layers.steering_kernels.branches import (
+    Branches,
+    can_branch,
+    fits,
+)
 from vllm.model_executor.layers.steering_kernels.extension import describe_kernels
 from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
@@ -20,7 +27,7 @@ from vllm.model_executor.layers.steering_state import SAESlot, StepState, Vector
 logger = init_logger(__name__)
 
 
-class KernelBackend:
+class KernelBackend(SteeringBackend):
     """The tiers on a GPU (see `SteeringBackend`).
 
     Built after the modules are loaded and before memory is profiled: the workspace
@@ -42,6 +49,7 @@ class KernelBackend:
         kernel.warm_up(saes, vectors, step, self.workspace, dtype)
         readout.warm_up(saes, step, self.workspace, dtype)
         warm_up_flags(step)
+        self.branches = Branches(device) if can_branch(device) else None
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
         write_flags(self.step, token_ids)
@@ -53,9 +61,10 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        kernel.full_reconstruction(
-            slot, self.step, self.workspace, hidden, residual, source
-        )
+        if is_needed(slot.full, hidden):
+            kernel.full_reconstruction(
+                slot, self.step, self.workspace, hidden, residual, source
+            )
 
     def sae_clamp(
         self,
@@ -64,7 +73,20 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
+        if is_needed(slot.delta, hidden):
+            kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
+
+    def vectors_and_clamp(
+        self,
+        vectors: VectorSlot,
+        slot: SAESlot,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        kernel.vectors_and_clamp(
+            vectors, slot, self.step, self.workspace, hidden, residual, source
+        )
 
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -78,11 +100,35 @@ class KernelBackend:
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
+        if not is_needed(slot.full, hidden):
+            read = (hidden, residual) if source is None else (source, None)
+            return self.read_features(slot, *read)
         readout.read_and_reconstruct(
             slot, self.step, self.workspace, hidden, residual, source
+        )
+
+    def full_tier(
+        self,
+        slots: Sequence[SAESlot],
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        source: torch.Tensor | None,
+    ) -> None:
+        """In a graph, of many modules those that have tokens."""
+        whole = super().full_tier
+        branches = self.branches
+        if branches is None or not (is_captured(hidden.device) and fits(slots)):
+            whole(slots, hidden, residual, source)
+            return
+        branches.capture(
+            slots,
+            self.step,
+            hidden.shape[0],
+            lambda some: whole(some, hidden, residual, source),
         )
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        kernel.steering_vectors(slot, self.step, hidden, residual)
+        if is_needed(slot.table, hidden):
+            kernel.steering_vectors(slot, self.step, hidden, residual)

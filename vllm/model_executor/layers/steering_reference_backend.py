@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import steering_reference as reference
 from vllm.model_executor.layers.steering import SteeringBackend
+from vllm.model_executor.layers.steering_capture import is_needed
 from vllm.model_executor.layers.steering_readout import read_features
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
@@ -24,7 +24,7 @@ class ReferenceBackend(SteeringBackend):
         # NumPy has less to do than PyTorch around each of these small operations.
         ids, bits = token_ids.numpy(), step.skip_bits.numpy()
         known = (ids >= 0) & (ids < len(bits))
-        flags = np.where(known, bits[np.where(known, ids, 0)], 0)
+        flags = bits.take(ids, mode="clip") * known
         step.flags[:n].numpy()[:] = flags
         if flags.any():
             rows = step.index[:, :n]
@@ -37,7 +37,8 @@ class ReferenceBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        reference.full_reconstruction(slot, self.step, hidden, residual, source)
+        if is_needed(slot.full, hidden):
+            reference.full_reconstruction(slot, self.step, hidden, residual, source)
 
     def sae_clamp(
         self,
@@ -46,12 +47,14 @@ class ReferenceBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        reference.sae_clamp(slot, self.step, hidden, residual, source)
+        if is_needed(slot.delta, hidden):
+            reference.sae_clamp(slot, self.step, hidden, residual, source)
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        reference.steering_vectors(slot, self.step, hidden, residual)
+        if is_needed(slot.table, hidden):
+            reference.steering_vectors(slot, self.step, hidden, residual)
 
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None

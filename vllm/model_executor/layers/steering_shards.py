@@ -109,6 +109,19 @@ def tensor_parallel_shard() -> Shard:
     return replace(own, allocate=allocate)
 
 
+def no_arena(nbytes: int, device: torch.device, error: RuntimeError) -> str:
+    """Why a rank has no memory that others can address, and what would help."""
+    mib = 1 << 20
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device)
+    cause = str(error).partition("\n")[0]
+    return (
+        f"steering: found {free // mib} of {total // mib} MiB free ({kept // mib} are "
+        f"this process's) for {nbytes // mib} MiB through which ranks exchange: "
+        f"{cause}; expected more free memory, or {PEER_MEMORY_ENV}=0"
+    )
+
+
 def peer_allocator() -> Callable[[int], list[int]] | str:
     """How the ranks of the tensor-parallel group get memory that all can address; or
     why they do not.
@@ -117,8 +130,8 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     access to each other's memory, and has checked it. `VLLM_STEERING_PEER_MEMORY=0`
     turns this off.
     """
-    if os.environ.get(PEER_MEMORY_ENV) != "1":
-        return f"{PEER_MEMORY_ENV} is not 1"
+    if os.environ.get(PEER_MEMORY_ENV) == "0":
+        return f"{PEER_MEMORY_ENV} is 0"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "the devices are not NVIDIA's"
     from vllm.distributed import get_tp_group
@@ -140,7 +153,14 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
         return "the ranks are on several hosts"
 
     def allocate(nbytes: int) -> list[int]:
-        addresses = CustomAllreduce.create_shared_buffer(nbytes, group=group.cpu_group)
+        # What PyTorch has kept for itself is of no use to others.
+        torch.cuda.empty_cache()
+        try:
+            addresses = CustomAllreduce.create_shared_buffer(
+                nbytes, group=group.cpu_group
+            )
+        except RuntimeError as error:
+            raise ValueError(no_arena(nbytes, group.device, error)) from None
         tensor_at(addresses[group.rank_in_group], nbytes, group.device).zero_()
         torch.cuda.synchronize(group.device)
         group.barrier()

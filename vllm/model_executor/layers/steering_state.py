@@ -111,20 +111,18 @@ class ClampTable(nn.Module):
         code: int32 `[R, K]`, `ClampKind`, `ONLY_IF_ACTIVE`, `ClampFlag`, and the place
             of a condition (`CONDITION_SHIFT`).
         value: float32 `[R, K]`, in the module's native units.
+        in_use: whether some request of the step holds a row that edits; on the host.
     """
 
     packed: torch.Tensor
 
     def __init__(self, num_rows: int, max_clamps: int, device: torch.device):
         super().__init__()
-        self.num_rows = num_rows
-        self.max_clamps = max_clamps
-        width = 2 + 3 * max_clamps
-        self.register_buffer(
-            "packed",
-            torch.zeros(num_rows, width, dtype=torch.int32, device=device),
-            persistent=False,
-        )
+        self.num_rows, self.max_clamps = num_rows, max_clamps
+        self.in_use = True
+        shape = (num_rows, 2 + 3 * max_clamps)
+        packed = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.register_buffer("packed", packed, persistent=False)
 
     @property
     def active(self) -> torch.Tensor:

@@ -21,6 +21,9 @@ from vllm.engine.steering_presets import (
     with_preset,
     without_preset,
 )
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
 
 # Makes the configuration after a change of presets from the change's payload.
 PresetChange = Callable[[SteeringConfig, Json], SteeringConfig]
@@ -28,6 +31,12 @@ CHANGES: dict[str, PresetChange] = {
     "put_preset": with_preset,
     "delete_preset": without_preset,
     "set_default_preset": with_default,
+}
+# What the log says then.
+_LOGGED = {
+    "put_preset": "Steering: preset %s is in place",
+    "delete_preset": "Steering: preset %s is removed",
+    "set_default_preset": "Steering: the default preset is %s",
 }
 # Takes over a checked change, given the configuration that it was checked under; None
 # if that is not the engine's any more.
@@ -49,18 +58,21 @@ class PresetChecks:
 
     def change(self, action: str, payload: Json) -> Future[ModuleReply]:
         """Check and make one of `CHANGES`."""
-        return self._thread.submit(self._change, CHANGES[action], payload)
+        return self._thread.submit(self._change, action, payload)
 
     def warn(self, before: SteeringConfig, after: SteeringConfig, module: str) -> None:
         """Log which presets the change of a module breaks."""
         self._thread.submit(warn_of_broken_presets, before, after, module)
 
-    def _change(self, change: PresetChange, payload: Json) -> ModuleReply:
+    def _change(self, action: str, payload: Json) -> ModuleReply:
         reply: ModuleReply | None = None
         try:
             while reply is None:
                 config = self._config()
-                reply = self._keep(config, change(config, payload), payload)
+                after = CHANGES[action](config, payload)
+                reply = self._keep(config, after, payload)
+            if "phase" not in payload:  # of several ranks, some may still refuse
+                logger.info(_LOGGED[action], payload["name"])
         except RefusedCall as refused:
             reply = refused.reply
         return replace(reply, config=self._config().to_json())

@@ -195,7 +195,7 @@ class StepIndex:
             slots = [self._slot_of.get(req_id, 0) for req_id in view.req_ids]
             self._batch = np.array(slots, dtype=np.int64)
             self._req_ids = list(view.req_ids)
-        elif np.array_equal(scheduled, self._scheduled):
+        elif (scheduled == self._scheduled).all():
             # A position before the piece wraps around, beyond any room.
             left = (computed - self._base).view(np.uint64) > self._room
             moved = left.nonzero()[0]

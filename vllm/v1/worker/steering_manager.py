@@ -10,7 +10,7 @@ whichever layers it owns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from vllm.config.sae_steering_types import SiteEdit
 from vllm.config.steering import Tier
@@ -75,6 +75,11 @@ class RowManager:
         self._changed.pop(row, None)
         self._free.append(row)
         return True
+
+    @property
+    def held(self) -> Collection[int]:
+        """The rows that some request holds."""
+        return self._row_of.values()
 
     def key_of(self, row: int) -> str:
         """The key of what a held row holds."""

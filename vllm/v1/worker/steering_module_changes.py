@@ -42,6 +42,21 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
+def log_change(old: ModuleInfo | None, new: ModuleInfo | None) -> None:
+    """Say in the log what has become of a module; at least one of both is given."""
+    if new is not None:
+        done = "loaded" if old is None else "replaced"
+        logger.info(
+            "Steering module %s: %s, digest %s, from %s",
+            new.name,
+            done,
+            new.digest[:12],
+            new.path,
+        )
+    elif old is not None:
+        logger.info("Steering module %s: removed", old.name)
+
+
 @dataclass
 class StagedModule:
     """A change from `old` to `new` (either may be None), on this rank.
@@ -169,8 +184,7 @@ class ModuleChanges:
         if change.old is not None:
             left = self._ids(change.old) - set(change.weights)
             self.modules.clear_slots(left)
-        name = (change.new or change.old).name  # type: ignore[union-attr]
-        logger.info("Steering module %s: the change is in place", name)
+        log_change(change.old, change.new)
 
     def rollback(self) -> None:
         """Undo `commit`, even if it failed half-way, or drop what was staged."""

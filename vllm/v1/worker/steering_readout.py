@@ -168,16 +168,22 @@ class SteeringReadout:
             self._slot_reads = self._find_slot_reads(rows[0], self._readers.part)
         assert self._readers is not None
         self._computed = view.num_computed[self._readers.places].astype(np.int64)
-        self._reading = self.step.reading = True
+        self._set_reading(True)
         return True
 
     def clear_step(self) -> None:
         """No token is read: an ordinary step, a dummy run or a capture."""
-        self._reading = self.step.reading = False
+        self._set_reading(False)
         if self._written:
             self.step.read_index.zero_()
             self._host[: self._written] = 0
             self._written = 0
+
+    def _set_reading(self, reading: bool) -> None:
+        self._reading = reading
+        if self.step.reading != reading:
+            # Setting an attribute of a PyTorch module is slow.
+            self.step.reading = reading
 
     def _write_tables(self) -> None:
         changes = self.manager.take_changes()

@@ -93,6 +93,8 @@ class SteeringRuntime:
         self._part_extent = 0
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.counts = TokenCounts(num_rows)
+        # Whether rows were taken, written or given back since the tables were marked.
+        self._marks_are_old = True
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
 
@@ -142,6 +144,7 @@ class SteeringRuntime:
         plan = self._plans[req_id]
         self.modules.inline.acquire(plan.vectors)
         managers = self.managers
+        self._marks_are_old = True
         rows = [managers[row.tier].acquire(row.key, row.edits) for row in plan.rows]
         self._rows[req_id] = rows
         if rows:
@@ -155,6 +158,7 @@ class SteeringRuntime:
         rows = self._rows.pop(req_id, None)
         if rows is None:
             return
+        self._marks_are_old = True
         if rows:
             self._step_index.drop(req_id)
         self._editing.discard(req_id)
@@ -176,8 +180,10 @@ class SteeringRuntime:
         What has not changed is not copied."""
         if not self._rows:
             self.clear_step()
+            self._mark_tables()
             return
         bypasses = self._prepare_edits(view)
+        self._mark_tables()
         reads = self.readout.prepare_step(view)
         backend = self.modules.backend
         if backend and (bypasses or reads):
@@ -217,9 +223,21 @@ class SteeringRuntime:
         self.modules.inline.upload()
         for tier, manager in self.managers.items():
             if changes := manager.take_changes():
+                self._marks_are_old = True
                 self.counts.hold(tier, changes)
                 tables = self.modules.tables(tier)
                 write_rows(changes, tables, self.modules.table_of(tier))
+
+    def _mark_tables(self) -> None:
+        """Tell each table whether the requests of the batch hold rows that edit it.
+        Steps that are not captured launch nothing for the others."""
+        if not self._marks_are_old:
+            return
+        self._marks_are_old = False
+        for tier, manager in self.managers.items():
+            held = manager.held
+            for bound in self.modules.tables(tier):
+                bound.table.in_use = not bound.written.isdisjoint(held)
 
     def _write_index(self, rows: np.ndarray, tiers: Iterable[int]) -> None:
         """Bring these tiers' part of the index up to date."""

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steering_testing.engine import DELTA, FULL, VECTORS
+from steering_testing.mutations import places, replaced
 
 from tests.entrypoints.serve.steering.conftest import URL
 from vllm.entrypoints.serve.steering.access import RequestRefused
@@ -61,29 +62,6 @@ EASY = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The path of every value in a document."""
-    found = [path]
-    children: Any = ()
-    if isinstance(value, dict):
-        children = value.items()
-    elif isinstance(value, list):
-        children = enumerate(value)
-    for key, inner in children:
-        found += places(inner, (*path, key))
-    return found
-
-
-def replaced(value: Any, path: tuple, new: Any) -> Any:
-    """The document with another value at a path."""
-    if not path:
-        return new
-    key, *rest = path
-    copy = value.copy()
-    copy[key] = replaced(value[key], tuple(rest), new)
-    return copy
 
 
 @st.composite

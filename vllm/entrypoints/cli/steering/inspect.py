@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
 from vllm.config.steering_json import Json
 from vllm.config.steering_screening import screen_bytes, screens
+from vllm.config.steering_sharding import exchange_bytes
 from vllm.config.steering_slots import shard_bytes
 from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -69,6 +70,8 @@ def ranks_of(site: SiteInfo, tp: int) -> Json:
             found[f"bytes_{name}_sharded"] = shard_bytes(site, ranks)
         widths = (site.d_sae, site.d_in, site.out_width)
         found["auto"][name] = "shard" if ranks.shards("auto", *widths) else "replicate"
+    stored = found["can_shard"] and Ranks(tp, 2).encoded(site.d_sae, sharded=True)
+    found["bytes_exchange"] = exchange_bytes(tp, site.out_width) if stored else 0
     return found
 
 
@@ -154,6 +157,10 @@ def show_ranks(ranks: Json, site: Json) -> None:
             f"columns, expected multiples of {ranks['unit']}"
         )
     print(f"{'':15}{text}")
+    if ranks["bytes_exchange"]:
+        room = ranks["bytes_exchange"] / 2**20
+        text = f"{room:.1f} MiB more, once an engine, through which ranks exchange"
+        print(f"{'':15}on Hopper GPUs {text}")
 
 
 def show_total(sites: Sequence[Json]) -> None:

@@ -24,8 +24,9 @@ EXCHANGE_ROWS = 2048  # the most active tokens of a chunk
 STAGING_BYTES = 32 * MIB
 SHARE_FIELDS = (
     "rank", "size", "rows", "lists", "flags", "columns", "staging", "staging_bytes",
-    "addresses",
+    "packet_rows", "packets", "column_packets", "addresses",
 )  # fmt: skip
+PACKET_ROWS = 64  # tokens of a step that may go as packets
 CLAMP_FIELDS = ("rows", "each", "slices", "rounds", "heads", "acts", "flags")
 CLAMP_ACTS_BYTES = 8 * MIB  # the most that activations of clamps take
 # ClampPart (csrc/steering/shared_clamp.cuh).
@@ -57,7 +58,8 @@ class ArenaLayout:
     """Where the regions of an arena begin, in bytes; `rows` tokens fit them.
 
     lists: int64 `[size, rows, 1 + LIST_MAX]`; flags: int32 `[rows, size, slices]`;
-    columns: 16-bit numbers `[rows, D]`; staging: what peers read.
+    columns: 16-bit numbers `[rows, D]`; staging: what peers read. packets: 16 bytes
+    `[size, packet_rows, 1 + LIST_MAX]`; column_packets: 16 bytes `[packet_rows, D/4]`.
     """
 
     rows: int
@@ -67,6 +69,9 @@ class ArenaLayout:
     staging: int
     staging_bytes: int
     clamps: ClampRegions
+    packet_rows: int
+    packets: int
+    column_packets: int
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +96,23 @@ def plan_arena(
     heads = _after(rounds, 4 * clamped)
     acts = _after(heads, 8 * clamped * size)
     clamp_flags = _after(acts, 8 * clamped * each)
-    staging = _after(clamp_flags, 4 * clamped * size * slices)
+    packed = min(rows, PACKET_ROWS)
+    packets = _after(clamp_flags, 4 * clamped * size * slices)
+    column_packets = _after(packets, 16 * size * packed * (1 + LIST_MAX))
+    staging = _after(column_packets, 4 * packed * width)
     clamps = ClampRegions(clamped, each, slices, rounds, heads, acts, clamp_flags)
-    return ArenaLayout(rows, lists, flags, columns, staging, staging_bytes, clamps)
+    return ArenaLayout(
+        rows=rows,
+        lists=lists,
+        flags=flags,
+        columns=columns,
+        staging=staging,
+        staging_bytes=staging_bytes,
+        clamps=clamps,
+        packet_rows=packed,
+        packets=packets,
+        column_packets=column_packets,
+    )
 
 
 def _after(start: int, nbytes: int) -> int:
@@ -141,7 +160,8 @@ class Peers:
         self.shared = torch.tensor(
             [
                 *(shard.rank, shard.size, at.rows, at.lists, at.flags, at.columns),
-                *(at.staging, at.staging_bytes, *self.addresses),
+                *(at.staging, at.staging_bytes, at.packet_rows, at.packets),
+                *(at.column_packets, *self.addresses),
             ],
             dtype=torch.int64,
         )

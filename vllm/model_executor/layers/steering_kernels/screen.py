@@ -20,10 +20,16 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vllm.config.steering_screening import FINE_COLUMNS, fine_bytes, padded
+from vllm.config.steering_screening import (
+    FINE_COLUMNS,
+    fine_bytes,
+    most_tokens,
+    padded,
+)
 
 from .plan import cdiv
 
+STATE_MOST = 3
 SCREEN_TOKENS = 64  # the most active tokens of a step that is screened
 ENCODER_COLUMNS = 64  # of one stage of the encoder
 ENCODER_FEATURES = 256  # of two tiles, which have one order of columns
@@ -144,7 +150,8 @@ class ScreenCopy(nn.Module):
         rows: float32 `[F, 4]`, `s`, `A`, `B` and `A2`.
         fine: int8 `[F, fine_bytes(d_in)]`, two more bits of each element.
         state: int32 `[4]`, per width of a step (at most 8, 32 or 64 tokens) how many
-            steps go unscreened, because too many features were candidates.
+            steps go unscreened, because too many features were candidates; and the
+            most tokens of a step that is screened (`STATE_MOST`).
     """
 
     q: torch.Tensor
@@ -158,6 +165,7 @@ class ScreenCopy(nn.Module):
         rows = torch.zeros(features, 4, device=device)
         fine = torch.zeros(features, fine_bytes(d_in), dtype=torch.int8, device=device)
         state = torch.zeros(4, dtype=torch.int32, device=device)
+        state[STATE_MOST] = most_tokens(features, d_in)
         own = {"q": q, "rows": rows, "fine": fine, "state": state}
         for name, tensor in own.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -165,7 +173,7 @@ class ScreenCopy(nn.Module):
     def fill(self, w_enc: torch.Tensor) -> None:
         """Copy `W_enc`, in place."""
         quantise(w_enc, self.q, self.rows, self.fine)
-        self.state.zero_()
+        self.state[:STATE_MOST].zero_()
 
 
 class ScreenScratch:

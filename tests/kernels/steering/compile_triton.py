@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the Triton kernels for Hopper, without a GPU; the interpreter checks fewer
-things than the compiler. Run by test_interpreted.py, in a process with Triton.
+"""Compiles the Triton kernels for a card, without a GPU; the interpreter checks fewer
+things than the compiler. Run by test_interpreted.py, in a process with Triton:
+
+    python compile_triton.py [CAPABILITY]
+
+CAPABILITY is a key of `SHARED_KIB`; Hopper's is the default.
 """
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +29,9 @@ from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
     combine,
     compact,
     dense,
+    encode,
     flags,
+    plan,
     readout,
     resolve,
     select,
@@ -34,7 +41,9 @@ from vllm.model_executor.layers.steering_kernels import (  # noqa: E402
     skip,
 )
 
-HOPPER = GPUTarget("cuda", 90, 32)
+# Shared memory of a block: A100, L40S, H100, B200, RTX PRO 6000.
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 MODEL = ("hidden", "residual", "source", "x", "w_enc", "w_dec", "w_skip", "columns")
 INT32 = (
     "index", "flags", "table", "meta", "tokens", "records", "sync", "count",
@@ -65,18 +74,46 @@ def types(element: str) -> dict[str, str]:
     return found
 
 
-def compiles(kernel: Any, constants: dict[str, Any], **others: str) -> None:
-    """Raise unless the kernel compiles with these constants."""
+def compiles(
+    kernel: Any,
+    constants: dict[str, Any],
+    launch: dict[str, int] | None = None,
+    **others: str,
+) -> None:
+    """Raise unless the kernel compiles with these constants and fits a block."""
     known = types("bf16") | others
     names = [p.name for p in kernel.params]
     if "PDL" in names:
-        constants = {**constants, "PDL": True}
+        constants = {**constants, "PDL": CAPABILITY >= 90}
     signature = {
         n: "constexpr" if n in constants else known.get(n, "i32") for n in names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=HOPPER, options={"num_warps": 4})
+    target = GPUTarget("cuda", CAPABILITY, 32)
+    made = triton.compile(source, target=target, options=launch or {"num_warps": 4})
+    assert made.metadata.shared <= SHARED_KIB[CAPABILITY] * 1024, kernel.__name__
     print("compiled", kernel.__name__, flush=True)
+
+
+def encoders() -> None:
+    """The encoder, which has tiles for short and for long steps."""
+    tma = CAPABILITY >= 90
+    for tokens in (16, 64, 256):
+        p = plan.plan_encode(tokens, 2)
+        first, last = p.token_tiles[0], p.token_tiles[-1]
+        middle = p.token_tiles[1] if len(p.token_tiles) > 1 else first
+        rows = {"x_narrow": first, "x_middle": middle, "x_wide": last}
+        rows["w"] = p.block_f
+        types = {
+            name: f"tensordesc<bf16[{n}, {p.block_k}]>" if tma else "*bf16"
+            for name, n in rows.items()
+        }
+        tiles = {"BT_NARROW": first, "BT_MIDDLE": middle, "BT_WIDE": last}
+        constants = {**tiles, "BF": p.block_f, "BK": p.block_k, "D": 96, "TMA": tma}
+        launch = {"num_warps": p.num_warps, "num_stages": p.num_stages}
+        for out in ("*i64", "*fp32"):
+            chosen = {**constants, "GROUP": 16, "DENSE": out == "*fp32"}
+            compiles(encode.encode_kernel, chosen, launch, out=out, **types)
 
 
 def shared_kernels() -> None:
@@ -126,6 +163,7 @@ def main() -> None:
         **dict.fromkeys(("bits", "delta_rows", "full_rows", "starts", "masks"), "*i32"),
     )  # fmt: skip
     shared_kernels()
+    encoders()
     compiles(resolve.resolve_kernel, SELECT)
     compiles(select.select_kernel, {**SELECT, "BLOCK": 2048})
     compiles(
