@@ -262,6 +262,22 @@ def test_long_steps_pass_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         run_and_check(slot, make_step(29, 29, with_rows(slot), Tier.FULL), 29)
 
 
+@pytest.mark.parametrize("activation", [Activation.JUMPRELU, Activation.TOPK])
+def test_chunks_without_tokens_change_nothing(
+    activation: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks have eight tokens: the last that has any is full, or not, or the first."""
+    from vllm.model_executor.layers.steering_kernels import plan
+
+    monkeypatch.setattr(plan, "MAX_GATHER_BYTES", 8 * 32 * 2)
+    slot = make_slot(64, 32, activation)
+    for active in (0, 5, 8, 11, 16):
+        step = make_step(29, 29, with_rows(slot), Tier.FULL)
+        rows = step.index[Tier.FULL, :29]
+        rows[(rows != 0).cumsum(0) > active] = 0
+        run_and_check(slot, step, 29)
+
+
 def test_the_result_does_not_depend_on_the_run() -> None:
     slot = make_slot(512, 64, l0=90)
     with_rows(slot)
