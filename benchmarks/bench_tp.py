@@ -20,6 +20,8 @@ the GPU and on the host. `ratio` is the baseline's time over the mode's, the med
 the rounds: an idle engine's baseline is `stock`, that of a steered mode is its own
 engine when idle. If `between` is longer than `gpu`, the step waits for the host.
 
+`--merge FILE...` puts results into `benchmarks/results/` and measures nothing.
+
 With `--hold FILE`, the engines wait until the file exists before they start, and with
 `--wait FILE` before they measure.
 """
@@ -36,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facts import environment
+from facts import environment, results_file
 from tp_engine import PROMPT, Profile, Turn
 from tp_processes import MODULES, Engine, await_file, start_engines, wait_for
 from tp_shapes import SHAPES
@@ -258,6 +260,33 @@ def write(args: argparse.Namespace, engines: list[Engine], rows: list[Row]) -> N
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def merge(files: list[Path]) -> None:
+    """Put the rows of result files into `benchmarks/results/`, a row a line.
+
+    They replace rows of the same ranks, shape, mode and batch.
+    """
+    for file in files:
+        run = json.loads(file.read_text())
+        out = results_file(run["environment"]["gpu"])
+        data = json.loads(out.read_text())
+        facts = {key: run[key] for key in ("tp", "shape", "sae")}
+        when = {key: run["environment"][key] for key in ("commit", "date")}
+        key = ("tp", "shape", "mode", "batch")
+        rows = {tuple(row[k] for k in key): row for row in data.get("tp_engine", [])}
+        for row in run["rows"]:
+            row = facts | row | when
+            rows[tuple(row[k] for k in key)] = row
+        data["tp_engine"] = list(rows.values())
+        lines = []
+        for name, value in data.items():
+            text = json.dumps(value)
+            if isinstance(value, list):
+                items = ",\n  ".join(json.dumps(item) for item in value)
+                text = f"[\n  {items}\n ]"
+            lines.append(f" {json.dumps(name)}: {text}")
+        out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def names(text: str) -> list[str]:
     return text.split(",")
 
@@ -280,8 +309,12 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder of model, SAEs and logs")
     parser.add_argument("--hold", type=Path)
     parser.add_argument("--wait", type=Path)
+    parser.add_argument("--merge", type=Path, nargs="+", help="result files")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+    if args.merge:
+        merge(args.merge)
+        return
     if args.dry_run:
         args.shape, args.passes, args.rounds, args.steps = "tiny", 1, 1, 2
     deadline = time.time() + args.seconds
