@@ -20,31 +20,34 @@ the GPU and on the host. `ratio` is the baseline's time over the mode's, the med
 the rounds: an idle engine's baseline is `stock`, that of a steered mode is its own
 engine when idle. If `between` is longer than `gpu`, the step waits for the host.
 
-With `--wait FILE`, the engines wait until the file exists before they measure.
+`--merge FILE...` puts results into `benchmarks/results/` and measures nothing.
+
+With `--hold FILE`, the engines wait until the file exists before they start, and with
+`--wait FILE` before they measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facts import environment
-from tp_engine import PROMPT, READY, Profile, Start, Turn, serve
-from tp_shapes import SHAPES, write_files
+from facts import environment, results_file
+from tp_engine import PROMPT, Profile, Turn
+from tp_processes import MODULES, Engine, await_file, start_engines, wait_for
+from tp_shapes import SHAPES
 
 PREFILL = "prefill"
 PREFILL_COUNT, PREFILL_LENGTH = 8, 1024
 CLOCKS = ("gpu", "between", "host")
 ANSWER_S = 180  # the longest that a turn may take
-LEAST_S, LAST_S = 60, 8  # to measure, and for a round that has begun
+LEAST_S, LAST_S = 25, 8  # to measure, and for a round that has begun
 PROFILE_S = 20
 
 Row = dict[str, Any]
@@ -69,33 +72,6 @@ TARGETS: dict[str, dict[tuple[str, str], float]] = {
 }
 
 
-@dataclass
-class Engine:
-    """An engine's process, and the end of the pipe to it."""
-
-    name: str
-    process: Any
-    pipe: Any
-    facts: Row = field(default_factory=dict)
-    failed: bool = False
-
-    def answer(self, seconds: float) -> Any:
-        """What the process sends next.
-
-        Raises:
-            RuntimeError: it failed, ended, or was silent for so long.
-        """
-        try:
-            good, result = self.pipe.recv() if self.pipe.poll(seconds) else (False, "")
-        except EOFError:
-            good, result = False, "it ended"
-        if not good:
-            self.failed = True
-            self.process.kill()
-            raise RuntimeError(f"{self.name}: {result or 'no answer in time'}")
-        return result
-
-
 @dataclass(frozen=True)
 class Mode:
     """What is compared: an engine, and the module that its requests use."""
@@ -104,62 +80,6 @@ class Mode:
     engine: Engine
     module: str | None
     baseline: str | None
-
-
-def modules_of(engine: str, four: bool) -> dict[str, tuple[str, str]]:
-    """The modules of an engine: name -> (folder, `sharding`)."""
-    shared = {"one shared": ("one", "shard")}
-    if engine == "stock":
-        return {}
-    if engine == "gather":
-        return shared
-    every = shared | {"one copied": ("one", "replicate")}
-    return every | ({"four shared": ("four", "shard")} if four else {})
-
-
-def start_engines(args: argparse.Namespace, root: Path) -> list[Engine]:
-    """Start the processes; write the files while they load their libraries."""
-    context = multiprocessing.get_context("spawn")
-    engines = []
-    for name in args.engines:
-        modules = modules_of(name, args.four and bool(SHAPES[args.shape].sites))
-        start = Start(
-            name=name,
-            root=str(root),
-            shape=args.shape,
-            tp=args.tp,
-            modules=modules,
-            peers=name == "peers",
-            dry_run=args.dry_run,
-        )
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(start, theirs))
-        process.start()
-        theirs.close()
-        engines.append(Engine(name, process, ours))
-    if not (root / READY).exists():
-        # In a process of its own, whose memory of the GPU is then free again.
-        writer = context.Process(target=write_files, args=(root, SHAPES[args.shape]))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise RuntimeError("the model's files could not be written")
-        (root / READY).touch()
-    return engines
-
-
-def wait_for(engines: list[Engine], deadline: float) -> list[Engine]:
-    """Those that started in time, with their facts."""
-    started = []
-    for engine in engines:
-        try:
-            engine.facts = engine.answer(max(1, deadline - time.time()))
-        except RuntimeError as error:
-            print(str(error)[-1500:], flush=True)
-            continue
-        print(f"{engine.name}: {engine.facts}", flush=True)
-        started.append(engine)
-    return started
 
 
 def modes_of(engines: list[Engine]) -> list[Mode]:
@@ -304,7 +224,7 @@ def profile(modes: list[Mode], batch: int) -> None:
 
     Microseconds are of a step, on average; the first rank's.
     """
-    tokens = 17
+    tokens = 33
     found: dict[str, dict[str, tuple[int, float]]] = {}
     for mode in modes:
         if mode.engine.failed or mode.name == "stock":
@@ -340,6 +260,33 @@ def write(args: argparse.Namespace, engines: list[Engine], rows: list[Row]) -> N
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def merge(files: list[Path]) -> None:
+    """Put the rows of result files into `benchmarks/results/`, a row a line.
+
+    They replace rows of the same ranks, shape, mode and batch.
+    """
+    for file in files:
+        run = json.loads(file.read_text())
+        out = results_file(run["environment"]["gpu"])
+        data = json.loads(out.read_text())
+        facts = {key: run[key] for key in ("tp", "shape", "sae")}
+        when = {key: run["environment"][key] for key in ("commit", "date")}
+        key = ("tp", "shape", "mode", "batch")
+        rows = {tuple(row[k] for k in key): row for row in data.get("tp_engine", [])}
+        for row in run["rows"]:
+            row = facts | row | when
+            rows[tuple(row[k] for k in key)] = row
+        data["tp_engine"] = list(rows.values())
+        lines = []
+        for name, value in data.items():
+            text = json.dumps(value)
+            if isinstance(value, list):
+                items = ",\n  ".join(json.dumps(item) for item in value)
+                text = f"[\n  {items}\n ]"
+            lines.append(f" {json.dumps(name)}: {text}")
+        out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def names(text: str) -> list[str]:
     return text.split(",")
 
@@ -354,13 +301,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of a pass")
     parser.add_argument("--steps", type=int, default=12, help="of a turn")
     parser.add_argument("--seconds", type=float, default=900, help="for everything")
-    parser.add_argument("--no-four", dest="four", action="store_false")
+    parser.add_argument("--modules", type=names, default=list(MODULES))
+    parser.add_argument("--kv-gib", type=float, default=3, help="of each rank")
+    parser.add_argument("--apart", type=float, default=0, help="seconds between starts")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--root", type=Path, help="folder of model, SAEs and logs")
+    parser.add_argument("--hold", type=Path)
     parser.add_argument("--wait", type=Path)
+    parser.add_argument("--merge", type=Path, nargs="+", help="result files")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+    if args.merge:
+        merge(args.merge)
+        return
     if args.dry_run:
         args.shape, args.passes, args.rounds, args.steps = "tiny", 1, 1, 2
     deadline = time.time() + args.seconds
@@ -371,8 +325,7 @@ def main() -> None:
         if not engines:
             raise SystemExit("no engine started")
         print(f"{deadline - time.time():.0f} s left", flush=True)
-        while args.wait is not None and not args.wait.exists():
-            time.sleep(0.2)
+        await_file(args.wait)
         last = LAST_S + (PROFILE_S if args.profile else 0)
         rows = measure(args, engines, deadline - last)
         for batch in args.profile:

@@ -29,6 +29,8 @@ class Start:
     Attributes:
         modules: name -> (folder of the module, `sharding`).
         peers: whether shared SAEs go through peers' memory.
+        kv_gib: of each rank's KV cache.
+        delay: seconds to wait before the start.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Start:
     modules: dict[str, tuple[str, str]]
     peers: bool
     dry_run: bool
+    kv_gib: float = 3
+    delay: float = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def options(start: Start) -> dict[str, Any]:
         "max_model_len": 128 if dry else 2048,
         "max_num_seqs": 64,
         "max_num_batched_tokens": 2048 if dry else 8192,
-        "kv_cache_memory_bytes": (1 << 26) if dry else (3 << 30),
+        "kv_cache_memory_bytes": (1 << 26) if dry else int(start.kv_gib * 2**30),
         "gpu_memory_utilization": 0.1,
         "enable_prefix_caching": False,
         "tensor_parallel_size": start.tp,
@@ -95,6 +99,7 @@ class Bench:
 
         while not (Path(start.root) / READY).exists():
             time.sleep(0.2)
+        time.sleep(start.delay)
         begin = time.perf_counter()
         self.llm = LLM(**options(start))
         self.shape, self.modules = SHAPES[start.shape], start.modules

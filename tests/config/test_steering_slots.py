@@ -201,6 +201,14 @@ def test_what_auto_copies_for_its_widths_alone_is_known(
     assert undivided(module, Ranks(tp, 2, auto_copies=True)) == []
 
 
+def test_what_auto_copies_on_gpus_for_its_widths_alone_is_known() -> None:
+    gpus = Ranks(4, 2, stores=True)
+    for d_sae, expected in ((131072, 0), (131072 + 64, 1), (16384 + 64, 0)):
+        site = SiteInfo(0, POST, 5376, d_sae, RELU)
+        module = replace(sae("a", 64), sites=(site,))
+        assert len(undivided(module, gpus)) == expected
+
+
 def test_a_sharded_slot_takes_modules_of_its_width_that_may_be_shared() -> None:
     whole, shared = slot(64), slot(64, sharded=True)
     for sharding, fitting in {

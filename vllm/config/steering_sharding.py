@@ -47,19 +47,26 @@ def exchange_bytes(
 class Ranks:
     """An engine's tensor-parallel group, and the bytes of an element of a matrix.
 
-    `auto_copies`: `auto` shares nothing. `screens`: whether their devices can screen
-    wide SAEs.
+    `auto_copies`: `auto` shares nothing. `stores`: the ranks store into each other's
+    memory, and `auto` shares what they can share so. `screens`: whether their devices
+    can screen wide SAEs.
     """
 
     size: int = 1
     item_bytes: int = 4
     auto_copies: bool = False
+    stores: bool = False
     screens: bool = False
 
     @property
     def unit(self) -> int:
         """What a sharded SAE's features, and its columns, are a multiple of."""
         return SHARD_UNIT * self.size
+
+    @property
+    def auto_unit(self) -> int:
+        """What the features of an SAE that `auto` shares are a multiple of."""
+        return EXTENSION_FEATURES * self.size if self.stores else self.unit
 
     def to_json(self) -> Json:
         """JSON types only; the inverse of `from_json`."""
@@ -76,13 +83,20 @@ class Ranks:
             return True
         return d_sae % self.unit == 0 and d_out % self.unit == 0
 
-    def shards(self, asked: Sharding, d_sae: int, d_in: int, d_out: int) -> bool:
+    def shards(
+        self,
+        asked: Sharding,
+        d_sae: int,
+        d_in: int,
+        d_out: int,
+        has_skip: bool = False,
+    ) -> bool:
         """Whether an SAE of these widths is sharded. `shard` needs `can_shard`."""
         if self.size == 1 or asked == "replicate":
             return False
         if asked == "shard":
             return True
-        if self.auto_copies:
+        if self.auto_copies or d_sae % self.auto_unit or (self.stores and has_skip):
             return False
         encoder = d_sae * d_in * self.item_bytes
         saved = encoder - encoder // self.size

@@ -35,7 +35,9 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
     is_topk = site.activation is Activation.TOPK
     if module.kind == "vectors":
         return SlotInfo(site.layer, site.hook, "vectors", 1)
-    sharded = ranks.shards(module.sharding, site.d_sae, site.d_in, site.out_width)
+    sharded = ranks.shards(
+        module.sharding, site.d_sae, site.d_in, site.out_width, site.has_skip
+    )
     encoded = ranks.encoded(site.d_sae, sharded)
     can_screen = ranks.screens and not is_topk
     return SlotInfo(
@@ -56,17 +58,18 @@ def own_slot(module: ModuleInfo, site: SiteInfo, ranks: Ranks) -> SlotInfo:
 def undivided(module: ModuleInfo, ranks: Ranks) -> list[SiteInfo]:
     """The sites that `auto` copies only because ranks cannot get equal parts."""
 
-    def would_share(site: SiteInfo) -> bool:
-        d_sae = site.d_sae // ranks.unit * ranks.unit
-        d_out = site.out_width // ranks.unit * ranks.unit
-        return ranks.shards("auto", d_sae, site.d_in, d_out)
+    def would_share(site: SiteInfo, feature_unit: int, column_unit: int) -> bool:
+        d_sae = site.d_sae // feature_unit * feature_unit
+        d_out = site.out_width // column_unit * column_unit
+        return ranks.shards("auto", d_sae, site.d_in, d_out, site.has_skip)
 
     if module.kind == "vectors" or module.sharding != "auto":
         return []
     return [
         site
         for site in module.sites
-        if not ranks.can_shard(site.d_sae, site.out_width) and would_share(site)
+        if not would_share(site, 1, 1)
+        and would_share(site, ranks.auto_unit, ranks.unit)
     ]
 
 

@@ -57,6 +57,7 @@ from vllm.engine.steering_options import (
 )
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
+from vllm.engine.steering_topology import ranks_store
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering_kernels.extension import extension_library
 from vllm.platforms import current_platform
@@ -161,11 +162,13 @@ def first_read_layer(vllm_config: VllmConfig) -> int:
 
 def ranks_of(vllm_config: VllmConfig) -> Ranks:
     """The tensor-parallel group, and whether it can share SAEs."""
-    on_cpu = current_platform.is_cpu()
+    parallel, dtype = vllm_config.parallel_config, vllm_config.model_config.dtype
+    stores = ranks_store(parallel, dtype)
     return Ranks(
-        vllm_config.parallel_config.tensor_parallel_size,
-        vllm_config.model_config.dtype.itemsize,
-        auto_copies=not on_cpu,
+        parallel.tensor_parallel_size,
+        dtype.itemsize,
+        auto_copies=not (stores or current_platform.is_cpu()),
+        stores=stores,
         screens=_can_screen(vllm_config.model_config.dtype),
     )
 
@@ -213,15 +216,17 @@ def inspect_for_model(
         module = dataclasses.replace(module, sharding=sharding)
     if module.kind == "sae":
         module = dataclasses.replace(module, screening=screening)
-    for site in undivided(module, ranks_of(vllm_config)):
+    ranks = ranks_of(vllm_config)
+    for site in undivided(module, ranks):
         logger.warning(
             "Steering module %s: %s: every rank holds a copy, because %d features and "
-            "%d columns are no multiples of %d",
+            "%d columns are no multiples of %d and %d",
             name,
             site.name,
             site.d_sae,
             site.out_width,
-            ranks_of(vllm_config).unit,
+            ranks.auto_unit,
+            ranks.unit,
         )
     if module.skip_token_ids is None:
         ids = special_token_ids(model_config)

@@ -192,6 +192,24 @@ def test_a_rank_without_memory_says_what_it_found(
     assert f"{steering_shards.PEER_MEMORY_ENV}=0" in said
 
 
+def test_late_slots_use_the_memory_that_there_is() -> None:
+    created: list[int] = []
+    cleared: list[tuple[list[int], int]] = []
+
+    def create(nbytes: int) -> list[int]:
+        created.append(nbytes)
+        return [len(created), 2 * len(created)]
+
+    memory = steering_shards.PeerMemory(
+        create, lambda addresses, nbytes: cleared.append((addresses, nbytes))
+    )
+    assert memory(100) == [1, 2] and not cleared
+    # Its regions may lie elsewhere now, so nothing of before may be left.
+    assert memory(100) == [1, 2] == memory(60)
+    assert cleared == [([1, 2], 100), ([1, 2], 60)]
+    assert memory(101) == [2, 4] and created == [100, 101]
+
+
 def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(steering_shards.PEER_MEMORY_ENV, "0")
     found = steering_shards.peer_allocator()

@@ -16,9 +16,10 @@ from tests.steering_testing import models
 from vllm.config import VllmConfig
 from vllm.config.steering import Ranks, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
-from vllm.engine import steering_resolution
+from vllm.engine import steering_resolution, steering_topology
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering
+from vllm.model_executor.layers.steering_shards import PEER_MEMORY_ENV
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +137,11 @@ def test_another_value_is_refused_by_its_path_on_any_number_of_ranks(
     check_refused(vllm_config, tp, slot(sharding=value), where, accepted)
 
 
-class NoCPU:
-    """A platform that is not a CPU, as far as sharding asks."""
+class Hopper:
+    """GPUs that NVLink joins, as far as sharding asks."""
+
+    capability = (9, 0)
+    joined = True
 
     @staticmethod
     def is_cpu() -> bool:
@@ -145,13 +149,113 @@ class NoCPU:
 
     @staticmethod
     def is_cuda() -> bool:
+        return True
+
+    @classmethod
+    def is_device_capability(cls, asked: tuple[int, int]) -> bool:
+        return asked == cls.capability
+
+    @staticmethod
+    def device_count() -> int:
+        return 4
+
+    @staticmethod
+    def device_id_to_physical_device_id(index: int) -> int:
+        return 7 - index
+
+    @classmethod
+    def is_fully_connected(cls, ids: list[int]) -> bool:
+        assert ids == [7 - index for index in range(len(ids))]
+        return cls.joined
+
+
+class Ampere(Hopper):
+    capability = (8, 0)
+
+
+class Apart(Hopper):
+    joined = False
+
+
+class ROCm(Hopper):
+    @staticmethod
+    def is_cuda() -> bool:
         return False
 
 
-def test_gpus_share_what_is_asked_for_and_auto_copies(
+def on_platform(monkeypatch: pytest.MonkeyPatch, platform: type[Hopper]) -> None:
+    for module in (steering_resolution, steering_topology):
+        monkeypatch.setattr(module, "current_platform", platform)
+    library = Path("_steering_C.so")
+    monkeypatch.setattr(steering_topology, "extension_library", lambda: library)
+    monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
+
+
+def half(base: VllmConfig) -> VllmConfig:
+    """The same with a model of 16 bits, and custom all-reduce as on GPUs."""
+    config = copy.copy(base)
+    config.parallel_config = copy.copy(base.parallel_config)
+    config.parallel_config.disable_custom_all_reduce = False
+    config.model_config = copy.copy(base.model_config)
+    config.model_config.dtype = torch.bfloat16
+    return config
+
+
+def test_auto_shares_large_saes_on_gpus_that_nvlink_joins(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_platform(monkeypatch, Hopper)
+    ranks = resolved(half(vllm_config), 4, {}).ranks
+    assert ranks.stores and not ranks.auto_copies
+    assert ranks.shards("auto", 131072, 5376, 5376)
+    assert ranks.shards("auto", 65536, 8192, 8192)
+    # What the extension cannot share would gather, which costs idle steps too.
+    assert not ranks.shards("auto", 131072 + 64, 5376, 5376)
+    assert ranks.shards("shard", 131072 + 64, 5376, 5376)
+    assert not ranks.shards("auto", 131072, 5376, 5376, has_skip=True)
+    two = resolved(half(vllm_config), 2, {}).ranks
+    assert two.stores and not two.shards("auto", 16384, 2304, 2304)
+
+
+def test_auto_copies_where_ranks_would_gather(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_platform(monkeypatch, Hopper)
+    config = half(vllm_config)
+
+    def copies(tp: int = 4) -> bool:
+        ranks = resolved(config, tp, {}).ranks
+        assert ranks.auto_copies is not ranks.stores
+        return ranks.auto_copies
+
+    assert not copies()
+    assert copies(8)  # more ranks than GPUs here
+    config.model_config.dtype = torch.float32
+    assert copies()
+    config.model_config.dtype = torch.float16
+    assert not copies()
+    config.parallel_config.disable_custom_all_reduce = True
+    assert copies()
+    config.parallel_config.disable_custom_all_reduce = False
+    monkeypatch.setenv(PEER_MEMORY_ENV, "0")
+    assert copies()
+    monkeypatch.delenv(PEER_MEMORY_ENV)
+    monkeypatch.setattr(steering_topology, "extension_library", lambda: None)
+    assert copies()
+
+
+@pytest.mark.parametrize("platform", [Ampere, Apart, ROCm])
+def test_auto_copies_on_other_gpus(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, platform: type[Hopper]
+) -> None:
+    on_platform(monkeypatch, platform)
+    assert resolved(half(vllm_config), 4, {}).ranks.auto_copies
+
+
+def test_gpus_on_which_auto_copies_share_what_is_asked_for(
     vllm_config: VllmConfig, sae_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steering_resolution, "current_platform", NoCPU)
+    on_platform(monkeypatch, Ampere)
     asked = {"modules": {"m": {"path": str(sae_path), "sharding": "shard"}}}
     assert resolved(vllm_config, 2, asked).modules["m"].sharding == "shard"
     assert resolved(vllm_config, 2, {}).ranks.auto_copies

@@ -109,6 +109,32 @@ def tensor_parallel_shard() -> Shard:
     return replace(own, allocate=allocate)
 
 
+class PeerMemory:
+    """Memory that all ranks address, which late slots use again.
+
+    Args:
+        create: bytes -> addresses, all zero; all ranks call it together.
+        clear: sets this rank's part to zero. No rank may exchange meanwhile.
+    """
+
+    def __init__(
+        self,
+        create: Callable[[int], list[int]],
+        clear: Callable[[list[int], int], None],
+    ):
+        self._create, self._clear = create, clear
+        self._nbytes = 0
+        self._addresses: list[int] = []
+
+    def __call__(self, nbytes: int) -> list[int]:
+        """As `Shard.allocate`; what was given out before is no longer used."""
+        if nbytes > self._nbytes:
+            self._addresses, self._nbytes = self._create(nbytes), nbytes
+        else:
+            self._clear(self._addresses, nbytes)
+        return self._addresses
+
+
 def no_arena(nbytes: int, device: torch.device, error: RuntimeError) -> str:
     """Why a rank has no memory that others can address, and what would help."""
     mib = 1 << 20
@@ -143,6 +169,7 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     )
 
     group = get_tp_group()
+    own, device = group.rank_in_group, group.device
     communicator = group.device_communicator
     if not isinstance(communicator, CudaCommunicator):
         return "vLLM's communicator is not for CUDA"
@@ -152,7 +179,7 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     if reduces.mnnvl_only:
         return "the ranks are on several hosts"
 
-    def allocate(nbytes: int) -> list[int]:
+    def create(nbytes: int) -> list[int]:
         # What PyTorch has kept for itself is of no use to others.
         torch.cuda.empty_cache()
         try:
@@ -160,10 +187,13 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
                 nbytes, group=group.cpu_group
             )
         except RuntimeError as error:
-            raise ValueError(no_arena(nbytes, group.device, error)) from None
-        tensor_at(addresses[group.rank_in_group], nbytes, group.device).zero_()
-        torch.cuda.synchronize(group.device)
+            raise ValueError(no_arena(nbytes, device, error)) from None
+        clear(addresses, nbytes)
         group.barrier()
         return addresses
 
-    return allocate
+    def clear(addresses: list[int], nbytes: int) -> None:
+        tensor_at(addresses[own], nbytes, device).zero_()
+        torch.cuda.synchronize(device)
+
+    return PeerMemory(create, clear)

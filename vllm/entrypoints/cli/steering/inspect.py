@@ -59,6 +59,11 @@ def site_bytes(site: SiteInfo, kind: str, itemsize: int) -> int:
     return 4 * site.d_in if kind == "vectors" else sae_bytes(site, itemsize)
 
 
+def how(shared: bool) -> str:
+    """What `auto` does."""
+    return "shard" if shared else "replicate"
+
+
 def ranks_of(site: SiteInfo, tp: int) -> Json:
     """Memory of a site on each of `tp` tensor-parallel ranks, in bytes."""
     found: Json = {"tp": tp, "can_shard": False, "unit": Ranks(tp).unit, "auto": {}}
@@ -69,7 +74,9 @@ def ranks_of(site: SiteInfo, tp: int) -> Json:
             found["can_shard"] = True
             found[f"bytes_{name}_sharded"] = shard_bytes(site, ranks)
         widths = (site.d_sae, site.d_in, site.out_width)
-        found["auto"][name] = "shard" if ranks.shards("auto", *widths) else "replicate"
+        found["auto"][name] = how(ranks.shards("auto", *widths))
+    stores = Ranks(tp, 2, stores=True).shards("auto", *widths, site.has_skip)
+    found["auto"]["16_bit_gpu"] = how(stores)
     stored = found["can_shard"] and Ranks(tp, 2).encoded(site.d_sae, sharded=True)
     found["bytes_exchange"] = exchange_bytes(tp, site.out_width) if stored else 0
     return found
@@ -147,9 +154,9 @@ def show_ranks(ranks: Json, site: Json) -> None:
     text = f"on each of {ranks['tp']} ranks: {copied:.1f} MiB replicated"
     if ranks["can_shard"]:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
-        auto = ranks["auto"]["16_bit"]
-        on_gpus = ", on GPUs replicate" if auto == "shard" else ""
-        text += f" (auto: {auto}{on_gpus})"
+        auto, on_gpus = (ranks["auto"][name] for name in ("16_bit", "16_bit_gpu"))
+        differ = f", on GPUs {on_gpus}" if on_gpus != auto else ""
+        text += f" (auto: {auto}{differ})"
     else:
         d_out = site["d_out"] or site["d_in"]
         text += (

@@ -62,6 +62,7 @@ def clamp(
     parts = (SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS) if peers.apart else together
     for base in range(0, hidden.shape[0], peers.layout.clamps.rows):
         for part in parts:
+            peers.turn()
             cuda_ops().shared_clamp(
                 *clamp_bundles(slot, step, workspace),
                 stream_bundle(hidden, residual),
@@ -70,7 +71,6 @@ def clamp(
                 base=base,
                 parts=part,
             )
-            peers.turn()
 
 
 def pipeline(run: Run, peers: Peers) -> None:
