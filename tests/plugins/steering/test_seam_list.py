@@ -32,10 +32,12 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.entrypoints.openai.chat_completion.batch_serving": (
         "OpenAIServingChatBatch.chat_completion_full_generator_batch",
+        "OpenAIServingChatBatch.create_batch_chat_completion",
         "OpenAIServingChatBatch.render_batch_chat_request",
     ),
     "vllm.entrypoints.openai.chat_completion.protocol": (
         "BatchChatCompletionRequest",
+        "BatchChatCompletionRequest.to_chat_completion_request",
         "ChatCompletionRequest",
         "ChatCompletionRequest.to_beam_search_params",
         "ChatCompletionRequest.to_sampling_params",

@@ -195,6 +195,15 @@ def test_batch_chat_hands_the_fields_to_every_conversation() -> None:
     assert set(extra_args) == set(EXTRA_ARGS_KEYS)
 
 
+def test_batch_chat_hands_on_a_null_preset() -> None:
+    body = {"model": "m", "messages": [MESSAGES, MESSAGES]}
+    for given in ({"steering_preset": None}, {"steering_preset": "calm"}, {}):
+        batch = BatchChatCompletionRequest.model_validate({**body, **given})
+        made = batch.to_chat_completion_request(MESSAGES)
+        params = made.to_sampling_params(16, {})
+        assert (params.extra_args or {}) == given
+
+
 def test_the_batch_runner_carries_the_fields() -> None:
     line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
             "body": {"messages": MESSAGES, **SPECS}}  # fmt: skip

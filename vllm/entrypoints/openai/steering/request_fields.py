@@ -161,6 +161,12 @@ def carry_specs(request: BaseModel, params: SamplingParams) -> None:
         params.extra_args = {**(params.extra_args or {}), PRESET_KEY: preset}
 
 
+def carry_preset(request: BaseModel, made: BaseModel) -> None:
+    """Give a request that was made from another one its preset, null included."""
+    if PRESET_KEY in request.model_fields_set:
+        setattr(made, PRESET_KEY, dict(request)[PRESET_KEY])
+
+
 def refuse_beam_search(request: BaseModel) -> None:
     """Raise when a beam search request asks for steering.
 

@@ -4,8 +4,9 @@
 `vllm.entrypoints.openai.{completion,chat_completion,responses}.protocol`. The edits a
 branch would make: each request class declares the fields of
 `request_fields.FIELD_SCHEMAS`, its `to_sampling_params` folds them into `extra_args`,
-and `to_beam_search_params` refuses them. The batch chat request only declares them,
-because vLLM turns it into chat completion requests. The render routes, `/invocations`
+and `to_beam_search_params` refuses them. vLLM turns a batch chat request into chat
+completion requests and drops nulls there, so the null of `steering_preset`, which opts
+out of the server's default, is set again. The render routes, `/invocations`
 and the batch runner use the same classes.
 """
 
@@ -40,6 +41,11 @@ def install_chat_completion() -> None:
     _declare(f"{CHAT}:BatchChatCompletionRequest")
     _carry(f"{CHAT}:ChatCompletionRequest", _MAX_TOKENS)
     _refuse_beams(f"{CHAT}:ChatCompletionRequest")
+    wrap(
+        f"{CHAT}:BatchChatCompletionRequest.to_chat_completion_request",
+        ("self", "messages"),
+        _make_to_chat_completion_request,
+    )
 
 
 def install_responses() -> None:
@@ -74,6 +80,17 @@ def _make_to_sampling_params(stock: Stock) -> Stock:
         return params
 
     return to_sampling_params
+
+
+def _make_to_chat_completion_request(stock: Stock) -> Stock:
+    from vllm.entrypoints.openai.steering.request_fields import carry_preset
+
+    def to_chat_completion_request(self: BaseModel, messages: object) -> object:
+        made = stock(self, messages)
+        carry_preset(self, made)
+        return made
+
+    return to_chat_completion_request
 
 
 def _make_to_beam_search_params(stock: Stock) -> Stock:

@@ -2,9 +2,10 @@
 """Seams into the serving classes: bad steering is a 400 for streams as well.
 
 The edit a branch would make: `create_completion`, `create_chat_completion`,
-`create_responses` and `serve_tokens` begin by checking the request's steering. Without
-this, the engine's own check comes after a stream has answered 200. They also replace a
-`model` that names a preset, and `show_available_models` lists the presets.
+`create_batch_chat_completion`, `create_responses` and `serve_tokens` begin by checking
+the request's steering. Without this, the engine's own check comes after a stream has
+answered 200. They also replace a `model` that names a preset, and
+`show_available_models` lists the presets.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from vllm.entrypoints.serve.engine.protocol import ModelList
 
 _OPENAI = "vllm.entrypoints.openai"
+_BATCH = f"{_OPENAI}.chat_completion.batch_serving"
 TARGETS = (
     f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion",
     f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+    f"{_BATCH}:OpenAIServingChatBatch.create_batch_chat_completion",
     f"{_OPENAI}.responses.serving:OpenAIServingResponses.create_responses",
     "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
 )
