@@ -24,6 +24,7 @@ from steering_testing.peer_engines import (
 from steering_testing.requests import prompt
 
 from vllm import LLM
+from vllm.config.steering_environment import PEER_MEMORY_ENV
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices"
@@ -85,6 +86,7 @@ def test_gpus_that_share_saes_through_their_memory_agree(
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
+    monkeypatch.setenv(PEER_MEMORY_ENV, "1")
     monkeypatch.setattr(matrix, "TIE", peer_engines.TIE)
     modules, steering = peer_engines.save(tmp_path), {"spare": [peer_engines.SPARE]}
     options = {**OPTIONS, "tensor_parallel_size": ranks}

@@ -4,13 +4,11 @@ stages, with ranks that take turns on one device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import test_shared_gpu
 import torch
-from lockstep import Lockstep
 from steering_reference import DEVICE, INTERPRETED
 from steering_testing.shards import shared_slot
 from test_shared_gpu import Case, check
@@ -18,7 +16,6 @@ from test_shared_gpu import Case, check
 from vllm.config.steering import Activation
 from vllm.model_executor.layers.steering_kernels import stages_shared_cuda
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
-from vllm.model_executor.layers.steering_kernels.peers import Peers
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
 from vllm.model_executor.layers.steering_shards import Shard
@@ -29,7 +26,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
-T = TypeVar("T")
 CASES = [
     Case(1, 512, 64, JUMP, 12),
     Case(5, 512, 64, JUMP, 12),
@@ -110,47 +106,3 @@ def test_screened_ranks_write_the_bits_of_one(
     monkeypatch.setattr(test_shared_gpu, "shared_slot", screened_slot)
     check(case, DEVICE)
     assert used
-
-
-class Streams(Lockstep):
-    """Ranks on streams of their own, which meet before they decode."""
-
-    def _pass_on(self) -> None:
-        self._turn.release()
-        self._all.wait()
-        torch.cuda.synchronize()
-        self._turn.acquire()
-
-    def run(
-        self, work: Callable[[Shard], T], device: torch.device | None = None
-    ) -> list[T]:
-        def on_stream(shard: Shard) -> T:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                return work(shard)
-
-        torch.cuda.synchronize()
-        found = super().run(on_stream, device)
-        torch.cuda.synchronize()
-        return found
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1, 512, 2304, JUMP, 30),
-        Case(7, 512, 2304, JUMP, 30),
-        Case(16, 512, 512, JUMP, 30),
-        Case(4, 512, 512, TOPK, 16),
-    ],
-    ids=str,
-)
-def test_one_launch_sends_decodes_and_writes(
-    case: Case, used: list[Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What ranks on devices of their own do; here, so few blocks that all ranks' are
-    resident together, and no dense kernel, which would take all multiprocessors."""
-    check(case, DEVICE)  # loads every kernel, which waits for those that run
-    monkeypatch.setattr(test_shared_gpu, "Lockstep", Streams)
-    monkeypatch.setattr(Peers, "apart", False)
-    for _ in range(5):
-        check(case, DEVICE)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm.config.steering import Activation
+from vllm.config.steering_environment import PEER_MEMORY_ENV
 from vllm.config.steering_sharding import exchange_bytes
 from vllm.model_executor.layers import steering_shards
 from vllm.model_executor.layers.steering_kernels import (
@@ -189,7 +190,7 @@ def test_a_rank_without_memory_says_what_it_found(
     )
     assert "found 3 of 81920 MiB free (20480 are this process's)" in said
     assert "90 MiB" in said and "out of memory; expected" in said and "\n" not in said
-    assert f"{steering_shards.PEER_MEMORY_ENV}=0" in said
+    assert f"no {PEER_MEMORY_ENV}=1" in said
 
 
 def test_late_slots_use_the_memory_that_there_is() -> None:
@@ -211,9 +212,9 @@ def test_late_slots_use_the_memory_that_there_is() -> None:
 
 
 def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(steering_shards.PEER_MEMORY_ENV, "0")
+    monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
     found = steering_shards.peer_allocator()
-    assert isinstance(found, str) and steering_shards.PEER_MEMORY_ENV in found
+    assert isinstance(found, str) and PEER_MEMORY_ENV in found
 
 
 def test_python_and_cpp_state_the_same() -> None:

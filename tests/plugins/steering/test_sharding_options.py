@@ -16,10 +16,10 @@ from tests.steering_testing import models
 from vllm.config import VllmConfig
 from vllm.config.steering import Ranks, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.steering_environment import PEER_MEMORY_ENV
 from vllm.engine import steering_resolution, steering_topology
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering
-from vllm.model_executor.layers.steering_shards import PEER_MEMORY_ENV
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def on_platform(monkeypatch: pytest.MonkeyPatch, platform: type[Hopper]) -> None
         monkeypatch.setattr(module, "current_platform", platform)
     library = Path("_steering_C.so")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: library)
-    monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
+    monkeypatch.setenv(PEER_MEMORY_ENV, "1")
 
 
 def half(base: VllmConfig) -> VllmConfig:
@@ -240,6 +240,8 @@ def test_auto_copies_where_ranks_would_gather(
     monkeypatch.setenv(PEER_MEMORY_ENV, "0")
     assert copies()
     monkeypatch.delenv(PEER_MEMORY_ENV)
+    assert copies()  # it is asked for, or it is not
+    monkeypatch.setenv(PEER_MEMORY_ENV, "1")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: None)
     assert copies()
 

@@ -13,9 +13,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm.config.steering_environment import PEER_MEMORY_ENV
 from vllm.config.steering_json import Json
 
-PEER_MEMORY_ENV = "VLLM_STEERING_PEER_MEMORY"
+
+def peer_memory_is_on() -> bool:
+    """Whether ranks may exchange through each other's memory: it is asked for."""
+    return os.environ.get(PEER_MEMORY_ENV) == "1"
 
 
 class _Memory:
@@ -144,7 +148,7 @@ def no_arena(nbytes: int, device: torch.device, error: RuntimeError) -> str:
     return (
         f"steering: found {free // mib} of {total // mib} MiB free ({kept // mib} are "
         f"this process's) for {nbytes // mib} MiB through which ranks exchange: "
-        f"{cause}; expected more free memory, or {PEER_MEMORY_ENV}=0"
+        f"{cause}; expected more free memory, or no {PEER_MEMORY_ENV}=1"
     )
 
 
@@ -152,12 +156,12 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     """How the ranks of the tensor-parallel group get memory that all can address; or
     why they do not.
 
-    vLLM's custom all-reduce must be on: it needs the same of the GPUs, one host and
-    access to each other's memory, and has checked it. `VLLM_STEERING_PEER_MEMORY=0`
-    turns this off.
+    It takes `VLLM_STEERING_PEER_MEMORY=1`, and vLLM's custom all-reduce must be on: it
+    needs the same of the GPUs, one host and access to each other's memory, and has
+    checked it.
     """
-    if os.environ.get(PEER_MEMORY_ENV) == "0":
-        return f"{PEER_MEMORY_ENV} is 0"
+    if not peer_memory_is_on():
+        return f"{PEER_MEMORY_ENV} is not 1"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "the devices are not NVIDIA's"
     from vllm.distributed import get_tp_group

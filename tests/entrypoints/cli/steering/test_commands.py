@@ -99,7 +99,7 @@ def test_inspect_adds_up_what_ranks_hold_of_several_sites(
     assert said.count("on each of 2 ranks: 2.1 MiB replicated, 1.1 MiB sharded") == 2
     total = "on each of 2 ranks: 4.3 MiB replicated, 2.3 MiB sharded"
     assert f"all sites      {total}\n" in said
-    assert "on Hopper GPUs 50.2 MiB more, once an engine" in said
+    assert "with VLLM_STEERING_PEER_MEMORY=1 50.2 MiB more, once an engine" in said
 
 
 def test_a_transcoder_from_before_the_gain_stays_one_when_converted(

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 
 from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
+from vllm.config.steering_environment import PEER_MEMORY_ENV
 from vllm.config.steering_json import Json
 from vllm.config.steering_screening import screen_bytes, screens
 from vllm.config.steering_sharding import exchange_bytes
@@ -156,6 +157,8 @@ def show_ranks(ranks: Json, site: Json) -> None:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
         auto, on_gpus = (ranks["auto"][name] for name in ("16_bit", "16_bit_gpu"))
         differ = f", on GPUs {on_gpus}" if on_gpus != auto else ""
+        if on_gpus == "shard":
+            differ = f", on GPUs with {PEER_MEMORY_ENV}=1 only"
         text += f" (auto: {auto}{differ})"
     else:
         d_out = site["d_out"] or site["d_in"]
@@ -167,7 +170,7 @@ def show_ranks(ranks: Json, site: Json) -> None:
     if ranks["bytes_exchange"]:
         room = ranks["bytes_exchange"] / 2**20
         text = f"{room:.1f} MiB more, once an engine, through which ranks exchange"
-        print(f"{'':15}on Hopper GPUs {text}")
+        print(f"{'':15}with {PEER_MEMORY_ENV}=1 {text}")
 
 
 def show_total(sites: Sequence[Json]) -> None:
