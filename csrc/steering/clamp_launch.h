@@ -24,27 +24,14 @@ void share_l1(Kernel* kernel, int smem) {
              "carveout");
 }
 
-template <typename T, typename W>
-int source_width(const ClampArgs<T, W>& a) {
-  return a.source != nullptr ? a.weights.d_in : 0;
-}
-
-template <typename T, typename W>
-int threads_of(const ClampArgs<T, W>& a) {
-  return clamp_threads(std::max(a.d_model, source_width(a)));
-}
-
-template <typename T, typename W>
-int smem_of(const ClampArgs<T, W>& a, int threads) {
-  return clamp_smem(threads, a.d_model, source_width(a),
-                    a.step.table.max_clamps);
-}
-
 // `blocks` tokens; `args` is `a`, or holds it.
 template <typename Args, typename T, typename W>
 void launch_blocks(void (*kernel)(Args), const Args& args,
                    const ClampArgs<T, W>& a, int blocks, cudaStream_t stream) {
-  const int threads = threads_of(a), smem = smem_of(a, threads);
+  const int d_source = a.source != nullptr ? a.weights.d_in : 0;
+  const int threads = clamp_threads(std::max(a.d_model, d_source));
+  const int smem =
+      clamp_smem(threads, a.d_model, d_source, a.step.table.max_clamps);
   share_l1(kernel, smem);
   launch(kernel, blocks, threads, smem, stream, args);
 }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.config.steering import Activation, Tier
+from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_kernels import (
     stages_cuda,
     stages_shared_cuda,
@@ -53,7 +53,6 @@ __all__ = [
     "full_reconstruction",
     "sae_clamp",
     "steering_vectors",
-    "vectors_and_clamp",
     "warm_up",
 ]
 
@@ -197,37 +196,6 @@ def _shared_clamp(
         stages_shared.clamp(slot, step, workspace, gated, *streams)
 
 
-def vectors_and_clamp(
-    vectors: VectorSlot,
-    slot: SAESlot,
-    step: StepState,
-    workspace: SteeringWorkspace,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    source: torch.Tensor | None = None,
-) -> None:
-    """`steering_vectors`, then `sae_clamp`; one launch where the extension fits both.
-
-    A slot that may hold a TopK module has more launches all the same.
-    """
-    together = (
-        slot.activations.isdisjoint({Activation.TOPK})
-        and slot.weights.shard.is_whole
-        and hidden.shape[0] > 0
-        and _takes_clamp(vectors, hidden, residual)
-        and _takes_clamp(slot, hidden, residual, source)
-    )
-    if not together:
-        steering_vectors(vectors, step, hidden, residual)
-        sae_clamp(slot, step, workspace, hidden, residual, source)
-        return
-    _check_source(slot, hidden, source)
-    _check(hidden, residual, slot.weights.d_out)
-    stages_cuda.vectors_and_clamp(
-        vectors, slot, step, workspace, hidden, residual, source
-    )
-
-
 def steering_vectors(
     slot: VectorSlot,
     step: StepState,
@@ -337,11 +305,6 @@ def _pipeline(run: Run | None) -> None:
             stages_triton_dense.dense(run)
 
 
-def vectors_of_width(slots: Iterable[VectorSlot], width: int) -> list[VectorSlot]:
-    """Those that add to a stream of `width` columns."""
-    return [slot for slot in slots if slot.directions.shape[1] == width]
-
-
 def warm_up(
     slots: Iterable[SAESlot],
     vector_slots: Iterable[VectorSlot],
@@ -368,9 +331,6 @@ def warm_up(
             for residual in (torch.zeros_like(hidden), None):
                 full_reconstruction(slot, step, workspace, hidden, residual, source)
                 sae_clamp(slot, step, workspace, hidden, residual, source)
-                for vectors in vectors_of_width(vector_slots, weights.d_out)[:1]:
-                    streams = (hidden, residual, source)
-                    vectors_and_clamp(vectors, slot, step, workspace, *streams)
         for vectors in vector_slots:
             width = vectors.directions.shape[1]
             hidden = torch.zeros(tokens, width, dtype=dtype, device=device)

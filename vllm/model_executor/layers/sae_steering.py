@@ -32,26 +32,3 @@ direct_register_custom_op(
     mutates_args=["hidden", "residual"],
     fake_impl=edits_in_place,
 )
-
-
-def apply_vectors_and_clamp(
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    site_name: str,
-    source: torch.Tensor | None = None,
-) -> None:
-    """The additive tier, then the delta tier, at a site that has both."""
-    site = get_site(site_name)
-    assert site.vectors is not None
-    first, *others = site.saes
-    site.backend.vectors_and_clamp(site.vectors, first, hidden, residual, source)
-    for slot in others:
-        site.backend.sae_clamp(slot, hidden, residual, source)
-
-
-direct_register_custom_op(
-    op_name="apply_vectors_and_clamp",
-    op_func=apply_vectors_and_clamp,
-    mutates_args=["hidden", "residual"],
-    fake_impl=edits_in_place,
-)

@@ -103,21 +103,6 @@ class SteeringBackend(Protocol):
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None: ...
 
-    def vectors_and_clamp(
-        self,
-        vectors: VectorSlot,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        """`steering_vectors`, then `sae_clamp`.
-
-        A backend that can do both at once has its own.
-        """
-        self.steering_vectors(vectors, hidden, residual)
-        self.sae_clamp(slot, hidden, residual, source)
-
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
@@ -215,13 +200,10 @@ def apply_layer_steering(
     transcoder's site read; if None, they read what they edit.
     """
     name = site.name
-    if site.has_vectors and site.has_saes:
-        torch.ops.vllm.apply_vectors_and_clamp(hidden, residual, name, source)
-    elif site.has_vectors:
+    if site.has_vectors:
         torch.ops.vllm.apply_steering_vectors(hidden, residual, name)
-    elif site.has_saes:
-        torch.ops.vllm.apply_sae_clamp(hidden, residual, name, source)
     if site.has_saes:
+        torch.ops.vllm.apply_sae_clamp(hidden, residual, name, source)
         torch.ops.vllm.apply_sae_full_reconstruction(hidden, residual, name, source)
     limit = POINT_LIMIT.get(site.key.hook_out or site.key.hook)
     if limit is not None:

@@ -76,18 +76,6 @@ class KernelBackend(SteeringBackend):
         if is_needed(slot.delta, hidden):
             kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
 
-    def vectors_and_clamp(
-        self,
-        vectors: VectorSlot,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        kernel.vectors_and_clamp(
-            vectors, slot, self.step, self.workspace, hidden, residual, source
-        )
-
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:

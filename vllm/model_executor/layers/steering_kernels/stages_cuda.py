@@ -219,25 +219,6 @@ def clamp(
     )
 
 
-def vectors_and_clamp(
-    vectors: VectorSlot,
-    slot: SAESlot,
-    step: StepState,
-    workspace: SteeringWorkspace,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    source: torch.Tensor | None,
-) -> None:
-    """`add_vectors`, then `clamp`, in one launch."""
-    cuda_ops().vectors_and_clamp(
-        step_bundle(step, step.index[Tier.ADDITIVE], vectors.table, vectors.saturated),
-        vectors.directions,
-        *clamp_bundles(slot, step, workspace),
-        [] if source is None else [source],
-        stream_bundle(hidden, residual),
-    )
-
-
 def add_vectors(
     slot: VectorSlot,
     step: StepState,
