@@ -208,12 +208,13 @@ def measure(
                 if mode.name not in windows:
                     continue
                 wanted = TARGETS.get(args.shape, {}).get((mode.name, asked))
-                row = row_of(mode, windows, asked, wanted)
-                rows[mode.name, asked] = row
-                print(line_of(row), flush=True)
-            print(f"-- pass {done + 1}", flush=True)
+                rows[mode.name, asked] = row_of(mode, windows, asked, wanted)
             if args.out is not None:
                 write(args, engines, list(rows.values()))
+            print(f"-- pass {done + 1}", flush=True)
+            for (_, batch), row in rows.items():
+                if batch == asked:
+                    print(line_of(row), flush=True)
         if time.time() > deadline:
             break
     return list(rows.values())
@@ -255,7 +256,7 @@ def write(args: argparse.Namespace, engines: list[Engine], rows: list[Row]) -> N
         "l0": shape.l0,
         "engines": {engine.name: engine.facts for engine in engines},
         "rows": rows,
-        "environment": {} if args.dry_run else environment(),
+        "environment": args.environment,
     }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -321,7 +322,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = args.root or Path(directory)
         root.mkdir(parents=True, exist_ok=True)
-        engines = wait_for(start_engines(args, root), deadline - LEAST_S)
+        engines = start_engines(args, root)
+        args.environment = {} if args.dry_run else environment()
+        engines = wait_for(engines, deadline - LEAST_S)
         if not engines:
             raise SystemExit("no engine started")
         print(f"{deadline - time.time():.0f} s left", flush=True)

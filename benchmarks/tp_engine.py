@@ -205,6 +205,7 @@ def serve(start: Start, pipe: Connection) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if start.dry_run:  # two ranks need not have two nodes of memory
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["VLLM_STEERING_PEER_MEMORY"] = "1" if start.peers else "0"

@@ -188,7 +188,7 @@ def on_platform(monkeypatch: pytest.MonkeyPatch, platform: type[Hopper]) -> None
         monkeypatch.setattr(module, "current_platform", platform)
     library = Path("_steering_C.so")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: library)
-    monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
+    monkeypatch.setenv(PEER_MEMORY_ENV, "1")
 
 
 def half(base: VllmConfig) -> VllmConfig:
@@ -240,6 +240,8 @@ def test_auto_copies_where_ranks_would_gather(
     monkeypatch.setenv(PEER_MEMORY_ENV, "0")
     assert copies()
     monkeypatch.delenv(PEER_MEMORY_ENV)
+    assert copies()
+    monkeypatch.setenv(PEER_MEMORY_ENV, "1")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: None)
     assert copies()
 

@@ -77,7 +77,7 @@ def test_inspect_shows_the_memory_of_each_rank(
         "tp": 2,
         "can_shard": True,
         "unit": 32,
-        "auto": dict.fromkeys(("16_bit", "32_bit", "16_bit_gpu"), "replicate"),
+        "auto": dict.fromkeys(("16_bit", "32_bit", "16_bit_peer_memory"), "replicate"),
         "bytes_16_bit_replicated": 2 * 2 * 64 * 32 + 4 * (2 * 64 + 32),
         "bytes_16_bit_sharded": 2 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
         "bytes_32_bit_replicated": 2 * 4 * 64 * 32 + 4 * (2 * 64 + 32),

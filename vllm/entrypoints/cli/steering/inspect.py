@@ -76,7 +76,7 @@ def ranks_of(site: SiteInfo, tp: int) -> Json:
         widths = (site.d_sae, site.d_in, site.out_width)
         found["auto"][name] = how(ranks.shards("auto", *widths))
     stores = Ranks(tp, 2, stores=True).shards("auto", *widths, site.has_skip)
-    found["auto"]["16_bit_gpu"] = how(stores)
+    found["auto"]["16_bit_peer_memory"] = how(stores)
     stored = found["can_shard"] and Ranks(tp, 2).encoded(site.d_sae, sharded=True)
     found["bytes_exchange"] = exchange_bytes(tp, site.out_width) if stored else 0
     return found
@@ -154,9 +154,11 @@ def show_ranks(ranks: Json, site: Json) -> None:
     text = f"on each of {ranks['tp']} ranks: {copied:.1f} MiB replicated"
     if ranks["can_shard"]:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
-        auto, on_gpus = (ranks["auto"][name] for name in ("16_bit", "16_bit_gpu"))
-        differ = f", on GPUs {on_gpus}" if on_gpus != auto else ""
-        text += f" (auto: {auto}{differ})"
+        auto, stored = (ranks["auto"][n] for n in ("16_bit", "16_bit_peer_memory"))
+        if auto == "shard":
+            only = " without VLLM_STEERING_PEER_MEMORY=1" if stored == auto else ""
+            auto += f", on GPUs{only} replicate"
+        text += f" (auto: {auto})"
     else:
         d_out = site["d_out"] or site["d_in"]
         text += (
