@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
 from vllm.config.steering_screening import screens
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
+from vllm.model_executor.layers.steering_kernels.branches import BRANCHES_ENV
 from vllm.model_executor.layers.steering_kernels.screen import SCREEN_TOKENS, ScreenCopy
 from vllm.model_executor.layers.steering_state import (
     ClampKind,
@@ -290,6 +292,7 @@ class Bench:
 def run(bench: Bench, quick: bool, baselines: bool, save: Callable[[], None]) -> None:
     """All cases; `quick` keeps the smallest shape and a few sizes. Baselines last."""
     bench.clamps()
+    os.environ.setdefault(BRANCHES_ENV, "1")
     for count in (4, 8):
         bench.several(SHAPES[0], count)
     shapes = SHAPES[:1] if quick else SHAPES

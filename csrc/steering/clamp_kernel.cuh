@@ -79,7 +79,9 @@ template <typename T, bool kTwo, bool kSource, typename Encoder = WholeEncoder>
 __device__ __forceinline__ bool resolve_clamps(
     const T* w_enc, const TokenStream<T, kTwo>& stream, const StagedRow& row,
     RowRing<T, T>& ring, const Encoder& encoder = {}) {
-  __shared__ float partial[2][kClampWarps * kClampGroup], norms[kClampWarps];
+  // Read in pairs.
+  __shared__ __align__(8) float partial[2][kClampWarps * kClampGroup];
+  __shared__ float norms[kClampWarps];
   __shared__ bool within;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned quad = lane & 3;

@@ -34,7 +34,10 @@ from vllm.entrypoints.steering import (
     replace_module,
     unregister_module,
 )
-from vllm.model_executor.layers.steering_kernels.branches import LEAST_MODULES
+from vllm.model_executor.layers.steering_kernels.branches import (
+    BRANCHES_ENV,
+    LEAST_MODULES,
+)
 
 TOKENS, TOLERANCE = 8, 1e-2
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 192}]
@@ -99,6 +102,7 @@ def test_a_captured_site_of_many_modules_runs_those_in_use(
 ) -> None:
     """None, one, and several of six, behind a conditional node of each graph."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    monkeypatch.setenv(BRANCHES_ENV, "1")
     kinds = ("jumprelu", "topk", "relu")
     saes = {
         kind: random_sae(96, models.HIDDEN, kind, at) for at, kind in enumerate(kinds)

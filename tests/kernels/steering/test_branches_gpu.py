@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -32,6 +33,7 @@ from vllm.model_executor.layers.steering_state import (  # noqa: E402
     StepState,
 )
 
+os.environ.setdefault(branches.BRANCHES_ENV, "1")
 CAN = not INTERPRETED and torch.cuda.is_available() and branches.can_branch(DEVICE)
 pytestmark = [
     pytest.mark.gpu,

@@ -82,7 +82,10 @@ def nothing_is_known() -> Iterator[None]:
     extension.kernels_for.cache_clear()
 
 
-TRITON = "Card (sm_{}): Triton; the CUDA extension has no machine code for sm_{}"
+TRITON = (
+    "Card (sm_{}): Triton; the CUDA extension is for sm_90, and "
+    "VLLM_STEERING_OTHER_GPUS=1 asks for what others have of it"
+)
 CLAMPS = (
     "Card (sm_{}): delta clamps and steering vectors in the CUDA extension, full "
     "reconstruction and reading in Triton"
@@ -92,12 +95,12 @@ CLAMPS = (
 @pytest.mark.parametrize(
     ("capability", "kernels", "said"),
     [
-        ((7, 5), Kernels.NONE, TRITON.format(75, 75)),
+        ((7, 5), Kernels.NONE, TRITON.format(75)),
         ((8, 0), Kernels.CLAMPS, CLAMPS.format(80)),
         ((8, 9), Kernels.CLAMPS, CLAMPS.format(89)),
         ((9, 0), Kernels.ALL, "Card (sm_90): the CUDA extension"),
         ((10, 0), Kernels.CLAMPS, CLAMPS.format(100)),
-        ((11, 0), Kernels.NONE, TRITON.format(110, 110)),
+        ((11, 0), Kernels.NONE, TRITON.format(110)),
         ((12, 0), Kernels.CLAMPS, CLAMPS.format(120)),
     ],
 )
@@ -108,17 +111,30 @@ def test_a_card_gets_the_kernels_that_run_on_it(
     said: str,
 ) -> None:
     Card(capability).install(monkeypatch)
+    monkeypatch.setenv(extension.OTHER_GPUS_ENV, "1")
     assert extension.kernels_for(CARD) is kernels
     assert extension.describe_kernels(CARD) == said
     assert extension.kernels_for(CPU) is Kernels.NONE
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_cards_run_triton_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    Card(capability).install(monkeypatch)
+    monkeypatch.delenv(extension.OTHER_GPUS_ENV, raising=False)
+    assert extension.kernels_for(CARD) is Kernels.NONE
+    major, minor = capability
+    assert extension.describe_kernels(CARD) == TRITON.format(f"{major}{minor}")
 
 
 def test_a_card_that_the_build_left_out_runs_triton(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Card((8, 0), compiled=False).install(monkeypatch)
+    monkeypatch.setenv(extension.OTHER_GPUS_ENV, "1")
     assert extension.kernels_for(CARD) is Kernels.NONE
-    assert extension.describe_kernels(CARD) == TRITON.format(80, 80)
+    assert extension.describe_kernels(CARD) == TRITON.format(80)
 
 
 @pytest.mark.parametrize(

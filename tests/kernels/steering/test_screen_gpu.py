@@ -21,8 +21,7 @@ from vllm.model_executor.layers.steering_kernels.screen import (
     STATE_MOST,
     ScreenCopy,
 )
-from vllm.model_executor.layers.steering_shards import Shard
-from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
+from vllm.model_executor.layers.steering_state import SAESlot
 
 CAN_SCREEN = (
     not INTERPRETED
@@ -178,29 +177,6 @@ def test_a_step_of_more_tokens_than_are_screened_leaves_the_state_alone() -> Non
     slot.weights.screen.state[STATE_MOST] = 8
     check(slot, make_stream("normal", 9, 576, BF16), torch.arange(9, device=DEVICE))
     assert slot.weights.screen.state.tolist() == [0, 0, 0, 8]
-
-
-@pytest.mark.parametrize("tokens", [3, 40])
-def test_a_rank_screens_its_own_features(tokens: int) -> None:
-    """The lists are the part of the whole SAE's that the rank holds, bit for bit."""
-    features, width = 2 * 10_240, 1000
-    whole = make_slot(features, width, Activation.JUMPRELU, l0=30, dtype=BF16)
-    weights = SAEWeights(features, width, BF16, DEVICE, shard=Shard(1, 2))
-    for name in ("W_enc", "b_enc", "threshold"):
-        getattr(weights, name).copy_(getattr(whole.weights, name)[weights.own])
-    weights.meta.copy_(whole.weights.meta)
-    own = SAESlot(weights, 9, 8, frozenset({Activation.JUMPRELU}))
-    weights.screen = screened(own)
-    for slot in (whole, own):
-        set_row(slot.full, 1, [])
-    x = make_stream("normal", tokens, width, BF16)
-    steered = torch.arange(tokens, device=DEVICE)
-    check(own, x, steered)
-    want, found = encode(whole, x, steered), encode(own, x, steered)
-    for (_, ours), (_, all_of_it) in zip(found.tokens, want.tokens, strict=True):
-        assert ours is not None and all_of_it is not None
-        assert torch.equal(ours, all_of_it[all_of_it >> 32 >= weights.own.start])
-        assert 0 < len(ours) < len(all_of_it)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 64, 130])

@@ -8,6 +8,7 @@ So modules that a step does not use cost one small kernel together, not their la
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
 from .extension import Kernels, cuda_ops, kernels_for
 
+BRANCHES_ENV = "VLLM_STEERING_BRANCHES"
 # At a site. A body costs 12 us more than its launches; an idle module costs 4 without.
 LEAST_MODULES = 6
 MOST_MODULES = 16
@@ -67,7 +69,9 @@ def fits(slots: Sequence[SAESlot]) -> bool:
 
 
 def can_branch(device: torch.device) -> bool:
-    """Whether the driver has conditional nodes with several bodies (CUDA 12.8)."""
-    if Kernels.STAGES not in kernels_for(device):
+    """Whether it is asked for (`BRANCHES_ENV=1`), and the driver has conditional nodes
+    with several bodies (CUDA 12.8)."""
+    asked = os.environ.get(BRANCHES_ENV) == "1"
+    if not asked or Kernels.STAGES not in kernels_for(device):
         return False
     return bool(cuda_ops().has_branches(torch.empty(0, device=device)))

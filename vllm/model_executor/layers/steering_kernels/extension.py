@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 HOPPER = (9, 0)
 # The major compute capabilities that CMakeLists.txt compiles the clamp kernel for,
-# besides Hopper's.
+# besides Hopper's. It has not run on them, so it runs there only if this is 1.
 CLAMP_MAJORS = (8, 10, 12)
+OTHER_GPUS_ENV = "VLLM_STEERING_OTHER_GPUS"
 
 
 class Kernels(enum.Flag):
@@ -63,7 +64,8 @@ def kernels_for(device: torch.device) -> Kernels:
     capability = torch.cuda.get_device_capability(device)
     if capability == HOPPER:
         return Kernels.ALL
-    if capability[0] not in CLAMP_MAJORS:
+    asked = os.environ.get(OTHER_GPUS_ENV) == "1"
+    if not asked or capability[0] not in CLAMP_MAJORS:
         return Kernels.NONE
     # A build may leave targets out.
     with torch.cuda.device(device):
@@ -85,7 +87,7 @@ def describe_kernels(device: torch.device) -> str:
         )
     why = "is not built"
     if extension_is_built():
-        why = f"has no machine code for sm_{major}{minor}"
+        why = f"is for sm_90, and {OTHER_GPUS_ENV}=1 asks for what others have of it"
     elif os.environ.get("VLLM_STEERING_NO_CUDA") == "1":
         why = "is turned off by VLLM_STEERING_NO_CUDA=1"
     return f"{name}: Triton; the CUDA extension {why}"
