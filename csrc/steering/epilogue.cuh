@@ -146,21 +146,47 @@ __device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
   }
 }
 
+// The bars of a tile's tokens, spread over a warp: lane l has those of tokens
+// l, l + 32, ...
+struct TileBars {
+  float at[8];
+};
+
+// `bars` has entries for whole tiles of the widest kind.
+template <int N>
+__device__ __forceinline__ TileBars load_bars(const float* bars, int t0) {
+  TileBars b = {};
+#pragma unroll
+  for (int j = 0; j < (N + 31) / 32; ++j)
+    b.at[j] = bars[t0 + (threadIdx.x & 31) + 32 * j];
+  return b;
+}
+
 // Notes the hits among accumulators [From, From + kPart); `where` holds the
 // lane's first token in the high bits, its first feature in the low eight. With
-// kBars a hit is a score that is not below its token's bar.
+// kBars a hit is a score that is not below its token's bar, which another lane
+// of the warp may hold.
 template <bool kBars, int From, int R>
 __device__ __forceinline__ void note_hits(const float (&p)[R],
                                           const LaneFeatures& l, uint32_t where,
-                                          const float* bars, uint2*& next) {
+                                          const TileBars& bars, uint2*& next) {
   if constexpr (From < R) {
     constexpr int kTo = From + kPart < R ? From + kPart : R;
+    float bar[kPart / 2] = {};
+    if constexpr (kBars) {
+#pragma unroll
+      for (int c = 0; c < kPart / 2; ++c) {
+        const int token = From / 4 * 8 + c / 2 * 8 + (c & 1);
+        bar[c] = __shfl_sync(~0u, bars.at[token / 32],
+                             (token & 31) + (threadIdx.x & 3) * 2);
+      }
+    }
 #pragma unroll
     for (int i = From; i < kTo; ++i) {
       const float value = p[i] + (i & 2 ? l.bias.y : l.bias.x);
       bool hit;
       if constexpr (kBars)
-        hit = !(value < bars[i / 4 * 8 + (i & 1)]);
+        hit = !(value < bar[(i - From) / 4 * 2 + (i & 1)]);
       else
         hit = p[i] > (i & 2 ? l.cut.y : l.cut.x);
       if (hit) {
@@ -177,7 +203,7 @@ __device__ __forceinline__ void note_hits(const float (&p)[R],
 template <bool kBars, int R>
 __device__ __forceinline__ void note_part(int part, const float (&p)[R],
                                           const LaneFeatures& l, uint32_t where,
-                                          const float* bars, uint2*& next) {
+                                          const TileBars& bars, uint2*& next) {
 #define STEERING_PART(I)                                  \
   case I:                                                 \
     note_hits<kBars, I * kPart>(p, l, where, bars, next); \
@@ -210,12 +236,12 @@ template <bool kBars, int N, typename T, typename Place>
 __device__ __forceinline__ int emit_hits(const EncodeArgs<T>& a,
                                          const float (&p)[N / 2],
                                          const LaneFeatures& l, uint2* hits,
-                                         uint32_t where, Place at, bool keep) {
+                                         uint32_t where, Place at, bool keep,
+                                         const TileBars& bars = {}) {
   // A part covers two runs of eight tokens; parts past the last token are left.
   constexpr int kParts = (N / 2 + kPart - 1) / kPart;
   const int parts = min(kParts, (at.n - at.t0 + 15) / 16);
   uint2* next = hits;
-  const float* bars = kBars ? a.bars + at.t0 + (threadIdx.x & 3) * 2 : nullptr;
 #pragma unroll 1
   for (int part = 0; part < parts; ++part) {
     // Opaque, or every sum would be made ahead of the loop and kept in memory.

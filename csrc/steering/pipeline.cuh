@@ -250,6 +250,9 @@ __device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, Walk walk,
     if (real) walk.at(tile, f_tile, t_tile);
     const TilePlace at = {f_tile * kTileF, t_tile * N, n};
     const LaneFeatures l = load_features(a.weights, at.f0 + row);
+    TileBars bars = {};  // requested ahead of the product, which takes longer
+    if constexpr (kLeaves == Leaves::kCandidates)
+      bars = load_bars<N>(a.bars, at.t0);
     multiply<T, N, kPeers>(acc, m, real ? k_tiles : 0, it);
     // Not sooner: blocks of the decoder would crowd on the few idle
     // multiprocessors.
@@ -267,7 +270,7 @@ __device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, Walk walk,
     const bool keep = real && tile + walk.stride < walk.tiles();
     if (left > 0) barrier_wait(barrier_at(m.hits_empty, warp), (left - 1) & 1);
     const int own = emit_hits<kLeaves == Leaves::kCandidates, N>(
-        a, acc, l, hits, where, at, keep);
+        a, acc, l, hits, where, at, keep, bars);
     if (keep) {
       m.left[threadIdx.x] = own;
       __syncwarp();
