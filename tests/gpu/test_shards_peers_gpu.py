@@ -4,6 +4,7 @@ answers with the bits of copies, and those of Hugging Face in float32."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ OPTIONS = {
     "block_size": 16,
     "num_gpu_blocks_override": 130,  # fewer than 16 long requests need
     "gpu_memory_utilization": 0.1,
+    # Graphs alone: compiling takes most of a start, and test_shards_gpu.py compiles.
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+    },
 }
 TOLERANCE = 1e-2  # of a log-probability; a float16 engine is off by 2e-3
 
@@ -90,8 +97,9 @@ def test_gpus_that_share_saes_through_their_memory_agree(
     monkeypatch.setattr(matrix, "TIE", peer_engines.TIE)
     modules, steering = peer_engines.save(tmp_path), {"spare": [peer_engines.SPARE]}
     options = {**OPTIONS, "tensor_parallel_size": ranks}
-    family = peer_engines.FAMILY
+    family, began = peer_engines.FAMILY, time.monotonic()
     with engine(family, model_root, modules, steering, **options) as llm:
+        print(f"started in {time.monotonic() - began:.0f} s", flush=True)
         before = llm.collective_rpc(rounds_of)
         assert min(before) >= 0, "the ranks gather"
         with steps_of(llm) as steps:
