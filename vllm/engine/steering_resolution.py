@@ -210,13 +210,13 @@ def inspect_for_model(
         # A mistake at start-up should end in one line, without a traceback of causes.
         raise SteeringConfigError(str(error)) from None
     check_against_model(module, model_config)
+    ranks = ranks_of(vllm_config)
     if sharding == "shard":
-        check_shards(module, ranks_of(vllm_config))
-    if ranks_of(vllm_config).size > 1:
+        check_shards(module, ranks)
+    if ranks.size > 1:
         module = dataclasses.replace(module, sharding=sharding)
     if module.kind == "sae":
         module = dataclasses.replace(module, screening=screening)
-    ranks = ranks_of(vllm_config)
     for site in undivided(module, ranks):
         logger.warning(
             "Steering module %s: %s: every rank holds a copy, because %d features and "

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.steering_kernels.workspace import (
     uses_threshold,
     uses_topk,
 )
-from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_read_state import ReadBuffers, encoder_input
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
 from vllm.triton_utils import HAS_TRITON
 
@@ -108,7 +108,7 @@ def read_and_reconstruct(
     if reads is not None and kernel.reads_on_the_way(slot, hidden, residual):
         passage = kernel.Passage(Tier.FULL, reads)
     elif reads is not None:
-        read = (hidden, residual) if source is None else (source, None)
+        read = encoder_input(hidden, residual, source)
         launch(slot, step, workspace, *read)
     kernel.full_reconstruction(slot, step, workspace, hidden, residual, source, passage)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, Tier, site_name
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     POINT_LIMIT,
@@ -120,7 +121,7 @@ class SteeringBackend(Protocol):
         A backend that can encode once for both has its own.
         """
         if slot.reads is not None:
-            read = (hidden, residual) if source is None else (source, None)
+            read = encoder_input(hidden, residual, source)
             self.read_features(slot, *read)
         self.full_reconstruction(slot, hidden, residual, source)
 
@@ -137,7 +138,7 @@ class SteeringBackend(Protocol):
         before the first one edits; that one does both at once. A token's row of the
         full tier names one module, so the slots may run in any order.
         """
-        read = (hidden, residual) if source is None else (source, None)
+        read = encoder_input(hidden, residual, source)
         first, *others = slots
         for slot in others:
             if slot.reads is not None:

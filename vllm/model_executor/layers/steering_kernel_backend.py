@@ -22,6 +22,7 @@ from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
     write_flags,
 )
+from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
 logger = init_logger(__name__)
@@ -89,7 +90,7 @@ class KernelBackend(SteeringBackend):
         source: torch.Tensor | None = None,
     ) -> None:
         if not is_needed(slot.full, hidden):
-            read = (hidden, residual) if source is None else (source, None)
+            read = encoder_input(hidden, residual, source)
             return self.read_features(slot, *read)
         readout.read_and_reconstruct(
             slot, self.step, self.workspace, hidden, residual, source

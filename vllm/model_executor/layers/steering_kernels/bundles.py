@@ -104,18 +104,14 @@ def clamp_bundles(
 ) -> tuple[Tensors, Tensors]:
     """Step and weights of the delta tier of a threshold SAE."""
 
-    def make() -> tuple[Tensors, Tensors, Tensors]:
-        index = step.index[Tier.DELTA]
-        own = step_bundle(step, index, slot.delta, slot.saturated)
-        shared = not slot.weights.shard.is_whole
+    def make() -> tuple[Tensors, Tensors]:
+        peers = None if slot.weights.shard.is_whole else workspace.peers
         return (
-            own,
-            weights_bundle(slot.weights, workspace.peers if shared else None),
-            [],
+            step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
+            weights_bundle(slot.weights, peers),
         )
 
-    own, weights, _ = workspace.bundles.get((step, slot), make)
-    return own, weights
+    return workspace.clamp_bundles.get((step, slot), make)
 
 
 def reading_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:

@@ -10,7 +10,7 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.config.steering_json import Json
-from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_read_state import ReadBuffers, encoder_input
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
 
 from .peers import Peers
@@ -103,9 +103,7 @@ class Run:
     @property
     def read(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the encoder reads: the source of a transcoder, else the stream."""
-        if self.source is None:
-            return self.hidden, self.residual
-        return self.source, None
+        return encoder_input(self.hidden, self.residual, self.source)
 
     @property
     def index(self) -> torch.Tensor:

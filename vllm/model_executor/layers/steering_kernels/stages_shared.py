@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
     STREAM_LIMIT,
@@ -302,7 +303,7 @@ def clamp(
         "table_stride": table.packed.stride(0),
         "num_warps": 4 if row_d <= 1024 else 8,
     }
-    read = (hidden, residual) if source is None else (source, None)
+    read = encoder_input(hidden, residual, source)
     reads = {
         **stream_arguments(*read),
         "D": weights.d_in,

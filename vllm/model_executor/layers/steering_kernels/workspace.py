@@ -197,6 +197,7 @@ class SteeringWorkspace:
         self._views: Kept[tuple[SAESlot, int, bool, int | None], StageBuffers] = Kept()
         self._guesses: Kept[tuple[SAESlot, int], GuessBuffers] = Kept()
         self.bundles: Kept[Hashable, tuple[Tensors, Tensors, Tensors]] = Kept()
+        self.clamp_bundles: Kept[Hashable, tuple[Tensors, Tensors]] = Kept()
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
         for slot in slots:
