@@ -131,9 +131,45 @@ def test_an_ablation_has_the_effect_that_hooks_have(names: dict[str, Any]) -> No
     assert effect[feature] == pytest.approx(ablated - plain, abs=1e-4)
 
 
-def test_a_direction_of_ones_own_steers(names: dict[str, Any]) -> None:
-    said = [output.outputs[0].text for output in names["outputs"]]
-    assert len(said) == 3 and said[2] not in said[:2]
+@torch.no_grad()
+def greedy(names: dict[str, Any], ids: list[int], edits: dict[int, Edit]) -> list[int]:
+    """The 16 tokens that Hugging Face's model writes, edited after these layers."""
+    model = names["model"]
+    handles = [
+        model.model.layers[layer].register_forward_hook(
+            lambda _module, _args, output, edit=edit: edit(output, output)
+        )
+        for layer, edit in edits.items()
+    ]
+    try:
+        for _ in range(16):
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        return ids[-16:]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_direction_is_added_and_taken_out_as_by_hooks(names: dict[str, Any]) -> None:
+    v = names["direction"]
+    unit = v / v.norm()
+
+    def without(x: torch.Tensor, _f: torch.Tensor) -> torch.Tensor:
+        return x - (x @ unit)[..., None] * unit
+
+    hooks: dict[str, dict[int, Edit]] = {
+        "plain": {},
+        "with": {1: lambda x, _f: x + 1.5 * v},
+        "without": {1: without},
+        "without, at all layers": dict.fromkeys(range(4), without),
+    }
+    assert list(names["edits"]) == list(hooks)
+    said = {}
+    for output, (name, edits) in zip(names["outputs"], hooks.items(), strict=True):
+        said[name] = own = list(output.outputs[0].token_ids)
+        theirs = greedy(names, list(output.prompt_token_ids), edits)
+        assert len(own) > 4 and own == theirs[: len(own)], name
+    assert said["with"] != said["plain"]
 
 
 def test_an_sae_of_ones_own_fits_as_it_did_in_training(names: dict[str, Any]) -> None:
