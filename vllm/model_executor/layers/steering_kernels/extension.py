@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from vllm.config.steering_environment import OTHER_GPUS_ENV
+
 logger = logging.getLogger(__name__)
 
 HOPPER = (9, 0)
 # The major compute capabilities that CMakeLists.txt compiles the clamp kernel for,
 # besides Hopper's. It has not run on them, so it runs there only if this is 1.
 CLAMP_MAJORS = (8, 10, 12)
-OTHER_GPUS_ENV = "VLLM_STEERING_OTHER_GPUS"
 
 
 class Kernels(enum.Flag):
