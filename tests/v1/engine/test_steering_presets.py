@@ -46,6 +46,7 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 pytestmark = pytest.mark.engine
 
@@ -233,7 +234,7 @@ def test_a_bad_preset_is_refused_when_it_is_made(
 def selected(llm: LLM, **fields: Any) -> CompletionRequest:
     request = CompletionRequest(prompt="x", **fields)
     config = active_steering_config(llm.llm_engine.vllm_config)
-    select_preset(request, config, "base")
+    select_preset(request, config, ["base", "alias", "adapter"])
     check_request(request, config)
     return request
 
@@ -248,6 +249,21 @@ def test_a_model_that_is_a_preset_becomes_the_base_model(llm: LLM) -> None:
     assert selected(llm, model="bridge", temperature=0).temperature == 0
     plain = selected(llm, model="base")
     assert plain.to_sampling_params(16, {}).extra_args in (None, {})
+
+
+@pytest.mark.parametrize("name", ["alias", "adapter"])
+def test_a_model_of_the_server_is_no_preset_of_that_name(llm: LLM, name: str) -> None:
+    put_preset(llm, name, specs(*CALM))
+    try:
+        request = selected(llm, model=name)
+        assert request.model == name
+        assert request.to_sampling_params(16, {}).extra_args in (None, {})
+        chosen = selected(llm, model=name, steering_preset=name)
+        assert chosen.model == name
+        carried = chosen.to_sampling_params(16, {}).extra_args
+        assert carried == {"steering_preset": name}
+    finally:
+        delete_preset(llm, name)
 
 
 def test_a_null_preset_is_carried(llm: LLM) -> None:
@@ -266,6 +282,13 @@ def test_beam_search_under_a_default_is_refused(llm: LLM) -> None:
     with pytest.raises(VLLMValidationError, match="beam search"):
         selected(llm, use_beam_search=True)
     assert selected(llm, use_beam_search=True, steering_preset=None)
+
+
+def test_offline_beam_search_under_a_default_is_refused(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=2)
+    set_default_preset(llm, "calm")
+    with pytest.raises(VLLMValidationError, match="expected no default preset"):
+        llm.beam_search([{"prompt_token_ids": prompt(4, 9)}], params)
 
 
 def test_presets_are_listed_as_models(llm: LLM) -> None:
@@ -287,6 +310,13 @@ def test_presets_are_listed_as_models(llm: LLM) -> None:
     listed = asyncio.run(serving.show_available_models()).data
     assert [card.id for card in listed] == ["base", "bridge", "calm"]
     assert listed[1].parent == "base"
+    adapter = SimpleNamespace(lora_name="calm", path="y", base_model_name=None)
+    serving.lora_requests["calm"] = adapter  # type: ignore
+    listed = asyncio.run(serving.show_available_models()).data
+    assert [(card.id, card.root) for card in listed[1:]] == [
+        ("calm", "y"),
+        ("bridge", "base"),
+    ]
 
 
 def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:
