@@ -15,6 +15,7 @@ from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
+    KNOWN_VERSION,
     METHOD,
     UNFINISHED,
     ModuleReply,
@@ -86,6 +87,11 @@ class SteeringModulesService:
         additional = self.engine.vllm_config.additional_config
         return additional.get("steering") if isinstance(additional, dict) else None
 
+    @property
+    def _resolved(self) -> Json:
+        """The configuration of the engine that this process knows."""
+        return (self.steering or {}).get("resolved") or {}
+
     async def call(self, action: str, payload: Json) -> ModuleReply:
         """One action of the engine's registry.
 
@@ -94,7 +100,8 @@ class SteeringModulesService:
         """
         if self.steering is None:
             raise RequestRefused(409, "this server was started without steering")
-        (answer,) = await self.engine.collective_rpc(METHOD, args=(action, payload))
+        asked = {**payload, KNOWN_VERSION: self._resolved.get("version")}
+        (answer,) = await self.engine.collective_rpc(METHOD, args=(action, asked))
         reply = as_reply(answer)
         if reply.refused:
             status = HTTP_STATUS[reply.outcome]
@@ -121,7 +128,8 @@ class SteeringModulesService:
 
     async def config(self) -> SteeringConfig:
         """The engine's configuration as it is now."""
-        return SteeringConfig.from_json((await self._asked("list")).config or {})
+        reply = await self._asked("list")
+        return SteeringConfig.from_json(reply.config or self._resolved)
 
     async def list(self) -> Json:
         """Modules with memory and requests, free slots, rows and tokens."""
