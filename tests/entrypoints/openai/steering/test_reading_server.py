@@ -221,6 +221,29 @@ def test_what_a_preset_reads_is_in_the_answer(
         assert "prompt_sae_features" in json.dumps(events)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", COMPLETION),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", RESPONSES),
+    ],
+)
+def test_a_preset_that_does_not_read_adds_no_field(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    clamp = {"feature_idx": BRIDGE["feature"], "kind": "absolute", "value": 9.0}
+    spec = {"module_name": MODULE, "clamps": [clamp]}
+    preset, key = "/v1/steering/presets/plain", {"Authorization": f"Bearer {KEY}"}
+    made = http.put(preset, json={"sae_clamp_specs": [spec]}, headers=key)
+    assert made.status_code == 200
+    plain = {name: value for name, value in body.items() if name not in READ}
+    plain["model"] = "plain"
+    answers = [post(http, path, plain), *streamed(http, path, plain)]
+    assert "sae_features" not in json.dumps(answers)
+    assert http.delete(preset, headers=key).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_was_read_is_kept_if_the_preset_changes_meanwhile(
     http: httpx.Client, stream: bool

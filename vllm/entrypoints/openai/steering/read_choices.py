@@ -140,15 +140,21 @@ class LastResult:
 
 
 class ResponseReading:
-    """What one Responses API request has read, over all its turns."""
+    """What one Responses API request has read, over all its turns.
+
+    Attributes:
+        has_read: whether the request reads at all; its results tell.
+    """
 
     def __init__(self) -> None:
+        self.has_read = False
         self.features: list[ReadFeatures] = []
         self.prompt: list[ReadFeatures] = []
         self.fresh: list[ReadFeatures] = []
 
     def take(self, result: RequestOutput) -> None:
-        """Note a result: a delta, or a whole turn."""
+        """Note a result of a request that reads: a delta, or a whole turn."""
+        self.has_read = True
         if features := result.outputs[0].sae_features:
             self.features.append(features)
             self.fresh.append(features)
@@ -166,5 +172,6 @@ class ResponseReading:
             yield event
 
     def finish(self, response: object) -> None:
-        """Add all that was read to the response."""
-        put(response, merge_all(self.features), merge_all(self.prompt))
+        """Add all that was read to the response, if the request reads."""
+        if self.has_read:
+            put(response, merge_all(self.features), merge_all(self.prompt))
