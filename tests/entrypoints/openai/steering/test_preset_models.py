@@ -25,6 +25,8 @@ from vllm.entrypoints.openai.steering.presets import select_preset
 from vllm.entrypoints.openai.steering.request_checks import check_request
 from vllm.exceptions import VLLMValidationError
 
+plugin.install_front_end_seams()
+
 HINTS = {"temperature": 0.25, "max_tokens": 7}
 BRIDGE = {FULL: [{"module_name": "one"}], "sampling": HINTS}
 CALM = {DELTA: [{"module_name": "one", "clamps": [entry(9, value=3.0)]}]}
@@ -90,7 +92,6 @@ def test_beam_search_under_a_default_is_refused() -> None:
 
 
 def test_beams_opt_out_of_a_default_that_comes_while_they_run() -> None:
-    plugin.install_front_end_seams()
     from vllm.entrypoints.generate.beam_search import online
 
     params = online.SamplingParams(logprobs=4, max_tokens=1)
@@ -101,7 +102,6 @@ def test_beams_opt_out_of_a_default_that_comes_while_they_run() -> None:
 
 
 def test_presets_are_listed_as_models() -> None:
-    plugin.install_front_end_seams()
     config: Any = SimpleNamespace(
         additional_config={
             "steering": {"resolved": presets(b=BRIDGE, c=CALM).to_json()}
