@@ -16,14 +16,22 @@ from vllm.config.steering_environment import (
     DIRECTORY_ENV,
     IDLE_GRAPHS_ENV,
     KEY_ENV,
+    NO_CUDA_ENV,
     OTHER_GPUS_ENV,
     PEER_MEMORY_ENV,
 )
 from vllm.plugins.steering.seam import Stock, wrap
 
 MODULE = "vllm.platforms.interface"
-OPTIONS = (BRANCHES_ENV, IDLE_GRAPHS_ENV, OTHER_GPUS_ENV, PEER_MEMORY_ENV)
-KNOWN = (KEY_ENV, DIRECTORY_ENV, *OPTIONS)
+KNOWN = (
+    KEY_ENV,
+    DIRECTORY_ENV,
+    BRANCHES_ENV,
+    IDLE_GRAPHS_ENV,
+    NO_CUDA_ENV,
+    OTHER_GPUS_ENV,
+    PEER_MEMORY_ENV,
+)
 
 
 def install() -> None:
