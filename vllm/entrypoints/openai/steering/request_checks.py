@@ -15,7 +15,7 @@ from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
-from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+from vllm.entrypoints.openai.steering.read_choices import may_read
 from vllm.entrypoints.openai.steering.request_fields import (
     refuse_beam_search,
     refuse_misspelt_fields,
@@ -86,7 +86,7 @@ def check_prompts(
     Raises:
         VLLMValidationError: the answer would have too many values.
     """
-    if not asks_to_read(request, config):
+    if not may_read(request, config):
         return
     given = {**(dict(request).get("vllm_xargs") or {}), **steering_of(request)}
     steering = parse_steering_request(given, config)
