@@ -20,12 +20,10 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.cli.steering.fit import measure
 from vllm.entrypoints.steering import (
-    EncodedTexts,
     delete_preset,
     encode,
     evaluate,
     find_features,
-    finder,
     put_preset,
     set_default_preset,
 )
@@ -313,37 +311,6 @@ def test_the_bridge_feature_is_among_the_best(llm: LLM) -> None:
     assert FEATURE in [one.feature_idx for one in alone]
     assert alone[0].auroc is None
     json.dumps(found.to_json())
-
-
-def test_a_text_is_read_again_only_if_features_were_left_out(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    again: list[int] = []
-
-    def counted(*args: Any, **options: Any) -> EncodedTexts:
-        if options["features"] is not None:
-            again.append(len(args[2]))
-        return encode(*args, **options)
-
-    monkeypatch.setattr(finder, "encode", counted)
-    complete = find_features(llm, MODULE, ABOUT, OTHERS)
-    assert again == [0, 0]
-    monkeypatch.setattr(finder, "MAX_READ", 4)
-    exact = {one.feature_idx: one for one in find_features(llm, MODULE, ABOUT, OTHERS)}
-    assert again[2:] == [3, 3]
-    shared = [one for one in complete if one.feature_idx in exact]
-    assert len(shared) > 5
-    for one in shared:
-        other = exact[one.feature_idx]
-        assert other.frequency == one.frequency and other.auroc == one.auroc
-        assert other.mean_difference == pytest.approx(one.mean_difference, rel=1e-4)
-
-
-def test_examples_of_a_feature_are_different_contexts(llm: LLM) -> None:
-    alike = [f"the golden gate bridge {end} ." for end in ("spans", "sways", "in fog")]
-    (one,) = find_features(llm, MODULE, [*alike, ABOUT[2]], OTHERS, top=1)
-    contexts = [(example.before, example.token) for example in one.examples]
-    assert len(set(contexts)) == len(contexts)
 
 
 def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
