@@ -19,6 +19,11 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 
+# A compiled engine without Inductor, which takes most of the time to start.
+TRACED: dict[str, Any] = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
 FULL, DELTA, VECTORS = (
     "sae_full_reconstruction_specs",
     "sae_clamp_specs",
@@ -88,6 +93,7 @@ def engine_on(
         "enforce_eager": True,
         "additional_config": config,
     }
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     llm = LLM(str(checkpoint), **{**defaults, **options})
     try:
         yield llm
@@ -96,6 +102,10 @@ def engine_on(
         del llm
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
+        # vLLM's CPU worker replaces the function. Numba, which drafts by n-grams need,
+        # sets the threads of PyTorch too.
+        torch.set_num_threads = set_threads
+        set_threads(threads)
         gc.collect()
 
 
