@@ -10,6 +10,8 @@
      "max_specs": 64,
      "max_pieces": 8,
      "max_body_mib": 32,
+     "presets": {"name": "file" | {...}},
+     "default_preset": "name",
      "readout": True,
      "decoder_layer": "known" | "auto",
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
@@ -101,15 +103,17 @@ def limit_option(steering: Json, key: str, default: int, most: int) -> int:
 
 def check_module_roots(value: object) -> None:
     """Raise unless `module_roots` is a list of absolute directories and `hf:` paths."""
-    good = isinstance(value, (list, tuple)) and all(
-        type(root) is str and (root.startswith("hf:") or os.path.isabs(root))
-        for root in value
-    )
-    if not good:
+    accepted = 'absolute directories, "hf:", "hf:owner" or "hf:owner/repo"'
+    path = f"{ROOT}.module_roots"
+    if not isinstance(value, (list, tuple)):
         raise SteeringConfigError(
-            f"{ROOT}.module_roots: found {shown(value)}, expected a list of absolute "
-            'directories, "hf:", "hf:owner" or "hf:owner/repo"'
+            f"{path}: found {shown(value)}, expected a list of {accepted}"
         )
+    for at, root in enumerate(value):
+        if type(root) is not str or not (root.startswith("hf:") or os.path.isabs(root)):
+            raise SteeringConfigError(
+                f"{path}[{at}]: found {shown(root)}, expected one of {accepted}"
+            )
 
 
 def integer(path: str, value: object, low: int, high: int) -> int:
@@ -152,7 +156,8 @@ def module_form(name: object, given: object) -> tuple[str, Json]:
 
 def one_of(known: Sequence[str]) -> Callable[[object], str | None]:
     """Checks that a value is one of some words: what is accepted, or None."""
-    accepted = " or ".join(f'"{word}"' for word in known)
+    *first, last = (f'"{word}"' for word in known)
+    accepted = f"{', '.join(first)} or {last}"
     return lambda value: None if value in known else accepted
 
 

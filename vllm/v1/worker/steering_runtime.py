@@ -26,6 +26,7 @@ from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstruction
 from vllm.v1.worker.steering_build import build_site_modules
 from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
+from vllm.v1.worker.steering_idle_graphs import IdleGraphs
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_readout import SteeringReadout
@@ -43,6 +44,7 @@ class SteeringRuntime:
         model: the loaded model; its layers get the sites attached.
         shape: of the worker's buffers.
         sends_output: whether this rank's output goes to the scheduler.
+        has_idle_graphs: whether CUDA graphs get twins for steps without steering.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SteeringRuntime:
         model: nn.Module,
         shape: SteeringShape,
         sends_output: bool,
+        has_idle_graphs: bool = False,
     ):
         self.config = config.for_workers()
         num_rows = shape.num_rows
@@ -70,6 +73,8 @@ class SteeringRuntime:
         self._editing: set[str] = set()
         # Of these, prompts with positions that have no token id.
         self._embedded: dict[str, np.ndarray] = {}
+        # Requests whose plan this rank could not follow; other ranks may steer them.
+        self._lost: set[str] = set()
         self._step_index = StepIndex(len(Tier))
         self._index_host: np.ndarray = np.zeros(
             (len(Tier), shape.max_tokens), dtype=np.int32
@@ -81,6 +86,9 @@ class SteeringRuntime:
         self.counts = TokenCounts(num_rows)
         # Whether rows were taken, written or given back since the tables were marked.
         self._marks_are_old = True
+        self.idle_graphs: IdleGraphs | None = None
+        if has_idle_graphs:
+            self.idle_graphs = IdleGraphs(self.step, lambda: self.is_idle)
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
 
@@ -88,6 +96,15 @@ class SteeringRuntime:
     def parked(self) -> list[str]:
         """Steered requests that hold no rows: preempted, or not in the batch."""
         return [req_id for req_id in self._plans if req_id not in self._rows]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no token of the prepared step is edited or read.
+
+        It follows from what the scheduler sends, so that all ranks of a tensor-parallel
+        group agree: those that share SAEs run the same exchanges.
+        """
+        return not (self._written_tokens or self.step.reading or self._lost)
 
     @property
     def holding(self) -> list[str]:
@@ -123,6 +140,7 @@ class SteeringRuntime:
             # a defect of ours, not a client's error, and the worker must survive it.
             text = "Steering: request %s names a module that is not here"
             logger.error(text, shown(req_id))
+            self._lost.add(req_id)
             return None
         return plan
 
@@ -161,6 +179,7 @@ class SteeringRuntime:
         self.park_request(req_id)
         self._plans.pop(req_id, None)
         self._embedded.pop(req_id, None)
+        self._lost.discard(req_id)
 
     def prepare_step(self, view: BatchView) -> None:
         """Write the index, the rows and the bypass flags of a step before its forward.
