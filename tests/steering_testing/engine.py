@@ -19,6 +19,8 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 
+# vLLM's CPU worker replaces this function by one that does nothing.
+SET_THREADS = torch.set_num_threads
 # A compiled engine without Inductor, which takes most of the time to start.
 TRACED: dict[str, Any] = {
     "enforce_eager": False,
@@ -93,7 +95,7 @@ def engine_on(
         "enforce_eager": True,
         "additional_config": config,
     }
-    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    threads = torch.get_num_threads()
     llm = LLM(str(checkpoint), **{**defaults, **options})
     try:
         yield llm
@@ -102,10 +104,9 @@ def engine_on(
         del llm
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
-        # vLLM's CPU worker replaces the function. Numba, which drafts by n-grams need,
-        # sets the threads of PyTorch too.
-        torch.set_num_threads = set_threads
-        set_threads(threads)
+        # Numba, which drafts by n-grams need, sets the threads of PyTorch too.
+        torch.set_num_threads = SET_THREADS
+        SET_THREADS(threads)
         gc.collect()
 
 
