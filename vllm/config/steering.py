@@ -29,6 +29,7 @@ from vllm.config.steering_screening import DEFAULT_SCREENING, Screening
 from vllm.config.steering_sharding import Ranks, Sharding
 
 __all__ = [
+    "DEFAULT_MAX_ANSWER_VALUES",
     "DEFAULT_MAX_CLAMPS",
     "DEFAULT_MAX_PIECES",
     "DEFAULT_MAX_SPECS",
@@ -297,6 +298,7 @@ class ModuleInfo:
 DEFAULT_MAX_CLAMPS = 64
 DEFAULT_MAX_SPECS = 64
 DEFAULT_MAX_PIECES = 8
+DEFAULT_MAX_ANSWER_VALUES = 1 << 20  # about 25 MB of JSON
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,7 @@ class SteeringConfig:
     `version` counts the changes since start-up. `readout`: whether requests may read
     features, of layers from `first_read_layer` on (the last pipeline stage).
     `max_pieces` bounds the pieces of a request's schedule; tables have a row for each.
+    `max_answer_values` bounds the values that one answer holds of what was read.
     `decoder_layer`: "known" for classes of the table alone, "auto" to try others.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
     requests that choose none. `inline_sites` are those at which requests may bring
@@ -326,6 +329,7 @@ class SteeringConfig:
     readout: bool = True
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
+    max_answer_values: int = DEFAULT_MAX_ANSWER_VALUES
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
     decoder_layer: DecoderLayers = "known"
@@ -350,6 +354,7 @@ class SteeringConfig:
             "version": self.version,
             "max_specs": self.max_specs,
             "max_pieces": self.max_pieces,
+            "max_answer_values": self.max_answer_values,
             "presets": self.presets,
             "default_preset": self.default_preset,
             "inline_sites": [site.to_json() for site in self.inline_sites],
@@ -362,28 +367,17 @@ class SteeringConfig:
     @classmethod
     def from_json(cls, data: JsonView) -> SteeringConfig:
         """Rebuild what `to_json` wrote."""
-        modules = [ModuleInfo.from_json(module) for module in data["modules"]]
-        slots = tuple(
-            slot and SlotInfo.from_json(slot) for slot in data.get("slots", ())
+        fields = dict(data)
+        modules = [ModuleInfo.from_json(module) for module in fields.pop("modules")]
+        fields["slots"] = tuple(
+            slot and SlotInfo.from_json(slot) for slot in fields.get("slots", ())
         )
-        return cls(
-            {m.name: m for m in modules},
-            data["max_clamps"],
-            slots,
-            frozenset(data.get("draining", ())),
-            version=data.get("version", 0),
-            max_specs=data.get("max_specs", DEFAULT_MAX_SPECS),
-            readout=data.get("readout", True),
-            first_read_layer=data.get("first_read_layer", 0),
-            max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
-            presets=data.get("presets", {}),
-            default_preset=data.get("default_preset"),
-            decoder_layer=data.get("decoder_layer", "known"),
-            inline_sites=tuple(
-                InlineSite.from_json(site) for site in data.get("inline_sites", ())
-            ),
-            ranks=Ranks.from_json(data.get("ranks", {})),
+        fields["draining"] = frozenset(fields.get("draining", ()))
+        fields["inline_sites"] = tuple(
+            InlineSite.from_json(site) for site in fields.get("inline_sites", ())
         )
+        fields["ranks"] = Ranks.from_json(fields.get("ranks", {}))
+        return cls({module.name: module for module in modules}, **fields)
 
 
 def get_steering_config(additional_config: object) -> SteeringConfig | None:

@@ -10,6 +10,7 @@
      "max_specs": 64,
      "max_pieces": 8,
      "max_body_mib": 32,
+     "max_answer_values": 1048576,
      "readout": True,
      "decoder_layer": "known" | "auto",
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
@@ -34,6 +35,10 @@ import torch
 
 from vllm.config.sae_inline_vectors import INLINE_PREFIX
 from vllm.config.steering import (
+    DEFAULT_MAX_ANSWER_VALUES,
+    DEFAULT_MAX_CLAMPS,
+    DEFAULT_MAX_PIECES,
+    DEFAULT_MAX_SPECS,
     HOOK_ALIASES,
     HOOK_NAMES,
     DecoderLayers,
@@ -62,6 +67,7 @@ TOP_FIELDS = (
     "max_specs",
     "max_pieces",
     "max_body_mib",
+    "max_answer_values",
     "presets",
     "default_preset",
     "readout",
@@ -78,11 +84,14 @@ SPARE_FIELDS = (
     "layer", "hook", "hook_out", "skip", "width", "count", "vectors", "sharding",
     "screening",
 )  # fmt: skip
-MAX_CLAMPS_LIMIT = 4096
-MAX_SPECS_LIMIT = 4096
-MAX_PIECES_LIMIT = 64
-DEFAULT_MAX_BODY_MIB = 32
-MAX_BODY_MIB_LIMIT = 65536
+# Of each option that is a limit: its default, and the least and most it may be.
+LIMITS = {
+    "max_clamps": (DEFAULT_MAX_CLAMPS, 1, 4096),
+    "max_specs": (DEFAULT_MAX_SPECS, 1, 4096),
+    "max_pieces": (DEFAULT_MAX_PIECES, 2, 64),  # at least prompt and answer
+    "max_body_mib": (32, 1, 65536),
+    "max_answer_values": (DEFAULT_MAX_ANSWER_VALUES, 1, 1 << 30),
+}
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
 MAX_INLINE_VECTORS = 64
@@ -136,8 +145,9 @@ def object_option(
     return value
 
 
-def limit_option(steering: Json, key: str, default: int, most: int) -> int:
-    least = 2 if key == "max_pieces" else 1  # prompt and answer
+def limit_option(steering: Json, key: str) -> int:
+    """The value of an option of `LIMITS`."""
+    default, least, most = LIMITS[key]
     return _integer(f"{ROOT}.{key}", steering.get(key, default), least, most)
 
 

@@ -17,9 +17,6 @@ import torch
 
 import vllm.envs as envs
 from vllm.config.steering import (
-    DEFAULT_MAX_CLAMPS,
-    DEFAULT_MAX_PIECES,
-    DEFAULT_MAX_SPECS,
     ModuleInfo,
     Ranks,
     SteeringConfig,
@@ -36,11 +33,7 @@ from vllm.engine.steering_kv_connectors import (
 )
 from vllm.engine.steering_layouts import refuse_layouts
 from vllm.engine.steering_options import (
-    DEFAULT_MAX_BODY_MIB,
-    MAX_BODY_MIB_LIMIT,
-    MAX_CLAMPS_LIMIT,
-    MAX_PIECES_LIMIT,
-    MAX_SPECS_LIMIT,
+    LIMITS,
     ROOT,
     TOP_FIELDS,
     check_dtype,
@@ -88,14 +81,7 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
     refuse_unsupported_features(vllm_config)
     if "resolved" in steering:
         return
-    max_clamps = limit_option(
-        steering, "max_clamps", DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT
-    )
-    max_pieces = limit_option(
-        steering, "max_pieces", DEFAULT_MAX_PIECES, MAX_PIECES_LIMIT
-    )
-    max_specs = limit_option(steering, "max_specs", DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT)
-    limit_option(steering, "max_body_mib", DEFAULT_MAX_BODY_MIB, MAX_BODY_MIB_LIMIT)
+    limits = {key: limit_option(steering, key) for key in LIMITS}
     modules: dict[str, ModuleInfo] = {}
     for name, given in object_option(
         f"{ROOT}.modules", steering.get("modules", {})
@@ -122,9 +108,10 @@ def resolve_steering(vllm_config: VllmConfig) -> None:
     config = start_up_slots(
         SteeringConfig(
             modules,
-            max_clamps,
-            max_specs=max_specs,
-            max_pieces=max_pieces,
+            limits["max_clamps"],
+            max_specs=limits["max_specs"],
+            max_pieces=limits["max_pieces"],
+            max_answer_values=limits["max_answer_values"],
             readout=readout_option(steering.get("readout", True)),
             first_read_layer=first_read_layer(vllm_config),
             decoder_layer=decoder_layer_option(steering.get("decoder_layer", "known")),

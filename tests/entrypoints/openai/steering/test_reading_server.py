@@ -25,6 +25,8 @@ MODULE = "golden-gate"
 PROMPTS = ["The chef stirs the tomato soup.", "The bridge over the bay"]
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 8
+# That one answer of the server may hold.
+VALUES = 201 * 64
 READ = {"sae_readout_specs": [{"module_name": MODULE, "top_k": 4}]}
 COMPLETION = {
     "model": MODEL_NAME,
@@ -82,7 +84,9 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     preset.write_text(json.dumps(READ))
     modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
     presets = ("--steering-presets", f"reader={preset}")
-    options = (*modules, *presets, "--enable-scale-out")
+    config = {"steering": {"max_answer_values": VALUES}}
+    limit = ("--additional-config", json.dumps(config))
+    options = (*modules, *presets, *limit, "--enable-scale-out")
     with api_server(EXAMPLE / "model", log, *options) as server:
         yield from client_of(server)
 
@@ -217,33 +221,75 @@ def test_what_a_preset_reads_is_in_the_answer(
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
-        ("/v1/completions", {**COMPLETION, "prompt": [[5] * 250] * 66}, "prompt"),
+        ("/v1/completions", {**COMPLETION, "prompt": [[5] * 240]}, "prompt"),
         (
             "/v1/completions",
-            {**COMPLETION, "prompt": [[5] * 250] * 66, "stream": True},
+            {**COMPLETION, "prompt": [[5] * 240], "stream": True},
             "prompt",
         ),
         (
             "/v1/chat/completions/batch",
-            {**CHAT, "messages": [[{"role": "user", "content": "a " * 200}]] * 99},
+            {**CHAT, "messages": [[{"role": "user", "content": "a " * 100}]] * 3},
             "messages",
         ),
+        ("/v1/responses", {**RESPONSES, "input": "a " * 205}, "input"),
     ],
 )
-def test_an_answer_with_too_many_values_is_refused_before_it_is_made(
+def test_an_answer_with_too_many_values_of_prompts_is_refused(
     http: httpx.Client, path: str, body: dict[str, Any], field: str
 ) -> None:
     spec = {**READ["sae_readout_specs"][0], "top_k": 64}
-    answer = http.post(path, json={**body, "sae_readout_specs": [spec]})
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == field
-    assert error["message"].startswith(f"{field}: found ")
-    assert "expected at most 1048576" in error["message"]
+    refused(http, path, {**body, "sae_readout_specs": [spec]}, field)
     # Reading only what is generated holds nothing of the prompts.
     decode = {**spec, "phase": "decode"}
     few = {**body, "sae_readout_specs": [decode], "max_tokens": 1}
     assert http.post(path, json=few).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "most"),
+    [
+        # The prompts have one token each.
+        ("/v1/completions", {**COMPLETION, "prompt": [[5]] * 2, "n": 4}, "", 25),
+        ("/v1/completions", {**COMPLETION, "prompt": [[5]], "echo": True}, "", 201),
+        ("/v1/chat/completions", {**CHAT, "n": 2}, "", 100),
+        ("/v1/chat/completions", CHAT, "max_completion_tokens", 201),
+        ("/v1/chat/completions/batch", {**CHAT, "messages": [MESSAGES] * 2}, "", 100),
+        ("/v1/responses", RESPONSES, "max_output_tokens", 201),
+    ],
+)
+def test_an_answer_that_may_hold_too_many_generated_values_is_refused(
+    http: httpx.Client, path: str, body: dict[str, Any], field: str, most: int
+) -> None:
+    """The server allows 201 tokens of 64 values, over all prompts and choices."""
+    field = field or "max_tokens"
+    # Every choice ends with its first token.
+    stop = [{"feature_idx": BRIDGE["feature"], "above": -1.0}]
+    spec = {"module_name": MODULE, "top_k": 63, "phase": "decode", "stop_if": stop}
+    body = {**body, "sae_readout_specs": [spec]}
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        body.pop(name, None)
+    refused(http, path, {**body, field: most + 1}, field)
+    assert http.post(path, json={**body, field: most}).status_code == 200
+    # Without the field, a choice may fill the model's length.
+    named = "max_tokens" if field == "max_completion_tokens" else field
+    refused(http, path, body, named)
+    streams = {**body, field: most + 1, "stream": True}
+    if path == "/v1/responses":
+        # The last event has all that was read.
+        refused(http, path, streams, field)
+    elif not path.endswith("batch"):
+        assert http.post(path, json=streams).status_code == 200
+
+
+def refused(http: httpx.Client, path: str, body: dict[str, Any], field: str) -> None:
+    """The request has a field that may lead to too many values."""
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field}: found ")
+    assert str(VALUES) in error["message"]
 
 
 def test_a_feature_ends_a_stream(http: httpx.Client) -> None:
