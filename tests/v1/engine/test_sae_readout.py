@@ -342,8 +342,13 @@ def test_a_result_that_is_held_until_it_ends_has_a_largest_size(llm: LLM) -> Non
     engine = llm.llm_engine
 
     def admit(n: int, max_tokens: int | None, kind: RequestOutputKind) -> None:
-        params = ask(sae_readout_specs=specs)
-        params.n, params.max_tokens, params.output_kind = n, max_tokens, kind
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            detokenize=False,
+            output_kind=kind,
+            extra_args={"sae_readout_specs": specs},
+        )
         prompt = {"prompt_token_ids": PROMPTS[0]}
         try:
             engine.add_request("held", prompt, params)

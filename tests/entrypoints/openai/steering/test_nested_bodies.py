@@ -48,7 +48,8 @@ def http(is_on: list[bool]) -> Iterator[TestClient]:
         raise HTTPException(409, "of the route")
 
     refuse_nested_bodies(app, lambda: is_on[0])
-    with TestClient(app, raise_server_exceptions=False) as client:
+    headers = {"Content-Type": "application/json"}
+    with TestClient(app, raise_server_exceptions=False, headers=headers) as client:
         yield client
 
 

@@ -35,6 +35,7 @@ COMPLETION = {
     "temperature": 0,
     **READ,
 }
+SAMPLED = {**COMPLETION, "temperature": 1}
 CHAT = {
     "model": MODEL_NAME,
     "messages": MESSAGES,
@@ -250,9 +251,9 @@ def test_an_answer_with_too_many_values_of_prompts_is_refused(
     ("path", "body", "field", "most"),
     [
         # The prompts have one token each.
-        ("/v1/completions", {**COMPLETION, "prompt": [[5]] * 2, "n": 4}, "", 25),
+        ("/v1/completions", {**SAMPLED, "prompt": [[5]] * 2, "n": 4}, "", 25),
         ("/v1/completions", {**COMPLETION, "prompt": [[5]], "echo": True}, "", 201),
-        ("/v1/chat/completions", {**CHAT, "n": 2}, "", 100),
+        ("/v1/chat/completions", {**CHAT, "temperature": 1, "n": 2}, "", 100),
         ("/v1/chat/completions", CHAT, "max_completion_tokens", 201),
         ("/v1/chat/completions/batch", {**CHAT, "messages": [MESSAGES] * 2}, "", 100),
         ("/v1/responses", RESPONSES, "max_output_tokens", 201),
@@ -271,9 +272,9 @@ def test_an_answer_that_may_hold_too_many_generated_values_is_refused(
         body.pop(name, None)
     refused(http, path, {**body, field: most + 1}, field)
     assert http.post(path, json={**body, field: most}).status_code == 200
-    # Without the field, a choice may fill the model's length.
+    # Without a number, a choice may fill the model's length.
     named = "max_tokens" if field == "max_completion_tokens" else field
-    refused(http, path, body, named)
+    refused(http, path, {**body, named: None}, named)
     streams = {**body, field: most + 1, "stream": True}
     if path == "/v1/responses":
         # The last event has all that was read.

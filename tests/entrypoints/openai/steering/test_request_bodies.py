@@ -16,6 +16,9 @@ from vllm.exceptions import VLLMValidationError
 
 plugin.install_front_end_seams()
 
+from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
+    BatchChatCompletionRequest,
+)
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.steering import (  # noqa: E402
     request_checks,
@@ -62,7 +65,7 @@ def test_a_large_body_is_checked_while_others_are_answered(
     assert asyncio.run(run()) == {"others answered": large}
 
 
-@pytest.mark.parametrize("padding", [0, 1 << 20])
+@pytest.mark.parametrize("padding", [1, 1 << 20])
 def test_both_checks_of_a_body_are_made_whatever_its_size(padding: int) -> None:
     spec = {"module_name": "a", "clamps": [{"feature_idx": 1, "kind": "absolute"}]}
     fields = {"prompt": "a" * padding, "sae_clamp_specs": [spec]}
@@ -77,6 +80,20 @@ def test_both_checks_of_a_body_are_made_whatever_its_size(padding: int) -> None:
     )
     with pytest.raises(VLLMValidationError, match="sae_clamp_specs: is given twice"):
         asyncio.run(request_checks.checked_request(request, CONFIG, sent))
+
+
+@pytest.mark.parametrize("value", [[], {"extra_args": {}}, "a", 1])
+def test_an_unknown_field_of_a_raw_request_is_vllms_to_drop(value: object) -> None:
+    request = CompletionRequest(prompt="a", sampling_params=value)
+    assert request_checks.check_request(request, CONFIG) == {}
+
+
+def test_vllm_xargs_of_a_batch_is_an_object() -> None:
+    fields = {"messages": [[{"role": "user", "content": "a"}]], "vllm_xargs": [1]}
+    request = BatchChatCompletionRequest.model_validate(fields)
+    with pytest.raises(VLLMValidationError, match="vllm_xargs: found a list") as caught:
+        request_checks.check_request(request, CONFIG)
+    assert caught.value.parameter == "vllm_xargs"
 
 
 SPEC = b'{"module_name": "a", "clamps": [{"feature_idx": %s}]%s}'

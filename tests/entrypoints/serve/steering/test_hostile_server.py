@@ -126,7 +126,7 @@ def test_bodies_that_end_in_the_middle_are_no_errors(server: Server) -> None:
         ("PUT", "/v1/steering/presets/x"),
     ],
 )
-@pytest.mark.parametrize("depth", [980, 200_000])
+@pytest.mark.parametrize("depth", [980, 100_000])
 def test_nested_bodies_are_refused_on_every_route(
     http: httpx.Client, method: str, path: str, depth: int
 ) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import FastAPI, HTTPException
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -31,8 +31,7 @@ def refuse_nested_bodies(app: FastAPI, is_on: Callable[[], bool]) -> None:
         app: the server.
         is_on: False: the error is vLLM's to answer.
     """
-    handlers = app.exception_handlers
-    stock = handlers.get(HTTPException) or handlers[StarletteHTTPException]
+    stock = app.exception_handlers[HTTPException]
 
     async def of_route(request: Request, error: Exception) -> Response:
         if not is_on():

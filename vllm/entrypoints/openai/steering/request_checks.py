@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from types import NoneType
+from typing import NamedTuple
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -19,7 +20,7 @@ from vllm.config.sae_steering_admission import refuse_reserved_key
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_checks import refusal
+from vllm.config.steering_checks import bad, refusal
 from vllm.config.steering_json import Json
 from vllm.entrypoints.openai.steering.request_fields import (
     refuse_ambiguous_body,
@@ -27,9 +28,7 @@ from vllm.entrypoints.openai.steering.request_fields import (
     refuse_misspelt_fields,
     steering_of,
 )
-
-if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams
 
 # In bytes. Checking a smaller one takes at most a few milliseconds.
 LARGE_BODY = 32 << 10
@@ -47,11 +46,14 @@ def check_request(request: BaseModel, config: SteeringConfig | None) -> Json:
     """
     refuse_misspelt_fields(request)
     fields = dict(request)
-    params: SamplingParams | None = fields.get("sampling_params")
+    params = fields.get("sampling_params")  # of a raw request, or an unknown field
     extra_args = fields.get("vllm_xargs")
-    if params is not None:
+    if isinstance(params, SamplingParams):
         extra_args = params.extra_args
         refuse_reading(extra_args)
+    elif not isinstance(extra_args, (Mapping, NoneType)):
+        # The batch route has no type for it.
+        raise bad("vllm_xargs", extra_args, "null or an object")
     refuse_reserved_key(extra_args)
     given = {**(extra_args or {}), **steering_of(request)}
     steering = parse_steering_request(given, config)
