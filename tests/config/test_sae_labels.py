@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vllm.config.sae_labels import labels_of, load_labels, search
+from vllm.config.sae_labels import LabelIndex, labels_of, load_labels
 
 ENTRIES = [
     {"modelId": "m", "layer": "20-res", "index": "5", "description": " the\nbridge "},
@@ -56,9 +58,31 @@ def test_what_is_no_label_is_refused_by_its_place(
 
 
 def test_a_search_wants_every_word() -> None:
-    assert search(EXPECTED, "BRIDGE", 9) == list(EXPECTED.items())
-    assert search(EXPECTED, "night bridge", 9) == [(7, "a Bridge at night")]
-    assert search(EXPECTED, "", 1) == [(5, "the bridge")]
+    index = LabelIndex(EXPECTED)
+    assert index.search("BRIDGE", 9) == list(EXPECTED.items())
+    assert index.search("night bridge", 9) == [(7, "a Bridge at night")]
+    assert index.search("", 1) == [(5, "the bridge")]
+    assert LabelIndex({}).search("a", 1) == []
+
+
+WORDS = st.text(st.sampled_from("abİ \u1e9e"), max_size=4).map(" ".join)
+
+
+@given(
+    labels=st.dictionaries(st.integers(0, 9), WORDS.map(str.strip), max_size=6),
+    query=WORDS,
+    limit=st.integers(1, 3),
+)
+def test_a_search_finds_what_a_loop_over_all_labels_finds(
+    labels: dict[int, str], query: str, limit: int
+) -> None:
+    words = query.lower().split()
+    every = [
+        (feature, label)
+        for feature, label in sorted(labels.items())
+        if all(word in label.lower() for word in words)
+    ]
+    assert LabelIndex(labels).search(query, limit) == every[:limit]
 
 
 def test_half_of_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
@@ -70,5 +94,8 @@ def test_half_of_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> Non
 def test_a_query_of_thousands_of_words_is_no_work() -> None:
     labels = {at: "mentions of the bridge" for at in range(20_000)}
     start = time.process_time()
-    assert search(labels, "bridge of " * 50_000 + "zzz", 20) == []
+    index = LabelIndex(labels)
+    assert index.search("bridge of " * 50_000 + "zzz", 20) == []
+    for _ in range(200):
+        assert index.search("bridge zzz", 20) == []
     assert time.process_time() - start < 2.0

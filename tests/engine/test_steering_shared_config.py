@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import stat
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from vllm.config.steering_private_directory import (
     start_up_failure,
     take_start_up_failure,
 )
+from vllm.engine import steering_shared_config
+from vllm.engine.steering_active_config import take_over
 from vllm.engine.steering_shared_config import (
     FILE,
     SharedConfig,
@@ -79,6 +83,40 @@ def test_a_directory_that_others_may_enter_is_not_used(directory: Path) -> None:
     assert SharedConfig(str(directory)).read_if_changed() is None
     with pytest.raises(PermissionError, match="only this user"):
         SharedConfig(str(directory)).keep(configuration(2))
+
+
+def test_a_full_disk_is_no_failure_of_the_change(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(DIRECTORY_ENV, str(directory))
+    monkeypatch.setattr(steering_shared_config, "write_private", full)
+    parallel = ParallelConfig()
+    parallel._api_process_count = 2
+    steering = {"resolved": configuration(0)}
+    config: Any = Namespace(
+        additional_config={"steering": steering}, parallel_config=parallel
+    )
+    take_over(config, configuration(3))
+    assert steering["resolved"] == configuration(3)
+    assert list(directory.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv(DIRECTORY_ENV, str(directory))
+    take_over(config, configuration(3))
+    assert SharedConfig(str(directory)).read_if_changed() == configuration(3)
+
+
+def test_what_could_not_be_read_once_is_read_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    SharedConfig(str(directory)).keep(configuration(1))
+    reader = SharedConfig(str(directory))
+    with monkeypatch.context() as patched:
+        patched.setattr(steering_shared_config, "read_private", lambda *_: None)
+        assert reader.read_if_changed() is None
+    assert reader.read_if_changed() == configuration(1)
 
 
 @pytest.mark.parametrize("linked", ["directory", "file"])

@@ -12,7 +12,7 @@ bits of a float32. E and K are `len(SiteRead.explicit)` and `SiteRead.top_k`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -190,9 +190,18 @@ def merge(first: ReadFeatures | None, then: ReadFeatures | None) -> ReadFeatures
     """Join the records of two outputs of one request, one after the other."""
     if not first or not then:
         return first or then
-    merged = {module: dict(sites) for module, sites in first.items()}
-    for module, sites in then.items():
-        own = merged.setdefault(module, {})
-        for site, record in sites.items():
-            own[site] = join([own[site], record]) if site in own else record
-    return merged
+    return merge_all((first, then))
+
+
+def merge_all(parts: Iterable[ReadFeatures]) -> ReadFeatures:
+    """Join the records of outputs of one request, one after the other, at once."""
+    found: dict[str, dict[str, list[SAEFeatures]]] = {}
+    for part in parts:
+        for module, sites in part.items():
+            own = found.setdefault(module, {})
+            for site, record in sites.items():
+                own.setdefault(site, []).append(record)
+    return {
+        module: {site: join(records) for site, records in sites.items()}
+        for module, sites in found.items()
+    }

@@ -10,7 +10,9 @@ directory has its labels in `labels.json` there.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from vllm.config.steering_checks import shown
@@ -61,17 +63,42 @@ def labels_of(path: str) -> Labels:
     return load_labels(file) if folder.is_dir() and file.is_file() else {}
 
 
-def search(labels: Labels, query: str, limit: int) -> list[tuple[int, str]]:
-    """`(feature, label)` of labels that hold every word of the query, by index."""
-    words = set(query.lower().split())
-    found = []
-    for feature in sorted(labels):
-        label = labels[feature].lower()
-        if all(word in label for word in words):
-            found.append((feature, labels[feature]))
-            if len(found) == limit:
-                break
-    return found
+class LabelIndex:
+    """Labels in a form that is searched without a look at each of them.
+
+    A server searches for any client. A loop over 100 000 labels would take tenths of a
+    second from its other threads.
+    """
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
+        self._features = sorted(labels)
+        # A label has no line break.
+        lines = [f"{labels[feature].lower()}\n" for feature in self._features]
+        self._text = "".join(lines)
+        # Where each line starts, and the end.
+        self._starts = [0, *accumulate(map(len, lines))]
+
+    def search(self, query: str, limit: int) -> list[tuple[int, str]]:
+        """`(feature, label)` of labels that hold every word of the query, by index."""
+        words = set(query.lower().split())
+        if not words:
+            first = self._features[:limit]
+            return [(feature, self.labels[feature]) for feature in first]
+        if any(word not in self._text for word in words):
+            return []
+        longest = max(words, key=len)
+        found: list[tuple[int, str]] = []
+        at = self._text.find(longest)
+        while at >= 0 and len(found) < limit:
+            line = bisect_right(self._starts, at) - 1
+            start, stop = self._starts[line : line + 2]
+            label = self._text[start:stop]
+            if all(word in label for word in words):
+                feature = self._features[line]
+                found.append((feature, self.labels[feature]))
+            at = self._text.find(longest, stop)
+        return found
 
 
 def _lines(text: str) -> Iterable[tuple[int, str]]:

@@ -16,6 +16,9 @@ from vllm.config.steering_checks import about
 from vllm.config.steering_json import Json
 
 METHOD = "steering_modules"
+# In a payload, the version of the configuration that the caller has. The reply has no
+# configuration if the engine's is the same: with many presets it takes megabytes.
+KNOWN_VERSION = "known_version"
 
 
 class Outcome(str, Enum):
@@ -52,7 +55,8 @@ class ModuleReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         module: `ModuleInfo.to_json` of the module in question.
         listing: `modules` and `free_slots`, for `list`.
         stats: rows, tokens and bytes, for `stats`.
-        config: `SteeringConfig.to_json` that the engine admits requests under now.
+        config: `SteeringConfig.to_json` that the engine admits requests under now; None
+            without steering, or where the caller has it.
     """
 
     outcome: Outcome

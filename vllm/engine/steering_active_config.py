@@ -14,9 +14,12 @@ from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_json import Json
 from vllm.engine.steering_options import limit_option
 from vllm.engine.steering_shared_config import shared_config
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 # The resolved JSON that was read last, and its configuration. Keeping the JSON alive
 # keeps its identity from being reused.
@@ -76,7 +79,15 @@ def take_over(vllm_config: VllmConfig, resolved: Json | None) -> None:
     _take(steering, resolved)
     shared = shared_config(vllm_config.parallel_config)
     if shared is not None:
-        shared.keep(steering["resolved"])
+        try:
+            shared.keep(steering["resolved"])
+        except OSError as error:
+            # The change is made. Each server asks the engine for metrics, and finds it.
+            text = (
+                "Steering: other API servers learn of changes some seconds later, "
+                "because the file that they share cannot be written: %s"
+            )
+            logger.warning_once(text, str(error))
 
 
 def _section(vllm_config: VllmConfig) -> Json | None:

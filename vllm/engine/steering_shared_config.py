@@ -56,11 +56,17 @@ class SharedConfig:
             text = read_private(folder, FILE)
         finally:
             os.close(folder)
+        if text is None:
+            return None  # for example too many open files: it is read the next time
         self._seen = seen
-        return None if text is None else json.loads(text)
+        return json.loads(text)
 
     def keep(self, resolved: Json) -> None:
-        """Write the configuration unless the file holds it or a newer one."""
+        """Write the configuration unless the file holds it or a newer one.
+
+        Raises:
+            OSError: it cannot be written, for example because the disk is full.
+        """
         if not resolved["version"]:
             return  # as at start-up
         with suppress(FileExistsError):

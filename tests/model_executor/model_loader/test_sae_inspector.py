@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +24,7 @@ from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
     ModuleInspector,
+    PipeLines,
 )
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
@@ -182,6 +187,69 @@ def test_loading_has_limits_on_time_and_memory(
     finally:
         inspector.limits = limits
     assert torch.equal(read(inspector, good).b_dec, TENSORS["b_dec"])
+
+
+def test_a_pipe_may_have_any_number() -> None:
+    read_end, write_end = os.pipe()
+    large = fcntl.fcntl(read_end, fcntl.F_DUPFD, 1500)
+    os.close(read_end)
+    lines = PipeLines(large)
+    os.write(write_end, b"one\ntwo")
+    assert lines.next(5.0) == b"one\n"
+    assert lines.next(0.0) == b""
+    os.close(write_end)
+    assert lines.next(5.0) == b""
+    lines.close()
+
+
+def test_who_waits_for_lines_notices_that_nobody_asks() -> None:
+    (read_end, write_end), (asker, question) = os.pipe(), os.pipe()
+    lines = PipeLines(read_end, asker)
+    os.write(question, b"?")
+    assert lines.next(0.05) == b"" and not lines.unasked
+    threading.Timer(0.1, os.close, [question]).start()
+    start = time.monotonic()
+    assert lines.next(60.0) == b"" and lines.unasked
+    assert time.monotonic() - start < 30
+    lines.close()
+    os.close(write_end)
+    os.close(asker)
+
+
+ENGINE = """
+import sys
+from dataclasses import replace
+from vllm.model_executor.model_loader.sae_inspector import ModuleInspector
+inspector = ModuleInspector()
+inspector.limits = replace(inspector.limits, seconds=600.0)
+inspector.warm_up()
+print(inspector._process.pid, flush=True)
+inspector.inspect("m", sys.argv[1])
+"""
+
+
+def children_of(process: int) -> list[int]:
+    path = Path(f"/proc/{process}/task/{process}/children")
+    return [int(word) for word in path.read_text().split()]
+
+
+@pytest.mark.slow
+def test_nothing_goes_on_reading_after_the_engine_was_killed(tmp_path: Path) -> None:
+    path = sparse_vectors(tmp_path / "v.safetensors", 64 << 30)
+    command = [sys.executable, "-c", ENGINE, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as engine:
+        assert engine.stdout is not None
+        helper = int(engine.stdout.readline())
+        deadline = time.monotonic() + 60
+        while not (reading := children_of(helper)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        engine.kill()
+    deadline = time.monotonic() + 30
+    left = [helper, *reading]
+    while any(Path(f"/proc/{one}").exists() for one in left):
+        assert time.monotonic() < deadline, "something still reads"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -19,6 +19,10 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.entrypoints.anthropic.protocol": ("AnthropicMessagesRequest",),
     "vllm.entrypoints.cohere.protocol": ("CohereChatV2Request",),
+    "vllm.entrypoints.generate.beam_search.offline": (
+        "BeamSearchOfflineMixin.beam_search",
+    ),
+    "vllm.entrypoints.generate.beam_search.online": ("SamplingParams",),
     "vllm.entrypoints.generate.generative_scoring.serving": (
         "GenerativeScoringRequest",
     ),

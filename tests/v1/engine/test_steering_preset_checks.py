@@ -7,10 +7,12 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from steering_testing.specs import CONFIG, FULL, module
 
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_replies import ModuleReply, Outcome
+from vllm.plugins.steering.v1.engine.core import in_a_list
 from vllm.v1.engine.steering_preset_checks import PresetChecks
 
 DONE = ModuleReply(outcome=Outcome.DONE)
@@ -64,6 +66,19 @@ def test_it_is_checked_again_if_modules_change_meanwhile() -> None:
     engine = Engine(replace(CONFIG, modules=added, version=1))
     assert put(engine, "one").outcome is Outcome.DONE
     assert "new" in engine.now.modules
+
+
+def test_a_check_that_fails_is_no_call_without_an_end() -> None:
+    def fail(*_: object) -> ModuleReply:
+        raise MemoryError("a defect")
+
+    checks = PresetChecks(lambda: CONFIG, fail)
+    payload = {"name": "p", "preset": {FULL: [{"module_name": "one"}]}}
+    listed = in_a_list(checks.change("put_preset", payload))
+    with pytest.raises(MemoryError, match="a defect"):
+        listed.result(timeout=60)
+    kept = PresetChecks(lambda: CONFIG, Engine().keep).change("put_preset", payload)
+    assert [one.outcome for one in in_a_list(kept).result(60)] == [Outcome.DONE]
 
 
 def test_the_reply_has_the_configuration_after_a_refusal_too() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,10 +31,6 @@ from steering_testing.tiers import FAMILY, POST, PRE, sae
 from vllm import LLM, SamplingParams
 from vllm.config.sae_steering_types import SteeringSamplingParams
 from vllm.config.steering_checks import SteeringConfigError
-from vllm.engine.steering_active_config import active_steering_config
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.steering.presets import select_preset
-from vllm.entrypoints.openai.steering.request_checks import check_request
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     delete_preset,
@@ -46,6 +41,7 @@ from vllm.entrypoints.steering import (
     unregister_module,
 )
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 pytestmark = pytest.mark.engine
 
@@ -230,63 +226,11 @@ def test_a_bad_preset_is_refused_when_it_is_made(
         ask(llm, {"steering_preset": "bad"})
 
 
-def selected(llm: LLM, **fields: Any) -> CompletionRequest:
-    request = CompletionRequest(prompt="x", **fields)
-    config = active_steering_config(llm.llm_engine.vllm_config)
-    select_preset(request, config, "base")
-    check_request(request, config)
-    return request
-
-
-def test_a_model_that_is_a_preset_becomes_the_base_model(llm: LLM) -> None:
-    request = selected(llm, model="bridge")
-    assert request.model == "base"
-    sampled = request.to_sampling_params(16, {})
-    assert sampled.extra_args == {"steering_preset": "bridge"}
-    assert sampled.temperature == 0.25
-    assert request.max_tokens == 7
-    assert selected(llm, model="bridge", temperature=0).temperature == 0
-    plain = selected(llm, model="base")
-    assert plain.to_sampling_params(16, {}).extra_args in (None, {})
-
-
-def test_a_null_preset_is_carried(llm: LLM) -> None:
-    sampled = selected(llm, steering_preset=None).to_sampling_params(16, {})
-    assert sampled.extra_args == {"steering_preset": None}
-
-
-def test_two_presets_of_one_request_are_refused(llm: LLM) -> None:
-    with pytest.raises(VLLMValidationError, match="expected only one of them"):
-        selected(llm, model="bridge", steering_preset="calm")
-    assert selected(llm, model="bridge", steering_preset="bridge").model == "base"
-
-
-def test_beam_search_under_a_default_is_refused(llm: LLM) -> None:
+def test_offline_beam_search_under_a_default_is_refused(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=2)
     set_default_preset(llm, "calm")
-    with pytest.raises(VLLMValidationError, match="beam search"):
-        selected(llm, use_beam_search=True)
-    assert selected(llm, use_beam_search=True, steering_preset=None)
-
-
-def test_presets_are_listed_as_models(llm: LLM) -> None:
-    import asyncio
-
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.plugins.steering.seam import BOUND
-
-    assert any("show_available_models" in target for target in BOUND)
-    vllm_config = llm.llm_engine.vllm_config
-    client = SimpleNamespace(vllm_config=vllm_config)
-    base = SimpleNamespace(name="base", model_path="x")
-    serving = OpenAIServingModels.__new__(OpenAIServingModels)
-    serving.engine_client, serving.base_model_paths = client, [base]  # type: ignore
-    from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
-
-    serving.registry = OpenAIModelRegistry(vllm_config.model_config, [base])  # type: ignore
-    serving.lora_requests = {}
-    listed = asyncio.run(serving.show_available_models()).data
-    assert [card.id for card in listed] == ["base", "bridge", "calm"]
-    assert listed[1].parent == "base"
+    with pytest.raises(VLLMValidationError, match="expected no default preset"):
+        llm.beam_search([{"prompt_token_ids": prompt(4, 9)}], params)
 
 
 def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -11,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steering_testing.read_rows import PROMPT, READ, SLOT, request_of, rows_of
 
-from vllm.config.sae_features import NOT_READ, ReadFeatures, merge
+from vllm.config.sae_features import NOT_READ, ReadFeatures, merge, merge_all
 from vllm.config.sae_readout_specs import reads_to_json
 from vllm.config.sae_readout_step import StepReadout, StepRows
-from vllm.plugins.steering.outputs import FeaturesField
+from vllm.plugins.steering.outputs import ANSWER, FeaturesField
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.steering_read_log import LogReader, ReadLog
 from vllm.v1.engine.steering_read_outputs import (
@@ -273,6 +274,53 @@ def test_records_are_made_when_they_are_asked_for(
         record = own.sae_features["m"]["post_block.1"]
         assert record.positions.tolist() == [PROMPT, PROMPT + 1]
     assert len(made) == 2
+
+
+class Sample:
+    """A sample of a streamed prompt, as `RequestOutput` has it."""
+
+    def __init__(self, index: int, features: object):
+        self.index = index
+        ANSWER.__set__(self, features)  # type: ignore[arg-type]
+
+
+def test_outputs_that_wait_for_a_slow_client_are_joined_when_it_asks() -> None:
+    """The loop that joins them serves all clients, so a token costs it a constant."""
+    walk = Walk()
+    waiting = None
+    parts = []
+    for _ in range(3 * MANY_CHUNKS):
+        walk.step(("r", PROMPT, 0, 0))
+        output = Sample(0, walk.advance().take_output(delta=True))
+        parts.append(copy.deepcopy(output))
+        if waiting is None:
+            waiting = output
+            continue
+        before = vars(waiting)["sae_features"].chunks
+        ANSWER.append(waiting, output)
+        now = vars(waiting)["sae_features"]
+        assert isinstance(now, PendingFeatures) and now.chunks is before
+    found = ANSWER.__get__(waiting, Sample)
+    made = [features for part in parts if (features := ANSWER.__get__(part, Sample))]
+    one, other = found["m"]["post_block.1"], merge_all(made)["m"]["post_block.1"]
+    assert one.to_json() == other.to_json()
+    assert len(one) == 3 * MANY_CHUNKS - 1
+
+
+def test_features_that_are_made_are_joined_too() -> None:
+    walk = Walk()
+    outputs = []
+    for step in ((PROMPT, 0, 0), (1, 0, 0), (1, 0, 0)):
+        walk.step(("r", *step))
+        outputs.append(Sample(0, walk.advance().take_output(delta=True)))
+    first = outputs[1]
+    assert ANSWER.__get__(first, Sample)
+    ANSWER.append(first, outputs[2])
+    record = ANSWER.__get__(first, Sample)["m"]["post_block.1"]
+    assert record.positions.tolist() == [PROMPT, PROMPT + 1]
+    plain = Sample(0, None)
+    ANSWER.append(plain, Sample(0, None))
+    assert ANSWER.__get__(plain, Sample) is None
 
 
 def test_many_pieces_of_a_request_are_joined() -> None:

@@ -20,7 +20,12 @@ from vllm.entrypoints.serve.exception_handling.error_response import (
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.plugins.steering.seam import exists, resolve
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreRequest,
+    FinishReason,
+    steering_admission,
+)
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -114,6 +119,22 @@ def arrived(args: dict[str, Any]) -> EngineCoreRequest:
         data_parallel_rank=None,
         client_index=3,
     )
+
+
+def test_an_id_that_a_client_chose_makes_one_short_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        steering_admission.logger,
+        "warning",
+        lambda text, *values: lines.append(text % values),
+    )
+    core: Any = SimpleNamespace(output_queue=queue.Queue())
+    steering_admission.refuse(core, "a\nERROR forged" + "b" * 1_000_000, 0, ERROR)
+    (line,) = lines
+    assert "a\\nERROR forgedb" in line and "\n" not in line
+    assert len(line) < 300
 
 
 def test_whichever_way_the_core_takes_an_error_its_reason_is_told() -> None:

@@ -64,19 +64,31 @@ class InspectionLimits:
 
 
 class PipeLines:
-    """Reads whole lines from a pipe, with a time limit for each."""
+    """Reads whole lines from a pipe, with a time limit for each.
 
-    def __init__(self, number: int):
+    Args:
+        number: of the pipe's end that is read.
+        asker: another one, from which the questions come that the lines answer.
+
+    Attributes:
+        unasked: whether a wait has ended because nobody can write to `asker` any more.
+    """
+
+    def __init__(self, number: int, asker: int | None = None):
         self._number = number
         self._buffer = b""
+        # Not `select`, which takes no number above 1023.
+        self._poll = select.poll()
+        self._poll.register(number, select.POLLIN)
+        if asker is not None:
+            self._poll.register(asker, 0)  # its end is always told
+        self.unasked = False
 
     def next(self, seconds: float) -> bytes:
         """The next line; empty if the pipe ended or the time is over."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
-            left = max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._number], [], [], left)
-            part = os.read(self._number, 1 << 16) if ready else b""
+            part = os.read(self._number, 1 << 16) if self._wait(deadline) else b""
             if not part:
                 return b""
             self._buffer += part
@@ -89,13 +101,20 @@ class PipeLines:
         done = min(len(view), len(self._buffer))
         view[:done], self._buffer = self._buffer[:done], self._buffer[done:]
         while done < len(view):
-            left = max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._number], [], [], left)
+            ready = self._wait(deadline)
             read = os.readv(self._number, [view[done:]]) if ready else 0
             if not read:
                 return False
             done += read
         return True
+
+    def _wait(self, deadline: float) -> bool:
+        """Whether the pipe has more, or has ended; False: the time is over, or nobody
+        asks any more."""
+        left = max(0.0, deadline - time.monotonic())
+        ready = [number for number, _ in self._poll.poll(left * 1000)]
+        self.unasked = bool(ready) and self._number not in ready
+        return self._number in ready
 
     def close(self) -> None:
         """Close the pipe."""

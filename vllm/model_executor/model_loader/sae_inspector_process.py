@@ -3,12 +3,14 @@
 
 Reads jobs, one JSON object a line, from the pipe whose number is the first argument,
 and writes one reply a line into the second; the bytes of tensors follow the reply to a
-job that loads. Ends when the first pipe closes.
+job that loads. Ends when the first pipe closes, in the middle of a job too: a large
+file on a slow disk may take hours. A child ends with this process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -38,6 +40,8 @@ from vllm.model_executor.model_loader.sae_loader import (
 )
 
 Job = Json
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # What a child says before it writes tensors to the engine.
 SENDING = b"sending\n"
 # Of a model's activations, and of vectors.
@@ -55,20 +59,28 @@ def main(jobs: IO[bytes], replies: IO[bytes]) -> None:
     replies.write(b"ready\n")
     replies.flush()
     for line in jobs:
-        supervise(json.loads(line), replies)
+        supervise(json.loads(line), jobs.fileno(), replies)
 
 
-def supervise(job: Job, replies: IO[bytes]) -> None:
-    """Run a job in a child. If the child runs out of time or dies, reply for it."""
+def supervise(job: Job, asker: int, replies: IO[bytes]) -> None:
+    """Run a job in a child. If the child runs out of time or dies, reply for it.
+
+    Args:
+        job: what to do.
+        asker: number of the pipe that the job came from.
+        replies: where the reply goes.
+    """
     limits = InspectionLimits(**job["limits"])
     read_end, write_end = os.pipe()
+    own_id = os.getpid()
     if (child := os.fork()) == 0:
         os.close(read_end)
+        end_with(own_id)
         run_child(job, limits, write_end, replies)
     os.close(write_end)
     seconds = job.get("seconds", limits.seconds)
     sends = False
-    with contextlib.closing(PipeLines(read_end)) as answers:
+    with contextlib.closing(PipeLines(read_end, asker)) as answers:
         line = answers.next(seconds)
         if line.startswith(b'{"hashing"'):
             replies.write(line)
@@ -81,6 +93,8 @@ def supervise(job: Job, replies: IO[bytes]) -> None:
             answers.next(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    if answers.unasked:
+        sys.exit()
     if sends:
         if status:
             sys.exit("a module's tensors were sent in part")
@@ -93,6 +107,13 @@ def supervise(job: Job, replies: IO[bytes]) -> None:
         line = as_line({"error": f"{prefix_of(job)}: {what} it {reason}"})
     replies.write(line)
     replies.flush()
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it has ended before
+        os._exit(1)
 
 
 def prefix_of(job: Job) -> str:

@@ -9,6 +9,7 @@ from vllm.plugins.steering import outputs
 from vllm.plugins.steering.engine import arg_utils
 from vllm.plugins.steering.entrypoints import (
     app,
+    beam_search,
     carrying_routes,
     reading_limits,
     reading_routes,
@@ -41,6 +42,8 @@ SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (carrying_routes.COMPLETION, carrying_routes.install_completion),
     (carrying_routes.CHAT, carrying_routes.install_chat_completion),
     (carrying_routes.RESPONSES, carrying_routes.install_responses),
+    (beam_search.ONLINE, beam_search.install_online),
+    (beam_search.OFFLINE, beam_search.install_offline),
     *reading_routes.SEAMS,
     *reading_limits.SEAMS,
     *((installer.module, installer) for installer in serving.INSTALLERS),

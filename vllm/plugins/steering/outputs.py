@@ -39,6 +39,23 @@ class FeaturesField:
     ) -> None:
         vars(output)[self.name] = value
 
+    def append(self, output: object, later: object) -> None:
+        """Put what a later output of the same request has read after an output's own.
+
+        Nothing is made: if a client reads its stream slowly, outputs are joined token
+        by token in the loop that serves all clients.
+        """
+        own, then = vars(output).get(self.name), vars(later).get(self.name)
+        if isinstance(own, PendingFeatures) and isinstance(then, PendingFeatures):
+            vars(output)[self.name] = own.and_then(then)
+            return
+        made = self.__get__(output, type(output)), self.__get__(later, type(later))
+        self.__set__(output, merge(*made))
+
+
+ANSWER = FeaturesField("sae_features")
+PROMPT = FeaturesField("prompt_sae_features")
+
 
 def install() -> None:
     """Add the fields, None unless a request reads."""
@@ -47,24 +64,20 @@ def install() -> None:
         return
     _, _, completion = resolve(f"{MODULE}:CompletionOutput")
     _, _, request = resolve(f"{MODULE}:RequestOutput")
-    completion.sae_features = FeaturesField("sae_features")
-    request.prompt_sae_features = FeaturesField("prompt_sae_features")
+    completion.sae_features = ANSWER
+    request.prompt_sae_features = PROMPT
     wrap(target, ("self", "next_output", "aggregate"), _make_add)
 
 
 def _make_add(stock: Stock) -> Stock:
     def add(self: RequestOutput, next_output: RequestOutput, aggregate: bool) -> None:
         if aggregate:
-            before = {output.index: output.sae_features for output in self.outputs}
-            prompt = self.prompt_sae_features
+            before = {output.index: output for output in self.outputs}
             stock(self, next_output, aggregate)
-            self.prompt_sae_features = merge(prompt, next_output.prompt_sae_features)
+            PROMPT.append(self, next_output)
             for output in next_output.outputs:
-                if output.sae_features is None:
-                    continue
-                for own in self.outputs:
-                    if own.index == output.index and own.index in before:
-                        own.sae_features = merge(before[own.index], output.sae_features)
+                if output.index in before:
+                    ANSWER.append(before[output.index], output)
         else:
             stock(self, next_output, aggregate)
             if next_output.prompt_sae_features is not None:

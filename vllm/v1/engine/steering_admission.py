@@ -19,6 +19,7 @@ from vllm.config.sae_steering_specs import (
     RESERVED_KEYS,
 )
 from vllm.config.steering import SteeringConfig
+from vllm.config.steering_checks import shown
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -119,7 +120,8 @@ def refuse(
     """Answer one request with an error that says why."""
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
-    logger.warning("Steering: request %s refused: %s", request_id, error)
+    # The client may have chosen the id: any text, of any length.
+    logger.warning("Steering: request %s refused: %s", shown(request_id), error)
     output = EngineCoreOutput(
         request_id,
         [],

@@ -59,21 +59,29 @@ class PendingFeatures:
 
     asked: AskedReads
     d_sae: Sequence[int]
-    chunks: Sequence[Chunk]
+    chunks: list[Chunk]
+
+    def and_then(self, later: PendingFeatures) -> PendingFeatures:
+        """These rows, and those of a later output of the request. It takes this
+        object's list, so that it costs the same however much was read before."""
+        self.chunks.extend(later.chunks)
+        return PendingFeatures(self.asked, later.d_sae, self.chunks)
 
     def make(self) -> ReadFeatures:
         """The records of the sites at which some token was read."""
         found: ReadFeatures = {}
+        many = len(self.chunks) > MANY_CHUNKS
+        chunks = joined(self.chunks) if many else self.chunks
         for at, read in enumerate(self.asked.reads):
-            records = self._records(at, read)
+            records = self._records(at, read, chunks)
             if records:
                 found.setdefault(read.module, {})[read.site] = join(records)
         return found
 
-    def _records(self, at: int, read: SiteRead) -> list[SAEFeatures]:
-        parts = [
-            (c.first, rows) for c in self.chunks if (rows := c.rows[at]) is not None
-        ]
+    def _records(
+        self, at: int, read: SiteRead, chunks: Sequence[Chunk]
+    ) -> list[SAEFeatures]:
+        parts = [(c.first, rows) for c in chunks if (rows := c.rows[at]) is not None]
         records = []
         # One width at a time: it depends on the batch of a step.
         for _, same in itertools.groupby(parts, key=lambda part: part[1].shape[1]):
@@ -148,7 +156,7 @@ class Readings:
     def _take(self, kept: list[Chunk], delta: bool) -> PendingFeatures:
         if len(kept) > MANY_CHUNKS:
             kept[:] = joined(kept)
-        found = PendingFeatures(self.asked, self._reader.d_sae, tuple(kept))
+        found = PendingFeatures(self.asked, self._reader.d_sae, list(kept))
         if delta:
             kept.clear()
         return found

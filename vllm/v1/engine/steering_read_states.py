@@ -45,7 +45,11 @@ def reading_state() -> type:
 
         def _new_request_output(self, *args: object, **kwargs: object) -> RequestOutput:
             output = super()._new_request_output(*args, **kwargs)
-            output.prompt_sae_features = self.readings.take_prompt(self._is_delta())
+            prompt = self.readings.take_prompt(self._is_delta())
+            # Deltas of several samples may be joined before somebody reads them, and
+            # each sample has read the prompt. The first one's is the prompt's record.
+            if not (self._is_delta() and self.request_index):
+                output.prompt_sae_features = prompt
             return output
 
         def _is_delta(self) -> bool:

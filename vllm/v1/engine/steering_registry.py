@@ -27,7 +27,12 @@ from msgspec.structs import replace
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_replies import ModuleReply, Outcome, RefusedCall
+from vllm.config.steering_replies import (
+    KNOWN_VERSION,
+    ModuleReply,
+    Outcome,
+    RefusedCall,
+)
 from vllm.config.steering_slots import (
     NoRoomError,
     with_module,
@@ -44,6 +49,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
 from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
 from vllm.v1.engine.steering_loading import ModuleLoads, first_error, refusal
+from vllm.v1.engine.steering_prepared import PREPARED_LIMIT_S, PreparedChange
 from vllm.v1.engine.steering_preset_checks import CHANGES, PresetChecks
 
 if TYPE_CHECKING:
@@ -52,25 +58,8 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 WORKER_METHOD = "change_steering_modules"
-# After this time, the caller of an unfinished change is taken to have given up.
-PREPARED_LIMIT_S = 600.0
 # Makes the configuration after a change of modules from the change's payload.
 Plan = Callable[[Json], SteeringConfig]
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedChange:
-    """A change that requests do not see yet.
-
-    `by_workers`: workers have made it; else it is one of presets, which they do not
-    know.
-    """
-
-    ident: str
-    name: str
-    after: SteeringConfig
-    since: float
-    by_workers: bool = True
 
 
 class SteeringRegistry:
@@ -103,8 +92,10 @@ class SteeringRegistry:
                 `unregister` with a `phase` (`load`, `close`, or `prepare` with a
                 `change` id), then `finish` or `rollback` {change}, do a change step
                 by step. `register` answers `LOADING` while the files are read.
-            payload: the action's argument, a JSON object.
+            payload: the action's argument, a JSON object; see also `KNOWN_VERSION`.
         """
+        payload = dict(payload or {})
+        known = payload.pop(KNOWN_VERSION, None)
         actions: dict[str, Callable[[Json], ModuleReply]] = {
             "list": self._list,
             "stats": self._stats,
@@ -120,24 +111,26 @@ class SteeringRegistry:
                     Outcome.CONFLICT, "this engine was started without steering"
                 )
             if action == "inspect":
-                return self.inspector.submit(self._inspect, dict(payload or {}))
+                return self.inspector.submit(self._inspect, payload)
             if action in CHANGES:
                 with self.lock:
                     self._refuse_other_change()
-                return self.presets.change(action, dict(payload or {}))
+                return self.presets.change(action, payload)
             if action not in actions:
-                known = ", ".join(("inspect", *CHANGES, *actions))
+                names = ", ".join(("inspect", *CHANGES, *actions))
                 raise RefusedCall(
                     Outcome.INVALID,
-                    f"found {shown(action)}, expected {known}",
+                    f"found {shown(action)}, expected {names}",
                     "action",
                 )
             with self.lock:
-                reply = actions[action](payload or {})
+                reply = actions[action](payload)
         except RefusedCall as refused:
             reply = refused.reply
         config = active_steering_config(self.core.vllm_config)
-        return replace(reply, config=None if config is None else config.to_json())
+        if config is None or config.version == known:
+            return reply
+        return replace(reply, config=config.to_json())
 
     @property
     def config(self) -> SteeringConfig:

@@ -17,6 +17,7 @@ from torch import nn
 from vllm.config.sae_steering_plan import SteeringPlan, decode_plan
 from vllm.config.sae_steering_specs import PLAN_KEY
 from vllm.config.steering import PointWidths, SteeringConfig, Tier
+from vllm.config.steering_checks import shown
 from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -135,7 +136,8 @@ class SteeringRuntime:
         if not all(name in self.config.modules for name in plan.modules):
             # The engine admits a request only while its modules are here. A failure is
             # a defect of ours, not a client's error, and the worker must survive it.
-            logger.error("Steering: request %s names a module that is not here", req_id)
+            text = "Steering: request %s names a module that is not here"
+            logger.error(text, shown(req_id))
             return None
         return plan
 

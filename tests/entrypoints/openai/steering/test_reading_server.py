@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.server
 EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
 MODULE = "golden-gate"
+KEY = "the-key"
 PROMPTS = ["The chef stirs the tomato soup.", "The bridge over the bay"]
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 8
@@ -88,7 +90,12 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     config = {"steering": {"max_answer_values": VALUES}}
     limit = ("--additional-config", json.dumps(config))
     options = (*modules, *presets, *limit, "--enable-scale-out")
-    with api_server(EXAMPLE / "model", log, *options) as server:
+    key = ("--steering-api-key", KEY)
+    environment = {"VLLM_PLUGINS": "steering"}
+    arguments = (*options, *key)
+    with api_server(
+        EXAMPLE / "model", log, *arguments, environment=environment
+    ) as server:
         yield from client_of(server)
 
 
@@ -217,6 +224,81 @@ def test_what_a_preset_reads_is_in_the_answer(
     if not path.endswith("batch"):
         events = streamed(http, path, {**plain, "model": "reader"})
         assert "prompt_sae_features" in json.dumps(events)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", COMPLETION),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", RESPONSES),
+    ],
+)
+def test_a_preset_that_does_not_read_adds_no_field(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    clamp = {"feature_idx": BRIDGE["feature"], "kind": "absolute", "value": 9.0}
+    spec = {"module_name": MODULE, "clamps": [clamp]}
+    preset, key = "/v1/steering/presets/plain", {"Authorization": f"Bearer {KEY}"}
+    made = http.put(preset, json={"sae_clamp_specs": [spec]}, headers=key)
+    assert made.status_code == 200
+    plain = {name: value for name, value in body.items() if name not in READ}
+    plain["model"] = "plain"
+    answers = [post(http, path, plain), *streamed(http, path, plain)]
+    assert "sae_features" not in json.dumps(answers)
+    assert http.delete(preset, headers=key).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_read_is_kept_if_the_preset_changes_meanwhile(
+    http: httpx.Client, stream: bool
+) -> None:
+    preset, key = "/v1/steering/presets/brief", {"Authorization": f"Bearer {KEY}"}
+    assert http.put(preset, json=READ, headers=key).status_code == 200
+    plain = {name: value for name, value in COMPLETION.items() if name not in READ}
+    body = {**plain, "model": "brief", "max_tokens": 230, "ignore_eos": True}
+
+    def ask() -> list[dict[str, Any]]:
+        if not stream:
+            return post(http, "/v1/completions", body)["choices"]
+        chunks = streamed(http, "/v1/completions", body)
+        return [choice for chunk in chunks for choice in chunk["choices"]]
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        while not http.get(f"/v1/steering/modules/{MODULE}").json()["module"][
+            "requests"
+        ]:
+            assert not asked.done()
+        assert http.delete(preset, headers=key).status_code == 200
+        assert not asked.done(), "the request ended before its preset went"
+        choices = asked.result()
+    for index in range(len(PROMPTS)):
+        own = [choice for choice in choices if choice["index"] == index]
+        record = joined([one["sae_features"] for one in own if "sae_features" in one])
+        assert len(record[MODULE]["post_block.1"]["positions"]) == 229
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_streamed_samples_have_one_record_of_their_prompt(
+    http: httpx.Client, count: int
+) -> None:
+    body = {**COMPLETION, "n": count, "temperature": 1, "seed": 3}
+    whole = post(http, "/v1/completions", body)["choices"]
+    chunks = streamed(http, "/v1/completions", body)
+    streams = [choice for chunk in chunks for choice in chunk["choices"]]
+    for choice in whole:
+        own = [one for one in streams if one["index"] == choice["index"]]
+        parts = [one["sae_features"] for one in own if "sae_features" in one]
+        same(joined(parts), choice["sae_features"])
+        prompts = [
+            one["prompt_sae_features"] for one in own if "prompt_sae_features" in one
+        ]
+        if choice["index"] % count:
+            assert prompts == [] and "prompt_sae_features" not in choice
+        else:
+            (prompt,) = prompts
+            same(prompt, choice["prompt_sae_features"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +68,31 @@ def test_an_error_is_kept_until_the_file_changes(tmp_path: Path, reads: Reads) -
     assert reads.done == ["bad"]
     file.write_text("mended")
     assert cache.get(file) == "mended"
+
+
+def test_an_error_of_the_system_is_over_when_it_is_over(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("one")
+    left = [OSError(errno.EMFILE, "Too many open files")]
+
+    def read(path: Path) -> str:
+        if left:
+            raise left.pop()
+        return path.read_text()
+
+    cache = FileCache(read)
+    with pytest.raises(OSError, match="Too many"):
+        cache.get(file)
+    assert cache.get(file) == "one"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, reads: Reads) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    cache = FileCache(reads)
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="no regular file"):
+            cache.get(place)
+    assert reads.done == []
 
 
 def test_the_files_asked_for_last_are_kept(tmp_path: Path, reads: Reads) -> None:

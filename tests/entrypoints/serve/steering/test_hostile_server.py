@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from soak.over_http import tracebacks
-from steering_testing.engine import DELTA
+from steering_testing.engine import DELTA, FULL
 from steering_testing.server import MODEL_NAME, Server, api_server
 
 pytestmark = pytest.mark.server
@@ -237,6 +237,32 @@ def test_forty_registrations_at_once_are_all_answered(
 
     assert set(ask_all(server, 40, register)) == {201}
     assert http.delete(f"{MODULES}/hot", headers=KEY).status_code == 200
+
+
+def test_beams_are_plain_whatever_default_comes(http: httpx.Client) -> None:
+    beams = {"use_beam_search": True, "n": 2, "max_tokens": 24, "temperature": 0}
+    asked = completion(**beams, steering_preset=None)
+
+    def text(body: dict[str, Any]) -> str:
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    plain = text(asked)
+    preset, default = "/v1/steering/presets/bridge", "/v1/steering/default_preset"
+    assert http.put(preset, json={FULL: [SPEC]}, headers=KEY).status_code == 200
+    wanted = {"preset": "bridge"}
+    assert http.put(default, json=wanted, headers=KEY).status_code == 200
+    try:
+        assert "bridge" in text(completion(max_tokens=24, temperature=0))
+        assert "bridge" not in plain
+        assert text(asked) == plain
+        del asked["steering_preset"]
+        assert http.post("/v1/completions", json=asked).status_code == 400
+    finally:
+        none = {"preset": None}
+        assert http.put(default, json=none, headers=KEY).status_code == 200
+        assert http.delete(preset, headers=KEY).status_code == 200
 
 
 def test_at_the_end_nothing_is_held(http: httpx.Client) -> None:

@@ -20,6 +20,12 @@ from steering_testing.requests import prompt
 
 from tests.entrypoints.serve.steering.conftest import KEY, URL, Serve
 from vllm import LLM
+from vllm.config.steering_replies import (
+    KNOWN_VERSION,
+    METHOD,
+    ModuleReply,
+    as_reply,
+)
 from vllm.entrypoints.serve.steering.metrics import (
     SteeringMetrics,
     count_refusal,
@@ -82,6 +88,18 @@ def test_a_module_is_registered_listed_used_and_removed(
     assert now["saturated"] == was["saturated"] == 0
     assert client.delete(f"{URL}/hot").status_code == 200
     assert names(client) == ["first"]
+
+
+def test_a_reply_repeats_no_configuration_that_its_caller_has(llm: LLM) -> None:
+    def reply(**payload: Any) -> ModuleReply:
+        return as_reply(llm.collective_rpc(METHOD, args=("list", payload))[0])
+
+    config = reply().config
+    assert config is not None
+    version = config["version"]
+    assert reply(**{KNOWN_VERSION: version}).config is None
+    for other in (version - 1, version + 1, None):
+        assert reply(**{KNOWN_VERSION: other}).config == config
 
 
 def test_replacing_is_asked_for(client: TestClient, root: Path) -> None:

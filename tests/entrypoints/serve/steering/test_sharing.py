@@ -5,12 +5,17 @@ clients that have gone away ends."""
 from __future__ import annotations
 
 import asyncio
+import time
 from argparse import Namespace
 from typing import Any, cast
 
 import pytest
 from starlette.requests import Request
 
+from vllm.config.sae_labels import LabelIndex
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_json import Json
+from vllm.entrypoints.serve.steering import service as service_module
 from vllm.entrypoints.serve.steering.access import RequestRefused, holds_key
 from vllm.entrypoints.serve.steering.api_router import read_body, while_connected
 from vllm.entrypoints.serve.steering.service import Engine, SteeringModulesService
@@ -65,6 +70,82 @@ def test_clients_that_ask_meanwhile_share_the_next_reply() -> None:
     assert len({tuple(found) for found in others}) == 1
     assert others[0] != ["m1"]
     assert engine.asked <= 4  # a list and the counts, twice
+
+
+class Presets:
+    """Stands in for the checks of presets, which take their time."""
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.checked = 0
+
+    async def config(self) -> SteeringConfig:
+        return SteeringConfig(version=self.version)
+
+    def check(self, config: SteeringConfig) -> list[Json]:
+        self.checked += 1
+        time.sleep(0.05)
+        if self.checked == 3:
+            raise MemoryError
+        return [{"name": f"p{config.version}"}]
+
+
+def test_presets_are_checked_once_for_all_who_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    presets, service = Presets(), service_of(CountingEngine())
+    monkeypatch.setattr(service, "config", presets.config)
+    monkeypatch.setattr(service_module, "_checked_presets", presets.check)
+
+    async def look(count: int) -> list[Any]:
+        asked = (service.list_presets() for _ in range(count))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    async def changes() -> None:
+        first = await look(20)
+        assert all(one["presets"] == [{"name": "p1"}] for one in first)
+        assert await look(1) == first[:1]
+        assert presets.checked == 1
+        presets.version = 2
+        assert (await look(2))[1]["presets"] == [{"name": "p2"}]
+        presets.version = 3
+        assert all(isinstance(one, MemoryError) for one in await look(2))
+        assert (await look(1))[0]["presets"] == [{"name": "p3"}]
+        assert presets.checked == 4
+
+    asyncio.run(changes())
+
+
+class SlowIndex(LabelIndex):
+    """Notes how many threads search at once."""
+
+    def __init__(self) -> None:
+        super().__init__({3: "sea"})
+        self.now = self.most = 0
+
+    def search(self, query: str, limit: int) -> list[tuple[int, str]]:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.01)
+        self.now -= 1
+        return super().search(query, limit)
+
+
+def test_labels_are_searched_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, service = SlowIndex(), service_of(CountingEngine())
+
+    async def path_of(name: str) -> str:
+        return "/x"
+
+    monkeypatch.setattr(service, "path_of", path_of)
+    monkeypatch.setattr(service_module, "_labels_of", lambda path: index)
+
+    async def search() -> list[Any]:
+        asked = (service.search_labels("m", "sea", None, 9) for _ in range(20))
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(search()) == [[(3, "sea")]] * 20
+    assert index.most == 1
 
 
 def test_after_a_failure_the_engine_is_asked_again() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel
 
 from vllm.config.sae_steering_presets import SamplingHints
@@ -17,7 +19,7 @@ _OTHER_NAMES = {"max_tokens": ("max_completion_tokens", "max_output_tokens")}
 
 
 def select_preset(
-    request: BaseModel, config: SteeringConfig | None, base_model: str
+    request: BaseModel, config: SteeringConfig | None, served: Sequence[str]
 ) -> None:
     """Turn a `model` that names a preset into the base model and the preset.
 
@@ -26,7 +28,8 @@ def select_preset(
     Args:
         request: an OpenAI request; changed in place.
         config: of the engine.
-        base_model: the name that the engine's own model is served under.
+        served: names of the server's own models and adapters, the base model's first.
+            A preset of the same name is chosen by `steering_preset` alone.
 
     Raises:
         VLLMValidationError: `model` and `steering_preset` name different presets.
@@ -37,7 +40,7 @@ def select_preset(
     model = values.get("model")
     given = PRESET_KEY in request.model_fields_set
     name = values[PRESET_KEY] if given else config.default_preset
-    if isinstance(model, str) and model in config.presets and model != base_model:
+    if isinstance(model, str) and model in config.presets and model not in served:
         if given and name != model:
             raise refusal(
                 PRESET_KEY,
@@ -46,23 +49,25 @@ def select_preset(
             )
         name = model
         setattr(request, PRESET_KEY, name)
-        request.model = base_model  # type: ignore[attr-defined]
+        request.model = served[0]  # type: ignore[attr-defined]
     if isinstance(name, str) and name in config.presets:
         _fill(request, config.presets[name]["sampling"])
 
 
-def preset_cards(config: SteeringConfig | None, base_model: str) -> list[ModelCard]:
+def preset_cards(
+    config: SteeringConfig | None, served: Sequence[str]
+) -> list[ModelCard]:
     """What `/v1/models` says of the presets.
 
     Args:
         config: of the engine; None when it is not steered.
-        base_model: the name that the engine's own model is served under.
+        served: as of `select_preset`; these names have cards of their own.
     """
+    base = served[0]
     return [
-        ModelCard(
-            id=name, root=base_model, parent=base_model, permission=[ModelPermission()]
-        )
+        ModelCard(id=name, root=base, parent=base, permission=[ModelPermission()])
         for name in (() if config is None else config.presets)
+        if name not in served
     ]
 
 

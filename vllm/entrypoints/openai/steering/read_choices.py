@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
-from vllm.config.sae_features import ReadFeatures, features_json, merge
+from vllm.config.sae_features import ReadFeatures, features_json, merge_all
 from vllm.config.sae_steering_specs import PRESET_KEY, READOUT_KEY
 from vllm.config.steering import SteeringConfig
 
@@ -27,18 +27,22 @@ _DATA = "data: {"
 _TEXT_DELTAS = ("response.output_text.delta", "response.reasoning_text.delta")
 
 
-def asks_to_read(request: BaseModel, config: SteeringConfig | None) -> bool:
-    """Whether a request of an OpenAI route reads features, itself or by its preset."""
+def may_read(request: BaseModel, config: SteeringConfig | None) -> bool:
+    """Whether a request of an OpenAI route may read features.
+
+    It does so by itself, or by its preset. What the preset says may change before the
+    request reaches the engine, and while the request runs. So this is true under any
+    preset, and only the results tell whether the request has read.
+    """
     fields = dict(request)
     xargs = fields.get("vllm_xargs") or {}
     if fields.get(READOUT_KEY) or xargs.get(READOUT_KEY):
         return True
     if config is None:
         return False
-    name = xargs.get(PRESET_KEY, config.default_preset)
     if PRESET_KEY in request.model_fields_set:
-        name = fields[PRESET_KEY]
-    return name is not None and bool(config.presets.get(name, {}).get(READOUT_KEY))
+        return fields[PRESET_KEY] is not None
+    return xargs.get(PRESET_KEY, config.default_preset) is not None
 
 
 def put(target: object, features: ReadFeatures, prompt: ReadFeatures | None) -> None:
@@ -57,7 +61,8 @@ class StreamedChoices:
 
     def __init__(self, n: int):
         self.n = n
-        self._features: dict[int, ReadFeatures] = {}
+        # In pieces: a parser may hold back the chunks of many tokens.
+        self._features: dict[int, list[ReadFeatures]] = {}
         self._prompt: dict[int, ReadFeatures] = {}
 
     def take(self, prompt: int, result: RequestOutput) -> None:
@@ -65,8 +70,7 @@ class StreamedChoices:
         for output in result.outputs:
             index = prompt * self.n + output.index
             if output.sae_features:
-                found = merge(self._features.get(index), output.sae_features)
-                self._features[index] = found or {}
+                self._features.setdefault(index, []).append(output.sae_features)
             if output.index == 0 and result.prompt_sae_features:
                 self._prompt[index] = result.prompt_sae_features
 
@@ -102,12 +106,12 @@ class StreamedChoices:
                 choice[PROMPT_FEATURES] = features_json(prompt)
             features = self._features.pop(index, None)
             if features is not None:
-                choice[FEATURES] = features_json(features)
+                choice[FEATURES] = features_json(merge_all(features))
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def fill_choices(choices: Iterable[object], results: Iterable[RequestOutput]) -> None:
-    """Add what was read to the choices of a whole answer.
+    """Add what was read to the choices of a whole answer, if anything was asked for.
 
     Args:
         choices: those of the first result, then of the next one.
@@ -115,8 +119,10 @@ def fill_choices(choices: Iterable[object], results: Iterable[RequestOutput]) ->
     """
     outputs = ((result, output) for result in results for output in result.outputs)
     for choice, (result, output) in zip(choices, outputs, strict=False):
-        prompt = result.prompt_sae_features if output is result.outputs[0] else None
-        put(choice, output.sae_features or {}, prompt)
+        if output.sae_features is not None:
+            is_first = output is result.outputs[0]
+            prompt = result.prompt_sae_features if is_first else None
+            put(choice, output.sae_features, prompt)
 
 
 class LastResult:
@@ -134,19 +140,26 @@ class LastResult:
 
 
 class ResponseReading:
-    """What one Responses API request has read, over all its turns."""
+    """What one Responses API request has read, over all its turns.
+
+    Attributes:
+        has_read: whether the request reads at all; its results tell.
+    """
 
     def __init__(self) -> None:
-        self.features: ReadFeatures = {}
-        self.prompt: ReadFeatures = {}
-        self.fresh: ReadFeatures = {}
+        self.has_read = False
+        self.features: list[ReadFeatures] = []
+        self.prompt: list[ReadFeatures] = []
+        self.fresh: list[ReadFeatures] = []
 
     def take(self, result: RequestOutput) -> None:
-        """Note a result: a delta, or a whole turn."""
-        features = result.outputs[0].sae_features
-        self.features = merge(self.features, features) or {}
-        self.fresh = merge(self.fresh, features) or {}
-        self.prompt = merge(self.prompt, result.prompt_sae_features) or {}
+        """Note a result of a request that reads: a delta, or a whole turn."""
+        self.has_read = True
+        if features := result.outputs[0].sae_features:
+            self.features.append(features)
+            self.fresh.append(features)
+        if prompt := result.prompt_sae_features:
+            self.prompt.append(prompt)
 
     async def annotate(
         self, events: AsyncIterator[StreamingResponsesResponse]
@@ -154,10 +167,11 @@ class ResponseReading:
         """A stream's events, text deltas with what has been read since the last."""
         async for event in events:
             if event.type in _TEXT_DELTAS and self.fresh:
-                setattr(event, FEATURES, features_json(self.fresh))
-                self.fresh = {}
+                setattr(event, FEATURES, features_json(merge_all(self.fresh)))
+                self.fresh = []
             yield event
 
     def finish(self, response: object) -> None:
-        """Add all that was read to the response."""
-        put(response, self.features, self.prompt)
+        """Add all that was read to the response, if the request reads."""
+        if self.has_read:
+            put(response, merge_all(self.features), merge_all(self.prompt))

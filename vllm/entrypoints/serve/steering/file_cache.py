@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ MAX_FILES = 16
 class FileCache(Generic[T]):
     """What some files contain.
 
-    One file is read at a time, once for all who ask. A file that cannot be read is
-    kept as its error, so a client cannot make the server read it again and again.
+    One file is read at a time, once for all who ask. A file with bad content is kept as
+    its error, so a client cannot make the server read it again and again. An error of
+    the system, such as too many open files, is not kept: it may be over the next time.
 
     Args:
         read: reads one file; raises `OSError` or `ValueError`.
@@ -32,15 +34,19 @@ class FileCache(Generic[T]):
         """The content of a file, or None if there is no file.
 
         Raises:
-            OSError, ValueError: as `read`.
+            OSError: as `read`.
+            ValueError: as `read`, or it is no regular file. A pipe, for example, would
+                be waited for.
         """
         with self._lock:
             try:
-                stat = path.stat()
+                found = path.stat()
             except (OSError, ValueError):
                 self._known.pop(path, None)
                 return None
-            changed = stat.st_mtime_ns, stat.st_size
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"{path}: found no regular file, expected one")
+            changed = found.st_mtime_ns, found.st_size
             known = self._known.pop(path, None)
             if known is None or known[0] != changed:
                 known = changed, self._content(path)
@@ -55,5 +61,5 @@ class FileCache(Generic[T]):
     def _content(self, path: Path) -> T | Exception:
         try:
             return self._read(path)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             return error.with_traceback(None)

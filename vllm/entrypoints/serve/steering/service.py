@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vllm.config.sae_labels import FILE_NAME, Labels, load_labels, search
+from vllm.config.sae_labels import FILE_NAME, LabelIndex, load_labels
 from vllm.config.sae_steering_parser import check_preset
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
+    KNOWN_VERSION,
     METHOD,
     UNFINISHED,
     ModuleReply,
@@ -50,10 +51,11 @@ class Engine(Protocol):
     ) -> list: ...
 
 
-_LABELS = FileCache(load_labels)
+_LABELS = FileCache(lambda path: LabelIndex(load_labels(path)))
+_NO_LABELS = LabelIndex({})
 
 
-def _labels_of(module_path: str) -> Labels:
+def _labels_of(module_path: str) -> LabelIndex:
     """The labels beside a module's files; empty where there are none.
 
     Raises:
@@ -61,7 +63,7 @@ def _labels_of(module_path: str) -> Labels:
     """
     file = Path(module_path) / FILE_NAME
     try:
-        return _LABELS.get(file) or {}
+        return _LABELS.get(file) or _NO_LABELS
     except (OSError, ValueError) as error:
         reason = str(error).replace(str(file), FILE_NAME)
         raise RequestRefused(409, reason) from None
@@ -75,12 +77,20 @@ class SteeringModulesService:
         # Calls that wait for their turn, by action.
         self._waiting: dict[str, asyncio.Task[ModuleReply]] = {}
         self._turn = asyncio.Lock()
+        self._searching = asyncio.Lock()
+        # The version of a configuration, and what its presets are.
+        self._presets: tuple[int, asyncio.Task[Sequence[Json]]] | None = None
 
     @property
     def steering(self) -> Json | None:
         """`additional_config.steering` of the engine, or None without steering."""
         additional = self.engine.vllm_config.additional_config
         return additional.get("steering") if isinstance(additional, dict) else None
+
+    @property
+    def _resolved(self) -> Json:
+        """The configuration of the engine that this process knows."""
+        return (self.steering or {}).get("resolved") or {}
 
     async def call(self, action: str, payload: Json) -> ModuleReply:
         """One action of the engine's registry.
@@ -90,7 +100,8 @@ class SteeringModulesService:
         """
         if self.steering is None:
             raise RequestRefused(409, "this server was started without steering")
-        (answer,) = await self.engine.collective_rpc(METHOD, args=(action, payload))
+        asked = {**payload, KNOWN_VERSION: self._resolved.get("version")}
+        (answer,) = await self.engine.collective_rpc(METHOD, args=(action, asked))
         reply = as_reply(answer)
         if reply.refused:
             status = HTTP_STATUS[reply.outcome]
@@ -117,7 +128,8 @@ class SteeringModulesService:
 
     async def config(self) -> SteeringConfig:
         """The engine's configuration as it is now."""
-        return SteeringConfig.from_json((await self._asked("list")).config or {})
+        reply = await self._asked("list")
+        return SteeringConfig.from_json(reply.config or self._resolved)
 
     async def list(self) -> Json:
         """Modules with memory and requests, free slots, rows and tokens."""
@@ -145,22 +157,41 @@ class SteeringModulesService:
         self, name: str, query: str, index: int | None, limit: int
     ) -> Sequence[tuple[int, str]]:
         """Labels of a module that hold the query's words, or that of one feature."""
-        labels = await asyncio.to_thread(_labels_of, await self.path_of(name))
+        found = await asyncio.to_thread(_labels_of, await self.path_of(name))
         if index is not None:
-            return [(index, labels[index])] if index in labels else []
-        return await asyncio.to_thread(search, labels, query, limit)
+            label = found.labels.get(index)
+            return [] if label is None else [(index, label)]
+        # However many clients search, one thread of this process does.
+        async with self._searching:
+            return await asyncio.to_thread(found.search, query, limit)
 
     async def labels_among(self, name: str, features: Iterable[int]) -> dict[str, str]:
         """The labels of those of some features that have one, by index."""
-        labels = await asyncio.to_thread(_labels_of, await self.path_of(name))
+        found = await asyncio.to_thread(_labels_of, await self.path_of(name))
+        labels = found.labels
         return {str(index): labels[index] for index in features if index in labels}
 
     async def list_presets(self) -> Json:
         """Every preset, whether it is valid now, and the default."""
         config = await self.config()
-        # Hundreds of large presets take seconds.
-        found = await asyncio.to_thread(_checked_presets, config)
-        return {"presets": found, "default_preset": config.default_preset}
+        return {
+            "presets": await self._checked(config),
+            "default_preset": config.default_preset,
+        }
+
+    async def _checked(self, config: SteeringConfig) -> Sequence[Json]:
+        """Every preset and whether it is valid, looked at once for a configuration.
+
+        Hundreds of large presets take seconds, and clients without a key may ask.
+        """
+        if self._presets is None or self._presets[0] != config.version:
+            checks = asyncio.create_task(asyncio.to_thread(_checked_presets, config))
+            self._presets = config.version, checks
+        try:
+            return await asyncio.shield(self._presets[1])
+        except Exception:
+            self._presets = None  # the next one who asks tries again
+            raise
 
     async def path_of(self, name: str) -> str:
         """Where a module was loaded from.

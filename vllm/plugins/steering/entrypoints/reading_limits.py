@@ -117,7 +117,7 @@ def _limited(route: Route) -> Callable[[Stock], Stock]:
     """Makes a renderer that refuses."""
 
     def make(stock: Stock) -> Stock:
-        from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+        from vllm.entrypoints.openai.steering.read_choices import may_read
         from vllm.entrypoints.openai.steering.request_checks import check_answer
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.entrypoints.serve.steering.metrics import count_refusal
@@ -132,7 +132,7 @@ def _limited(route: Route) -> Callable[[Stock], Stock]:
             if isinstance(rendered, ErrorResponse):
                 return rendered
             config = active_steering_config(self.engine_client.vllm_config)
-            if config is None or not asks_to_read(request, config):
+            if config is None or not may_read(request, config):
                 return rendered
             lengths = [self._extract_prompt_len(p) for p in route.prompts_of(rendered)]
             try:

@@ -46,12 +46,12 @@ _RESPONSES_STREAM = (
 )
 
 
-def _reads(serving: GenerateBaseServing, request: BaseModel) -> bool:
-    """Whether a request reads features, itself or by its preset."""
-    from vllm.entrypoints.openai.steering.read_choices import asks_to_read
+def _may_read(serving: GenerateBaseServing, request: BaseModel) -> bool:
+    """Whether a request may read features, itself or by its preset."""
+    from vllm.entrypoints.openai.steering.read_choices import may_read
 
     config = active_steering_config(serving.engine_client.vllm_config)
-    return asks_to_read(request, config)
+    return may_read(request, config)
 
 
 def install_completion() -> None:
@@ -87,7 +87,7 @@ def _completion_stream(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> AsyncIterator[str]:
-        if not _reads(self, request):
+        if not _may_read(self, request):
             return stock(
                 self, request, engine_inputs, result_generator, *args, **kwargs
             )
@@ -112,8 +112,7 @@ def _completion_response(stock: Stock) -> Stock:
         **kwargs: object,
     ) -> object:
         response = stock(self, final_res_batch, request, *args, **kwargs)
-        if _reads(self, request):
-            fill_choices(response.choices, final_res_batch)
+        fill_choices(response.choices, final_res_batch)
         return response
 
     return request_output_to_completion_response
@@ -148,7 +147,7 @@ def _chat_stream(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> AsyncIterator[str]:
-        if not _reads(self, request):
+        if not _may_read(self, request):
             return stock(self, request, result_generator, *args, **kwargs)
         choices = StreamedChoices(request.n or 1)
         results = choices.of_one(result_generator)
@@ -171,7 +170,7 @@ def _chat_full(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> object:
-        if not _reads(self, request):
+        if not _may_read(self, request):
             return await stock(self, request, result_generator, *args, **kwargs)
         last = LastResult()
         results = last.watch(result_generator)
@@ -209,7 +208,7 @@ def _chat_batch(stock: Stock) -> Stock:
         *args: object,
         **kwargs: object,
     ) -> object:
-        if not _reads(self, request):
+        if not _may_read(self, request):
             return await stock(self, request, generators, *args, **kwargs)
         lasts = [LastResult() for _ in generators]
         watched = [last.watch(one) for last, one in zip(lasts, generators, strict=True)]
@@ -253,8 +252,9 @@ def _responses_full(stock: Stock) -> Stock:
         response = await stock(
             self, request, sampling_params, result_generator, context, *args, **kwargs
         )
-        if _reads(self, request) and not isinstance(response, ErrorResponse):
-            _reading_of(context).finish(response)
+        reading = context.sae_reading
+        if reading is not None and not isinstance(response, ErrorResponse):
+            reading.finish(response)
         return response
 
     return responses_full_generator
@@ -273,9 +273,9 @@ def _responses_stream(stock: Stock) -> Stock:
         events = stock(
             self, request, sampling_params, result_generator, context, *args, **kwargs
         )
-        return (
-            _reading_of(context).annotate(events) if _reads(self, request) else events
-        )
+        if not _may_read(self, request):
+            return events
+        return _reading_of(context).annotate(events)
 
     return responses_stream_generator
 

@@ -74,7 +74,7 @@ def _make(stock: Stock) -> Stock:
     ) -> object:
         try:
             config = active_steering_config(self.engine_client.vllm_config)
-            select_preset(request, config, self.models.base_model_paths[0].name)
+            select_preset(request, config, _served(self.models))
             steering = await checked_request(request, config, raw_request)
         except VLLMValidationError as error:
             count_refusal(error.parameter)
@@ -85,15 +85,18 @@ def _make(stock: Stock) -> Stock:
     return checked
 
 
+def _served(models: OpenAIServingModels) -> list[str]:
+    """Names of the base model, then of the adapters that are loaded."""
+    return [*(path.name for path in models.base_model_paths), *models.lora_requests]
+
+
 def _make_show_available_models(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.presets import preset_cards
 
     async def show_available_models(self: OpenAIServingModels) -> ModelList:
         models = await stock(self)
         config = active_steering_config(self.engine_client.vllm_config)
-        base = self.base_model_paths[0].name
-        cards = preset_cards(config, base)
-        models.data += [card for card in cards if not self.is_base_model(card.id)]
+        models.data += preset_cards(config, _served(self))
         return models
 
     return show_available_models

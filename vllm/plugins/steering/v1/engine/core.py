@@ -144,8 +144,21 @@ def _collective_rpc(stock: Stock) -> Stock:
         if not isinstance(self, EngineCoreProc):
             return [result.result()]
         # The engine goes on; the client is answered when the result is there.
-        listed: Future[list[ModuleReply]] = Future()
-        result.add_done_callback(lambda done: listed.set_result([done.result()]))
-        return listed
+        return in_a_list(result)
 
     return collective_rpc
+
+
+def in_a_list(reply: Future[ModuleReply]) -> Future[list[ModuleReply]]:
+    """A future of what `collective_rpc` returns. It fails if the reply's does."""
+    listed: Future[list[ModuleReply]] = Future()
+
+    def hand_on(done: Future[ModuleReply]) -> None:
+        error = done.exception()
+        if error is None:
+            listed.set_result([done.result()])
+        else:
+            listed.set_exception(error)
+
+    reply.add_done_callback(hand_on)
+    return listed
