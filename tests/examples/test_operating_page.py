@@ -11,9 +11,9 @@ from vllm.engine import steering_args
 from vllm.engine.steering_options import (
     LIMITS,
     MODULE_OPTIONS,
-    SPARE_FIELDS,
     TOP_FIELDS,
 )
+from vllm.engine.steering_slot_options import SPARE_FIELDS
 from vllm.entrypoints.serve.steering import api_router, metrics, preset_router
 
 ROOT = Path(__file__).parents[2]

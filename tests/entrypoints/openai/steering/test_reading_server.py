@@ -4,33 +4,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from steering_testing.read_answers import client_of, joined, post, same, streamed
-from steering_testing.server import MODEL_NAME, api_server
+from steering_testing.golden_gate import (
+    BRIDGE,
+    KEY,
+    MESSAGES,
+    MODULE,
+    READ,
+    example_engine,
+)
+from steering_testing.server import MODEL_NAME
 
-from vllm import LLM
 from vllm.config.sae_features import features_json
 from vllm.config.sae_steering_types import SAEReadoutSpec, SteeringSamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
 pytestmark = pytest.mark.server
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
-BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
-MODULE = "golden-gate"
-KEY = "the-key"
 PROMPTS = ["The chef stirs the tomato soup.", "The bridge over the bay"]
-MESSAGES = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 8
-# That one answer of the server may hold.
-VALUES = 201 * 64
-READ = {"sae_readout_specs": [{"module_name": MODULE, "top_k": 4}]}
 COMPLETION = {
     "model": MODEL_NAME,
     "prompt": PROMPTS,
@@ -38,7 +33,6 @@ COMPLETION = {
     "temperature": 0,
     **READ,
 }
-SAMPLED = {**COMPLETION, "temperature": 1}
 CHAT = {
     "model": MODEL_NAME,
     "messages": MESSAGES,
@@ -58,46 +52,56 @@ RESPONSES = {
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[Any, Any]]:
     """(prompt's, answer's) entries of each prompt, from an engine in this process."""
-    llm = LLM(
-        str(EXAMPLE / "model"),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 27,
-        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
-    )
     params = SteeringSamplingParams(
         max_tokens=TOKENS,
         temperature=0,
         sae_readout_specs=[SAEReadoutSpec(MODULE, top_k=4)],
     )
-    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-    found = [
+    with example_engine() as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    return [
         (features_json(o.prompt_sae_features), features_json(o.outputs[0].sae_features))
         for o in outputs
     ]
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    return found
 
 
-@pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    root = tmp_path_factory.mktemp("server")
-    log, preset = root / "log", root / "preset.json"
-    preset.write_text(json.dumps(READ))
-    modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
-    presets = ("--steering-presets", f"reader={preset}")
-    config = {"steering": {"max_answer_values": VALUES}}
-    limit = ("--additional-config", json.dumps(config))
-    options = (*modules, *presets, *limit, "--enable-scale-out")
-    key = ("--steering-api-key", KEY)
-    environment = {"VLLM_PLUGINS": "steering"}
-    arguments = (*options, *key)
-    with api_server(
-        EXAMPLE / "model", log, *arguments, environment=environment
-    ) as server:
-        yield from client_of(server)
+def post(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def streamed(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The events of a stream."""
+    with http.stream("POST", path, json={**body, "stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entries of several chunks, one after the other."""
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for module, sites in part.items():
+            for site, record in sites.items():
+                own = whole.setdefault(module, {}).setdefault(site, {})
+                for key, values in record.items():
+                    own.setdefault(key, []).extend(values)
+    return whole
+
+
+def same(found: Any, wanted: Any) -> None:
+    """Equal up to the rounding of another batch."""
+    for module, sites in wanted.items():
+        for site, record in sites.items():
+            own = found[module][site]
+            assert own["positions"] == record["positions"]
+            assert own["features"] == record["features"]
+            assert own["num_active"] == record["num_active"]
+            for a, b in zip(own["values"], record["values"], strict=True):
+                assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_completions_carry_what_each_prompt_and_answer_read(
@@ -256,80 +260,6 @@ def test_several_streamed_samples_have_one_record_of_their_prompt(
         else:
             (prompt,) = prompts
             same(prompt, choice["prompt_sae_features"])
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "field"),
-    [
-        ("/v1/completions", {**COMPLETION, "prompt": [[5] * 240]}, "prompt"),
-        (
-            "/v1/completions",
-            {**COMPLETION, "prompt": [[5] * 240], "stream": True},
-            "prompt",
-        ),
-        (
-            "/v1/chat/completions/batch",
-            {**CHAT, "messages": [[{"role": "user", "content": "a " * 100}]] * 3},
-            "messages",
-        ),
-        ("/v1/responses", {**RESPONSES, "input": "a " * 205}, "input"),
-    ],
-)
-def test_an_answer_with_too_many_values_of_prompts_is_refused(
-    http: httpx.Client, path: str, body: dict[str, Any], field: str
-) -> None:
-    spec = {**READ["sae_readout_specs"][0], "top_k": 64}
-    refused(http, path, {**body, "sae_readout_specs": [spec]}, field)
-    # Reading only what is generated holds nothing of the prompts.
-    decode = {**spec, "phase": "decode"}
-    few = {**body, "sae_readout_specs": [decode], "max_tokens": 1}
-    assert http.post(path, json=few).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "field", "most"),
-    [
-        # The prompts have one token each.
-        ("/v1/completions", {**SAMPLED, "prompt": [[5]] * 2, "n": 4}, "", 25),
-        ("/v1/completions", {**COMPLETION, "prompt": [[5]], "echo": True}, "", 201),
-        ("/v1/chat/completions", {**CHAT, "temperature": 1, "n": 2}, "", 100),
-        ("/v1/chat/completions", CHAT, "max_completion_tokens", 201),
-        ("/v1/chat/completions/batch", {**CHAT, "messages": [MESSAGES] * 2}, "", 100),
-        ("/v1/responses", RESPONSES, "max_output_tokens", 201),
-    ],
-)
-def test_an_answer_that_may_hold_too_many_generated_values_is_refused(
-    http: httpx.Client, path: str, body: dict[str, Any], field: str, most: int
-) -> None:
-    """The server allows 201 tokens of 64 values, over all prompts and choices."""
-    field = field or "max_tokens"
-    # Every choice ends with its first token.
-    stop = [{"feature_idx": BRIDGE["feature"], "above": -1.0}]
-    spec = {"module_name": MODULE, "top_k": 63, "phase": "decode", "stop_if": stop}
-    body = {**body, "sae_readout_specs": [spec]}
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        body.pop(name, None)
-    refused(http, path, {**body, field: most + 1}, field)
-    assert http.post(path, json={**body, field: most}).status_code == 200
-    # Without a number, a choice may fill the model's length.
-    named = "max_tokens" if field == "max_completion_tokens" else field
-    refused(http, path, {**body, named: None}, named)
-    streams = {**body, field: most + 1, "stream": True}
-    if path == "/v1/responses":
-        # The last event has all that was read.
-        refused(http, path, streams, field)
-    elif not path.endswith("batch"):
-        assert http.post(path, json=streams).status_code == 200
-
-
-def refused(http: httpx.Client, path: str, body: dict[str, Any], field: str) -> None:
-    """The request has a field that may lead to too many values."""
-    answer = http.post(path, json=body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == field
-    assert error["message"].startswith(f"{field}: found ")
-    assert str(VALUES) in error["message"]
 
 
 def test_a_feature_ends_a_stream(http: httpx.Client) -> None:
