@@ -78,9 +78,10 @@ def test_an_answer_that_may_hold_too_many_generated_values_is_refused(
         body.pop(name, None)
     refused(http, path, {**body, field: most + 1}, field)
     assert http.post(path, json={**body, field: most}).status_code == 200
-    # Without a number, a choice may fill the model's length.
-    named = "max_tokens" if field == "max_completion_tokens" else field
-    refused(http, path, {**body, named: None}, named)
+    if path != "/v1/completions":  # where vLLM's default is 16 tokens
+        # Without the field, a choice may fill the model's length.
+        named = "max_tokens" if field == "max_completion_tokens" else field
+        refused(http, path, body, named)
     streams = {**body, field: most + 1, "stream": True}
     if path == "/v1/responses":
         # The last event has all that was read.
