@@ -39,8 +39,8 @@ $(VENV)/.triton: $(STAMP) requirements/triton.lock
 	  --target $(VENV)/triton -r requirements/triton.lock
 	touch $@
 
-# sae-lens and sparsify (0.5 GB in all) for the tests that compare with them, which skip
-# elsewhere, and for the coverage of its list.
+# The libraries that train SAEs (0.5 GB in all) for the tests that compare with them,
+# which skip elsewhere, and for the coverage of SAELens's list.
 $(VENV)/.sae-lens: $(STAMP) requirements/sae-lens.lock
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps $(UV_ARGS) \
 	  --target $(VENV)/sae-lens -r requirements/sae-lens.lock
@@ -51,6 +51,7 @@ test-sae-lens: venv $(VENV)/.sae-lens
 	$(PYTHON) -m pytest $(PYTEST_ARGS) \
 	  tests/model_executor/model_loader/test_published_layouts.py \
 	  tests/model_executor/model_loader/test_sae_lens_round_trip.py \
+	  tests/model_executor/model_loader/test_library_round_trip.py \
 	  tests/test_coverage_tool.py
 	$(PYTHON) tools/coverage_of_public_saes.py
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
 from vllm.engine import steering_args
 from vllm.engine.steering_options import (
     MAX_BODY_MIB_LIMIT,
@@ -67,6 +68,19 @@ def test_every_metric_has_a_row() -> None:
     for kind, name in found:
         full = f"vllm:steering_{name}" + ("_total" if kind == "counter" else "")
         assert any(row.startswith(f"| `{full}` |") for row in rows()), full
+
+
+def test_every_environment_variable_has_a_row() -> None:
+    sources = [*(ROOT / "vllm").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    texts = [source.read_text() for source in (*sources, ROOT / "setup.py")]
+    found = {
+        name for text in texts for name in re.findall(r"VLLM_STEERING_[A-Z_]+", text)
+    }
+    assert KEY_ENV in found
+    for name in found - {DIRECTORY_ENV}:  # which processes set for their children
+        assert any(row.startswith(f"| `{name}` |") for row in rows()), name
+    named = set(re.findall(r"`(VLLM_STEERING_[A-Z_]+)[=`]", PAGE))
+    assert named == found - {DIRECTORY_ENV}
 
 
 def test_every_status_of_a_refusal_is_explained() -> None:

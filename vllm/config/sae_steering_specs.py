@@ -81,7 +81,8 @@ Hook = Annotated[str, Meta(extra_json_schema={"enum": list(HOOK_ALIASES)})]
 SiteClamps = Annotated[
     dict[Hook, Layers] | Entries,
     expects(
-        "{hook: {layer: [entry, ...]}}",
+        "{hook: {layer: [entry, ...]}}, or a list of entries for a module with one "
+        "site",
         description="{hook: {layer: [entry, ...]}}; a list of entries for a module "
         "that has one site.",
     ),

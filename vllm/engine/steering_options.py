@@ -10,6 +10,8 @@
      "max_specs": 64,
      "max_pieces": 8,
      "max_body_mib": 32,
+     "presets": {"name": "file" | {...}},
+     "default_preset": "name",
      "readout": True,
      "decoder_layer": "known" | "auto",
      "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
@@ -288,15 +290,17 @@ def _hook(where: str, name: object) -> HookPoint:
 
 def check_module_roots(value: object) -> None:
     """Raise unless `module_roots` is a list of absolute directories and `hf:` paths."""
-    good = isinstance(value, (list, tuple)) and all(
-        type(root) is str and (root.startswith("hf:") or os.path.isabs(root))
-        for root in value
-    )
-    if not good:
+    accepted = 'absolute directories, "hf:", "hf:owner" or "hf:owner/repo"'
+    path = f"{ROOT}.module_roots"
+    if not isinstance(value, (list, tuple)):
         raise SteeringConfigError(
-            f"{ROOT}.module_roots: found {shown(value)}, expected a list of absolute "
-            'directories, "hf:", "hf:owner" or "hf:owner/repo"'
+            f"{path}: found {shown(value)}, expected a list of {accepted}"
         )
+    for at, root in enumerate(value):
+        if type(root) is not str or not (root.startswith("hf:") or os.path.isabs(root)):
+            raise SteeringConfigError(
+                f"{path}[{at}]: found {shown(root)}, expected one of {accepted}"
+            )
 
 
 def _integer(path: str, value: object, low: int, high: int) -> int:
@@ -337,9 +341,13 @@ def module_form(name: object, given: object) -> tuple[str, Json]:
     return path, options
 
 
+def _one_of(value: object, known: tuple[str, ...]) -> str | None:
+    *first, last = (f'"{item}"' for item in known)
+    return None if value in known else f"{', '.join(first)} or {last}"
+
+
 def _check_units(value: object) -> str | None:
-    known = get_args(FeatureUnits)
-    return None if value in known else " or ".join(f'"{unit}"' for unit in known)
+    return _one_of(value, get_args(FeatureUnits))
 
 
 def _check_ids(value: object) -> str | None:
@@ -367,13 +375,11 @@ def _check_sites(value: object) -> str | None:
 
 
 def _check_sharding(value: object) -> str | None:
-    known = get_args(Sharding)
-    return None if value in known else " or ".join(f'"{item}"' for item in known)
+    return _one_of(value, get_args(Sharding))
 
 
 def _check_screening(value: object) -> str | None:
-    known = get_args(Screening)
-    return None if value in known else " or ".join(f'"{item}"' for item in known)
+    return _one_of(value, get_args(Screening))
 
 
 _OPTION_CHECKS = {

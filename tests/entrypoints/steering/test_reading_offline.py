@@ -28,6 +28,7 @@ from vllm.entrypoints.steering import (
     set_default_preset,
 )
 from vllm.entrypoints.steering.encoded import entries
+from vllm.entrypoints.steering.evaluate import TooShortError
 from vllm.exceptions import VLLMValidationError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
@@ -234,6 +235,14 @@ def test_a_text_of_which_no_token_is_read(llm: LLM) -> None:
     assert text.to_pandas().empty
     with pytest.raises(ValueError, match="every token was left unchanged"):
         find_features(llm, MODULE, [[bos]])
+
+
+def test_one_token_has_no_variance_to_explain(llm: LLM) -> None:
+    bos = llm.get_tokenizer().bos_token_id
+    with pytest.raises(
+        TooShortError, match="texts: expected at least two tokens .*found 1$"
+    ):
+        evaluate(llm, MODULE, [[bos, 5]])
 
 
 def test_the_default_preset_of_the_engine_does_not_steer_what_is_read(

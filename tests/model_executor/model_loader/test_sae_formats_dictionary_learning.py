@@ -42,10 +42,14 @@ SCALAR = {"threshold": torch.tensor(0.8), "k": torch.tensor(K, dtype=torch.int)}
 
 
 def dictionary(
-    path: Path, dict_class: str, state: dict[str, torch.Tensor], **trainer: Any
+    path: Path,
+    dict_class: str | None,
+    state: dict[str, torch.Tensor],
+    io: str = "out",
+    **trainer: Any,
 ) -> Path:
     config = {"dict_class": dict_class, "layer": 8, "activation_dim": D, **trainer}
-    write_json(path / "config.json", {"trainer": config, "buffer": {"io": "out"}})
+    write_json(path / "config.json", {"trainer": config, "buffer": {"io": io}})
     torch.save(state, path / "ae.pt")
     return path
 
@@ -111,6 +115,16 @@ def test_a_dictionary_without_a_layer_needs_a_site(tmp_path: Path) -> None:
         inspect_module("m", str(path))
     module = inspect_module("m", str(path), sites=["blocks.3.hook_resid_pre"])
     assert module.sites[0].name == "pre_attn.3"
+
+
+@pytest.mark.parametrize("layer", [8, None])
+def test_a_dictionary_from_one_point_to_another_is_refused(
+    tmp_path: Path, layer: int | None
+) -> None:
+    state = {**LINEAR, "bias": b_dec}
+    path = dictionary(tmp_path, "AutoEncoder", state, io="in_and_out", layer=layer)
+    with pytest.raises(ValueError, match="buffer: io: expected out or in .it reads"):
+        inspect_module("m", str(path), sites=["mlp_out.8"])
 
 
 @pytest.mark.parametrize("name", ["CrossCoder", "IdentityDict", None])

@@ -182,6 +182,17 @@ def test_a_transcoder_set_may_read_before_the_gain(tmp_path: Path) -> None:
     assert all(site.before_gain for site in inspect_module("m", str(path)).sites)
 
 
+@pytest.mark.parametrize(
+    ("hook", "raw"), [("mlp.hook_out", True), ("hook_mlp_out", False)]
+)
+def test_a_transcoder_set_may_write_the_output_of_the_mlp_itself(
+    tmp_path: Path, hook: str, raw: bool
+) -> None:
+    config = f"{QWEN3}feature_output_hook: {hook}"
+    sites = inspect_module("m", str(transcoder_set(tmp_path / "set", False, config)))
+    assert [site.raw_output for site in sites.sites] == [raw, raw]
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_transcoder_set_has_a_site_for_each_layer(tmp_path: Path, skip: bool) -> None:
     path = transcoder_set(tmp_path / "set", skip, QWEN3)
@@ -225,43 +236,86 @@ def test_an_attention_sae_is_beside_its_configuration(tmp_path: Path) -> None:
 # Llama Scope and llamascopium
 
 
-def llamascopium(path: Path, norms: dict[str, float], **config: Any) -> Path:
+LINEAR = {
+    "encoder.weight": W_enc,
+    "encoder.bias": b_enc,
+    "decoder.weight": W_dec.T.contiguous(),
+    "decoder.bias": b_dec,
+    "log_jumprelu_threshold": threshold,
+}
+# What the package itself saves.
+PLAIN = {
+    "W_E": W_enc.T.contiguous(),
+    "b_E": b_enc,
+    "W_D": W_dec,
+    "b_D": b_dec,
+    "activation_function.log_jumprelu_threshold": threshold,
+}
+
+
+def llamascopium(
+    path: Path,
+    norms: dict[str, float],
+    tensors: dict[str, torch.Tensor] = LINEAR,
+    **config: Any,
+) -> Path:
+    hook = "blocks.12.hook_resid_post"
     base = {
         "sae_type": "sae",
         "d_model": D,
         "expansion_factor": F / D,
-        "hook_point_in": "blocks.12.hook_resid_post",
-        "hook_point_out": "blocks.12.hook_resid_post",
+        "hook_point_in": hook,
+        "hook_point_out": hook,
         "act_fn": "jumprelu",
         "norm_activation": "dataset-wise" if norms else "inference",
     }
     write_json(path / "config.json", {**base, **config})
-    tensors = {
-        "encoder.weight": W_enc,
-        "encoder.bias": b_enc,
-        "decoder.weight": W_dec.T.contiguous(),
-        "decoder.bias": b_dec,
-        "log_jumprelu_threshold": threshold,
+    stored = {
+        f"dataset_average_activation_norm.{name}": torch.tensor(norm)
+        for name, norm in norms.items()
     }
-    for name, norm in norms.items():
-        key = f"dataset_average_activation_norm.{name}"
-        tensors[key] = torch.tensor([norm])
-    save_file(tensors, path / "sae_weights.safetensors")
+    save_file({**tensors, **stored}, path / "sae_weights.safetensors")
     return path
 
 
+@pytest.mark.parametrize("tensors", [LINEAR, PLAIN], ids=["linear", "plain"])
 @pytest.mark.parametrize("by_norm", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_llamascopium_has_logarithms_of_thresholds(
-    tmp_path: Path, by_norm: bool, scaled: bool
+    tmp_path: Path, by_norm: bool, scaled: bool, tensors: dict[str, torch.Tensor]
 ) -> None:
     norms = {"blocks.12.hook_resid_post": 3.0} if scaled else {}
     s = math.sqrt(D) / 3.0 if scaled else 1.0
-    path = llamascopium(tmp_path, norms, sparsity_include_decoder_norm=by_norm)
+    path = llamascopium(tmp_path, norms, tensors, sparsity_include_decoder_norm=by_norm)
     p = pre(inputs() * s)
     gate = p * W_dec.double().norm(dim=1) if by_norm else p
     close(reconstruct(path), decode(p * (gate > threshold.double().exp())) / s)
     assert site_of(path).name == "post_block.12"
+
+
+def test_a_llamascopium_transcoder_scales_input_and_output_apart(
+    tmp_path: Path,
+) -> None:
+    hook_in, hook_out = "blocks.12.ln2.hook_normalized", "blocks.12.hook_mlp_out"
+    path = llamascopium(
+        tmp_path,
+        {hook_in: 3.0, hook_out: 2.0},
+        {name: value for name, value in PLAIN.items() if name != "b_D"},
+        hook_point_in=hook_in,
+        hook_point_out=hook_out,
+        act_fn="topk",
+        top_k=K,
+        use_decoder_bias=False,
+    )
+    p = pre(inputs() * math.sqrt(D) / 3.0)
+    f = p.relu() * topk_mask(p * W_dec.double().norm(dim=1), K)
+    close(reconstruct(path), f @ W_dec.double() / (math.sqrt(D) / 2.0))
+    site = site_of(path)
+    assert (site.name, site.out_hook, site.before_gain) == (
+        "mlp_in.12",
+        HookPoint.MLP_OUT,
+        True,
+    )
 
 
 def test_llamascopium_takes_its_factor_from_the_release_list(tmp_path: Path) -> None:

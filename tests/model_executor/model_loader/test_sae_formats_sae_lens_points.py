@@ -83,6 +83,35 @@ def test_a_hugging_face_name_decides_where_transformer_lens_is_unclear(
     assert is_transcoder(site_of(sae_lens(tmp_path, TRANSCODER, **cfg)), 7, False)
 
 
+@pytest.mark.parametrize(
+    ("hook", "name", "raw"),
+    [
+        ("hook_mlp_out", "mlp_out.7", False),
+        ("mlp.hook_out", "mlp_out.7", True),
+        ("hook_attn_out", "attn_out.7", False),
+        ("attn.hook_out", "attn_out.7", True),
+        ("hook_out", "post_block.7", False),
+    ],
+)
+def test_an_output_of_the_module_itself_is_before_a_norm_behind_it(
+    tmp_path: Path, hook: str, name: str, raw: bool
+) -> None:
+    path = sae_lens(tmp_path, SAE, metadata={"hook_name": f"blocks.7.{hook}"})
+    assert (site_of(path).name, site_of(path).raw_output) == (name, raw)
+
+
+def test_a_sae_lens_transcoder_may_write_the_output_of_the_mlp_itself(
+    tmp_path: Path,
+) -> None:
+    points = {
+        "hook_name": "blocks.7.mlp.hook_in",
+        "hook_name_out": "blocks.7.mlp.hook_out",
+    }
+    cfg = {"architecture": "transcoder", "metadata": points}
+    site = site_of(sae_lens(tmp_path, TRANSCODER, **cfg))
+    assert is_transcoder(site, 7, False) and site.raw_output
+
+
 def test_sae_lens_with_hook_z_reads_all_heads(tmp_path: Path) -> None:
     cfg = {"hook_name": "blocks.3.attn.hook_z", "reshape_activations": "hook_z"}
     path = sae_lens(tmp_path, SAE, **cfg, apply_b_dec_to_input=False)

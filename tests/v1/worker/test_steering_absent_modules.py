@@ -137,10 +137,10 @@ def test_a_graph_holds_every_launch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     x = torch.zeros(2, models.HIDDEN)
     generate(llm, [IDS], [params(1)])
     for table in (slot.full, slot.delta):
-        assert not steering_capture.is_needed(table, x)
+        assert not steering_capture.is_needed(table, modules.step, x)
     monkeypatch.setattr(steering_capture, "is_captured", lambda device: True)
     for table in (slot.full, slot.delta):
-        assert steering_capture.is_needed(table, x)
+        assert steering_capture.is_needed(table, modules.step, x)
     tables = [t for tier in Tier for t in modules.tables(tier)]
     assert not any(bound.table.in_use for bound in tables)
 

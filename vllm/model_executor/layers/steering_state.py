@@ -307,6 +307,7 @@ class StepState(nn.Module):
             tables; 0: not read.
         no_rows: int32 `[max_tokens]`, zeros: an index by which nothing is edited.
         reading: whether some token of the step is read; known on the host.
+        idle_graph: whether a graph captured now runs only in steps that use no site.
         bypass: counts of the tokens that modules leave alone; read for metrics only.
         sync: int32 `[SYNC_INTS]`, counters with which blocks of a GPU kernel wait for
             one another; zero between launches. They are a buffer, so that sleeping and
@@ -333,6 +334,7 @@ class StepState(nn.Module):
             rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)
             self.register_buffer(name, rows, persistent=False)
         self.reading = False
+        self.idle_graph = False
         sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
         self.register_buffer("sync", sync, persistent=False)
         self.bypass = BypassCounts(device)

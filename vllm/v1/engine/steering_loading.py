@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
+from vllm.engine.steering_options import ROOT
 
 # A caller that does not ask for so long has gone away.
 ABANDONED_S = 10.0
@@ -93,3 +94,18 @@ def refusal(error: Json) -> RefusedCall:
     """The refusal for a rank's error."""
     outcome = Outcome.INVALID if error.get("refused") else Outcome.FAILED
     return RefusedCall(outcome, f"{error['error']}; nothing was changed", "path")
+
+
+def inspection_refusal(name: object, text: str) -> RefusedCall:
+    """The refusal of a module that cannot be inspected.
+
+    An option is named as the caller wrote it, and not by its path in the start-up
+    configuration.
+    """
+    where = f"{ROOT}.modules.{name}"
+    if text.startswith(f"{where}."):
+        text = text.removeprefix(f"{where}.")
+        return RefusedCall(Outcome.INVALID, text, text.partition(":")[0])
+    if text.startswith(f"{where}: "):
+        return RefusedCall(Outcome.INVALID, text.removeprefix(f"{where}: "))
+    return RefusedCall(Outcome.INVALID, text, "path")

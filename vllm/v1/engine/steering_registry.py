@@ -48,7 +48,12 @@ from vllm.engine.steering_resolution import check_against_model, inspect_for_mod
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
 from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
-from vllm.v1.engine.steering_loading import ModuleLoads, first_error, refusal
+from vllm.v1.engine.steering_loading import (
+    ModuleLoads,
+    first_error,
+    inspection_refusal,
+    refusal,
+)
 from vllm.v1.engine.steering_prepared import PREPARED_LIMIT_S, PreparedChange
 from vllm.v1.engine.steering_preset_checks import CHANGES, PresetChecks
 
@@ -170,12 +175,8 @@ class SteeringRegistry:
     def _inspect(self, options: Json) -> ModuleReply:
         name = options.pop("name", None)
         try:
-            module = inspect_for_model(
-                name,
-                options,
-                self.core.vllm_config,
-                module_inspector().inspect,
-            )
+            inspect = module_inspector().inspect
+            module = inspect_for_model(name, options, self.core.vllm_config, inspect)
         except SteeringConfigError as error:
             text = str(error)
         except Exception as error:
@@ -184,7 +185,7 @@ class SteeringRegistry:
             text = f"cannot be inspected: {cause}"
         else:
             return ModuleReply(outcome=Outcome.DONE, module=module.to_json())
-        return RefusedCall(Outcome.INVALID, text, "path").reply
+        return inspection_refusal(name, text).reply
 
     def _change(self, name: object, payload: Json, plan: Plan) -> ModuleReply:
         """Register or unregister a module, at once or one phase of it."""

@@ -27,6 +27,7 @@ from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstruction
 from vllm.v1.worker.steering_build import build_site_modules
 from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
+from vllm.v1.worker.steering_idle_graphs import IdleGraphs
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
 from vllm.v1.worker.steering_modules import SiteModules
@@ -48,6 +49,7 @@ class SteeringRuntime:
         vocab_size: bound of token ids, for the skip sets.
         widths: of the points of the model's layers.
         sends_output: whether this rank's output goes to the scheduler.
+        has_idle_graphs: whether CUDA graphs get twins for steps without steering.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SteeringRuntime:
         vocab_size: int,
         widths: PointWidths,
         sends_output: bool = True,
+        has_idle_graphs: bool = False,
     ):
         if not config.slots:
             config = start_up_slots(config)
@@ -86,6 +89,8 @@ class SteeringRuntime:
         self._editing: set[str] = set()
         # Of these, prompts with positions that have no token id.
         self._embedded: dict[str, np.ndarray] = {}
+        # Requests whose plan this rank could not follow; other ranks may steer them.
+        self._lost: set[str] = set()
         self._step_index = StepIndex(len(Tier))
         shape = (len(Tier), max_tokens)
         self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
@@ -96,6 +101,9 @@ class SteeringRuntime:
         self.counts = TokenCounts(num_rows)
         # Whether rows were taken, written or given back since the tables were marked.
         self._marks_are_old = True
+        self.idle_graphs: IdleGraphs | None = None
+        if has_idle_graphs:
+            self.idle_graphs = IdleGraphs(self.step, lambda: self.is_idle)
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
 
@@ -103,6 +111,15 @@ class SteeringRuntime:
     def parked(self) -> list[str]:
         """Steered requests that hold no rows: preempted, or not in the batch."""
         return [req_id for req_id in self._plans if req_id not in self._rows]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no token of the prepared step is edited or read.
+
+        It follows from what the scheduler sends, so that all ranks of a tensor-parallel
+        group agree: those that share SAEs run the same exchanges.
+        """
+        return not (self._written_tokens or self.step.reading or self._lost)
 
     @property
     def holding(self) -> list[str]:
@@ -138,6 +155,7 @@ class SteeringRuntime:
             # a defect of ours, not a client's error, and the worker must survive it.
             text = "Steering: request %s names a module that is not here"
             logger.error(text, shown(req_id))
+            self._lost.add(req_id)
             return None
         return plan
 
@@ -176,6 +194,7 @@ class SteeringRuntime:
         self.park_request(req_id)
         self._plans.pop(req_id, None)
         self._embedded.pop(req_id, None)
+        self._lost.discard(req_id)
 
     def prepare_step(self, view: BatchView) -> None:
         """Write the index, the rows and the bypass flags of a step before its forward.

@@ -122,12 +122,13 @@ def read(location: Location) -> ModuleLayout:
 
 def _site(config: Fields, trainer: Fields) -> tuple[int, HookPoint] | None:
     """Layer and hook. Without a submodule name, the SAE is on the layer's output."""
-    layer = trainer.integer("layer")
-    if layer is None:
-        return None
     buffer = config.sub("buffer")
-    if buffer.text("io") not in (None, "out"):
-        # The SAE is on the submodule's input, a point that only the operator can name.
+    io = buffer.text("io")
+    if io == "in_and_out":
+        raise buffer.fail("io", "out or in (it reads one point and writes another)")
+    layer = trainer.integer("layer")
+    if layer is None or io not in (None, "out"):
+        # On the submodule's input, only the operator can name the point.
         return None
     submodule = trainer.text("submodule_name")
     if submodule is None:

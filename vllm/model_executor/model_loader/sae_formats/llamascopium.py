@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llamascopium 2 (Llama Scope R1 Distill): `config.json` and `sae_weights.safetensors`.
+"""llamascopium 2 (formerly lm-saes): `config.json` and `sae_weights.safetensors`.
 
-`encoder.weight` is `[F, D]`, `decoder.weight` `[D, F]`; the threshold of each feature
-is the exponential of `log_jumprelu_threshold` (`activation_function.` may stand before
-it). With `sparsity_include_decoder_norm` it applies to the pre-activation times the
-norm of the decoder row. In `dataset-wise` mode the SAE reads `s_in x` and gives `s_out
-y`, with `s = sqrt(D) / average norm`; the norms are in the weights, or the release list
-states the factor. Source: https://github.com/OpenMOSS/Language-Model-SAEs
+The package saves `W_E [D, F]`, `b_E`, `W_D [F, D]`, `b_D`. Llama Scope R1 Distill has
+linear layers instead: `encoder.weight [F, D]`, `decoder.weight [D, F]` and biases. The
+threshold of each feature is the exponential of `log_jumprelu_threshold`
+(`activation_function.` may stand before it). With `sparsity_include_decoder_norm` it
+applies to the pre-activation times the norm of the decoder row. In `dataset-wise` mode
+the SAE reads `s_in x` and gives `s_out y`, with `s = sqrt(D) / average norm`; the norms
+are in the weights, or the release list states the factor.
+Source: https://github.com/OpenMOSS/Language-Model-SAEs
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from vllm.config.steering import Activation
 from vllm.config.steering_json import Json
@@ -41,11 +44,32 @@ from vllm.model_executor.model_loader.sae_formats.tensor_files import (
 
 CONFIG = "config.json"
 WEIGHTS = "sae_weights.safetensors"
-W_ENC = Matrix("encoder.weight")
-W_DEC = Matrix("decoder.weight", features_last=True)
 _NORM = "dataset_average_activation_norm."
 _THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 _SAE_TYPES = (None, "sae")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names of an SAE's tensors."""
+
+    W_enc: Matrix
+    b_enc: str
+    W_dec: Matrix
+    b_dec: str
+
+
+_LINEAR = _Names(
+    Matrix("encoder.weight"),
+    "encoder.bias",
+    Matrix("decoder.weight", features_last=True),
+    "decoder.bias",
+)
+_PLAIN = _Names(Matrix("W_E", features_last=True), "b_E", Matrix("W_D"), "b_D")
+
+
+def _names(tensors: TensorFile) -> _Names:
+    return _PLAIN if _PLAIN.W_enc.name in tensors.infos else _LINEAR
 
 
 def matches(location: Location) -> bool:
@@ -65,9 +89,10 @@ def read(location: Location) -> ModuleLayout:
         stated = need_points(hook_in, config.text("hook_point_out"), where)
     points = choose_points(location, stated, f"{CONFIG}: hook_point_in")
     with open_tensors(location.root / WEIGHTS) as tensors:
-        F, D = matrix_shape(tensors, W_ENC)
+        W_enc = _names(tensors).W_enc
+        _, D = matrix_shape(tensors, W_enc)
         if config.integer("d_model", 1, D) != D:
-            raise config.fail("d_model", f"{D}, which {WEIGHTS} has for encoder.weight")
+            raise config.fail("d_model", f"{D}, which {WEIGHTS} has for {W_enc.name}")
         layout = _layout(config, tensors, points, location.overrides.scale)
     return ModuleLayout(kind="sae", sites=(layout,), model=None)
 
@@ -75,17 +100,18 @@ def read(location: Location) -> ModuleLayout:
 def _layout(
     config: Fields, tensors: TensorFile, points: Points, listed: float | None
 ) -> SAELayout:
-    F, D = matrix_shape(tensors, W_ENC)
+    names = _names(tensors)
+    F, D = matrix_shape(tensors, names.W_enc)
     s_in, s_out = _scales(config, tensors, D, listed)
     by_norm = config.boolean("sparsity_include_decoder_norm", True)
     activation, k, extra = _activation(config, tensors, F)
     return SAELayout(
         site=points.site(D, F, activation, k),
         file=WEIGHTS,
-        W_enc=W_ENC,
-        W_dec=W_DEC,
-        b_enc="encoder.bias",
-        b_dec="decoder.bias" if config.boolean("use_decoder_bias", True) else None,
+        W_enc=names.W_enc,
+        W_dec=names.W_dec,
+        b_enc=names.b_enc,
+        b_dec=names.b_dec if config.boolean("use_decoder_bias", True) else None,
         unit_decoder_rows=by_norm,
         W_enc_scale=s_in,
         W_dec_scale=1 / s_out,

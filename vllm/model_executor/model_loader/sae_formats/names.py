@@ -42,6 +42,9 @@ _HF_POINTS = {
 }
 # The output of the norm before the MLP, before its gain.
 _BEFORE_GAIN = re.compile(r"blocks\.([0-9]{1,9})\.ln2\.hook_normalized")
+# A module's own output in TransformerLens 3, where `hook_attn_out` and `hook_mlp_out`
+# are after the norm behind it.
+OWN_OUTPUTS = ("attn.hook_out", "mlp.hook_out")
 # TransformerLens points that are not supported, and why.
 _REFUSED = {
     "hook_mlp_in": "TransformerLens's name for the stream before the norm, which "
@@ -147,23 +150,25 @@ def need_points(name_in: str, name_out: str | None, where: str) -> Points:
         LayoutError: a name that is no point; or a pair that no site can have: of two
             layers, or any other than the MLP's input and output.
     """
+    names = (name_in, name_out or name_in)
+    raw_output = any(name.endswith(OWN_OUTPUTS) for name in names)
     before_gain = False
     if match := _BEFORE_GAIN.fullmatch(name_in):
         before_gain, name_in = True, f"mlp_in.{match[1]}"
         name_out = name_in if name_out == match[0] else name_out
     layer, hook = need_site(name_in, where)
     if name_out is None or name_out == name_in:
-        return Points(layer, hook, None, before_gain)
+        return Points(layer, hook, None, before_gain, raw_output)
     layer_out, hook_out = need_site(name_out, where)
     if (layer_out, hook_out) == (layer, hook):
-        return Points(layer, hook, None, before_gain)
+        return Points(layer, hook, None, before_gain, raw_output)
     pair = (hook, hook_out)
     if layer != layer_out or pair != (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         raise LayoutError(
             f"{where}: expected an SAE, or a transcoder from mlp_in to mlp_out of one "
             f"layer, found {site_name(hook, layer)} to {site_name(hook_out, layer_out)}"
         )
-    return Points(layer, hook, hook_out, before_gain)
+    return Points(layer, hook, hook_out, before_gain, raw_output)
 
 
 def choose_sites(

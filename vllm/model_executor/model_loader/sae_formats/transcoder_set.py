@@ -10,6 +10,7 @@ what it writes. Source: https://github.com/safety-research/circuit-tracer
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from vllm.config.steering import Activation
@@ -25,6 +26,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     lfs_pointer,
 )
 from vllm.model_executor.model_loader.sae_formats.names import (
+    OWN_OUTPUTS,
     choose_points,
     need_points,
     transcoder_points,
@@ -74,7 +76,10 @@ def _read_file(location: Location, config: Fields, path: Path) -> SAELayout:
             raise config.fail(key, f"one of {', '.join(known)}")
     where = f"{path.name}: transcoder"
     before_gain = config.text("feature_input_hook") == "ln2.hook_normalized"
-    stated = transcoder_points(int(match[1]), before_gain)
+    raw_output = config.text("feature_output_hook") in OWN_OUTPUTS
+    stated = replace(
+        transcoder_points(int(match[1]), before_gain), raw_output=raw_output
+    )
     points = choose_points(location, stated, where)
     W_enc, W_dec = Matrix("W_enc"), Matrix("W_dec")
     with open_tensors(path) as tensors:
