@@ -47,8 +47,7 @@ SAES = ("jumprelu", "topk", "other")
 
 
 @pytest.fixture(scope="module")
-def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    paths = save_modules(tmp_path_factory.mktemp("saes"))
+def llm(model_root: Path, paths: dict[str, str]) -> Iterator[LLM]:
     modules = {name: paths[name] for name in (*SAES, "vector")}
     with engine(FAMILY, model_root, modules, {"spare": SPARE}) as llm:
         yield llm

@@ -16,7 +16,7 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
-from vllm.config.steering import get_steering_config, point_widths
+from vllm.config.steering import get_steering_config
 from vllm.config.steering_private_directory import start_up_failure
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -26,6 +26,7 @@ from vllm.v1.worker.steering_idle_graphs import ranks_want_idle_graphs
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
 from vllm.v1.worker.steering_runtime import SteeringRuntime
+from vllm.v1.worker.steering_shape import SteeringShape
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -54,28 +55,20 @@ class SteeringModelRunnerMixin:
         config = get_steering_config(self.vllm_config.additional_config)
         if config is None:
             return
-        scheduler = self.vllm_config.scheduler_config
-        compilation = self.vllm_config.compilation_config
-        model_config = self.vllm_config.model_config
-        captured = compilation.max_cudagraph_capture_size or 0
+        shape = SteeringShape.of_worker(self.vllm_config, config, self.device)
         try:
             if config.decoder_layer == "auto":
                 try_unknown_layers(self.get_model(), self.vllm_config, self.device)
             self.steering = SteeringRuntime(
                 config,
                 self.get_model(),
-                max_num_seqs=scheduler.max_num_seqs,
-                max_tokens=max(scheduler.max_num_batched_tokens, captured),
-                dtype=model_config.dtype,
-                device=self.device,
-                vocab_size=model_config.get_vocab_size(),
-                widths=point_widths(model_config),
+                shape,
                 sends_output=get_tensor_model_parallel_rank() == 0,
                 has_idle_graphs=ranks_want_idle_graphs(),
             )
         except ValueError as error:
             raise start_up_failure(error) from None
-        context = compilation.static_forward_context
+        context = self.vllm_config.compilation_config.static_forward_context
         for key, site in self.steering.modules.sites.items():
             context[key.name] = site
         self.give_idle_graphs()

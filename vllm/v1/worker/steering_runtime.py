@@ -16,9 +16,8 @@ from torch import nn
 
 from vllm.config.sae_steering_plan import SteeringPlan, decode_plan
 from vllm.config.sae_steering_specs import PLAN_KEY
-from vllm.config.steering import PointWidths, SteeringConfig, Tier
+from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import shown
-from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -30,8 +29,8 @@ from vllm.v1.worker.steering_embeds import known_token_ids
 from vllm.v1.worker.steering_idle_graphs import IdleGraphs
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
-from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_readout import SteeringReadout
+from vllm.v1.worker.steering_shape import SteeringShape
 from vllm.v1.worker.steering_tables import write_rows
 
 logger = init_logger(__name__)
@@ -43,11 +42,7 @@ class SteeringRuntime:
     Args:
         config: the engine's resolved steering configuration.
         model: the loaded model; its layers get the sites attached.
-        max_num_seqs: requests that can be in a batch.
-        max_tokens: tokens that a forward can have, padding included.
-        dtype, device: of the model's activations.
-        vocab_size: bound of token ids, for the skip sets.
-        widths: of the points of the model's layers.
+        shape: of the worker's buffers.
         sends_output: whether this rank's output goes to the scheduler.
         has_idle_graphs: whether CUDA graphs get twins for steps without steering.
     """
@@ -56,29 +51,18 @@ class SteeringRuntime:
         self,
         config: SteeringConfig,
         model: nn.Module,
-        *,
-        max_num_seqs: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        vocab_size: int,
-        widths: PointWidths,
-        sends_output: bool = True,
+        shape: SteeringShape,
+        sends_output: bool,
         has_idle_graphs: bool = False,
     ):
-        if not config.slots:
-            config = start_up_slots(config)
-        config = config.for_workers()
-        self.config = config
-        num_rows = config.max_pieces * max_num_seqs + 1
+        self.config = config.for_workers()
+        num_rows = shape.num_rows
         self.managers: dict[Tier, RowManager] = {
             Tier.ADDITIVE: SteeringVectorManager(num_rows),
             Tier.DELTA: SAEClampManager(num_rows),
             Tier.FULL: SAEFullReconstructionManager(num_rows),
         }
-        self.modules: SiteModules = build_site_modules(
-            config, model, num_rows, max_tokens, dtype, device, vocab_size, widths
-        )
+        self.modules = build_site_modules(self.config, model, shape)
         self.step = self.modules.step
         self.readout = SteeringReadout(self.modules, self.step, num_rows, sends_output)
         # Plans of all requests that the worker knows; rows of those in the batch: of
@@ -92,8 +76,9 @@ class SteeringRuntime:
         # Requests whose plan this rank could not follow; other ranks may steer them.
         self._lost: set[str] = set()
         self._step_index = StepIndex(len(Tier))
-        shape = (len(Tier), max_tokens)
-        self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
+        self._index_host: np.ndarray = np.zeros(
+            (len(Tier), shape.max_tokens), dtype=np.int32
+        )
         self._written_tokens = 0
         # What `_index_part` returned for this extent, by tier: a slice takes its time.
         self._part_extent = 0
