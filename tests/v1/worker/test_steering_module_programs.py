@@ -24,7 +24,6 @@ from steering_testing.hot_modules import (
     TOKENS,
     expected,
     leave_only_the_first,
-    save_modules,
     steered,
 )
 from steering_testing.reads import activations, assert_reads
@@ -158,9 +157,8 @@ class Program:
 
 @pytest.mark.parametrize("spare", [[], SPARE], ids=["none", "spare"])
 def test_any_program_leaves_every_answer_as_it_is(
-    model_root: Path, tmp_path: Path, spare: list[Any]
+    model_root: Path, paths: dict[str, str], spare: list[Any]
 ) -> None:
-    paths = save_modules(tmp_path)
     # Small chunks of prompts, and a cache in which not all requests have room.
     options = {
         "max_num_batched_tokens": 32,
