@@ -37,9 +37,6 @@ EXACT = sorted(family for family, case in HOW.items() if case.tolerance is None)
 
 def saes() -> dict[str, DenseSAE]:
     found = {kind: random_sae(96, models.HIDDEN, kind, 7) for kind in ACTIVATIONS}
-    for sae in found.values():
-        # What the engine bypasses by default: the model's bos, eos and pad.
-        sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     return found
 
 

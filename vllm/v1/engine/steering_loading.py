@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
@@ -45,7 +45,7 @@ class ModuleLoads:
         Raises:
             RefusedCall: a rank cannot load it. No rank then keeps any of it.
         """
-        module, now = _of_files(module), time.monotonic()
+        module, now = module.unplaced(), time.monotonic()
         if self.current is not None and self.current.module != module:
             if now - self.current.asked < ABANDONED_S:
                 return False
@@ -63,7 +63,7 @@ class ModuleLoads:
 
     def forget(self, module: ModuleInfo) -> None:
         """Give up loading the module, if it is being loaded."""
-        if self.current is not None and self.current.module == _of_files(module):
+        if self.current is not None and self.current.module == module.unplaced():
             self.current = None
             self.workers("forget")
 
@@ -79,10 +79,6 @@ class ModuleLoads:
             return replies
         self.forget(module)
         raise refusal(error)
-
-
-def _of_files(module: ModuleInfo) -> ModuleInfo:
-    return replace(module, slots=None)
 
 
 def first_error(replies: list[Json]) -> Json | None:

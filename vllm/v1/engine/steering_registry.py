@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_checks import SteeringConfigError, one_line, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
     KNOWN_VERSION,
@@ -43,8 +43,8 @@ from vllm.engine.steering_active_config import (
     may_register,
     publish,
 )
+from vllm.engine.steering_inspection import check_against_model, inspect_for_model
 from vllm.engine.steering_presets import refuse_without_default, with_valid_default
-from vllm.engine.steering_resolution import check_against_model, inspect_for_model
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
 from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
@@ -181,8 +181,7 @@ class SteeringRegistry:
             text = str(error)
         except Exception as error:
             logger.exception("Steering: inspecting %s failed", shown(name))
-            cause = " ".join(str(error).split()) or type(error).__name__
-            text = f"cannot be inspected: {cause}"
+            text = f"cannot be inspected: {one_line(error)}"
         else:
             return ModuleReply(outcome=Outcome.DONE, module=module.to_json())
         return inspection_refusal(name, text).reply
