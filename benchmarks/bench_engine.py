@@ -10,7 +10,9 @@ A model of Gemma-2-2B's shape with dummy weights in bfloat16, and JumpReLU SAEs
 - eager: sets the thresholds, counts what fires, and measures vLLM without graphs;
 - engines: stock, one-site and four-site engines live in one process and take turns
   batch by batch, so that the machine's noise affects all of them equally. A second
-  stock engine, started last, is the control: what two equal engines differ by;
+  stock engine, started last, is the control: what two equal engines differ by. If it
+  is asked for, `twins` is a one-site engine with graphs without steering
+  (`VLLM_STEERING_IDLE_GRAPHS=1`);
 - hf: Hugging Face `generate` with a forward hook;
 - alone-*: an engine that the shared process could not start or keep, by itself.
 
@@ -55,6 +57,7 @@ HF_SECONDS = 45  # kept free of the budget for the last stage
 # and by the time on the GPU.
 TARGETS: dict[tuple[str, str, int], tuple[float, float]] = {
     **{("idle", "decode", batch): (0.995, 0.995) for batch in BATCHES},
+    **{("idle with twins", "decode", batch): (0.999, 0.999) for batch in BATCHES},
     ("one site", "decode", 1): (0.98, 0.99),
     ("one site", "decode", 64): (0.98, 0.987),
     ("one site", "decode", 256): (0.98, 0.988),
@@ -199,14 +202,14 @@ def targets(rows: list[Row]) -> list[Row]:
     return found
 
 
-def some_of(names: tuple[str, ...]) -> dict[str, Any]:
-    """`add_argument` options of a choice of names, between commas; default: all."""
+def some_of(names: tuple[str, ...], more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`add_argument` options of a choice of names, between commas; default: `names`."""
 
-    listed = ",".join(names)
+    listed = ",".join((*names, *more))
 
     def split(given: str) -> tuple[str, ...]:
         chosen = tuple(given.split(","))
-        if unknown := [name for name in chosen if name not in names]:
+        if unknown := [name for name in chosen if name not in (*names, *more)]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {listed}")
         return chosen
 
@@ -219,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: results/<gpu>.json")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all")
     parser.add_argument("--root", type=Path, help="working directory")
-    parser.add_argument("--engines", **some_of(TOGETHER))
+    parser.add_argument("--engines", **some_of(TOGETHER, ("twins",)))
     parser.add_argument("--batches", **some_of(ALL_BATCHES))
     parser.add_argument("--no-hf", action="store_true", help="no Hugging Face stage")
     parser.add_argument("--hurry", action="store_true", help="no timed eager engine")

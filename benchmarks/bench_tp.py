@@ -12,7 +12,9 @@ process of its own, and then take turns, one at a time:
 - `stock`: vLLM without steering;
 - `peers`: shared SAEs go through peers' memory. One module of one site is shared, one
   is copied, and one of four sites is shared. Requests choose;
-- `gather`: shared SAEs go through vLLM's all-gather. One module of one site.
+- `gather`: shared SAEs go through vLLM's all-gather. One module of one site;
+- `peers+twins`, `gather+twins`: the same, with CUDA graphs without steering for idle
+  steps.
 
 Each round measures every mode once. `gpu` is the time of a step on the GPU, without
 launch gaps (`tp_worker.py`), `between` and `host` the time from one step to the next on

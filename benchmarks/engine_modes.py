@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,9 @@ GRAPHS: dict[str, Any] = {
 
 # SAE module -> the layers of its sites.
 SITE_LAYERS: dict[str, tuple[int, ...]] = {"one": (20,), "four": (5, 10, 15, 20)}
+# Engines that have one of these modules -> which. `twins` is the engine `one` with
+# CUDA graphs without steering for its idle steps.
+MODULE_OF = {**{name: name for name in SITE_LAYERS}, "twins": "one"}
 FULL_KEY = "sae_full_reconstruction_specs"
 CLAMP = {"feature_idx": 11, "kind": "absolute", "value": 1.0}
 
@@ -70,6 +74,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one": {"idle": None, "one site": [CLAMP]},
     "four": {"four sites": {}},
     "again": {"stock again": None},
+    "twins": {"idle with twins": None},
     "eager": {"stock eager": None},
 }
 
@@ -85,10 +90,12 @@ def start(root: Path, name: str) -> Engine:
     from engine_timing import Engine, StepProbe
 
     from vllm import LLM
+    from vllm.config.steering_environment import IDLE_GRAPHS_ENV
 
+    os.environ[IDLE_GRAPHS_ENV] = "1" if name == "twins" else "0"
     config: dict[str, Any] = {}
-    if name in SITE_LAYERS:
-        config = {"steering": {"modules": {"sae": str(root / name)}}}
+    if name in MODULE_OF:
+        config = {"steering": {"modules": {"sae": str(root / MODULE_OF[name])}}}
     options = {"enforce_eager": True} if name == "eager" else GRAPHS
     llm = LLM(
         str(root / "model"), additional_config=config, **ENGINE_OPTIONS, **options

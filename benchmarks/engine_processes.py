@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine_modes import MODES, SITE_LAYERS
+from engine_modes import MODES, MODULE_OF
 
 if TYPE_CHECKING:
     from engine_timing import Window
@@ -57,7 +57,7 @@ def serve(pipe: Connection, root: Path, name: str, deadline: float) -> None:
     from engine_windows import measure_window
 
     begin = time.time()
-    if name in SITE_LAYERS:
+    if name in MODULE_OF:
         wait_for_modules(root, deadline)
     modes = {mode.name: mode for mode in modes_of(name, start(root, name))}
     try:

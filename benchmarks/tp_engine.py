@@ -29,6 +29,7 @@ class Start:
     Attributes:
         modules: name -> (folder of the module, `sharding`).
         peers: whether shared SAEs go through peers' memory.
+        twins: whether idle steps have CUDA graphs without steering.
         kv_gib: of each rank's KV cache.
         delay: seconds to wait before the start.
     """
@@ -39,6 +40,7 @@ class Start:
     tp: int
     modules: dict[str, tuple[str, str]]
     peers: bool
+    twins: bool
     dry_run: bool
     kv_gib: float = 3
     delay: float = 0
@@ -209,6 +211,7 @@ def serve(start: Start, pipe: Connection) -> None:
     if start.dry_run:  # two ranks need not have two nodes of memory
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["VLLM_STEERING_PEER_MEMORY"] = "1" if start.peers else "0"
+    os.environ["VLLM_STEERING_IDLE_GRAPHS"] = "1" if start.twins else "0"
     here = str(Path(__file__).resolve().parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for the workers

@@ -15,6 +15,7 @@ from tp_engine import READY, Start, serve
 from tp_shapes import SHAPES, write_files
 
 # name -> (folder, `sharding`)
+TWINS = "+twins"  # ends the name of an engine with graphs for idle steps
 MODULES = {
     "one shared": ("one", "shard"),
     "one copied": ("one", "replicate"),
@@ -55,7 +56,8 @@ def modules_of(engine: str, args: argparse.Namespace) -> dict[str, tuple[str, st
     """The modules of an engine."""
     if engine == "stock":
         return {}
-    asked = ["one shared"] if engine == "gather" else args.modules
+    gathers = engine.removesuffix(TWINS) == "gather"
+    asked = ["one shared"] if gathers else args.modules
     four = bool(SHAPES[args.shape].sites)
     return {name: MODULES[name] for name in asked if four or name != "four shared"}
 
@@ -86,7 +88,8 @@ def start_engines(args: argparse.Namespace, root: Path) -> list[Engine]:
                 shape=args.shape,
                 tp=args.tp,
                 modules=modules_of(name, args),
-                peers=name == "peers",
+                peers=name.removesuffix(TWINS) == "peers",
+                twins=name.endswith(TWINS),
                 dry_run=args.dry_run,
                 kv_gib=args.kv_gib,
                 delay=args.apart * i,

@@ -10,12 +10,25 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # With tiny models, more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import sys
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+# As vLLM does when the first engine starts: tests before it see what tests after it do.
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+
+with suppress(ImportError):  # a machine for the tests on GPUs may lack it
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes depends on what else the machine does. A fixture that
+    # the examples share is meant to be shared.
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("tests", deadline=None, suppress_health_check=checks)
+    settings.load_profile("tests")
 
 
 def _llvmlite_has_no_dunders() -> None:
@@ -41,6 +54,26 @@ def _llvmlite_has_no_dunders() -> None:
 
 
 _llvmlite_has_no_dunders()
+
+
+def _process_settings() -> dict[str, object]:
+    """What a later test of the same process would see."""
+    return {
+        "folder": os.getcwd(),
+        "log level": logging.getLogger("vllm").level,
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def the_process_is_left_as_it_was() -> Iterator[None]:
+    """All tests run in one process, and none may depend on those before it."""
+    before = _process_settings()
+    yield
+    assert _process_settings() == before
 
 
 @pytest.fixture(scope="session")

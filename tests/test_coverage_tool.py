@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
+import coverage_of_public_saes as tool
 import pytest
+from make_saelens_table import rules_of
 
 from vllm.model_executor.model_loader.sae_formats.saelens_list import releases
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import coverage_of_public_saes as tool  # noqa: E402
-from make_saelens_table import rules_of  # noqa: E402
 
 
 def an_id(row: dict) -> str:

@@ -27,7 +27,7 @@ MAX_FUNCTION = 80
 MAX_FILE = 400
 MAX_POSITIONAL = 8
 # getattr, hasattr, setattr, delattr and __dict__, for 1000 lines.
-MAX_REFLECTIVE = 1.0
+MAX_REFLECTIVE = 0.7
 MAX_ANY_LINES = 21
 
 REFLECTIVE = {"getattr", "hasattr", "setattr", "delattr"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from pathlib import Path
 from vllm_steering_cli.bare import bare_packages, can_be_bare
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_TOP = 256
 _STATUS = "Exit status: 0, or 1 if the module is refused."
 _MODEL = "A directory, or a name on the Hugging Face Hub, as for `vllm serve`."
 _DTYPE = "The dtype of the model, of W_enc and of W_dec (default: %(default)s)."
@@ -26,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-steering",
         description="Inspect steering modules, convert them, measure how well they fit "
-        "a model, and find features.",
+        "a model, find features, and check an installation.",
     )
     parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True)
@@ -168,7 +170,7 @@ def _add_features_arguments(features: argparse.ArgumentParser) -> None:
         type=_positive,
         default=20,
         metavar="N",
-        help="How many features to show, at most 256 (default: %(default)s).",
+        help=f"How many features to show, at most {MAX_TOP} (default: %(default)s).",
     )
     add(
         "--labels",
@@ -203,6 +205,23 @@ def _need_there(path: str) -> None:
         raise ValueError(f"{path}: no such file or directory")
 
 
+def _check_cheaply(args: argparse.Namespace) -> None:
+    """Refuse what needs no PyTorch to be refused, because importing it takes long."""
+    if args.command == "features" and args.top > MAX_TOP:
+        raise ValueError(
+            f"--top: found {args.top}, expected an integer in 1..{MAX_TOP}"
+        )
+    for option in ("text", "against", "labels"):
+        file = vars(args).get(option)
+        if file is not None and not Path(file).exists():
+            raise ValueError(f"--{option} {file}: No such file or directory")
+
+
+def _quiet_torch() -> None:
+    """Without Triton, PyTorch warns on a CPU, where it does not matter."""
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
 def _read_files(args: argparse.Namespace) -> None:
     """Run a command that needs no model, and so nothing of vLLM but our modules."""
     with bare_packages() if can_be_bare() else nullcontext():
@@ -233,6 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command in ("inspect", "convert"):
             _read_files(args)
             return 0
+        _check_cheaply(args)
+        _quiet_torch()
+        site = _only(args.sites) if args.command == "features" else None
         if args.command == "probe":
             from vllm.entrypoints.cli.steering.probe import probe
 
@@ -253,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.text,
             args.against,
             top=args.top,
-            site=_only(args.sites),
+            site=site,
             dtype=args.dtype,
             labels_file=args.labels,
             as_json=args.json,

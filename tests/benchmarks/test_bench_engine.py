@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import bench_engine
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-bench_engine: Any = importlib.import_module("bench_engine")
 
 # Waits for `engines` if it is `eager`, so it ends only where both run.
 STAGE = """

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
+import bench_peers
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-bench_peers: Any = importlib.import_module("bench_peers")
 
 
 def identity(size: int) -> dict[str, torch.Tensor]:

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import engine_processes
+import engine_timing
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-engine_processes: Any = importlib.import_module("engine_processes")
-engine_timing: Any = importlib.import_module("engine_timing")
 
 # Stands in for `serve`: no engine, but what it says and how long it takes.
 SERVE = """

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
+import bench_kernels
+import feature_statistics
 import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-feature_statistics: Any = importlib.import_module("feature_statistics")
-bench_kernels: Any = importlib.import_module("bench_kernels")
 
 D, F, ROW = 8, 600, 64
 

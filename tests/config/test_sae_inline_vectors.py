@@ -204,7 +204,7 @@ def test_the_canonical_form_survives_json_and_the_codec() -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=2), st.booleans())
 def test_digests_are_equal_exactly_where_contents_are(
     seeds: list[int], half: bool
@@ -242,7 +242,7 @@ def test_a_stack_with_room_for_requests_cannot_grow() -> None:
         with_module(config, MODULE, may_add_slots=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_the_device_holds_exactly_what_the_batch_uses(seed: int) -> None:
     """Any order of arrivals and departures of a batch of three."""

@@ -14,9 +14,9 @@ from vllm.engine.steering_options import (
     MAX_PIECES_LIMIT,
     MAX_SPECS_LIMIT,
     MODULE_OPTIONS,
-    SPARE_FIELDS,
     TOP_FIELDS,
 )
+from vllm.engine.steering_slot_options import SPARE_FIELDS
 from vllm.entrypoints.serve.steering import api_router, metrics, preset_router
 
 ROOT = Path(__file__).parents[2]

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import cost_table
 import httpx
 import pytest
 from steering_testing.server import ENVIRONMENT, OWN_PROCESS_ONLY, free_port
@@ -21,9 +22,6 @@ READY_S = 480.0
 
 
 def test_the_costs_are_those_of_the_result_files() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import cost_table
-
     shown = README.split(cost_table.BEGIN)[1].split(cost_table.END)[0].strip()
     assert shown == cost_table.table(), "run `python tools/cost_table.py --write`"
 

@@ -26,7 +26,7 @@ from steering_testing.matrix import CLAMPS, FAMILY
 from steering_testing.matrix import POST as SITE
 from steering_testing.observe import KernelWatch, steps_of
 from steering_testing.reference import DenseSAE, Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 
 from vllm import LLM
 from vllm.entrypoints.steering import (
@@ -75,7 +75,6 @@ def test_captured_graphs_take_new_modules(
     }
     paths = {}
     for kind, sae in saes.items():
-        sae.skip_token_ids = SPECIAL
         paths[kind] = save_sae(tmp_path / kind, {SITE: sae})
     kernels = KernelWatch(monkeypatch)
     with (
@@ -123,7 +122,6 @@ def test_a_captured_site_of_many_modules_runs_those_in_use(
         steps_of(llm) as steps,
     ):
         for name, sae in saes.items():
-            sae.skip_token_ids = SPECIAL
             register_module(llm, name, save_sae(tmp_path / name, {SITE: sae}))
         backend = runner(llm).steering.modules.backend
         assert backend.branches is not None

@@ -20,7 +20,7 @@ from steering_testing.engine import (
 from steering_testing.gpus import RANK_OPTIONS
 from steering_testing.observe import steps_of
 from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 
 from vllm import LLM
 from vllm.entrypoints.steering import register_module
@@ -42,7 +42,6 @@ def stats(llm: LLM) -> list[dict[str, Any]]:
 def check_late_module(llm: LLM, path: Path) -> None:
     """Every rank takes a module that comes to the running engine."""
     sae = random_sae(96, models.HIDDEN, "relu", 3)
-    sae.skip_token_ids = SPECIAL
     register_module(llm, "late", save_sae(path, {matrix.POST: sae}))
     ids = prompt(7, 21)
     [found] = generate(llm, [ids], [params(8, **{FULL: [sae_spec("late")]})])

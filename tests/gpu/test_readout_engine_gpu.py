@@ -88,7 +88,6 @@ def test_values_are_those_of_hugging_face(
     use_v2, options = MODES[mode]
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     sae = random_sae(96, models.HIDDEN, "jumprelu", seed=5)
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     modules = {"sae": save_sae(tmp_path / "sae", {SITE: sae})}
     with engine("gemma2", model_root, modules, **{**OPTIONS, **options}) as llm:
         config = llm.llm_engine.vllm_config.scheduler_config
@@ -134,7 +133,6 @@ def test_chunks_preemption_and_drafts(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     sae = random_sae(96, models.HIDDEN, "jumprelu", seed=5)
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     modules = {"sae": save_sae(tmp_path / "sae", {SITE: sae})}
     options = {
         **OPTIONS,

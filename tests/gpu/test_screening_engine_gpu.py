@@ -21,10 +21,10 @@ from steering_testing.engine import (
 from steering_testing.matrix import CLAMPS, FAMILY
 from steering_testing.matrix import POST as SITE
 from steering_testing.reference import random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 
 from vllm.config import steering_screening
-from vllm.engine.steering_resolution import _can_screen
+from vllm.engine.steering_topology import can_screen
 from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy, ScreenScratch
 
 OPTIONS: dict[str, Any] = {
@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.skipif(not _can_screen(torch.bfloat16), reason="needs Hopper's kernels")
+@pytest.mark.skipif(not can_screen(torch.bfloat16), reason="needs Hopper's kernels")
 @pytest.mark.parametrize("use_v2", ["0", "1"])
 def test_screened_engines_answer_as_plain_ones(
     use_v2: str, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,7 +54,6 @@ def test_screened_engines_answer_as_plain_ones(
     sae = random_sae(2048, models.HIDDEN, "jumprelu", 3)
     assert sae.threshold is not None
     sae.threshold += 1.0
-    sae.skip_token_ids = SPECIAL
     path = str(save_sae(tmp_path / "sae", {SITE: sae}))
     # One request, then a few, then more than 8 at once.
     rounds = []

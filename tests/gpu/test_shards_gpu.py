@@ -19,7 +19,7 @@ from steering_testing.engine import (
 from steering_testing.gpus import RANK_OPTIONS
 from steering_testing.observe import steps_of
 from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL, Modules, prompt, specs, vector
+from steering_testing.requests import Modules, prompt, specs, vector
 
 from vllm import LLM
 from vllm.entrypoints.steering import register_module
@@ -45,7 +45,6 @@ def shared_modules() -> Modules:
     saes = {}
     for kind in ("jumprelu", "topk"):
         sae = random_sae(192, models.HIDDEN, kind, 11)
-        sae.skip_token_ids = SPECIAL
         saes[kind] = {site: sae for site in matrix.SITES}
     return Modules(saes, {"vector": {matrix.POST: vector(4, norm=8.0)}})
 
@@ -65,7 +64,6 @@ def check_late_modules(llm: LLM, root: Path) -> None:
     """A sharded slot takes one module after another under captured graphs."""
     for kind in ("relu", "topk"):
         sae = random_sae(128, models.HIDDEN, kind, 3)
-        sae.skip_token_ids = SPECIAL
         path = save_sae(root / kind, {matrix.POST: sae})
         register_module(llm, "late", path, replace=kind == "topk")
         ids = prompt(7, 21)

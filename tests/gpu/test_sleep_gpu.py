@@ -37,7 +37,7 @@ from steering_testing.matrix import POST as SITE
 from steering_testing.observe import steps_of
 from steering_testing.oracle import Greedy
 from steering_testing.reference import random_sae
-from steering_testing.requests import SPECIAL, Modules, prompt, vector
+from steering_testing.requests import Modules, prompt, vector
 
 from vllm import LLM
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
@@ -63,8 +63,6 @@ SAES = {
     "jumprelu": random_sae(160, models.HIDDEN, "jumprelu", 3),
     "topk": random_sae(96, models.HIDDEN, "topk", 4),
 }
-for one in SAES.values():
-    one.skip_token_ids = SPECIAL
 
 
 @contextmanager

@@ -279,8 +279,7 @@ def test_image_positions_are_steered_and_bypassed_by_the_placeholders_id(
     path = models.save("gemma3_mm", tmp_path)
     save_processor(path)
     name_as_vllm_does(path)
-    one = random_sae(40, models.HIDDEN, "relu", 3)
-    site = {(1, "post_block"): one}
+    site = {(1, "post_block"): random_sae(40, models.HIDDEN, "relu", 3)}
     modules = {
         "all": save_sae(tmp_path / "all", site, skip_token_ids=[]),
         "no-images": save_sae(tmp_path / "none", site, skip_token_ids=[IMAGE]),

@@ -39,9 +39,6 @@ SLOW = {"gemma4", "gemma4_moe"}
 
 def saes() -> dict[str, DenseSAE]:
     found = {kind: random_sae(96, models.HIDDEN, kind, 7) for kind in ACTIVATIONS}
-    for sae in found.values():
-        # What the engine bypasses by default: the model's bos, eos and pad.
-        sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     return found
 
 

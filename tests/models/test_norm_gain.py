@@ -26,7 +26,6 @@ from steering_testing.reference import (
     random_sae,
     random_transcoder,
 )
-from steering_testing.requests import SPECIAL
 from steering_testing.shard_engines import RANKS, shared
 from torch import nn
 
@@ -126,8 +125,6 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
     family, site, point = "gemma2", (LAYER, "mlp_in"), (LAYER, "post_block")
     transcoder = random_transcoder(64, "relu", 7, skip=True)
     sae = random_sae(64, models.HIDDEN, "relu", 3)
-    for one in (transcoder, sae):
-        one.skip_token_ids = SPECIAL
     paths = {
         "transcoder": before_gain(save_sae(tmp_path / "t", {site: transcoder})),
         "sae": save_sae(tmp_path / "s", {point: sae}),

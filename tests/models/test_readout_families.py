@@ -49,8 +49,6 @@ def test_sublayers_and_transcoders_are_read(model_root: Path, tmp_path: Path) ->
         (layer, "mlp_in"): random_transcoder(40, kinds[layer], 50 + layer, layer == 1)
         for layer in (1, LAST)
     }
-    for one in (*sae.values(), *transcoder.values()):
-        one.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     modules = Modules({"sae": sae, "transcoder": transcoder}, {})
     # The transcoder's answer is read while another request is reconstructed by it.
     read = [{"module_name": name, "top_k": 6} for name in ("sae", "transcoder")]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from steering_testing.cases import CASES, TRANSFORMERS_CASES, Case
 from steering_testing.conformance import case_engine
@@ -236,11 +236,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     return asked
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=12)
 @given(asked=st.lists(requests(), min_size=4, max_size=4))
 def test_no_accepted_request_changes_a_neighbour(
     llm: LLM, asked: list[dict[str, Any]]

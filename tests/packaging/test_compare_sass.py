@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import compare_sass as tool
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import compare_sass as tool  # noqa: E402
 
 SASS = """
 Fatbin elf code:

@@ -14,7 +14,7 @@ import numpy as np
 from steering_testing import models
 from steering_testing.engine import DELTA, FULL, VECTORS, save_sae
 from steering_testing.reference import Clamp, DenseSAE, random_sae
-from steering_testing.requests import SPECIAL, Ask, Modules, Site, specs, vector
+from steering_testing.requests import Ask, Modules, Site, specs, vector
 
 from vllm import SamplingParams
 from vllm.config.sae_features import ReadFeatures, SAEFeatures
@@ -48,7 +48,6 @@ PASSING = ("passing", specs(Ask("additive", "v", scale=0.5)))
 
 def sae(activation: str, seed: int) -> DenseSAE:
     found = random_sae(D_SAE, models.HIDDEN, activation, seed)
-    found.skip_token_ids = SPECIAL
     if found.threshold is not None:
         # A pre-activation at the threshold falls on either side of it, by rounding.
         # A small threshold makes that a small difference.

@@ -26,7 +26,7 @@ from steering_testing.reference import (
     random_sae,
     random_transcoder,
 )
-from steering_testing.requests import SPECIAL, Ask, Modules, prompt, specs, vector
+from steering_testing.requests import Ask, Modules, prompt, specs, vector
 
 from vllm import LLM
 from vllm.model_executor.layers.steering_attach import SteeredLayer
@@ -49,7 +49,6 @@ def site_modules(case: Case) -> Modules:
         if "mlp_out" not in case.lacks
     }
     for one in (*sae.values(), *transcoder.values()):
-        one.skip_token_ids = SPECIAL
         if case.rounds:
             round_weights(one)
     vectors = {

@@ -19,6 +19,13 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 
+# vLLM's CPU worker replaces this function by one that does nothing.
+SET_THREADS = torch.set_num_threads
+# A compiled engine without Inductor, which takes most of the time to start.
+TRACED: dict[str, Any] = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
 FULL, DELTA, VECTORS = (
     "sae_full_reconstruction_specs",
     "sae_clamp_specs",
@@ -88,6 +95,7 @@ def engine_on(
         "enforce_eager": True,
         "additional_config": config,
     }
+    threads = torch.get_num_threads()
     llm = LLM(str(checkpoint), **{**defaults, **options})
     try:
         yield llm
@@ -96,6 +104,9 @@ def engine_on(
         del llm
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
+        # Numba, which drafts by n-grams need, sets the threads of PyTorch too.
+        torch.set_num_threads = SET_THREADS
+        SET_THREADS(threads)
         gc.collect()
 
 

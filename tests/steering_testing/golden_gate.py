@@ -4,22 +4,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
+from steering_testing.engine import engine_on
 from steering_testing.server import MODEL_NAME
 
+from vllm import LLM
 from vllm.config.sae_steering_types import EXTRA_ARGS_KEYS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "golden_gate"
 BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
 MODULE = "golden-gate"
+KEY = "the-key"
 FULL, DELTA, VECTORS, READOUT = EXTRA_ARGS_KEYS
 PROMPT = "The chef stirs the tomato soup."
 MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 24
+READ = {READOUT: [{"module_name": MODULE, "top_k": 4}]}
+
+
+@contextmanager
+def example_engine(sae: Path = EXAMPLE / "sae", **options: Any) -> Iterator[LLM]:
+    """An engine in this process on the example's model, with its tokenizer."""
+    options |= {"skip_tokenizer_init": False}
+    with engine_on(EXAMPLE / "model", {MODULE: str(sae)}, **options) as llm:
+        yield llm
 
 
 def entry(**changes: Any) -> dict[str, Any]:

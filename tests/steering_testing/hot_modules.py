@@ -27,7 +27,6 @@ from vllm.entrypoints.steering import list_modules, unregister_module
 FAMILY, LAYER, HOOK = "llama", 1, "post_block"
 SITE = (LAYER, HOOK)
 BLOCK = 32
-SPECIAL = (models.BOS, models.EOS, models.PAD)
 CLAMPS = [Clamp(5, "absolute", 4.0), Clamp(9, "additive", 1.0, True)]
 IDS = prompt(7, 40)
 TOKENS = 8
@@ -46,10 +45,7 @@ SPARE = [
 
 def save_modules(root: Path) -> dict[str, str]:
     """Files of every kind and of a steering vector; their paths by name."""
-    found = {}
-    for name, sae in KINDS.items():
-        sae.skip_token_ids = SPECIAL
-        found[name] = save_sae(root / name, {SITE: sae})
+    found = {name: save_sae(root / name, {SITE: sae}) for name, sae in KINDS.items()}
     save_file({f"layers.{LAYER}.{HOOK}": vector(1)}, root / "v.safetensors")
     found["vector"] = str(root / "v.safetensors")
     return found

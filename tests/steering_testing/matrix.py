@@ -15,7 +15,7 @@ from steering_testing import models
 from steering_testing.engine import generate, params
 from steering_testing.oracle import Greedy, SiteEdits, hooked
 from steering_testing.reference import Clamp, DenseSAE, random_sae
-from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs, vector
+from steering_testing.requests import Ask, Modules, Site, prompt, specs, vector
 
 from vllm import LLM
 
@@ -33,7 +33,6 @@ def modules() -> Modules:
     saes: dict[str, dict[Site, DenseSAE]] = {}
     for kind in ("jumprelu", "topk"):
         sae = random_sae(160, models.HIDDEN, kind, 11)
-        sae.skip_token_ids = SPECIAL
         saes[kind] = {site: sae for site in SITES}
     return Modules(saes, {"vector": {POST: vector(4, norm=8.0)}})
 

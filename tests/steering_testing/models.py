@@ -13,6 +13,8 @@ import transformers
 
 HIDDEN, LAYERS, VOCAB = 64, 3, 128
 BOS, EOS, PAD = 1, 2, 0
+# What an engine bypasses by default.
+SPECIAL = (BOS, EOS, PAD)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,

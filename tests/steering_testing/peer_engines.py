@@ -17,7 +17,7 @@ from steering_testing.engine import FULL, answer_of, params, sae_spec, save_sae
 from steering_testing.oracle import Greedy
 from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import DenseSAE, Edit, random_sae
-from steering_testing.requests import SPECIAL, Ask, Modules, prompt, specs, vector
+from steering_testing.requests import Ask, Modules, prompt, specs, vector
 
 from vllm import LLM
 from vllm.entrypoints.steering import register_module, unregister_module
@@ -61,7 +61,6 @@ def sparse_sae(kind: str, seed: int, shift: float = -0.6) -> DenseSAE:
         sae.b_enc = sae.b_enc + shift
     if sae.threshold is not None:
         sae.threshold = 0.1 * sae.threshold
-    sae.skip_token_ids = SPECIAL
     return sae
 
 

@@ -35,7 +35,6 @@ def steering_of(sites: list[Site]) -> list[Ask]:
 def sae_of(case: Case) -> DenseSAE:
     """What is read. In bfloat16 with ReLU: it has no step that rounding may cross."""
     sae = random_sae(96, models.HIDDEN, "relu" if case.rounds else "jumprelu", seed=4)
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     if case.rounds:
         round_weights(sae)
     return sae

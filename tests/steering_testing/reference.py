@@ -194,7 +194,10 @@ def edit_token(
 def random_sae(
     d_sae: int, d_model: int, activation: str, seed: int, k: int = 8
 ) -> DenseSAE:
-    """A random SAE whose reconstruction stays near the scale of a small stream."""
+    """A random SAE whose reconstruction stays near the scale of a small stream.
+
+    It bypasses what a module does by default.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float) -> torch.Tensor:
@@ -213,6 +216,7 @@ def random_sae(
         activation=activation,
         threshold=normal(d_sae, scale=0.1).abs() if activation == "jumprelu" else None,
         k=k if activation == "topk" else None,
+        skip_token_ids=models.SPECIAL,
     )
 
 

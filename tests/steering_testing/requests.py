@@ -25,7 +25,6 @@ from steering_testing.reference import Clamp, DenseSAE, Edit
 from vllm.config.sae_inline_vectors import vector_text
 
 Site = tuple[int, str]
-SPECIAL = (models.BOS, models.EOS, models.PAD)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from steering_testing.reference import (
     random_sae,
     random_transcoder,
 )
-from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs, vector
+from steering_testing.requests import Ask, Modules, Site, prompt, specs, vector
 from steering_testing.tiers import unit_clamps
 
 from vllm import LLM
@@ -112,9 +112,6 @@ def modules() -> Modules:
         "transcoders": transcoders,
         "guarded": {POST: guarded},
     }
-    for sites in found.values():
-        for sae in sites.values():
-            sae.skip_token_ids = SPECIAL
     return Modules(found, {"vector": {POST: vector(4, norm=8.0)}})
 
 
@@ -290,7 +287,6 @@ def check_late_modules(
     before = weight_bytes(llm)
     for kind in ("jumprelu", "topk"):
         sae = random_sae(LATE, models.HIDDEN, kind, 3)
-        sae.skip_token_ids = SPECIAL
         register_module(llm, "late", save_sae(root / f"late-{kind}", {site: sae}))
         ids = prompt(7, 21)
         [found] = generate(llm, [ids], [params(6, **{FULL: [sae_spec("late")]})])

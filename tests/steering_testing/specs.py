@@ -128,7 +128,7 @@ def digests(extra_args: Any, cfg: SteeringConfig = CONFIG) -> tuple[Any, ...]:
     return request.digest("prefill"), request.digest("decode")
 
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 def one(tier_key: str, **changes: Any) -> dict[str, Any]:

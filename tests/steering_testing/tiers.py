@@ -14,7 +14,7 @@ from steering_testing import models, oracle
 from steering_testing.engine import assert_same, generate, params, save_sae
 from steering_testing.oracle import Greedy
 from steering_testing.reference import Clamp, DenseSAE, random_sae
-from steering_testing.requests import SPECIAL, Ask, Modules, Site, prompt, specs, vector
+from steering_testing.requests import Ask, Modules, Site, prompt, specs, vector
 
 from vllm import LLM
 
@@ -27,7 +27,7 @@ EVERY_TOKEN = tuple(range(models.VOCAB))
 REFERENCE_NORM = 4.0
 
 
-def sae(activation: str, seed: int, skip: tuple[int, ...] = SPECIAL) -> DenseSAE:
+def sae(activation: str, seed: int, skip: tuple[int, ...] = models.SPECIAL) -> DenseSAE:
     found = random_sae(D_SAE, models.HIDDEN, activation, seed)
     found.skip_token_ids = skip
     return found
@@ -38,7 +38,7 @@ def identity_sae() -> DenseSAE:
     eye = torch.eye(models.HIDDEN).double()
     both = torch.cat([eye, -eye])
     zeros = torch.zeros(models.HIDDEN).double()
-    return DenseSAE(both, zeros.repeat(2), both, zeros, skip_token_ids=SPECIAL)
+    return DenseSAE(both, zeros.repeat(2), both, zeros, skip_token_ids=models.SPECIAL)
 
 
 def uneven_sae(activation: str, seed: int) -> DenseSAE:

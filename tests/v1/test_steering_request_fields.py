@@ -264,7 +264,7 @@ def acting(coverage: Any, length: int) -> set[int]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(coverages, min_size=1, max_size=4), st.integers(1, 8))
 def test_pieces_say_what_acts_on_every_token(found: list[Any], length: int) -> None:
     schedule = pieces(found, length)
@@ -277,7 +277,7 @@ def test_pieces_say_what_acts_on_every_token(found: list[Any], length: int) -> N
         assert held == {c for c in found if at in acting(c, length)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(coverages, coverages)
 def test_spans_that_cannot_overlap_never_do(one: Any, other: Any) -> None:
     if not may_overlap(one, other):

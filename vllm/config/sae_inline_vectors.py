@@ -105,7 +105,8 @@ def read_vector(path: str, text: str, width: int) -> bytes:
     )
     # Counted before anything is decoded.
     if len(text) > 4 * ((_FLOAT32 * width + 2) // 3):
-        raise refusal(path, f"found {len(text)} characters, expected {accepted}")
+        found = f"{len(text)} characters ({3 * len(text) // 4} bytes or fewer)"
+        raise refusal(path, f"found {found}, expected {accepted}")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -198,7 +198,10 @@ def _action(path: str, spec: SteeringVectorSpec) -> VectorAction:
     if spec.bounds is not None:
         low, high = (round_to_fp32(bound) for bound in spec.bounds)
         if low > high:
-            raise bad(f"{path}.bounds", spec.bounds, "[low, high] with low <= high")
+            raise refusal(
+                f"{path}.bounds",
+                f"found [{low:g}, {high:g}], expected [low, high] with low <= high",
+            )
         return VectorAction("bound", bounds=(low, high), relative=spec.relative)
     value = spec.scale if spec.value is None else spec.value
     return VectorAction(kind, round_to_fp32(value), relative=spec.relative)

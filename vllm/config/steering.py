@@ -9,11 +9,11 @@ compile-cache key, so everything here converts to and from JSON types.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Literal
 
-from vllm.config.steering_json import Json, JsonView
+from vllm.config.steering_json import Json, JsonRecord
 from vllm.config.steering_kept import KeptParses
 from vllm.config.steering_points import (
     HOOK_ALIASES,
@@ -125,34 +125,9 @@ class SiteInfo:
         """Whether the site writes another point than it reads."""
         return self.out_hook is not self.hook
 
-    def to_json(self) -> Json:
-        """JSON types only; the inverse of `from_json`."""
-        return {
-            **asdict(self),
-            "hook": self.hook.value,
-            "activation": self.activation.value,
-            "hook_out": None if self.hook_out is None else self.hook_out.value,
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonView) -> SiteInfo:
-        """Rebuild what `to_json` wrote."""
-        return cls(
-            **{
-                **data,
-                "hook": HookPoint(data["hook"]),
-                "activation": Activation(data["activation"]),
-                "hook_out": _hook_or_none(data.get("hook_out")),
-            }
-        )
-
-
-def _hook_or_none(value: str | None) -> HookPoint | None:
-    return None if value is None else HookPoint(value)
-
 
 @dataclass(frozen=True)
-class SlotInfo:
+class SlotInfo(JsonRecord):
     """Room for one module at one site. A module holds it, or it is spare.
 
     `width` is the number of directions that fit: features of an SAE, 1 for a vector.
@@ -181,18 +156,6 @@ class SlotInfo:
         """The point that the slot's site writes."""
         return self.hook if self.hook_out is None else self.hook_out
 
-    def to_json(self) -> Json:
-        """JSON types only; the inverse of `from_json`."""
-        hook_out = None if self.hook_out is None else self.hook_out.value
-        return {**asdict(self), "hook": self.hook.value, "hook_out": hook_out}
-
-    @classmethod
-    def from_json(cls, data: JsonView) -> SlotInfo:
-        """Rebuild what `to_json` wrote."""
-        hook_out = _hook_or_none(data.get("hook_out"))
-        hook = HookPoint(data["hook"])
-        return cls(**{**data, "hook": hook, "hook_out": hook_out})
-
 
 @dataclass(frozen=True)
 class InlineSite:
@@ -218,18 +181,9 @@ class InlineSite:
         """Device bytes of the directions, in float32."""
         return 4 * self.width * self.directions
 
-    def to_json(self) -> Json:
-        """JSON types only; the inverse of `from_json`."""
-        return {**asdict(self), "hook": self.hook.value}
-
-    @classmethod
-    def from_json(cls, data: JsonView) -> InlineSite:
-        """Rebuild what `to_json` wrote."""
-        return cls(**{**data, "hook": HookPoint(data["hook"])})
-
 
 @dataclass(frozen=True)
-class ModuleInfo:
+class ModuleInfo(JsonRecord):
     """A named SAE, or a named set of vectors, as the front end knows it.
 
     `digest` is a SHA-256 (hex) over the weights and every option that changes their
@@ -256,6 +210,10 @@ class ModuleInfo:
     screening: Screening = DEFAULT_SCREENING
     screened: tuple[int, ...] = ()
 
+    def unplaced(self) -> ModuleInfo:
+        """The module before it gets slots."""
+        return replace(self, slots=None)
+
     def is_sharded(self, site: SiteInfo) -> bool:
         """Whether the ranks share one of the module's sites."""
         return self.sites.index(site) in self.sharded
@@ -275,24 +233,6 @@ class ModuleInfo:
         """Places in `sites`: a request may name a thousand of them."""
         return {(site.hook, site.layer): at for at, site in enumerate(self.sites)}
 
-    def to_json(self) -> Json:
-        """JSON types only; the inverse of `from_json`."""
-        data = asdict(self)
-        data["sites"] = [site.to_json() for site in self.sites]
-        for name in ("skip_token_ids", "slots", "sharded", "screened"):
-            data[name] = None if data[name] is None else list(data[name])
-        return data
-
-    @classmethod
-    def from_json(cls, data: JsonView) -> ModuleInfo:
-        """Rebuild what `to_json` wrote."""
-        fields = dict(data)
-        fields["sites"] = tuple(SiteInfo.from_json(s) for s in fields["sites"])
-        for name in ("skip_token_ids", "slots", "sharded", "screened"):
-            if fields.get(name) is not None:
-                fields[name] = tuple(fields[name])
-        return cls(**fields)
-
 
 DEFAULT_MAX_CLAMPS = 64
 DEFAULT_MAX_SPECS = 64
@@ -300,7 +240,7 @@ DEFAULT_MAX_PIECES = 8
 
 
 @dataclass(frozen=True)
-class SteeringConfig:
+class SteeringConfig(JsonRecord):
     """The resolved steering configuration of one engine.
 
     `modules` keeps registration order, which is the order of the delta tier.
@@ -331,59 +271,15 @@ class SteeringConfig:
     decoder_layer: DecoderLayers = "known"
     inline_sites: tuple[InlineSite, ...] = ()
     ranks: Ranks = Ranks()
-    # The requests parsed under this configuration, by what they asked.
-    parsed: KeptParses = field(
-        default_factory=KeptParses, init=False, repr=False, compare=False
-    )
+
+    @functools.cached_property
+    def parsed(self) -> KeptParses:
+        """The requests parsed under this configuration, by what they asked."""
+        return KeptParses()
 
     def for_workers(self) -> SteeringConfig:
         """The part that workers need. Requests reach them with presets applied."""
         return replace(self, draining=frozenset(), presets={}, default_preset=None)
-
-    def to_json(self) -> Json:
-        """JSON types only; the inverse of `from_json`."""
-        return {
-            "modules": [module.to_json() for module in self.modules.values()],
-            "max_clamps": self.max_clamps,
-            "slots": [slot and slot.to_json() for slot in self.slots],
-            "draining": sorted(self.draining),
-            "version": self.version,
-            "max_specs": self.max_specs,
-            "max_pieces": self.max_pieces,
-            "presets": self.presets,
-            "default_preset": self.default_preset,
-            "inline_sites": [site.to_json() for site in self.inline_sites],
-            "readout": self.readout,
-            "first_read_layer": self.first_read_layer,
-            "decoder_layer": self.decoder_layer,
-            "ranks": self.ranks.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonView) -> SteeringConfig:
-        """Rebuild what `to_json` wrote."""
-        modules = [ModuleInfo.from_json(module) for module in data["modules"]]
-        slots = tuple(
-            slot and SlotInfo.from_json(slot) for slot in data.get("slots", ())
-        )
-        return cls(
-            {m.name: m for m in modules},
-            data["max_clamps"],
-            slots,
-            frozenset(data.get("draining", ())),
-            version=data.get("version", 0),
-            max_specs=data.get("max_specs", DEFAULT_MAX_SPECS),
-            readout=data.get("readout", True),
-            first_read_layer=data.get("first_read_layer", 0),
-            max_pieces=data.get("max_pieces", DEFAULT_MAX_PIECES),
-            presets=data.get("presets", {}),
-            default_preset=data.get("default_preset"),
-            decoder_layer=data.get("decoder_layer", "known"),
-            inline_sites=tuple(
-                InlineSite.from_json(site) for site in data.get("inline_sites", ())
-            ),
-            ranks=Ranks.from_json(data.get("ranks", {})),
-        )
 
 
 def get_steering_config(additional_config: object) -> SteeringConfig | None:

@@ -60,6 +60,11 @@ def about(field: str | None, message: str) -> str:
     return message if named else f"{field}: {message}"
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text in one line, or what kind of error it is if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def key_path(path: str, key: object) -> str:
     """Path of a mapping's entry; keys that are not plain words are quoted."""
     plain = type(key) is int and key.bit_length() <= 64

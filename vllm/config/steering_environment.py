@@ -7,5 +7,13 @@ from __future__ import annotations
 KEY_ENV = "VLLM_STEERING_API_KEY"
 # 1: ranks that share SAEs exchange through each other's memory where they can.
 PEER_MEMORY_ENV = "VLLM_STEERING_PEER_MEMORY"
+# 1: of the modules at a site, a CUDA graph runs those that have tokens.
+BRANCHES_ENV = "VLLM_STEERING_BRANCHES"
+# 1: GPUs other than Hopper's run the extension's kernels that are built for them.
+OTHER_GPUS_ENV = "VLLM_STEERING_OTHER_GPUS"
+# 1: Triton kernels run, even if the extension is built.
+NO_CUDA_ENV = "VLLM_STEERING_NO_CUDA"
+# 1: each CUDA graph has a twin without steering, for steps in which nobody steers.
+IDLE_GRAPHS_ENV = "VLLM_STEERING_IDLE_GRAPHS"
 # Internal: a process sets it for the processes that it starts.
 DIRECTORY_ENV = "VLLM_STEERING_DIRECTORY"

@@ -16,7 +16,7 @@ import uuid
 from contextlib import suppress
 from multiprocessing.util import Finalize
 
-from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.steering_checks import SteeringConfigError, one_line
 from vllm.config.steering_environment import DIRECTORY_ENV
 
 FAILURE = "failure.txt"
@@ -84,7 +84,7 @@ def start_up_failure(error: ValueError) -> SteeringConfigError:
 
     Raise what it returns `from None`.
     """
-    text = " ".join(str(error).split())
+    text = one_line(error)
     with suppress(OSError):
         folder = open_private(os.environ.get(DIRECTORY_ENV, ""))
         try:

@@ -7,10 +7,8 @@ each of tp ranks (docs/design/sharding.md).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
-
-from vllm.config.steering_json import Json, JsonView
 
 Sharding = Literal["auto", "replicate", "shard"]
 
@@ -67,15 +65,6 @@ class Ranks:
     def auto_unit(self) -> int:
         """What the features of an SAE that `auto` shares are a multiple of."""
         return EXTENSION_FEATURES * self.size if self.stores else self.unit
-
-    def to_json(self) -> Json:
-        """JSON types only; the inverse of `from_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: JsonView) -> Ranks:
-        """Rebuild what `to_json` wrote."""
-        return cls(**data)
 
     def can_shard(self, d_sae: int, d_out: int) -> bool:
         """Whether the ranks get equal parts of whole units; a single one always."""

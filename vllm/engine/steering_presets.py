@@ -21,12 +21,12 @@ from vllm.config.steering_checks import SteeringConfigError, listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
 from vllm.config.strict_json import marked_loads, refuse_ambiguous
+from vllm.engine.steering_options import ROOT
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-ROOT = "additional_config.steering"
 MAX_FILE_BYTES = 1 << 20
 
 

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an engine's tensor-parallel ranks can store into each other's memory."""
+"""What an engine's ranks and devices are, as far as steering depends on it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from vllm.config.steering import Ranks
 from vllm.model_executor.layers.steering_kernels.extension import extension_library
 from vllm.model_executor.layers.steering_shards import peer_memory_is_on
 from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
-    import torch
-
-    from vllm.config import ParallelConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 # Sizes of groups that vLLM's custom all-reduce takes.
 SIZES = (2, 4, 6, 8)
@@ -41,3 +42,41 @@ def ranks_store(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
         return False
     ids = [current_platform.device_id_to_physical_device_id(i) for i in range(size)]
     return current_platform.is_fully_connected(ids)
+
+
+def ranks_of(vllm_config: VllmConfig) -> Ranks:
+    """The tensor-parallel group, and whether it can share SAEs."""
+    parallel, dtype = vllm_config.parallel_config, vllm_config.model_config.dtype
+    stores = ranks_store(parallel, dtype)
+    return Ranks(
+        parallel.tensor_parallel_size,
+        dtype.itemsize,
+        auto_copies=not (stores or current_platform.is_cpu()),
+        stores=stores,
+        screens=can_screen(dtype),
+    )
+
+
+def can_screen(dtype: torch.dtype) -> bool:
+    """Whether the workers' devices screen wide SAEs: Hopper, with the extension."""
+    return (
+        current_platform.is_cuda()
+        and current_platform.is_device_capability((9, 0))
+        and dtype in (torch.bfloat16, torch.float16)
+        and extension_library() is not None
+    )
+
+
+def first_read_layer(vllm_config: VllmConfig) -> int:
+    """The first layer whose features can be read, which is the last pipeline stage's
+    first.
+
+    Only that stage's output reaches the scheduler.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return 0
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return get_pp_indices(layers, stages - 1, stages)[0]

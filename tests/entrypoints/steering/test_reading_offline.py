@@ -8,16 +8,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from steering_testing.golden_gate import BRIDGE, EXAMPLE, MODULE, example_engine
 
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.cli.steering.fit import measure
 from vllm.entrypoints.steering import (
     delete_preset,
@@ -28,12 +27,11 @@ from vllm.entrypoints.steering import (
     set_default_preset,
 )
 from vllm.entrypoints.steering.encoded import entries
+from vllm.entrypoints.steering.evaluate import SiteEvaluation, TooShortError
 from vllm.exceptions import VLLMValidationError
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "golden_gate"
-BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
 FEATURE = BRIDGE["feature"]
-MODULE, SITE = "golden-gate", "post_block.1"
+SITE = "post_block.1"
 ABOUT = [
     "the golden gate bridge in the fog .",
     "we walk over the bridge in the fog .",
@@ -46,30 +44,24 @@ OTHERS = [
 ]
 
 
-def start(sae: Path = EXAMPLE / "sae", enforce_eager: bool = True) -> LLM:
-    return LLM(
-        str(EXAMPLE / "model"),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=enforce_eager,
-        kv_cache_memory_bytes=1 << 27,
-        additional_config={"steering": {"modules": {MODULE: str(sae)}}},
-    )
-
-
-def stop(llm: LLM) -> None:
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-
-
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def of_compiled() -> SiteEvaluation:
+    """What a compiled engine measures."""
+    with example_engine(enforce_eager=False) as llm:
+        (found,) = evaluate(llm, MODULE, ABOUT)
+    return found
+
+
+# After the compiled engine: two at once would share their process groups.
+@pytest.fixture(scope="module")
+def llm(
+    tmp_path_factory: pytest.TempPathFactory, of_compiled: SiteEvaluation
+) -> Iterator[LLM]:
     sae = tmp_path_factory.mktemp("labelled") / "sae"
     shutil.copytree(EXAMPLE / "sae", sae)
     (sae / "labels.json").write_text(json.dumps({str(FEATURE): "from beside"}))
-    llm = start(sae)
-    yield llm
-    stop(llm)
+    with example_engine(sae) as llm:
+        yield llm
 
 
 def test_encode_gives_every_token_its_features(llm: LLM) -> None:
@@ -236,6 +228,14 @@ def test_a_text_of_which_no_token_is_read(llm: LLM) -> None:
         find_features(llm, MODULE, [[bos]])
 
 
+def test_one_token_has_no_variance_to_explain(llm: LLM) -> None:
+    bos = llm.get_tokenizer().bos_token_id
+    with pytest.raises(
+        TooShortError, match="texts: expected at least two tokens .*found 1$"
+    ):
+        evaluate(llm, MODULE, [[bos, 5]])
+
+
 def test_the_default_preset_of_the_engine_does_not_steer_what_is_read(
     llm: LLM,
 ) -> None:
@@ -373,14 +373,11 @@ def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
     assert found.fvu == pytest.approx(measure(site.saes[0].weights, x).fvu, rel=1e-3)
 
 
-# The last one: the engine that it stops takes the process groups of both along.
-def test_a_compiled_engine_is_evaluated_like_an_eager_one(llm: LLM) -> None:
+def test_a_compiled_engine_is_evaluated_like_an_eager_one(
+    llm: LLM, of_compiled: SiteEvaluation
+) -> None:
     (eager,) = evaluate(llm, MODULE, ABOUT)
-    compiled = start(enforce_eager=False)
-    try:
-        (found,) = evaluate(compiled, MODULE, ABOUT)
-    finally:
-        stop(compiled)
+    found = of_compiled
     assert found.tokens == eager.tokens
     for name in ("fvu", "l0", "ce_plain", "ce_reconstructed", "ce_ablated"):
         assert getattr(found, name) == pytest.approx(getattr(eager, name), rel=1e-4)

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the tests of this folder import `steering_reference`, and enables Triton's
-interpreter if vLLM was built for a CPU."""
+"""Enables Triton's interpreter if vLLM was built for a CPU."""
 
 import os
-import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

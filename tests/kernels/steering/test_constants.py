@@ -12,13 +12,15 @@ import torch
 
 from vllm.config import steering_screening
 from vllm.model_executor.layers.steering_kernels import bundles, plan, screen
+from vllm.model_executor.layers.steering_limits import (
+    COEFFICIENT_LIMIT,
+    STREAM_LIMIT,
+)
 from vllm.model_executor.layers.steering_read_state import MAX_READ, TABLE_HEAD
 from vllm.model_executor.layers.steering_state import (
-    COEFFICIENT_LIMIT,
     CONDITION_SHIFT,
     KIND_BITS,
     ONLY_IF_ACTIVE,
-    STREAM_LIMIT,
     SYNC_INTS,
     ClampFlag,
     ClampKind,

@@ -30,9 +30,11 @@ from vllm.model_executor.layers import (  # noqa: E402
     sae_full_reconstruction_kernel as kernel,
 )
 from vllm.model_executor.layers import steering_reference as plain  # noqa: E402
+from vllm.model_executor.layers.steering_limits import (  # noqa: E402
+    STREAM_LIMIT,
+)
 from vllm.model_executor.layers.steering_state import (  # noqa: E402
     CONDITION_SHIFT,
-    STREAM_LIMIT,
     ClampFlag,
     ClampKind,
     SAESlot,

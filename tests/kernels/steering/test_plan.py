@@ -22,7 +22,7 @@ from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights
 META = torch.device("meta")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     tokens=st.integers(1, 20000),
     d_in=st.integers(8, 8192),
@@ -85,7 +85,7 @@ def test_a_step_of_one_chunk_may_be_wider_than_the_chunks_of_the_longest(
             assert len(workspace.records) >= views.plan.rows
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     tokens=st.integers(1, 20000),
     d_model=st.integers(8, 8192),

@@ -26,8 +26,10 @@ from vllm.model_executor.layers import (  # noqa: E402
     sae_full_reconstruction_kernel as kernel,
 )
 from vllm.model_executor.layers import steering_reference as plain  # noqa: E402
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_limits import (  # noqa: E402
     STREAM_LIMIT,
+)
+from vllm.model_executor.layers.steering_state import (  # noqa: E402
     ClampKind,
     SAESlot,
     StepState,

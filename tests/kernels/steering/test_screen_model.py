@@ -73,7 +73,7 @@ TOKENS = (
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 2**31 - 1),
     st.sampled_from(KINDS),
@@ -95,7 +95,7 @@ def test_what_the_encoder_lets_fire_is_a_candidate(
         assert may_fire(copy_of(w), split(x), cut, fine).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(0, 2**31 - 1),
     st.sampled_from(KINDS),

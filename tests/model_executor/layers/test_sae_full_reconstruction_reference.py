@@ -94,13 +94,13 @@ def check_op(tier: Tier, size: dict[str, Any]) -> None:
         assert torch.equal(case.stream[at], expected), (at, row)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=sizes)
 def test_full_reconstruction_equals_the_dense_mathematics(size: dict[str, Any]) -> None:
     check_op(Tier.FULL, size)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=sizes)
 def test_delta_equals_the_dense_mathematics(size: dict[str, Any]) -> None:
     check_op(Tier.DELTA, size)
@@ -311,7 +311,7 @@ def test_clamps_of_one_row_do_not_see_each_other() -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), num_tokens=st.integers(0, 6))
 def test_vectors_add_scaled_directions(seed: int, num_tokens: int) -> None:
     rng = np.random.default_rng(seed)

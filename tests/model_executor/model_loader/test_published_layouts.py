@@ -7,7 +7,6 @@ the release has them, lets SAELens's own loader read them, and compares in float
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from make_saelens_table import read_list
 from sae_reference import D, F, K, canonical, inputs, loaded, tensor, write_json
 from safetensors.torch import save_file
 
 from vllm.config.steering import SiteInfo
 from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import inspect_module
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-from make_saelens_table import read_list  # noqa: E402
 
 sae_lens = pytest.importorskip("sae_lens", reason="needs the sae-lens package")
 from huggingface_hub.utils import EntryNotFoundError  # noqa: E402

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sae_reference import D, F, new_weights, tensor, write_json
 from safetensors.torch import save_file
@@ -39,11 +39,7 @@ from vllm.model_executor.model_loader.sae_loader import (
 
 W, b_enc, b_dec = tensor(F, D, seed=0), tensor(F, seed=1), tensor(D, seed=2)
 LONGEST_S = 5.0
-FUZZED = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+FUZZED = settings(max_examples=60)
 
 
 def make_vectors(root: Path) -> Path:

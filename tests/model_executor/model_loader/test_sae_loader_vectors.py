@@ -45,7 +45,7 @@ def test_a_safetensors_file_has_one_vector_per_site(tmp_path: Path) -> None:
         (
             {"happy": tensor(D, seed=0)},
             None,
-            "does not say its site: expected 1 in sites",
+            "does not say its site: expected 1 in the option sites",
         ),
         ({"pre_attn.2": tensor(1, D, seed=0)}, None, "pre_attn.2: expected a vector"),
         (
@@ -160,8 +160,12 @@ def test_rows_of_a_bare_matrix_go_to_the_sites_in_their_order(
     ("shape", "sites", "message"),
     [
         ((D,), None, "does not say its site: expected 1"),
-        ((D,), ["post_block.1", "post_block.2"], "expected 1 in sites.*found 2"),
-        ((2, D), ["post_block.1"], "expected 2 in sites.*found 1"),
+        (
+            (D,),
+            ["post_block.1", "post_block.2"],
+            "expected 1 in the option sites.*found 2",
+        ),
+        ((2, D), ["post_block.1"], "expected 2 in the option sites.*found 1"),
         ((2, D, 1), ["post_block.1"], "expected a steering vector"),
     ],
 )

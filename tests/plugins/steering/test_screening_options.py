@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.config import steering_screening as screening
 from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
-from vllm.engine import steering_resolution
+from vllm.engine import steering_topology
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering
 
@@ -30,7 +30,7 @@ def vllm_config(model_path: Path) -> VllmConfig:
 @pytest.fixture
 def can_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that screens, and SAEs that are wide enough."""
-    monkeypatch.setattr(steering_resolution, "_can_screen", lambda dtype: True)
+    monkeypatch.setattr(steering_topology, "can_screen", lambda dtype: True)
     monkeypatch.setattr(screening, "AUTO_SCREENED_BYTES", 1)
 
 

@@ -174,6 +174,18 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.worker.worker_base": ("WorkerWrapperBase.init_device",),
 }
+# Also with graphs for idle steps.
+IDLE_GRAPHS = (
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.get_capture_descs",
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.idle_graphs",
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.initialize_cudagraph_keys",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.idle_graphs",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_fullgraph",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_pw_graph",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._warmup_and_capture",
+)
 # Symbols that not every supported release has.
 SOMETIMES = {
     "vllm.v1.engine.core": ("EngineCoreProc._handle_request_validation_error",),
@@ -181,7 +193,7 @@ SOMETIMES = {
 # An optional distribution; without it vLLM does not serve the route.
 OPTIONAL = {"vllm.entrypoints.cohere.protocol": "cohere"}
 CODE = """
-import importlib, json, sys
+import importlib, json, os, sys
 import vllm.plugins.steering as plugin
 from vllm.plugins.steering.seam import BOUND, resolve
 from vllm.plugins.steering.v1.worker import gpu_model_runner, worker_base
@@ -189,11 +201,15 @@ from vllm.plugins.steering.v1.worker.gpu import model_runner
 plugin.register()
 for module in json.loads(sys.argv[1]):
     importlib.import_module(module)
-for v2 in (False, True):
-    worker_base.install_runner_seams(v2)
+def install():
+    for v2 in (False, True):
+        worker_base.install_runner_seams(v2)
+    return sorted(BOUND)
+usual = install()
+os.environ["VLLM_STEERING_IDLE_GRAPHS"] = "1"
 runners = [resolve(seam.RUNNER)[2] for seam in (gpu_model_runner, model_runner)]
 mixins = [[base.__name__ for base in runner.__bases__] for runner in runners]
-print(json.dumps([sorted(BOUND), mixins]))
+print(json.dumps([usual, install(), mixins]))
 """
 
 
@@ -214,10 +230,11 @@ def test_all_seams_bind_and_no_other() -> None:
         text=True,
         timeout=500,
     ).stdout
-    bound, mixins = json.loads(said.strip().splitlines()[-1])
+    bound, with_twins, mixins = json.loads(said.strip().splitlines()[-1])
     expected = {
         f"{module}:{name}" for module, names in modules.items() for name in names
     }
     assert set(bound) == expected
+    assert set(with_twins) == expected | set(IDLE_GRAPHS)
     assert "SteeringModelRunnerV1Mixin" in mixins[0]
     assert "SteeringModelRunnerV2Mixin" in mixins[1]

@@ -116,9 +116,14 @@ print([m for m in ("vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner",
 
 
 def test_the_config_hash_is_stock_without_steering() -> None:
-    code = "from vllm.config import VllmConfig; print(VllmConfig().compute_hash())"
-    with_plugin = f"import vllm.plugins.steering as p; p.register(); {code}"
-    assert run(with_plugin).splitlines()[-1] == run(code).splitlines()[-1]
+    code = """
+from vllm.config import VllmConfig
+stock = VllmConfig().compute_hash()
+import vllm.plugins.steering as plugin
+plugin.register()
+print(VllmConfig().compute_hash() == stock)
+"""
+    assert run(code).splitlines()[-1] == "True"
 
 
 def test_an_installer_runs_once_its_module_has_run() -> None:

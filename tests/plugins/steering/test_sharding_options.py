@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.config.steering import Ranks, SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.config.steering_environment import PEER_MEMORY_ENV
-from vllm.engine import steering_resolution, steering_topology
+from vllm.engine import steering_topology
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering
 
@@ -184,8 +184,7 @@ class ROCm(Hopper):
 
 
 def on_platform(monkeypatch: pytest.MonkeyPatch, platform: type[Hopper]) -> None:
-    for module in (steering_resolution, steering_topology):
-        monkeypatch.setattr(module, "current_platform", platform)
+    monkeypatch.setattr(steering_topology, "current_platform", platform)
     library = Path("_steering_C.so")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: library)
     monkeypatch.setenv(PEER_MEMORY_ENV, "1")

@@ -76,9 +76,18 @@ def test_a_bad_spare_slot_is_refused_by_its_path(
     assert accepted in str(caught.value)
 
 
-@pytest.mark.parametrize("roots", ["/srv", [3], ["relative/path"]])
-def test_bad_module_roots_are_refused(vllm_config: Any, roots: Any) -> None:
-    with pytest.raises(SteeringConfigError, match="module_roots"):
+@pytest.mark.parametrize(
+    ("roots", "message"),
+    [
+        ("/srv", "module_roots: found '/srv', expected a list"),
+        ([3], r"module_roots\[0\]: found 3, expected one of absolute"),
+        (["/srv", "saes"], r"module_roots\[1\]: found 'saes', expected one of"),
+    ],
+)
+def test_bad_module_roots_are_refused(
+    vllm_config: Any, roots: Any, message: str
+) -> None:
+    with pytest.raises(SteeringConfigError, match=message):
         resolved(vllm_config, module_roots=roots)
 
 

@@ -31,7 +31,6 @@ ACTIVATIONS = ("jumprelu", "relu", "topk")
 
 def sae_of(activation: str) -> DenseSAE:
     sae = random_sae(96, models.HIDDEN, activation, seed=ACTIVATIONS.index(activation))
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     return sae
 
 

@@ -35,6 +35,7 @@ from vllm.entrypoints.steering import (
     SteeringModuleError,
     delete_preset,
     put_preset,
+    register_module,
     register_vector,
     replace_module,
     set_default_preset,
@@ -245,8 +246,23 @@ def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:
         assert_same(found, oracle.follow(model, prompt(4, 9), edits, found.tokens))
     finally:
         unregister_module(llm, "notebook")
-    with pytest.raises(SteeringModuleError, match="does not say its site"):
-        register_vector(llm, "notebook", {"nowhere": direction})
+    for vectors, message in (
+        ({"nowhere": direction}, "vectors: found the site 'nowhere', expected HOOK"),
+        ({"post_block.1": [1.0, 2.0]}, "vectors.post_block.1: found a list, expected"),
+        (direction, "vectors: found a value of type Tensor, expected sites"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register_vector(llm, "notebook", vectors)  # type: ignore[arg-type]
+
+
+def test_a_bad_option_is_named_as_the_caller_wrote_it(llm: LLM) -> None:
+    for option, field, message in (
+        ({"feature_units": "unit"}, "feature_units", "feature_units: found 'unit'"),
+        ({"feature_unit": "native"}, None, "unknown field 'feature_unit', expected"),
+    ):
+        with pytest.raises(SteeringModuleError, match=f"^{message}") as caught:
+            register_module(llm, "sea", "/srv/sea", **option)  # type: ignore[arg-type]
+        assert caught.value.field == field
 
 
 def test_reserved_keys_are_refused(llm: LLM) -> None:

@@ -38,7 +38,6 @@ FAMILY = "llama"
 SITE = (1, "post_block")
 CLAMPS = [Clamp(5, "absolute", 4.0), Clamp(9, "additive", 1.0, True)]
 SAE = random_sae(96, models.HIDDEN, "jumprelu", 3)
-SAE.skip_token_ids = (models.BOS, models.EOS, models.PAD)
 BLOCK = 32  # the smallest that vLLM's CPU attention takes
 
 

@@ -71,7 +71,7 @@ class Rows(RuleBasedStateMachine):
 
 
 TestRows = Rows.TestCase
-TestRows.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRows.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_equal_content_shares_a_row_and_is_written_once() -> None:

@@ -47,8 +47,7 @@ SAES = ("jumprelu", "topk", "other")
 
 
 @pytest.fixture(scope="module")
-def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    paths = save_modules(tmp_path_factory.mktemp("saes"))
+def llm(model_root: Path, paths: dict[str, str]) -> Iterator[LLM]:
     modules = {name: paths[name] for name in (*SAES, "vector")}
     with engine(FAMILY, model_root, modules, {"spare": SPARE}) as llm:
         yield llm
@@ -137,10 +136,10 @@ def test_a_graph_holds_every_launch(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     x = torch.zeros(2, models.HIDDEN)
     generate(llm, [IDS], [params(1)])
     for table in (slot.full, slot.delta):
-        assert not steering_capture.is_needed(table, x)
+        assert not steering_capture.is_needed(table, modules.step, x)
     monkeypatch.setattr(steering_capture, "is_captured", lambda device: True)
     for table in (slot.full, slot.delta):
-        assert steering_capture.is_needed(table, x)
+        assert steering_capture.is_needed(table, modules.step, x)
     tables = [t for tier in Tier for t in modules.tables(tier)]
     assert not any(bound.table.in_use for bound in tables)
 

@@ -94,7 +94,7 @@ class Batch:
             assert tokens[0].tolist() == [self.wanted[name, 0], self.wanted[name, 1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_any_batch_is_counted_as_token_by_token(seed: int) -> None:
     batch = Batch(random.Random(seed))

@@ -22,7 +22,7 @@ from steering_testing.engine import (
 )
 from steering_testing.oracle import Greedy
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 
 from vllm import LLM
 from vllm.v1.core.sched.output import NewRequestData
@@ -85,7 +85,7 @@ def sae(skip: tuple[int, ...]) -> DenseSAE:
 
 @pytest.fixture(scope="module")
 def llm(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    path = save_sae(tmp_path_factory.mktemp("sae") / "m", {SITE: sae(SPECIAL)})
+    path = save_sae(tmp_path_factory.mktemp("sae") / "m", {SITE: sae(models.SPECIAL)})
     options: dict[str, Any] = {"enable_prompt_embeds": True, "block_size": BLOCK}
     with engine(FAMILY, model_root, {"m": path}, **options) as llm:
         yield llm
@@ -119,7 +119,7 @@ def expected(ids: list[int], skip: tuple[int, ...]) -> Greedy:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("before", SPECIAL)
+@pytest.mark.parametrize("before", models.SPECIAL)
 def test_an_embedded_prompt_is_steered_whatever_was_in_its_place(
     llm: LLM, before: int
 ) -> None:
@@ -138,7 +138,7 @@ def test_ids_and_embeddings_without_special_tokens_say_the_same(llm: LLM) -> Non
         llm, [{"prompt_token_ids": ids}, {"prompt_embeds": table()[ids]}]
     )
     assert_same(embedded, by_id)
-    assert_same(embedded, expected(ids, SPECIAL))
+    assert_same(embedded, expected(ids, models.SPECIAL))
 
 
 @pytest.mark.engine
@@ -169,7 +169,7 @@ def test_a_mixed_prompt_is_bypassed_where_it_has_ids_only(llm: LLM) -> None:
             token if given else alias.get(token, token)
             for token, given in zip(ids, is_id, strict=True)
         ]
-        edits = {SITE: [Edit("full", sae(SPECIAL), CLAMPS, phase="prefill")]}
+        edits = {SITE: [Edit("full", sae(models.SPECIAL), CLAMPS, phase="prefill")]}
         right = oracle.follow(model, seen, edits, found.tokens)
     finally:
         with torch.no_grad():

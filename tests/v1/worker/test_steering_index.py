@@ -76,7 +76,7 @@ def random_rows(rng: random.Random, spans: bool) -> RequestRows:
     return RequestRows.of_pieces([(stop, some()) for stop in sorted(stops)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_every_step_of_a_random_schedule_has_the_rows_of_its_tokens(
     seed: int, spans: bool

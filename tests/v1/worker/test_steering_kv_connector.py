@@ -20,7 +20,7 @@ from steering_testing.engine import (
 )
 from steering_testing.oracle import Greedy
 from steering_testing.reference import Clamp, Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
@@ -31,8 +31,6 @@ pytestmark = pytest.mark.engine
 FAMILY, SITE, BLOCK, TOKENS = "llama", (1, "post_block"), 32, 6
 IDS = prompt(7, 2 * BLOCK + 6)
 SAES = [random_sae(96, models.HIDDEN, "relu", seed) for seed in (3, 4)]
-for one in SAES:
-    one.skip_token_ids = SPECIAL
 CLAMPS = [Clamp(5, "absolute", 4.0)]
 FULL_ASK = {FULL: [sae_spec("m", {SITE: CLAMPS})]}
 DELTA_ASK = {DELTA: [sae_spec("m", {SITE: CLAMPS})]}

@@ -21,7 +21,6 @@ from steering_testing.hot_modules import (
     TOKENS,
     check,
     leave_only_the_first,
-    save_modules,
     steered,
 )
 from steering_testing.reads import activations, assert_reads
@@ -40,11 +39,6 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.steering_refusals import refusal_in
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_modules(tmp_path_factory.mktemp("saes"))
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,26 @@ from vllm.config.steering import (
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.v1.worker import steering_modules
 from vllm.v1.worker.steering_memory import naming_memory
+from vllm.v1.worker.steering_shape import SteeringShape
 
 WIDE = SlotInfo(3, HookPoint.POST_BLOCK, "sae", 131072)
 NARROW = SlotInfo(1, HookPoint.POST_BLOCK, "sae", 16384)
 ELSEWHERE = SlotInfo(9, HookPoint.POST_BLOCK, "sae", 1 << 20)
-WIDTHS = PointWidths(hidden=5376, z=4096)
+SHAPE = SteeringShape(
+    num_rows=3,
+    max_clamps=4,
+    max_tokens=8,
+    vocab_size=16,
+    widths=PointWidths(hidden=5376, z=4096),
+    dtype=torch.bfloat16,
+    device=torch.device("cpu"),
+    readable=True,
+)
 
 
 def said(ranks: Ranks, *slots: SlotInfo, error: Exception | None = None) -> str:
     config = SteeringConfig(slots=slots, ranks=ranks)
-    cpu, layers = torch.device("cpu"), range(4)
-    with (
-        pytest.raises(ValueError) as caught,
-        naming_memory(config, layers, WIDTHS, torch.bfloat16, cpu),
-    ):
+    with pytest.raises(ValueError) as caught, naming_memory(config, range(4), SHAPE):
         raise error or torch.OutOfMemoryError("CUDA out of memory")
     text = str(caught.value)
     assert "\n" not in text

@@ -13,6 +13,7 @@ import torch
 from steering_testing import models, oracle
 from steering_testing.engine import (
     DELTA,
+    TRACED,
     VECTORS,
     assert_same,
     engine,
@@ -33,7 +34,6 @@ from steering_testing.hot_modules import (
     TOKENS,
     check,
     leave_only_the_first,
-    save_modules,
     steered,
 )
 from steering_testing.reference import Edit, random_sae
@@ -54,23 +54,18 @@ from vllm.v1.worker.steering_module_changes import ModuleChanges
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_modules(tmp_path_factory.mktemp("saes"))
-
-
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def llm(
     request: pytest.FixtureRequest, model_root: Path, paths: dict[str, str]
 ) -> Iterator[LLM]:
-    eager = request.param == "eager"
+    options = TRACED if request.param == "compiled" else {}
     with engine(
         FAMILY,
         model_root,
         {"first": paths["other"]},
         {"spare": SPARE},
         block_size=BLOCK,
-        enforce_eager=eager,
+        **options,
     ) as llm:
         yield llm
 

@@ -21,7 +21,7 @@ from steering_testing.engine import (
     save_sae,
 )
 from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 from steering_testing.shard_engines import RANKS, weight_bytes
 
 from vllm import LLM
@@ -133,12 +133,9 @@ FAULTS: list[tuple[Fault, int, str]] = [
 
 
 def saes() -> dict[str, Any]:
-    found = {
+    return {
         kind: random_sae(D_SAE, models.HIDDEN, kind, 3) for kind in ("relu", "topk")
     }
-    for sae in found.values():
-        sae.skip_token_ids = SPECIAL
-    return found
 
 
 def check(llm: LLM, kind: str) -> None:

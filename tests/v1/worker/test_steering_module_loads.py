@@ -31,11 +31,6 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return hot_modules.save_modules(tmp_path_factory.mktemp("saes"))
-
-
-@pytest.fixture(scope="module")
 def llm(model_root: Path, paths: dict[str, str]) -> Iterator[LLM]:
     modules = {"first": paths["other"]}
     spare = {"spare": hot_modules.SPARE}

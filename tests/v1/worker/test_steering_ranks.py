@@ -9,6 +9,7 @@ import pytest
 from steering_testing import models, oracle
 from steering_testing.engine import (
     FULL,
+    TRACED,
     assert_same,
     engine,
     generate,
@@ -59,7 +60,6 @@ def test_two_ranks_equal_hugging_face(
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     sae = random_sae(96, models.HIDDEN, "jumprelu", 3)
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     modules = {"m": save_sae(tmp_path / "m", {site: sae for site in SITES})}
     prompts = [[models.BOS, 9, 30, 51, 77], [models.BOS, 40, 41], [models.BOS, 8, 7]]
     asked = [{site: CLAMPS} for site in SITES] + [{site: CLAMPS for site in SITES}]
@@ -70,7 +70,7 @@ def test_two_ranks_equal_hugging_face(
     options: dict[str, object] = {split: 2, "distributed_executor_backend": "mp"}
     if split == "pipeline_parallel_size":
         # vLLM's CPU runner makes the buffers between stages in its compile warm-up.
-        options["enforce_eager"] = False
+        options |= TRACED
     steering = {"inline_vectors": {"post_block.0": 1, "post_block.2": 1}}
     with engine("llama", model_root, modules, steering, **options) as llm:
         found = generate(llm, [*prompts, prompts[0]], [*sampling, params(8)])

@@ -12,6 +12,7 @@ from steering_testing import matrix, models, oracle
 from steering_testing.adapters import save_adapter
 from steering_testing.engine import (
     FULL,
+    TRACED,
     answer_of,
     assert_same,
     engine,
@@ -22,7 +23,7 @@ from steering_testing.engine import (
 )
 from steering_testing.observe import steps_of
 from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt, specs
+from steering_testing.requests import prompt, specs
 from steering_testing.shard_engines import (
     INLINE,
     LATE,
@@ -68,7 +69,7 @@ def test_stages_whose_ranks_share_saes_equal_hugging_face(
     last = (2, "post_block")
     steering = {"spare": [late_slot(POST), late_slot(last)], **INLINE}
     # vLLM's CPU runner makes the buffers between stages in its compile warm-up.
-    options = {**RANKS, "pipeline_parallel_size": 2, "enforce_eager": False}
+    options = {**RANKS, "pipeline_parallel_size": 2, **TRACED}
     reads = [
         Read("topk", (2, "post_attn"), top_k=4),
         Read("points", POINTS[2], top_k=6),
@@ -167,7 +168,6 @@ def test_what_ranks_share_is_there_after_sleep(
     model_root: Path, tmp_path: Path
 ) -> None:
     sae = random_sae(LATE, models.HIDDEN, "jumprelu", 3)
-    sae.skip_token_ids = SPECIAL
     path, ids = save_sae(tmp_path / "late", {POST: sae}), prompt(7, 21)
     ask = params(6, **{FULL: [sae_spec("late")]})
     edits = {POST: [Edit("full", sae)]}

@@ -10,6 +10,7 @@ import pytest
 from steering_testing import models, oracle
 from steering_testing.engine import (
     FULL,
+    TRACED,
     assert_same,
     engine,
     generate,
@@ -19,7 +20,7 @@ from steering_testing.engine import (
     save_sae,
 )
 from steering_testing.reference import Clamp, Edit, random_sae
-from steering_testing.requests import SPECIAL, prompt
+from steering_testing.requests import prompt
 
 from vllm import LLM
 from vllm.config.steering_replies import METHOD
@@ -35,7 +36,6 @@ pytestmark = pytest.mark.engine
 
 FAMILY, SITE = "llama", (1, "post_block")
 SAE = random_sae(96, models.HIDDEN, "jumprelu", 3)
-SAE.skip_token_ids = SPECIAL
 CLAMPS = [Clamp(5, "absolute", 4.0)]
 IDS = prompt(7, 20)
 
@@ -47,9 +47,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def llm(request: pytest.FixtureRequest, model_root: Path, path: str) -> Iterator[LLM]:
-    eager = request.param == "eager"
+    options = TRACED if request.param == "compiled" else {}
     spare = {"spare": [{"layer": 1, "hook": "resid_post", "width": 96}]}
-    with engine(FAMILY, model_root, {"m": path}, spare, enforce_eager=eager) as llm:
+    with engine(FAMILY, model_root, {"m": path}, spare, **options) as llm:
         yield llm
 
 

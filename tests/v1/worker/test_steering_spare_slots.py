@@ -27,7 +27,6 @@ from steering_testing.hot_modules import (
     SPARE,
     TOKENS,
     check,
-    save_modules,
 )
 from steering_testing.reference import Edit
 
@@ -40,11 +39,6 @@ from vllm.entrypoints.steering import (
 )
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_modules(tmp_path_factory.mktemp("saes"))
 
 
 def test_an_eager_engine_makes_the_slots_it_lacks(

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 MEASURE_METHOD = "measure_steering"
 
 
+class TooShortError(ValueError):
+    """The texts have too few tokens for a loss, or for a variance."""
+
+
 @dataclass(frozen=True)
 class SiteEvaluation:
     """An SAE at one site, over some texts.
@@ -88,7 +92,9 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
 
     Raises:
         ValueError: no such SAE module, or a text that is none, has no tokens or is too
-            long, or no text of two tokens.
+            long.
+        TooShortError: no text of two tokens, or fewer than two tokens that the module
+            reconstructs.
         VLLMValidationError: the engine's default preset is locked, so no text can be
             read without steering.
     """
@@ -100,7 +106,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         )
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
-        raise ValueError(
+        raise TooShortError(
             "texts: expected at least one text of two or more tokens, found none"
         )
     plain = _loss(llm, ids, None)[0]
@@ -119,9 +125,10 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
             ablated, _ = _loss(llm, ids, specs)
         finally:
             sums = _measure(llm, "stop")
-        if not sums.get("tokens"):
-            raise ValueError(
-                "texts: the module leaves every token unchanged, expected other tokens"
+        if sums.get("tokens", 0) < 2:
+            raise TooShortError(
+                "texts: expected at least two tokens that the module reconstructs (bos "
+                f"and the like are left alone), found {int(sums.get('tokens', 0))}"
             )
         found.append(
             SiteEvaluation(

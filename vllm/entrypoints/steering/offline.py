@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from vllm.config.steering import ModuleInfo, SteeringConfig, parse_site
+from vllm.config.steering import (
+    HOOK_NAMES,
+    ModuleInfo,
+    SteeringConfig,
+    parse_site,
+)
+from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
@@ -90,20 +96,41 @@ def register_vector(
         replace: take the place of a module of that name.
 
     Raises:
+        ValueError: `vectors` is no mapping of sites to tensors.
         SteeringModuleError: bad tensor or site, no free slot that fits, or a name in
             use.
     """
+    stored = _by_site(vectors)
     # The engine reads the file whenever it loads weights, so it stays until the end.
     folder = tempfile.TemporaryDirectory(prefix="vllm-steering-vector-")
     _KEPT.append(folder)
     path = f"{folder.name}/vectors.safetensors"
-    tensors = {}
-    for site, tensor in vectors.items():
-        found = parse_site(site)
-        stored = site if found is None else f"layers.{found[0]}.{found[1].value}"
-        tensors[stored] = tensor.detach().float().cpu().contiguous().clone()
-    save_file(tensors, path)
+    save_file(stored, path)
     return register_module(llm, name, path, replace=replace)
+
+
+def _by_site(vectors: object) -> dict[str, torch.Tensor]:
+    """The vectors as a file holds them: by the name of the site, in float32."""
+    if not isinstance(vectors, Mapping):
+        raise ValueError(
+            f"vectors: found {shown(vectors)}, expected sites and their tensors, such "
+            'as {"post_block.20": tensor}'
+        )
+    stored = {}
+    for site, tensor in vectors.items():
+        found = parse_site(site) if isinstance(site, str) else None
+        if found is None:
+            raise ValueError(
+                f"vectors: found the site {shown(site)}, expected HOOK.LAYER such as "
+                f"post_block.20, with one of {HOOK_NAMES}"
+            )
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"vectors.{site}: found {shown(tensor)}, expected a tensor [D]"
+            )
+        key = f"layers.{found[0]}.{found[1].value}"
+        stored[key] = tensor.detach().float().cpu().contiguous().clone()
+    return stored
 
 
 def replace_module(llm: LLM, name: str, path: str, **options: object) -> ModuleInfo:

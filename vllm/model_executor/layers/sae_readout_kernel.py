@@ -16,7 +16,7 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
-from vllm.model_executor.layers.steering_capture import is_captured
+from vllm.model_executor.layers.steering_capture import is_read
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
@@ -58,13 +58,14 @@ def read_features(
 ) -> None:
     """Write the rows of the step's read tokens to `slot.reads.out`.
 
-    A step in which no request reads launches nothing, unless it is captured.
+    A step in which no request reads launches nothing, unless it is captured (see
+    `is_read`).
 
     Args:
         hidden: `[T, d_in]`, the model's dtype.
         residual: `[T, d_in]`, or None where the stream is one tensor.
     """
-    if not step.reading and not is_captured(hidden.device):
+    if not is_read(step, hidden):
         return
     launch(slot, step, workspace, hidden, residual)
 
@@ -102,7 +103,7 @@ def read_and_reconstruct(
 ) -> None:
     """`read_features`, then full reconstruction; encodes once where it can."""
     reads = slot.reads
-    if not step.reading and not is_captured(hidden.device):
+    if not is_read(step, hidden):
         reads = None
     passage = kernel.FULL
     if reads is not None and kernel.reads_on_the_way(slot, hidden, residual):

@@ -62,7 +62,7 @@ class KernelBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        if is_needed(slot.full, hidden):
+        if is_needed(slot.full, self.step, hidden):
             kernel.full_reconstruction(
                 slot, self.step, self.workspace, hidden, residual, source
             )
@@ -74,7 +74,7 @@ class KernelBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        if is_needed(slot.delta, hidden):
+        if is_needed(slot.delta, self.step, hidden):
             kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
 
     def read_features(
@@ -89,7 +89,7 @@ class KernelBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        if not is_needed(slot.full, hidden):
+        if not is_needed(slot.full, self.step, hidden):
             read = encoder_input(hidden, residual, source)
             return self.read_features(slot, *read)
         readout.read_and_reconstruct(
@@ -106,7 +106,8 @@ class KernelBackend(SteeringBackend):
         """In a graph, of many modules those that have tokens."""
         whole = super().full_tier
         branches = self.branches
-        if branches is None or not (is_captured(hidden.device) and fits(slots)):
+        branched = is_captured(hidden.device) and not self.step.idle_graph
+        if branches is None or not (branched and fits(slots)):
             whole(slots, hidden, residual, source)
             return
         branches.capture(
@@ -119,5 +120,5 @@ class KernelBackend(SteeringBackend):
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        if is_needed(slot.table, hidden):
+        if is_needed(slot.table, self.step, hidden):
             kernel.steering_vectors(slot, self.step, hidden, residual)

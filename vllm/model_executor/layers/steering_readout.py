@@ -22,7 +22,7 @@ def read_features(
 ) -> None:
     """Write the rows of the step's read tokens to `slot.reads.out`."""
     reads, weights = slot.reads, slot.weights
-    if reads is None or not step.reading:
+    if reads is None:
         return
     index = step.read_index[: hidden.shape[0]].long()
     mask = weights.meta[MetaField.SKIP_MASK]

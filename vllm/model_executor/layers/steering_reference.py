@@ -31,13 +31,15 @@ from typing import NamedTuple
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_state import (
+from vllm.model_executor.layers.steering_limits import (
     COEFFICIENT_LIMIT,
+    NO_NORM_LIMIT,
+    STREAM_LIMIT,
+)
+from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     KIND_BITS,
-    NO_NORM_LIMIT,
     ONLY_IF_ACTIVE,
-    STREAM_LIMIT,
     ClampFlag,
     ClampKind,
     ClampTable,

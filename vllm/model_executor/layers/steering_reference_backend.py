@@ -8,7 +8,7 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import steering_reference as reference
 from vllm.model_executor.layers.steering import SteeringBackend
-from vllm.model_executor.layers.steering_capture import is_needed
+from vllm.model_executor.layers.steering_capture import is_needed, is_read
 from vllm.model_executor.layers.steering_readout import read_features
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 
@@ -37,7 +37,7 @@ class ReferenceBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        if is_needed(slot.full, hidden):
+        if is_needed(slot.full, self.step, hidden):
             reference.full_reconstruction(slot, self.step, hidden, residual, source)
 
     def sae_clamp(
@@ -47,16 +47,17 @@ class ReferenceBackend(SteeringBackend):
         residual: torch.Tensor | None,
         source: torch.Tensor | None = None,
     ) -> None:
-        if is_needed(slot.delta, hidden):
+        if is_needed(slot.delta, self.step, hidden):
             reference.sae_clamp(slot, self.step, hidden, residual, source)
 
     def steering_vectors(
         self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        if is_needed(slot.table, hidden):
+        if is_needed(slot.table, self.step, hidden):
             reference.steering_vectors(slot, self.step, hidden, residual)
 
     def read_features(
         self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
-        read_features(slot, self.step, hidden, residual)
+        if is_read(self.step, hidden):
+            read_features(slot, self.step, hidden, residual)

@@ -14,38 +14,12 @@ from enum import IntEnum
 import torch
 from torch import nn
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering import Activation, SiteInfo, Tier
 from vllm.model_executor.layers.steering_bypass import BypassCounts
 from vllm.model_executor.layers.steering_kernels.screen import ScreenCopy
+from vllm.model_executor.layers.steering_limits import NO_NORM_LIMIT
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
-
-# The largest component that a tier writes back, by the model's dtype. Two such
-# components add up without overflow, and float32 holds the sum of squares of 2^16 of
-# them. So whatever reads the stream next stays finite.
-STREAM_LIMIT = {
-    torch.bfloat16: 2.0**56,
-    torch.float32: 2.0**56,
-    torch.float16: 2.0**15,
-}
-# The largest component at points outside the residual stream. These limits are lower,
-# because nothing normalises these points before they are multiplied or added. The
-# product of two projections of `mlp_in` stays below 2^56 after the down projection, and
-# so do the sums of many layers' `attn_out` and `mlp_out`. Float16's range is too small
-# for this: see `steering_resolution`.
-POINT_LIMIT = {
-    HookPoint.ATTN_Z: 2.0**40,
-    HookPoint.ATTN_OUT: 2.0**48,
-    HookPoint.MLP_IN: 2.0**16,
-    HookPoint.MLP_OUT: 2.0**48,
-}
-# The largest coefficient of a direction (see `steering_reference`). The sum of a
-# thousand such clamps does not overflow float32 if the directions' components are below
-# 2^20.
-COEFFICIENT_LIMIT = 2.0**96
-# `SAEWeights.norm_limit` without a norm guard: every finite float32 norm is allowed.
-NO_NORM_LIMIT = torch.finfo(torch.float32).max
-
 
 # Counters of the GPU kernels in `StepState.sync`.
 SYNC_INTS = 8
@@ -265,8 +239,10 @@ class SAEWeights(nn.Module):
                 own.copy_(new)
             return
         d_sae = staged.d_sae_capacity
-        for name in ("W_enc", "W_dec", "b_enc", "threshold"):
-            getattr(self, name)[:d_sae].copy_(getattr(staged, name))
+        self.W_enc[:d_sae].copy_(staged.W_enc)
+        self.W_dec[:d_sae].copy_(staged.W_dec)
+        self.b_enc[:d_sae].copy_(staged.b_enc)
+        self.threshold[:d_sae].copy_(staged.threshold)
         self.W_enc[d_sae:].zero_()
         self.W_dec[d_sae:].zero_()
         self.b_enc[d_sae:].fill_(float("-inf"))
@@ -307,6 +283,7 @@ class StepState(nn.Module):
             tables; 0: not read.
         no_rows: int32 `[max_tokens]`, zeros: an index by which nothing is edited.
         reading: whether some token of the step is read; known on the host.
+        idle_graph: whether a graph captured now runs only in steps that use no site.
         bypass: counts of the tokens that modules leave alone; read for metrics only.
         sync: int32 `[SYNC_INTS]`, counters with which blocks of a GPU kernel wait for
             one another; zero between launches. They are a buffer, so that sleeping and
@@ -333,6 +310,7 @@ class StepState(nn.Module):
             rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)
             self.register_buffer(name, rows, persistent=False)
         self.reading = False
+        self.idle_graph = False
         sync = torch.zeros(SYNC_INTS, dtype=torch.int32, device=device)
         self.register_buffer("sync", sync, persistent=False)
         self.bypass = BypassCounts(device)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
+from vllm.engine.steering_options import ROOT
 
 # A caller that does not ask for so long has gone away.
 ABANDONED_S = 10.0
@@ -44,7 +45,7 @@ class ModuleLoads:
         Raises:
             RefusedCall: a rank cannot load it. No rank then keeps any of it.
         """
-        module, now = _of_files(module), time.monotonic()
+        module, now = module.unplaced(), time.monotonic()
         if self.current is not None and self.current.module != module:
             if now - self.current.asked < ABANDONED_S:
                 return False
@@ -62,7 +63,7 @@ class ModuleLoads:
 
     def forget(self, module: ModuleInfo) -> None:
         """Give up loading the module, if it is being loaded."""
-        if self.current is not None and self.current.module == _of_files(module):
+        if self.current is not None and self.current.module == module.unplaced():
             self.current = None
             self.workers("forget")
 
@@ -80,10 +81,6 @@ class ModuleLoads:
         raise refusal(error)
 
 
-def _of_files(module: ModuleInfo) -> ModuleInfo:
-    return replace(module, slots=None)
-
-
 def first_error(replies: list[Json]) -> Json | None:
     """The first reply of a rank that is not ok."""
     return next((reply for reply in replies if not reply["ok"]), None)
@@ -93,3 +90,18 @@ def refusal(error: Json) -> RefusedCall:
     """The refusal for a rank's error."""
     outcome = Outcome.INVALID if error.get("refused") else Outcome.FAILED
     return RefusedCall(outcome, f"{error['error']}; nothing was changed", "path")
+
+
+def inspection_refusal(name: object, text: str) -> RefusedCall:
+    """The refusal of a module that cannot be inspected.
+
+    An option is named as the caller wrote it, and not by its path in the start-up
+    configuration.
+    """
+    where = f"{ROOT}.modules.{name}"
+    if text.startswith(f"{where}."):
+        text = text.removeprefix(f"{where}.")
+        return RefusedCall(Outcome.INVALID, text, text.partition(":")[0])
+    if text.startswith(f"{where}: "):
+        return RefusedCall(Outcome.INVALID, text.removeprefix(f"{where}: "))
+    return RefusedCall(Outcome.INVALID, text, "path")

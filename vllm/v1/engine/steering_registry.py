@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_checks import SteeringConfigError, one_line, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
     KNOWN_VERSION,
@@ -43,12 +43,17 @@ from vllm.engine.steering_active_config import (
     may_register,
     publish,
 )
+from vllm.engine.steering_inspection import check_against_model, inspect_for_model
 from vllm.engine.steering_presets import refuse_without_default, with_valid_default
-from vllm.engine.steering_resolution import check_against_model, inspect_for_model
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
 from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
-from vllm.v1.engine.steering_loading import ModuleLoads, first_error, refusal
+from vllm.v1.engine.steering_loading import (
+    ModuleLoads,
+    first_error,
+    inspection_refusal,
+    refusal,
+)
 from vllm.v1.engine.steering_prepared import PREPARED_LIMIT_S, PreparedChange
 from vllm.v1.engine.steering_preset_checks import CHANGES, PresetChecks
 
@@ -170,21 +175,16 @@ class SteeringRegistry:
     def _inspect(self, options: Json) -> ModuleReply:
         name = options.pop("name", None)
         try:
-            module = inspect_for_model(
-                name,
-                options,
-                self.core.vllm_config,
-                module_inspector().inspect,
-            )
+            inspect = module_inspector().inspect
+            module = inspect_for_model(name, options, self.core.vllm_config, inspect)
         except SteeringConfigError as error:
             text = str(error)
         except Exception as error:
             logger.exception("Steering: inspecting %s failed", shown(name))
-            cause = " ".join(str(error).split()) or type(error).__name__
-            text = f"cannot be inspected: {cause}"
+            text = f"cannot be inspected: {one_line(error)}"
         else:
             return ModuleReply(outcome=Outcome.DONE, module=module.to_json())
-        return RefusedCall(Outcome.INVALID, text, "path").reply
+        return inspection_refusal(name, text).reply
 
     def _change(self, name: object, payload: Json, plan: Plan) -> ModuleReply:
         """Register or unregister a module, at once or one phase of it."""

@@ -7,30 +7,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.steering import PointWidths, SteeringConfig
+from vllm.config.steering import ModuleInfo, Ranks, SteeringConfig
 from vllm.config.steering_slots import module_bytes, slots_of
 from vllm.logger import init_logger
-from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_families import find_decoder_layers
 from vllm.model_executor.layers.steering_shards import WHOLE, tensor_parallel_shard
 from vllm.model_executor.model_loader.sae_loader import load_vectors
 from vllm.v1.worker.steering_memory import naming_memory
 from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_places import VectorPlace
+from vllm.v1.worker.steering_shape import SteeringShape
 from vllm.v1.worker.steering_tables import unit_scale
 
 logger = init_logger(__name__)
 
 
 def build_site_modules(
-    config: SteeringConfig,
-    model: nn.Module,
-    num_rows: int,
-    max_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    vocab_size: int,
-    widths: PointWidths,
+    config: SteeringConfig, model: nn.Module, shape: SteeringShape
 ) -> SiteModules:
     """Build this rank's slots, load every module into its own, attach the sites.
 
@@ -40,45 +33,46 @@ def build_site_modules(
         ValueError: a module cannot be loaded, or the model's layers are unknown.
     """
     layers = find_decoder_layers(model)
-    step = StepState(max_tokens, device, vocab_size)
-    modules = SiteModules(
-        layers,
-        step,
-        num_rows,
-        config.max_clamps,
-        widths=widths,
-        dtype=dtype,
-        readable=config.readout,
-        shard=WHOLE if config.ranks.size == 1 else tensor_parallel_shard(),
-    )
-    with naming_memory(config, layers, widths, dtype, device):
-        places = modules.make_places(slots_of(config), config.inline_sites)
-    modules.places = places
+    shard = WHOLE if config.ranks.size == 1 else tensor_parallel_shard()
+    modules = SiteModules(layers, shape, shard)
+    with naming_memory(config, layers, shape):
+        modules.places = modules.make_places(slots_of(config), config.inline_sites)
     for module in config.modules.values():
-        scales: dict[int, np.ndarray | None] = {}
-        for site, at in modules.own_sites(module):
-            place = places[at]
-            if isinstance(place, VectorPlace):
-                place.slot.directions[place.row].copy_(load_vectors(module, site))
-            else:
-                modules.load(module, site, place.slot.weights)
-                scales[at] = unit_scale(module, place.slot.weights)
-        modules.set_meta(module)
-        modules.bind(module, scales)
+        _load(modules, module)
     modules.write_skip_bits()
-    modules.attach(places)
-    for info in config.modules.values():
-        logger.info(
-            "Steering module %s: %d site(s) [%s], %.1f MiB, digest %s",
-            info.name,
-            len(info.sites),
-            ", ".join(
-                f"{site.name} F={site.d_sae}"
-                + (f" on {config.ranks.size} ranks" if info.is_sharded(site) else "")
-                for site in info.sites
-            ),
-            module_bytes(info, dtype.itemsize, config.ranks) / 2**20,
-            info.digest[:12],
-        )
+    modules.attach(modules.places)
+    for module in config.modules.values():
+        _log(module, shape.dtype, config.ranks)
     logger.info("Steering buffers take %.1f MiB", modules.nbytes / 2**20)
     return modules
+
+
+def _load(modules: SiteModules, module: ModuleInfo) -> None:
+    """Load a module into this rank's slots for it."""
+    scales: dict[int, np.ndarray | None] = {}
+    for site, at in modules.own_sites(module):
+        place = modules.places[at]
+        if isinstance(place, VectorPlace):
+            place.slot.directions[place.row].copy_(load_vectors(module, site))
+        else:
+            modules.load(module, site, place.slot.weights)
+            scales[at] = unit_scale(module, place.slot.weights)
+    modules.set_meta(module)
+    modules.bind(module, scales)
+
+
+def _log(module: ModuleInfo, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Say what was loaded, and how large it is on this rank."""
+    sites = ", ".join(
+        f"{site.name} F={site.d_sae}"
+        + (f" on {ranks.size} ranks" if module.is_sharded(site) else "")
+        for site in module.sites
+    )
+    logger.info(
+        "Steering module %s: %d site(s) [%s], %.1f MiB, digest %s",
+        module.name,
+        len(module.sites),
+        sites,
+        module_bytes(module, dtype.itemsize, ranks) / 2**20,
+        module.digest[:12],
+    )

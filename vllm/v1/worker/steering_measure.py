@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering_checks import one_line
 from vllm.config.steering_json import Json
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import (
@@ -138,7 +139,7 @@ class SteeringMeasureMixin:
         except Exception as error:
             # A worker that raises would end the engine.
             logger.warning("Steering: measuring failed: %s", error)
-            return {"ok": False, "error": " ".join(str(error).split())}
+            return {"ok": False, "error": one_line(error)}
         return {"ok": True}
 
     def _start_measuring(self, module: str, key: SiteKey) -> None:

@@ -17,17 +17,14 @@ from vllm.config.steering import (
     site_name,
 )
 from vllm.config.steering_slots import slots_of
+from vllm.v1.worker.steering_shape import SteeringShape
 
 GIB = 1 << 30
 
 
 @contextmanager
 def naming_memory(
-    config: SteeringConfig,
-    layers: Container[int],
-    widths: PointWidths,
-    dtype: torch.dtype,
-    device: torch.device,
+    config: SteeringConfig, layers: Container[int], shape: SteeringShape
 ) -> Iterator[None]:
     """Say what the slots of this rank's layers need if there is no memory for them.
 
@@ -39,13 +36,14 @@ def naming_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        ranks = replace(config.ranks, item_bytes=dtype.itemsize)
+        ranks = replace(config.ranks, item_bytes=shape.dtype.itemsize)
         own = [
             slot
             for slot in slots_of(config).values()
             if slot.layer in layers and slot.kind == "sae"
         ]
-        raise ValueError(too_large(own, ranks, widths, free_bytes(device))) from None
+        free = free_bytes(shape.device)
+        raise ValueError(too_large(own, ranks, shape.widths, free)) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

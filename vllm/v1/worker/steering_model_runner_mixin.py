@@ -16,19 +16,24 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.config.sae_readout_step import READOUT_ATTRIBUTE, StepReadout
-from vllm.config.steering import get_steering_config, point_widths
+from vllm.config.steering import get_steering_config
 from vllm.config.steering_private_directory import start_up_failure
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
+from vllm.v1.worker.steering_idle_graphs import ranks_want_idle_graphs
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
 from vllm.v1.worker.steering_runtime import SteeringRuntime
+from vllm.v1.worker.steering_shape import SteeringShape
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
+
+logger = init_logger(__name__)
 
 
 class SteeringModelRunnerMixin:
@@ -50,29 +55,23 @@ class SteeringModelRunnerMixin:
         config = get_steering_config(self.vllm_config.additional_config)
         if config is None:
             return
-        scheduler = self.vllm_config.scheduler_config
-        compilation = self.vllm_config.compilation_config
-        model_config = self.vllm_config.model_config
-        captured = compilation.max_cudagraph_capture_size or 0
+        shape = SteeringShape.of_worker(self.vllm_config, config, self.device)
         try:
             if config.decoder_layer == "auto":
                 try_unknown_layers(self.get_model(), self.vllm_config, self.device)
             self.steering = SteeringRuntime(
                 config,
                 self.get_model(),
-                max_num_seqs=scheduler.max_num_seqs,
-                max_tokens=max(scheduler.max_num_batched_tokens, captured),
-                dtype=model_config.dtype,
-                device=self.device,
-                vocab_size=model_config.get_vocab_size(),
-                widths=point_widths(model_config),
+                shape,
                 sends_output=get_tensor_model_parallel_rank() == 0,
+                has_idle_graphs=ranks_want_idle_graphs(),
             )
         except ValueError as error:
             raise start_up_failure(error) from None
-        context = compilation.static_forward_context
+        context = self.vllm_config.compilation_config.static_forward_context
         for key, site in self.steering.modules.sites.items():
             context[key.name] = site
+        self.give_idle_graphs()
 
     def reload_under_steering(self, reload: Callable[[], None]) -> None:
         """Load new weights of the model. The modules do not change."""
@@ -90,6 +89,10 @@ class SteeringModelRunnerMixin:
     def use_steering_graphs(self, used: bool) -> None:
         """Set whether the next steps replay CUDA graphs. A replay calls no op of a
         site, so measurements turn replay off."""
+        raise NotImplementedError
+
+    def give_idle_graphs(self) -> None:
+        """Let the graphs that are captured next have twins (see `IdleGraphs`)."""
         raise NotImplementedError
 
     def take_steering_readout(self) -> StepReadout | None:
@@ -123,6 +126,17 @@ class SteeringModelRunnerV1Mixin(SteeringModelRunnerMixin):
         dispatcher.keys_initialized = used and self._had_graphs
         if used:
             self._had_graphs = None
+
+    def give_idle_graphs(self) -> None:
+        """See the base class. This runner tells microbatched graphs apart by their
+        number of tokens alone, so with microbatches there are no twins."""
+        graphs = None if self.steering is None else self.steering.idle_graphs
+        if graphs is None:
+            return
+        if self.vllm_config.parallel_config.use_ubatching:
+            logger.warning("Steering: no graphs for idle steps with microbatches")
+            return
+        self.cudagraph_dispatcher.idle_graphs = graphs  # type: ignore[attr-defined]
 
     def update_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow the persistent batch after `_update_states`."""
@@ -176,6 +190,12 @@ class SteeringModelRunnerV2Mixin(SteeringModelRunnerMixin):
         manager._graphs_captured = used and self._had_graphs
         if used:
             self._had_graphs = None
+
+    def give_idle_graphs(self) -> None:
+        """See the base class. The manager is made after the model is loaded."""
+        manager = self.cudagraph_manager  # type: ignore[attr-defined]
+        if manager is not None and self.steering is not None:
+            manager.idle_graphs = self.steering.idle_graphs
 
     def finish_steering_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Follow `finish_requests`."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering_checks import one_line
 from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
@@ -26,7 +27,6 @@ from vllm.v1.worker.steering_module_loads import (
     LoadedSite,
     ModuleLoad,
     start_reading,
-    without_slots,
 )
 from vllm.v1.worker.steering_modules import (
     Place,
@@ -149,7 +149,7 @@ class ModuleChanges:
     def _take(self, module: ModuleInfo) -> dict[SiteInfo, LoadedSite]:
         """What was loaded for the module, which is then forgotten here."""
         loading, self.loading = self.loading, None
-        if loading is None or loading.module != without_slots(module):
+        if loading is None or loading.module != module.unplaced():
             raise RuntimeError(f"steering: module {module.name!r} was not loaded")
         return loading.result()
 
@@ -257,8 +257,9 @@ class ModuleChanges:
 
     def _synchronize(self) -> None:
         """Wait for the step in flight, and raise if a copy has failed."""
-        if self.modules.device.type != "cpu":
-            torch.accelerator.synchronize(self.modules.device)
+        device = self.modules.shape.device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
 
 def _content(place: Place) -> dict[str, torch.Tensor]:
@@ -290,11 +291,6 @@ def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
     assert isinstance(content, SAEWeights)
     place.slot.weights.copy_from(content)
     place.slot.weights.refresh()
-
-
-def _in_one_line(error: Exception) -> str:
-    """An error's text, or what kind of error it is."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class SteeringWorkerMixin:
@@ -340,11 +336,11 @@ class SteeringWorkerMixin:
                 }
                 verbs[verb]()
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-            return {"ok": False, "refused": True, "error": _in_one_line(error)}
+            return {"ok": False, "refused": True, "error": one_line(error)}
         except Exception as error:
             # A worker that raises would end the engine.
             logger.exception("Steering: %s of %s failed", verb, name or "a module")
-            return {"ok": False, "refused": False, "error": _in_one_line(error)}
+            return {"ok": False, "refused": False, "error": one_line(error)}
         return {"ok": True}
 
     def _changes(self) -> ModuleChanges:

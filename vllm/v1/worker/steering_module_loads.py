@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class ModuleLoad:
     """
 
     def __init__(self, module: ModuleInfo, modules: SiteModules):
-        self.module = without_slots(module)
+        self.module = module.unplaced()
         self.modules = modules
         self._given_up = False
         self._loaded: Future[dict[SiteInfo, LoadedSite]] = Future()
@@ -105,7 +105,7 @@ class ModuleLoad:
         if self.module.kind == "vectors":
             return LoadedSite(torch.empty(site.d_in))
         shard = self.modules.shard_of(self.module.is_sharded(site))
-        weights = SAEWeights.for_site(site, self.modules.dtype, CPU, shard)
+        weights = SAEWeights.for_site(site, self.modules.shape.dtype, CPU, shard)
         return LoadedSite(weights)
 
     def _finished(self, site: SiteInfo, loaded: LoadedSite) -> LoadedSite:
@@ -114,11 +114,6 @@ class ModuleLoad:
             return loaded
         self.modules.fold_gain(site, weights)
         return LoadedSite(weights, unit_scale(self.module, weights))
-
-
-def without_slots(module: ModuleInfo) -> ModuleInfo:
-    """The module as its files have it."""
-    return replace(module, slots=None)
 
 
 def start_reading() -> None:

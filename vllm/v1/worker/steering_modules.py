@@ -19,7 +19,6 @@ from vllm.config.steering import (
     Activation,
     InlineSite,
     ModuleInfo,
-    PointWidths,
     SiteInfo,
     SlotInfo,
     Tier,
@@ -46,6 +45,7 @@ from vllm.model_executor.model_loader.sae_loader import load_site
 from vllm.v1.worker.steering_counts import DeviceCounts
 from vllm.v1.worker.steering_inline import InlineVectors, make_stack
 from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace, make_backend
+from vllm.v1.worker.steering_shape import SteeringShape
 from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf
 
@@ -62,24 +62,14 @@ class SiteModules:
     def __init__(
         self,
         layers: dict[int, DecoderLayer],
-        step: StepState,
-        num_rows: int,
-        max_clamps: int,
-        widths: PointWidths,
-        dtype: torch.dtype,
-        readable: bool = False,
+        shape: SteeringShape,
         shard: Shard = WHOLE,
     ):
         self.layers = layers
-        self.step = step
-        self.num_rows = num_rows
-        self.max_clamps = max_clamps
-        self.widths = widths
-        self.dtype = dtype
-        self.device = step.index.device
-        self.readable = readable
+        self.shape = shape
         self.shard = shard
-        self.skip_sets = SkipSets(step.skip_bits.shape[0])
+        self.step = StepState(shape.max_tokens, shape.device, shape.vocab_size)
+        self.skip_sets = SkipSets(shape.vocab_size)
         self.sites: dict[SiteKey, SteeringSite] = {}
         self.places: dict[int, Place] = {}
         # None while this rank has no slot.
@@ -89,7 +79,7 @@ class SiteModules:
         }
         self._read_slots: dict[tuple[str, SiteKey], int] = {}
         self.inline = InlineVectors()
-        self.counts = DeviceCounts(step, self.inline)
+        self.counts = DeviceCounts(self.step, self.inline)
 
     def shard_of(self, sharded: bool) -> Shard:
         """What this rank holds of an SAE that the ranks share, or do not."""
@@ -181,9 +171,9 @@ class SiteModules:
             stack = make_stack(
                 len(ids),
                 room.get(key),
-                self.widths.of(key.hook),
-                self.num_rows,
-                self.device,
+                self.shape.widths.of(key.hook),
+                self.shape.num_rows,
+                self.shape.device,
             )
             for row, at in enumerate(ids):
                 places[at] = VectorPlace(key, stack.slot, stack.table, row)
@@ -194,10 +184,10 @@ class SiteModules:
         return places
 
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
-        d_in, d_out = self.widths.of(slot.hook), self.widths.of(slot.out_hook)
-        shard = self.shard_of(slot.sharded)
+        shape, shard = self.shape, self.shard_of(slot.sharded)
+        d_in, d_out = shape.widths.of(slot.hook), shape.widths.of(slot.out_hook)
         weights = SAEWeights(
-            slot.width, d_in, self.dtype, self.device, d_out, slot.has_skip, shard,
+            slot.width, d_in, shape.dtype, shape.device, d_out, slot.has_skip, shard,
             # Ranks that gather do not run the kernels that screen.
             slot.screened and (shard.is_whole or shard.allocate is not None),
         )  # fmt: skip
@@ -206,18 +196,18 @@ class SiteModules:
             kinds |= {Activation.RELU, Activation.JUMPRELU}
         sae = SAESlot(
             weights,
-            self.num_rows,
-            self.max_clamps,
+            shape.num_rows,
+            shape.max_clamps,
             frozenset(kinds),
             reads_source=slot.hook_out is not None,
         )
-        if self.readable:
+        if shape.readable:
             sae.reads = ReadBuffers(
-                self.num_rows,
-                self.max_clamps,
-                self.step.max_tokens,
+                shape.num_rows,
+                shape.max_clamps,
+                shape.max_tokens,
                 slot.width,
-                self.device,
+                shape.device,
             )
         tables = {
             Tier.DELTA: BoundTable(sae.delta),
@@ -233,7 +223,7 @@ class SiteModules:
         """
         made = []
         self.places = dict(sorted({**self.places, **places}.items()))
-        backend = make_backend(self.step, self.places, self.dtype, self.device)
+        backend = self._make_backend()
         for key in dict.fromkeys(place.key for place in places.values()):
             site = self.sites.get(key)
             if site is None:
@@ -255,7 +245,10 @@ class SiteModules:
     def shrink(self) -> None:
         """Release the working memory that only removed slots needed."""
         if self.places:
-            self._use(make_backend(self.step, self.places, self.dtype, self.device))
+            self._use(self._make_backend())
+
+    def _make_backend(self) -> SteeringBackend:
+        return make_backend(self.step, self.places, self.shape.dtype)
 
     def _fill_site(self, site: SteeringSite) -> None:
         """Give a site its slots, in the order of their ids."""

@@ -41,13 +41,10 @@ Place = SAEPlace | VectorPlace
 
 
 def make_backend(
-    step: StepState,
-    places: dict[int, Place],
-    dtype: torch.dtype,
-    device: torch.device,
+    step: StepState, places: dict[int, Place], dtype: torch.dtype
 ) -> SteeringBackend:
-    """The backend that computes the tiers on the device."""
-    if device.type == "cpu":
+    """The backend that computes the tiers on the step's device."""
+    if step.index.device.type == "cpu":
         from vllm.model_executor.layers.steering_reference_backend import (
             ReferenceBackend,
         )

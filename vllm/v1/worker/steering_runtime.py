@@ -16,9 +16,8 @@ from torch import nn
 
 from vllm.config.sae_steering_plan import SteeringPlan, decode_plan
 from vllm.config.sae_steering_specs import PLAN_KEY
-from vllm.config.steering import PointWidths, SteeringConfig, Tier
+from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import shown
-from vllm.config.steering_slots import start_up_slots
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -27,10 +26,11 @@ from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstruction
 from vllm.v1.worker.steering_build import build_site_modules
 from vllm.v1.worker.steering_counts import TokenCounts
 from vllm.v1.worker.steering_embeds import known_token_ids
+from vllm.v1.worker.steering_idle_graphs import IdleGraphs
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager, SteeringVectorManager
-from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_readout import SteeringReadout
+from vllm.v1.worker.steering_shape import SteeringShape
 from vllm.v1.worker.steering_tables import write_rows
 
 logger = init_logger(__name__)
@@ -42,40 +42,27 @@ class SteeringRuntime:
     Args:
         config: the engine's resolved steering configuration.
         model: the loaded model; its layers get the sites attached.
-        max_num_seqs: requests that can be in a batch.
-        max_tokens: tokens that a forward can have, padding included.
-        dtype, device: of the model's activations.
-        vocab_size: bound of token ids, for the skip sets.
-        widths: of the points of the model's layers.
+        shape: of the worker's buffers.
         sends_output: whether this rank's output goes to the scheduler.
+        has_idle_graphs: whether CUDA graphs get twins for steps without steering.
     """
 
     def __init__(
         self,
         config: SteeringConfig,
         model: nn.Module,
-        *,
-        max_num_seqs: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        vocab_size: int,
-        widths: PointWidths,
-        sends_output: bool = True,
+        shape: SteeringShape,
+        sends_output: bool,
+        has_idle_graphs: bool = False,
     ):
-        if not config.slots:
-            config = start_up_slots(config)
-        config = config.for_workers()
-        self.config = config
-        num_rows = config.max_pieces * max_num_seqs + 1
+        self.config = config.for_workers()
+        num_rows = shape.num_rows
         self.managers: dict[Tier, RowManager] = {
             Tier.ADDITIVE: SteeringVectorManager(num_rows),
             Tier.DELTA: SAEClampManager(num_rows),
             Tier.FULL: SAEFullReconstructionManager(num_rows),
         }
-        self.modules: SiteModules = build_site_modules(
-            config, model, num_rows, max_tokens, dtype, device, vocab_size, widths
-        )
+        self.modules = build_site_modules(self.config, model, shape)
         self.step = self.modules.step
         self.readout = SteeringReadout(self.modules, self.step, num_rows, sends_output)
         # Plans of all requests that the worker knows; rows of those in the batch: of
@@ -86,9 +73,12 @@ class SteeringRuntime:
         self._editing: set[str] = set()
         # Of these, prompts with positions that have no token id.
         self._embedded: dict[str, np.ndarray] = {}
+        # Requests whose plan this rank could not follow; other ranks may steer them.
+        self._lost: set[str] = set()
         self._step_index = StepIndex(len(Tier))
-        shape = (len(Tier), max_tokens)
-        self._index_host: np.ndarray = np.zeros(shape, dtype=np.int32)
+        self._index_host: np.ndarray = np.zeros(
+            (len(Tier), shape.max_tokens), dtype=np.int32
+        )
         self._written_tokens = 0
         # What `_index_part` returned for this extent, by tier: a slice takes its time.
         self._part_extent = 0
@@ -96,6 +86,9 @@ class SteeringRuntime:
         self.counts = TokenCounts(num_rows)
         # Whether rows were taken, written or given back since the tables were marked.
         self._marks_are_old = True
+        self.idle_graphs: IdleGraphs | None = None
+        if has_idle_graphs:
+            self.idle_graphs = IdleGraphs(self.step, lambda: self.is_idle)
         # int64 [tier, phase]: tokens that had a row, since the worker started.
         self.steered_tokens: np.ndarray = np.zeros((len(Tier), 2), dtype=np.int64)
 
@@ -103,6 +96,15 @@ class SteeringRuntime:
     def parked(self) -> list[str]:
         """Steered requests that hold no rows: preempted, or not in the batch."""
         return [req_id for req_id in self._plans if req_id not in self._rows]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no token of the prepared step is edited or read.
+
+        It follows from what the scheduler sends, so that all ranks of a tensor-parallel
+        group agree: those that share SAEs run the same exchanges.
+        """
+        return not (self._written_tokens or self.step.reading or self._lost)
 
     @property
     def holding(self) -> list[str]:
@@ -138,6 +140,7 @@ class SteeringRuntime:
             # a defect of ours, not a client's error, and the worker must survive it.
             text = "Steering: request %s names a module that is not here"
             logger.error(text, shown(req_id))
+            self._lost.add(req_id)
             return None
         return plan
 
@@ -176,6 +179,7 @@ class SteeringRuntime:
         self.park_request(req_id)
         self._plans.pop(req_id, None)
         self._embedded.pop(req_id, None)
+        self._lost.discard(req_id)
 
     def prepare_step(self, view: BatchView) -> None:
         """Write the index, the rows and the bypass flags of a step before its forward.

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from steering_testing.engine import save_sae
+from steering_testing.golden_gate import BRIDGE, EXAMPLE
 from steering_testing.reference import random_sae
 
 from vllm.entrypoints.cli.steering import features as command_module
 from vllm.entrypoints.cli.steering.inputs import texts_of
 from vllm_steering_cli.main import main
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
-BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
 ABOUT = "the golden gate bridge in the fog .\n\nthe bridge spans the bay .\n"
 OTHERS = "the chef stirs the tomato soup .\nthe farmer feeds the cows .\n"
 

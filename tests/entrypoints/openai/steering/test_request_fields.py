@@ -303,6 +303,16 @@ def test_a_misspelt_field_is_refused_with_the_right_name(route: str) -> None:
             model.model_validate({**body, **misspelt}).to_sampling_params(16, {})
 
 
+@pytest.mark.parametrize("outer", ["extra_body", "extra_args"])
+@pytest.mark.parametrize("route", CARRIERS)
+def test_a_field_that_is_one_level_too_deep_is_refused(route: str, outer: str) -> None:
+    model, body = CARRIERS[route]
+    nested = {**body, outer: SPECS, "stream": True}
+    with pytest.raises(VLLMValidationError, match="at the top level of the body") as at:
+        check_request(model.model_validate(nested), None)
+    assert at.value.parameter == f"{outer}.sae_full_reconstruction_specs"
+
+
 @pytest.mark.parametrize("value", [{}, "", 0, False])
 @pytest.mark.parametrize("route", CARRIERS)
 def test_what_is_no_list_is_refused_before_a_stream_begins(

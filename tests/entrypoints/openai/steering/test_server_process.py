@@ -29,13 +29,13 @@ from steering_testing.golden_gate import (
     ask_chat,
     ask_completions,
     entry,
+    example_engine,
     spec,
 )
 from steering_testing.server import MODEL_NAME, Server, api_server
 
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.config.sae_steering_types import EXTRA_ARGS_KEYS
-from vllm.distributed import cleanup_dist_env_and_memory
 
 pytestmark = pytest.mark.server
 
@@ -46,14 +46,6 @@ pytestmark = pytest.mark.server
 @pytest.fixture(scope="module")
 def expected() -> dict[str, dict[str, list[str]]]:
     """Greedy texts by kind of prompt and mode, and two sampled ones of n=2."""
-    llm = LLM(
-        str(EXAMPLE / "model"),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 27,
-        additional_config={"steering": {"modules": {MODULE: str(EXAMPLE / "sae")}}},
-    )
 
     def texts(run: Callable[..., Any], prompt: Any, **options: Any) -> Any:
         sampling = [
@@ -64,41 +56,17 @@ def expected() -> dict[str, dict[str, list[str]]]:
         found = [[choice.text for choice in output.outputs] for output in outputs]
         return dict(zip(MODES, found, strict=True))
 
-    tokenizer = llm.get_tokenizer()
-    # The responses route adds the tokenizer's bos to the one of the template.
-    rendered = tokenizer.apply_chat_template(
-        MESSAGES, tokenize=False, add_generation_prompt=True
-    )
-    result = {
-        "text": texts(llm.generate, PROMPT, temperature=0),
-        "chat": texts(llm.chat, MESSAGES, temperature=0),
-        "responses": texts(llm.generate, rendered, temperature=0),
-        "two": texts(llm.generate, PROMPT, temperature=0.8, seed=5, n=2),
-    }
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    return result
-
-
-# --- The servers --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    modules = ("--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}")
-    preset = log.parent / "clamped.json"
-    hints = {"temperature": 0, "max_tokens": TOKENS}
-    preset.write_text(json.dumps({**MODES["clamped"], "sampling": hints}))
-    presets = ("--steering-presets", f"clamped={preset}")
-    with api_server(EXAMPLE / "model", log, *modules, *presets) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
+    with example_engine() as llm:
+        # The responses route adds the tokenizer's bos to the one of the template.
+        rendered = llm.get_tokenizer().apply_chat_template(
+            MESSAGES, tokenize=False, add_generation_prompt=True
+        )
+        return {
+            "text": texts(llm.generate, PROMPT, temperature=0),
+            "chat": texts(llm.chat, MESSAGES, temperature=0),
+            "responses": texts(llm.generate, rendered, temperature=0),
+            "two": texts(llm.generate, PROMPT, temperature=0.8, seed=5, n=2),
+        }
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from steering_testing import models
-from steering_testing.engine import engine, save_sae
+from steering_testing.engine import TRACED, engine, save_sae
 from steering_testing.reference import random_sae
 
 from vllm import LLM
@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(model_root: Path, root: Path) -> Iterator[LLM]:
     steering = {"spare": SPARE, "module_roots": [str(root)]}
     modules = {"first": str(root / "other")}
-    with engine("llama", model_root, modules, steering, enforce_eager=False) as llm:
+    with engine("llama", model_root, modules, steering, **TRACED) as llm:
         yield llm
 
 

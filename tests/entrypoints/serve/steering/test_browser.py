@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from steering_testing.golden_gate import BRIDGE, EXAMPLE
 from steering_testing.server import MODEL_NAME, Server, api_server
 
 from vllm.config.sae_steering_presets import read_preset
@@ -39,10 +39,8 @@ pytestmark = [
     ),
 ]
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 WIDTH = 96
 SPECIAL, SOUP = (0, 1, 2, 3, 4, 5), 201
-BRIDGE = json.loads((EXAMPLE / "features.json").read_text())["topics"]["bridge"]
 FEATURE = BRIDGE["feature"]
 LOCAL = ("http://127.0.0.1", "data:", "blob:")
 

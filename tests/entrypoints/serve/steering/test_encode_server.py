@@ -13,12 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+from steering_testing.golden_gate import EXAMPLE, MODULE
 from steering_testing.server import MODEL_NAME, api_server
 
 pytestmark = pytest.mark.server
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
-MODULE = "golden-gate"
 URL = "/v1/steering/encode"
 PAGE = EXAMPLE.parents[1] / "docs" / "features" / "reading.md"
 LABELS = f"/v1/steering/modules/{MODULE}/features"

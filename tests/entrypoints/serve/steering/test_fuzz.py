@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from steering_testing.engine import DELTA, FULL, VECTORS
 from steering_testing.mutations import places, replaced
@@ -57,11 +57,7 @@ ENCODE = {
     "top_k": 4,
 }
 REGISTER = {"name": "hot", "path": "/x", "skip_token_ids": [1], "norm_guard": 2.0}
-EASY = settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+EASY = settings(max_examples=150)
 
 
 @st.composite

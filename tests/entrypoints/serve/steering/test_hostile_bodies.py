@@ -13,21 +13,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from soak.over_http import tracebacks
-from steering_testing.engine import DELTA, FULL, VECTORS
+from steering_testing.golden_gate import (
+    DELTA,
+    EXAMPLE,
+    FULL,
+    MESSAGES,
+    MODULE,
+    READOUT,
+    VECTORS,
+)
 from steering_testing.mutations import mutated
 from steering_testing.server import MODEL_NAME, Server, api_server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
-READ = "sae_readout_specs"
-MODULE = "golden-gate"
 CLIENTS, SECONDS = 8, 60.0
 LATEST_S = 20.0  # of a good answer, on a busy machine
 CLAMP = {"feature_idx": 457, "kind": "absolute", "value": 9.4}
@@ -48,7 +52,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
     VECTORS: [
         {"vector": VECTOR, "layer": 1, "hook": "post_block", "scale": 0.5},
     ],
-    READ: [
+    READOUT: [
         {
             "module_name": MODULE,
             "top_k": 4,
@@ -63,7 +67,6 @@ OPTIONS: list[dict[str, Any]] = [
     *({"min_tokens": 3}, {"logit_bias": {"5": 3}}, {"bad_words": ["the"]}),
     *({"vllm_xargs": {"x": 1}}, {"cache_salt": "x"}, {"truncate_prompt_tokens": 2}),
 ]
-MESSAGES = [{"role": "user", "content": "Who are you?"}]
 GOOD = {
     "model": MODEL_NAME,
     "prompt": "the chef",
@@ -185,7 +188,7 @@ class BadClients:
 
 
 def test_no_body_fails_the_server_or_changes_a_good_answer(server: Server) -> None:
-    goods = [GOOD, *({**GOOD, key: SPECS[key]} for key in (FULL, DELTA, READ))]
+    goods = [GOOD, *({**GOOD, key: SPECS[key]} for key in (FULL, DELTA, READOUT))]
     bad = BadClients(server.url, seed=3)
     until = time.monotonic() + SECONDS
     with httpx.Client(base_url=server.url, timeout=120) as http:

@@ -9,21 +9,18 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from soak.over_http import tracebacks
-from steering_testing.engine import DELTA, FULL
+from steering_testing.golden_gate import DELTA, EXAMPLE, FULL, MODULE
 from steering_testing.server import MODEL_NAME, Server, api_server
 
 pytestmark = pytest.mark.server
 
-EXAMPLE = Path(__file__).parents[4] / "examples" / "golden_gate"
 MODULES = "/v1/steering/modules"
 ENCODE = "/v1/steering/encode"
-MODULE = "golden-gate"
 KEY = {"Authorization": "Bearer the-key"}
 CLAMP = {"feature_idx": 457, "kind": "absolute", "value": 9.4}
 SPEC = {"module_name": MODULE, "clamps": [CLAMP]}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from steering_testing.engine import FULL, generate, params, sae_spec
@@ -328,11 +328,7 @@ FIELD = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=150)
 @given(changes=st.dictionaries(FIELD, JSON, max_size=4), name=st.text(max_size=12))
 def test_no_body_makes_a_server_error(
     client: TestClient, root: Path, llm: LLM, changes: dict[str, Any], name: str

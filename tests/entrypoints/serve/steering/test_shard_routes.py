@@ -26,7 +26,6 @@ from steering_testing.modules_http import (
     tokens,
 )
 from steering_testing.reference import Edit, random_sae
-from steering_testing.requests import SPECIAL
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -70,7 +69,6 @@ def server(
 def expected(seed: int) -> list[int]:
     """What Hugging Face answers under the SAE of this seed."""
     sae = random_sae(D_SAE, models.HIDDEN, "jumprelu", seed)
-    sae.skip_token_ids = SPECIAL
     edits = {SITE: [Edit("full", sae)]}
     return oracle.greedy(models.build("llama"), PROMPT, edits, 6).tokens
 

@@ -17,7 +17,7 @@ from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering import service as service_module
 from vllm.entrypoints.serve.steering.access import RequestRefused, holds_key
-from vllm.entrypoints.serve.steering.api_router import read_body, while_connected
+from vllm.entrypoints.serve.steering.routing import read_body, while_connected
 from vllm.entrypoints.serve.steering.service import Engine, SteeringModulesService
 
 

@@ -55,7 +55,6 @@ def test_made_up_weights_in_gemma_scopes_layout_equal_hugging_face(
 ) -> None:
     path = write_scope(tmp_path)
     sae = random_sae(96, models.HIDDEN, "jumprelu", 21)
-    sae.skip_token_ids = (models.BOS, models.EOS, models.PAD)
     site = (1, "post_block")
     clamps = [Clamp(7, "absolute", 5.0)]
     prompt = [models.BOS, 9, 30, 51, 77]

@@ -16,7 +16,11 @@ from vllm.entrypoints.cli.steering.inputs import (
     texts_of,
 )
 from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
-from vllm.entrypoints.steering.evaluate import evaluate
+from vllm.entrypoints.steering.evaluate import (
+    SiteEvaluation,
+    TooShortError,
+    evaluate,
+)
 from vllm.entrypoints.steering.finder import (
     check_one_site,
     check_top,
@@ -72,9 +76,7 @@ def features(
     with probing_engine(path, model, {"dtype": dtype, "sites": sites}) as llm:
         own, other = _windows(llm, texts), _windows(llm, against or [])
         found = find_features(llm, MODULE, own, other, top=top, labels=labels)
-        # A loss needs texts of two tokens.
-        fits = evaluate(llm, MODULE, own) if max(map(len, own)) > 1 else []
-    fit = fits[0] if fits else None
+        fit = _fit(llm, own)
     if fit is not None and fit.fvu > BAD_FVU:
         found.warnings.append(
             f"FVU {fit.fvu:.2f}: the SAE explains little of this site on these texts; "
@@ -101,6 +103,14 @@ def _windows(llm: LLM, texts: list[str]) -> list[list[int]]:
         ids = list(tokenizer(text, verbose=False).input_ids)
         found += windows(ids, tokenizer.bos_token_id, len(ids))
     return found
+
+
+def _fit(llm: LLM, texts: list[list[int]]) -> SiteEvaluation | None:
+    """How well the SAE fits the texts; None if they are too short to tell."""
+    try:
+        return evaluate(llm, MODULE, texts)[0]
+    except TooShortError:
+        return None
 
 
 def _labels(path: str, file: str | None) -> Labels:

@@ -72,7 +72,26 @@ def _checked_schema(
 def _refuse_misspelt_keys(body: object) -> object:
     if isinstance(body, dict):
         refuse_misspelt(body)
+        _refuse_nested_fields(body)
     return body
+
+
+def _refuse_nested_fields(body: Json) -> None:
+    """Refuse steering one level too deep, where vLLM drops it in silence.
+
+    `extra_body` is an argument of OpenAI's Python client, which unpacks it, and
+    `extra_args` one of `SamplingParams`.
+    """
+    for outer in ("extra_body", "extra_args"):
+        inner = body.get(outer)
+        for name in FIELD_SCHEMAS:
+            if isinstance(inner, dict) and name in inner:
+                path = f"{outer}.{name}"
+                raise VLLMValidationError(
+                    f"{path}: unknown field, expected {name} at the top level of the "
+                    "body",
+                    parameter=path,
+                )
 
 
 def _add_field(model: type[BaseModel], name: str, annotation: object) -> None:
@@ -141,6 +160,7 @@ def steering_of(request: BaseModel) -> Json:
 def refuse_misspelt_fields(request: BaseModel) -> None:
     """Refuse a field that is nearly one of ours; vLLM's models drop unknown fields."""
     refuse_misspelt(request.model_extra or ())
+    _refuse_nested_fields(request.model_extra or {})
 
 
 async def refuse_ambiguous_body(raw_request: Request | None) -> None:

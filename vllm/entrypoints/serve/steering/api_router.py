@@ -4,19 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
 
 from vllm.config.steering_json import Json
-from vllm.entrypoints.serve.steering.access import (
-    RequestRefused,
-    check_key,
-    holds_key,
-)
+from vllm.entrypoints.serve.steering.access import holds_key
 from vllm.entrypoints.serve.steering.encode import (
     ENCODE_SCHEMA,
     EncodeService,
@@ -26,7 +19,6 @@ from vllm.entrypoints.serve.steering.encode import (
 from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.openapi import asks, errors, takes
 from vllm.entrypoints.serve.steering.protocol import (
-    MAX_BODY_BYTES,
     MAX_QUERY,
     REGISTER_SCHEMA,
     check_name,
@@ -35,10 +27,15 @@ from vllm.entrypoints.serve.steering.protocol import (
     parse_register,
     parse_words,
 )
-from vllm.entrypoints.serve.steering.service import SteeringModulesService
+from vllm.entrypoints.serve.steering.routing import (
+    modules_of,
+    modules_to_change,
+    read_body,
+    steering_router,
+    while_connected,
+)
 
-router = APIRouter(tags=["steering"])
-T = TypeVar("T")
+router = steering_router()
 LABELS_LIMIT = 1000
 PATH = "/v1/steering/modules"
 
@@ -49,10 +46,7 @@ async def list_steering_modules(request: Request) -> JSONResponse:
 
     Needs no key. Only callers with the key are told where the files are.
     """
-    try:
-        listed = await modules_of(request).list()
-    except RequestRefused as error:
-        return refused(error)
+    listed = await modules_of(request).list()
     modules = [_for_caller(request, module) for module in listed["modules"]]
     return JSONResponse({**listed, "modules": modules})
 
@@ -60,11 +54,8 @@ async def list_steering_modules(request: Request) -> JSONResponse:
 @router.get(PATH + "/{name}", responses=errors(400, 404, 409))
 async def show_steering_module(name: str, request: Request) -> JSONResponse:
     """One module, as the list shows it."""
-    try:
-        check_name(name)
-        module = await modules_of(request).get(name)
-    except RequestRefused as error:
-        return refused(error)
+    check_name(name)
+    module = await modules_of(request).get(name)
     return JSONResponse({"module": _for_caller(request, module)})
 
 
@@ -82,12 +73,9 @@ async def register_steering_module(request: Request) -> JSONResponse:
     up to ten minutes for the requests that use it. The other fields are the options
     that modules have at start-up. Answers 201 with the module.
     """
-    try:
-        service = modules_to_change(request)
-        asked = parse_register(await read_body(request))
-        module = await service.register(asked, request.is_disconnected)
-    except RequestRefused as error:
-        return refused(error)
+    service = modules_to_change(request)
+    asked = parse_register(await read_body(request))
+    module = await service.register(asked, request.is_disconnected)
     return JSONResponse({"module": module}, status_code=201)
 
 
@@ -100,14 +88,11 @@ async def register_steering_module(request: Request) -> JSONResponse:
 )
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     """What the module's author measured: its card, and what is known of features."""
-    try:
-        service = modules_of(request)
-        check_name(name)
-        indices = parse_indices(request.query_params.get("index"))
-        path = await service.path_of(name)
-        found = await asyncio.to_thread(of_features, path, indices)
-    except RequestRefused as error:
-        return refused(error)
+    service = modules_of(request)
+    check_name(name)
+    indices = parse_indices(request.query_params.get("index"))
+    path = await service.path_of(name)
+    found = await asyncio.to_thread(of_features, path, indices)
     return JSONResponse({"module_name": name, **found})
 
 
@@ -123,13 +108,10 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
 )
 async def unregister_steering_module(name: str, request: Request) -> JSONResponse:
     """Remove a module. Needs the steering key."""
-    try:
-        service = modules_to_change(request)
-        check_name(name)
-        drain = parse_flag("drain", request.query_params.get("drain"))
-        await service.unregister(name, drain, request.is_disconnected)
-    except RequestRefused as error:
-        return refused(error)
+    service = modules_to_change(request)
+    check_name(name)
+    drain = parse_flag("drain", request.query_params.get("drain"))
+    await service.unregister(name, drain, request.is_disconnected)
     return JSONResponse({"name": name, "deleted": True})
 
 
@@ -150,18 +132,15 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
 )
 async def search_features(name: str, request: Request) -> JSONResponse:
     """Labelled features of a module, by words of the label or by index."""
-    try:
-        service = modules_of(request)
-        check_name(name)
-        query = request.query_params
-        found = await service.search_labels(
-            name,
-            parse_words("q", query.get("q")),
-            parse_count("index", query.get("index"), None, 2**31 - 1),
-            parse_count("limit", query.get("limit"), 20, LABELS_LIMIT, least=1) or 20,
-        )
-    except RequestRefused as error:
-        return refused(error)
+    service = modules_of(request)
+    check_name(name)
+    query = request.query_params
+    found = await service.search_labels(
+        name,
+        parse_words("q", query.get("q")),
+        parse_count("index", query.get("index"), None, 2**31 - 1),
+        parse_count("limit", query.get("limit"), 20, LABELS_LIMIT, least=1) or 20,
+    )
     listed = [{"feature_idx": feature, "label": label} for feature, label in found]
     return JSONResponse({"module_name": name, "features": listed})
 
@@ -177,27 +156,15 @@ async def encode_texts(request: Request) -> JSONResponse:
     Needs no steering key: it changes nothing. `--api-key` guards it as it does
     completions.
     """
-    try:
-        asked = parse_encode(await read_body(request))
-        config = await modules_of(request).config()
-        service: EncodeService = request.app.state.steering_encode
-        answer = await while_connected(request, service.encode(asked, config))
-        answer["labels"] = await modules_of(request).labels_among(
-            asked.module_name, listed_features(answer)
-        )
-        # Its text is megabytes; other streams go on meanwhile.
-        return await asyncio.to_thread(JSONResponse, answer)
-    except RequestRefused as error:
-        return refused(error)
-
-
-def modules_of(request: Request) -> SteeringModulesService:
-    return request.app.state.steering_modules
-
-
-def modules_to_change(request: Request) -> SteeringModulesService:
-    check_key(request.headers, request.app.state.steering_api_key)
-    return modules_of(request)
+    asked = parse_encode(await read_body(request))
+    config = await modules_of(request).config()
+    service: EncodeService = request.app.state.steering_encode
+    answer = await while_connected(request, service.encode(asked, config))
+    answer["labels"] = await modules_of(request).labels_among(
+        asked.module_name, listed_features(answer)
+    )
+    # Its text is megabytes; other streams go on meanwhile.
+    return await asyncio.to_thread(JSONResponse, answer)
 
 
 def _for_caller(request: Request, module: Json) -> Json:
@@ -205,60 +172,3 @@ def _for_caller(request: Request, module: Json) -> Json:
     if holds_key(request.headers, request.app.state.steering_api_key):
         return module
     return {key: value for key, value in module.items() if key != "path"}
-
-
-async def read_body(request: Request) -> bytes:
-    """The request's body, read no further than its limit."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise RequestRefused(
-                    413, f"body: found more than {MAX_BODY_BYTES} bytes, expected fewer"
-                )
-    except ClientDisconnect:
-        raise RequestRefused(408, "the caller disconnected") from None
-    return bytes(body)
-
-
-async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T:
-    """The result of some work, which is cancelled if the caller goes away.
-
-    Args:
-        request: its body has been read.
-        work: what the caller waits for.
-
-    Raises:
-        RequestRefused: 408, the caller has gone away.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise RequestRefused(408, "the caller disconnected")
-    finally:
-        leaving.cancel()
-        working.cancel()
-
-
-async def _left(request: Request) -> None:
-    """Return when the caller has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def refused(error: RequestRefused) -> JSONResponse:
-    """OpenAI's form of an error."""
-    content: Json = {
-        "message": error.message,
-        "type": "SteeringModuleError",
-        "param": error.field,
-        "code": error.status,
-    }
-    if error.in_use is not None:
-        content["in_use"] = error.in_use
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse({"error": content}, error.status, headers)

@@ -6,24 +6,24 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from vllm.config.sae_steering_presets import PRESET_SCHEMA, read_preset
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
-from vllm.entrypoints.serve.steering.api_router import (
+from vllm.entrypoints.serve.steering.openapi import errors, takes
+from vllm.entrypoints.serve.steering.protocol import check_name, read_body_as
+from vllm.entrypoints.serve.steering.routing import (
     modules_of,
     modules_to_change,
     read_body,
-    refused,
+    steering_router,
 )
-from vllm.entrypoints.serve.steering.openapi import errors, takes
-from vllm.entrypoints.serve.steering.protocol import check_name, read_body_as
 from vllm.exceptions import VLLMValidationError
 
-router = APIRouter(tags=["steering"])
+router = steering_router()
 PATH = "/v1/steering/presets"
 DEFAULT = "/v1/steering/default_preset"
 
@@ -31,10 +31,7 @@ DEFAULT = "/v1/steering/default_preset"
 @router.get(PATH, responses=errors(409))
 async def list_steering_presets(request: Request) -> JSONResponse:
     """Every preset, whether it is valid now, and the default."""
-    try:
-        return JSONResponse(await modules_of(request).list_presets())
-    except RequestRefused as error:
-        return refused(error)
+    return JSONResponse(await modules_of(request).list_presets())
 
 
 @router.put(
@@ -47,25 +44,19 @@ async def put_steering_preset(name: str, request: Request) -> JSONResponse:
 
     Requests that run keep the preset that they had.
     """
-    try:
-        asked = modules_to_change(request)
-        check_name(name)
-        preset = _preset(await read_body(request))
-        await asked.call("put_preset", {"name": name, "preset": preset})
-    except RequestRefused as error:
-        return refused(error)
+    asked = modules_to_change(request)
+    check_name(name)
+    preset = _preset(await read_body(request))
+    await asked.call("put_preset", {"name": name, "preset": preset})
     return JSONResponse({"name": name, "preset": preset})
 
 
 @router.delete(PATH + "/{name}", responses=errors(400, 401, 403, 404, 409))
 async def delete_steering_preset(name: str, request: Request) -> JSONResponse:
     """Remove a preset that is not the default. Needs the steering key."""
-    try:
-        asked = modules_to_change(request)
-        check_name(name)
-        await asked.call("delete_preset", {"name": name})
-    except RequestRefused as error:
-        return refused(error)
+    asked = modules_to_change(request)
+    check_name(name)
+    await asked.call("delete_preset", {"name": name})
     return JSONResponse({"name": name, "deleted": True})
 
 
@@ -88,12 +79,9 @@ async def set_default_steering_preset(request: Request) -> JSONResponse:
 
     `{"preset": null}` ends that.
     """
-    try:
-        asked = modules_to_change(request)
-        name = read_body_as(_DEFAULT, await read_body(request)).preset
-        await asked.call("set_default_preset", {"name": name})
-    except RequestRefused as error:
-        return refused(error)
+    asked = modules_to_change(request)
+    name = read_body_as(_DEFAULT, await read_body(request)).preset
+    await asked.call("set_default_preset", {"name": name})
     return JSONResponse({"default_preset": name})
 
 

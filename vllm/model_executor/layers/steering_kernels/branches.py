@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm.config.steering import Tier
+from vllm.config.steering_environment import BRANCHES_ENV
 from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
 from .extension import Kernels, cuda_ops, kernels_for
 
-BRANCHES_ENV = "VLLM_STEERING_BRANCHES"
 # At a site. A body costs 12 us more than its launches; an idle module costs 4 without.
 LEAST_MODULES = 6
 MOST_MODULES = 16

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from vllm.config.steering_environment import NO_CUDA_ENV, OTHER_GPUS_ENV
+
 logger = logging.getLogger(__name__)
 
 HOPPER = (9, 0)
 # The major compute capabilities that CMakeLists.txt compiles the clamp kernel for,
 # besides Hopper's. It has not run on them, so it runs there only if this is 1.
 CLAMP_MAJORS = (8, 10, 12)
-OTHER_GPUS_ENV = "VLLM_STEERING_OTHER_GPUS"
 
 
 class Kernels(enum.Flag):
@@ -36,7 +37,7 @@ class Kernels(enum.Flag):
 
 def extension_library() -> Path | None:
     """The file `vllm/_steering_C*.so`; None with `VLLM_STEERING_NO_CUDA=1`."""
-    if os.environ.get("VLLM_STEERING_NO_CUDA") == "1":
+    if os.environ.get(NO_CUDA_ENV) == "1":
         return None
     package = Path(__file__).resolve().parents[3]
     return next(iter(sorted(package.glob("_steering_C*.so"))), None)
@@ -88,8 +89,8 @@ def describe_kernels(device: torch.device) -> str:
     why = "is not built"
     if extension_is_built():
         why = f"is for sm_90, and {OTHER_GPUS_ENV}=1 asks for what others have of it"
-    elif os.environ.get("VLLM_STEERING_NO_CUDA") == "1":
-        why = "is turned off by VLLM_STEERING_NO_CUDA=1"
+    elif os.environ.get(NO_CUDA_ENV) == "1":
+        why = f"is turned off by {NO_CUDA_ENV}=1"
     return f"{name}: Triton; the CUDA extension {why}"
 
 

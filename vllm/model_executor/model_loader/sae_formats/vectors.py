@@ -68,8 +68,8 @@ def read_bare(location: Location) -> ModuleLayout:
         if len(location.given_sites) != count:
             raise LayoutError(
                 f"{tensors.label}: a vector of shape {list(shape)} does not say its "
-                f"site: expected {count} in sites, for example "
-                f'sites=["post_block.20"], found {len(location.given_sites)}'
+                f"site: expected {count} in the option sites (--site), such as "
+                f"post_block.20, found {len(location.given_sites)}"
             )
         rows = [None] if len(shape) == 1 else range(count)
         sites = tuple(

@@ -11,11 +11,27 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
+from vllm.config.steering_environment import (
+    BRANCHES_ENV,
+    DIRECTORY_ENV,
+    IDLE_GRAPHS_ENV,
+    KEY_ENV,
+    NO_CUDA_ENV,
+    OTHER_GPUS_ENV,
+    PEER_MEMORY_ENV,
+)
 from vllm.plugins.steering.seam import Stock, wrap
 
 MODULE = "vllm.platforms.interface"
-KNOWN = (KEY_ENV, DIRECTORY_ENV)
+KNOWN = (
+    KEY_ENV,
+    DIRECTORY_ENV,
+    BRANCHES_ENV,
+    IDLE_GRAPHS_ENV,
+    NO_CUDA_ENV,
+    OTHER_GPUS_ENV,
+    PEER_MEMORY_ENV,
+)
 
 
 def install() -> None:

@@ -10,19 +10,25 @@ and
 - `_prepare_inputs` ends with `self.prepare_steering(num_scheduled_tokens)`,
 - `sample_tokens` begins with `readout = self.take_steering_readout()` and puts it into
   the `ModelRunnerOutput` that it makes,
-- `_dummy_run` begins with `self.clear_steering_step()`.
+- `_dummy_run` begins with `self.clear_steering_step()`,
+- with `VLLM_STEERING_IDLE_GRAPHS=1`, `_warmup_and_capture` captures the graph or its
+  twin, whichever the descriptor is of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
 from vllm.plugins.steering.seam import Stock, resolve, wrap
+from vllm.v1.worker.steering_idle_graphs import IdleBatchDescriptor
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from vllm.forward_context import BatchDescriptor
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -66,6 +72,17 @@ def install() -> None:
     wrap(f"{RUNNER}._prepare_inputs", inputs, prepare_inputs)
     wrap(f"{RUNNER}.sample_tokens", ("self", "grammar_output"), sample_tokens)
     wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
+
+
+def install_idle_graphs() -> None:
+    """Have each graph captured twice, the second time without steering."""
+    from vllm.plugins.steering.v1 import cudagraph_dispatcher
+
+    cudagraph_dispatcher.install()
+    captures = ("self", "desc", "cudagraph_runtime_mode", "profile_seq_lens")
+    options = ("allow_microbatching", "num_warmups", "profiler")
+    target = f"{RUNNER}._warmup_and_capture"
+    wrap(target, (*captures, *options), warmup_and_capture)
 
 
 def load_model(stock: Stock) -> Stock:
@@ -129,3 +146,42 @@ def dummy_run(stock: Stock) -> Stock:
         return stock(self, *args, **kwargs)
 
     return _dummy_run
+
+
+def warmup_and_capture(stock: Stock) -> Stock:
+    def _warmup_and_capture(
+        self: GPUModelRunner, desc: BatchDescriptor, *args: object, **kwargs: object
+    ) -> None:
+        graphs = self.cudagraph_dispatcher.idle_graphs
+        if graphs is None:
+            return stock(self, desc, *args, **kwargs)
+        is_twin = isinstance(desc, IdleBatchDescriptor)
+        with graphs.capture(is_twin), drafter_graphs(self, not is_twin):
+            stock(self, desc, *args, **kwargs)
+
+    return _warmup_and_capture
+
+
+@contextmanager
+def drafter_graphs(runner: GPUModelRunner, used: bool) -> Iterator[None]:
+    """Whether the drafter captures and replays graphs within the block.
+
+    It captures its own beside those of the model. vLLM does not let it replay them
+    while a second graph of the same batch is captured: with LoRA, that has ended in an
+    illegal memory access (vllm-project/vllm, pull request 28318).
+    """
+    from vllm.v1.spec_decode.extract_hidden_states import ExtractHiddenStatesProposer
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    drafter = vars(runner).get("drafter")
+    known = (ExtractHiddenStatesProposer, SpecDecodeBaseProposer)
+    if used or not isinstance(drafter, known):
+        yield
+        return
+    dispatcher = drafter.cudagraph_dispatcher
+    had = dispatcher.keys_initialized
+    dispatcher.keys_initialized = False
+    try:
+        yield
+    finally:
+        dispatcher.keys_initialized = had

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.config.steering import get_steering_config
+from vllm.model_executor.layers.steering_capture import idle_graphs_are_on
 from vllm.plugins.steering.seam import Stock, wrap
 
 if TYPE_CHECKING:
@@ -46,11 +47,16 @@ def extend_worker(worker: type) -> None:
 
 def install_runner_seams(use_v2_model_runner: bool) -> None:
     """Bind the seams of the runner that this worker will use."""
+    has_twins = idle_graphs_are_on()
     if use_v2_model_runner:
-        from vllm.plugins.steering.v1.worker.gpu import model_runner
+        from vllm.plugins.steering.v1.worker.gpu import cudagraph_utils, model_runner
 
         model_runner.install()
+        if has_twins:
+            cudagraph_utils.install()
     else:
         from vllm.plugins.steering.v1.worker import gpu_model_runner
 
         gpu_model_runner.install()
+        if has_twins:
+            gpu_model_runner.install_idle_graphs()

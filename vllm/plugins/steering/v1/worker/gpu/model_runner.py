@@ -11,7 +11,8 @@ and
 - `prepare_inputs` ends with `self.prepare_steering(input_batch)`,
 - `sample_tokens` begins with `readout = self.take_steering_readout()` and puts it into
   the `ModelRunnerOutput` that it makes,
-- `_dummy_run` and `capture_model` begin with `self.clear_steering_step()`.
+- `_dummy_run` and `capture_model` begin with `self.clear_steering_step()`, and
+  `capture_model` goes on with `self.give_idle_graphs()`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def install() -> None:
     wrap(f"{RUNNER}.prepare_inputs", inputs, prepare_inputs)
     wrap(f"{RUNNER}.sample_tokens", ("self", "grammar_output"), sample_tokens)
     wrap(f"{RUNNER}._dummy_run", DUMMY_RUN, dummy_run)
-    wrap(f"{RUNNER}.capture_model", ("self", "profile_only"), dummy_run)
+    wrap(f"{RUNNER}.capture_model", ("self", "profile_only"), capture_model)
 
 
 def finish_requests(stock: Stock) -> Stock:
@@ -95,6 +96,15 @@ def prepare_inputs(stock: Stock) -> Stock:
         return batch
 
     return prepare_inputs
+
+
+def capture_model(stock: Stock) -> Stock:
+    def capture_model(self: GPUModelRunner, *args: object, **kwargs: object) -> object:
+        self.clear_steering_step()
+        self.give_idle_graphs()
+        return stock(self, *args, **kwargs)
+
+    return capture_model
 
 
 def sample_tokens(stock: Stock) -> Stock:
