@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from steering_testing.server import ENVIRONMENT, OWN_PROCESS_ONLY, serving
 
@@ -122,6 +123,56 @@ def test_a_recipe_steers_from_the_shell_and_from_python(
         if section == "A default for every request":
             (end,) = re.findall(r"\n`(curl [^`]*)`\nremoves the default", PAGE)
             bash(end.replace(HERE, url))
+
+
+def test_many_settings_at_once_are_answered_as_one_by_one(
+    url: str, names: dict[str, Any]
+) -> None:
+    (code,) = blocks("Many settings at once", "python")
+    exec(code.replace(HERE, url), names)
+    answers = names["answers"]
+    assert len(answers) == 50
+    for value in (0.0, names["strengths"][-1]):
+        clamp = {"feature_idx": 457, "kind": "absolute", "value": value}
+        alone = names["client"].completions.create(
+            model="tiny",
+            prompt="the chef stirs the tomato soup",
+            max_tokens=24,
+            temperature=0.8,
+            seed=1,
+            extra_body={
+                "sae_clamp_specs": [{"module_name": "golden-gate", "clamps": [clamp]}]
+            },
+        )
+        assert answers[value] == alone.choices[0].text
+    assert re.search(BRIDGE, answers[names["strengths"][-1]])
+    assert not re.search(BRIDGE, answers[0.0])
+
+
+def test_the_features_of_answers_and_texts_become_frames(
+    url: str, names: dict[str, Any]
+) -> None:
+    section = "Features of an answer and of texts"
+    (code,) = blocks(section, "python")
+    exec(code.replace(HERE, url), names)
+    prompt, answer = names["prompt_frame"], names["answer_frame"]
+    record = names["choice"].prompt_sae_features["golden-gate"]["post_block.1"]
+    assert prompt.features.tolist() == sum(record["features"], [])
+    assert prompt["values"].tolist() == sum(record["values"], [])
+    # The last token of the answer was not read.
+    assert answer.positions.nunique() == 7
+    assert answer.positions.min() == prompt.positions.max() + 1
+    first, second = names["frames"]
+    pd.testing.assert_frame_equal(first, prompt, rtol=1e-4)
+    largest = names["largest"]
+    assert set(largest.index) == set(first.features) | set(second.features)
+    (feature,) = set(first.features[first["values"] == first["values"].max()])
+    assert largest[feature] >= first["values"].max() > 0
+    (shell,) = blocks(section, "bash")
+    said = json.loads(bash(shell.replace(HERE, url)))
+    for frame, text in zip((first, second), said["data"], strict=True):
+        own = names["frame_of"](text["sae_features"])
+        pd.testing.assert_frame_equal(own, frame, rtol=1e-4)
 
 
 @pytest.mark.engine

@@ -66,6 +66,15 @@ class SAEFeatures:
             self.d_sae,
         )
 
+    def listed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions int32, features int32 and values float32 of all used places.
+
+        Each has the shape `[m]`, token after token; `m` is the sum of `counts`.
+        """
+        rows, places = self._used()
+        features, values = self.features[rows, places], self.values[rows, places]
+        return self.positions[rows], features, values
+
     def to_dense(self) -> np.ndarray:
         """float32 `[n, d_sae]`: the returned activations, zero elsewhere."""
         dense: np.ndarray = np.zeros((len(self), self.d_sae), dtype=np.float32)

@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
-from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
-from vllm.entrypoints.steering.finder import auroc, doubts
+from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, Text
+from vllm.entrypoints.steering.finder import (
+    _columns,
+    _completed,
+    _examples,
+    auroc,
+    doubts,
+)
 
 SITE = "post_block.1"
 
@@ -36,3 +44,44 @@ def test_what_is_doubtful_is_said() -> None:
 def test_auroc_counts_ties_half() -> None:
     assert auroc(np.array([2.0, 3.0]), np.array([1.0])) == 1.0
     assert auroc(np.array([1.0]), np.array([1.0, 2.0])) == 0.25
+
+
+def of(values: dict[int, float], num_active: int, ids: list[int]) -> EncodedText:
+    """A text that has these features on each of its tokens."""
+    n, k = len(ids), len(values)
+    record = SAEFeatures(
+        np.arange(n),
+        np.tile(np.array(list(values), np.int32), (n, 1)),
+        np.tile(np.array(list(values.values()), np.float32), (n, 1)),
+        np.full(n, k),
+        np.full(n, num_active),
+        100,
+    )
+    return EncodedText(ids, [f" {token}" for token in ids], {SITE: record})
+
+
+def test_only_texts_of_which_a_feature_was_left_out_are_read_again() -> None:
+    complete, cut = of({9: 3.0, 4: 1.0}, 2, [5, 6]), of({9: 3.0, 4: 1.0}, 3, [7])
+    skipped = EncodedText([1], ["<bos>"], {})
+    asked: list[list[Text]] = []
+
+    def read(texts: Sequence[Text]) -> EncodedTexts:
+        asked.append(list(texts))
+        return EncodedTexts([of({2: 0.5, 4: 1.0, 9: 3.0}, 3, [7]) for _ in texts])
+
+    found = _completed(EncodedTexts([complete, skipped, cut]), SITE, read)
+    assert asked == [[[7]]]
+    assert found[0] is complete and found[1] is skipped
+    # In the order of the candidates; a feature that is not listed is not active.
+    assert _columns(found[0].site(), [9, 2, 4]).tolist() == [[3.0, 0.0, 1.0]] * 2
+    assert _columns(found[2].site(), [9, 2, 4]).tolist() == [[3.0, 0.5, 1.0]]
+    asked.clear()
+    assert _completed(EncodedTexts([complete]), SITE, read) == [complete]
+    assert asked == [[]]
+
+
+def test_examples_of_a_feature_are_different_contexts() -> None:
+    texts = EncodedTexts([of({9: 3.0}, 1, [5, end]) for end in (6, 7, 8)])
+    other = of({9: 2.0}, 1, [7, 7])
+    examples = _examples(9, EncodedTexts([*texts, other]), SITE)
+    assert [(one.token, one.value) for one in examples] == [(" 5", 3.0), (" 7", 2.0)]

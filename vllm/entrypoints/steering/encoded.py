@@ -19,7 +19,7 @@ from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json, JsonView
-from vllm.entrypoints.steering.frames import data_frame
+from vllm.entrypoints.steering.frames import frame_of_columns
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.exceptions import VLLMValidationError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 Text = str | Sequence[int]
-COLUMNS = ("position", "token", "site", "feature_idx", "value", "label")
 SPEC = f"{READOUT_KEY}[0]"  # where the engine finds what `encode` asks
 SHOWN_TEXT = 60  # characters of a text in its `repr`
 
@@ -85,7 +84,9 @@ class EncodedText:
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row for each token, site and listed feature; needs pandas."""
-        return data_frame(self.rows(), COLUMNS)
+        columns = _columns([self])
+        del columns["text"]
+        return frame_of_columns(columns)
 
     def rows(self) -> list[Json]:
         """One object for each token, site and listed feature."""
@@ -130,10 +131,8 @@ class EncodedTexts(list[EncodedText]):
     """What `encode` returns, one `EncodedText` for each text."""
 
     def to_pandas(self) -> pandas.DataFrame:
-        """`EncodedText.to_pandas` of all texts, with a column `text`."""
-        found = ((at, row) for at, one in enumerate(self) for row in one.rows())
-        rows = [{**row, "text": at} for at, row in found]
-        return data_frame(rows, (*COLUMNS, "text"))
+        """`EncodedText.to_pandas` of all texts, with a column `text`: its index."""
+        return frame_of_columns(_columns(self))
 
     def _repr_html_(self) -> str:
         return "".join(one.to_html() for one in self)
@@ -141,13 +140,37 @@ class EncodedTexts(list[EncodedText]):
 
 def entries(record: SAEFeatures) -> list[tuple[int, int, float]]:
     """`(position, feature, value)` of everything that a record lists."""
-    found = []
-    for row, position in enumerate(record.positions.tolist()):
-        count = int(record.counts[row])
-        features = record.features[row, :count].tolist()
-        values = record.values[row, :count].tolist()
-        found += [(position, f, v) for f, v in zip(features, values, strict=True)]
-    return found
+    columns = (column.tolist() for column in record.listed())
+    return list(zip(*columns, strict=True))
+
+
+def _columns(texts: Sequence[EncodedText]) -> dict[str, np.ndarray]:
+    """The columns of a frame: a row for each text, site, token and listed feature."""
+    parts = [
+        _columns_of(at, one, site)
+        for at, one in enumerate(texts)
+        for site in one.features
+    ]
+    # The first one gives an empty frame its columns and their types.
+    parts.insert(0, _columns_of(0, EncodedText([], [], {}), ""))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _columns_of(at: int, text: EncodedText, site: str) -> dict[str, np.ndarray]:
+    empty: np.ndarray = np.zeros(0, dtype=np.int32)
+    listed = text.features[site].listed() if site else (empty, empty, empty)
+    positions, features, values = listed
+    tokens: np.ndarray = np.array(text.tokens, dtype=object)
+    labels = [text.labels.get(feature, "") for feature in features.tolist()]
+    return {
+        "position": positions.astype(np.int64),
+        "token": tokens[positions],
+        "site": np.full(len(values), site, dtype=object),
+        "feature_idx": features.astype(np.int64),
+        "value": values.astype(np.float64),
+        "label": np.array(labels, dtype=object),
+        "text": np.full(len(values), at, dtype=np.int64),
+    }
 
 
 def shaded(

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.steering import parse_site
@@ -17,7 +19,6 @@ from vllm.entrypoints.steering.encoded import (
     EncodedTexts,
     Text,
     encode,
-    entries,
     labels_for,
     tokenizer_of,
 )
@@ -50,8 +51,9 @@ def find_features(
 ) -> FoundFeatures:
     """The features that tell texts A from texts B.
 
-    A first pass reads the 64 largest activations of every token and picks candidates;
-    a second one reads these exactly. Features are sorted by AUROC, then by mean
+    A first pass reads the 64 largest activations of every token and picks up to 256
+    candidates. Texts that have a token with more active features are read again, four
+    times, for the candidates alone. Features are sorted by AUROC, then by mean
     difference; without B, by mean activation.
 
     Args:
@@ -98,16 +100,19 @@ def find_features(
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
         return FoundFeatures(module, name, [], doubts(first, other, name))
-    exact = read(texts, candidates)
-    exact_other = read(against or [], candidates)
+    exact = _completed(first, name, lambda more: read(more, candidates))
+    exact_other = _completed(other, name, lambda more: read(more, candidates))
     warnings = doubts(first, other, name) + _unknown(llm, first, other)
     a, b = _Values(exact, name, candidates), _Values(exact_other, name, candidates)
     found = [
-        _statistics(feature, at, a, b, exact, labels, name)
-        for at, feature in enumerate(candidates)
+        _statistics(feature, at, a, b, labels) for at, feature in enumerate(candidates)
     ]
     found.sort(key=_order)
-    return FoundFeatures(module, name, found[:top], warnings)
+    best = [
+        replace(one, examples=_examples(one.feature_idx, exact, name))
+        for one in found[:top]
+    ]
+    return FoundFeatures(module, name, best, warnings)
 
 
 def check_top(path: str, top: int) -> None:
@@ -156,15 +161,36 @@ def _only_site(texts: EncodedTexts, module: str) -> str:
 
 def _candidates(a: EncodedTexts, b: EncodedTexts, site: str) -> list[int]:
     """Features by mean difference of what the first pass listed."""
-    gains: dict[int, float] = {}
-    for texts, sign in ((a, 1.0), (b, -1.0)):
-        tokens = sum(len(text.features[site]) for text in texts if text.features)
-        for text in texts:
-            if site in text.features:
-                for _, feature, value in entries(text.features[site]):
-                    gains[feature] = gains.get(feature, 0.0) + sign * value / tokens
-    better = [feature for feature in gains if gains[feature] > 0]
-    return sorted(better, key=lambda feature: (-gains[feature], feature))
+    sides = [
+        [text.features[site] for text in texts if site in text.features]
+        for texts in (a, b)
+    ]
+    gains: np.ndarray = np.zeros(next(one.d_sae for side in sides for one in side))
+    for records, sign in zip(sides, (1.0, -1.0), strict=True):
+        tokens = sum(len(record) for record in records)
+        for record in records:
+            _, features, values = record.listed()
+            np.add.at(gains, features, sign * values.astype(np.float64) / tokens)
+    order = np.argsort(-gains, kind="stable")
+    return order[gains[order] > 0].tolist()
+
+
+def _completed(
+    texts: EncodedTexts, site: str, read: Callable[[Sequence[Text]], EncodedTexts]
+) -> EncodedTexts:
+    """The texts; those with features that were not listed, as `read` reads them."""
+    found = EncodedTexts(texts)
+    again = [
+        at
+        for at, text in enumerate(texts)
+        if site in text.features
+        and (text.features[site].counts < text.features[site].num_active).any()
+    ]
+    for at, text in zip(
+        again, read([texts[at].token_ids for at in again]), strict=True
+    ):
+        found[at] = text
+    return found
 
 
 class _Values:
@@ -173,7 +199,9 @@ class _Values:
     def __init__(self, texts: EncodedTexts, site: str, features: Sequence[int]):
         width = len(features)
         self.by_text = [
-            _columns(text, site, features) for text in texts if site in text.features
+            _columns(text.features[site], features)
+            for text in texts
+            if site in text.features
         ]
         empty: np.ndarray = np.zeros((0, width), dtype=np.float32)
         self.tokens = np.concatenate([*self.by_text, empty])
@@ -181,11 +209,17 @@ class _Values:
         self.maxima = self.maxima.reshape(-1, width)
 
 
-def _columns(text: EncodedText, site: str, features: Sequence[int]) -> np.ndarray:
-    """Values `[tokens, features]` in the order of `features`; `encode` sorts them."""
-    record = text.features[site]
-    place = {int(f): at for at, f in enumerate(record.features[0])}
-    return record.values[:, [place[feature] for feature in features]]
+def _columns(record: SAEFeatures, features: Sequence[int]) -> np.ndarray:
+    """float32 `[tokens, features]`: 0 for a feature that is not listed."""
+    place: np.ndarray = np.full(record.d_sae, -1)
+    place[list(features)] = np.arange(len(features))
+    _, listed, values = record.listed()
+    rows: np.ndarray = np.repeat(np.arange(len(record)), record.counts)
+    columns = place[listed]
+    found: np.ndarray = np.zeros((len(record), len(features)), dtype=np.float32)
+    wanted = columns >= 0
+    found[rows[wanted], columns[wanted]] = values[wanted]
+    return found
 
 
 def _statistics(
@@ -193,9 +227,7 @@ def _statistics(
     at: int,
     a: _Values,
     b: _Values,
-    texts: EncodedTexts,
     labels: Labels,
-    site: str,
 ) -> FoundFeature:
     own, other = a.tokens[:, at], b.tokens[:, at]
     against = float(other.mean()) if len(other) else 0.0
@@ -207,7 +239,6 @@ def _statistics(
         frequency=float((own != 0).mean()),
         frequency_against=float((other != 0).mean()) if len(other) else 0.0,
         max_activation=float(own.max()),
-        examples=_examples(feature, texts, site),
     )
 
 
@@ -221,15 +252,18 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
 def _examples(
     feature: int, texts: EncodedTexts, site: str
 ) -> tuple[TokenInContext, ...]:
-    best = []
+    best: dict[tuple[int, ...], tuple[float, EncodedText, int]] = {}
     for text in texts:
         if site not in text.features:
             continue
         values = text.activations(feature, site)
         at = int(values.argmax())
         if values[at] > 0:
-            best.append((float(values[at]), text, at))
-    best.sort(key=lambda found: -found[0])
+            # Texts that begin alike have the same activation there: one is enough.
+            best.setdefault(
+                tuple(text.token_ids[: at + 1]), (float(values[at]), text, at)
+            )
+    strongest = sorted(best.values(), key=lambda found: -found[0])[:EXAMPLES]
     return tuple(
         TokenInContext(
             "".join(text.tokens[max(at - CONTEXT, 0) : at]),
@@ -237,7 +271,7 @@ def _examples(
             "".join(text.tokens[at + 1 : at + 1 + CONTEXT]),
             value,
         )
-        for value, text, at in best[:EXAMPLES]
+        for value, text, at in strongest
     )
 
 
