@@ -94,6 +94,8 @@ KINDS: dict[str, tuple[dict[str, Any], Uses]] = {
         always,
     ),
 }
+# The others are in the mixed batch, which always runs.
+QUICK = ("plain", "an own vector, decoding", "reads while it decodes")
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +222,13 @@ def check(llm: LLM, kinds: list[str]) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_a_step_is_idle_where_no_token_needs_steering(llm: LLM, kind: str) -> None:
     steps = check(llm, ["plain", kind])
     # The plain request's first chunk comes before any token of the other one.

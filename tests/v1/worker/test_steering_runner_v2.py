@@ -80,6 +80,7 @@ class Serving:
         self.runner = runner_v2.make_runner(config, model, self.steering)
         self.asked: dict[str, tuple[int, dict[str, Any]]] = {}
         self.preempted = self.chunks = self.resumed = self.read_steps = 0
+        self.idle_steps = 0
 
     def add(self, req_id: str, length: int, extra: dict[str, Any]) -> None:
         ids = prompt(hash(req_id) % 1000, length)
@@ -109,7 +110,7 @@ class Serving:
                     for new in planned.scheduled_new_reqs}  # fmt: skip
         cached = planned.scheduled_cached_reqs
         computed |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-        token = 0
+        token, is_used = 0, False
         for at, req_id in enumerate(batch.req_ids):
             length, extra = self.asked[req_id]
             request = parse_steering_request(extra, self.steering.config)
@@ -124,11 +125,15 @@ class Serving:
                     manager = self.steering.managers[tier]
                     assert (manager.key_of(row) if row else None) == key, (
                         at, req_id, position, tier)  # fmt: skip
+                    is_used |= key is not None
                 row = int(self.steering.step.read_index[token])
                 reader = self.steering.readout.manager
                 key = read_key(request.reads, phase) if request else None
                 assert (reader.key_of(row) if row else None) == key, (req_id, position)
+                is_used |= key is not None
                 token += 1
+        assert self.steering.is_idle == (not is_used)
+        self.idle_steps += not is_used
         assert not self.steering.step.index[:, token:].any()
         assert not self.steering.step.read_index[token:].any()
         self.check_readout(computed)
@@ -195,6 +200,7 @@ def test_answer_tokens_of_a_preempted_request_stay_in_the_decode_phase(
     [index] = serving.runner.req_states.req_id_to_index.values()
     states = serving.runner.req_states
     assert states.prefill_len.np[index] > states.prompt_len.np[index] == 20
+    assert serving.idle_steps == 1, "of the prompt, before it was preempted"
     serving.finish()
     assert_all_returned(serving)
 
