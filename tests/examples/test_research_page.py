@@ -15,6 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from vllm.config.sae_steering_types import (
+    SAEClampEntry,
+    SAEClampSpec,
+    SteeringSamplingParams,
+    SteeringSpan,
+)
 from vllm.distributed import cleanup_dist_env_and_memory
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +92,23 @@ def test_the_sweep_reads_what_it_holds(names: dict[str, Any]) -> None:
     strengths, read = names["strengths"], np.array(names["read"])
     assert len(read) == 50 and np.ptp(read) > 5
     assert np.corrcoef(strengths, read)[0, 1] > 0.99
+
+
+def test_a_second_request_goes_on_as_one_request_with_spans(
+    names: dict[str, Any],
+) -> None:
+    begun, ended = names["begun"].outputs[0], names["ended"].outputs[0]
+    assert begun.stop_reason == f"sae:golden-gate:{names['SITE']}:188"
+    n = len(begun.token_ids)
+    assert 0 < n < 32
+    spans = [SteeringSpan("prompt"), SteeringSpan("generated", 0, n)]
+    clamp = SAEClampEntry(BRIDGE, "absolute", 12.0)
+    spec = SAEClampSpec("golden-gate", [clamp], spans=spans)
+    params = SteeringSamplingParams(
+        max_tokens=n + len(ended.token_ids), temperature=0, sae_clamp_specs=[spec]
+    )
+    (one,) = names["llm"].generate(["The chef"], params, use_tqdm=False)
+    assert list(one.outputs[0].token_ids) == [*begun.token_ids, *ended.token_ids]
 
 
 def test_losses_and_divergences_are_those_of_hugging_face(

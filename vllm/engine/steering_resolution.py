@@ -149,6 +149,8 @@ def refuse_unsupported_features(vllm_config: VllmConfig) -> None:
         "pooling models (--runner pooling)": (
             vllm_config.model_config.runner_type == "pooling"
         ),
+        # They compute the positions of an answer many times, in any order.
+        "models that write by diffusion": vllm_config.model_config.is_diffusion,
     }
     for feature, in_use in refused.items():
         if in_use:

@@ -225,6 +225,7 @@ def test_a_wrong_field_is_refused_by_its_path(
     [
         ("cache_config", {"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
         ("model_config", {"runner_type": "pooling"}, "pooling models"),
+        ("model_config", {"is_diffusion": True}, "models that write by diffusion"),
     ],
 )
 def test_an_unsupported_feature_is_refused_by_name(
