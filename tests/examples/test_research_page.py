@@ -73,7 +73,7 @@ def test_activations_and_statistics_are_those_of_the_sae(names: dict[str, Any]) 
     np.testing.assert_allclose(dense, own, atol=1e-4 * own.max())
     assert names["cut"] == 0
     frame, maxima = names["frame"], names["maxima"]
-    ends = np.cumsum([len(record) for record in names["records"]])
+    ends = np.cumsum([len(text.site()) for text in names["texts"]])
     by_text = np.split(own, ends[:-1])
     largest = np.stack([rows.max(axis=0) for rows in by_text])
     expected = largest[:, maxima.columns]
@@ -203,3 +203,28 @@ def test_an_sae_of_ones_own_fits_as_it_did_in_training(names: dict[str, Any]) ->
     assert fvu < 0.5
     assert fit.fvu == pytest.approx(fvu, rel=0.05)
     assert 0 < fit.l0 <= names["k"]
+
+
+@torch.no_grad()
+def test_an_edge_is_the_effect_that_hooks_have(names: dict[str, Any]) -> None:
+    decoder, mine = names["sae"]["W_dec"], names["tensors"]
+    source = int(names["sources"][names["source"]])
+    seen: list[torch.Tensor] = []
+
+    def read(_module: object, _args: object, output: torch.Tensor) -> None:
+        p = (output[0, 1:] @ mine["W_enc"].T + mine["b_enc"]).relu()
+        values, indices = p.topk(names["k"])
+        seen.append(torch.zeros_like(p).scatter(1, indices, values).sum(0))
+
+    def without(x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        return x - f[:, source, None] * decoder[source]
+
+    handle = names["model"].model.layers[2].register_forward_hook(read)
+    try:
+        hugging_face(names, 0, lambda x, f: x)
+        hugging_face(names, 0, without)
+    finally:
+        handle.remove()
+    own = names["edges"][names["source"]]
+    np.testing.assert_allclose(own, (seen[0] - seen[1]).numpy(), atol=1e-2)
+    assert np.abs(own).max() > 0.1
