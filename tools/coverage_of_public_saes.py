@@ -217,7 +217,9 @@ def has_point(family: LayerFamily, hook: HookPoint) -> bool:
     """Whether layers of the family have the point, on one rank."""
     if hook is HookPoint.POST_ATTN:
         return family.mid_norm is not None or family.mlp_reads_stream
-    if hook in (HookPoint.ATTN_Z, HookPoint.ATTN_OUT):
+    if hook is HookPoint.ATTN_Z:
+        return bool(family.attention and family.projection)
+    if hook is HookPoint.ATTN_OUT:
         return bool(family.attention)
     if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         return family.mlp is not None

@@ -60,6 +60,28 @@ def gemma3() -> Any:
     )
 
 
+def gemma4() -> Any:
+    vision = {k: v for k, v in VISION.items() if k != "image_size"}
+    return transformers.Gemma4Config(
+        text_config=models.FAMILIES["gemma4"]().to_dict(),
+        vision_config={
+            **vision,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "pooling_kernel_size": 1,
+            "position_embedding_size": 16,
+        },
+        # Hugging Face gives these ids another embedding, also where the model writes
+        # them, so they are ids that it cannot write.
+        image_token_id=models.VOCAB,
+        video_token_id=models.VOCAB + 1,
+        audio_token_id=models.VOCAB + 2,
+        boi_token_id=BEGIN,
+        eoi_token_id=END,
+        tie_word_embeddings=True,
+    )
+
+
 def qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(
         text_config={**models.COMMON, "rope_parameters": MROPE},
@@ -155,6 +177,7 @@ models.FAMILIES |= {
     "qwen3_5_mm": qwen3_5_mm,
     "qwen3_vl_moe": qwen3_vl_moe,
     "gemma3_mm": gemma3,
+    "gemma4_mm": gemma4,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "mistral3": mistral3,

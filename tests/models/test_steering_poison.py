@@ -45,7 +45,8 @@ ALL_CASES = {**CASES, **TRANSFORMERS_CASES}
 # Without a point in float16, or not started or not run by vLLM in it.
 NOT_IN_FLOAT16 = (
     *("exaone4", "transformers-olmo2"),
-    *("gemma", "gemma2", "gemma3", "glm4", "transformers-gemma2"),
+    *("gemma", "gemma2", "gemma3", "gemma4", "gemma4_moe", "glm4"),
+    *("transformers-gemma2",),
     *("apertus", "deepseek_v2", "deepseek_v3"),
 )
 BREADTH = [
@@ -182,15 +183,24 @@ def test_a_flood_of_poison_stays_with_those_who_ask(
         check_flood(llm, stream_sites(case), inner_sites(case) if inner else [])
 
 
-@pytest.mark.parametrize("name", ["exaone4", "transformers-olmo2"])
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("exaone4", "attention"),
+        ("transformers-olmo2", "attention"),
+        pytest.param("gemma4", "per_layer_input_gate", marks=pytest.mark.slow),
+    ],
+)
 def test_float16_is_refused_where_linear_layers_read_the_stream_itself(
-    name: str, model_root: Path, tmp_path: Path
+    name: str, reader: str, model_root: Path, tmp_path: Path
 ) -> None:
     case = ALL_CASES[name]
     options = {**dict(case.options), **OPTIONS, "dtype": "float16"}
     paths = modules(case).save(tmp_path)
     with (
-        pytest.raises(ValueError, match="attention reads the stream without a norm"),
+        pytest.raises(
+            ValueError, match=f"its {reader} reads the stream without a norm"
+        ),
         engine(case.family, model_root, paths, **options),
     ):
         pass

@@ -115,6 +115,8 @@ def names_are_those_of_the_class(layer_class: str) -> None:
         family.mlp,
         family.attention_norm,
         family.mlp_norm,
+        family.mlp_unless,
+        family.gate,
         family.scale,
         *family.attention,
     }

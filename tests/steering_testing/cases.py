@@ -72,6 +72,18 @@ BFLOAT16_TOLERANCE = 5e-2
 CASES = {
     "gemma2": Case("Gemma-2", "gemma2", f"{MODELS}.gemma2.Gemma2DecoderLayer"),
     "gemma3": Case("Gemma-3 (text)", "gemma3", f"{MODELS}.gemma3.Gemma3DecoderLayer"),
+    "gemma4": Case(
+        "Gemma 4 (dense)",
+        "gemma4",
+        f"{MODELS}.gemma4.Gemma4DecoderLayer",
+        lacks=("attn_z",),
+    ),
+    "gemma4_moe": Case(
+        "Gemma 4 (MoE)",
+        "gemma4_moe",
+        f"{MODELS}.gemma4.Gemma4DecoderLayer",
+        lacks=("attn_z", "mlp_in", "mlp_out"),
+    ),
     "llama": Case("Llama 2, 3", "llama", f"{MODELS}.llama.LlamaDecoderLayer"),
     "phi3": Case("Phi-3, Phi-4", "phi3", f"{MODELS}.llama.LlamaDecoderLayer"),
     "mistral": Case("Mistral", "mistral", f"{MODELS}.mistral.MistralDecoderLayer"),
@@ -176,6 +188,13 @@ MULTIMODAL_CASES = {
         "gemma3_mm",
         f"{MODELS}.gemma3.Gemma3DecoderLayer",
         (("limit_mm_per_prompt", {"image": 0}),),
+    ),
+    "gemma4_mm": Case(
+        "Gemma 4 (multimodal)",
+        "gemma4_mm",
+        f"{MODELS}.gemma4.Gemma4DecoderLayer",
+        (("limit_mm_per_prompt", {"image": 0, "video": 0, "audio": 0}),),
+        lacks=("attn_z",),
     ),
     "mistral3": Case(
         "Mistral-3 (multimodal)",

@@ -37,6 +37,13 @@ GEMMA = {
     "sliding_window": 32,
     "tie_word_embeddings": True,
 }
+# Heads of full attention are wider; the last layer reads the keys of the one before it.
+GEMMA_4 = {
+    **{k: v for k, v in GEMMA.items() if k != "query_pre_attn_scalar"},
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "global_head_dim": 64,
+    "num_kv_shared_layers": 1,
+}
 MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -82,6 +89,21 @@ def _config(name: str, **values: Any) -> Callable[[], Any]:
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma2": _config("Gemma2Config", **GEMMA),
     "gemma3": _config("Gemma3TextConfig", **GEMMA),
+    "gemma4": _config(
+        "Gemma4TextConfig",
+        **GEMMA_4,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB,
+    ),
+    "gemma4_moe": _config(
+        "Gemma4TextConfig",
+        **GEMMA_4,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=48,
+    ),
     "llama": _config("LlamaConfig", **COMMON, **HEAD),
     "mistral": _config("MistralConfig", **COMMON, **HEAD, sliding_window=None),
     "qwen2": _config("Qwen2Config", **COMMON),
@@ -251,6 +273,9 @@ def build(family: str, seed: int = 0) -> Any:
                 weight.add_(0.1 * torch.randn_like(weight))
             if family in ROUNDED:
                 weight.copy_(weight.bfloat16())
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
     for module in model.modules():
         # vLLM holds xIELU's constants in bfloat16 and computes their softplus in it,
         # whatever the model's dtype. The activation itself is computed in float32.

@@ -225,6 +225,7 @@ def test_a_wrong_field_is_refused_by_its_path(
     [
         ("cache_config", {"kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
         ("model_config", {"runner_type": "pooling"}, "pooling models"),
+        ("model_config", {"is_diffusion": True}, "models that write by diffusion"),
     ],
 )
 def test_an_unsupported_feature_is_refused_by_name(
@@ -298,7 +299,13 @@ def test_a_module_given_twice_is_refused() -> None:
         fold_modules({"steering": {"modules": {"a": "p"}}}, {"a": "q"})
 
 
-@pytest.mark.parametrize("bad", ["a", "=p", "a=", "{", '{"path": "p"}', '{"name": 1}'])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("a", "=p", "a=", "{", '{"path": "p"}', '{"name": 1}'),
+        pytest.param('{"a":' * 100_000, id="nested"),
+    ],
+)
 def test_what_is_no_module_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="found"):
         parse_module(bad)

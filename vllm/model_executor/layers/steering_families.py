@@ -39,10 +39,13 @@ class LayerFamily:
         attention: the attention module; the first of these that the layer has.
         projection: attention's output projection; the first that attention has.
         mlp: the MLP module; None where it is not a module of its own.
+        mlp_unless: a flag of the layer. If it is true, something beside the MLP writes
+            with it, so the MLP is not the whole sublayer.
         attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
             it is added to the stream.
         scale: the layer's factor for what a sublayer writes, or a flag that there is
             one. A layer whose factor is not 1 has no `attn_out` and no `mlp_out`.
+        gate: a linear layer that reads the stream without a norm, if the layer has one.
         scales_float16: in float16 the layer keeps a multiple of the stream, so it has
             none of the points.
         reduces_late: under tensor parallelism, the layer adds up the sublayers' outputs
@@ -57,9 +60,11 @@ class LayerFamily:
     attention: tuple[str, ...] = ("self_attn",)
     projection: tuple[str, ...] = ("o_proj",)
     mlp: str | None = "mlp"
+    mlp_unless: str | None = None
     attention_norm: str | None = None
     mlp_norm: str | None = None
     scale: str | None = None
+    gate: str | None = None
     scales_float16: bool = False
     reduces_late: bool = False
 
@@ -78,6 +83,15 @@ QWEN3_NEXT = LayerFamily(attention=("self_attn", "linear_attn"), scale="layer_sc
 FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.gemma2.Gemma2DecoderLayer": GEMMA,
     f"{MODELS}.gemma3.Gemma3DecoderLayer": GEMMA,
+    f"{MODELS}.gemma4.Gemma4DecoderLayer": LayerFamily(
+        residual=None,
+        mid_norm="pre_feedforward_layernorm",
+        projection=(),  # its width differs between the layers
+        mlp_unless="enable_moe_block",
+        attention_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        gate="per_layer_input_gate",
+    ),
     f"{MODELS}.llama.LlamaDecoderLayer": PAIR,  # also Phi-3
     f"{MODELS}.mistral.MistralDecoderLayer": PAIR,
     f"{MODELS}.qwen2.Qwen2DecoderLayer": PAIR,
@@ -283,6 +297,7 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
     attention = first(layer.module, *family.attention)
     flags = vars(layer.module)
     has_norm = family.mid_norm_if is None or flags[family.mid_norm_if]
+    has_mlp = family.mlp_unless is None or not flags[family.mlp_unless]
     return LayerParts(
         mid_norm=first(layer.module, family.mid_norm) if has_norm else None,
         attention=attention,
@@ -290,17 +305,20 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
         projection=None
         if attention is first(layer.module, "linear_attn")
         else first(attention, *family.projection),
-        mlp=first(layer.module, family.mlp),
+        mlp=first(layer.module, family.mlp) if has_mlp else None,
         attention_norm=first(layer.module, family.attention_norm),
         mlp_norm=first(layer.module, family.mlp_norm),
     )
 
 
-def reads_stream_raw(layer: DecoderLayer) -> bool:
-    """Whether linear layers read the stream itself, as in post-norm models."""
-    flag = layer.family.mid_norm_if
+def raw_reader(layer: DecoderLayer) -> str | None:
+    """What linear layer reads the stream itself, as in post-norm models; None: none."""
+    family = layer.family
+    flag = family.mid_norm_if
     norms_after = flag is not None and not vars(layer.module)[flag]
-    return layer.family.mlp_reads_stream or norms_after
+    if family.mlp_reads_stream or norms_after:
+        return "attention"
+    return family.gate if family.gate in dict(layer.module.named_children()) else None
 
 
 def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
@@ -309,9 +327,9 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     if _is_float16(layer.module):
         if family.scales_float16:
             return "in float16 the layer keeps a multiple of the stream"
-        if reads_stream_raw(layer):
+        if reader := raw_reader(layer):
             return (
-                "its attention reads the stream without a norm, where large values "
+                f"its {reader} reads the stream without a norm, where large values "
                 "overflow float16 (bfloat16 and float32 are supported)"
             )
     if hook is HookPoint.POST_ATTN:
@@ -330,7 +348,7 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     if hook is HookPoint.ATTN_OUT:
         return None if parts.attention else "no known attention module"
     if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
-        return None if parts.mlp else "no module of its own is the MLP"
+        return None if parts.mlp else "no module of its own is the whole MLP"
     return None
 
 

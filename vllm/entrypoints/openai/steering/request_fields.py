@@ -20,7 +20,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function
-from starlette.requests import Request
 
 from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_parser import is_asked
@@ -160,13 +159,10 @@ def refuse_misspelt_fields(request: BaseModel) -> None:
     _refuse_nested_fields(request.model_extra or {})
 
 
-async def refuse_ambiguous_body(raw_request: Request | None) -> None:
+def refuse_ambiguous_body(body: bytes) -> None:
     """Refuse duplicate keys and `-0` in the steering of the body that was sent."""
-    if raw_request is None:
-        return
-    # Starlette has read the body before and keeps it.
-    with suppress(RuntimeError, ValueError, RecursionError):
-        refuse_ambiguous_fields(await raw_request.body(), EXTRA_ARGS_KEYS)
+    with suppress(ValueError, RecursionError):
+        refuse_ambiguous_fields(body, EXTRA_ARGS_KEYS)
 
 
 def carry_specs(request: BaseModel, params: SamplingParams) -> None:
