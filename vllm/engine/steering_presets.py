@@ -158,7 +158,7 @@ def _ready(config: SteeringConfig, module: str) -> SteeringConfig:
 
 def _known(config: SteeringConfig, name: object, field: str) -> str:
     if type(name) is not str or name not in config.presets:
-        known = listing(list(config.presets)) if config.presets else "none is made"
+        known = listing(list(config.presets)) if config.presets else "none exists"
         raise RefusedCall(
             Outcome.UNKNOWN, f"found {shown(name)}, expected a preset: {known}", field
         )
