@@ -9,10 +9,7 @@ from pathlib import Path
 from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
 from vllm.engine import steering_args
 from vllm.engine.steering_options import (
-    MAX_BODY_MIB_LIMIT,
-    MAX_CLAMPS_LIMIT,
-    MAX_PIECES_LIMIT,
-    MAX_SPECS_LIMIT,
+    LIMITS,
     MODULE_OPTIONS,
     TOP_FIELDS,
 )
@@ -31,14 +28,9 @@ def rows() -> list[str]:
 def test_every_option_has_a_row_with_its_range() -> None:
     for field in set(TOP_FIELDS) - {"resolved"}:
         assert any(row.startswith(f"| `{field}`") for row in rows()), field
-    ranges = {
-        "max_clamps": f"1 to {MAX_CLAMPS_LIMIT}",
-        "max_specs": f"1 to {MAX_SPECS_LIMIT}",
-        "max_pieces": f"2 to {MAX_PIECES_LIMIT}",
-        "max_body_mib": f"1 to {MAX_BODY_MIB_LIMIT}",
-    }
-    for field, limits in ranges.items():
-        assert any(field in row and limits in row for row in rows()), field
+    for field, (default, least, most) in LIMITS.items():
+        end = f"| {default} | {least} to {most} |"
+        assert any(f"`{field}`" in row and row.endswith(end) for row in rows()), field
     for field in (*MODULE_OPTIONS, *SPARE_FIELDS):
         assert f"`{field}`" in PAGE or f'"{field}"' in PAGE, field
 

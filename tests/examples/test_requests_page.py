@@ -30,6 +30,7 @@ from vllm.config.sae_steering_specs import (
     SteeringVectorSpec,
 )
 from vllm.config.steering import (
+    DEFAULT_MAX_ANSWER_VALUES,
     DEFAULT_MAX_CLAMPS,
     DEFAULT_MAX_PIECES,
     DEFAULT_MAX_SPECS,
@@ -99,7 +100,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"1 to {readout.MAX_READ} |" in READING
     assert f"at most {readout.MAX_STOPS} |" in READING
     assert f"at most {readout.MAX_READ_PER_TOKEN} values" in READING
-    assert f"at most {readout.MAX_PROMPT_VALUES} values" in READING
+    assert f"at most {DEFAULT_MAX_ANSWER_VALUES} values" in READING
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

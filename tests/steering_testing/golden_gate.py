@@ -24,6 +24,8 @@ FULL, DELTA, VECTORS, READOUT = EXTRA_ARGS_KEYS
 PROMPT = "The chef stirs the tomato soup."
 MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
 TOKENS = 24
+# Of the tests' server: 201 tokens of 64 values.
+MAX_ANSWER_VALUES = 201 * 64
 READ = {READOUT: [{"module_name": MODULE, "top_k": 4}]}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,12 @@ from vllm.config.sae_steering_types import (
     SteeringVectorSpec,
 )
 from vllm.exceptions import VLLMValidationError
+
+
+def test_a_message_names_its_field_once() -> None:
+    error = refusal({DELTA: 3})
+    assert str(error) == f"{DELTA}: found 3, expected a list"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 @pytest.mark.parametrize("key", EXTRA_ARGS_KEYS)

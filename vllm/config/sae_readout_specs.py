@@ -24,8 +24,6 @@ from vllm.config.steering_reader import Number, expects
 # Most values that one request may read for a token at one site, and at all sites.
 MAX_READ = 64
 MAX_READ_PER_TOKEN = 1024
-# Of the prompts of one HTTP answer, over all tokens and sites; about 25 MB of JSON.
-MAX_PROMPT_VALUES = 1 << 20
 MAX_STOPS = 8
 # `top_k` of a call that states neither `top_k` nor `features`.
 DEFAULT_TOP_K = 16
@@ -143,7 +141,7 @@ class SiteRead:
 
 
 def check_prompt_values(
-    path: str, lengths: Iterable[int], reads: Iterable[SiteRead]
+    path: str, lengths: Iterable[int], reads: Iterable[SiteRead], most: int
 ) -> None:
     """Limit what one HTTP answer holds of its prompts.
 
@@ -151,17 +149,44 @@ def check_prompt_values(
         path: the field with the prompts.
         lengths: tokens of each prompt.
         reads: what is read of each of them.
+        most: `SteeringConfig.max_answer_values`.
 
     Raises:
-        VLLMValidationError: there are more than `MAX_PROMPT_VALUES`.
+        VLLMValidationError: there are more values.
     """
     of_a_token = sum(read.num_values for read in reads if read.reads("prefill"))
     values = sum(lengths) * of_a_token
-    if values > MAX_PROMPT_VALUES:
+    if values > most:
         raise refusal(
             path,
             f"found {values} values over all tokens and sites, expected at most "
-            f"{MAX_PROMPT_VALUES}: send less text, or read fewer sites or features",
+            f"{most}: send less text, or read fewer sites or features",
+        )
+
+
+def check_generated_values(
+    path: str, tokens: int, reads: Iterable[SiteRead], most: int
+) -> None:
+    """Limit what one answer may come to hold of its generated tokens until it ends.
+
+    Args:
+        path: the field with the tokens that one choice may have.
+        tokens: that all choices of all prompts may have.
+        reads: what is read of each of them.
+        most: `SteeringConfig.max_answer_values`.
+
+    Raises:
+        VLLMValidationError: there may be more values.
+    """
+    of_a_token = sum(read.num_values for read in reads if read.reads("decode"))
+    values = tokens * of_a_token
+    if values > most:
+        raise refusal(
+            path,
+            f"found up to {tokens} generated tokens over all choices, so up to "
+            f"{values} values over all sites, expected at most {most // of_a_token} "
+            f"tokens, which is {most} values: stream the answer, ask for fewer "
+            "tokens, or read fewer sites or features",
         )
 
 

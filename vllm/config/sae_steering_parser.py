@@ -101,13 +101,22 @@ def parse_steering_request(
     return cast(SteeringRequest, request)
 
 
-def check_preset(name: str, preset: JsonView, config: SteeringConfig) -> None:
+def check_preset(preset: JsonView, config: SteeringConfig) -> None:
     """Raise `VLLMValidationError` unless a request could run under the preset alone."""
     specs = preset_specs(preset)
     if not specs:
         raise refusal("preset", "has no specs, expected at least one")
     check_counts(specs, config)
     _parse(specs, config)
+
+
+def why_broken(preset: JsonView, config: SteeringConfig) -> str | None:
+    """Why requests could not run under a preset now, or None if they could."""
+    try:
+        check_preset(preset, config)
+    except VLLMValidationError as error:
+        return str(error.args[0])
+    return None
 
 
 def _parse_under(

@@ -29,6 +29,7 @@ from vllm.config.steering_screening import DEFAULT_SCREENING, Screening
 from vllm.config.steering_sharding import Ranks, Sharding
 
 __all__ = [
+    "DEFAULT_MAX_ANSWER_VALUES",
     "DEFAULT_MAX_CLAMPS",
     "DEFAULT_MAX_PIECES",
     "DEFAULT_MAX_SPECS",
@@ -237,6 +238,7 @@ class ModuleInfo(JsonRecord):
 DEFAULT_MAX_CLAMPS = 64
 DEFAULT_MAX_SPECS = 64
 DEFAULT_MAX_PIECES = 8
+DEFAULT_MAX_ANSWER_VALUES = 1 << 20  # about 25 MB of JSON
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ class SteeringConfig(JsonRecord):
     `version` counts the changes since start-up. `readout`: whether requests may read
     features, of layers from `first_read_layer` on (the last pipeline stage).
     `max_pieces` bounds the pieces of a request's schedule; tables have a row for each.
+    `max_answer_values` bounds the values that one answer holds of what was read.
     `decoder_layer`: "known" for classes of the table alone, "auto" to try others.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
     requests that choose none. `inline_sites` are those at which requests may bring
@@ -266,6 +269,7 @@ class SteeringConfig(JsonRecord):
     readout: bool = True
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
+    max_answer_values: int = DEFAULT_MAX_ANSWER_VALUES
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None
     decoder_layer: DecoderLayers = "known"

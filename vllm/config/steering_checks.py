@@ -18,7 +18,17 @@ class SteeringConfigError(ValueError):
     """The engine cannot start with this steering configuration."""
 
 
-class ModuleChangedError(VLLMValidationError, GracefulHTTPError):
+class SteeringRequestError(VLLMValidationError):
+    """A request's steering is refused. `parameter` is the field's path.
+
+    The message starts with the path, so it is not repeated behind it.
+    """
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ModuleChangedError(SteeringRequestError, GracefulHTTPError):
     """A module that a request names is changing, or has changed: HTTP 409."""
 
     def __init__(self, message: str, parameter: str | None = None):
@@ -44,12 +54,12 @@ def shown(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def refusal(path: str, reason: str) -> VLLMValidationError:
+def refusal(path: str, reason: str) -> SteeringRequestError:
     """An error about the field at `path`."""
-    return VLLMValidationError(f"{path}: {reason}", parameter=path)
+    return SteeringRequestError(f"{path}: {reason}", parameter=path)
 
 
-def bad(path: str, value: object, accepted: str) -> VLLMValidationError:
+def bad(path: str, value: object, accepted: str) -> SteeringRequestError:
     """An error about a value that the field at `path` does not take."""
     return refusal(path, f"found {shown(value)}, expected {accepted}")
 

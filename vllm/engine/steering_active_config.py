@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_json import Json
-from vllm.engine.steering_options import DEFAULT_MAX_BODY_MIB
+from vllm.engine.steering_options import limit_option
 from vllm.engine.steering_shared_config import shared_config
 from vllm.logger import init_logger
 
@@ -51,7 +51,7 @@ def max_body_bytes(vllm_config: VllmConfig) -> int | None:
     steering = _section(vllm_config)
     if steering is None:
         return None
-    return steering.get("max_body_mib", DEFAULT_MAX_BODY_MIB) << 20
+    return limit_option(steering, "max_body_mib") << 20
 
 
 def may_register(vllm_config: VllmConfig) -> bool:

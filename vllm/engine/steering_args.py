@@ -89,7 +89,7 @@ def parse_module(item: str) -> tuple[str, str | Json]:
     if item.lstrip().startswith("{"):
         try:
             given = json.loads(item)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"found {shown(item)}, expected JSON: {error}") from None
         name = given.pop("name", None)
         if type(name) is not str or not name:

@@ -6,10 +6,8 @@
                                    "norm_guard": float | None, "sites": [...],
                                    "sharding": "auto" | "replicate" | "shard",
                                    "screening": "auto" | "off"}},
-     "max_clamps": 64,
-     "max_specs": 64,
-     "max_pieces": 8,
-     "max_body_mib": 32,
+     "max_clamps": 64, "max_specs": 64, "max_pieces": 8,
+     "max_body_mib": 32, "max_answer_values": 1048576,
      "presets": {"name": "file" | {...}},
      "default_preset": "name",
      "readout": True,
@@ -33,7 +31,14 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from vllm.config.sae_inline_vectors import INLINE_PREFIX
-from vllm.config.steering import DecoderLayers, FeatureUnits
+from vllm.config.steering import (
+    DEFAULT_MAX_ANSWER_VALUES,
+    DEFAULT_MAX_CLAMPS,
+    DEFAULT_MAX_PIECES,
+    DEFAULT_MAX_SPECS,
+    DecoderLayers,
+    FeatureUnits,
+)
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_screening import Screening
@@ -46,6 +51,7 @@ TOP_FIELDS = (
     "max_specs",
     "max_pieces",
     "max_body_mib",
+    "max_answer_values",
     "presets",
     "default_preset",
     "readout",
@@ -58,11 +64,14 @@ TOP_FIELDS = (
 MODULE_OPTIONS = (
     "feature_units", "skip_token_ids", "norm_guard", "sites", "sharding", "screening",
 )  # fmt: skip
-MAX_CLAMPS_LIMIT = 4096
-MAX_SPECS_LIMIT = 4096
-MAX_PIECES_LIMIT = 64
-DEFAULT_MAX_BODY_MIB = 32
-MAX_BODY_MIB_LIMIT = 65536
+# Of each option that is a limit: its default, and the least and most it may be.
+LIMITS = {
+    "max_clamps": (DEFAULT_MAX_CLAMPS, 1, 4096),
+    "max_specs": (DEFAULT_MAX_SPECS, 1, 4096),
+    "max_pieces": (DEFAULT_MAX_PIECES, 2, 64),  # at least prompt and answer
+    "max_body_mib": (32, 1, 65536),
+    "max_answer_values": (DEFAULT_MAX_ANSWER_VALUES, 1, 1 << 30),
+}
 
 
 def readout_option(value: object) -> bool:
@@ -96,8 +105,9 @@ def object_option(
     return value
 
 
-def limit_option(steering: Json, key: str, default: int, most: int) -> int:
-    least = 2 if key == "max_pieces" else 1  # prompt and answer
+def limit_option(steering: Json, key: str) -> int:
+    """The value of an option of `LIMITS`."""
+    default, least, most = LIMITS[key]
     return integer(f"{ROOT}.{key}", steering.get(key, default), least, most)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm.config.sae_steering_parser import check_preset
+from vllm.config.sae_steering_parser import check_preset, why_broken
 from vllm.config.sae_steering_presets import (
     MAX_PRESETS,
     PRESET_NAME,
@@ -30,14 +30,14 @@ logger = init_logger(__name__)
 MAX_FILE_BYTES = 1 << 20
 
 
-def checked_preset(name: str, given: object, config: SteeringConfig) -> Json:
+def checked_preset(given: object, config: SteeringConfig) -> Json:
     """A preset as the configuration keeps it.
 
     Raises:
         VLLMValidationError: it is not valid on this engine.
     """
     preset = msgspec.to_builtins(read_preset(given), str_keys=True)
-    check_preset(name, preset, config)
+    check_preset(preset, config)
     return {
         **preset_specs(preset),
         "description": preset["description"],
@@ -63,7 +63,7 @@ def with_preset(config: SteeringConfig, payload: Json) -> SteeringConfig:
             "name",
         )
     try:
-        preset = checked_preset(name, payload.get("preset"), config)
+        preset = checked_preset(payload.get("preset"), config)
     except VLLMValidationError as error:
         raise RefusedCall(Outcome.INVALID, error.args[0], error.parameter) from None
     return replace(config, presets={**config.presets, name: preset})
@@ -88,11 +88,10 @@ def with_default(config: SteeringConfig, payload: Json) -> SteeringConfig:
     if name is None:
         return replace(config, default_preset=None)
     name = _known(config, name, "preset")
-    try:
-        check_preset(name, config.presets[name], config)
-    except VLLMValidationError as error:
-        text = f"preset {shown(name)} is not valid now: {error.args[0]}"
-        raise RefusedCall(Outcome.CONFLICT, text, "preset") from None
+    why = why_broken(config.presets[name], config)
+    if why is not None:
+        text = f"preset {shown(name)} is not valid now: {why}"
+        raise RefusedCall(Outcome.CONFLICT, text, "preset")
     return replace(config, default_preset=name)
 
 
@@ -110,17 +109,9 @@ def refuse_without_default(config: SteeringConfig, module: str) -> None:
 
 def broken_presets(config: SteeringConfig) -> dict[str, str]:
     """The presets that requests could not run under now, and why."""
-    reasons = {name: why_broken(name, config) for name in config.presets}
+    presets = config.presets.items()
+    reasons = {name: why_broken(preset, config) for name, preset in presets}
     return {name: why for name, why in reasons.items() if why is not None}
-
-
-def why_broken(name: str, config: SteeringConfig) -> str | None:
-    """Why requests could not run under a preset now, or None if they could."""
-    try:
-        check_preset(name, config.presets[name], config)
-    except VLLMValidationError as error:
-        return str(error.args[0])
-    return None
 
 
 def warn_of_broken_presets(
@@ -143,7 +134,7 @@ def with_valid_default(after: SteeringConfig, module: str) -> SteeringConfig:
     name = after.default_preset
     if name is None or not _uses(after.presets[name], module):
         return after
-    why = why_broken(name, _ready(after, module))
+    why = why_broken(after.presets[name], _ready(after, module))
     if why is not None:
         raise RefusedCall(
             Outcome.CONFLICT,
@@ -167,7 +158,7 @@ def _ready(config: SteeringConfig, module: str) -> SteeringConfig:
 
 def _known(config: SteeringConfig, name: object, field: str) -> str:
     if type(name) is not str or name not in config.presets:
-        known = listing(list(config.presets)) if config.presets else "none is made"
+        known = listing(list(config.presets)) if config.presets else "none exists"
         raise RefusedCall(
             Outcome.UNKNOWN, f"found {shown(name)}, expected a preset: {known}", field
         )

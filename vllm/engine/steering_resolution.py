@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 import vllm.envs as envs
 from vllm.config.steering import (
-    DEFAULT_MAX_CLAMPS,
-    DEFAULT_MAX_PIECES,
-    DEFAULT_MAX_SPECS,
     ModuleInfo,
     SteeringConfig,
 )
@@ -30,11 +27,7 @@ from vllm.engine.steering_kv_connectors import (
 )
 from vllm.engine.steering_layouts import refuse_layouts
 from vllm.engine.steering_options import (
-    DEFAULT_MAX_BODY_MIB,
-    MAX_BODY_MIB_LIMIT,
-    MAX_CLAMPS_LIMIT,
-    MAX_PIECES_LIMIT,
-    MAX_SPECS_LIMIT,
+    LIMITS,
     ROOT,
     TOP_FIELDS,
     check_module_roots,
@@ -88,18 +81,15 @@ def configuration_of(steering: Json, vllm_config: VllmConfig) -> SteeringConfig:
     Raises:
         SteeringConfigError: an option or a module is refused.
     """
-
-    def limit(name: str, default: int, most: int) -> int:
-        return limit_option(steering, name, default, most)
-
     model_config = vllm_config.model_config
-    limit("max_body_mib", DEFAULT_MAX_BODY_MIB, MAX_BODY_MIB_LIMIT)
+    limits = {name: limit_option(steering, name) for name in LIMITS}
     check_module_roots(steering.get("module_roots", []))
     ranks = ranks_of(vllm_config)
     config = SteeringConfig(
-        max_clamps=limit("max_clamps", DEFAULT_MAX_CLAMPS, MAX_CLAMPS_LIMIT),
-        max_pieces=limit("max_pieces", DEFAULT_MAX_PIECES, MAX_PIECES_LIMIT),
-        max_specs=limit("max_specs", DEFAULT_MAX_SPECS, MAX_SPECS_LIMIT),
+        max_clamps=limits["max_clamps"],
+        max_pieces=limits["max_pieces"],
+        max_specs=limits["max_specs"],
+        max_answer_values=limits["max_answer_values"],
         readout=readout_option(steering.get("readout", True)),
         decoder_layer=decoder_layer_option(steering.get("decoder_layer", "known")),
         modules=modules_option(steering.get("modules", {}), vllm_config),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from steering_testing.engine import TRACED
 from steering_testing.golden_gate import BRIDGE, EXAMPLE, MODULE, example_engine
 
 from vllm import LLM, SamplingParams
@@ -47,7 +48,7 @@ OTHERS = [
 @pytest.fixture(scope="module")
 def of_compiled() -> SiteEvaluation:
     """What a compiled engine measures."""
-    with example_engine(enforce_eager=False) as llm:
+    with example_engine(**TRACED) as llm:
         (found,) = evaluate(llm, MODULE, ABOUT)
     return found
 

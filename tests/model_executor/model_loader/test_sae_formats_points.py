@@ -172,6 +172,11 @@ def transcoder_set(path: Path, skip: bool, config: str) -> Path:
     return path
 
 
+# A list of 9^12 items; whoever looks at all of them is not seen again.
+REPEATED = "a0: &b0 [1]\n" + "".join(
+    f"a{at}: &b{at} [{','.join([f'*b{at - 1}'] * 9)}]\n" for at in range(1, 13)
+)
+REPEATED += "model_name: *b12\n"
 QWEN3 = "model_name: Qwen/Qwen3-4B\nfeature_input_hook: mlp.hook_in\n"
 
 
@@ -210,6 +215,7 @@ def test_a_transcoder_set_has_a_site_for_each_layer(tmp_path: Path, skip: bool) 
         ("- 1", "config.yaml: expected a mapping"),
         ("x: [", "config.yaml: cannot be read as YAML"),
         ("x: " + "y" * 70_000, "config.yaml: expected at most 65536 bytes"),
+        (REPEATED, r"model_name: expected a string, found \[\[\[\[\.\.\.\]"),
     ],
 )
 def test_a_transcoder_set_that_reads_another_point_is_refused(

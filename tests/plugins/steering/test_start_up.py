@@ -299,7 +299,13 @@ def test_a_module_given_twice_is_refused() -> None:
         fold_modules({"steering": {"modules": {"a": "p"}}}, {"a": "q"})
 
 
-@pytest.mark.parametrize("bad", ["a", "=p", "a=", "{", '{"path": "p"}', '{"name": 1}'])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("a", "=p", "a=", "{", '{"path": "p"}', '{"name": 1}'),
+        pytest.param('{"a":' * 100_000, id="nested"),
+    ],
+)
 def test_what_is_no_module_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="found"):
         parse_module(bad)

@@ -16,8 +16,10 @@ from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import steering_readout as layer
 from vllm.plugins.steering.v1.engine import input_processor
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import steering_admission
 from vllm.v1.engine.steering_read_log import ReadLog
 from vllm.v1.engine.steering_read_outputs import Readings
@@ -331,3 +333,39 @@ def test_a_feature_ends_requests_beside_others(
         assert answer.stop_reason == f"sae:relu:post_block.1:{feature}"
         record = answer.sae_features["relu"]["post_block.1"]
         assert record.positions.tolist() == list(range(20, 20 + count))
+
+
+def test_a_result_that_is_held_until_it_ends_has_a_largest_size(llm: LLM) -> None:
+    both = {"post_block": [1], "pre_attn": [0]}
+    specs = read("relu", top_k=64, sites=both)  # 128 values a token
+    engine = llm.llm_engine
+
+    def admit(n: int, max_tokens: int | None, kind: RequestOutputKind) -> None:
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            detokenize=False,
+            output_kind=kind,
+            extra_args={"sae_readout_specs": specs},
+        )
+        prompt = {"prompt_token_ids": PROMPTS[0]}
+        try:
+            engine.add_request("held", prompt, params)
+        finally:
+            engine.abort_request(["held"])
+
+    whole, parts = RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA
+    for n, max_tokens in ((64, 128), (32, 100_000), (32, None)):
+        admit(n, max_tokens, whole)
+    for n, max_tokens, found in ((64, 129, 64 * 129), (33, None, 33 * 250)):
+        with pytest.raises(VLLMValidationError) as caught:
+            admit(n, max_tokens, whole)
+        assert caught.value.parameter == "max_tokens"
+        message = str(caught.value)
+        assert f"found up to {found} generated tokens" in message
+        assert "expected at most 8192 tokens, which is 1048576 values" in message
+        with pytest.raises(VLLMValidationError):
+            admit(n, max_tokens, RequestOutputKind.CUMULATIVE)
+        admit(n, max_tokens, parts)
+    specs = read("relu", top_k=64, sites=both, phase="prefill")
+    admit(64, 129, whole)

@@ -30,6 +30,8 @@ from steering_testing.hot_modules import (
 )
 from steering_testing.reference import Edit
 
+from vllm.config.sae_features import features_json
+from vllm.config.steering_json import Json
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.entrypoints.steering import (
     SteeringModuleError,
@@ -101,3 +103,27 @@ def test_an_eager_engine_gives_the_memory_of_its_slots_back(
         register_module(llm, "hot", paths["jumprelu"])
         check(llm, "hot", KINDS["jumprelu"])
         check(llm, "first", KINDS["other"])
+
+
+def test_reading_goes_on_when_a_slot_that_was_read_is_gone(
+    model_root: Path, paths: dict[str, str]
+) -> None:
+    with engine(FAMILY, model_root, {"first": paths["other"]}) as llm:
+
+        def read(name: str) -> Json:
+            spec = {"module_name": name, "top_k": 3}
+            asked = params(TOKENS, sae_readout_specs=[spec])
+            prompt = {"prompt_token_ids": IDS}
+            (output,) = llm.generate([prompt], [asked], use_tqdm=False)
+            return features_json(output.prompt_sae_features)
+
+        before = read("first")
+        assert before["first"]
+        for name in ("jumprelu", "relu"):
+            register_module(llm, name, paths[name])
+            assert read(name)[name]
+            assert len(runner(llm).steering.modules.places) == 2
+            unregister_module(llm, name)
+            assert len(runner(llm).steering.modules.places) == 1
+            assert read("first") == before
+        runner(llm).steering.check_integrity()

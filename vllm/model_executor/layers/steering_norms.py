@@ -13,6 +13,11 @@ import torch
 from torch import nn
 
 from vllm.model_executor.layers.steering_attach import SteeredNorm
+from vllm.model_executor.layers.steering_chunks import (
+    CHUNK_BYTES,
+    ChunkMemory,
+    row_sums,
+)
 from vllm.model_executor.layers.steering_state import SAEWeights
 
 # Large enough that the norm's epsilon does not count, exact in every dtype.
@@ -87,12 +92,24 @@ def _fold_into(
     bias: torch.Tensor | None,
     norm: nn.Module,
 ) -> None:
-    """Change `matrix n + added`, in place, to read `gain * n + bias`."""
-    folded = (matrix.float() / gain.to(matrix.device)).to(matrix.dtype)
-    if not torch.isfinite(folded).all():
-        raise ValueError(
-            f"steering: a gain of {type(norm).__name__} is too small to be divided out"
-        )
-    matrix.copy_(folded)
-    if bias is not None:
-        added -= folded.float() @ bias.to(matrix.device)
+    """Change `matrix n + added`, in place, to read `gain * n + bias`.
+
+    A chunk of rows at a time: a wide encoder in float32 is larger than the SAE.
+    """
+    device, step = matrix.device, max(1, CHUNK_BYTES // (4 * matrix.shape[1]))
+    gain = gain.to(device)
+    memory = ChunkMemory(matrix[:step].numel(), device)
+    for rows, sums in zip(matrix.split(step), added.split(step), strict=True):
+        folded = memory.work(rows)
+        folded /= gain
+        rows.copy_(folded)
+        # Both are NaN if any element is.
+        if not torch.isfinite(torch.stack(torch.aminmax(rows))).all():
+            raise ValueError(
+                f"steering: a gain of {type(norm).__name__} is too small to be "
+                "divided out"
+            )
+        if bias is not None:
+            folded.copy_(rows)
+            folded *= bias.to(device)
+            sums -= row_sums(folded)

@@ -122,7 +122,8 @@ class SteeringMeasureMixin:
         """Run one verb; never raises.
 
         Args:
-            verb: start, ablate or stop. `start` names the site.
+            verb: start, ablate or stop. `start` names the site by the point that it
+                reads.
 
         Returns:
             `ok`, and `error`, one line, when not; for stop, what was measured, or
@@ -151,7 +152,12 @@ class SteeringMeasureMixin:
         slot = runtime.modules.sae_slot(module, key)
         if slot is None:
             return  # another pipeline stage's
-        site = runtime.modules.sites[key]
+        # A transcoder's site also has the point that it writes in its key.
+        site = next(
+            site
+            for site in runtime.modules.sites.values()
+            if any(own is slot for own in site.saes)
+        )
         measuring = MeasuringBackend(site.backend, slot, runtime.step)
         site.backend = measuring
         self._steering_measured = site, measuring

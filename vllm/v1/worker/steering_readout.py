@@ -190,6 +190,9 @@ class SteeringReadout:
         if not changes:
             return
         buffers = self.places.read_buffers()
+        # A slot that was read may be gone with its module.
+        for at in self._tables.keys() - buffers.keys():
+            del self._tables[at]
         pending: dict[int, dict[int, np.ndarray]] = {}
         for row in changes:
             for at, widths in self._tables.items():

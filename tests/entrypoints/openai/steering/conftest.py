@@ -8,7 +8,15 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from steering_testing.golden_gate import EXAMPLE, KEY, MODES, MODULE, READ, TOKENS
+from steering_testing.golden_gate import (
+    EXAMPLE,
+    KEY,
+    MAX_ANSWER_VALUES,
+    MODES,
+    MODULE,
+    READ,
+    TOKENS,
+)
 from steering_testing.server import Server, api_server
 
 
@@ -19,6 +27,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     hints = {"temperature": 0, "max_tokens": TOKENS}
     presets = {"clamped": {**MODES["clamped"], "sampling": hints}, "reader": READ}
     options = ["--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}"]
+    config = {"steering": {"max_answer_values": MAX_ANSWER_VALUES}}
+    options += ["--additional-config", json.dumps(config)]
     options += ["--enable-scale-out", "--steering-presets"]
     for name, preset in presets.items():
         file = root / f"{name}.json"

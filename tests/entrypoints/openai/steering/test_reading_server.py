@@ -262,38 +262,6 @@ def test_several_streamed_samples_have_one_record_of_their_prompt(
             same(prompt, choice["prompt_sae_features"])
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "field"),
-    [
-        ("/v1/completions", {**COMPLETION, "prompt": [[5] * 250] * 66}, "prompt"),
-        (
-            "/v1/completions",
-            {**COMPLETION, "prompt": [[5] * 250] * 66, "stream": True},
-            "prompt",
-        ),
-        (
-            "/v1/chat/completions/batch",
-            {**CHAT, "messages": [[{"role": "user", "content": "a " * 200}]] * 99},
-            "messages",
-        ),
-    ],
-)
-def test_an_answer_with_too_many_values_is_refused_before_it_is_made(
-    http: httpx.Client, path: str, body: dict[str, Any], field: str
-) -> None:
-    spec = {**READ["sae_readout_specs"][0], "top_k": 64}
-    answer = http.post(path, json={**body, "sae_readout_specs": [spec]})
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == field
-    assert error["message"].startswith(f"{field}: found ")
-    assert "expected at most 1048576" in error["message"]
-    # Reading only what is generated holds nothing of the prompts.
-    decode = {**spec, "phase": "decode"}
-    few = {**body, "sae_readout_specs": [decode], "max_tokens": 1}
-    assert http.post(path, json=few).status_code == 200
-
-
 def test_a_feature_ends_a_stream(http: httpx.Client) -> None:
     stop = [{"feature_idx": BRIDGE["feature"], "above": -1.0}]
     spec = {"module_name": MODULE, "top_k": 2, "stop_if": stop}

@@ -32,7 +32,6 @@ from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
 )
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest  # noqa: E402
-from vllm.entrypoints.openai.steering import request_fields  # noqa: E402
 from vllm.entrypoints.openai.steering.request_checks import (  # noqa: E402
     check_request,
 )
@@ -324,49 +323,3 @@ def test_what_is_no_list_is_refused_before_a_stream_begins(
         with pytest.raises(VLLMValidationError, match="expected a list") as caught:
             check_request(request, CONFIG)
         assert caught.value.parameter == field
-
-
-class Sent:
-    """A request whose body was read before."""
-
-    def __init__(self, body: bytes):
-        self.sent = body
-
-    async def body(self) -> bytes:
-        return self.sent
-
-
-SPEC = b'{"module_name": "a", "clamps": [{"feature_idx": %s}]%s}'
-
-
-@pytest.mark.parametrize(
-    ("body", "path"),
-    [
-        (
-            b'{"sae_clamp_specs": [%s]}' % (SPEC % (b"-0", b"")),
-            "sae_clamp_specs[0].clamps[0].feature_idx",
-        ),
-        (
-            b'{"sae_clamp_specs": [%s]}' % (SPEC % (b"0", b', "module_name": "b"')),
-            "sae_clamp_specs[0].module_name",
-        ),
-        (b'{"sae_clamp_specs": [], "x": 1, "sae_clamp_specs": []}', "sae_clamp_specs"),
-    ],
-)
-def test_a_body_with_two_meanings_is_refused(body: bytes, path: str) -> None:
-    with pytest.raises(VLLMValidationError) as caught:
-        asyncio.run(request_fields.refuse_ambiguous_body(Sent(body)))
-    assert caught.value.parameter == path
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"prompt": "-0, -0]", "sae_clamp_specs": [{"clamps": [{"value": -0.0}]}]}',
-        b'{"x": {"a": 1, "a": -0}, "sae_clamp_specs": null}',
-        b'{"prompt": "a", "prompt": "b"}',
-        b"",
-    ],
-)
-def test_the_rest_of_a_body_is_not_looked_at(body: bytes) -> None:
-    asyncio.run(request_fields.refuse_ambiguous_body(Sent(body)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from steering_testing.specs import CONFIG
 
-from vllm.config import sae_readout_specs
+from vllm.config.steering import SteeringConfig
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.encode import (
     EncodeRequest,
@@ -62,8 +63,10 @@ class Engine:
 REQUEST = EncodeRequest("one", input=["a b", "c", "d e f"])
 
 
-def run(engine: Engine, request: EncodeRequest = REQUEST) -> Any:
-    return EncodeService(engine, ["m"]).encode(request, CONFIG)
+def run(
+    engine: Engine, request: EncodeRequest = REQUEST, config: SteeringConfig = CONFIG
+) -> Any:
+    return EncodeService(engine, ["m"]).encode(request, config)
 
 
 def test_one_failing_text_ends_the_others() -> None:
@@ -106,12 +109,12 @@ def test_every_text_is_answered_when_it_is_read() -> None:
     asyncio.run(check())
 
 
-def test_an_answer_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_has_a_largest_size() -> None:
     async def check(limit: int) -> None:
-        monkeypatch.setattr(sae_readout_specs, "MAX_PROMPT_VALUES", limit)
+        config = replace(CONFIG, max_answer_values=limit)
         engine = Engine()
         engine.go_on.set()
-        await run(engine, EncodeRequest("one", input=["a b", "c"], top_k=4))
+        await run(engine, EncodeRequest("one", input=["a b", "c"], top_k=4), config)
 
     asyncio.run(check(12))  # 3 tokens at one site
     with pytest.raises(RequestRefused, match="input: found 12 values") as caught:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm.entrypoints.serve.steering.file_cache import MAX_FILES, FileCache
+from vllm.entrypoints.serve.steering import file_cache
+from vllm.entrypoints.serve.steering.file_cache import FileCache
 
 
 class Reads:
@@ -95,15 +96,23 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, reads: Reads) -> None:
     assert reads.done == []
 
 
-def test_the_files_asked_for_last_are_kept(tmp_path: Path, reads: Reads) -> None:
+def test_the_files_asked_for_last_are_kept(
+    tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_cache, "MAX_BYTES", 40)
     cache = FileCache(reads)
-    files = [tmp_path / str(at) for at in range(MAX_FILES + 1)]
+    files = [tmp_path / str(at) for at in range(5)]
     for file in files:
-        file.write_text(file.name)
+        file.write_text(file.name * 10)
     for file in (*files[:-1], files[0], files[-1]):
-        assert cache.get(file) == file.name
+        assert cache.get(file) == file.name * 10
     reads.done.clear()
     cache.get(files[0])  # it was asked for again before the last one
     assert reads.done == []
     cache.get(files[1])
-    assert reads.done == ["1"]
+    assert reads.done == ["1" * 10]
+    # One that is larger than all may be together is kept alone.
+    files[1].write_text("2" * 99)
+    for _ in range(2):
+        assert cache.get(files[1]) == "2" * 99
+    assert reads.done[1:] == ["2" * 99]

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.server
 MODULES = "/v1/steering/modules"
 ENCODE = "/v1/steering/encode"
 KEY = {"Authorization": "Bearer the-key"}
+JSON = {"Content-Type": "application/json"}
 CLAMP = {"feature_idx": 457, "kind": "absolute", "value": 9.4}
 SPEC = {"module_name": MODULE, "clamps": [CLAMP]}
 TEXTS = {"module_name": MODULE, "input": ["the chef " * 50] * 64, "top_k": 64}
@@ -106,6 +107,34 @@ def test_bodies_that_end_in_the_middle_are_no_errors(server: Server) -> None:
                 head = f"{call} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer the-key"
                 connection.sendall(f"{head}\r\nContent-Length: 99\r\n\r\n{{".encode())
                 time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("POST", "/invocations"),
+        ("POST", "/tokenize"),
+        ("POST", ENCODE),
+        ("POST", MODULES),
+        ("PUT", "/v1/steering/presets/x"),
+    ],
+)
+@pytest.mark.parametrize("depth", [980, 100_000])
+def test_nested_bodies_are_refused_on_every_route(
+    http: httpx.Client, method: str, path: str, depth: int
+) -> None:
+    deep = "[" * depth + "]" * depth
+    for body in (deep, f'{{"sae_clamp_specs": {deep}, "prompt": "a", "name": "a"}}'):
+        answer = http.request(method, path, content=body, headers={**KEY, **JSON})
+        assert answer.status_code == 400, (path, answer.text)
+        if depth > 1000:
+            error = answer.json()["error"]
+            assert error["code"] == 400
+            assert "body: found JSON that is nested too deep" in error["message"]
 
 
 def test_who_only_looks_does_not_stop_a_stream(

@@ -20,7 +20,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function
-from starlette.requests import Request
 
 from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_parser import is_asked
@@ -31,9 +30,9 @@ from vllm.config.sae_steering_specs import (
     field_schemas,
 )
 from vllm.config.sae_steering_types import fold_into_extra_args
+from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
 from vllm.config.strict_json import refuse_ambiguous_fields
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 FIELD_SCHEMAS = {**field_schemas(), PRESET_KEY: PRESET_SCHEMA_FIELD}
@@ -86,11 +85,9 @@ def _refuse_nested_fields(body: Json) -> None:
         inner = body.get(outer)
         for name in FIELD_SCHEMAS:
             if isinstance(inner, dict) and name in inner:
-                path = f"{outer}.{name}"
-                raise VLLMValidationError(
-                    f"{path}: unknown field, expected {name} at the top level of the "
-                    "body",
-                    parameter=path,
+                raise refusal(
+                    f"{outer}.{name}",
+                    f"unknown field, expected {name} at the top level of the body",
                 )
 
 
@@ -104,7 +101,7 @@ def _add_field(model: type[BaseModel], name: str, annotation: object) -> None:
 def _refuser(path: str, reason: str) -> Callable[[object], object]:
     def refuse(value: object) -> object:
         if value is not None:
-            raise VLLMValidationError(f"{path}: {reason}", parameter=path)
+            raise refusal(path, reason)
         return value
 
     return refuse
@@ -118,10 +115,9 @@ def refuse_specs_beside_extra_args(value: object) -> object:
     if isinstance(value, dict):
         for name in FIELD_SCHEMAS:
             if name in value:
-                path = f"sampling_params.{name}"
-                raise VLLMValidationError(
-                    f"{path}: unknown field, expected it in sampling_params.extra_args",
-                    parameter=path,
+                raise refusal(
+                    f"sampling_params.{name}",
+                    "unknown field, expected it in sampling_params.extra_args",
                 )
         refuse_misspelt(value, "sampling_params.")
     return value
@@ -163,13 +159,10 @@ def refuse_misspelt_fields(request: BaseModel) -> None:
     _refuse_nested_fields(request.model_extra or {})
 
 
-async def refuse_ambiguous_body(raw_request: Request | None) -> None:
+def refuse_ambiguous_body(body: bytes) -> None:
     """Refuse duplicate keys and `-0` in the steering of the body that was sent."""
-    if raw_request is None:
-        return
-    # Starlette has read the body before and keeps it.
-    with suppress(RuntimeError, ValueError, RecursionError):
-        refuse_ambiguous_fields(await raw_request.body(), EXTRA_ARGS_KEYS)
+    with suppress(ValueError, RecursionError):
+        refuse_ambiguous_fields(body, EXTRA_ARGS_KEYS)
 
 
 def carry_specs(request: BaseModel, params: SamplingParams) -> None:
@@ -201,8 +194,8 @@ def refuse_beam_search(request: BaseModel) -> None:
     specs[PRESET_KEY] = fields.get(PRESET_KEY)
     for name in FIELD_SCHEMAS:
         if specs[name] or xargs.get(name):
-            raise VLLMValidationError(
-                f"{name}: beam search does not support steering, expected "
-                "use_beam_search=false or no specs",
-                parameter=name,
+            raise refusal(
+                name,
+                "beam search does not support steering, expected use_beam_search=false "
+                "or no specs",
             )

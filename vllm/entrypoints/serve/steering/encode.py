@@ -184,7 +184,9 @@ class EncodeService:
                     field,
                 )
         try:
-            check_prompt_values(field, map(len, prompts), reads)
+            check_prompt_values(
+                field, map(len, prompts), reads, config.max_answer_values
+            )
         except VLLMValidationError as error:
             raise RequestRefused(400, error.args[0], field) from None
 

@@ -11,7 +11,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-MAX_FILES = 16
+# Of the files that are kept. A server may have a module for each layer; if it kept the
+# files of some of them only, a client could make it read all of them again and again.
+MAX_BYTES = 512 << 20
 
 
 class FileCache(Generic[T]):
@@ -52,11 +54,17 @@ class FileCache(Generic[T]):
                 known = changed, self._content(path)
             # The file that was asked for last is the last one.
             self._known[path] = known
-            if len(self._known) > MAX_FILES:
-                del self._known[next(iter(self._known))]
+            self._forget()
         if isinstance(known[1], Exception):
             raise known[1]
         return known[1]
+
+    def _forget(self) -> None:
+        """Drop the files that were asked for first, if all are too large together."""
+        size = sum(changed[1] for changed, _ in self._known.values())
+        while size > MAX_BYTES and len(self._known) > 1:
+            (_, dropped), _ = self._known.pop(next(iter(self._known)))
+            size -= dropped
 
     def _content(self, path: Path) -> T | Exception:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.config.sae_labels import FILE_NAME, LabelIndex, load_labels
-from vllm.config.sae_steering_parser import check_preset
+from vllm.config.sae_steering_parser import why_broken
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
@@ -26,7 +26,6 @@ from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.file_cache import FileCache
 from vllm.entrypoints.serve.steering.protocol import RegisterRequest
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
-from vllm.exceptions import VLLMValidationError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -262,12 +261,7 @@ class SteeringModulesService:
 
 def _checked_presets(config: SteeringConfig) -> Sequence[Json]:
     """Every preset, and why requests cannot run under it now, if they cannot."""
-    found = []
-    for name, preset in config.presets.items():
-        error = None
-        try:
-            check_preset(name, preset, config)
-        except VLLMValidationError as refusal:
-            error = refusal.args[0]
-        found.append({"name": name, "error": error, **preset})
-    return found
+    return [
+        {"name": name, "error": why_broken(preset, config), **preset}
+        for name, preset in config.presets.items()
+    ]

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vllm.model_executor.layers.steering_chunks import (
+    CHUNK_BYTES,
+    ChunkMemory,
+    row_sums,
+)
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -34,11 +39,6 @@ from vllm.model_executor.model_loader.sae_formats.tensor_types import (
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.steering import SAEWeights
-
-    Array = TypeVar("Array", np.ndarray, torch.Tensor)
-
-# One fp32 chunk; several of them are alive at a time.
-CHUNK_BYTES = 8 << 20
 
 Progress = Callable[[int], None]
 
@@ -189,48 +189,52 @@ def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
     raise not_finite(what, FloatType(str(value.dtype).removeprefix("torch.")), bad)
 
 
-def row_sums(W: Array) -> Array:
-    """The sums of the rows of `W [n, D]`, as `[n]`; `W` is overwritten.
+def chunk_rows(width: int) -> int:
+    """Features of a chunk of a matrix with this many columns."""
+    return max(1, CHUNK_BYTES // (4 * width))
 
-    Halves are added to each other. This order is fixed, so NumPy and PyTorch on every
-    device get the same bits.
-    """
-    width = W.shape[1]
-    while width > 1:
-        half = (width + 1) // 2
-        W[:, : width - half] += W[:, half:width]
-        width = half
-    return W[:, 0]
+
+def _memory(
+    layout: SAELayout, tensors: TensorFile, device: torch.device
+) -> ChunkMemory:
+    """Room for the chunks of all matrices of an SAE."""
+    elements = stored = 0
+    for matrix in (layout.W_enc, layout.W_dec, layout.W_skip):
+        if matrix is not None:
+            n, width = matrix_shape(tensors, matrix)
+            size = min(n, chunk_rows(width)) * width
+            elements = max(elements, size)
+            stored = max(stored, size * _itemsize(tensors, matrix))
+    # On the host, a chunk is widened from where its reader left it.
+    return ChunkMemory(elements, device, 0 if device.type == "cpu" else stored)
 
 
 def _chunks(
     tensors: TensorFile,
     matrix: Matrix,
-    device: torch.device,
+    memory: ChunkMemory,
     own: slice | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Feature ranges of a matrix as fp32 `[f, D]` on the device.
+    """Feature ranges of a matrix as fp32 `[f, D]`, which the next one overwrites.
 
     `own`: read these features only; None: all.
     """
     n, width = matrix_shape(tensors, matrix)
     first, last = (0, n) if own is None else (min(own.start, n), min(own.stop, n))
-    step = max(1, CHUNK_BYTES // (4 * width))
-    for start in range(first, last, step):
-        rows = slice(start, min(start + step, last))
-        yield rows, _read_rows(tensors, matrix, rows, device)
+    for start in range(first, last, chunk_rows(width)):
+        rows = slice(start, min(start + chunk_rows(width), last))
+        yield rows, _read_rows(tensors, matrix, rows, memory)
 
 
 def _read_rows(
-    tensors: TensorFile, matrix: Matrix, rows: slice, device: torch.device
+    tensors: TensorFile, matrix: Matrix, rows: slice, memory: ChunkMemory
 ) -> torch.Tensor:
-    """Features `rows` as a new fp32 `[f, D]` on the device."""
+    """Features `rows` as fp32 `[f, D]`."""
     axis = int(matrix.features_last)
-    part = read_slice(tensors, matrix.name, rows.start, rows.stop, axis).to(device)
-    if matrix.features_last:
-        part = part.T
+    part = read_slice(tensors, matrix.name, rows.start, rows.stop, axis)
+    part = memory.from_host(part)
     # Always a copy, because the reader may return a view of a mapped file.
-    return part.to(torch.float32, copy=True).contiguous()
+    return memory.work(part.T if matrix.features_last else part)
 
 
 def fold_sae(
@@ -256,16 +260,18 @@ def _fold_sae(
 ) -> None:
     F = layout.site.d_sae
     device = into.W_enc.device
+    memory = _memory(layout, tensors, device)
 
     def small(name: str | None, size: int, default: float = 0.0) -> torch.Tensor:
+        """A vector on the host, where its float64 steps take no device memory."""
         if name is None:
-            return torch.full((size,), default, device=device)
-        return read_vector(tensors, name).to(device).expand(size).clone()
+            return _on_host(size, default)
+        return read_vector(tensors, name).expand(size).clone()
 
     b_dec = small(layout.b_dec, layout.site.out_width) * layout.b_dec_scale
     _check_finite(b_dec, f"{tensors.label}: {layout.b_dec}")
     into.b_dec.copy_(b_dec[into.columns])
-    norms = _fold_decoder(layout, tensors, into, progress)
+    norms = _fold_decoder(layout, tensors, into, memory, progress)
 
     row_scale = norms * layout.W_enc_scale
     if layout.gate is not None:
@@ -275,25 +281,10 @@ def _fold_sae(
         threshold = (b_enc - gain * small(layout.gate.b_gate, F)).clamp(min=0)
     else:
         b_enc = small(layout.b_enc, F)
-        threshold = _threshold(layout, small, F, device)
+        threshold = _threshold(layout, small, F)
     b_enc *= norms * layout.b_enc_scale
-    for rows, W in _chunks(tensors, layout.W_enc, device, into.own):
-        W *= row_scale[rows, None]
-        if layout.centre_input:
-            mean = row_sums(W.clone()) * (1 / W.shape[1])
-            W -= mean[:, None]
-            if layout.subtract_b_dec:
-                # The part of W_enc b_dec (below) that comes from the mean of a row.
-                b_enc[rows] -= mean * row_sums(b_dec[None].clone())
-        stored = into.W_enc[rows.start - into.own.start : rows.stop - into.own.start]
-        stored.copy_(W)
-        _check_finite(stored, f"{tensors.label}: {layout.W_enc.name}", rows.start)
-        if layout.subtract_b_dec:
-            W.copy_(stored)
-            W *= b_dec
-            b_enc[rows] -= row_sums(W)
-        progress(W.numel() * _itemsize(tensors, layout.W_enc))
-    _copy_skip(layout.W_skip, tensors, into)
+    _fold_encoder(layout, tensors, into, memory, progress, (row_scale, b_enc, b_dec))
+    _copy_skip(layout.W_skip, tensors, into, memory)
 
     for name, target, value in (
         ("b_enc", into.b_enc, b_enc),
@@ -304,34 +295,71 @@ def _fold_sae(
         target[: own.shape[0]].copy_(own)
 
 
-def _fold_decoder(
-    layout: SAELayout, tensors: TensorFile, into: SAEWeights, progress: Progress
-) -> torch.Tensor:
-    """Write `W_dec` and the norms of its rows; float32 `[F]`, what rows were divided
-    by."""
+def _fold_encoder(
+    layout: SAELayout,
+    tensors: TensorFile,
+    into: SAEWeights,
+    memory: ChunkMemory,
+    progress: Progress,
+    vectors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Write `W_enc` with `vectors` (row scale, b_enc, b_dec; on the host), and fold
+    `b_dec` into b_enc."""
+    row_scale, b_enc, b_dec = vectors
     device = into.W_enc.device
-    norms = torch.ones(layout.site.d_sae, device=device)
-    for rows, W in _chunks(tensors, layout.W_dec, device):
+    on_device = b_dec.to(device)
+    for rows, W in _chunks(tensors, layout.W_enc, memory, into.own):
+        W *= row_scale[rows, None].to(device)
+        if layout.centre_input:
+            mean = row_sums(memory.spare(W.shape).copy_(W)) * (1 / W.shape[1])
+            W -= mean[:, None]
+            if layout.subtract_b_dec:
+                # The part of W_enc b_dec (below) that comes from the mean of a row.
+                b_enc[rows] -= mean.cpu() * row_sums(b_dec[None].clone())
+        stored = into.W_enc[rows.start - into.own.start : rows.stop - into.own.start]
+        stored.copy_(W)
+        _check_finite(stored, f"{tensors.label}: {layout.W_enc.name}", rows.start)
+        if layout.subtract_b_dec:
+            W.copy_(stored)
+            W *= on_device
+            b_enc[rows] -= row_sums(W).cpu()
+        progress(W.numel() * _itemsize(tensors, layout.W_enc))
+
+
+def _fold_decoder(
+    layout: SAELayout,
+    tensors: TensorFile,
+    into: SAEWeights,
+    memory: ChunkMemory,
+    progress: Progress,
+) -> torch.Tensor:
+    """Write `W_dec` and the norms of its rows; float32 `[F]` on the host, what rows
+    were divided by."""
+    norms = _on_host(layout.site.d_sae, 1.0)
+    what = f"{tensors.label}: {layout.W_dec.name}"
+    for rows, W in _chunks(tensors, layout.W_dec, memory):
         W *= layout.W_dec_scale
         if layout.unit_decoder_rows:
+            squares = torch.mul(W, W, out=memory.spare(W.shape))
             # A dead feature may have a zero row; it then contributes nothing.
-            norms[rows] = _exactly(torch.sqrt, row_sums(W * W))
-            W /= norms[rows, None].clamp(min=1e-8)
-        stored = W.to(into.W_dec.dtype)
-        what = f"{tensors.label}: {layout.W_dec.name}"
+            norms[rows] = _exactly(torch.sqrt, row_sums(squares).cpu())
+            W /= norms[rows, None].clamp(min=1e-8).to(W.device)
+        stored = memory.rounded(W, into.W_dec.dtype)
         _check_finite(stored, what, rows.start)
         into.W_dec[rows].copy_(stored[:, into.columns])
         if into.row_norms is not None:
-            into.row_norms[rows] = stored.float().norm(dim=1)
+            into.row_norms[rows] = memory.work(stored).norm(dim=1)
         progress(W.numel() * _itemsize(tensors, layout.W_dec))
     return norms
 
 
-def _copy_skip(matrix: Matrix | None, tensors: TensorFile, into: SAEWeights) -> None:
+def _copy_skip(
+    matrix: Matrix | None, tensors: TensorFile, into: SAEWeights, memory: ChunkMemory
+) -> None:
     if matrix is None or into.W_skip is None:
         return
     own = into.columns
-    for rows, W in _chunks(tensors, matrix, into.W_skip.device, own):
+    for rows, W in _chunks(tensors, matrix, memory, own):
         stored = into.W_skip[rows.start - own.start : rows.stop - own.start]
         stored.copy_(W)
         _check_finite(stored, f"{tensors.label}: {matrix.name}")
@@ -341,15 +369,19 @@ def _threshold(
     layout: SAELayout,
     small: Callable[[str | None, int, float], torch.Tensor],
     d_sae: int,
-    device: torch.device,
 ) -> torch.Tensor:
     if isinstance(layout.threshold, str):
         threshold = small(layout.threshold, d_sae, 0.0)
     else:
-        threshold = torch.full((d_sae,), layout.threshold or 0.0, device=device)
+        threshold = _on_host(d_sae, layout.threshold or 0.0)
     if layout.threshold_is_log:
         threshold = _exactly(torch.exp, threshold)
     return threshold * layout.threshold_scale
+
+
+def _on_host(size: int, value: float) -> torch.Tensor:
+    """A float32 vector, whatever the default dtype and device are."""
+    return torch.full((size,), value, dtype=torch.float32, device="cpu")
 
 
 def _exactly(

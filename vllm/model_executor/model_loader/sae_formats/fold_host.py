@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm.model_executor.model_loader.sae_formats import fold
+from vllm.model_executor.layers.steering_chunks import row_sums
 from vllm.model_executor.model_loader.sae_formats.fold import (
+    chunk_rows,
     matrix_shape,
     not_finite,
     read_floats,
-    row_sums,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import Matrix, SAELayout
 from vllm.model_executor.model_loader.sae_formats.tensor_files import (
@@ -170,7 +170,7 @@ def _chunks(tensors: TensorFile, matrix: Matrix) -> Iterator[tuple[slice, np.nda
     n, width = matrix_shape(tensors, matrix)
     kind = tensors.infos[matrix.name].dtype
     assert kind is not None
-    step = max(1, fold.CHUNK_BYTES // (4 * width))
+    step = chunk_rows(width)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         axis = int(matrix.features_last)

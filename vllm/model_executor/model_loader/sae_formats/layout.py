@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ MAX_CONFIG_BYTES = 4 << 20
 MAX_ENTRIES = 4096
 MAX_INT32 = 2**31 - 1
 MAX_INTEGER_DIGITS = 40
+# How much of a list or an object an excerpt may show.
+_EXCERPT = reprlib.Repr()
+_EXCERPT.maxlevel, _EXCERPT.maxlist, _EXCERPT.maxdict = 3, 10, 10
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -238,6 +242,16 @@ def read_json(path: Path) -> Json:
     return data
 
 
+def excerpt(value: object) -> str:
+    """At most 80 characters of a value, without a look at all of it.
+
+    A few lines of YAML can repeat a list a billion times.
+    """
+    plain = isinstance(value, (str, int, float))
+    found = repr(value) if plain else _EXCERPT.repr(value)
+    return found if len(found) <= 80 else found[:77] + "..."
+
+
 class Fields:
     """Typed reads from a parsed configuration, with the field's path in every error."""
 
@@ -247,9 +261,7 @@ class Fields:
 
     def fail(self, key: str, expected: str) -> LayoutError:
         """The error for `key`; it shows what was found."""
-        found = repr(self.data[key]) if key in self.data else "nothing"
-        if len(found) > 80:
-            found = found[:77] + "..."
+        found = excerpt(self.data[key]) if key in self.data else "nothing"
         return LayoutError(f"{self.where}: {key}: expected {expected}, found {found}")
 
     def integer(

@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
     Overrides,
     SAELayout,
+    excerpt,
     read_json,
 )
 from vllm.model_executor.model_loader.sae_formats.names import (
@@ -168,7 +169,8 @@ def _refuse_what_cannot_fold(
     if not any(normalize is ok or normalize == ok for ok in foldable):
         raise LayoutError(
             f"{CONFIG}: normalize_activations: expected none or {AVERAGE}, found "
-            f"{normalize!r} (per-token normalisation and whitening cannot be folded)"
+            f"{excerpt(normalize)} (per-token normalisation and whitening cannot be "
+            "folded)"
         )
     if kind.transcodes and (normalize is True or normalize == AVERAGE):
         raise cfg.fail("normalize_activations", "none for a transcoder")

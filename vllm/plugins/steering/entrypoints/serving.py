@@ -64,8 +64,7 @@ INSTALLERS: tuple[Installer | ModelsInstaller, ...] = (
 
 def _make(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.presets import select_preset
-    from vllm.entrypoints.openai.steering.request_checks import check_request
-    from vllm.entrypoints.openai.steering.request_fields import refuse_ambiguous_body
+    from vllm.entrypoints.openai.steering.request_checks import checked_request
     from vllm.entrypoints.serve.steering.metrics import count_refusal, count_request
 
     async def checked(
@@ -76,8 +75,7 @@ def _make(stock: Stock) -> Stock:
         try:
             config = active_steering_config(self.engine_client.vllm_config)
             select_preset(request, config, _served(self.models))
-            steering = check_request(request, config)
-            await refuse_ambiguous_body(raw_request)
+            steering = await checked_request(request, config, raw_request)
         except VLLMValidationError as error:
             count_refusal(error.parameter)
             return self.create_error_response(error)

@@ -2,14 +2,16 @@
 """Seam into `vllm.v1.engine.input_processor`: bad steering is an HTTP 400.
 
 The edit a branch would make: `_validate_params` ends by parsing the request's
-steering, and `process_inputs`, which calls it, writes the canonical specs into its
-private copy of the sampling parameters. The caller's object is never changed.
+steering. `process_inputs`, which calls it, limits what the result may hold of what the
+request reads, and writes the canonical specs into its private copy of the sampling
+parameters. The caller's object is never changed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm.config.sae_readout_specs import check_generated_values
 from vllm.config.sae_steering_admission import (
     canonical_extra_args,
     refuse_pooling,
@@ -22,9 +24,11 @@ from vllm.config.steering import SteeringConfig
 from vllm.engine.steering_active_config import active_steering_config
 from vllm.plugins.steering.seam import Stock, declare, wrap
 from vllm.pooling_params import PoolingParams
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
 MODULE = "vllm.v1.engine.input_processor"
@@ -87,6 +91,25 @@ def _make_validate_params(stock: Stock) -> Stock:
     return _validate_params
 
 
+def _check_values(
+    processor: InputProcessor,
+    request: EngineCoreRequest,
+    steering: SteeringRequest,
+    most: int,
+) -> None:
+    """Limit what a result holds of its tokens, unless each is handed over at once."""
+    params = request.sampling_params
+    assert params is not None
+    if not steering.reads or params.output_kind is RequestOutputKind.DELTA:
+        return
+    length = length_from_prompt_token_ids_or_embeds(
+        request.prompt_token_ids, request.prompt_embeds
+    )
+    room = max(processor.model_config.max_model_len - length, 0)
+    tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    check_generated_values("max_tokens", tokens * params.n, steering.reads, most)
+
+
 def _make_process_inputs(stock: Stock) -> Stock:
     def process_inputs(
         self: InputProcessor,
@@ -104,6 +127,8 @@ def _make_process_inputs(stock: Stock) -> Stock:
         if parsed is None or parsed.params is not params:
             parsed = _parse(self, own)
         config, steering = parsed.config, parsed.steering
+        if config is not None and steering is not None:
+            _check_values(self, request, steering, config.max_answer_values)
         if own.extra_args or (config is not None and config.default_preset):
             refuse_streaming_input(steering, request.resumable)
             own.extra_args = canonical_extra_args(own.extra_args, steering, config)
