@@ -131,6 +131,33 @@ def test_the_transformers_backend_equals_hugging_face(
     conforms(TRANSFORMERS_CASES[name], model_root, tmp_path)
 
 
+def test_hugging_faces_layer_with_experts_beside_the_mlp_has_no_mlp_points() -> None:
+    layer = models.decoder_layers(models.build("gemma4_moe"))[1]
+    family = hugging_face_family(layer)
+    assert family is not None
+    assert (family.mlp, family.mid_norm) == (None, "pre_feedforward_layernorm")
+    dense = hugging_face_family(models.decoder_layers(models.build("gemma4"))[1])
+    assert dense is not None and dense.mlp == "mlp"
+
+
+def test_hugging_faces_layer_with_several_streams_is_no_known_layer() -> None:
+    names = ("num_kv_shared_layers", "laurel_rank", "altup_num_inputs")
+    sizes = {
+        **{key: models.COMMON[key] for key in ("hidden_size", "num_hidden_layers")},
+        "intermediate_size": 96,
+        "layer_types": ["sliding_attention"] * models.LAYERS,
+        "activation_sparsity_pattern": [0.0] * models.LAYERS,
+        "vocab_size": models.VOCAB,
+        "vocab_size_per_layer_input": models.VOCAB,
+        "hidden_size_per_layer_input": 8,
+        **dict.fromkeys(names, 2),
+    }
+    config = transformers.Gemma3nTextConfig(**sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert hugging_face_family(model.layers[1]) is None
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("PhiConfig", {}), ("GPTNeoXConfig", {"use_parallel_residual": True})],

@@ -217,7 +217,7 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     name = class_name(module)
     if family := FAMILIES.get(name) or _trusted.get(model, {}).get(name):
         return family
-    if f"{MODELS}.transformers." not in _lineage(model):
+    if not _is_hugging_face(model):
         return None
     is_hf = type(module).__module__.startswith("transformers.")
     return hugging_face_family(module) if is_hf else None
@@ -238,6 +238,9 @@ def hugging_face_family(module: nn.Module) -> LayerFamily | None:
     parts = {name: part for name, part in module.named_children()}
     if "mlp" not in parts or not parts.keys() & set(HF_ATTENTIONS):
         return None
+    if "altup" in parts:
+        # Gemma-3n carries several streams.
+        return None
     norms_outputs = "post_feedforward_layernorm" in parts
     norms_input = "pre_feedforward_layernorm" in parts
     mid_norm = next((n for n in ("post_attention_layernorm", "ln_2") if n in parts), "")
@@ -251,14 +254,19 @@ def hugging_face_family(module: nn.Module) -> LayerFamily | None:
         mlp_reads_stream=norms_outputs and not norms_input,
         attention=HF_ATTENTIONS,
         projection=HF_PROJECTIONS,
+        # Gemma 4's experts stand beside the MLP and write with it.
+        mlp=None if "experts" in parts else "mlp",
         attention_norm="post_attention_layernorm" if norms_outputs else None,
         mlp_norm="post_feedforward_layernorm" if norms_outputs else None,
         scale="residual_multiplier",
+        gate="per_layer_input_gate",
     )
 
 
-def _lineage(model: nn.Module) -> str:
-    return " ".join(f"{c.__module__}." for c in type(model).__mro__)
+def _is_hugging_face(model: nn.Module) -> bool:
+    """Whether vLLM's Transformers backend runs the model."""
+    backend = f"{MODELS}.transformers."
+    return any(f"{c.__module__}.".startswith(backend) for c in type(model).__mro__)
 
 
 def _unknown_family(model: nn.Module) -> str:
