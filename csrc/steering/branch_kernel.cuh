@@ -9,6 +9,7 @@ namespace vllm_steering {
 
 constexpr int kMaxBranches = 16;
 constexpr int kBranchThreads = 256;
+static_assert(kMaxBranches <= 32, "modules are bits of a word");
 
 // A table whose rows begin with whether they do anything.
 struct BranchRows {
@@ -40,7 +41,7 @@ inline __device__ unsigned modules_of(const BranchTables& t, int token) {
   return found;
 }
 
-inline __global__ void __launch_bounds__(kBranchThreads)
+__global__ void __launch_bounds__(kBranchThreads)
     branch_kernel(cudaGraphConditionalHandle handle,
                   const __grid_constant__ Branches b) {
   __shared__ unsigned all;

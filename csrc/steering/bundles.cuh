@@ -73,6 +73,31 @@ __device__ __forceinline__ float saturate(float x, bool& over) {
   return fminf(fmaxf(x, -kLimit), kLimit);
 }
 
+// Eight components that may be written, rounded.
+template <typename T>
+__device__ __forceinline__ Pack8<T> saturate8(const float (&x)[8], bool& over) {
+  Pack8<T> out;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    out.two[k] =
+        pack2<T>(saturate<T>(x[2 * k], over), saturate<T>(x[2 * k + 1], over));
+  return out;
+}
+
+// Writes eight columns of a token from c on. The residual takes the whole
+// value and hidden becomes 0, so the model's own sum is this value to the bit.
+template <typename T>
+__device__ __forceinline__ void write_back(const Stream<T>& s, int64_t token,
+                                           int64_t c, const Pack8<T>& value) {
+  T* hidden = s.hidden + token * s.hidden_stride + c;
+  if (s.residual != nullptr) {
+    store8(s.residual + token * s.residual_stride + c, value);
+    store8(hidden, zeros8<T>());
+  } else {
+    store8(hidden, value);
+  }
+}
+
 // Counts a token once, however many of its components were limited, and by
 // whichever thread.
 __device__ __forceinline__ void count_saturated(bool over, int* counted,

@@ -215,7 +215,7 @@ __device__ void screen(const Weights<T>& w, const Screen& s, ScreenMemory& m,
                        const GroupedTiles& g, const BlockTiles& own, int n) {
   const int k_tiles = s.padded / kScreenColumns;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const float minus = -__int_as_float(0x7F800000);
+  const float minus = -infinity();
   float4* tokens = reinterpret_cast<float4*>(m.base.hits);
   int it = 0;
   int acc[2][Tokens];

@@ -299,15 +299,7 @@ __device__ __forceinline__ bool add_rows(const TokenStream<T, kTwo>& stream,
     else
       x = stream.combine(i);
     float acc[8];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 two = unpack2<T>(x.two[k]);
-      acc[2 * k] = two.x;
-      acc[2 * k + 1] = two.y;
-    }
-#pragma unroll 1
-    for (int c = 0; c < row.count; c += RowRing<T, W>::kBatch)
-      ring.add(acc, row, c);
+    ring.sum(acc, x, row);
     over |= stream.write(i * 8, acc);
   }
   return over;
@@ -350,15 +342,9 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   const ClampRow from = a.step.table.row(index);
   const int padded = padded_clamps(from.max_clamps);
   uint4* const x = shared + kRingPitch * blockDim.x;
-  StagedRow row;
-  row.feature = reinterpret_cast<int*>(
-      shared +
-      clamp_parts(blockDim.x, a.d_model, kSource ? a.weights.d_in : 0));
-  row.code = row.feature + padded;
-  row.delta = reinterpret_cast<float*>(row.code + padded);
-  row.bias = row.delta + padded;
-  row.threshold = row.bias + padded;
-  row.head = &head;
+  StagedRow row(
+      shared + clamp_parts(blockDim.x, a.d_model, kSource ? a.weights.d_in : 0),
+      padded, &head);
   const TokenStream<T, kTwo> stream = {
       a.stream.hidden + t * static_cast<uint32_t>(a.stream.hidden_stride),
       a.stream.residual + t * static_cast<uint32_t>(a.stream.residual_stride),

@@ -11,7 +11,8 @@ namespace vllm_steering {
 
 constexpr int kClampThreads = 448;  // two blocks an SM with 72 registers
 constexpr int kClampWarps = kClampThreads / 32;
-constexpr int kClampGroup = 8;  // clamps that are encoded at a time
+constexpr int kClampGroup = 8;    // clamps that are encoded at a time
+constexpr int kWordsOfClamp = 5;  // in shared memory, see StagedRow
 // 16-byte parts of a thread's ring, and the distance of two threads' rings: an
 // odd number, so that threads side by side meet different banks.
 constexpr int kRingParts = 8, kRingPitch = kRingParts + 1;
@@ -42,10 +43,10 @@ __host__ __device__ inline int clamp_parts(int threads, int d_model,
          padded_parts(d_source);
 }
 
-// Dynamic shared memory of a block: these parts, then five words a clamp.
+// Dynamic shared memory of a block: these parts, then the table row.
 inline int clamp_smem(int threads, int d_model, int d_source, int max_clamps) {
   return clamp_parts(threads, d_model, d_source) * 16 +
-         padded_clamps(max_clamps) * 20;
+         padded_clamps(max_clamps) * kWordsOfClamp * 4;
 }
 
 // The token's row of the stream, in memory and in shared memory; `residual`
@@ -109,7 +110,17 @@ struct StagedRow {
   int *feature, *code;
   float *delta, *bias, *threshold;
   const Head* head;
-  int count;
+  int count;  // not known before the head is
+
+  // `memory` has room for kWordsOfClamp words of each of `padded` clamps.
+  __device__ __forceinline__ StagedRow(uint4* memory, int padded,
+                                       const Head* head)
+      : feature(reinterpret_cast<int*>(memory)),
+        code(feature + padded),
+        delta(reinterpret_cast<float*>(code + padded)),
+        bias(delta + padded),
+        threshold(bias + padded),
+        head(head) {}
 };
 
 // The thread's columns of decoder rows, in the order in which they are added:
@@ -182,6 +193,14 @@ struct RowRing {
     }
     taken ^= kRingParts / 2;
     request(row);
+  }
+
+  // acc = x and the rows of all clamps, for the thread's next columns.
+  __device__ __forceinline__ void sum(float (&acc)[8], const Pack8<T>& x,
+                                      const StagedRow& row) {
+    unpack8(acc, x);
+#pragma unroll 1
+    for (int c = 0; c < row.count; c += kBatch) add(acc, row, c);
   }
 };
 

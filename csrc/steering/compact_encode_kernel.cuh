@@ -15,6 +15,8 @@ namespace vllm_steering {
 
 constexpr int kFirstStages = 2;  // of W_enc, before the tokens are known
 static_assert(kCompactThreads == kConsumers, "who gathers multiplies");
+static_assert(kCompactEncodeTokens <= kEncodeThreads, "a thread looks at one");
+static_assert(kCompactEncodeTokens <= 1 << 8, "ids of 8 bits in shared memory");
 
 template <typename T>
 struct CompactEncodeArgs {
@@ -98,6 +100,22 @@ __device__ void gather_active(const CompactEncodeArgs<T>& a, EncodeMemory& m,
   }
 }
 
+// One thread: waits until every block has gathered its tokens.
+template <typename T>
+__device__ __forceinline__ void await_tokens(const Workspace<T>& ws) {
+  grid_wait(ws.sync + kArrivals, gridDim.x);
+  grid_leave(ws.sync + kArrivals, ws.sync + kExits);
+  fence_async();
+}
+
+// The consumers: this block has gathered its tokens.
+template <typename T>
+__device__ __forceinline__ void announce_tokens(const Workspace<T>& ws) {
+  fence_async();
+  sync_threads<kConsumers>();
+  if (threadIdx.x == 0) grid_arrive(ws.sync + kArrivals);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     compact_encode_kernel(const __grid_constant__ CompactEncodeArgs<T> a,
@@ -136,18 +154,12 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
                                   a.encode.weights.first_feature);
   if (t >= kConsumers) {
     give_registers<40>();
-    if (t == kTokensThread) {
-      grid_wait(ws.sync + kArrivals, gridDim.x);
-      grid_leave(ws.sync + kArrivals, ws.sync + kExits);
-      fence_async();
-    }
+    if (t == kTokensThread) await_tokens(ws);
     producer<1, Leaves::kUsual>(a.encode, m, maps, n, first, walk);
   } else {
     take_registers<232>();
     gather_active(a, m, n, own.limit);
-    fence_async();
-    sync_threads<kConsumers>();
-    if (t == 0) grid_arrive(ws.sync + kArrivals);
+    announce_tokens(ws);
     consumer<1, Leaves::kUsual>(a.encode, m, n, walk);
   }
 #else

@@ -12,6 +12,8 @@ namespace vllm_steering {
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
 constexpr int kColumns = kColumnsOfSlice;
+static_assert(kColumns == kDecodeThreads, "a thread finishes a column");
+static_assert(kListMax % kDecodeThreads == 0, "threads take equal parts");
 constexpr int kFewTokens = 8;  // up to here a token's latency counts
 
 template <typename T>

@@ -117,8 +117,6 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
     if (token < 0) return;
   }
   const int column = slice * kColumns + lane * 8;
-  Pack8<T> zero;
-  zero.raw = make_uint4(0, 0, 0, 0);
   for (int from = threadIdx.x / 32; from < x.size; from += kDecodeWarps) {
     if (column >= d_out) continue;
     const int c = from * d_out + column;
@@ -127,13 +125,7 @@ __device__ __forceinline__ void write_slice(const DecodeArgs<T>& a, int64_t i,
                                  : load8(x.template row<T>(x.rank, i) + c);
     if (token < 0) continue;
     limited |= over;
-    T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
-    if (a.stream.residual != nullptr) {
-      store8(a.stream.residual + token * a.stream.residual_stride + c, out);
-      store8(h, zero);
-    } else {
-      store8(h, out);
-    }
+    write_back(a.stream, token, c, out);
   }
   count_saturated(limited && (packets || threadIdx.x == 0), counted,
                   a.saturated);

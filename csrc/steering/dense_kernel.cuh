@@ -304,8 +304,7 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
 #pragma unroll
       for (int j = 0; j < 8; ++j) total[j] += deltas[k] * to_float(w.at[j]);
     }
-    Pack8<T> out, zero;
-    zero.raw = make_uint4(0, 0, 0, 0);
+    Pack8<T> out;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       out.at[j] = from_float<T>(saturate<T>(total[j], over));
@@ -315,13 +314,7 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
                out);
       continue;
     }
-    T* h = a.stream.hidden + token * a.stream.hidden_stride + c;
-    if (a.stream.residual != nullptr) {
-      store8(a.stream.residual + token * a.stream.residual_stride + c, out);
-      store8(h, zero);
-    } else {
-      store8(h, out);
-    }
+    write_back(a.stream, token, c, out);
   }
   if (a.shared())
     release_dense(a.exchange, i, d_out, __syncthreads_or(over) != 0);

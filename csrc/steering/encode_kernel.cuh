@@ -34,16 +34,30 @@ __device__ __forceinline__ int prepare_cluster(EncodeMemory& m,
   return cluster_rank();
 }
 
+// A block of a kernel that encodes in clusters, ready for its tiles.
+struct EncodeBlock {
+  EncodeMemory& memory;
+  int rank;  // in its cluster
+  int n;     // active tokens
+};
+
+// How every such kernel begins.
+template <typename T>
+__device__ __forceinline__ EncodeBlock begin_encode(const EncodeArgs<T>& a,
+                                                    const EncodeMaps& maps) {
+  extern __shared__ char raw[];
+  EncodeMemory& memory = encode_memory(raw);
+  const int rank = prepare_cluster(memory, maps);
+  wait_for_previous();
+  return {memory, rank, a.ws.tokens()};
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     encode_kernel(const __grid_constant__ EncodeArgs<T> a,
                   const __grid_constant__ EncodeMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw[];
-  EncodeMemory& m = encode_memory(raw);
-  const int rank = prepare_cluster(m, maps);
-  wait_for_previous();
-  const int n = a.ws.tokens();
+  const auto [m, rank, n] = begin_encode(a, maps);
   if (n <= 0) return;
   encode_tiles<Leaves::kUsual>(
       a, m, maps, n,

@@ -39,20 +39,27 @@ struct LaneFeatures {
   float2 bias, cut;
 };
 
+// Of any two features, or of a lane of a tile, f and f + 8.
 template <typename T>
 __device__ __forceinline__ LaneFeatures load_features(const Weights<T>& w,
-                                                      int f) {
-  const float inf = __int_as_float(0x7F800000);
+                                                      int f, int g) {
+  const float inf = infinity();
   LaneFeatures l = {make_float2(-inf, -inf), make_float2(inf, inf)};
   if (f < w.num_features) {
     l.bias.x = w.b_enc[f];
     l.cut.x = fmaxf(w.threshold[f], 0.f) - l.bias.x;
   }
-  if (f + 8 < w.num_features) {
-    l.bias.y = w.b_enc[f + 8];
-    l.cut.y = fmaxf(w.threshold[f + 8], 0.f) - l.bias.y;
+  if (g < w.num_features) {
+    l.bias.y = w.b_enc[g];
+    l.cut.y = fmaxf(w.threshold[g], 0.f) - l.bias.y;
   }
   return l;
+}
+
+template <typename T>
+__device__ __forceinline__ LaneFeatures load_features(const Weights<T>& w,
+                                                      int f) {
+  return load_features(w, f, f + 8);
 }
 
 // Where a tile lies, and how many tokens there are in all.

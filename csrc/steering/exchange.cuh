@@ -44,6 +44,8 @@ enum HeaderField {
   kDone = 32,   // [rank]: the pull that it has ended
 };
 
+static_assert(kReady + kMaxRanks <= kDone, "flags of pulls overlap");
+
 struct Exchange {
   char* at[kMaxRanks];  // arenas
   int rank, size;       // size 1: nothing is shared
@@ -79,37 +81,49 @@ struct Exchange {
 // packets, and all of it.
 enum SharedPart { kPushes = 1, kDecodes = 2, kWrites = 4, kPackets = 8 };
 
-// kExchangeThreads threads a block: sends each active token's list to all
-// ranks, its head last. A list that is
-// too long is not sent, only its length: the token is dense on every rank.
-template <typename T>
-__device__ __forceinline__ void push_lists(const Workspace<T>& ws,
-                                           const Exchange& x, int n,
-                                           unsigned round) {
-  constexpr int kEach = kListMax / kExchangeThreads;
-  for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+// A thread's entries of a token's own list, requested before their number is
+// known, and how many of the list are sent: none if it is too long.
+struct OwnList {
+  static constexpr int kEach = kListMax / kExchangeThreads;
+  int64_t entry[kEach];
+  int listed, sent;
+
+  template <typename T>
+  __device__ __forceinline__ OwnList(const Workspace<T>& ws, int64_t i) {
     const int64_t* own = ws.entries + i * ws.capacity;
-    int64_t entry[kEach];  // requested before their number is known
 #pragma unroll
     for (int u = 0; u < kEach; ++u) {
       const int e = threadIdx.x + u * kExchangeThreads;
       entry[u] = e < ws.capacity ? own[e] : 0;
     }
     const TokenRecord& record = ws.records[i];
-    const int listed = record.token < 0 ? 0 : record.listed;
-    const int sent = listed <= kListMax ? listed : 0;
+    listed = record.token < 0 ? 0 : record.listed;
+    sent = listed <= kListMax ? listed : 0;
+  }
+};
+static_assert(kListMax % kExchangeThreads == 0, "threads take equal parts");
+
+// kExchangeThreads threads a block: sends each active token's list to all
+// ranks, its head last. A list that is too long is not sent, only its length:
+// the token is dense on every rank.
+template <typename T>
+__device__ __forceinline__ void push_lists(const Workspace<T>& ws,
+                                           const Exchange& x, int n,
+                                           unsigned round) {
+  for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    const OwnList own(ws, i);
 #pragma unroll
-    for (int u = 0; u < kEach; ++u) {
+    for (int u = 0; u < OwnList::kEach; ++u) {
       const int e = threadIdx.x + u * kExchangeThreads;
-      if (e >= sent) continue;
+      if (e >= own.sent) continue;
       for (int to = 0; to < x.size; ++to)
-        x.list(to, x.rank, i)[1 + e] = entry[u];
+        x.list(to, x.rank, i)[1 + e] = own.entry[u];
     }
     __syncthreads();
     if (threadIdx.x < x.size)
-      store_release(
-          reinterpret_cast<uint64_t*>(x.list(threadIdx.x, x.rank, i)),
-          static_cast<uint64_t>(round) << 32 | static_cast<unsigned>(listed));
+      store_release(reinterpret_cast<uint64_t*>(x.list(threadIdx.x, x.rank, i)),
+                    static_cast<uint64_t>(round) << 32 |
+                        static_cast<unsigned>(own.listed));
   }
 }
 

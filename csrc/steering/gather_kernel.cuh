@@ -19,8 +19,7 @@ __device__ __forceinline__ void gather_entries(float (&acc)[kDecodeWarps][8],
   const int lane = threadIdx.x & 31;
   for (int first = 0; first < n; first += 32) {
     const int64_t mine = first + lane < n ? own[first + lane] : 0;
-    const int feature = static_cast<int>(mine >> 32),
-              bits = static_cast<int>(mine);
+    const int feature = entry_feature(mine), bits = static_cast<int>(mine);
     const int most = min(32, n - first);
     for (int j = 0; j < most; j += kDecodeWarps) {
       Pack8<T> w[kDecodeWarps];
@@ -117,17 +116,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       continue;
     }
     const Pack8<T> out = sum_columns<T>(acc, base + column, over);
-    Pack8<T> zero;
-    zero.raw = make_uint4(0, 0, 0, 0);
     count_saturated(over, &record->saturated, a.saturated);
-    T* h = a.stream.hidden + token * a.stream.hidden_stride + column;
-    if (a.stream.residual != nullptr) {
-      store8(a.stream.residual + token * a.stream.residual_stride + column,
-             out);
-      store8(h, zero);
-    } else {
-      store8(h, out);
-    }
+    write_back(a.stream, token, column, out);
   }
 }
 

@@ -16,12 +16,14 @@
 namespace vllm_steering {
 
 constexpr int kGuessThreads = 256;
+static_assert(kGuessSample % (2 * kTileF) == 0, "whole pairs of tiles");
+static_assert(kGuessSample % (8 * kGuessThreads) == 0, "16 bytes a thread");
 
 template <typename T>
 struct GuessArgs {
   EncodeArgs<T> encode;
   ClampTable table;
-  float* bars;  // [rows, up to a multiple of the widest tile]
+  float* bars;  // [whole_tiles(rows)]
   int* failed;  // [tokens of the step]
 };
 
@@ -44,11 +46,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     sample_kernel(const __grid_constant__ EncodeArgs<T> a,
                   const __grid_constant__ EncodeMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw[];
-  EncodeMemory& m = encode_memory(raw);
-  const int rank = prepare_cluster(m, maps);
-  wait_for_previous();
-  const int n = a.ws.tokens();
+  const auto [m, rank, n] = begin_encode(a, maps);
   if (n <= 0 || guess_rank(a.weights.meta) == 0) return;
   SampleWalk walk;
   static_cast<TileWalk&>(walk) = tile_walk(kGuessSample, n, kEncodePeers, rank);
@@ -65,11 +63,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     candidates_kernel(const __grid_constant__ EncodeArgs<T> a,
                       const __grid_constant__ EncodeMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw[];
-  EncodeMemory& m = encode_memory(raw);
-  const int rank = prepare_cluster(m, maps);
-  wait_for_previous();
-  const int n = a.ws.tokens();
+  const auto [m, rank, n] = begin_encode(a, maps);
   if (n <= 0 || guess_rank(a.weights.meta) == 0) return;
   encode_tiles<Leaves::kCandidates>(
       a, m, maps, n, tile_walk(a.weights.num_features, n, kEncodePeers, rank));
@@ -125,8 +119,8 @@ __global__ void __launch_bounds__(kGuessThreads)
   const Workspace<T>& ws = a.encode.ws;
   const int n = ws.tokens(), rank = guess_rank(a.encode.weights.meta);
   if (rank == 0) return;
-  for (int64_t i = blockIdx.x; i < (n + 255) / 256 * 256; i += gridDim.x) {
-    float bar = __int_as_float(0x7F800000);
+  for (int64_t i = blockIdx.x; i < whole_tiles(n); i += gridDim.x) {
+    float bar = infinity();
     if (i < n && ws.records[i].token >= 0)
       bar = score_of(
           nth_of_sample(a.encode.samples + i * kGuessSample, rank, sums) << 16);
@@ -154,14 +148,6 @@ __device__ __forceinline__ int load_keys(ChooseMemory& m, const int64_t* own,
   return block_sum(valid, m.sums);
 }
 
-__device__ __forceinline__ int feature_of(unsigned long long key) {
-  return 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF);
-}
-
-__device__ __forceinline__ float value_of(unsigned long long key) {
-  return score_of(static_cast<unsigned>(key >> 31));
-}
-
 // Lists the k largest of the candidates, those that survive.
 __device__ __forceinline__ void choose_largest(ChooseMemory& m, int64_t* own,
                                                int listed, int k, bool relu) {
@@ -171,9 +157,9 @@ __device__ __forceinline__ void choose_largest(ChooseMemory& m, int64_t* own,
 #pragma unroll 8
     for (int o = 0; o < listed; ++o) above += m.keys[o] > key;
     if (above == k - 1) m.kth = key;
-    const float p = value_of(key);
+    const float p = key_score(key);
     if (above < k && survives(p, relu))
-      own[atomicAdd(&m.listed, 1)] = pack_entry(feature_of(key), p);
+      own[atomicAdd(&m.listed, 1)] = pack_entry(key_feature(key), p);
   }
 }
 
@@ -211,8 +197,8 @@ __global__ void __launch_bounds__(kGuessThreads)
     const auto activation = [&](int f) {
       for (int e = 0; e < listed; ++e) {
         const unsigned long long key = m.keys[e];
-        const float p = value_of(key);
-        if (key != 0 && feature_of(key) == f)
+        const float p = key_score(key);
+        if (key != 0 && key_feature(key) == f)
           return key >= m.kth && (p > 0.f || !relu) ? p : 0.f;
       }
       return 0.f;

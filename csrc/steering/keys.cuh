@@ -22,6 +22,14 @@ __device__ __forceinline__ unsigned long long sort_key(float p, int f) {
          (0x7FFFFFFFu ^ f);
 }
 
+__device__ __forceinline__ int key_feature(unsigned long long key) {
+  return 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF);
+}
+
+__device__ __forceinline__ float key_score(unsigned long long key) {
+  return score_of(static_cast<unsigned>(key >> 31));
+}
+
 __device__ __forceinline__ bool survives(float p, bool relu) {
   return p > 0.f || (!relu && p != 0.f);
 }

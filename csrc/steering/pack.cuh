@@ -79,6 +79,27 @@ __device__ __forceinline__ void store8(T* p, const Pack8<T>& v) {
   *reinterpret_cast<uint4*>(p) = v.raw;
 }
 
+template <typename T>
+__device__ __forceinline__ Pack8<T> zeros8() {
+  Pack8<T> v;
+  v.raw = make_uint4(0, 0, 0, 0);
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack8(float (&to)[8], const Pack8<T>& v) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float2 two = unpack2<T>(v.two[k]);
+    to[2 * k] = two.x;
+    to[2 * k + 1] = two.y;
+  }
+}
+
+__device__ __forceinline__ float infinity() {
+  return __int_as_float(0x7F800000);
+}
+
 // An entry of a token's list.
 __device__ __forceinline__ int64_t pack_entry(int64_t feature, float value) {
   return feature << 32 | static_cast<int64_t>(__float_as_uint(value));

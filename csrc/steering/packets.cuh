@@ -38,28 +38,18 @@ template <typename T>
 __device__ __forceinline__ void push_packets(const Workspace<T>& ws,
                                              const Exchange& x, int n,
                                              unsigned round) {
-  constexpr int kEach = kListMax / kExchangeThreads;
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
-    const int64_t* own = ws.entries + i * ws.capacity;
-    int64_t entry[kEach];  // requested before their number is known
-#pragma unroll
-    for (int u = 0; u < kEach; ++u) {
-      const int e = threadIdx.x + u * kExchangeThreads;
-      entry[u] = e < ws.capacity ? own[e] : 0;
-    }
-    const TokenRecord& record = ws.records[i];
-    const int listed = record.token < 0 ? 0 : record.listed;
-    const int sent = listed <= kListMax ? listed : 0;
+    const OwnList own(ws, i);
     if (threadIdx.x < x.size)
       store_packet(list_packet(x, threadIdx.x, x.rank, i, 0),
-                   make_uint4(listed, round, 0, round));
+                   make_uint4(own.listed, round, 0, round));
 #pragma unroll
-    for (int u = 0; u < kEach; ++u) {
+    for (int u = 0; u < OwnList::kEach; ++u) {
       const int e = threadIdx.x + u * kExchangeThreads;
-      if (e >= sent) continue;
+      if (e >= own.sent) continue;
       const uint4 packet =
-          make_uint4(static_cast<unsigned>(entry[u] >> 32), round,
-                     static_cast<unsigned>(entry[u]), round);
+          make_uint4(static_cast<unsigned>(entry_feature(own.entry[u])), round,
+                     static_cast<unsigned>(own.entry[u]), round);
       for (int to = 0; to < x.size; ++to)
         store_packet(list_packet(x, to, x.rank, i, 1 + e), packet);
     }

@@ -39,8 +39,8 @@ struct ReadRow {
   __device__ __forceinline__ void put_listed(int rank,
                                              unsigned long long key) const {
     int* to = out + 2 + given() + rank;
-    to[0] = 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF);
-    to[top_k()] = __float_as_int(score_of(static_cast<unsigned>(key >> 31)));
+    to[0] = key_feature(key);
+    to[top_k()] = __float_as_int(key_score(key));
   }
 };
 

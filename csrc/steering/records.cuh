@@ -37,6 +37,7 @@ enum SyncField {
   kDenseExits = 5,
   kScreenExits = 6,
 };
+static_assert(kScreenExits < kSyncInts);
 
 // A row of a packed clamp table: active, count, then features, codes, values.
 struct ClampRow {

@@ -14,6 +14,8 @@ namespace vllm_steering {
 
 constexpr int kGatherers = 128;
 constexpr int kMostRows = 128;
+static_assert(kConsumers + kGatherers == kEncodeThreads);
+static_assert(kMostRows <= kGatherers, "a thread loads a candidate");
 // Up to here candidates are encoded at once, and L2 is asked for their rows
 // when they are found. More tokens have more candidates, which get a second
 // look.
@@ -257,23 +259,6 @@ __device__ __forceinline__ void multiply_item(
   if (leader) barrier_arrive(barrier_at(m.rescore_empty, previous));
 }
 
-// Bias and bar of two features anywhere; past the end none fires.
-template <typename T>
-__device__ __forceinline__ LaneFeatures load_two(const Weights<T>& w, int f,
-                                                 int g) {
-  const float inf = __int_as_float(0x7F800000);
-  LaneFeatures l = {make_float2(-inf, -inf), make_float2(inf, inf)};
-  if (f < w.num_features) {
-    l.bias.x = w.b_enc[f];
-    l.cut.x = fmaxf(w.threshold[f], 0.f) - l.bias.x;
-  }
-  if (g < w.num_features) {
-    l.bias.y = w.b_enc[g];
-    l.cut.y = fmaxf(w.threshold[g], 0.f) - l.bias.y;
-  }
-  return l;
-}
-
 // The consumers' second loop: encode the candidates, emit what fires.
 template <typename T, int Tokens>
 __device__ void rescore(const EncodeArgs<T>& a, const Screen& s,
@@ -294,7 +279,7 @@ __device__ void rescore(const EncodeArgs<T>& a, const Screen& s,
         const int count = item.count;
         const int upper = row < count ? __ldcg(list + row) : past;
         const int lower = row + 8 < count ? __ldcg(list + row + 8) : past;
-        const LaneFeatures l = load_two(a.weights, upper, lower);
+        const LaneFeatures l = load_features(a.weights, upper, lower);
         multiply_item<T, Tokens>(acc, m, stages, k_tiles, ring);
         emit_hits<false, Tokens>(a, acc, l, hits, where, ListPlace{list, 0, n},
                                  false);

@@ -13,6 +13,13 @@ constexpr int kTileK = 64;   // one 128-byte swizzle row of 16-bit numbers
 constexpr int kWidths = 5;
 constexpr int kWidth[kWidths] = {8, 32, 64, 128, 256};
 
+constexpr int kWidest = kWidth[kWidths - 1];
+
+// n tokens, up to whole tiles of any width.
+constexpr __host__ __device__ int whole_tiles(int n) {
+  return (n + kWidest - 1) / kWidest * kWidest;
+}
+
 // The place of a width among them.
 constexpr __host__ __device__ int width_index(int width) {
   int i = 0;

@@ -129,6 +129,9 @@ struct ScreenMemory {
   uint64_t together;  // of all threads
   BlockTiles own;     // the block's
 };
+static_assert(2 * kMostOrders <= kConsumers, "counts take the place of `left`");
+static_assert(sizeof(EncodeMemory::hits) >= 5 * kScreenTokens * sizeof(float),
+              "facts and tails of the tokens take the place of `hits`");
 constexpr int kScreenSmem = sizeof(ScreenMemory) + 1024;
 static_assert(kScreenSmem <= 227 * 1024, "more than a multiprocessor has");
 
@@ -245,7 +248,7 @@ __device__ void split_row(const Screen& s, const Workspace<T>& ws, int d_in,
   if (threadIdx.x != 0) return;
   s.tails[i] = __fsqrt_ru(tail);
   const float eta = most == 0.f ? 0.f : 1.f / power_of_2(100);
-  const float minus = -__int_as_float(0x7F800000);
+  const float minus = -infinity();
   s.tokens[i] =
       dead ? make_float4(0.f, 0.f, 0.f, minus)
            : make_float4(unit.x, __fsqrt_ru(square), __fsqrt_ru(rest), eta);
@@ -258,7 +261,7 @@ struct RowBound {
 
 __device__ __forceinline__ RowBound row_bound(const Screen& s, int f, int count,
                                               float cut) {
-  const float inf = __int_as_float(0x7F800000);
+  const float inf = infinity();
   if (f >= count) return {0.f, 0.f, 0.f, inf};
   const float4 row = s.rows[f];
   // A row of zeros: its sum is exactly zero.

@@ -175,9 +175,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) {
-      grid_wait(ws.sync + kArrivals, gridDim.x);
-      grid_leave(ws.sync + kArrivals, ws.sync + kExits);
-      fence_async();
+      await_tokens(ws);
       if (!screens && n <= kScreenTokens && left > 0 && blockIdx.x == 0)
         a.screen.state[width] = left - 1;
     }
@@ -189,9 +187,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     take_registers<232>();
     gather_active(c, m.base, n, loads.limit);
     if (screens) prepare_screen(a, m, n);
-    fence_async();
-    sync_threads<kConsumers>();
-    if (t == 0) grid_arrive(ws.sync + kArrivals);
+    announce_tokens(ws);
     if (screens)
       screen_consumer(a, m, g, own, n);
     else

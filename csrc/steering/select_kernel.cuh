@@ -7,14 +7,13 @@
 #pragma once
 
 #include "bundles.cuh"
-#include "keys.cuh"
+#include "histogram.cuh"
 #include "ptx/launch_control.cuh"
 
 namespace vllm_steering {
 
 constexpr int kSelectThreads = 512;
 constexpr int kGroupsPerThread = 4;
-constexpr int kBins = 2048;  // the upper 11 bits of a score
 constexpr int kCandidates = 1024;
 
 // The same for every element type of the model: x and the stream are not read.
@@ -26,7 +25,7 @@ struct SelectArgs {
 };
 
 struct SelectMemory {
-  int bins[kBins];
+  int bins[kHistogramBins];
   unsigned long long keys[kCandidates];
   int warp_sums[kSelectThreads / 32];
   int listed, candidates, bound, above;
@@ -72,43 +71,12 @@ __device__ __forceinline__ void group_maxima(unsigned (&top)[kGroupsPerThread],
     top[0] = max(top[0], order_bits(s.p[f]));
 }
 
-// Finds the bin that holds the k-th from the top: m.bound is the bin, m.above
-// what the bins over it hold. Without so many in all, both stay as they are.
-__device__ void find_bin(SelectMemory& m, int k) {
-  // Thread i owns the i-th highest four bins; a scan finds whose hold the k-th.
-  constexpr int kOwn = kBins / kSelectThreads;
-  const int highest = kBins - 1 - threadIdx.x * kOwn, lane = threadIdx.x % 32;
-  int own = 0;
-  for (int b = 0; b < kOwn; ++b) own += m.bins[highest - b];
-  int upto = own;
-  for (int d = 1; d < 32; d <<= 1) {
-    const int other = __shfl_up_sync(~0u, upto, d);
-    if (lane >= d) upto += other;
-  }
-  if (lane == 31) m.warp_sums[threadIdx.x / 32] = upto;
-  __syncthreads();
-  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w)
-    upto += m.warp_sums[w];
-  int before = upto - own;
-  if (before < k && upto >= k) {
-    for (int b = 0; b < kOwn; ++b) {
-      const int here = m.bins[highest - b];
-      if (before + here >= k) {
-        m.bound = highest - b;
-        m.above = before;
-        break;
-      }
-      before += here;
-    }
-  }
-  __syncthreads();
-}
-
 // Leaves in m.bound a lower bound (order bits) of the k-th largest score, zero
 // where there are fewer than k groups.
 __device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
   unsigned top[kGroupsPerThread] = {};
-  for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+  for (int b = threadIdx.x; b < kHistogramBins; b += kSelectThreads)
+    m.bins[b] = 0;
   if (threadIdx.x == 0) m.bound = m.listed = m.candidates = 0, m.kth = 0;
   group_maxima(top, s);
   __syncthreads();
@@ -116,20 +84,7 @@ __device__ void bound_scores(SelectMemory& m, const Scores& s, int k) {
   for (int g = 0; g < kGroupsPerThread; ++g)
     if (top[g] != 0) atomicAdd(&m.bins[top[g] >> 21], 1);
   __syncthreads();
-  find_bin(m, k);
-}
-
-// Adds one to a thread's bin, if it has one. Where a warp's bins are the same,
-// as when scores tie, one thread adds for all.
-__device__ __forceinline__ void count_in_bin(SelectMemory& m, int bin) {
-  const unsigned mask = __activemask();
-  int same;
-  __match_all_sync(mask, bin, &same);
-  if (bin < 0) return;
-  if (!same)
-    atomicAdd(&m.bins[bin], 1);
-  else if (threadIdx.x % 32 == __ffs(mask) - 1)
-    atomicAdd(&m.bins[bin], __popc(mask));
+  find_bin<kSelectThreads>(m, k);
 }
 
 // The k-th largest key where there are very many candidates: eleven of its bits
@@ -138,23 +93,24 @@ __device__ __forceinline__ void count_in_bin(SelectMemory& m, int bin) {
 __device__ __noinline__ unsigned long long search_kth(SelectMemory& m,
                                                       const Scores& s, int k) {
   constexpr int kKeyBits = 63, kDigit = 11;
-  static_assert(1 << kDigit == kBins);
+  static_assert(1 << kDigit == kHistogramBins);
   unsigned long long found = 0;
 #pragma unroll 1
   for (int top = kKeyBits; top > 0; top -= kDigit) {
     const int shift = max(top - kDigit, 0);
     __syncthreads();
-    for (int b = threadIdx.x; b < kBins; b += kSelectThreads) m.bins[b] = 0;
+    for (int b = threadIdx.x; b < kHistogramBins; b += kSelectThreads)
+      m.bins[b] = 0;
     __syncthreads();
     for (int f = threadIdx.x; f < s.d_sae; f += kSelectThreads) {
       const unsigned long long key = sort_key(s.p[f], f);
       const bool agrees = key >> top == found >> top;
       const int digit =
           static_cast<int>(key >> shift) & ((1 << (top - shift)) - 1);
-      count_in_bin(m, agrees ? digit : -1);
+      count_in_bin(m.bins, agrees ? digit : -1);
     }
     __syncthreads();
-    find_bin(m, k);
+    find_bin<kSelectThreads>(m, k);
     found |= static_cast<unsigned long long>(m.bound) << shift;
     k -= m.above;
   }
@@ -176,10 +132,9 @@ __device__ void rank_candidates(SelectMemory& m, const SelectArgs& a,
 #pragma unroll 8
     for (int o = 0; o < n; ++o) above += m.keys[o] > key;
     if (above == k - 1) m.kth = key;
-    const float p = score_of(static_cast<unsigned>(key >> 31));
+    const float p = key_score(key);
     if (above < k && survives(p, relu))
-      append_entry(m, a, own, 0x7FFFFFFF ^ static_cast<int>(key & 0x7FFFFFFF),
-                   p);
+      append_entry(m, a, own, key_feature(key), p);
   }
 }
 

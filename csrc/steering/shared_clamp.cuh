@@ -160,21 +160,9 @@ __device__ __forceinline__ void send_columns(const ClampExchange& e, int64_t i,
     const Pack8<T> own = {
         swap_middle(stream.x[x.rank * parts + min(p, parts - 1)])};
     float acc[8];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 two = unpack2<T>(own.two[k]);
-      acc[2 * k] = two.x;
-      acc[2 * k + 1] = two.y;
-    }
-#pragma unroll 1
-    for (int c = 0; c < row.count; c += RowRing<T, T>::kBatch)
-      ring.add(acc, row, c);
-    Pack8<T> out;
+    ring.sum(acc, own, row);
     bool over = false;
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      out.two[k] = pack2<T>(saturate<T>(acc[2 * k], over),
-                            saturate<T>(acc[2 * k + 1], over));
+    const Pack8<T> out = saturate8<T>(acc, over);
     if (inside)
 #pragma unroll 1
       for (int to = 0; to < x.size; ++to)
@@ -196,8 +184,6 @@ __device__ __forceinline__ bool write_token(const ClampExchange& e, int64_t i,
   const Exchange& x = e.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slices = (width + kColumnsOfSlice - 1) / kColumnsOfSlice;
-  Pack8<T> zero;
-  zero.raw = make_uint4(0, 0, 0, 0);
   bool limited = false;
 #pragma unroll 1
   for (int k = warp; k < x.size * slices; k += blockDim.x / 32) {
@@ -215,7 +201,7 @@ __device__ __forceinline__ bool write_token(const ClampExchange& e, int64_t i,
     const unsigned d = from * width + column;
     store8((kTwo ? stream.residual : stream.hidden) + d,
            load8(x.row<T>(x.rank, i) + d));
-    if constexpr (kTwo) store8(stream.hidden + d, zero);
+    if constexpr (kTwo) store8(stream.hidden + d, zeros8<T>());
   }
   return limited;
 }
@@ -239,14 +225,7 @@ __global__ void __launch_bounds__(kClampThreads, 2)
   const ClampRow from = a.step.table.row(index);
   const int padded = padded_clamps(from.max_clamps);
   uint4* const x = shared + kRingPitch * blockDim.x;
-  StagedRow row;
-  row.feature =
-      reinterpret_cast<int*>(shared + clamp_parts(blockDim.x, a.d_model, 0));
-  row.code = row.feature + padded;
-  row.delta = reinterpret_cast<float*>(row.code + padded);
-  row.bias = row.delta + padded;
-  row.threshold = row.bias + padded;
-  row.head = &head;
+  StagedRow row(shared + clamp_parts(blockDim.x, a.d_model, 0), padded, &head);
   const TokenStream<T, kTwo> stream = {
       a.stream.hidden + t * static_cast<uint32_t>(a.stream.hidden_stride),
       a.stream.residual + t * static_cast<uint32_t>(a.stream.residual_stride),
