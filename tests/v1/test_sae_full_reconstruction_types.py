@@ -37,6 +37,7 @@ from vllm.config.sae_steering_types import (
     SteeringVectorSpec,
 )
 from vllm.config.steering import HookPoint, SiteInfo, Tier
+from vllm.config.steering_kept import MAX_KEPT_BYTES, MAX_KEY_BYTES, KeptParses
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -136,7 +137,7 @@ def test_the_same_json_is_parsed_once() -> None:
     assert parse(asked(), again) is not parse(asked())
 
 
-def test_long_requests_are_not_kept() -> None:
+def test_a_request_of_many_clamps_is_parsed_once() -> None:
     wide = config(dataclasses.replace(CONFIG.modules["one"], sites=(BIG,)))
     wide = dataclasses.replace(wide, max_clamps=2000)
     specs = [
@@ -145,8 +146,18 @@ def test_long_requests_are_not_kept() -> None:
             "clamps": {"post_block": {"3": [entry(f) for f in range(2000)]}},
         }
     ]
-    assert parse({FULL: specs}, wide) == parse({FULL: specs}, wide)
-    assert parse({FULL: specs}, wide) is not parse({FULL: specs}, wide)
+    assert parse({FULL: specs}, wide) is parse({FULL: specs}, wide)
+
+
+def test_what_is_kept_has_a_limit_in_bytes() -> None:
+    kept = KeptParses()
+    kept.keep(bytes(MAX_KEY_BYTES + 1), "too long")
+    assert not len(kept)
+    fit = MAX_KEPT_BYTES // MAX_KEY_BYTES
+    keys = [bytes([i]) * MAX_KEY_BYTES for i in range(fit + 1)]
+    for i, key in enumerate(keys):
+        kept.keep(key, i)
+    assert [kept.get(key) for key in keys] == [None, *range(1, fit + 1)]
 
 
 def test_sampling_params_fold_the_fields_into_extra_args() -> None:
