@@ -19,9 +19,7 @@ from torch import nn
 
 from vllm.config.steering import Activation, HookPoint, Tier, site_name
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.steering_limits import (
-    POINT_LIMIT,
-)
+from vllm.model_executor.layers.steering_limits import POINT_LIMIT
 from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,

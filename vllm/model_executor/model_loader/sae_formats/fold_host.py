@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm.model_executor.layers.steering_chunks import row_sums
+from vllm.model_executor.layers.steering_chunks import chunk_rows, row_sums
 from vllm.model_executor.model_loader.sae_formats.fold import (
-    chunk_rows,
     matrix_shape,
     not_finite,
     read_floats,
