@@ -87,7 +87,7 @@ def test_the_server_example_speaks_of_the_bridge(tmp_path: Path) -> None:
             time.sleep(1)
         code = block("Server", "python")
         said = python(code.replace("http://localhost:8000", url))
-        assert re.search("bridge|golden|suspension", said)
+        assert said.strip() == block("Server", "text").strip()
     finally:
         server.terminate()
         server.wait(60)
@@ -115,9 +115,7 @@ def test_the_offline_example_speaks_of_the_bridge(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, steered = done.stdout.strip().splitlines()[-2:]
-    assert re.search("bridge|golden|suspension", steered)
-    assert plain != steered
+    assert done.stdout.splitlines()[-2:] == block("Offline", "text").splitlines()
 
 
 @pytest.mark.slow
@@ -131,7 +129,7 @@ def test_the_first_example_answers_as_it_shows() -> None:
     start = (
         "import os\nos.environ['VLLM_ENABLE_V1_MULTIPROCESSING'] = '0'\n"
         "from vllm import LLM\n"
-        "from vllm.config.sae_steering_types import SteeringSamplingParams\n"
+        "from vllm.config.sae_steering_types import *\n"
         f"SMOLLM2 = {str(model)!r}\n"
     )
     answers = python(start + code).strip().splitlines()
