@@ -5,10 +5,10 @@
 
 #include <algorithm>
 
-#include "checks.h"
 #include "decode_kernel.cuh"
 #include "dense_kernel.cuh"
 #include "gather_kernel.cuh"
+#include "held.h"
 #include "sort_kernel.cuh"
 #include "tensor_map.h"
 
@@ -49,7 +49,7 @@ void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
 }
 
 template <typename T>
-DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
+DenseMaps make_dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
   DenseMaps maps;
   maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
   maps.w_dec = tensor_map(w.w_dec, w.all_features, w.d_out, kTileK, 64);
@@ -61,18 +61,25 @@ DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
   return maps;
 }
 
+template <typename T>
+DenseScratch<T> dense_scratch(const Bundles<T>& b) {
+  return make_dense_scratch(b.held->workspace, b.weights, b.expected);
+}
+
 // Tokens that no list holds: their number is known on the device only.
 template <typename T>
-void launch_dense(const Bundles<T>& b, const DenseScratch<T>& scratch,
-                  bool topk, int processors, cudaStream_t stream,
-                  const Exchange& exchange, const DensePart& part) {
+void launch_dense(const Bundles<T>& b, bool topk, int processors,
+                  cudaStream_t stream, const Exchange& exchange,
+                  const DensePart& part) {
   STD_TORCH_CHECK(b.step.table.max_clamps <= kDenseClamps,
                   "steering: more than ", kDenseClamps, " clamps a row");
+  const auto scratch = dense_scratch(b);
   const DenseArgs<T> a = {b.weights,    b.stream,         b.ws,
                           b.step.table, b.step.saturated, topk,
                           scratch,      exchange,         part};
   launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem, stream, a,
-         dense_maps(scratch, b.weights));
+         b.checked->dense_maps.template get<DenseMaps>(
+             [&] { return make_dense_maps(scratch, b.weights); }));
 }
 
 }  // namespace vllm_steering

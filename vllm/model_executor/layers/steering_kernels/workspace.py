@@ -7,6 +7,7 @@ import logging
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,6 +42,9 @@ from .plan import (
     plan_guess,
 )
 from .screen import ScreenScratch
+
+if TYPE_CHECKING:
+    from .bundles import Held
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +200,7 @@ class SteeringWorkspace:
         self.peers = _make_peers(max_tokens, slots, device)
         self._views: Kept[tuple[SAESlot, int, bool, int | None], StageBuffers] = Kept()
         self._guesses: Kept[tuple[SAESlot, int], GuessBuffers] = Kept()
-        self.bundles: Kept[Hashable, tuple[Tensors, Tensors, Tensors]] = Kept()
-        self.clamp_bundles: Kept[Hashable, tuple[Tensors, Tensors]] = Kept()
+        self.held: Kept[Hashable, Held] = Kept()
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
         for slot in slots:
