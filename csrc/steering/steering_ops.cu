@@ -101,9 +101,19 @@ void decode(int64_t held, Tensors stream, int64_t base, bool topk, bool delta,
     const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
                              b.step.saturated, topk,     delta, b.step.reads,
                              Exchange{},       false,    0};
-    launch_decode<false>(a, many && !delta, processors, on);
-    if (delta || b.weights.num_features <= kListMax) return;
-    launch_dense(b, topk, processors, on, Exchange{}, DensePart{0, kPhases, 0});
+    if (delta || b.weights.num_features <= kListMax)
+      return launch_decode<false>(a, many && !delta, processors, on);
+    const DenseScratch<T> scratch = dense_scratch(b);
+    const DensePart part = {0, kPhases, 0};
+    if (takes_all(a, scratch)) {
+      const auto dense = dense_args(b, scratch, topk, Exchange{}, part);
+      const DenseMaps& maps = dense_maps(b, scratch);
+      if (b.ws.rows <= kFewTokens)
+        return launch_all<16>(a, dense, maps, processors, on);
+      return launch_all<8>(a, dense, maps, processors, on);
+    }
+    launch_decode<false>(a, many, processors, on);
+    launch_dense(b, topk, processors, on, Exchange{}, part);
   });
 }
 

@@ -35,11 +35,13 @@ from .plan import (
     ChunkPlan,
     ExchangeLimits,
     cdiv,
+    decodes_at_once,
     dense_row_bytes,
     most_guessed,
     most_rows,
     plan_chunks,
     plan_guess,
+    short_lists_bytes,
 )
 from .screen import ScreenScratch
 
@@ -61,8 +63,9 @@ class StageBuffers:
     scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
         a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
-    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds; it
-        takes the memory of `entries`, which have been read by then.
+    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds. In a
+        short step it follows the lists, where there is room. Otherwise it takes their
+        memory, and they have been read by then.
     coef: float32 `[rows, K]`, `g - f` of every clamp.
     """
 
@@ -281,7 +284,8 @@ class SteeringWorkspace:
             scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
             entries = plan.rows * plan.capacity * ENTRY_BYTES
             dense = plan.dense_rows * cls._dense_bytes(slot)
-            most = max(most, align(scores) + align(max(entries, dense)))
+            apart = short_lists_bytes(plan)
+            most = max(most, align(scores) + align(max(entries, dense + apart)))
         return most
 
     @staticmethod
@@ -324,10 +328,14 @@ class SteeringWorkspace:
         entries = self._shared[align(scores_bytes) :]
         fit = entries.numel() // (ENTRY_BYTES * plan.rows)
         row_bytes = self._dense_bytes(slot)
+        capacity = min(plan.capacity, fit, capacity or fit)
+        lists = align(plan.rows * capacity * ENTRY_BYTES)
+        apart = decodes_at_once(plan.rows, entries.numel() - lists, row_bytes)
+        dense = entries[lists:] if apart else entries
         plan = replace(
             plan,
-            capacity=min(plan.capacity, fit, capacity or fit),
-            dense_rows=min(plan.dense_rows, entries.numel() // row_bytes),
+            capacity=capacity,
+            dense_rows=min(plan.dense_rows, dense.numel() // row_bytes),
         )
 
         def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -344,7 +352,7 @@ class SteeringWorkspace:
             view(self._x[x_bytes:], torch.float32, *skip_shape),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
-            entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
+            dense[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
         )
 
