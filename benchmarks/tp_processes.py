@@ -14,8 +14,8 @@ from typing import Any
 from tp_engine import READY, Start, serve
 from tp_shapes import SHAPES, write_files
 
-# name -> (folder, `sharding`)
 TWINS = "+twins"  # ends the name of an engine with graphs for idle steps
+# name -> (folder, `sharding`)
 MODULES = {
     "one shared": ("one", "shard"),
     "one copied": ("one", "replicate"),

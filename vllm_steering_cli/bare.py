@@ -24,6 +24,7 @@ PACKAGES = (
     "vllm.model_executor",
     "vllm.model_executor.layers",
     "vllm.model_executor.model_loader",
+    "vllm.utils",
 )
 
 

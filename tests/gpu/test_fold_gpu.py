@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from steering_testing.folds import LAYOUTS, D, stored
 
+from vllm.model_executor.layers import steering_chunks
 from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import fold
 from vllm.model_executor.model_loader.sae_formats.fold_host import fold_host
@@ -25,7 +26,7 @@ KINDS = {FloatType.F32: torch.float32, FloatType.BF16: torch.bfloat16}
 def test_every_fold_has_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: FloatType
 ) -> None:
-    monkeypatch.setattr(fold, "CHUNK_BYTES", 4 * D * 16)  # several chunks
+    monkeypatch.setattr(steering_chunks, "CHUNK_BYTES", 4 * D * 16)  # several chunks
     layout = LAYOUTS[name]
     path = tmp_path / layout.file
     for dtype in (torch.float32, torch.bfloat16):

@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 from steering_testing.engine import engine_on
-from steering_testing.server import MODEL_NAME
+from steering_testing.server import MODEL_NAME, Server, api_server
 
 from vllm import LLM
 from vllm.config.sae_steering_types import EXTRA_ARGS_KEYS
@@ -35,6 +35,24 @@ def example_engine(sae: Path = EXAMPLE / "sae", **options: Any) -> Iterator[LLM]
     options |= {"skip_tokenizer_init": False}
     with engine_on(EXAMPLE / "model", {MODULE: str(sae)}, **options) as llm:
         yield llm
+
+
+@contextmanager
+def example_server(
+    log: Path, *options: str, steering: dict[str, Any]
+) -> Iterator[Server]:
+    """A server in a process of its own, on the example's model.
+
+    Args:
+        log: file for what the server prints.
+        options: further options of the command line.
+        steering: of `additional_config`.
+    """
+    config = ("--additional-config", json.dumps({"steering": steering}))
+    environment = {"VLLM_PLUGINS": "steering"}
+    model = EXAMPLE / "model"
+    with api_server(model, log, *config, *options, environment=environment) as server:
+        yield server
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from vllm.utils.math_utils import round_up
+
 Screening = Literal["auto", "off"]
 
 DEFAULT_SCREENING: Screening = "off"
@@ -42,12 +44,12 @@ def most_tokens(features: int, d_in: int) -> int:
 
 def padded(d_in: int) -> int:
     """Columns of the 8-bit copy."""
-    return -(-d_in // SCREEN_COLUMNS) * SCREEN_COLUMNS
+    return round_up(d_in, SCREEN_COLUMNS)
 
 
 def fine_bytes(d_in: int) -> int:
     """Bytes of a feature's two more bits."""
-    return -(-d_in // FINE_COLUMNS) * FINE_COLUMNS // 4
+    return round_up(d_in, FINE_COLUMNS) // 4
 
 
 def screen_bytes(features: int, d_in: int) -> int:

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from screen_model import accumulate, copy_of, may_fire, split
 
 from vllm.config.steering import Activation
-from vllm.config.steering_screening import fine_bytes
+from vllm.config.steering_screening import fine_bytes, padded
 from vllm.model_executor.layers.steering_kernels.screen import (
     SCREEN_TOKENS,
     accumulation_error,
     candidates,
     pack_codes,
-    padded,
     round_up,
 )
 from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace

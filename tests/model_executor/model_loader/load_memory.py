@@ -16,15 +16,12 @@ import sys
 import torch
 
 from vllm.config.steering import ModuleInfo
+from vllm.model_executor.layers import steering_chunks
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 from vllm.model_executor.layers.steering_state import SAEWeights
-from vllm.model_executor.model_loader.sae_formats import fold
 from vllm.model_executor.model_loader.sae_inspector_process import limit_resources
-from vllm.model_executor.model_loader.sae_loader import (
-    inspect_module,
-    load_site,
-    locate,
-)
+from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
+from vllm.model_executor.model_loader.sae_location import locate
 
 
 def part_bytes(module: ModuleInfo, shard: Shard) -> int:
@@ -57,7 +54,7 @@ def loads_within(module: ModuleInfo, shard: Shard, limit: int) -> bool:
 def main(given: str, ranks: int, spare: int, chunk: int) -> None:
     """Print what was found for each module."""
     torch.set_num_threads(1)  # a forked child has one
-    fold.CHUNK_BYTES = chunk
+    steering_chunks.CHUNK_BYTES = chunk
     found = {}
     for name, path, sites in json.loads(given):
         module = inspect_module(name, path, sites=sites)

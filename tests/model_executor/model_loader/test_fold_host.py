@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from steering_testing.folds import LAYOUTS, PLAIN, D, stored
 
+from vllm.model_executor.layers import steering_chunks
 from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import fold
 from vllm.model_executor.model_loader.sae_formats.fold_host import HostSAE, fold_host
@@ -59,7 +60,7 @@ def bits(value: torch.Tensor) -> np.ndarray:
 def test_every_fold_has_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: FloatType
 ) -> None:
-    monkeypatch.setattr(fold, "CHUNK_BYTES", 4 * D * 16)  # several chunks
+    monkeypatch.setattr(steering_chunks, "CHUNK_BYTES", 4 * D * 16)  # several chunks
     layout = LAYOUTS[name]
     path = tmp_path / layout.file
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -108,7 +109,7 @@ def test_what_is_not_finite_is_refused_in_the_same_words(
 def test_sums_of_rows_are_sums_of_rows() -> None:
     for width in (1, 2, 3, 8, 37, 64):
         W = torch.randn(5, width, dtype=torch.float64)
-        torch.testing.assert_close(fold.row_sums(W.clone()), W.sum(dim=1))
+        torch.testing.assert_close(steering_chunks.row_sums(W.clone()), W.sum(dim=1))
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -15,15 +15,17 @@ from native_modules import SITE, edit_manifest, native, rewrite, sae_tensors
 from sae_reference import D, F, loaded, new_weights, write_json
 from safetensors.torch import load_file, save_file
 
-from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.config.steering import Activation, ModuleInfo, SiteInfo
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers import steering_chunks
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import FORMATS, fold
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
     load_site,
     read_layout,
-    save_native,
 )
 
 # Native directories
@@ -261,7 +263,7 @@ def test_the_size_of_a_chunk_changes_nothing(
 ) -> None:
     path = native(tmp_path)
     whole = loaded(inspect_module("m", str(path)))
-    monkeypatch.setattr(fold, "CHUNK_BYTES", 4 * D * rows)
+    monkeypatch.setattr(steering_chunks, "CHUNK_BYTES", 4 * D * rows)
     chunked = loaded(inspect_module("m", str(path)))
     for name, value in whole.named_buffers():
         assert torch.equal(value, getattr(chunked, name)), name
@@ -278,7 +280,7 @@ def resident_bytes() -> int:
 def test_loading_holds_a_few_chunks_and_no_second_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "CHUNK_BYTES", 2 << 20)
+    monkeypatch.setattr(steering_chunks, "CHUNK_BYTES", 2 << 20)
     d_sae, d_model = 16384, 1024
     largest = 4 * d_sae * d_model
     tensors = {

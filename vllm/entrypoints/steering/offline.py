@@ -15,14 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from vllm.config.steering import (
-    HOOK_NAMES,
-    ModuleInfo,
-    SteeringConfig,
-    parse_site,
-)
+from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HOOK_NAMES, parse_site
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 

@@ -48,14 +48,6 @@ if HAS_TRITON:
         stages_triton_read,
     )
 
-__all__ = [
-    "SteeringWorkspace",
-    "full_reconstruction",
-    "sae_clamp",
-    "steering_vectors",
-    "warm_up",
-]
-
 
 @dataclass(frozen=True)
 class Passage:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from vllm.utils.math_utils import round_up
+
 if TYPE_CHECKING:
     Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -26,6 +28,11 @@ CHUNK_BYTES = 8 << 20
 REUSED_BYTES = 20 << 20
 # A multiple of every dtype's size, and what the allocator aligns to.
 _ALIGNMENT = 512
+
+
+def chunk_rows(width: int) -> int:
+    """Rows of a chunk of a matrix with this many columns."""
+    return max(1, CHUNK_BYTES // (4 * width))
 
 
 class ChunkMemory:
@@ -42,7 +49,7 @@ class ChunkMemory:
 
     def __init__(self, elements: int, device: torch.device, stored_bytes: int = 0):
         sizes = [4 * elements, 4 * elements, stored_bytes]
-        sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        sizes = [round_up(size, _ALIGNMENT) for size in sizes]
         least = 0 if device.type == "cpu" else REUSED_BYTES
         size = max(sum(sizes), least)
         memory = torch.empty(size, dtype=torch.uint8, device=device)

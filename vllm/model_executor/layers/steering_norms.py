@@ -14,8 +14,8 @@ from torch import nn
 
 from vllm.model_executor.layers.steering_attach import SteeredNorm
 from vllm.model_executor.layers.steering_chunks import (
-    CHUNK_BYTES,
     ChunkMemory,
+    chunk_rows,
     row_sums,
 )
 from vllm.model_executor.layers.steering_state import SAEWeights
@@ -96,7 +96,7 @@ def _fold_into(
 
     A chunk of rows at a time: a wide encoder in float32 is larger than the SAE.
     """
-    device, step = matrix.device, max(1, CHUNK_BYTES // (4 * matrix.shape[1]))
+    device, step = matrix.device, chunk_rows(matrix.shape[1])
     gain = gain.to(device)
     memory = ChunkMemory(matrix[:step].numel(), device)
     for rows, sums in zip(matrix.split(step), added.split(step), strict=True):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vllm.config.steering_checks import one_line
 from vllm.model_executor.model_loader.sae_formats import saelens_list
 from vllm.model_executor.model_loader.sae_formats.layout import LayoutError, Location
 
@@ -26,8 +27,8 @@ def naming_module(name: str, path: str) -> Iterator[None]:
     try:
         yield
     except (LayoutError, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"steering module {name!r} ({path}): {detail}") from error
+        text = f"steering module {name!r} ({path}): {one_line(error)}"
+        raise ValueError(text) from error
 
 
 def resolve_path(path: str) -> tuple[Location, str]:

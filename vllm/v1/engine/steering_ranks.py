@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from msgspec.structs import replace
 
@@ -23,9 +23,12 @@ from vllm.config.steering_replies import (
     as_reply,
 )
 from vllm.engine.steering_active_config import take_over
+from vllm.v1.engine.exceptions import EngineDeadError
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core_client import AsyncMPClient
+
+T = TypeVar("T")
 
 # Asks every rank; the replies are in the order of the ranks.
 Ask = Callable[[str, Json], Awaitable[list[ModuleReply]]]
@@ -45,9 +48,12 @@ async def call_registries(
     async def one(engine: bytes, action: str, payload: Json) -> ModuleReply:
         call = (METHOD, None, (action, payload), None)
         try:
-            (answer,) = await client._call_utility_async(
-                "collective_rpc", *call, engine=engine
+            (answer,) = await _while_alive(
+                client,
+                client._call_utility_async("collective_rpc", *call, engine=engine),
             )
+        except EngineDeadError:
+            raise
         except Exception as error:
             # The other ranks must hear of it, so that they stay alike.
             if len(engines) == 1:
@@ -70,6 +76,29 @@ async def call_registries(
         reply = merged(await ask(action, payload))
     take_over(client.vllm_config, reply.config)
     return reply
+
+
+async def _while_alive(client: AsyncMPClient, call: Coroutine[None, None, T]) -> T:
+    """The result of a call to an engine.
+
+    vLLM leaves a call without an answer when the engine dies. Its caller would wait for
+    ever, and the server, which waits for its callers, would not end.
+
+    Raises:
+        EngineDeadError: an engine of the client has died.
+    """
+    answer = asyncio.ensure_future(call)
+    try:
+        client.ensure_alive()
+        client._ensure_output_queue_task()
+        # Ends when an engine dies and when the client is shut down.
+        reading = client.resources.output_queue_task
+        await asyncio.wait((answer, reading), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise EngineDeadError
+        return answer.result()
+    finally:
+        answer.cancel()
 
 
 async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:

@@ -16,8 +16,9 @@ from steering_testing.golden_gate import (
     MODULE,
     READ,
     TOKENS,
+    example_server,
 )
-from steering_testing.server import Server, api_server
+from steering_testing.server import Server
 
 
 @pytest.fixture(scope="package")
@@ -26,21 +27,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("server")
     hints = {"temperature": 0, "max_tokens": TOKENS}
     presets = {"clamped": {**MODES["clamped"], "sampling": hints}, "reader": READ}
+    steering = {"max_answer_values": MAX_ANSWER_VALUES}
     options = ["--steering-modules", f"{MODULE}={EXAMPLE / 'sae'}"]
-    config = {"steering": {"max_answer_values": MAX_ANSWER_VALUES}}
-    options += ["--additional-config", json.dumps(config)]
+    options += ["--steering-api-key", KEY]
     options += ["--enable-scale-out", "--steering-presets"]
     for name, preset in presets.items():
         file = root / f"{name}.json"
         file.write_text(json.dumps(preset))
         options.append(f"{name}={file}")
-    with api_server(
-        EXAMPLE / "model",
-        root / "log",
-        *("--steering-api-key", KEY),
-        *options,
-        environment={"VLLM_PLUGINS": "steering"},
-    ) as running:
+    with example_server(root / "log", *options, steering=steering) as running:
         yield running
 
 

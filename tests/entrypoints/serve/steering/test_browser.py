@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from steering_testing.golden_gate import BRIDGE, EXAMPLE
-from steering_testing.server import MODEL_NAME, Server, api_server
+from steering_testing.golden_gate import BRIDGE, EXAMPLE, example_server
+from steering_testing.server import MODEL_NAME, Server
 
 from vllm.config.sae_steering_presets import read_preset
 
@@ -73,15 +73,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "presets": {"bridge": str(root / "bridge.json")},
         "default_preset": "bridge",
     }
-    config = json.dumps({"steering": steering})
-    arguments = ["--api-key", KEY, "--additional-config", config]
-    with api_server(
-        EXAMPLE / "model",
-        root / "log",
-        *arguments,
-        environment={"VLLM_PLUGINS": "steering"},
-    ) as server:
-        yield server
+    options = ("--api-key", KEY)
+    with example_server(root / "log", *options, steering=steering) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

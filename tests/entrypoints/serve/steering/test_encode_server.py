@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from steering_testing.golden_gate import EXAMPLE, MODULE
-from steering_testing.server import MODEL_NAME, api_server
+from steering_testing.golden_gate import EXAMPLE, MODULE, example_server
+from steering_testing.server import MODEL_NAME
 
 pytestmark = pytest.mark.server
 
@@ -39,15 +39,10 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def http(labels: Path) -> Iterator[httpx.Client]:
     root = labels.parent.parent
-    options = ("--steering-modules", f"{MODULE}={root / 'sae'}", "--api-key", "secret")
-    options += ("--steering-api-key", "key")
+    options = ("--api-key", "secret", "--steering-api-key", "key")
+    steering = {"modules": {MODULE: str(root / "sae")}}
     with (
-        api_server(
-            EXAMPLE / "model",
-            root / "log",
-            *options,
-            environment={"VLLM_PLUGINS": "steering"},
-        ) as server,
+        example_server(root / "log", *options, steering=steering) as server,
         httpx.Client(
             base_url=server.url,
             timeout=60,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import random
 import shutil
 import struct
@@ -26,9 +25,10 @@ from steering_testing.golden_gate import (
     MODULE,
     READOUT,
     VECTORS,
+    example_server,
 )
 from steering_testing.mutations import mutated
-from steering_testing.server import MODEL_NAME, Server, api_server
+from steering_testing.server import MODEL_NAME, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -88,13 +88,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "inline_vectors": {"post_block.1": 2},
         "presets": {"calm": {DELTA: [{"module_name": MODULE, "clamps": [CLAMP]}]}},
     }
-    with api_server(
-        EXAMPLE / "model",
-        root / "log",
-        *("--steering-api-key", "the-key", "--enable-scale-out"),
-        *("--additional-config", json.dumps({"steering": steering})),
-        environment={"VLLM_PLUGINS": "steering"},
-    ) as running:
+    options = ("--steering-api-key", "the-key", "--enable-scale-out")
+    with example_server(root / "log", *options, steering=steering) as running:
         yield running
         assert tracebacks(running.log) == []
 

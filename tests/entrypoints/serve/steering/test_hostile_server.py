@@ -14,8 +14,14 @@ from typing import Any
 import httpx
 import pytest
 from soak.over_http import tracebacks
-from steering_testing.golden_gate import DELTA, EXAMPLE, FULL, MODULE
-from steering_testing.server import MODEL_NAME, Server, api_server
+from steering_testing.golden_gate import (
+    DELTA,
+    EXAMPLE,
+    FULL,
+    MODULE,
+    example_server,
+)
+from steering_testing.server import MODEL_NAME, Server
 
 pytestmark = pytest.mark.server
 
@@ -40,13 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (root / "broken" / "evidence.json").write_text('{"card": {"a": "\\ud800"}}')
     modules = {MODULE: str(root / "good"), "broken": str(root / "broken")}
     steering = {"modules": modules, "module_roots": [str(root)]}
-    with api_server(
-        EXAMPLE / "model",
-        root / "log",
-        *("--steering-api-key", "the-key"),
-        *("--additional-config", json.dumps({"steering": steering})),
-        environment={"VLLM_PLUGINS": "steering"},
-    ) as running:
+    options = ("--steering-api-key", "the-key")
+    with example_server(root / "log", *options, steering=steering) as running:
         yield running
         assert tracebacks(running.log) == []
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from vllm.config.steering import ModuleInfo, Ranks, SiteInfo
+from vllm.config.steering import ModuleInfo, SiteInfo
 from vllm.config.steering_environment import PEER_MEMORY_ENV
 from vllm.config.steering_json import Json
 from vllm.config.steering_screening import screen_bytes, screens
-from vllm.config.steering_sharding import exchange_bytes
+from vllm.config.steering_sharding import Ranks, exchange_bytes
 from vllm.config.steering_slots import shard_bytes
 from vllm.config.steering_slots import site_bytes as sae_bytes
 from vllm.model_executor.model_loader.sae_formats.layout import (

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm.entrypoints.openai.steering.errors import error_response
+
 OPTION = "additional_config.steering.max_body_mib"
 
 
@@ -80,14 +82,8 @@ class _Exchange:
 
 
 def _refusal(found: str, most: int) -> JSONResponse:
-    """OpenAI's form of an error."""
-    error = {
-        "message": f"body: found {found}, expected at most {most} ({OPTION})",
-        "type": "RequestEntityTooLargeError",
-        "param": "body",
-        "code": 413,
-    }
-    return JSONResponse({"error": error}, 413)
+    message = f"body: found {found}, expected at most {most} ({OPTION})"
+    return error_response(413, "RequestEntityTooLargeError", message, "body")
 
 
 def _content_length(scope: Scope) -> int | None:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm.config.steering_checks import shown
+from vllm.entrypoints.openai.steering.errors import error_response
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -48,12 +49,6 @@ def refuse_nested_bodies(app: FastAPI, is_on: Callable[[], bool]) -> None:
 
 
 def _refusal(request: Request) -> JSONResponse:
-    """OpenAI's form of an error. The log has a line, in case the server is at fault."""
+    """Answers 400. The log has a line, in case the server is at fault."""
     logger.warning("Steering: RecursionError in %s: 400", shown(request.url.path))
-    error = {
-        "message": NESTED,
-        "type": "BadRequestError",
-        "param": "body",
-        "code": 400,
-    }
-    return JSONResponse({"error": error}, 400)
+    return error_response(400, "BadRequestError", NESTED, "body")

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from vllm.config.steering_json import Json
+from vllm.entrypoints.openai.steering.errors import error_response
 from vllm.entrypoints.serve.steering.access import RequestRefused, check_key
 from vllm.entrypoints.serve.steering.protocol import MAX_BODY_BYTES
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
@@ -93,14 +93,14 @@ async def _left(request: Request) -> None:
 
 
 def refused(error: RequestRefused) -> JSONResponse:
-    """OpenAI's form of an error."""
-    content: Json = {
-        "message": error.message,
-        "type": "SteeringModuleError",
-        "param": error.field,
-        "code": error.status,
-    }
-    if error.in_use is not None:
-        content["in_use"] = error.in_use
+    """The answer to a request that a route refuses."""
+    more = {} if error.in_use is None else {"in_use": error.in_use}
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse({"error": content}, error.status, headers)
+    return error_response(
+        error.status,
+        "SteeringModuleError",
+        error.message,
+        error.field,
+        headers,
+        **more,
+    )

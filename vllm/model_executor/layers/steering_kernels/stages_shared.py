@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering_limits import (
-    STREAM_LIMIT,
-)
+from vllm.model_executor.layers.steering_limits import STREAM_LIMIT
 from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (

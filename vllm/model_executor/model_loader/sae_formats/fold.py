@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from vllm.model_executor.layers.steering_chunks import (
-    CHUNK_BYTES,
     ChunkMemory,
+    chunk_rows,
     row_sums,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -28,17 +28,17 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     VectorLayout,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
     read_array,
     read_slice,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
+    TensorFile,
     as_float32,
 )
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
 Progress = Callable[[int], None]
 
@@ -187,11 +187,6 @@ def _check_finite(value: torch.Tensor, what: str, first_row: int = 0) -> None:
         rows = (~torch.isfinite(value)).any(dim=1).to(torch.uint8)
         bad = first_row + int(rows.argmax())
     raise not_finite(what, FloatType(str(value.dtype).removeprefix("torch.")), bad)
-
-
-def chunk_rows(width: int) -> int:
-    """Features of a chunk of a matrix with this many columns."""
-    return max(1, CHUNK_BYTES // (4 * width))
 
 
 def _memory(

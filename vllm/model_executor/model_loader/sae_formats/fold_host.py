@@ -12,21 +12,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm.model_executor.layers.steering_chunks import row_sums
+from vllm.model_executor.layers.steering_chunks import chunk_rows, row_sums
 from vllm.model_executor.model_loader.sae_formats.fold import (
-    chunk_rows,
     matrix_shape,
     not_finite,
     read_floats,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import Matrix, SAELayout
-from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
-    read_array,
-)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import read_array
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
     HostTensor,
+    TensorFile,
     as_float32,
 )
 

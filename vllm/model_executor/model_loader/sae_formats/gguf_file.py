@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
     TensorInfo,
 )
+from vllm.utils.math_utils import round_up
 
 MAX_HEADER_BYTES = 1 << 20
 DEFAULT_ALIGNMENT = 32
@@ -103,7 +104,7 @@ class GGUFFile:
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_HEADER_BYTES:
             raise LayoutError(f"{path.name}: general.alignment: found {alignment!r}")
-        self._start = -(-header.at // alignment) * alignment
+        self._start = round_up(header.at, alignment)
         self._check_sizes()
 
     def _describe(self, header: _Header) -> None:

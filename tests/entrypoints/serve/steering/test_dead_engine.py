@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that dies under a server: who waits is told, and the server ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from steering_testing.golden_gate import EXAMPLE, FULL, MODULE
+from steering_testing.processes import descendants
+from steering_testing.server import MODEL_NAME, Server, api_server
+
+pytestmark = pytest.mark.server
+
+KEY = {"Authorization": "Bearer the-key"}
+URL = "/v1/steering"
+TEXTS = {"module_name": MODULE, "input": ["the chef " * 50] * 8}
+TOLD_S = 20.0
+GONE_S = 60.0
+
+
+def calls(path: str) -> list[tuple[str, str, Any]]:
+    """Each route that asks the engine, and vLLM's own completions."""
+    one = f"{URL}/modules/{MODULE}"
+    preset = {FULL: [{"module_name": MODULE}]}
+    completion = {"model": MODEL_NAME, "prompt": "the chef", "max_tokens": 2}
+    return [
+        ("GET", f"{URL}/modules", None),
+        ("GET", one, None),
+        ("GET", f"{one}/features?q=bridge", None),
+        ("GET", f"{one}/evidence?index=1", None),
+        ("GET", f"{URL}/presets", None),
+        ("POST", f"{URL}/encode", TEXTS),
+        ("POST", f"{URL}/modules", {"name": "hot", "path": path}),
+        ("DELETE", f"{one}?drain=true", None),
+        ("PUT", f"{URL}/presets/mine", preset),
+        ("PUT", f"{URL}/default_preset", {"preset": None}),
+        ("POST", "/v1/completions", completion),
+    ]
+
+
+def ask_and_kill(
+    server: Server, name: str, path: str
+) -> list[httpx.Response | BaseException]:
+    """The answers, or errors, of calls that wait for a process when it is killed."""
+    engine = next(one for one in descendants(server.process.pid) if name in one.name)
+    limits = httpx.Limits(max_connections=None)
+
+    async def run() -> list[httpx.Response | BaseException]:
+        async with httpx.AsyncClient(
+            base_url=server.url, headers=KEY, timeout=TOLD_S + 5, limits=limits
+        ) as client:
+            # It answers nobody from now on.
+            os.kill(engine.pid, signal.SIGSTOP)
+            asked = [
+                asyncio.create_task(client.request(method, url, json=body))
+                for method, url, body in calls(path)
+            ]
+            await asyncio.sleep(2)
+            if name == "EngineCore":
+                early = [one.result().text for one in asked if one.done()]
+                assert not early
+            os.kill(engine.pid, signal.SIGKILL)
+            told = asyncio.gather(*asked, return_exceptions=True)
+            return await asyncio.wait_for(told, TOLD_S)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EngineCore", ()),
+        pytest.param("Worker", (), marks=pytest.mark.slow),
+        pytest.param("EngineCore", ("--api-server-count", "2"), marks=pytest.mark.slow),
+    ],
+)
+def test_clients_that_wait_get_a_server_error_and_the_server_ends(
+    tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    sae = str(EXAMPLE / "sae")
+    steering = f'{{"steering": {{"module_roots": ["{EXAMPLE.resolve()}"]}}}}'
+    with api_server(
+        EXAMPLE / "model",
+        tmp_path / "log",
+        *("--steering-api-key", "the-key", "--additional-config", steering),
+        *("--steering-modules", f"{MODULE}={sae}", *options),
+        environment={"VLLM_PLUGINS": "steering"},
+    ) as server:
+        answers = ask_and_kill(server, name, sae)
+        refused = 0
+        for answer in answers:
+            # With several API servers, vLLM ends them all before they can answer.
+            if options and isinstance(answer, httpx.RemoteProtocolError):
+                refused += 1
+                continue
+            assert isinstance(answer, httpx.Response), answer
+            # The engine core answers some calls without its worker.
+            expected = (500,) if name == "EngineCore" else (200, 500)
+            assert answer.status_code in expected, answer.text
+            if answer.status_code == 500:
+                refused += 1
+                assert answer.json()["error"]["message"]
+        assert refused > 5
+        server.process.wait(GONE_S)
+        # What the engine started is gone too, or the block cannot end.
