@@ -2,7 +2,8 @@
 """What the extension holds is checked as if it were passed to each op.
 
 No GPU: `launch_recorder.cpp` stands in for the CUDA runtime. It needs the compiled
-extension (`make csrc`) and a C++ compiler.
+extension (`make csrc`), a C++ compiler, and a PyTorch that does not load the runtime
+itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm.model_executor.layers.steering_kernels.extension import extension_library
 
@@ -50,6 +52,10 @@ def make_recorder(extension: Path, folder: Path) -> Path:
 @pytest.mark.skipif(
     compiled_extension() is None or COMPILER is None,
     reason="needs the compiled extension and a C++ compiler",
+)
+@pytest.mark.skipif(
+    torch.version.cuda is not None,
+    reason="PyTorch's CUDA build needs all of the CUDA runtime",
 )
 def test_held_tensors_are_checked_as_if_they_were_passed(tmp_path: Path) -> None:
     extension = compiled_extension()
