@@ -23,11 +23,12 @@ import torch
 from facts import environment, results_file
 from kernel_timing import BF16, DEVICE, Timer, measured_ceilings
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_environment import BRANCHES_ENV
+from vllm.config.steering_points import HookPoint
 from vllm.config.steering_screening import screens
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
-from vllm.model_executor.layers.steering_kernels.branches import BRANCHES_ENV
 from vllm.model_executor.layers.steering_kernels.screen import SCREEN_TOKENS, ScreenCopy
 from vllm.model_executor.layers.steering_state import (
     ClampKind,

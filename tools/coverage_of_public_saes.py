@@ -22,29 +22,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import transformers  # noqa: E402
-from make_saelens_table import read_list  # noqa: E402
+import transformers
+from make_saelens_table import read_list
 
-from vllm.config.steering import HookPoint  # noqa: E402
-from vllm.model_executor.layers.steering_families import (  # noqa: E402
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering_families import (
     FAMILIES,
     MODELS,
     DecoderLayer,
     LayerFamily,
     hugging_face_family,
 )
-from vllm.model_executor.layers.steering_families import (  # noqa: E402
+from vllm.model_executor.layers.steering_families import (
     points_of as layer_points_of,
 )
-from vllm.model_executor.model_loader.sae_formats import (  # noqa: E402
+from vllm.model_executor.model_loader.sae_formats import (
     gemma_scope,
     saelens_list,
 )
-from vllm.model_executor.model_loader.sae_formats.layout import (  # noqa: E402
+from vllm.model_executor.model_loader.sae_formats.layout import (
     LayoutError,
     Location,
 )
-from vllm.model_executor.model_loader.sae_formats.names import (  # noqa: E402
+from vllm.model_executor.model_loader.sae_formats.names import (
     Points,
     parse_site_name,
     transcoder_points,

@@ -21,14 +21,8 @@ from vllm.config.sae_inline_vectors import read_vector, vector_text
 from vllm.config.sae_steering_plan import PlannedVector, decode_plan, encode_plan
 from vllm.config.sae_steering_specs import ADDITIVE_KEY as VECTORS
 from vllm.config.sae_steering_types import SteeringVectorSpec, parse_steering_request
-from vllm.config.steering import (
-    HookPoint,
-    InlineSite,
-    ModuleInfo,
-    SiteInfo,
-    SteeringConfig,
-    Tier,
-)
+from vllm.config.steering import InlineSite, ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.config.steering_slots import NoRoomError, start_up_slots, with_module
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.steering import SiteKey

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from vllm.config.sae_readout_specs import SAEReadoutSpec, SAEStopEntry
 from vllm.config.sae_steering_parser import parse_steering_request
-from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 
 KEY = "sae_readout_specs"

@@ -10,15 +10,14 @@ import torch
 
 from vllm.config.steering import (
     Activation,
-    HookPoint,
     ModuleInfo,
-    Ranks,
-    Screening,
     SiteInfo,
     SlotInfo,
     SteeringConfig,
 )
-from vllm.config.steering_screening import most_tokens, screen_bytes, screens
+from vllm.config.steering_points import HookPoint
+from vllm.config.steering_screening import Screening, most_tokens, screen_bytes, screens
+from vllm.config.steering_sharding import Ranks
 from vllm.config.steering_slots import fits, module_bytes, start_up_slots
 from vllm.model_executor.layers.steering_state import SAEWeights
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from vllm.config.steering import (
     Activation,
-    HookPoint,
     ModuleInfo,
-    Ranks,
     SiteInfo,
     SlotInfo,
     SteeringConfig,
 )
+from vllm.config.steering_points import HookPoint
+from vllm.config.steering_sharding import Ranks
 from vllm.config.steering_slots import (
     MAX_SKIP_SETS,
     NoRoomError,
@@ -138,7 +138,7 @@ def test_slots_and_drains_survive_json() -> None:
 def test_the_bytes_of_a_module_are_those_of_its_buffers() -> None:
     import torch
 
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
     weights = SAEWeights(16, 8, torch.bfloat16, torch.device("cpu"))
     held = sum(
@@ -152,8 +152,8 @@ def test_the_bytes_of_a_module_are_those_of_its_buffers() -> None:
 def test_the_bytes_of_a_shared_module_are_those_of_a_rank() -> None:
     import torch
 
-    from vllm.model_executor.layers.steering import SAEWeights
     from vllm.model_executor.layers.steering_shards import Shard
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
     weights = SAEWeights(64, 64, torch.bfloat16, torch.device("cpu"), shard=Shard(3, 4))
     held = sum(tensor.nbytes for tensor in weights.tensors())

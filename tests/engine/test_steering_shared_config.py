@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from vllm.config.parallel import ParallelConfig
+from vllm.config.steering_environment import DIRECTORY_ENV
 from vllm.config.steering_private_directory import (
-    DIRECTORY_ENV,
     make_private_directory,
     start_up_failure,
     take_start_up_failure,

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of docs/features/research.md run, and their figures are right.
+"""The Python of docs/features/research.md runs, and prints what the page shows.
 
-Hugging Face's model with forward hooks gives the figures to compare with.
+Its figures are those of Hugging Face's model with forward hooks.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from steering_testing.pages import run_page
 
 from vllm.config.sae_steering_types import (
     SAEClampEntry,
@@ -37,13 +37,10 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What the page's blocks define, each run after the one before."""
     found: dict[str, Any] = {}
     folder = tmp_path_factory.mktemp("research")
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         try:
-            for block in blocks:
-                code = block.replace("/tmp/my-sae", str(folder / "my-sae"))
-                exec(compile(code, str(PAGE), "exec"), found)
+            run_page(PAGE, found, replaced={"/tmp/my-sae": str(folder / "my-sae")})
             yield found
         finally:
             if "llm" in found:

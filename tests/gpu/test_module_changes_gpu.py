@@ -29,15 +29,13 @@ from steering_testing.reference import DenseSAE, Edit, random_sae
 from steering_testing.requests import prompt
 
 from vllm import LLM
+from vllm.config.steering_environment import BRANCHES_ENV
 from vllm.entrypoints.steering import (
     register_module,
     replace_module,
     unregister_module,
 )
-from vllm.model_executor.layers.steering_kernels.branches import (
-    BRANCHES_ENV,
-    LEAST_MODULES,
-)
+from vllm.model_executor.layers.steering_kernels.branches import LEAST_MODULES
 
 TOKENS, TOLERANCE = 8, 1e-2
 SPARE = [{"layer": 1, "hook": "resid_post", "width": 192}]

@@ -29,13 +29,13 @@ from steering_testing.reference import (
 from steering_testing.shard_engines import RANKS, shared
 from torch import nn
 
-from vllm.config.steering import HookPoint
-from vllm.model_executor.layers.steering import SiteKey, SteeringSite, StepState
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering import SiteKey, SteeringSite
 from vllm.model_executor.layers.steering_attach import SteeredNorm, attach_site
 from vllm.model_executor.layers.steering_families import DecoderLayer, LayerFamily
 from vllm.model_executor.layers.steering_norms import fold_norm_gain, norm_gain
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
-from vllm.model_executor.layers.steering_state import SAEWeights, VectorSlot
+from vllm.model_executor.layers.steering_state import SAEWeights, StepState, VectorSlot
 
 NORMS = {
     "llama": "post_attention_layernorm",

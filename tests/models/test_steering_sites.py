@@ -25,8 +25,8 @@ from steering_testing.cases import (
 )
 from steering_testing.conformance import conforms
 
-from vllm.config.steering import HookPoint
-from vllm.model_executor.layers.steering import SiteKey, SteeringSite, StepState
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering import SiteKey, SteeringSite
 from vllm.model_executor.layers.steering_attach import SteeredLayer, attach_site
 from vllm.model_executor.layers.steering_families import (
     FAMILIES,
@@ -35,6 +35,7 @@ from vllm.model_executor.layers.steering_families import (
     hugging_face_family,
 )
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
+from vllm.model_executor.layers.steering_state import StepState
 
 pytestmark = pytest.mark.engine
 

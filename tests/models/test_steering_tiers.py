@@ -30,7 +30,7 @@ from steering_testing.tiers import (
 )
 
 from vllm import LLM
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.steering import SiteKey
 

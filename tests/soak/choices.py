@@ -18,13 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering import (
-    SAESlot,
-    SAEWeights,
-    SteeringBackend,
-    StepState,
-    VectorSlot,
-)
+from vllm.model_executor.layers.steering import SteeringBackend
 from vllm.model_executor.layers.steering_reference import (
     gather_stream,
     select_tokens,
@@ -37,6 +31,10 @@ from vllm.model_executor.layers.steering_state import (
     ClampKind,
     ClampTable,
     MetaField,
+    SAESlot,
+    SAEWeights,
+    StepState,
+    VectorSlot,
 )
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime

@@ -22,13 +22,14 @@ from steering_testing.engine import DELTA, FULL, engine, sae_spec, save_sae
 from steering_testing.reference import Clamp, random_sae
 from steering_testing.requests import prompt
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     ONLY_IF_ACTIVE,
     ClampKind,
     ClampTable,
+    SAEWeights,
 )
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo
+from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Gate,
     Matrix,

@@ -7,7 +7,7 @@ import numpy as np
 
 from vllm import SamplingParams
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.v1.engine.steering_reads import RequestReads
 from vllm.v1.request import Request
 

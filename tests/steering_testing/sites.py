@@ -17,8 +17,10 @@ import torch
 from steering_testing.reference import Clamp, DenseSAE
 
 from vllm.config import VllmConfig
-from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
-from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.sae_steering_edits import SiteEdit
+from vllm.config.sae_steering_types import SAEClampEntry
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.steering import SiteKey, SteeringSite
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend

@@ -14,12 +14,8 @@ from vllm.config.sae_steering_types import (
     EXTRA_ARGS_KEYS,
     parse_steering_request,
 )
-from vllm.config.steering import (
-    HookPoint,
-    ModuleInfo,
-    SiteInfo,
-    SteeringConfig,
-)
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 
 D_SAE = 16

@@ -36,8 +36,9 @@ from vllm.config.sae_steering_types import (
     SteeringSamplingParams,
     SteeringVectorSpec,
 )
-from vllm.config.steering import HookPoint, SiteInfo, Tier
+from vllm.config.steering import SiteInfo, Tier
 from vllm.config.steering_kept import MAX_KEPT_BYTES, MAX_KEY_BYTES, KeptParses
+from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 

@@ -20,7 +20,8 @@ from vllm.config.sae_steering_types import (
     SteeringVectorSpec,
     parse_steering_request,
 )
-from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 
 FULL, DELTA, ADDITIVE = EXTRA_ARGS_KEYS[:3]

@@ -15,15 +15,9 @@ import hashlib
 import numpy as np
 import torch
 
-from vllm.config.steering import (
-    HookPoint,
-    InlineSite,
-    ModuleInfo,
-    SiteInfo,
-    SteeringConfig,
-    site_name,
-)
+from vllm.config.steering import InlineSite, ModuleInfo, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import bad, refusal
+from vllm.config.steering_points import HookPoint, site_name
 
 # The names of other modules may not begin with this.
 INLINE_PREFIX = "inline:"

@@ -13,14 +13,9 @@ from vllm.config.sae_readout_specs import (
     SAEStopEntry,
     SiteRead,
 )
-from vllm.config.steering import (
-    HOOK_ALIASES,
-    HOOK_NAMES,
-    ModuleInfo,
-    SiteInfo,
-    SteeringConfig,
-)
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
+from vllm.config.steering_points import HOOK_ALIASES, HOOK_NAMES
 
 
 def check_reads(

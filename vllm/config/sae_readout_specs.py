@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from vllm.config.steering import HookPoint
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HookPoint
 from vllm.config.steering_reader import Number, expects
 
 # Most values that one request may read for a token at one site, and at all sites.

@@ -31,16 +31,6 @@ from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json, JsonView
 
-__all__ = [
-    "ROWS_KEY",
-    "admitted_extra_args",
-    "admitted_schedule",
-    "canonical_extra_args",
-    "refuse_pooling",
-    "refuse_reserved_key",
-    "refuse_streaming_input",
-]
-
 
 def refuse_reserved_key(extra_args: JsonView | None) -> None:
     """Raise `VLLMValidationError` when a client sets what only the engine may."""

@@ -45,17 +45,13 @@ from vllm.config.sae_steering_specs import (
 )
 from vllm.config.sae_steering_vector_action import round_to_fp32
 from vllm.config.sae_steering_vector_draft import VectorDraft
-from vllm.config.steering import (
-    HookPoint,
-    SteeringConfig,
-    Tier,
-    site_name,
-)
+from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import (
     bad,
     refusal,
     shown,
 )
+from vllm.config.steering_points import HookPoint, site_name
 
 
 class _Part(msgspec.Struct, gc=False):

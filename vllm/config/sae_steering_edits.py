@@ -21,7 +21,8 @@ from vllm.config.sae_steering_specs import (
     SAECondition,
 )
 from vllm.config.sae_steering_vector_action import VectorAction
-from vllm.config.steering import HookPoint, ModuleInfo, Tier
+from vllm.config.steering import ModuleInfo, Tier
+from vllm.config.steering_points import HookPoint
 
 # Feature, kind, value, only_if_active; the condition's kind (0: none), feature, bound.
 _CLAMP_RECORD = struct.Struct("<QBf?BQf")

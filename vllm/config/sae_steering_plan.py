@@ -17,7 +17,8 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_edits import SiteEdit
 from vllm.config.sae_steering_request import Acting, SteeringRequest
 from vllm.config.sae_steering_spans import TOKEN_PHASES
-from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering import Tier
+from vllm.config.steering_points import HookPoint
 
 # After every position.
 NO_STOP = 1 << 40

@@ -19,9 +19,10 @@ from vllm.config.sae_steering_specs import (
     PRESET_KEY,
     SteeringFields,
 )
-from vllm.config.steering import HookPoint, SteeringConfig, Tier
+from vllm.config.steering import SteeringConfig, Tier
 from vllm.config.steering_checks import bad, listing, refusal, shown
 from vllm.config.steering_json import Json, JsonView
+from vllm.config.steering_points import HookPoint
 from vllm.config.steering_reader import MAX_FLOAT32, Reader, expects, json_schema
 from vllm.exceptions import VLLMValidationError
 

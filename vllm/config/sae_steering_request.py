@@ -31,8 +31,9 @@ from vllm.config.sae_steering_specs import (
     SAEClampEntry,
 )
 from vllm.config.sae_steering_vector_action import VectorAction, add_scales
-from vllm.config.steering import HookPoint, ModuleInfo, Tier
+from vllm.config.steering import ModuleInfo, Tier
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HookPoint
 
 HOOK_ORDER = {hook: order for order, hook in enumerate(HookPoint)}
 

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from vllm.config.sae_steering_specs import SAEClampEntry, SiteClamps
-from vllm.config.steering import (
-    HOOK_ALIASES,
-    HOOK_NAMES,
-    HookPoint,
-    ModuleInfo,
-    ModuleKind,
-    SiteInfo,
-    SteeringConfig,
-)
+from vllm.config.steering import ModuleInfo, ModuleKind, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import (
     ModuleChangedError,
     bad,
@@ -25,6 +17,7 @@ from vllm.config.steering_checks import (
     refusal,
     shown,
 )
+from vllm.config.steering_points import HOOK_ALIASES, HOOK_NAMES, HookPoint
 
 # No layer index has more digits than this. int() raises on a client's very long string.
 MAX_LAYER_DIGITS = 9

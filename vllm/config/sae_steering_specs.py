@@ -18,8 +18,8 @@ from msgspec import Meta
 from vllm.config.sae_inline_vectors import vector_text
 from vllm.config.sae_readout_specs import SAEReadoutSpec
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
-from vllm.config.steering import HOOK_ALIASES
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HOOK_ALIASES
 from vllm.config.steering_reader import Number, expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]

@@ -16,7 +16,6 @@ import msgspec
 import vllm.envs as envs
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_readout_specs import SAEReadoutSpec, SAEStopEntry
-from vllm.config.sae_steering_edits import SiteEdit, module_fingerprint
 from vllm.config.sae_steering_names import refuse_misspelt
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.sae_steering_request import SteeringRequest, hash_steering_config
@@ -30,7 +29,6 @@ from vllm.config.sae_steering_specs import (
     SAEFullReconstructionSpec,
     SteeringVectorSpec,
 )
-from vllm.config.sae_steering_vector_action import VectorAction
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
 from vllm.sampling_params import SamplingParams
@@ -44,16 +42,13 @@ __all__ = [
     "SAEFullReconstructionSpec",
     "SAEReadoutSpec",
     "SAEStopEntry",
-    "SiteEdit",
     "SteeringRequest",
     "SteeringSamplingParams",
     "SteeringSpan",
     "SteeringVectorSpec",
     "TokenPhase",
-    "VectorAction",
     "fold_into_extra_args",
     "hash_steering_config",
-    "module_fingerprint",
     "parse_steering_request",
 ]
 

@@ -16,45 +16,11 @@ from typing import Literal
 from vllm.config.steering_json import Json, JsonRecord
 from vllm.config.steering_kept import KeptParses
 from vllm.config.steering_points import (
-    HOOK_ALIASES,
-    HOOK_NAMES,
-    RESIDUAL_HOOKS,
     HookPoint,
-    PointWidths,
-    parse_site,
-    point_widths,
     site_name,
 )
 from vllm.config.steering_screening import DEFAULT_SCREENING, Screening
 from vllm.config.steering_sharding import Ranks, Sharding
-
-__all__ = [
-    "DEFAULT_MAX_ANSWER_VALUES",
-    "DEFAULT_MAX_CLAMPS",
-    "DEFAULT_MAX_PIECES",
-    "DEFAULT_MAX_SPECS",
-    "HOOK_ALIASES",
-    "HOOK_NAMES",
-    "RESIDUAL_HOOKS",
-    "Activation",
-    "DecoderLayers",
-    "FeatureUnits",
-    "HookPoint",
-    "InlineSite",
-    "ModuleInfo",
-    "ModuleKind",
-    "PointWidths",
-    "Ranks",
-    "Sharding",
-    "SiteInfo",
-    "SlotInfo",
-    "SteeringConfig",
-    "Tier",
-    "get_steering_config",
-    "parse_site",
-    "point_widths",
-    "site_name",
-]
 
 
 class Activation(str, Enum):

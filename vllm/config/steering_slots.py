@@ -14,12 +14,12 @@ from dataclasses import replace
 from vllm.config.steering import (
     Activation,
     ModuleInfo,
-    Ranks,
     SiteInfo,
     SlotInfo,
     SteeringConfig,
 )
 from vllm.config.steering_screening import screen_bytes, screens
+from vllm.config.steering_sharding import Ranks
 
 ALONE = Ranks()
 # Each distinct set of skipped token ids has one bit of an int32 flag word.

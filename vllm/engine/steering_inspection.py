@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from vllm.config.steering import ModuleInfo, Ranks, point_widths
+from vllm.config.steering import ModuleInfo
 from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_points import point_widths
 from vllm.config.steering_screening import DEFAULT_SCREENING
+from vllm.config.steering_sharding import Ranks
 from vllm.config.steering_slots import undivided
 from vllm.engine.steering_options import module_form
 from vllm.engine.steering_site_checks import (

@@ -15,9 +15,9 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vllm.config.steering_environment import DIRECTORY_ENV
 from vllm.config.steering_json import Json
 from vllm.config.steering_private_directory import (
-    DIRECTORY_ENV,
     open_private,
     read_private,
     write_private,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm.config.steering import Ranks
+from vllm.config.steering_sharding import Ranks
 from vllm.model_executor.layers.steering_kernels.extension import extension_library
 from vllm.model_executor.layers.steering_shards import peer_memory_is_on
 from vllm.platforms import current_platform

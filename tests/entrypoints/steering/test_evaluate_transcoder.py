@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.entrypoints.steering import SiteEvaluation, encode, evaluate
-from vllm.model_executor.model_loader.sae_loader import save_native
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 
 MODEL = Path(__file__).parents[3] / "examples" / "golden_gate" / "model"
 TEXTS = ["the golden gate bridge in the fog .", "the chef stirs the tomato soup ."]

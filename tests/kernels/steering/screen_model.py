@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm.config.steering_screening import fine_bytes
+from vllm.config.steering_screening import fine_bytes, padded
 from vllm.model_executor.layers.steering_kernels.screen import (
     TINY,
     TOKEN_FLUSH,
-    padded,
     quantise,
     round_up,
 )

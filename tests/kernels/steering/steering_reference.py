@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     ClampKind,

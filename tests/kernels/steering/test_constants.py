@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from vllm.config import steering_screening
+from vllm.config.sae_readout_specs import MAX_READ
 from vllm.model_executor.layers.steering_kernels import bundles, plan, screen
 from vllm.model_executor.layers.steering_limits import (
     COEFFICIENT_LIMIT,
     STREAM_LIMIT,
 )
-from vllm.model_executor.layers.steering_read_state import MAX_READ, TABLE_HEAD
+from vllm.model_executor.layers.steering_read_state import TABLE_HEAD
 from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     KIND_BITS,

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -26,24 +26,21 @@ from steering_reference import (  # noqa: E402
     stream,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.sae_features import NOT_READ
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as full,
 )
-from vllm.model_executor.layers import sae_readout_kernel as kernel  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.plan import (  # noqa: E402
+from vllm.model_executor.layers import sae_readout_kernel as kernel
+from vllm.model_executor.layers.steering_kernels.plan import (
     LIST_MAX,
     ChunkPlan,
 )
-from vllm.model_executor.layers.steering_kernels.stages_triton_read import (  # noqa: E402
+from vllm.model_executor.layers.steering_kernels.stages_triton_read import (
     LEAST_CAPACITY,
 )
-from vllm.model_executor.layers.steering_read_state import (  # noqa: E402
-    NOT_READ,
-    TABLE_HEAD,
-    ReadBuffers,
-)
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_read_state import TABLE_HEAD, ReadBuffers
+from vllm.model_executor.layers.steering_state import (
     ClampKind,
     MetaField,
     SAESlot,

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from screen_model import accumulate, copy_of, may_fire, split
 
 from vllm.config.steering import Activation
-from vllm.config.steering_screening import fine_bytes
+from vllm.config.steering_screening import fine_bytes, padded
 from vllm.model_executor.layers.steering_kernels.screen import (
     SCREEN_TOKENS,
     accumulation_error,
     candidates,
     pack_codes,
-    padded,
     round_up,
 )
 from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace
@@ -183,7 +182,8 @@ def test_round_up_never_rounds_down() -> None:
 
 
 def test_two_more_bits_make_the_error_a_quarter() -> None:
-    w = (torch.randn(50, 1000) / 30).bfloat16()
+    # float16: the values of bfloat16 are so coarse that a row's errors are not uniform.
+    w = (torch.randn(50, 1000) / 30).half()
     copy = copy_of(w)
     unit = copy.rows[:, :1].double()
     left = w.double() - unit * copy.q[:, :1000] - unit / 8 * copy.c[:, :1000]

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lockstep import Lockstep  # noqa: E402
-from steering_reference import (  # noqa: E402
+from lockstep import Lockstep
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -20,19 +20,17 @@ from steering_reference import (  # noqa: E402
     make_stream,
     needs_gpu,
 )
-from steering_testing.shards import shared_slot  # noqa: E402
+from steering_testing.shards import shared_slot
 
-from vllm.config.steering import Activation  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.sae_features import NOT_READ
+from vllm.config.steering import Activation
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as full,
 )
-from vllm.model_executor.layers import sae_readout_kernel as kernel  # noqa: E402
-from vllm.model_executor.layers.steering_read_state import (  # noqa: E402
-    NOT_READ,
-    ReadBuffers,
-)
-from vllm.model_executor.layers.steering_shards import Shard  # noqa: E402
-from vllm.model_executor.layers.steering_state import SAESlot, StepState  # noqa: E402
+from vllm.model_executor.layers import sae_readout_kernel as kernel
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK

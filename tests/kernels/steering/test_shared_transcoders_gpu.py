@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lockstep import Lockstep  # noqa: E402
-from steering_reference import (  # noqa: E402
+from lockstep import Lockstep
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -21,19 +21,15 @@ from steering_reference import (  # noqa: E402
     random_clamps,
     set_row,
 )
-from steering_testing.shards import shared_slot  # noqa: E402
+from steering_testing.shards import shared_slot
 
-from vllm.config.steering import (  # noqa: E402
-    Activation,
-    HookPoint,
-    SiteInfo,
-    Tier,
-)
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers.steering_shards import Shard  # noqa: E402
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import (
     ClampKind,
     SAESlot,
     SAEWeights,

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -22,26 +22,22 @@ from steering_reference import (  # noqa: E402
     set_row,
 )
 
-from vllm.config.steering import (  # noqa: E402
-    Activation,
-    HookPoint,
-    SiteInfo,
-    Tier,
-)
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers import steering_reference as plain  # noqa: E402
-from vllm.model_executor.layers.steering_kernels import stages_cuda  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.extension import (  # noqa: E402
+from vllm.model_executor.layers import steering_reference as plain
+from vllm.model_executor.layers.steering_kernels import stages_cuda
+from vllm.model_executor.layers.steering_kernels.extension import (
     extension_is_built,
 )
-from vllm.model_executor.layers.steering_kernels.plan import (  # noqa: E402
+from vllm.model_executor.layers.steering_kernels.plan import (
     COMPACT_ENCODE_TOKENS,
     LIST_MAX,
     sorts_ahead,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     MetaField,
     SAESlot,
     SAEWeights,

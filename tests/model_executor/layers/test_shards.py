@@ -13,7 +13,8 @@ import torch
 from steering_testing.shards import on_ranks, shared_slot
 from steering_testing.sites import CPU
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering_read_state import TABLE_HEAD, ReadBuffers
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard

@@ -20,7 +20,8 @@ from steering_testing.sites import (
     set_row,
 )
 
-from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering import Tier
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers import sae_full_reconstruction, sae_steering  # noqa: F401
 from vllm.model_executor.layers.steering import (
     SiteKey,

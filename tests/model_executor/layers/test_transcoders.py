@@ -9,7 +9,8 @@ import torch
 from steering_testing.reference import Clamp, DenseSAE, delta, full
 from steering_testing.sites import CPU, MAX_CLAMPS, ROWS, bench, exact_sae, set_row
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo, Tier
+from vllm.config.steering import Activation, SiteInfo, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering_attach import attach_site  # noqa: F401
 from vllm.model_executor.layers.steering_reference import full_reconstruction
 from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from sae_reference import D, F, inputs, tensor
 
-from vllm.config.steering import HookPoint, SiteInfo
+from vllm.config.steering import SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 D_OUT = 6

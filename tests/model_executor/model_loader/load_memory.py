@@ -20,11 +20,8 @@ from vllm.model_executor.layers import steering_chunks
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_inspector_process import limit_resources
-from vllm.model_executor.model_loader.sae_loader import (
-    inspect_module,
-    load_site,
-    locate,
-)
+from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
+from vllm.model_executor.model_loader.sae_location import locate
 
 
 def part_bytes(module: ModuleInfo, shard: Shard) -> int:

@@ -12,8 +12,8 @@ import torch
 from sae_reference import D, F, tensor, write_json
 from safetensors.torch import load_file, save_file
 
-from vllm.config.steering import HookPoint
-from vllm.model_executor.model_loader.sae_loader import save_native
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 
 SITE = (3, HookPoint.POST_BLOCK)
 

@@ -12,8 +12,8 @@ import torch
 from steering_testing.shards import shard_of
 
 from vllm.config.steering import Activation, ModuleInfo, SiteInfo
-from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 D, F, K, TOKENS = 8, 24, 5, 32

@@ -17,7 +17,7 @@ import pytest
 import torch
 from sae_reference import D, F, K, inputs, reconstruct, write_json
 
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 STREAM = "blocks.5.hook_resid_post"

@@ -21,7 +21,7 @@ from sae_reference import D, F, K, canonical, inputs, loaded, tensor, write_json
 from safetensors.torch import save_file
 
 from vllm.config.steering import SiteInfo
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 sae_lens = pytest.importorskip("sae_lens", reason="needs the sae-lens package")

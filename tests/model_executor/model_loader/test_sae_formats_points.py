@@ -39,7 +39,7 @@ from sae_reference import (
 )
 from safetensors.torch import save_file
 
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 # Gemma Scope

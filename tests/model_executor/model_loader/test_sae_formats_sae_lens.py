@@ -21,7 +21,8 @@ from sae_reference import (
 )
 from safetensors.torch import save_file
 
-from vllm.config.steering import Activation, HookPoint
+from vllm.config.steering import Activation
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 WEIGHTS = "sae_weights.safetensors"

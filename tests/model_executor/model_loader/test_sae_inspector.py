@@ -20,17 +20,14 @@ import torch
 from sae_reference import D, F, tensor
 from safetensors.torch import save_file
 
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_state import SAEWeights
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
     ModuleInspector,
     PipeLines,
 )
-from vllm.model_executor.model_loader.sae_loader import (
-    inspect_module,
-    load_site,
-    save_native,
-)
+from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 TENSORS = {
     "W_enc": tensor(F, D, seed=0),

@@ -15,16 +15,17 @@ from native_modules import SITE, edit_manifest, native, rewrite, sae_tensors
 from sae_reference import D, F, loaded, new_weights, write_json
 from safetensors.torch import load_file, save_file
 
-from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
+from vllm.config.steering import Activation, ModuleInfo, SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers import steering_chunks
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats import FORMATS, fold
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
     load_site,
     read_layout,
-    save_native,
 )
 
 # Native directories

@@ -12,7 +12,8 @@ import torch
 from sae_reference import D, F, loaded, tensor
 
 from vllm.model_executor.model_loader.sae_formats import saelens_list
-from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 TENSORS = {
     "W_enc": tensor(F, D, seed=0),

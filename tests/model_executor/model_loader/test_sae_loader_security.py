@@ -17,10 +17,8 @@ import pytest
 import torch
 from sae_reference import D, F, tensor, write_json
 
-from vllm.model_executor.model_loader.sae_loader import (
-    inspect_module,
-    save_native,
-)
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 W, b_enc, b_dec = tensor(F, D, seed=0), tensor(F, seed=1), tensor(D, seed=2)
 

@@ -11,13 +11,10 @@ from native_modules import SITE, native, sae_tensors
 from sae_reference import loaded, new_weights, write_json
 from safetensors.torch import save_file
 
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.names import parse_site_name
-from vllm.model_executor.model_loader.sae_loader import (
-    inspect_module,
-    load_site,
-    save_native,
-)
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 
 @pytest.mark.parametrize(

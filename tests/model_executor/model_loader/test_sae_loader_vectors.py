@@ -11,7 +11,8 @@ import torch
 from sae_reference import D, new_weights, tensor
 from safetensors.torch import save_file
 
-from vllm.config.steering import HookPoint, SiteInfo
+from vllm.config.steering import SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
     load_site,

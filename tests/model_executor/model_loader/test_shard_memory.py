@@ -17,7 +17,7 @@ from llama_scope_files import save_llama_scope
 from sae_reference import write_json
 from safetensors.torch import save_file
 
-from vllm.model_executor.model_loader.sae_loader import save_native
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 
 F, D, K, RANKS = 16384, 256, 32, 4
 MATRIX = 4 * F * D  # bytes

@@ -13,7 +13,7 @@ import pytest
 import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import D_SAE
 from vllm import LLM, SamplingParams
-from vllm.config.sae_steering_admission import ROWS_KEY
+from vllm.config.sae_steering_specs import ROWS_KEY
 from vllm.config.sae_steering_types import (
     EXTRA_ARGS_KEYS,
     SAEClampEntry,

@@ -11,12 +11,11 @@ from steering_testing.specs import admitted
 
 import vllm.plugins.steering as plugin
 from vllm import SamplingParams
-from vllm.config.sae_steering_admission import (
-    ROWS_KEY,
-    admitted_schedule,
-)
+from vllm.config.sae_steering_admission import admitted_schedule
+from vllm.config.sae_steering_specs import ROWS_KEY
 from vllm.config.sae_steering_types import parse_steering_request
-from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
+from vllm.config.steering_points import HookPoint
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.store.data import (
     ChunkedTokenDatabase,
     KeyMetadata,

@@ -17,7 +17,8 @@ from typing import Any
 from steering_testing.specs import admitted
 
 from vllm.config.sae_steering_admission import admitted_schedule
-from vllm.config.steering import HookPoint, ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.steering_block_keys import steering_block_key
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tests.plugins.steering.conftest import D_SAE
 from tests.steering_testing import models
 from vllm.config import VllmConfig
-from vllm.config.steering import Ranks, SteeringConfig, get_steering_config
+from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.config.steering_environment import PEER_MEMORY_ENV
+from vllm.config.steering_sharding import Ranks
 from vllm.engine import steering_topology
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import vllm.plugins.steering as plugin
-from vllm.config.steering import HookPoint, get_steering_config
+from vllm.config.steering import get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.steering_points import HookPoint
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering
 

@@ -15,8 +15,9 @@ import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
 from vllm.config import KVTransferConfig
-from vllm.config.steering import HookPoint, SteeringConfig, get_steering_config
+from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.steering_points import HookPoint
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs

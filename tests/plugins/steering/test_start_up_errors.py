@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import write_sae
 from vllm.config.steering_checks import SteeringConfigError
-from vllm.config.steering_private_directory import DIRECTORY_ENV
+from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
 from vllm.engine.arg_utils import EngineArgs
-from vllm.plugins.steering.platforms.interface import KEY_ENV
 
 pytestmark = pytest.mark.engine
 

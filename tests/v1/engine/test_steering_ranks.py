@@ -8,7 +8,8 @@ import itertools
 
 import pytest
 
-from vllm.config.steering_replies import Json, ModuleReply, Outcome
+from vllm.config.steering_json import Json
+from vllm.config.steering_replies import ModuleReply, Outcome
 from vllm.v1.engine.steering_ranks import (
     change_presets_together,
     change_together,

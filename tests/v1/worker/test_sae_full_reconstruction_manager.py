@@ -15,8 +15,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from vllm.config.sae_steering_types import SAEClampEntry, SiteEdit
-from vllm.config.steering import HookPoint
+from vllm.config.sae_steering_edits import SiteEdit
+from vllm.config.sae_steering_types import SAEClampEntry
+from vllm.config.steering_points import HookPoint
 from vllm.v1.worker.sae_clamp_manager import SAEClampManager
 from vllm.v1.worker.sae_full_reconstruction_manager import SAEFullReconstructionManager
 from vllm.v1.worker.steering_manager import SteeringVectorManager

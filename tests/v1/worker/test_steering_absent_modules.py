@@ -37,7 +37,8 @@ from steering_testing.hot_modules import (
 )
 
 from vllm import LLM
-from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering import Tier
+from vllm.config.steering_points import HookPoint
 from vllm.entrypoints.steering import register_module, unregister_module
 from vllm.model_executor.layers import steering_capture, steering_reference
 from vllm.model_executor.layers.steering import SiteKey

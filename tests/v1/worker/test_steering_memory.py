@@ -11,14 +11,10 @@ from steering_testing import models
 from steering_testing.engine import engine, save_sae
 from steering_testing.reference import random_sae
 
-from vllm.config.steering import (
-    HookPoint,
-    PointWidths,
-    Ranks,
-    SlotInfo,
-    SteeringConfig,
-)
+from vllm.config.steering import SlotInfo, SteeringConfig
 from vllm.config.steering_checks import SteeringConfigError
+from vllm.config.steering_points import HookPoint, PointWidths
+from vllm.config.steering_sharding import Ranks
 from vllm.v1.worker import steering_modules
 from vllm.v1.worker.steering_memory import naming_memory
 from vllm.v1.worker.steering_shape import SteeringShape

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from vllm.config.sae_readout_specs import SiteRead
-from vllm.config.steering import HookPoint
-from vllm.model_executor.layers.steering import StepState
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_state import StepState
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_readout import SteeringReadout
 

@@ -12,8 +12,8 @@ import numpy as np
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
-from vllm.config.steering import parse_site
 from vllm.config.steering_checks import listing, shown
+from vllm.config.steering_points import parse_site
 from vllm.entrypoints.steering.encoded import (
     EncodedText,
     EncodedTexts,

@@ -16,14 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors.torch import save_file
 
-from vllm.config.steering import (
-    HOOK_NAMES,
-    ModuleInfo,
-    SteeringConfig,
-    parse_site,
-)
+from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HOOK_NAMES, parse_site
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 

@@ -17,40 +17,16 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from vllm.config.steering import Activation, HookPoint, Tier, site_name
+from vllm.config.steering_points import HookPoint, site_name
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.steering_limits import POINT_LIMIT
 from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_state import (
-    ONLY_IF_ACTIVE,
-    ClampKind,
-    ClampTable,
-    MetaField,
     SAESlot,
-    SAEWeights,
     StepState,
     VectorSlot,
 )
 from vllm.utils.torch_utils import direct_register_custom_op
-
-__all__ = [
-    "ONLY_IF_ACTIVE",
-    "Activation",
-    "ClampKind",
-    "ClampTable",
-    "HookPoint",
-    "MetaField",
-    "SAESlot",
-    "SAEWeights",
-    "SiteKey",
-    "SteeringBackend",
-    "SteeringSite",
-    "StepState",
-    "Tier",
-    "VectorSlot",
-    "apply_layer_steering",
-    "get_site",
-]
 
 
 @dataclass(frozen=True)

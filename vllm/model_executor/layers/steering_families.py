@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.interfaces import supports_multimodal
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 
 # The largest component that a tier writes back, by the model's dtype. Two such
 # components add up without overflow, and float32 holds the sum of squares of 2^16 of

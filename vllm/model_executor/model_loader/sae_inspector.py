@@ -29,11 +29,8 @@ import torch
 from vllm.config.steering import ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
-from vllm.model_executor.model_loader.sae_loader import (
-    LocatedModule,
-    ModuleOptions,
-    locate,
-)
+from vllm.model_executor.model_loader.sae_loader import ModuleOptions
+from vllm.model_executor.model_loader.sae_location import LocatedModule, locate
 
 PROCESS = "vllm.model_executor.model_loader.sae_inspector_process"
 # Importing torch and vLLM, once.

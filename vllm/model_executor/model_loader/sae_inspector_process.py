@@ -23,8 +23,8 @@ import torch
 
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
-from vllm.model_executor.layers.steering import SAEWeights
 from vllm.model_executor.layers.steering_shards import Shard
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.layout import Location, Overrides
 from vllm.model_executor.model_loader.sae_inspector import (
     InspectionLimits,
@@ -32,12 +32,12 @@ from vllm.model_executor.model_loader.sae_inspector import (
     bytes_of,
 )
 from vllm.model_executor.model_loader.sae_loader import (
-    LocatedModule,
     ModuleOptions,
     inspect_files,
     load_site,
     load_vectors,
 )
+from vllm.model_executor.model_loader.sae_location import LocatedModule
 
 Job = Json
 LIBC = ctypes.CDLL(None)

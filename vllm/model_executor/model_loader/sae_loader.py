@@ -40,7 +40,6 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     VectorLayout,
 )
 from vllm.model_executor.model_loader.sae_formats.names import choose_sites, need_site
-from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_location import (
@@ -51,17 +50,8 @@ from vllm.model_executor.model_loader.sae_location import (
 )
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
-__all__ = [
-    "check_weights",
-    "inspect_module",
-    "load_site",
-    "load_vectors",
-    "read_layout",
-    "read_site",
-    "save_native",
-]
 
 DIGEST_DOMAIN = "vllm-steering-module-v1"
 _HASH_BLOCK = 4 << 20

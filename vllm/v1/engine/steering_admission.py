@@ -7,7 +7,6 @@ import copy
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_steering_admission import (
-    ROWS_KEY,
     admitted_extra_args,
     refuse_streaming_input,
 )
@@ -17,6 +16,7 @@ from vllm.config.sae_steering_specs import (
     EXTRA_ARGS_KEYS,
     PRESET_KEY,
     RESERVED_KEYS,
+    ROWS_KEY,
 )
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import shown

@@ -23,8 +23,8 @@ from vllm.config.sae_features import (
 )
 from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
-from vllm.config.steering import HookPoint
 from vllm.config.steering_json import JsonView
+from vllm.config.steering_points import HookPoint
 from vllm.v1.engine.steering_read_log import Chunk, LogReader, joined
 
 # So many pieces of a request are joined.

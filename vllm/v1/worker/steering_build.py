@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm.config.steering import ModuleInfo, Ranks, SteeringConfig
+from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering_sharding import Ranks
 from vllm.config.steering_slots import module_bytes, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering_families import find_decoder_layers

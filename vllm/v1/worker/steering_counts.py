@@ -13,8 +13,8 @@ import torch
 from vllm.config.sae_inline_vectors import INLINE_PREFIX
 from vllm.config.steering import Tier
 from vllm.config.steering_json import Json
-from vllm.model_executor.layers.steering import StepState
 from vllm.model_executor.layers.steering_bypass import Bypass
+from vllm.model_executor.layers.steering_state import StepState
 from vllm.v1.worker.steering_index import Rows, Runs, StepIndex
 from vllm.v1.worker.steering_inline import InlineVectors
 from vllm.v1.worker.steering_manager import Edits

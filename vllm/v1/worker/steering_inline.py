@@ -17,7 +17,8 @@ import torch
 
 from vllm.config.sae_steering_plan import PlannedVector
 from vllm.config.steering import InlineSite
-from vllm.model_executor.layers.steering import SiteKey, VectorSlot
+from vllm.model_executor.layers.steering import SiteKey
+from vllm.model_executor.layers.steering_state import VectorSlot
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.steering_tables import BoundTable
 

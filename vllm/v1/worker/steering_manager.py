@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from vllm.config.sae_steering_types import SiteEdit
+from vllm.config.sae_steering_edits import SiteEdit
 from vllm.config.steering import Tier
 
 Edits = Sequence[SiteEdit]

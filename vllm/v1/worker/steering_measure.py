@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import torch
 
-from vllm.config.steering import HookPoint, Tier
+from vllm.config.steering import Tier
 from vllm.config.steering_checks import one_line
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HookPoint
 from vllm.logger import init_logger
-from vllm.model_executor.layers.steering import (
-    SAESlot,
-    SiteKey,
-    SteeringBackend,
-    SteeringSite,
-    StepState,
-    VectorSlot,
-)
+from vllm.model_executor.layers.steering import SiteKey, SteeringBackend, SteeringSite
 from vllm.model_executor.layers.steering_reference import (
     gather_stream,
     select_tokens,
     within_norm,
     write_stream,
 )
+from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 from vllm.v1.worker.steering_runtime import SteeredRunner
 
 logger = init_logger(__name__)

@@ -9,13 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from vllm.config.steering import (
-    PointWidths,
-    Ranks,
-    SlotInfo,
-    SteeringConfig,
-    site_name,
-)
+from vllm.config.steering import SlotInfo, SteeringConfig
+from vllm.config.steering_points import PointWidths, site_name
+from vllm.config.steering_sharding import Ranks
 from vllm.config.steering_slots import slots_of
 from vllm.v1.worker.steering_shape import SteeringShape
 

@@ -21,19 +21,15 @@ from vllm.config.steering_checks import one_line
 from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.v1.worker.steering_counts import MAX_REMOVED, tokens_of_modules
 from vllm.v1.worker.steering_module_loads import (
     LoadedSite,
     ModuleLoad,
     start_reading,
 )
-from vllm.v1.worker.steering_modules import (
-    Place,
-    SAEPlace,
-    SiteModules,
-    VectorPlace,
-)
+from vllm.v1.worker.steering_modules import SiteModules
+from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace
 from vllm.v1.worker.steering_runtime import SteeredRunner, SteeringRuntime
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm.config.steering import ModuleInfo, SiteInfo
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
 from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_tables import unit_scale

@@ -24,14 +24,7 @@ from vllm.config.steering import (
     Tier,
 )
 from vllm.config.steering_slots import skip_set
-from vllm.model_executor.layers.steering import (
-    SAESlot,
-    SAEWeights,
-    SiteKey,
-    SteeringBackend,
-    SteeringSite,
-    StepState,
-)
+from vllm.model_executor.layers.steering import SiteKey, SteeringBackend, SteeringSite
 from vllm.model_executor.layers.steering_attach import attach_site, check_site
 from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
@@ -41,6 +34,7 @@ from vllm.model_executor.layers.steering_families import (
 from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
+from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights, StepState
 from vllm.model_executor.model_loader.sae_loader import load_site
 from vllm.v1.worker.steering_counts import DeviceCounts
 from vllm.v1.worker.steering_inline import InlineVectors, make_stack

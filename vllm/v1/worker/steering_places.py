@@ -8,13 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm.config.steering import Tier
-from vllm.model_executor.layers.steering import (
-    SAESlot,
-    SiteKey,
-    SteeringBackend,
-    StepState,
-    VectorSlot,
-)
+from vllm.model_executor.layers.steering import SiteKey, SteeringBackend
+from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
 from vllm.v1.worker.steering_tables import BoundTable
 
 

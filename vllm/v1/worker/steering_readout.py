@@ -15,14 +15,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from vllm.config.sae_features import NOT_READ
 from vllm.config.sae_readout_specs import SiteRead, read_key
 from vllm.config.sae_readout_step import StepReadout
-from vllm.model_executor.layers.steering import StepState
-from vllm.model_executor.layers.steering_read_state import (
-    NOT_READ,
-    TABLE_HEAD,
-    ReadBuffers,
-)
+from vllm.model_executor.layers.steering_read_state import TABLE_HEAD, ReadBuffers
+from vllm.model_executor.layers.steering_state import StepState
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager

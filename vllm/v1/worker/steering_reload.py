@@ -10,7 +10,8 @@ from torch import nn
 
 from vllm.config.steering import ModuleInfo
 from vllm.model_executor.layers.steering import SteeringSite
-from vllm.v1.worker.steering_modules import SAEPlace, SiteModules
+from vllm.v1.worker.steering_modules import SiteModules
+from vllm.v1.worker.steering_places import SAEPlace
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm.config import VllmConfig
-from vllm.config.steering import PointWidths, SteeringConfig, point_widths
+from vllm.config.steering import SteeringConfig
+from vllm.config.steering_points import PointWidths, point_widths
 
 
 @dataclass(frozen=True)

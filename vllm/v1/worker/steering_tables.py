@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm.config.sae_steering_types import (
-    SAECondition,
-    SiteEdit,
-    VectorAction,
-)
-from vllm.config.steering import HookPoint, ModuleInfo
-from vllm.model_executor.layers.steering import (
+from vllm.config.sae_steering_edits import SiteEdit
+from vllm.config.sae_steering_specs import SAECondition
+from vllm.config.sae_steering_vector_action import VectorAction
+from vllm.config.steering import ModuleInfo
+from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering import SiteKey
+from vllm.model_executor.layers.steering_state import (
+    CONDITION_SHIFT,
     ONLY_IF_ACTIVE,
+    ClampFlag,
     ClampKind,
     ClampTable,
     SAEWeights,
-    SiteKey,
 )
-from vllm.model_executor.layers.steering_state import CONDITION_SHIFT, ClampFlag
 from vllm.utils.torch_utils import async_tensor_h2d
 
 CLAMP_CODES = {

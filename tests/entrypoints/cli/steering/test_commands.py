@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm.entrypoints.cli.steering import commands
-from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
+from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 from vllm_steering_cli.main import main
 
 D, F = 8, 24

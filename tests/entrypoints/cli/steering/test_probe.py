@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.moved import at_asked_site
-from vllm.entrypoints.cli.steering.probe import WINDOW, windows
-from vllm.model_executor.layers.steering import SAEWeights
+from vllm.entrypoints.cli.steering.probe import windows
+from vllm.entrypoints.cli.steering.probe_engine import WINDOW
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 from vllm_steering_cli.main import main

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm.config.steering import Activation, HookPoint, ModuleInfo, SiteInfo
+from vllm.config.steering import Activation, ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.layout import ModuleLayout
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
     read_layout,
     read_site,
-    save_native,
 )
 
 SiteName = tuple[int, HookPoint | str]

@@ -43,7 +43,7 @@ def make_sae(folder: Path) -> None:
     """Save a random SAE of the first layer's output."""
     import torch
 
-    from vllm.model_executor.model_loader.sae_loader import save_native
+    from vllm.model_executor.model_loader.sae_formats.native import save_native
 
     generator = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(F, D, generator=generator), dim=1)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
-from vllm.config.steering import parse_site
+from vllm.config.steering_points import parse_site
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
     quiet_engine,
     texts_of,
 )
-from vllm.entrypoints.cli.steering.probe import MODULE, probing_engine, windows
+from vllm.entrypoints.cli.steering.probe import windows
+from vllm.entrypoints.cli.steering.probe_engine import MODULE, probing_engine
 from vllm.entrypoints.steering.evaluate import (
     SiteEvaluation,
     TooShortError,

@@ -8,15 +8,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from vllm.config.steering import site_name
+from vllm.config.steering_points import site_name
 from vllm.entrypoints.cli.steering.commands import LoadedSites
 from vllm.model_executor.model_loader.sae_formats.names import need_site
+from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
-from vllm.model_executor.model_loader.sae_loader import (
-    inspect_module,
-    read_layout,
-    save_native,
-)
+from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout
 
 
 @contextmanager

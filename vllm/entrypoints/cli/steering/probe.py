@@ -15,12 +15,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from vllm.config.steering import (
-    Activation,
-    SiteInfo,
-    get_steering_config,
-    site_name,
-)
+from vllm.config.steering import Activation, SiteInfo, get_steering_config
+from vllm.config.steering_points import site_name
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
@@ -38,10 +34,8 @@ from vllm.entrypoints.cli.steering.probe_engine import (
     probing_engine,
     record,
 )
-from vllm.model_executor.layers.steering import (
-    SAEWeights,
-    SiteKey,
-)
+from vllm.model_executor.layers.steering import SiteKey
+from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout
 
 DEFAULT_TEXT = """\

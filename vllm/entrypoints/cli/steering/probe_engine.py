@@ -17,19 +17,17 @@ from vllm.config.steering import (
     SiteInfo,
 )
 from vllm.config.steering_json import Json, JsonView
-from vllm.model_executor.layers.steering import (
-    SAESlot,
-    SAEWeights,
-    SiteKey,
-    SteeringBackend,
-    SteeringSite,
-    StepState,
-    VectorSlot,
-)
+from vllm.model_executor.layers.steering import SiteKey, SteeringBackend, SteeringSite
 from vllm.model_executor.layers.steering_attach import attach_site
 from vllm.model_executor.layers.steering_families import (
     find_decoder_layers,
     missing_point,
+)
+from vllm.model_executor.layers.steering_state import (
+    SAESlot,
+    SAEWeights,
+    StepState,
+    VectorSlot,
 )
 
 if TYPE_CHECKING:

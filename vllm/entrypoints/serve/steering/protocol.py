@@ -10,10 +10,12 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vllm.config.steering import FeatureUnits, Screening, Sharding
+from vllm.config.steering import FeatureUnits
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.config.steering_screening import Screening
+from vllm.config.steering_sharding import Sharding
 from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.exceptions import VLLMValidationError

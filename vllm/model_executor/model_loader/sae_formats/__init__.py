@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vllm.config.steering import HookPoint
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats import (
     attention_z,
     dictionary_learning,

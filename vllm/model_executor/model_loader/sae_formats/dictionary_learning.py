@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vllm.config.steering import HOOK_ALIASES, Activation, HookPoint, SiteInfo
+from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_points import HOOK_ALIASES, HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape, need_k
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,

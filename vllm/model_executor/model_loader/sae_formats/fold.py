@@ -28,17 +28,17 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     VectorLayout,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
     read_array,
     read_slice,
 )
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
+    TensorFile,
     as_float32,
 )
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.steering import SAEWeights
+    from vllm.model_executor.layers.steering_state import SAEWeights
 
 Progress = Callable[[int], None]
 

@@ -19,13 +19,11 @@ from vllm.model_executor.model_loader.sae_formats.fold import (
     read_floats,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import Matrix, SAELayout
-from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
-    read_array,
-)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import read_array
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
     HostTensor,
+    TensorFile,
     as_float32,
 )
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import re
 
-from vllm.config.steering import Activation, HookPoint
+from vllm.config.steering import Activation
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,

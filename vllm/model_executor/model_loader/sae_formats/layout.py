@@ -15,13 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm.config.steering import (
-    HookPoint,
-    ModuleKind,
-    SiteInfo,
-    site_name,
-)
+from vllm.config.steering import ModuleKind, SiteInfo
 from vllm.config.steering_json import Json, JsonView
+from vllm.config.steering_points import HookPoint, site_name
 
 MAX_CONFIG_BYTES = 4 << 20
 # A module has one subdirectory a site. A directory with more entries is no module.

@@ -37,10 +37,8 @@ from vllm.model_executor.model_loader.sae_formats.names import (
     choose_points,
     need_points,
 )
-from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
-    open_tensors,
-)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
 CONFIG = "config.json"
 WEIGHTS = "sae_weights.safetensors"

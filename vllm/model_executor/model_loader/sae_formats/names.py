@@ -7,14 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vllm.config.steering import (
-    HOOK_NAMES,
-    Activation,
-    HookPoint,
-    SiteInfo,
-    parse_site,
-    site_name,
-)
+from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_points import HOOK_NAMES, HookPoint, parse_site, site_name
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LayoutError,
     Location,

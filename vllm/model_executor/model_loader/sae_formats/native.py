@@ -14,15 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm.config.steering import (
-    HOOK_ALIASES,
-    HOOK_NAMES,
-    Activation,
-    HookPoint,
-    SiteInfo,
-    site_name,
-)
+from vllm.config.steering import Activation, SiteInfo
 from vllm.config.steering_json import Json, JsonView
+from vllm.config.steering_points import HOOK_ALIASES, HOOK_NAMES, HookPoint, site_name
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm.config.steering import Activation, HookPoint
+from vllm.config.steering import Activation
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
     need_k,
@@ -38,10 +39,8 @@ from vllm.model_executor.model_loader.sae_formats.names import (
     need_site,
     parse_site_name,
 )
-from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
-    open_tensors,
-)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"

@@ -24,15 +24,12 @@ from vllm.model_executor.model_loader.sae_formats.safetensors_file import (
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
     TensorFile,
-    TensorInfo,
     check_file,
 )
 from vllm.model_executor.model_loader.sae_formats.torch_zip import open_torch
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["TensorFile", "TensorInfo", "open_tensors", "read_array", "read_slice"]
 
 
 def _broken(label: str, error: Exception) -> LayoutError:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo
+from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LayoutError,
@@ -21,10 +22,8 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
     SAELayout,
 )
-from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
-    open_tensors,
-)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
 _QWEN_FILE = re.compile(r"layer([0-9]{1,9})\.sae\.pt")
 _GOODFIRE_FILE = re.compile(r".*-l([0-9]{1,9})\.pth?")

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import re
 
-from vllm.config.steering import HookPoint, SiteInfo
+from vllm.config.steering import SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LayoutError,
     Location,
@@ -25,10 +26,8 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     VectorLayout,
 )
 from vllm.model_executor.model_loader.sae_formats.names import parse_site_name
-from vllm.model_executor.model_loader.sae_formats.tensor_files import (
-    TensorFile,
-    open_tensors,
-)
+from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
+from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
 SAFETENSORS_FORMAT = "vllm-steering-vectors"
 GGUF_ARCHITECTURE = "controlvector"
