@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.sae_loader import inspect_module
 from vllm_steering_cli.main import main
 
 D, F = 8, 24
+EXAMPLES = Path(__file__).parents[4] / "examples"
 
 
 def gated(path: Path) -> Path:
@@ -119,6 +120,20 @@ def test_a_transcoder_from_before_the_gain_stays_one_when_converted(
         out = capsys.readouterr().out
         assert f"writes mlp_out, d_out {D}" in out
         assert "folds gain of the norm before the MLP" in out
+
+
+def test_inspect_shows_a_vector_as_a_vector(capsys: pytest.CaptureFixture[str]) -> None:
+    vector = EXAMPLES / "smollm2" / "cheerful.safetensors"
+    assert main(["inspect", str(vector)]) == 0
+    assert "post_block.15  a vector of 576 numbers" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_guard_that_a_manifest_sets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["inspect", str(EXAMPLES / "smollm2" / "sae")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "reference_norm 168.19" in lines and "norm_guard     10.0" in lines
 
 
 def test_inspect_prints_json_on_request(
