@@ -59,7 +59,6 @@ def make_parser() -> argparse.ArgumentParser:
         "site, beside what the module declares. Exit status: 0 when nothing "
         "disagrees; 1 when a warning is printed, or the module or model is refused.",
     )
-    _add_doctor(commands)
     features = commands.add_parser(
         "features",
         help="Find the features that tell some texts from others.",
@@ -98,6 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="The dtype of W_enc and W_dec (default: %(default)s); everything else "
         "is float32.",
     )
+    _add_doctor(commands)
     return parser
 
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Turns the bundles of tensors that an op is given into those that kernels take
+// Turns the tensors that an op is given into the bundles that kernels take
 // (bundles.cuh), and checks all of it: number, dtype, shape, layout, alignment,
-// device. A message names the tensor as Python does.
+// device. A message names the tensor as Python does. held.h does it once for
+// many ops.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -27,6 +29,10 @@ constexpr int64_t kAny = -1;  // a size that may be anything
 struct Expected {
   int device;
   ScalarType type;
+
+  bool operator==(const Expected& other) const {
+    return device == other.device && type == other.type;
+  }
 };
 
 inline const Tensor& get(const Tensors& bundle, size_t i, const char* name) {
@@ -193,6 +199,14 @@ inline Reads make_reads(const Tensors& step, int64_t tokens,
           data<int>(out),   table.stride(0),  out.stride(0)};
 }
 
+// The longest step that these tensors have room for.
+inline int64_t most_tokens(const Tensors& step) {
+  int64_t most = std::min(step[kIndex].numel(), step[kFlags].numel());
+  if (step.size() <= kReadIndex) return most;
+  most = std::min(most, step[kReadIndex].numel());
+  return std::min(most, step[kReadOut].size(0));
+}
+
 // `counters`: how many write-backs are counted in, one of each vector.
 inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e,
                       int64_t counters = 1) {
@@ -221,8 +235,7 @@ inline Step make_step(const Tensors& step, int64_t tokens, const Expected& e,
 // `topk`: with scores and the k-th keys.
 template <typename T>
 Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
-                            int max_clamps, bool topk, int64_t base,
-                            const Expected& e) {
+                            int max_clamps, bool topk, const Expected& e) {
   const auto i32 = ScalarType::Int, i64 = ScalarType::Long;
   const auto f32 = ScalarType::Float;
   const Tensor& x =
@@ -249,7 +262,6 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
   }
   const bool has_skip = ws.size() > kSkip;
   if (has_skip) check(ws[kSkip], "skip", f32, {rows, weights.d_out}, e);
-  STD_TORCH_CHECK(base >= 0, "steering: base ", base, " is negative");
   return {data<T>(x),
           data<TokenRecord>(records),
           data<int>(ws[kCount]),
@@ -261,7 +273,7 @@ Workspace<T> make_workspace(const Tensors& ws, const Weights<T>& weights,
           has_skip ? data<float>(ws[kSkip]) : nullptr,
           static_cast<int>(rows),
           static_cast<int>(entries.size(1)),
-          static_cast<int>(base)};
+          0};
 }
 
 // The scratch memory of dense tokens, uint8 [rows, bytes of a token].
@@ -281,36 +293,6 @@ DenseScratch<T> make_dense_scratch(const Tensors& ws, const Weights<T>& weights,
   T* limbs = x + rows * weights.d_in;
   return {x, limbs, reinterpret_cast<float*>(limbs + 2 * rows * padded),
           static_cast<int>(rows), static_cast<int>(padded)};
-}
-
-// Whether an op's stream is what the encoder reads, or what the decoder writes.
-enum class Side { kRead, kWritten };
-
-// All four bundles of an op.
-template <typename T>
-struct Bundles {
-  Step step;
-  Weights<T> weights;
-  Stream<T> stream;
-  Workspace<T> ws;
-  Expected expected;
-};
-
-template <typename T>
-Bundles<T> make_bundles(const Tensors& step, const Tensors& weights,
-                        const Tensors& stream, const Tensors& ws, Side side,
-                        bool topk, int64_t base) {
-  const Expected e = expected_of(stream);
-  const Weights<T> w = make_weights<T>(weights, e);
-  const int ranks = w.all_features / w.num_features;
-  const Stream<T> s =
-      make_stream<T>(stream, side == Side::kRead ? w.d_in : w.d_out * ranks, e);
-  const Step st = make_step(step, s.tokens, e);
-  if (st.reads.index != nullptr)
-    check(step[kReadScale], "read_scale", ScalarType::Float, {w.all_features},
-          e);
-  return {st, w, s,
-          make_workspace<T>(ws, w, st.table.max_clamps, topk, base, e), e};
 }
 
 // Calls f with a value of the stream's element type.

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "checks.h"
 #include "clamp_kernel.cuh"
+#include "held.h"
 
 namespace vllm_steering {
 

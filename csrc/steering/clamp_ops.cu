@@ -23,27 +23,20 @@ void launch_encoding(const ClampArgs<T, T>& a, cudaStream_t stream) {
 
 // The delta tier. `source`: what a transcoder reads, else nothing. `gated`: the
 // slot may hold a TopK module.
-void clamp(Tensors step, Tensors weights, Tensors source, Tensors stream,
-           bool gated) {
+void clamp(int64_t held, Tensors stream, Tensors source, bool gated) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const Expected e = expected_of(stream);
-    const Weights<T> w = make_weights<T>(weights, e);
-    const Stream<T> s = make_stream<T>(stream, w.d_out, e);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, Scratch::kNone);
+    const Weights<T>& w = b.weights;
+    const Stream<T>& s = b.stream;
     STD_TORCH_CHECK(!source.empty() || w.d_in == w.d_out,
                     "steering: an encoder of width ", w.d_in,
                     " cannot read a stream of width ", w.d_out);
-    ClampArgs<T, T> a = {make_step(step, s.tokens, e),
-                         w,
-                         s,
-                         w.w_dec,
-                         nullptr,
-                         0,
-                         w.d_out,
-                         gated};
+    ClampArgs<T, T> a = {b.step, w, s, w.w_dec, nullptr, 0, w.d_out, gated};
     const cudaStream_t on = stream_of(stream[kHidden]);
     if (source.empty()) return launch_encoding<T, false>(a, on);
-    const Stream<T> read = make_stream<T>(source, w.d_in, e);
+    const Stream<T> read = make_stream<T>(source, w.d_in, b.expected);
     STD_TORCH_CHECK(read.tokens == s.tokens && read.residual == nullptr,
                     "steering: source has ", read.tokens, " tokens, expected ",
                     s.tokens);
@@ -90,9 +83,7 @@ int64_t has_clamps(Tensor on) {
 }  // namespace vllm_steering
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
-  m.def(
-      "clamp(Tensor[] step, Tensor[] weights, Tensor[] source, Tensor(a!)[] "
-      "stream, bool gated) -> ()");
+  m.def("clamp(" STEERING_HELD "Tensor[] source, bool gated) -> ()");
   m.def(
       "add_vectors(Tensor[] step, Tensor directions, Tensor(a!)[] stream)"
       " -> ()");

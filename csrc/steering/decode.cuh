@@ -6,6 +6,7 @@
 #include "dense.cuh"
 #include "packets.cuh"
 #include "ptx/launch_control.cuh"
+#include "ptx/mbarrier.cuh"
 
 namespace vllm_steering {
 
@@ -15,6 +16,12 @@ constexpr int kColumns = kColumnsOfSlice;
 static_assert(kColumns == kDecodeThreads, "a thread finishes a column");
 static_assert(kListMax % kDecodeThreads == 0, "threads take equal parts");
 constexpr int kFewTokens = 8;  // up to here a token's latency counts
+
+// A token's list is the work of a team of threads; a block has one or more.
+__device__ __forceinline__ int team_thread() {
+  return threadIdx.x % kDecodeThreads;
+}
+__device__ __forceinline__ void sync_decoders() { sync_team<kDecodeThreads>(); }
 
 template <typename T>
 struct DecodeArgs {
@@ -30,7 +37,8 @@ struct DecodeArgs {
   // selected among all scores), columns go to all of them.
   Exchange exchange;
   bool joined;
-  int parts;  // SharedPart
+  int parts;                // SharedPart
+  bool notes_dense = true;  // for a launch that follows
 };
 
 inline int decode_slices(int d_out) {
@@ -61,7 +69,7 @@ __device__ __forceinline__ EntryLoads load_entries(const int64_t* own,
   EntryLoads l;
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    const int e = threadIdx.x + u * kDecodeThreads;
+    const int e = team_thread() + u * kDecodeThreads;
     l.at[u] = e < room ? own[e] : 0;
   }
   return l;
@@ -73,7 +81,7 @@ __device__ __forceinline__ EntryLoads load_joined(const Exchange& x, int64_t i,
   EntryLoads l;
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    const int e = threadIdx.x + u * kDecodeThreads;
+    const int e = team_thread() + u * kDecodeThreads;
     l.at[u] = e < n ? joined_entry(x, i, counts, e) : 0;
   }
   return l;
@@ -99,16 +107,16 @@ inline __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
   int2 mine[kListMax / kDecodeThreads];
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    const int e = threadIdx.x + u * kDecodeThreads;
+    const int e = team_thread() + u * kDecodeThreads;
     mine[u] = make_int2(entry_feature(l.at[u]), static_cast<int>(l.at[u]));
     // Sorts last; rounds n up to a multiple of 4.
     if (e >= n) mine[u] = make_int2(0x7FFFFFFF, 0);
     features[e] = mine[u].x;
   }
-  __syncthreads();
+  sync_decoders();
 #pragma unroll
   for (int u = 0; u < kListMax / kDecodeThreads; ++u) {
-    if (threadIdx.x + u * kDecodeThreads >= n) continue;
+    if (team_thread() + u * kDecodeThreads >= n) continue;
     int rank = 0;
 #pragma unroll 4
     for (int o = 0; o < n; o += 4) {
@@ -118,7 +126,7 @@ inline __device__ void sort_entries(const EntryLoads& l, int n, int2* list,
     }
     list[rank] = mine[u];
   }
-  __syncthreads();
+  sync_decoders();
 }
 
 // The activation of `feature` in the sorted list, 0 when absent.

@@ -27,7 +27,7 @@ __host__ __device__ inline int list_slots(int max_clamps) {
 // partial sums, which are needed one after another.
 static_assert(sizeof(LongReadMemory) <=
               kListMax * 8 + kDecodeWarps * kColumns * 4);
-inline int decode_smem(int max_clamps) {
+__host__ __device__ inline int decode_smem(int max_clamps) {
   return list_slots(max_clamps) * 8 + kDecodeWarps * kColumns * 4;
 }
 
@@ -37,7 +37,7 @@ __device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
                              int64_t i, int2* list, int n) {
   const int clamps = row.count();
   if (clamps == 0) return n;
-  for (int c = threadIdx.x; c < clamps; c += kDecodeThreads) {
+  for (int c = team_thread(); c < clamps; c += kDecodeThreads) {
     const int feature = row.feature(c);
     const float delta = a.resolved ? a.ws.coef[i * row.max_clamps + c]
                                    : clamp_delta(row, c, [=](int f) {
@@ -45,7 +45,7 @@ __device__ int append_clamps(const DecodeArgs<T>& a, const ClampRow& row,
                                      });
     list[n + c] = make_int2(feature, __float_as_int(delta));
   }
-  __syncthreads();
+  sync_decoders();
   return n + clamps;
 }
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void gather_list(float (&acc)[8], const int2* list,
                                             int d_out) {
   const T* columns = w_dec + min(column, d_out - 8);
 #pragma unroll 1
-  for (int j = threadIdx.x / 32; j < n; j += kDecodeWarps * Ahead) {
+  for (int j = team_thread() / 32; j < n; j += kDecodeWarps * Ahead) {
     Pack8<T> w[Ahead];
     float weight[Ahead];
 #pragma unroll
@@ -136,11 +136,11 @@ template <bool kShared, typename T>
 __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
                              float* sums, int64_t i, T* hidden, T* residual,
                              int* counted, int first, unsigned round) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int thread = team_thread(), warp = thread / 32, lane = thread % 32;
   float4* to = reinterpret_cast<float4*>(sums + warp * kColumns + lane * 8);
   to[0] = make_float4(sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
   to[1] = make_float4(sum.at[4], sum.at[5], sum.at[6], sum.at[7]);
-  const int c = first + threadIdx.x;
+  const int c = first + thread;
   const bool inside = c < a.weights.d_out;
   float total = 0.f;
   if (inside && !a.delta) {
@@ -150,20 +150,19 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
     if (residual != nullptr)  // rounded as the model rounds it
       total = to_float(from_float<T>(total + to_float(residual[c])));
   }
-  __syncthreads();
+  sync_decoders();
   if constexpr (kShared) {
     bool over = false;
     if (inside) {
 #pragma unroll
       for (int w = 0; w < kDecodeWarps; ++w)
-        total += sums[w * kColumns + threadIdx.x];
+        total += sums[w * kColumns + thread];
       total = saturate<T>(total, over);
     }
     send_slice(a, i, first, total, over, round);
   } else if (inside) {
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w)
-      total += sums[w * kColumns + threadIdx.x];
+    for (int w = 0; w < kDecodeWarps; ++w) total += sums[w * kColumns + thread];
     bool over = false;
     total = saturate<T>(total, over);
     count_saturated(over, counted, a.saturated);
@@ -174,7 +173,7 @@ __device__ void finish_slice(const Partial& sum, const DecodeArgs<T>& a,
       hidden[c] = from_float<T>(total);
     }
   }
-  __syncthreads();
+  sync_decoders();
 }
 
 // The list of a token of a shared SAE; returns its length.
@@ -201,41 +200,26 @@ __device__ __forceinline__ int shared_list(const DecodeArgs<T>& a, int64_t i,
   return total;
 }
 
-// Blocks share a token's slices in groups, as many as keep all of them busy:
-// the list is sorted once a group, not once a slice. `Ahead` rows are in flight
-// in a warp, and blocks share a multiprocessor accordingly: many for one
-// token's latency, few for many tokens. With kReads a group more reads the
-// token, or the last group does so too, where blocks are scarce.
+// The lists of n tokens. Teams share a token's slices in groups, as many as
+// keep all of them busy: the list is sorted once a group, not once a slice.
+// `Ahead` rows are in flight in a warp. With kReads a group more reads the
+// token, or the last group does so too, where teams are scarce. `memory` is the
+// team's own.
 template <typename T, int Ahead, bool kReads, bool kShared>
-__global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
-    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
-  extern __shared__ __align__(16) char memory[];
+__device__ __forceinline__ void decode_lists(const DecodeArgs<T>& a,
+                                             char* memory, int n, int team,
+                                             int teams, unsigned round) {
   int2* list = reinterpret_cast<int2*>(memory);
   float* scratch =
       reinterpret_cast<float*>(memory + list_slots(a.table.max_clamps) * 8);
-  launch_dependents();
-  wait_for_previous();
-  const int n = a.ws.tokens(), d_out = a.weights.d_out;
-  unsigned round = 0;
-  if constexpr (kShared) {
-    if (n <= 0) return;
-    round = a.exchange.round();
-    if ((a.parts & kPushes) != 0) {
-      if ((a.parts & kPackets) != 0)
-        push_packets(a.ws, a.exchange, n, round);
-      else
-        push_lists(a.ws, a.exchange, n, round);
-    }
-    if ((a.parts & kDecodes) == 0) return;
-  }
+  const int d_out = a.weights.d_out;
   const bool writes = kShared && (a.parts & kWrites) != 0;
   const int slices = (d_out + kColumns - 1) / kColumns;
-  const int groups =
-      max(1, min(slices, static_cast<int>(gridDim.x) / max(n, 1)));
+  const int groups = max(1, min(slices, teams / max(n, 1)));
   const int room = a.delta ? 0 : a.ws.capacity;
-  const bool apart = kReads && n * (groups + 1) <= static_cast<int>(gridDim.x);
+  const bool apart = kReads && n * (groups + 1) <= teams;
   const int reader = apart ? groups : groups - 1;
-  for (int work = blockIdx.x; work < n * (groups + apart); work += gridDim.x) {
+  for (int work = team; work < n * (groups + apart); work += teams) {
     const int64_t i = work % n;
     const int64_t* own = a.ws.entries + i * a.ws.capacity;
     TokenRecord* record = a.ws.records + i;
@@ -245,7 +229,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
     if constexpr (kShared) {
       listed = shared_list(a, i, listed, round, mine);
       // All of its activations count, and none past the norm limit.
-      if (a.joined && work < n && threadIdx.x == 0) record->listed = listed;
+      if (a.joined && work < n && team_thread() == 0) record->listed = listed;
     } else {
       mine = load_entries(own, room);
     }
@@ -263,7 +247,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       continue;
     }
     if (listed > kListMax) {
-      if ((edits || kShared) && work < n && threadIdx.x == 0)
+      if (a.notes_dense && (edits || kShared) && work < n && team_thread() == 0)
         note_dense(a.ws, i);
       if (reads && listed <= a.ws.capacity)
         read_long(read_row(a.reads, record->read, token), own, listed,
@@ -296,6 +280,31 @@ __global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
       for (int slice = work / n; slice < slices; slice += groups)
         write_slice(a, i, slice, token, round, &record->saturated);
   }
+}
+
+// One team a block. Blocks share a multiprocessor by `Ahead`: many for many
+// tokens, few for one token's latency.
+template <typename T, int Ahead, bool kReads, bool kShared>
+__global__ void __launch_bounds__(kDecodeThreads, 32 / Ahead)
+    decode_kernel(const __grid_constant__ DecodeArgs<T> a) {
+  extern __shared__ __align__(16) char memory[];
+  launch_dependents();
+  wait_for_previous();
+  const int n = a.ws.tokens();
+  unsigned round = 0;
+  if constexpr (kShared) {
+    if (n <= 0) return;
+    round = a.exchange.round();
+    if ((a.parts & kPushes) != 0) {
+      if ((a.parts & kPackets) != 0)
+        push_packets(a.ws, a.exchange, n, round);
+      else
+        push_lists(a.ws, a.exchange, n, round);
+    }
+    if ((a.parts & kDecodes) == 0) return;
+  }
+  decode_lists<T, Ahead, kReads, kShared>(a, memory, n, blockIdx.x, gridDim.x,
+                                          round);
 }
 
 }  // namespace vllm_steering

@@ -5,10 +5,11 @@
 
 #include <algorithm>
 
-#include "checks.h"
+#include "decode_all_kernel.cuh"
 #include "decode_kernel.cuh"
 #include "dense_kernel.cuh"
 #include "gather_kernel.cuh"
+#include "held.h"
 #include "sort_kernel.cuh"
 #include "tensor_map.h"
 
@@ -49,7 +50,7 @@ void launch_decode(const DecodeArgs<T>& a, bool many, int processors,
 }
 
 template <typename T>
-DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
+DenseMaps make_dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
   DenseMaps maps;
   maps.w_enc = tensor_map(w.w_enc, w.num_features, w.d_in, kTileF, kTileK);
   maps.w_dec = tensor_map(w.w_dec, w.all_features, w.d_out, kTileK, 64);
@@ -61,18 +62,58 @@ DenseMaps dense_maps(const DenseScratch<T>& s, const Weights<T>& w) {
   return maps;
 }
 
-// Tokens that no list holds: their number is known on the device only.
 template <typename T>
-void launch_dense(const Bundles<T>& b, const DenseScratch<T>& scratch,
-                  bool topk, int processors, cudaStream_t stream,
-                  const Exchange& exchange, const DensePart& part) {
+DenseScratch<T> dense_scratch(const Bundles<T>& b) {
+  return make_dense_scratch(b.held->workspace, b.weights, b.expected);
+}
+
+template <typename T>
+const DenseMaps& dense_maps(const Bundles<T>& b, const DenseScratch<T>& s) {
+  return b.checked->dense_maps.template get<DenseMaps>(
+      [&] { return make_dense_maps(s, b.weights); });
+}
+
+template <typename T>
+DenseArgs<T> dense_args(const Bundles<T>& b, const DenseScratch<T>& scratch,
+                        bool topk, const Exchange& exchange,
+                        const DensePart& part) {
   STD_TORCH_CHECK(b.step.table.max_clamps <= kDenseClamps,
                   "steering: more than ", kDenseClamps, " clamps a row");
-  const DenseArgs<T> a = {b.weights,    b.stream,         b.ws,
-                          b.step.table, b.step.saturated, topk,
-                          scratch,      exchange,         part};
-  launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem, stream, a,
-         dense_maps(scratch, b.weights));
+  return {b.weights, b.stream, b.ws,     b.step.table, b.step.saturated,
+          topk,      scratch,  exchange, part};
+}
+
+// Whether one launch decodes all tokens of a short step, of those that lists
+// hold and those that none does: its memory for the latter is not the lists'.
+template <typename T>
+bool takes_all(const DecodeArgs<T>& a, const DenseScratch<T>& scratch) {
+  const auto* end =
+      a.ws.entries + static_cast<int64_t>(a.ws.rows) * a.ws.capacity;
+  return a.ws.rows <= kCompactEncodeTokens &&
+         static_cast<const void*>(scratch.x) >= end &&
+         decode_all_smem(kTeams<8>, a.table.max_clamps) <= 227 * 1024;
+}
+
+template <int Ahead, typename T>
+void launch_all(DecodeArgs<T> lists, const DenseArgs<T>& dense,
+                const DenseMaps& maps, int processors, cudaStream_t stream) {
+  lists.notes_dense = false;
+  const DecodeAllArgs<T> a = {lists, dense};
+  launch(lists.reads.index != nullptr ? decode_all_kernel<T, Ahead, true>
+                                      : decode_all_kernel<T, Ahead, false>,
+         processors, kTeams<Ahead> * kDecodeThreads,
+         decode_all_smem(kTeams<Ahead>, lists.table.max_clamps), stream, a,
+         maps);
+}
+
+// Tokens that no list holds: their number is known on the device only.
+template <typename T>
+void launch_dense(const Bundles<T>& b, bool topk, int processors,
+                  cudaStream_t stream, const Exchange& exchange,
+                  const DensePart& part) {
+  const auto scratch = dense_scratch(b);
+  launch(dense_kernel<T>, processors, kEncodeThreads, kDenseSmem<128>, stream,
+         dense_args(b, scratch, topk, exchange, part), dense_maps(b, scratch));
 }
 
 }  // namespace vllm_steering

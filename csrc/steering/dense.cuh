@@ -118,8 +118,10 @@ enum DensePhase {
   kPhases
 };
 
+// The tokens of a tile; a kernel's registers bound it.
+template <int kWidest>
 __device__ __forceinline__ int dense_width(int n) {
-  return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : 128;
+  return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : kWidest;
 }
 
 struct DenseItem {
@@ -131,13 +133,14 @@ struct DenseItem {
 };
 
 // The items of each phase of a chunk of n tokens.
+template <int kWidest>
 struct DenseCounts {
   int of[kPhases];
   template <typename T>
   __device__ DenseCounts(const DenseArgs<T>& a, int n) {
     const int n_f = (a.weights.num_features + kTileF - 1) / kTileF;
     const int n_d = (a.weights.d_out + kTileF - 1) / kTileF;
-    const int tiles = (n + dense_width(n) - 1) / dense_width(n);
+    const int width = dense_width<kWidest>(n), tiles = (n + width - 1) / width;
     const bool pulls = a.shared() && !a.topk;
     of[kOrder] = pulls ? 1 : 0;
     of[kGather] = n;
@@ -166,10 +169,10 @@ __device__ __forceinline__ int dense_tokens(const DenseArgs<T>& a, int n) {
 }
 
 // The ticket-th item of a launch with n dense tokens.
-template <typename T>
+template <int kWidest, typename T>
 __device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n) {
   const int rows = a.scratch.rows;
-  const int full = DenseCounts(a, rows).total();
+  const int full = DenseCounts<kWidest>(a, rows).total();
   const int chunk = min(ticket / full, n / rows);
   DenseItem item = {kPhases,
                     ticket - chunk * full,
@@ -178,9 +181,9 @@ __device__ DenseItem dense_item(const DenseArgs<T>& a, int ticket, int n) {
                     min(rows, n - chunk * rows),
                     0};
   if (item.tokens <= 0) return item;
-  const int width = dense_width(item.tokens);
+  const int width = dense_width<kWidest>(item.tokens);
   item.token_tiles = (item.tokens + width - 1) / width;
-  const DenseCounts counts(a, item.tokens);
+  const DenseCounts<kWidest> counts(a, item.tokens);
 #pragma unroll
   for (int phase = 0; phase < kPhases; ++phase) {
     if (item.phase != kPhases) continue;

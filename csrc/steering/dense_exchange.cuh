@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dense.cuh"
+#include "pipeline.cuh"
 
 namespace vllm_steering {
 
@@ -25,14 +26,14 @@ __device__ __forceinline__ void order_dense(const DenseArgs<T>& a) {
   if (a.part.chunk != 0) return;
   const int n = a.ws.tokens();
   int total = 0;
-  for (int first = 0; first < n; first += blockDim.x) {
+  for (int first = 0; first < n; first += kEncodeThreads) {
     const int i = first + threadIdx.x;
     const bool dense = i < n && a.ws.records[i].listed > kListMax;
     const unsigned own = __ballot_sync(~0u, dense);
     if (lane == 0) votes[warp] = __popc(own);
     __syncthreads();
     int place = total + __popc(own & ((1u << lane) - 1));
-    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+    for (int w = 0; w < kEncodeThreads / 32; ++w) {
       if (w < warp) place += votes[w];
       total += votes[w];
     }
@@ -66,7 +67,7 @@ __device__ __forceinline__ void pull_limbs(const DenseArgs<T>& a, int d,
     const int64_t row = static_cast<int64_t>(plane) * from.rows + d;
     const T* source = from.limbs + row * width;
     T* to = a.scratch.limbs + row * a.scratch.padded + r * width;
-    for (int f = threadIdx.x * 8; f < width; f += blockDim.x * 8)
+    for (int f = threadIdx.x * 8; f < width; f += kEncodeThreads * 8)
       store8(to + f, load8(source + f));
   }
 }

@@ -16,8 +16,12 @@
 namespace vllm_steering {
 
 constexpr int kDenseWidths = 4;
-constexpr int kDenseStages = 4;
-constexpr int kDenseStage = kStageW + 2 * 128 * kTileK * 2;
+// Stages by the widest tile. Where a kernel decodes lists too, they are few and
+// small: L1 keeps room for the rows that are gathered.
+template <int kWidest>
+constexpr int kDenseStages = kWidest > 64 ? 4 : 3;
+template <int kWidest>
+constexpr int kDenseStage = kStageW + 2 * kWidest * kTileK * 2;
 
 struct DenseMaps {
   CUtensorMap w_enc;                // box kTileF x kTileK
@@ -26,25 +30,28 @@ struct DenseMaps {
   CUtensorMap limbs[kDenseWidths];  // box N x kTileK
 };
 
+template <int kWidest>
 struct DenseMemory {
-  char operands[kDenseStages * kDenseStage];
-  uint64_t full[kDenseStages], empty[kDenseStages];
+  char operands[kDenseStages<kWidest> * kDenseStage<kWidest>];
+  uint64_t full[kDenseStages<kWidest>], empty[kDenseStages<kWidest>];
   int ticket;
+  uint8_t tokens[kCompactEncodeTokens];  // where a kernel lists them itself
 };
-constexpr int kDenseSmem = sizeof(DenseMemory) + 1024;
-static_assert(kDenseSmem <= 227 * 1024, "more than a multiprocessor has");
+template <int kWidest>
+constexpr int kDenseSmem = sizeof(DenseMemory<kWidest>) + 1024;
+static_assert(kDenseSmem<128> <= 227 * 1024, "more than a multiprocessor has");
 // Clamps whose corrections the last phase keeps in `operands`.
-constexpr int kDenseClamps = sizeof(DenseMemory::operands) / 4;
+constexpr int kDenseClamps = sizeof(DenseMemory<64>::operands) / 4;
 
-#define STEERING_DENSE_WIDTHS(n, RUN) \
-  if (n <= 8) {                       \
-    RUN(8, 0);                        \
-  } else if (n <= 32) {               \
-    RUN(32, 1);                       \
-  } else if (n <= 64) {               \
-    RUN(64, 2);                       \
-  } else {                            \
-    RUN(128, 3);                      \
+#define STEERING_DENSE_WIDTHS(n, RUN)    \
+  if (n <= 8) {                          \
+    RUN(8, 0);                           \
+  } else if (n <= 32) {                  \
+    RUN(32, 1);                          \
+  } else if (n <= 64 || kWidest == 64) { \
+    RUN(64, 2);                          \
+  } else {                               \
+    RUN(kWidest, width_index(kWidest));  \
   }
 
 // Phase 1: row d of x; for TopK the limbs of the selected features, instead.
@@ -53,7 +60,7 @@ __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
   if (!a.topk) {
     const T* from = a.ws.x + i * a.weights.d_in;
     T* to = a.scratch.x + static_cast<int64_t>(d) * a.weights.d_in;
-    for (int k = threadIdx.x * 8; k < a.weights.d_in; k += blockDim.x * 8)
+    for (int k = threadIdx.x * 8; k < a.weights.d_in; k += kEncodeThreads * 8)
       store8(to + k, load8(from + k));
     return;
   }
@@ -65,7 +72,7 @@ __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
       a.scratch.limbs + static_cast<int64_t>(d) * a.scratch.padded);
   uint32_t* low =
       high + static_cast<int64_t>(a.scratch.rows) * a.scratch.padded / 2;
-  for (int f = threadIdx.x * 2; f < a.scratch.padded; f += blockDim.x * 2) {
+  for (int f = threadIdx.x * 2; f < a.scratch.padded; f += kEncodeThreads * 2) {
     float act[2];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -86,8 +93,8 @@ struct DenseTile {
   int row, t0, k0, k_tiles, steps;
 };
 
-template <int N, bool kDecodes>
-__device__ __forceinline__ void request_dense(DenseMemory& m,
+template <int N, int kWidest, bool kDecodes>
+__device__ __forceinline__ void request_dense(DenseMemory<kWidest>& m,
                                               const DenseMaps& maps, int width,
                                               int low_row, DenseTile tile,
                                               int it) {
@@ -95,10 +102,11 @@ __device__ __forceinline__ void request_dense(DenseMemory& m,
   int k = tile.k0;
 #pragma unroll 1
   for (int step = 0; step < tile.steps; ++step, ++it) {
-    const int s = it % kDenseStages, round = it / kDenseStages;
+    const int s = it % kDenseStages<kWidest>,
+              round = it / kDenseStages<kWidest>;
     if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
     const uint32_t full = barrier_at(m.full, s);
-    const uint32_t to = smem_address(m.operands) + s * kDenseStage;
+    const uint32_t to = smem_address(m.operands) + s * kDenseStage<kWidest>;
     barrier_expect(full, kStageW + (kDecodes ? 2 : 1) * kTokens);
     if constexpr (kDecodes) {
       copy_tile(&maps.w_dec, to, full, tile.row, k * kTileK);
@@ -116,19 +124,19 @@ __device__ __forceinline__ void request_dense(DenseMemory& m,
 
 // acc = this warpgroup's 64 x N products. Encoding: rows of W_enc, reduction
 // over D. Decoding: columns of W_dec (its rows are the reduction), both limbs.
-template <typename T, int N, bool kDecodes>
+template <typename T, int N, int kWidest, bool kDecodes>
 __device__ __forceinline__ void multiply_dense(float (&acc)[N / 2],
-                                               DenseMemory& m, int steps,
-                                               int it) {
+                                               DenseMemory<kWidest>& m,
+                                               int steps, int it) {
   const uint32_t operands = smem_address(m.operands);
   const uint32_t half = threadIdx.x / 128 * (kStageW / 2);
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
 #pragma unroll 1
   for (int k = 0; k < steps; ++k, ++it) {
-    const int s = it % kDenseStages;
-    barrier_wait(barrier_at(m.full, s), it / kDenseStages & 1);
-    const uint32_t stage = operands + s * kDenseStage;
+    const int s = it % kDenseStages<kWidest>;
+    barrier_wait(barrier_at(m.full, s), it / kDenseStages<kWidest> & 1);
+    const uint32_t stage = operands + s * kDenseStage<kWidest>;
     const uint64_t w = tile_descriptor(stage + half);
     const uint64_t high = tile_descriptor(stage + kStageW);
     const uint64_t low = tile_descriptor(stage + kStageW + N * kTileK * 2);
@@ -146,13 +154,13 @@ __device__ __forceinline__ void multiply_dense(float (&acc)[N / 2],
     wgmma_commit();
     wgmma_wait<1>();
     if (k > 0 && threadIdx.x % 128 == 0)
-      barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages));
+      barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages<kWidest>));
   }
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
   if (steps > 0 && threadIdx.x % 128 == 0)
-    barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages));
+    barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages<kWidest>));
 }
 
 // Phase 2's end: activations leave as limbs. Lanes that hold features f and
@@ -225,25 +233,26 @@ __device__ __forceinline__ DenseTile dense_tile(const DenseArgs<T>& a,
 
 // Phases 2 and 3 for one tile. One thread requests, two warpgroups multiply.
 // Returns the block's count of stages.
-template <typename T, int N, int kWidthIndex, bool kDecodes>
+template <typename T, int N, int kWidthIndex, int kWidest, bool kDecodes>
 __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
-                                              DenseMemory& m,
+                                              DenseMemory<kWidest>& m,
                                               const DenseMaps& maps,
                                               const DenseItem& item, int it) {
   int split;
   const DenseTile tile = dense_tile<T, kDecodes>(a, item, N, split);
   if (threadIdx.x == kWeightsThread) {
     fence_async();  // what was stored before is read by copies now
-    request_dense<N, kDecodes>(m, maps, kWidthIndex, a.scratch.rows, tile, it);
+    request_dense<N, kWidest, kDecodes>(m, maps, kWidthIndex, a.scratch.rows,
+                                        tile, it);
   } else if (threadIdx.x < kConsumers) {
     const int row = tile.row + threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
     float acc[N / 2];
     if constexpr (kDecodes) {
-      multiply_dense<T, N, true>(acc, m, tile.steps, it);
+      multiply_dense<T, N, kWidest, true>(acc, m, tile.steps, it);
       store_partial<T, N>(a, acc, split, row, tile.t0, item.tokens);
     } else {
       const LaneFeatures l = load_features(a.weights, row);
-      multiply_dense<T, N, false>(acc, m, tile.steps, it);
+      multiply_dense<T, N, kWidest, false>(acc, m, tile.steps, it);
       store_limbs<T, N>(a.shared() ? a.staged(a.exchange.rank) : a.scratch, acc,
                         l, row, tile.t0, item.tokens);
     }
@@ -251,13 +260,13 @@ __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
   return it + tile.steps;
 }
 
-template <typename T, bool kDecodes>
+template <typename T, int kWidest, bool kDecodes>
 __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
-                                              DenseMemory& m,
+                                              DenseMemory<kWidest>& m,
                                               const DenseMaps& maps,
                                               const DenseItem& item, int it) {
 #define STEERING_DENSE(N, I) \
-  return run_dense_tile<T, N, I, kDecodes>(a, m, maps, item, it)
+  return run_dense_tile<T, N, I, kWidest, kDecodes>(a, m, maps, item, it)
   STEERING_DENSE_WIDTHS(item.tokens, STEERING_DENSE)
 #undef STEERING_DENSE
 }
@@ -275,14 +284,14 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
   const float* base = base_of(a.weights, a.ws, i);
   const ClampRow row = a.table.row(record->row);
   const int clamps = row.count();
-  for (int c = threadIdx.x; c < clamps; c += blockDim.x)
+  for (int c = threadIdx.x; c < clamps; c += kEncodeThreads)
     deltas[c] = a.topk ? a.ws.coef[i * row.max_clamps + c]
                        : clamp_delta(row, c, [&](int f) {
                            return limb_value(a.scratch, d, f);
                          });
   __syncthreads();
   bool over = false;
-  for (int c = threadIdx.x * 8; c < d_out; c += blockDim.x * 8) {
+  for (int c = threadIdx.x * 8; c < d_out; c += kEncodeThreads * 8) {
     float total[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) total[j] = base[c + j];
@@ -322,6 +331,53 @@ __device__ void finish_dense(const DenseArgs<T>& a, float* deltas, int d,
     count_saturated(over, &record->saturated, a.saturated);
 }
 
+// Takes items until there are none. `token_at` tells the d-th of the n dense
+// tokens.
+template <int kWidest, typename T, typename TokenAt>
+__device__ __forceinline__ void run_dense(const DenseArgs<T>& a,
+                                          DenseMemory<kWidest>& m,
+                                          const DenseMaps& maps, int n,
+                                          const TokenAt& token_at) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kDenseStages<kWidest>; ++s) {
+      barrier_init(barrier_at(m.full, s), 1);
+      barrier_init(barrier_at(m.empty, s), 2);
+    }
+    barrier_init_fence();
+  }
+  int it = 0;
+  while (true) {
+    __syncthreads();
+    if (threadIdx.x == 0) m.ticket = atomicAdd(a.ws.sync + kDenseTicket, 1);
+    __syncthreads();
+    const DenseItem item = dense_item<kWidest>(a, m.ticket, n);
+    if (item.phase == kPhases) break;
+    if (threadIdx.x == 0) grid_wait(a.ws.sync + kDenseDone, item.first);
+    __syncthreads();
+    const int d = item.index;
+    if (item.phase == kOrder) {
+      order_dense(a);
+    } else if (item.phase == kPublish) {
+      publish_limbs(a.exchange);
+    } else if (item.phase == kPulled) {
+      pull_limbs(a, d / a.exchange.size, d % a.exchange.size);
+    } else if (item.phase == kGather) {
+      gather_dense(a, d, token_at(item.base + d));
+    } else if (item.phase == kEncode) {
+      it = run_dense_tile<T, kWidest, false>(a, m, maps, item, it);
+    } else if (item.phase == kDecode) {
+      it = run_dense_tile<T, kWidest, true>(a, m, maps, item, it);
+    } else {
+      finish_dense(a, reinterpret_cast<float*>(m.operands), d,
+                   token_at(item.base + d));
+    }
+    fence_async();  // copies of other blocks may read what was stored here
+    __syncthreads();
+    if (threadIdx.x == 0) grid_arrive(a.ws.sync + kDenseDone);
+  }
+  if (threadIdx.x == 0) leave_dense(a);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     dense_kernel(const __grid_constant__ DenseArgs<T> a,
@@ -334,45 +390,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   launch_dependents();
   const int n = dense_tokens(a, a.ws.sync[kDenseCount]);
   if (n <= 0) return;
-  DenseMemory& m = *reinterpret_cast<DenseMemory*>(aligned_memory(raw));
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kDenseStages; ++s) {
-      barrier_init(barrier_at(m.full, s), 1);
-      barrier_init(barrier_at(m.empty, s), 2);
-    }
-    barrier_init_fence();
-  }
-  int it = 0;
-  while (true) {
-    __syncthreads();
-    if (threadIdx.x == 0) m.ticket = atomicAdd(a.ws.sync + kDenseTicket, 1);
-    __syncthreads();
-    const DenseItem item = dense_item(a, m.ticket, n);
-    if (item.phase == kPhases) break;
-    if (threadIdx.x == 0) grid_wait(a.ws.sync + kDenseDone, item.first);
-    __syncthreads();
-    const int d = item.index;
-    if (item.phase == kOrder) {
-      order_dense(a);
-    } else if (item.phase == kPublish) {
-      publish_limbs(a.exchange);
-    } else if (item.phase == kPulled) {
-      pull_limbs(a, d / a.exchange.size, d % a.exchange.size);
-    } else if (item.phase == kGather) {
-      gather_dense(a, d, a.ws.records[item.base + d].dense);
-    } else if (item.phase == kEncode) {
-      it = run_dense_tile<T, false>(a, m, maps, item, it);
-    } else if (item.phase == kDecode) {
-      it = run_dense_tile<T, true>(a, m, maps, item, it);
-    } else {
-      finish_dense(a, reinterpret_cast<float*>(m.operands), d,
-                   a.ws.records[item.base + d].dense);
-    }
-    fence_async();  // copies of other blocks may read what was stored here
-    __syncthreads();
-    if (threadIdx.x == 0) grid_arrive(a.ws.sync + kDenseDone);
-  }
-  if (threadIdx.x == 0) leave_dense(a);
+  run_dense<128>(a, *reinterpret_cast<DenseMemory<128>*>(aligned_memory(raw)),
+                 maps, n, [&](int d) { return a.ws.records[d].dense; });
 #else
   __trap();
 #endif

@@ -2,9 +2,9 @@
 // Stages 2 and 3 of TopK SAEs by a guess that is verified, as one op.
 #include <algorithm>
 
-#include "checks.h"
 #include "encode_launch.h"
 #include "guess_kernel.cuh"
+#include "held.h"
 
 namespace vllm_steering {
 namespace {
@@ -21,7 +21,7 @@ GuessArgs<T> make_guess(const Tensors& guess, const Bundles<T>& b) {
   const Tensor& failed = check(get(guess, kFailed, "failed"), "failed",
                                ScalarType::Int, {kAny}, e);
   check_aligned(samples, "samples");
-  check_length(bars, (b.ws.rows + 255) / 256 * 256, "bars");
+  check_length(bars, whole_tiles(b.ws.rows), "bars");
   check_length(failed, b.stream.tokens, "failed");
   STD_TORCH_CHECK(b.ws.capacity <= kGuessCapacity, "steering: lists of ",
                   b.ws.capacity, " entries, expected at most ", kGuessCapacity);
@@ -31,19 +31,20 @@ GuessArgs<T> make_guess(const Tensors& guess, const Bundles<T>& b) {
           data<int>(failed)};
 }
 
-void guess(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
-           Tensors guess, int64_t base) {
+void guess(int64_t held, Tensors stream, Tensors guess, int64_t base) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kRead, false, base);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kRead, Scratch::kLists, base);
     const GuessArgs<T> a = make_guess(guess, b);
     const int processors = multiprocessors(stream[kHidden]);
     const cudaStream_t on = stream_of(stream[kHidden]);
     const int blocks = std::min(b.ws.rows, 8 * processors);
-    launch_encoder(sample_kernel<T>, a.encode, kGuessSample, processors, on);
+    const EncodeMaps& maps = encode_maps(b);
+    launch_encoder(sample_kernel<T>, a.encode, maps, kGuessSample, processors,
+                   on);
     launch(bars_kernel<T>, blocks, kGuessThreads, 0, on, a);
-    launch_encoder(candidates_kernel<T>, a.encode, b.weights.num_features,
+    launch_encoder(candidates_kernel<T>, a.encode, maps, b.weights.num_features,
                    processors, on);
     launch(choose_kernel<T>, blocks, kGuessThreads, 0, on, a);
   });
@@ -53,9 +54,7 @@ void guess(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
 }  // namespace vllm_steering
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
-  m.def(
-      "guess(Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, "
-      "Tensor(b!)[] workspace, Tensor(c!)[] guess, int base) -> ()");
+  m.def("guess(" STEERING_HELD "Tensor(c!)[] guess, int base) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k-th largest of many keys by histograms of eleven of their bits, the
-// whole block together. The selection has a search_kth of its own, which is
-// not inlined: its usual path has few candidates, and is 3 us faster with less
-// code.
+// The k-th largest of many keys by histograms of eleven of their bits, a team
+// of a block's threads together. The selection has a search_kth of its own,
+// which is not inlined: its usual path has few candidates, and is 3 us faster
+// with less code.
 #pragma once
 
 #include "keys.cuh"
+#include "ptx/mbarrier.cuh"
 
 namespace vllm_steering {
 
@@ -27,8 +28,8 @@ __device__ void find_bin(Memory& h, int k) {
   // Thread i owns the i-th highest few bins; a scan finds whose hold the k-th.
   constexpr int kOwn = kHistogramBins / kThreads;
   static_assert(kHistogramBins % kThreads == 0, "threads own equal parts");
-  const int highest = kHistogramBins - 1 - threadIdx.x * kOwn,
-            lane = threadIdx.x % 32;
+  const int thread = threadIdx.x % kThreads, lane = thread % 32;
+  const int highest = kHistogramBins - 1 - thread * kOwn;
   int own = 0;
   for (int b = 0; b < kOwn; ++b) own += h.bins[highest - b];
   int upto = own;
@@ -36,10 +37,9 @@ __device__ void find_bin(Memory& h, int k) {
     const int other = __shfl_up_sync(~0u, upto, d);
     if (lane >= d) upto += other;
   }
-  if (lane == 31) h.warp_sums[threadIdx.x / 32] = upto;
-  __syncthreads();
-  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w)
-    upto += h.warp_sums[w];
+  if (lane == 31) h.warp_sums[thread / 32] = upto;
+  sync_team<kThreads>();
+  for (int w = 0; w < thread / 32; ++w) upto += h.warp_sums[w];
   int before = upto - own;
   if (before < k && upto >= k) {
     for (int b = 0; b < kOwn; ++b) {
@@ -52,7 +52,7 @@ __device__ void find_bin(Memory& h, int k) {
       before += here;
     }
   }
-  __syncthreads();
+  sync_team<kThreads>();
 }
 
 // Adds one to a thread's bin, if it has one. Where a warp's bins are the same,
@@ -76,21 +76,22 @@ __device__ __forceinline__ unsigned long long search_kth(Histogram<kThreads>& h,
                                                          const KeyAt& key_at) {
   constexpr int kKeyBits = 63, kDigit = 11;
   static_assert(1 << kDigit == kHistogramBins);
+  const int thread = threadIdx.x % kThreads;
   unsigned long long found = 0;
 #pragma unroll 1
   for (int top = kKeyBits; top > 0; top -= kDigit) {
     const int shift = max(top - kDigit, 0);
-    __syncthreads();
-    for (int b = threadIdx.x; b < kHistogramBins; b += kThreads) h.bins[b] = 0;
-    __syncthreads();
-    for (int f = threadIdx.x; f < n; f += kThreads) {
+    sync_team<kThreads>();
+    for (int b = thread; b < kHistogramBins; b += kThreads) h.bins[b] = 0;
+    sync_team<kThreads>();
+    for (int f = thread; f < n; f += kThreads) {
       const unsigned long long key = key_at(f);
       const bool agrees = key >> top == found >> top;
       const int digit =
           static_cast<int>(key >> shift) & ((1 << (top - shift)) - 1);
       count_in_bin(h.bins, agrees ? digit : -1);
     }
-    __syncthreads();
+    sync_team<kThreads>();
     find_bin<kThreads>(h, k);
     found |= static_cast<unsigned long long>(h.bound) << shift;
     k -= h.above;

@@ -27,7 +27,10 @@ constexpr int kEmitterWarps = 2;  // the rest of the last warpgroup
 constexpr int kStageW = kTileF * kTileK * 2;
 constexpr int kMaxStages = 11;
 constexpr int kEncodePeers = 2;  // blocks of a cluster, where there are any
-constexpr int kPace = 900;  // cycles in which memory brings every block a stage
+// Stages of W_enc that are under way at a time until all of the first round
+// have come. As many as memory needs; of more, what is requested later would
+// wait behind them.
+constexpr int kUnderWay = 3;
 
 struct EncodeMaps {
   CUtensorMap w;           // box kTileF x kTileK
@@ -40,6 +43,7 @@ struct EncodeMemory {
   uint2 hits[kConsumerWarps * kHitsPerWarp];
   int left[kConsumers];  // hits that a lane has left to the emitters
   uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t first[kMaxStages];  // a stage's weights, in the first round
   uint64_t hits_full[kConsumerWarps], hits_empty[kConsumerWarps];
   uint8_t tokens[kCompactEncodeTokens];  // for kernels that keep the list here
   int sums[kEncodeThreads / 32];
@@ -62,6 +66,7 @@ inline __device__ void init_barriers(EncodeMemory& m, int peers) {
   for (int s = 0; s < kMaxStages; ++s) {
     barrier_init(barrier_at(m.full, s), 2);
     barrier_init(barrier_at(m.empty, s), 2 * peers);
+    barrier_init(barrier_at(m.first, s), 1);
   }
   for (int w = 0; w < kConsumerWarps; ++w) {
     barrier_init(barrier_at(m.hits_full, w), 1);
@@ -86,9 +91,9 @@ inline __device__ void request_first(EncodeMemory& m, const CUtensorMap* w,
                                      int first_feature) {
   int k = first_k(first_feature / kTileF + blockIdx.x, k_tiles);
   for (int s = 0; s < stages; ++s) {
-    const uint32_t full = barrier_at(m.full, s);
-    barrier_expect(full, kStageW);
-    copy_tile(w, smem_address(m.operands) + s * kStageW, full, k * kTileK,
+    const uint32_t come = barrier_at(m.first, s);
+    barrier_expect(come, kStageW);
+    copy_tile(w, smem_address(m.operands) + s * kStageW, come, k * kTileK,
               blockIdx.x * kTileF);
     k = k + 1 == k_tiles ? 0 : k + 1;
   }
@@ -97,15 +102,22 @@ inline __device__ void request_first(EncodeMemory& m, const CUtensorMap* w,
 // Requested copies must land before the block goes.
 inline __device__ void drain_first(EncodeMemory& m, int stages) {
   for (int s = 0; s < stages; ++s) {
-    barrier_arrive(barrier_at(m.full, s));
-    barrier_wait(barrier_at(m.full, s), 0);
+    barrier_wait(barrier_at(m.first, s), 0);
   }
 }
 
 // Waits until `stage` stages can have come since `start`.
+constexpr int kPace = 900;
 __device__ __forceinline__ void pace(long long start, int stage) {
   while (clock64() - start < static_cast<long long>(stage) * kPace) {
   }
+}
+
+// Waits for the weights of a stage of the first round, and says so to those who
+// wait for the stage.
+__device__ __forceinline__ void pass_on(EncodeMemory& m, int s) {
+  barrier_wait(barrier_at(m.first, s), 0);
+  barrier_arrive(barrier_at(m.full, s));
 }
 
 // How many peers share the tokens of a tile: all of them, where a peer's part
@@ -139,7 +151,6 @@ __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
   constexpr int kBytes = Weights ? kStageW : S::kStageX;
   const int k_tiles = (d_in + kTileK - 1) / kTileK;
   const uint32_t to = smem_address(m.operands) + (Weights ? 0 : S::kX0);
-  const long long start = clock64();
   int it = 0;
 #pragma unroll 1
   for (int tile = walk.first; tile < walk.tiles(); tile += walk.stride) {
@@ -150,10 +161,13 @@ __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
 #pragma unroll 1
     for (int step = 0; step < k_tiles; ++step, ++it) {
       const int s = it % S::kCount, round = it / S::kCount;
+      const int before = it - kUnderWay;
+      if (first > 0 && before >= 0 && before < S::kCount) pass_on(m, before);
       if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
-      if (first > 0 && round == 0) pace(start, it - first);
       if (it >= first) {
-        const uint32_t full = barrier_at(m.full, s), at = to + s * kBytes;
+        const bool passes = first > 0 && round == 0;
+        const uint32_t full = barrier_at(passes ? m.first : m.full, s);
+        const uint32_t at = to + s * kBytes;
         barrier_expect(full, kBytes);
         if constexpr (Weights)
           copy_tile(&maps.w, at, full, k * kTileK, row);
@@ -163,6 +177,9 @@ __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
       k = k + 1 == k_tiles ? 0 : k + 1;
     }
   }
+  if (first > 0)
+    for (int s = max(it - kUnderWay, 0); s < min(it, S::kCount); ++s)
+      pass_on(m, s);
 }
 
 // A warp of the last warpgroup: appends the hits that consumers hand over.

@@ -55,7 +55,7 @@ __device__ __forceinline__ void put_largest(const ReadRow& r,
                                             const unsigned long long* keys,
                                             int n) {
   const int top_k = r.top_k();
-  for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
+  for (int e = team_thread(); e < n; e += kDecodeThreads) {
     const unsigned long long key = keys[e];
     int above = 0;
 #pragma unroll 4
@@ -67,17 +67,17 @@ __device__ __forceinline__ void put_largest(const ReadRow& r,
 // A sorted list in shared memory. `keys` has room for n of them.
 __device__ __forceinline__ void read_list(const ReadRow& r, const int2* list,
                                           int n, unsigned long long* keys) {
-  for (int e = threadIdx.x; e < n; e += kDecodeThreads)
+  for (int e = team_thread(); e < n; e += kDecodeThreads)
     keys[e] =
         sort_key(r.value(list[e].x, __int_as_float(list[e].y)), list[e].x);
-  for (int g = threadIdx.x; g < r.given(); g += kDecodeThreads) {
+  for (int g = team_thread(); g < r.given(); g += kDecodeThreads) {
     const int f = r.feature(g);
     r.put_given(g, r.value(f, find_feature(list, n, f)));
   }
-  if (threadIdx.x == 0) r.put_counts(n);
-  __syncthreads();
+  if (team_thread() == 0) r.put_counts(n);
+  sync_decoders();
   put_largest(r, keys, n);
-  __syncthreads();
+  sync_decoders();
 }
 
 struct LongReadMemory {
@@ -95,13 +95,14 @@ static __device__ __noinline__ void read_long(ReadRow r, const int64_t* own,
     const int f = entry_feature(own[e]);
     return sort_key(r.value(f, entry_value(own[e])), f);
   };
-  for (int g = threadIdx.x; g < given; g += kDecodeThreads) r.put_given(g, 0.f);
-  if (threadIdx.x == 0) {
+  for (int g = team_thread(); g < given; g += kDecodeThreads)
+    r.put_given(g, 0.f);
+  if (team_thread() == 0) {
     r.put_counts(n);
     m.kept = 0;
   }
-  __syncthreads();
-  for (int e = threadIdx.x; given > 0 && e < n; e += kDecodeThreads) {
+  sync_decoders();
+  for (int e = team_thread(); given > 0 && e < n; e += kDecodeThreads) {
     const int f = entry_feature(own[e]);
     int low = 0, high = given;
     while (low < high) {
@@ -116,15 +117,15 @@ static __device__ __noinline__ void read_long(ReadRow r, const int64_t* own,
   }
   if (top_k == 0) return;
   const unsigned long long kth = search_kth(m.histogram, n, top_k, key_at);
-  for (int e = threadIdx.x; e < n; e += kDecodeThreads) {
+  for (int e = team_thread(); e < n; e += kDecodeThreads) {
     const unsigned long long key = key_at(e);
     if (key < kth) continue;
     const int slot = atomicAdd(&m.kept, 1);
     if (slot < kMaxRead) m.keys[slot] = key;
   }
-  __syncthreads();
+  sync_decoders();
   put_largest(r, m.keys, min(m.kept, kMaxRead));
-  __syncthreads();
+  sync_decoders();
 }
 
 }  // namespace vllm_steering

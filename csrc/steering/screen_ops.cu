@@ -2,8 +2,8 @@
 // Stages 1 and 2 of a decoding step with a screen, as an op.
 #include <numeric>
 
-#include "checks.h"
 #include "encode_launch.h"
+#include "held.h"
 #include "screen_kernel.cuh"
 
 namespace vllm_steering {
@@ -72,12 +72,10 @@ ScreenMaps screen_maps(const ScreenBundle& b, const Weights<T>& w) {
 
 // Stages 1 and 2 at once, for a step of at most kCompactEncodeTokens tokens;
 // lists of non-zeros as compact_encode makes them.
-void screen_encode(Tensors step, Tensors weights, Tensors stream,
-                   Tensors workspace, Tensors screen, int64_t gate) {
+void screen_encode(int64_t held, Tensors stream, Tensors screen, int64_t gate) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kRead, false, 0);
+    const auto b = make_bundles<T>(held, stream, Side::kRead, Scratch::kLists);
     STD_TORCH_CHECK(
         b.stream.tokens <= kCompactEncodeTokens && b.ws.rows >= b.stream.tokens,
         "steering: too many tokens for one launch");
@@ -87,7 +85,7 @@ void screen_encode(Tensors step, Tensors weights, Tensors stream,
         own.screen};
     launch_together(screen_kernel<T>, multiprocessors(stream[kHidden]),
                     kEncodeThreads, kScreenSmem, stream_of(stream[kHidden]), a,
-                    encode_maps(b.ws, b.weights), screen_maps(own, b.weights));
+                    encode_maps(b), screen_maps(own, b.weights));
   });
 }
 
@@ -95,9 +93,7 @@ void screen_encode(Tensors step, Tensors weights, Tensors stream,
 }  // namespace vllm_steering
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
-  m.def(
-      "screen_encode(Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, "
-      "Tensor(b!)[] workspace, Tensor(c!)[] screen, int gate) -> ()");
+  m.def("screen_encode(" STEERING_HELD "Tensor(c!)[] screen, int gate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {

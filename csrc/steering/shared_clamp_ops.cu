@@ -30,22 +30,22 @@ ClampExchange make_clamp_exchange(const Tensor& regions, const Exchange& x,
 
 // The delta tier of an SAE that ranks share, of the tokens from `base` on that
 // fit the regions. `parts`: of ClampPart.
-void shared_clamp(Tensors step, Tensors weights, Tensors stream, Tensor regions,
-                  bool gated, int64_t base, int64_t parts) {
+void shared_clamp(int64_t held, Tensors stream, Tensor regions, bool gated,
+                  int64_t base, int64_t parts) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const Expected e = expected_of(stream);
-    const Weights<T> w = make_weights<T>(weights, e);
-    const Exchange x = make_exchange(weights, w.d_out);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, Scratch::kNone);
+    const Weights<T>& w = b.weights;
+    const Stream<T>& s = b.stream;
+    const Exchange x = make_exchange(b.held->weights, w.d_out);
     STD_TORCH_CHECK(x.size > 1, "steering: the SAE is not shared");
-    const Stream<T> s = make_stream<T>(stream, w.d_out * x.size, e);
     STD_TORCH_CHECK(w.d_in == w.d_out * x.size,
                     "steering: an encoder of width ", w.d_in,
                     " cannot read this stream");
-    const Step st = make_step(step, s.tokens, e);
     SharedClampArgs<T> a = {
-        {st, w, s, w.w_dec, nullptr, 0, w.d_in, gated},
-        make_clamp_exchange(regions, x, st.table.max_clamps, base, parts)};
+        {b.step, w, s, w.w_dec, nullptr, 0, w.d_in, gated},
+        make_clamp_exchange(regions, x, b.step.table.max_clamps, base, parts)};
     const int blocks =
         std::min(s.tokens - static_cast<int>(base),
                  static_cast<int>(data<int64_t>(regions)[kClampRows]));
@@ -67,9 +67,8 @@ void shared_clamp(Tensors step, Tensors weights, Tensors stream, Tensor regions,
 }  // namespace vllm_steering
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
-  m.def(
-      "shared_clamp(Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, "
-      "Tensor regions, bool gated, int base, int parts) -> ()");
+  m.def("shared_clamp(" STEERING_HELD
+        "Tensor regions, bool gated, int base, int parts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {

@@ -10,8 +10,8 @@ namespace {
 
 // The exchange of the weights' bundle; a chunk must fit its regions.
 template <typename T>
-Exchange shared_exchange(const Tensors& weights, const Bundles<T>& b) {
-  const Exchange x = make_exchange(weights, b.weights.d_out);
+Exchange shared_exchange(const Bundles<T>& b) {
+  const Exchange x = make_exchange(b.held->weights, b.weights.d_out);
   STD_TORCH_CHECK(x.size > 1, "steering: the SAE is not shared");
   STD_TORCH_CHECK(b.ws.rows <= x.rows, "steering: ", b.ws.rows,
                   " rows, the exchange has room for ", x.rows);
@@ -19,13 +19,12 @@ Exchange shared_exchange(const Tensors& weights, const Bundles<T>& b) {
 }
 
 // Sends the lists of a chunk's active tokens to all ranks.
-void push(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
-          int64_t base) {
+void push(int64_t held, Tensors stream, int64_t base) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kRead, false, base);
-    const Exchange x = shared_exchange(weights, b);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kRead, Scratch::kLists, base);
+    const Exchange x = shared_exchange(b);
     const int blocks =
         std::min(b.ws.rows, 4 * multiprocessors(stream[kHidden]));
     launch(push_kernel<T>, blocks, kExchangeThreads, 0,
@@ -84,14 +83,13 @@ int shared_parts(const Bundles<T>& b, const Exchange& x, bool topk,
 
 // Stage 4 on this rank's columns, which go to all ranks; for threshold SAEs
 // the lists of all ranks are joined first. `together`: with shared_parts.
-void decode_columns(Tensors step, Tensors weights, Tensors stream,
-                    Tensors workspace, int64_t base, bool topk, bool delta,
-                    bool many, bool together) {
+void decode_columns(int64_t held, Tensors stream, int64_t base, bool topk,
+                    bool delta, bool many, bool together) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kWritten, topk, base);
-    const Exchange x = shared_exchange(weights, b);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, scratch_of(topk), base);
+    const Exchange x = shared_exchange(b);
     STD_TORCH_CHECK(
         delta || b.ws.capacity >= std::min(b.weights.all_features, kListMax),
         "steering: lists of ", b.ws.capacity, " entries are too short");
@@ -111,20 +109,20 @@ void decode_columns(Tensors step, Tensors weights, Tensors stream,
 
 // One chunk of the tokens that no list holds: phases [first, end) of
 // DensePhase.
-void dense_columns(Tensors step, Tensors weights, Tensors stream,
-                   Tensors workspace, int64_t base, bool topk, int64_t chunk,
-                   int64_t first, int64_t end) {
+void dense_columns(int64_t held, Tensors stream, int64_t base, bool topk,
+                   int64_t chunk, int64_t first, int64_t end) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kWritten, topk, base);
-    const Exchange x = shared_exchange(weights, b);
-    const auto scratch = make_dense_scratch(workspace, b.weights, b.expected);
-    const int64_t staged = int64_t{4} * scratch.rows * b.weights.num_features;
-    STD_TORCH_CHECK(
-        topk || staged <= data<int64_t>(weights[kShared])[kShareStagingBytes],
-        "steering: ", scratch.rows, " dense tokens do not fit the staging");
-    launch_dense(b, scratch, topk, multiprocessors(stream[kHidden]),
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, scratch_of(topk), base);
+    const Exchange x = shared_exchange(b);
+    const int rows = dense_scratch(b).rows;
+    const int64_t staged = int64_t{4} * rows * b.weights.num_features;
+    const int64_t room =
+        data<int64_t>(b.held->weights[kShared])[kShareStagingBytes];
+    STD_TORCH_CHECK(topk || staged <= room, "steering: ", rows,
+                    " dense tokens do not fit the staging");
+    launch_dense(b, topk, multiprocessors(stream[kHidden]),
                  stream_of(stream[kHidden]), x,
                  DensePart{static_cast<int>(first), static_cast<int>(end),
                            static_cast<int>(chunk)});
@@ -133,13 +131,12 @@ void dense_columns(Tensors step, Tensors weights, Tensors stream,
 
 // Writes whole tokens from the columns of all ranks, and ends the round.
 // `together`: as for decode_columns, which may have written all but the dense.
-void write_columns(Tensors step, Tensors weights, Tensors stream,
-                   Tensors workspace, int64_t base, bool together) {
+void write_columns(int64_t held, Tensors stream, int64_t base, bool together) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kWritten, false, base);
-    const Exchange x = shared_exchange(weights, b);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, Scratch::kLists, base);
+    const Exchange x = shared_exchange(b);
     const int processors = multiprocessors(stream[kHidden]);
     const bool dense =
         together && (shared_parts(b, x, false, processors) & kWrites) != 0;
@@ -153,20 +150,16 @@ void write_columns(Tensors step, Tensors weights, Tensors stream,
 }  // namespace
 }  // namespace vllm_steering
 
-#define STEERING_BUNDLES                                            \
-  "Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, Tensor(b!" \
-  ")[] workspace, "
-
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
-  m.def("push(" STEERING_BUNDLES "int base) -> ()");
+  m.def("push(" STEERING_HELD "int base) -> ()");
   m.def(
       "pull(Tensor own, Tensor(a!) out, Tensor shared, Tensor count, int base,"
       " bool stacked, bool all, int parts) -> ()");
-  m.def("decode_columns(" STEERING_BUNDLES
+  m.def("decode_columns(" STEERING_HELD
         "int base, bool topk, bool delta, bool many, bool together) -> ()");
-  m.def("dense_columns(" STEERING_BUNDLES
+  m.def("dense_columns(" STEERING_HELD
         "int base, bool topk, int chunk, int first, int end) -> ()");
-  m.def("write_columns(" STEERING_BUNDLES "int base, bool together) -> ()");
+  m.def("write_columns(" STEERING_HELD "int base, bool together) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {

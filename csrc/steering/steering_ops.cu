@@ -1,26 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stages of full reconstruction as ops: bundles of tensors in, launches
-// out. The order of a bundle's tensors is in constants.cuh. The stream of
-// stages 1 to 3 is what the encoder reads, that of stage 4 what is replaced.
+// The stages of full reconstruction as ops: tensors in, launches out. Most of
+// the tensors are held (held.h); the order of each bundle is in constants.cuh.
+// The stream of stages 1 to 3 is what the encoder reads, that of stage 4 what
+// is replaced.
 #include <algorithm>
 
-#include "checks.h"
 #include "compact_encode_kernel.cuh"
 #include "compact_kernel.cuh"
 #include "decode_launch.h"
 #include "encode_launch.h"
+#include "held.h"
 #include "select_kernel.cuh"
 
 namespace vllm_steering {
 namespace {
 
+// Holds tensors for the ops that follow; they take the number.
+int64_t hold(Tensors step, Tensors weights, Tensors workspace) {
+  return held_table().add(std::make_shared<Held>(
+      std::move(step), std::move(weights), std::move(workspace)));
+}
+
+void release(int64_t held) { held_table().remove(held); }
+
 // Stage 1 of one chunk.
-void compact(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
-             int64_t base, int64_t gate) {
+void compact(int64_t held, Tensors stream, int64_t base, int64_t gate) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kRead, false, base);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kRead, Scratch::kLists, base);
     const int per_block = tokens_per_block(b.stream.tokens);
     const int blocks = (b.stream.tokens + per_block - 1) / per_block;
     const CompactArgs<T> a = {
@@ -31,26 +39,23 @@ void compact(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
 }
 
 // Stage 2 of one chunk.
-void encode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
-            int64_t base, bool topk) {
+void encode(int64_t held, Tensors stream, int64_t base, bool topk) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kRead, topk, base);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kRead, scratch_of(topk), base);
     const EncodeArgs<T> a = {b.weights, b.ws, false};
-    launch_encoder(encode_kernel<T>, a, b.weights.num_features,
+    launch_encoder(encode_kernel<T>, a, encode_maps(b), b.weights.num_features,
                    multiprocessors(stream[kHidden]),
                    stream_of(stream[kHidden]));
   });
 }
 
 // Stages 1 and 2 at once, for a step of at most kCompactEncodeTokens tokens.
-void compact_encode(Tensors step, Tensors weights, Tensors stream,
-                    Tensors workspace, int64_t gate, bool topk) {
+void compact_encode(int64_t held, Tensors stream, int64_t gate, bool topk) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b =
-        make_bundles<T>(step, weights, stream, workspace, Side::kRead, topk, 0);
+    const auto b = make_bundles<T>(held, stream, Side::kRead, scratch_of(topk));
     STD_TORCH_CHECK(
         b.stream.tokens <= kCompactEncodeTokens && b.ws.rows >= b.stream.tokens,
         "steering: too many tokens for one launch");
@@ -58,17 +63,16 @@ void compact_encode(Tensors step, Tensors weights, Tensors stream,
         b.step, b.stream, {b.weights, b.ws, true}, static_cast<int>(gate)};
     launch_together(compact_encode_kernel<T>, multiprocessors(stream[kHidden]),
                     kEncodeThreads, kEncodeSmem, stream_of(stream[kHidden]), a,
-                    encode_maps(b.ws, b.weights));
+                    encode_maps(b));
   });
 }
 
 // Stage 3 of TopK SAEs.
-void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
-            int64_t base) {
+void select(int64_t held, Tensors stream, int64_t base) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kRead, true, base);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kRead, Scratch::kScores, base);
     const SelectArgs a = {
         b.step.table,
         b.weights.meta,
@@ -83,12 +87,12 @@ void select(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
 }
 
 // Stage 4, and stage 3 of threshold SAEs. `many`: sort in a launch of its own.
-void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
-            int64_t base, bool topk, bool delta, bool many) {
+void decode(int64_t held, Tensors stream, int64_t base, bool topk, bool delta,
+            bool many) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kWritten, topk, base);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, scratch_of(topk), base);
     const int processors = multiprocessors(stream[kHidden]);
     const cudaStream_t on = stream_of(stream[kHidden]);
     STD_TORCH_CHECK(
@@ -97,20 +101,29 @@ void decode(Tensors step, Tensors weights, Tensors stream, Tensors workspace,
     const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
                              b.step.saturated, topk,     delta, b.step.reads,
                              Exchange{},       false,    0};
-    launch_decode<false>(a, many && !delta, processors, on);
-    if (delta || b.weights.num_features <= kListMax) return;
-    launch_dense(b, make_dense_scratch(workspace, b.weights, b.expected), topk,
-                 processors, on, Exchange{}, DensePart{0, kPhases, 0});
+    if (delta || b.weights.num_features <= kListMax)
+      return launch_decode<false>(a, many && !delta, processors, on);
+    const DenseScratch<T> scratch = dense_scratch(b);
+    const DensePart part = {0, kPhases, 0};
+    if (takes_all(a, scratch)) {
+      const auto dense = dense_args(b, scratch, topk, Exchange{}, part);
+      const DenseMaps& maps = dense_maps(b, scratch);
+      if (b.ws.rows <= kFewTokens)
+        return launch_all<16>(a, dense, maps, processors, on);
+      return launch_all<8>(a, dense, maps, processors, on);
+    }
+    launch_decode<false>(a, many, processors, on);
+    launch_dense(b, topk, processors, on, Exchange{}, part);
   });
 }
 
 // Stage 4 of tokens that a guess has chosen: their lists are final, and short.
-void decode_chosen(Tensors step, Tensors weights, Tensors stream,
-                   Tensors workspace, int64_t base, bool delta, bool many) {
+void decode_chosen(int64_t held, Tensors stream, int64_t base, bool delta,
+                   bool many) {
   for_type(stream, [&](auto type) {
     using T = decltype(type);
-    const auto b = make_bundles<T>(step, weights, stream, workspace,
-                                   Side::kWritten, false, base);
+    const auto b =
+        make_bundles<T>(held, stream, Side::kWritten, Scratch::kLists, base);
     const DecodeArgs<T> a = {b.weights,        b.stream, b.ws,  b.step.table,
                              b.step.saturated, true,     delta, b.step.reads,
                              Exchange{},       false,    0};
@@ -122,26 +135,30 @@ void decode_chosen(Tensors step, Tensors weights, Tensors stream,
 }  // namespace
 }  // namespace vllm_steering
 
-#define STEERING_BUNDLES                                            \
-  "Tensor[] step, Tensor[] weights, Tensor(a!)[] stream, Tensor(b!" \
-  ")[] workspace, "
-
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_steering, m) {
-  m.def("compact(" STEERING_BUNDLES "int base, int gate) -> ()");
-  m.def("encode(" STEERING_BUNDLES "int base, bool topk) -> ()");
-  m.def("compact_encode(" STEERING_BUNDLES "int gate, bool topk) -> ()");
-  m.def("select(" STEERING_BUNDLES "int base) -> ()");
-  m.def("decode(" STEERING_BUNDLES
+  m.def("hold(Tensor[] step, Tensor[] weights, Tensor[] workspace) -> int");
+  m.def("release(int held) -> ()");
+  m.def("compact(" STEERING_HELD "int base, int gate) -> ()");
+  m.def("encode(" STEERING_HELD "int base, bool topk) -> ()");
+  m.def("compact_encode(" STEERING_HELD "int gate, bool topk) -> ()");
+  m.def("select(" STEERING_HELD "int base) -> ()");
+  m.def("decode(" STEERING_HELD
         "int base, bool topk, bool delta, bool many) -> ()");
-  m.def("decode_chosen(" STEERING_BUNDLES
+  m.def("decode_chosen(" STEERING_HELD
         "int base, bool delta, bool many) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CUDA, m) {
+  m.impl("hold", TORCH_BOX(&vllm_steering::hold));
   m.impl("compact", TORCH_BOX(&vllm_steering::compact));
   m.impl("encode", TORCH_BOX(&vllm_steering::encode));
   m.impl("compact_encode", TORCH_BOX(&vllm_steering::compact_encode));
   m.impl("select", TORCH_BOX(&vllm_steering::select));
   m.impl("decode", TORCH_BOX(&vllm_steering::decode));
   m.impl("decode_chosen", TORCH_BOX(&vllm_steering::decode_chosen));
+}
+
+// Without tensors an op is of no device.
+STABLE_TORCH_LIBRARY_IMPL(vllm_steering, CompositeExplicitAutograd, m) {
+  m.impl("release", TORCH_BOX(&vllm_steering::release));
 }

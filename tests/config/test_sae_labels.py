@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.config.sae_labels import LabelIndex, labels_of, load_labels
+from vllm.config.sae_labels import LabelIndex, _loads, labels_of, load_labels
 
 ENTRIES = [
     {"modelId": "m", "layer": "20-res", "index": "5", "description": " the\nbridge "},
@@ -55,6 +56,37 @@ def test_what_is_no_label_is_refused_by_its_place(
     with pytest.raises(ValueError, match="l.json") as caught:
         load_labels(tmp_path / "l.json")
     assert named in str(caught.value) or "nested" in str(caught.value)
+
+
+def parsed(loads: Callable[[str], object], text: str) -> object:
+    try:
+        return repr(loads(text))
+    except ValueError:
+        return "refused"
+
+
+VALUES = st.recursive(
+    st.none() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    text=VALUES.map(lambda value: json.dumps(value, indent=1)),
+    junk=st.text(st.sampled_from('[]{},:"1 \n'), max_size=2),
+    at=st.integers(0, 30),
+    cut=st.integers(0, 2),
+)
+def test_entry_by_entry_json_is_what_it_is_at_once(
+    text: str, junk: str, at: int, cut: int
+) -> None:
+    broken = text[:at] + junk + text[at + cut :]
+    assert parsed(_loads, text) == parsed(json.loads, text)
+    assert parsed(_loads, broken) == parsed(json.loads, broken)
 
 
 def test_a_search_wants_every_word() -> None:

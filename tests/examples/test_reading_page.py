@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Python block of docs/features/reading.md runs, one after the other."""
+"""The Python of docs/features/reading.md runs, and prints what the page shows."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from steering_testing.pages import run_page
 
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -17,16 +17,11 @@ PAGE = ROOT / "docs" / "features" / "reading.md"
 FEATURES = ROOT / "examples" / "golden_gate" / "features.json"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
 def test_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
     try:
-        for block in blocks():
-            exec(compile(block, str(PAGE), "exec"), names)
+        run_page(PAGE, names)
     finally:
         if "llm" in names:
             names["llm"].llm_engine.engine_core.shutdown()

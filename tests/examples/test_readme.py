@@ -9,11 +9,13 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cost_table
 import httpx
 import pytest
+from steering_testing.gallery import demo_model
 from steering_testing.server import ENVIRONMENT, OWN_PROCESS_ONLY, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +23,19 @@ README = (ROOT / "README.md").read_text()
 READY_S = 480.0
 
 
-def test_the_costs_are_those_of_the_result_files() -> None:
-    shown = README.split(cost_table.BEGIN)[1].split(cost_table.END)[0].strip()
-    assert shown == cost_table.table(), "run `python tools/cost_table.py --write`"
+@pytest.mark.parametrize(
+    ("begin", "end", "text"),
+    [
+        (cost_table.BEGIN, cost_table.END, cost_table.table),
+        (cost_table.SPEED_BEGIN, cost_table.SPEED_END, cost_table.speed),
+    ],
+    ids=["table", "sentence"],
+)
+def test_the_costs_are_those_of_the_result_files(
+    begin: str, end: str, text: Callable[[], str]
+) -> None:
+    shown = README.split(begin)[1].split(end)[0].strip()
+    assert shown == text(), "run `python tools/cost_table.py --write`"
 
 
 def block(section: str, language: str) -> str:
@@ -75,7 +87,7 @@ def test_the_server_example_speaks_of_the_bridge(tmp_path: Path) -> None:
             time.sleep(1)
         code = block("Server", "python")
         said = python(code.replace("http://localhost:8000", url))
-        assert re.search("bridge|golden|suspension", said)
+        assert said.strip() == block("Server", "text").strip()
     finally:
         server.terminate()
         server.wait(60)
@@ -103,6 +115,23 @@ def test_the_offline_example_speaks_of_the_bridge(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, steered = done.stdout.strip().splitlines()[-2:]
-    assert re.search("bridge|golden|suspension", steered)
-    assert plain != steered
+    assert done.stdout.splitlines()[-2:] == block("Offline", "text").splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_first_example_answers_as_it_shows() -> None:
+    try:
+        model = demo_model.smollm2().model
+    except RuntimeError as error:  # checkpoint.Unavailable
+        pytest.skip(str(error))
+    code, shown = re.findall(r"```(?:python|text)\n(.*?)```", README, re.DOTALL)[:2]
+    start = (
+        "import os\nos.environ['VLLM_ENABLE_V1_MULTIPROCESSING'] = '0'\n"
+        "from vllm import LLM\n"
+        "from vllm.config.sae_steering_types import *\n"
+        f"SMOLLM2 = {str(model)!r}\n"
+    )
+    answers = python(start + code).strip().splitlines()
+    for line, answer in zip(shown.splitlines(), answers, strict=True):
+        assert answer.startswith(line.removesuffix("…").strip())

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of docs/features/research.md run, and their figures are right.
+"""The Python of docs/features/research.md runs, and prints what the page shows.
 
-Hugging Face's model with forward hooks gives the figures to compare with.
+Its figures are those of Hugging Face's model with forward hooks.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from steering_testing.pages import run_page
 
 from vllm.config.sae_steering_types import (
     SAEClampEntry,
@@ -37,13 +37,10 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What the page's blocks define, each run after the one before."""
     found: dict[str, Any] = {}
     folder = tmp_path_factory.mktemp("research")
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         try:
-            for block in blocks:
-                code = block.replace("/tmp/my-sae", str(folder / "my-sae"))
-                exec(compile(code, str(PAGE), "exec"), found)
+            run_page(PAGE, found, replaced={"/tmp/my-sae": str(folder / "my-sae")})
             yield found
         finally:
             if "llm" in found:
@@ -81,6 +78,8 @@ def test_activations_and_statistics_are_those_of_the_sae(names: dict[str, Any]) 
     share = (own > 0).mean(axis=0)
     for feature, density in names["density"].items():
         assert density == pytest.approx(share[feature])
+    np.testing.assert_array_equal(names["on_tokens"], (own > 0).sum(axis=0))
+    np.testing.assert_allclose(names["at_most"], own.max(axis=0), atol=1e-4 * own.max())
     assert BRIDGE in names["gain"].nlargest(10).index
     lines = list(names["dashboard"](BRIDGE))
     assert len(lines) == 5 and frame.value[frame.feature_idx == BRIDGE].max() > 4
@@ -185,7 +184,7 @@ def test_a_direction_is_added_and_taken_out_as_by_hooks(names: dict[str, Any]) -
 
     hooks: dict[str, dict[int, Edit]] = {
         "plain": {},
-        "with": {1: lambda x, _f: x + 1.5 * v},
+        "with": {1: lambda x, _f: x + 2.5 * v},
         "without": {1: without},
         "without, at all layers": dict.fromkeys(range(4), without),
     }

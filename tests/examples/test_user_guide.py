@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from steering_testing.pages import run_page
 
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -17,23 +18,20 @@ PAGE = ROOT / "docs" / "features" / "sae_steering.md"
 
 @pytest.mark.engine
 def test_the_engine_of_the_user_guide_steers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     try:
-        for block in blocks[:2]:
-            exec(compile(block, str(PAGE), "exec"), names)
+        run_page(PAGE, names, count=2)
     finally:
         if "llm" in names:
             names["llm"].llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
-    said = dict(
-        line.split(": ", 1)
-        for line in capsys.readouterr().out.splitlines()
-        if line.split(": ", 1)[0] in names["requests"]
-    )
+    said = {
+        name: output.outputs[0].text
+        for name, output in zip(names["requests"], names["outputs"], strict=True)
+    }
     assert list(said) == ["plain", "reconstruction", "delta", "full"]
     for steered in ("delta", "full"):
         assert re.search("bridge|golden|suspension", said[steered])

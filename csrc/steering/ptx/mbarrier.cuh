@@ -13,6 +13,14 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
 }
 
+// Synchronises this thread's team: `Threads` neighbours of a block. Block-wide
+// syncs and sync_threads are barriers 0 and 1.
+template <int Threads>
+__device__ __forceinline__ void sync_team() {
+  asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / Threads + 2), "n"(Threads)
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -60,27 +60,34 @@ def runs(slots: list[SAESlot]) -> list[Run]:
     return found
 
 
-def test_kept_bundles_are_those_of_the_run(slots: list[SAESlot]) -> None:
+def places(held: bundles.Held) -> list[list[tuple[int, torch.Size, torch.dtype]]]:
+    """Where the tensors are, and what they look like."""
+    return [
+        [(t.data_ptr(), t.shape, t.dtype) for t in bundle]
+        for bundle in (held.step, held.weights, held.workspace)
+    ]
+
+
+def test_what_is_held_is_of_the_run(slots: list[SAESlot]) -> None:
     made = runs(slots)
     for _ in range(2):
         for run in made:
-            step, weights, stream, workspace = bundles.writing_bundles(run)
-            expected = bundles._make_run_bundles(run)
-            for own, fresh in zip((step, weights, workspace), expected, strict=True):
-                assert [(t.data_ptr(), t.shape, t.dtype) for t in own] == [
-                    (t.data_ptr(), t.shape, t.dtype) for t in fresh
-                ]
-            assert stream[0] is run.hidden
-    assert len(made[0].workspace.bundles) == len(made)
+            held = bundles.run_held(run)
+            assert places(held) == places(bundles._make_run_held(run))
+    assert len(made[0].workspace.held) == len(made)
 
 
 def test_rows_of_a_second_run_are_its_own(slots: list[SAESlot]) -> None:
     run = runs(slots)[0]
-    bundles.reading_bundles(run)
+    first = bundles.run_held(run)
     rows = torch.ones(TOKENS, dtype=torch.int32, device=run.hidden.device)
-    step = bundles.reading_bundles(replace(run, own_index=rows))[0]
-    assert step[0] is rows
-    assert bundles.reading_bundles(run)[0][0] is not rows
+    second = bundles.run_held(replace(run, own_index=rows))
+    assert second.step[0] is rows
+    assert first.step[0] is not rows
+    # A view that is made anew in each step is the same place.
+    assert bundles.run_held(replace(run, own_index=rows[:])) is second
+    assert bundles.run_held(replace(run, own_index=rows[1:])) is not second
+    assert bundles.run_held(run) is first
 
 
 def test_at_most_so_many_are_kept() -> None:

@@ -68,6 +68,27 @@ def test_a_workspace_has_room_for_every_shorter_step(tokens: int, topk: bool) ->
     assert views.dense.shape[1] == dense_row_bytes(2304, 2304, 16384)
 
 
+@pytest.mark.parametrize("longest", [1, 8, 200, 256, 8192])
+@pytest.mark.parametrize("topk", [False, True])
+@pytest.mark.parametrize("shape", [(16384, 2304), (131072, 5376), (600, 64)])
+def test_dense_tokens_of_a_short_step_leave_the_lists_as_they_are(
+    longest: int, topk: bool, shape: tuple[int, int]
+) -> None:
+    kinds = frozenset({Activation.TOPK if topk else Activation.RELU})
+    slot = SAESlot(SAEWeights(*shape, torch.bfloat16, META), 3, 8, kinds)
+    workspace = SteeringWorkspace(longest, [slot], META)
+    for tokens in {1, 8, 200, 256, longest}:
+        if tokens > min(longest, 256):
+            continue
+        views = workspace.buffers(slot, tokens, topk, LIST_MAX)
+        assert len(views.entries) == tokens
+        assert len(views.dense) >= 1
+        end_of_lists = views.entries.storage_offset() + views.entries.numel()
+        assert views.dense.storage_offset() >= plan.ENTRY_BYTES * end_of_lists
+        end = views.dense.storage_offset() + views.dense.numel()
+        assert end <= workspace._shared.numel()
+
+
 # TopK goes through this workspace 2048 tokens at a time; 2051 are two chunks of 1280.
 @pytest.mark.parametrize("longest", [2047, 2048, 2051, 2560, 5000])
 @pytest.mark.parametrize("topk", [False, True])

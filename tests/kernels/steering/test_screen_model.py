@@ -182,7 +182,8 @@ def test_round_up_never_rounds_down() -> None:
 
 
 def test_two_more_bits_make_the_error_a_quarter() -> None:
-    w = (torch.randn(50, 1000) / 30).bfloat16()
+    # float16: the values of bfloat16 are so coarse that a row's errors are not uniform.
+    w = (torch.randn(50, 1000) / 30).half()
     copy = copy_of(w)
     unit = copy.rows[:, :1].double()
     left = w.double() - unit * copy.q[:, :1000] - unit / 8 * copy.c[:, :1000]

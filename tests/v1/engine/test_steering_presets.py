@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vllm.config.steering_checks import SteeringConfigError
 from vllm.entrypoints.steering import (
     SteeringModuleError,
     delete_preset,
+    list_modules,
     put_preset,
     register_module,
     register_vector,
@@ -232,6 +234,22 @@ def test_offline_beam_search_under_a_default_is_refused(llm: LLM) -> None:
     set_default_preset(llm, "calm")
     with pytest.raises(VLLMValidationError, match="expected no default preset"):
         llm.beam_search([{"prompt_token_ids": prompt(4, 9)}], params)
+
+
+def test_files_of_a_notebooks_vector_go_with_its_module(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for at in range(3):
+        tensors = {"post_block.1": vector(at)}
+        register_vector(llm, "notebook", tensors, replace=at > 0)
+        assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(SteeringModuleError, match="already registered"):
+        register_vector(llm, "notebook", tensors)
+    (folder,) = tmp_path.iterdir()
+    assert list_modules(llm)["notebook"].path == f"{folder}/vectors.safetensors"
+    unregister_module(llm, "notebook")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:

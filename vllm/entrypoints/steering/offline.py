@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import save_file
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 
 LOADING_POLL_S = 0.02
-# Files of the vectors that were registered from tensors, until this process ends.
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+# Files of the modules that are made from tensors, by engine and module.
+_KEPT: WeakKeyDictionary[LLM, dict[str, tempfile.TemporaryDirectory[str]]]
+_KEPT = WeakKeyDictionary()
 
 
 class SteeringModuleError(ValueError):
@@ -72,7 +74,9 @@ def register_module(
     """
     inspected = _call(llm, "inspect", {"name": name, "path": path, **options})
     payload = {"module": inspected.module, "replace": replace}
-    return ModuleInfo.from_json(_call(llm, "register", payload).module or {})
+    module = ModuleInfo.from_json(_call(llm, "register", payload).module or {})
+    _remove_files(llm, name)
+    return module
 
 
 def register_vector(
@@ -97,12 +101,24 @@ def register_vector(
             use.
     """
     stored = _by_site(vectors)
-    # The engine reads the file whenever it loads weights, so it stays until the end.
+    # The engine reads the file whenever it loads weights, so it stays with the module.
     folder = tempfile.TemporaryDirectory(prefix="vllm-steering-vector-")
-    _KEPT.append(folder)
-    path = f"{folder.name}/vectors.safetensors"
-    save_file(stored, path)
-    return register_module(llm, name, path, replace=replace)
+    try:
+        path = f"{folder.name}/vectors.safetensors"
+        save_file(stored, path)
+        module = register_module(llm, name, path, replace=replace)
+    except BaseException:
+        folder.cleanup()
+        raise
+    _KEPT.setdefault(llm, {})[name] = folder
+    return module
+
+
+def _remove_files(llm: LLM, name: str) -> None:
+    """Remove the files of a module that is gone, if it was made from tensors."""
+    folder = _KEPT.get(llm, {}).pop(name, None)
+    if folder is not None:
+        folder.cleanup()
 
 
 def _by_site(vectors: object) -> dict[str, torch.Tensor]:
@@ -145,6 +161,7 @@ def unregister_module(llm: LLM, name: str) -> None:
         SteeringModuleError: no such module, or requests name it.
     """
     _call(llm, "unregister", {"name": name})
+    _remove_files(llm, name)
 
 
 def put_preset(llm: LLM, name: str, preset: Json) -> None:

@@ -216,6 +216,18 @@ def _takes_clamp(
     )
 
 
+def _takes_stages(
+    slot: SAESlot,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    source: torch.Tensor | None,
+) -> bool:
+    """Whether the extension is built and its stages fit."""
+    return extension_is_built() and stages_cuda.takes_cuda(
+        slot, hidden, residual, source
+    )
+
+
 def _make_run(
     slot: SAESlot,
     step: StepState,
@@ -236,15 +248,18 @@ def _make_run(
             f"steering: {tokens} tokens, workspace built for {workspace.max_tokens}"
         )
     mixed = uses_threshold(slot) and uses_topk(slot)
+    # Longer lists are not decoded. Reading looks for the largest of all, and other
+    # selections than the extension's keep their candidates there.
+    whole = passage.reads is not None
+    if topk:
+        whole |= not slot.weights.shard.is_whole or not _takes_stages(
+            slot, hidden, residual, source
+        )
     return Run(
         slot=slot,
         step=step,
         workspace=workspace,
-        # Longer lists are not decoded. Selection keeps its candidates there, and
-        # reading looks for the largest.
-        buffers=workspace.buffers(
-            slot, tokens, topk, None if topk or passage.reads else LIST_MAX
-        ),
+        buffers=workspace.buffers(slot, tokens, topk, None if whole else LIST_MAX),
         hidden=hidden,
         residual=residual,
         tier=passage.tier,
@@ -267,9 +282,7 @@ def _pipeline(run: Run | None) -> None:
         else:
             stages_shared.pipeline(run)
         return
-    cuda = extension_is_built() and stages_cuda.takes_cuda(
-        run.slot, run.hidden, run.residual, run.source
-    )
+    cuda = _takes_stages(run.slot, run.hidden, run.residual, run.source)
     if cuda and stages_cuda.takes_guess(run):
         guess = run.workspace.guess_buffers(run.slot, run.hidden.shape[0])
         if guess is not None:

@@ -23,6 +23,8 @@ from vllm.v1.worker.steering_places import Place, SAEPlace
 # The name under which the vectors of requests are counted.
 INLINE = "(inline)"
 PHASES = ("prefill", "decode")
+# The counts of so many modules that are gone are kept.
+MAX_REMOVED = 64
 # [tier, phase] of each module.
 Steered = dict[str, np.ndarray]
 
@@ -86,6 +88,10 @@ class TokenCounts:
         _credit(self._total, names, tier, self._of_row[tier, row])
         self._of_row[tier, row] = 0
 
+    def forget(self, module: str) -> None:
+        """Drop the counts of a module that is gone."""
+        self._total.pop(module, None)
+
     def steered(self) -> Steered:
         """int64 `[tier, phase]` of each module, since the worker started."""
         self._settle()
@@ -145,6 +151,11 @@ class DeviceCounts:
             counter.zero_()
         self._masks.pop(module, None)
         self._watch()
+
+    def forget(self, module: str) -> None:
+        """Drop the counts of a module that is gone."""
+        self._saturated.pop(module, None)
+        self._bypassed.pop(module, None)
 
     def saturated(self) -> Counter[str]:
         """Tokens since the worker started. This waits for the step in flight."""

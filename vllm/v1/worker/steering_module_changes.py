@@ -22,7 +22,7 @@ from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering_state import SAEWeights
-from vllm.v1.worker.steering_counts import tokens_of_modules
+from vllm.v1.worker.steering_counts import MAX_REMOVED, tokens_of_modules
 from vllm.v1.worker.steering_module_loads import (
     LoadedSite,
     ModuleLoad,
@@ -91,6 +91,8 @@ class ModuleChanges:
         self.forward_context = forward_context
         self.staged: StagedModule | None = None
         self.loading: ModuleLoad | None = None
+        # Modules that are gone and still counted, by the time of their removal.
+        self.removed: dict[str, None] = {}
 
     @property
     def modules(self) -> SiteModules:
@@ -180,7 +182,20 @@ class ModuleChanges:
         if change.old is not None:
             left = self._ids(change.old) - set(change.weights)
             self.modules.clear_slots(left)
+        self._follow_removals(change)
         log_change(change.old, change.new)
+
+    def _follow_removals(self, change: StagedModule) -> None:
+        """Forget the counts of the module that was removed first, if many are gone."""
+        if change.new is not None:
+            self.removed.pop(change.new.name, None)
+        elif change.old is not None:
+            self.removed[change.old.name] = None
+        if len(self.removed) > MAX_REMOVED:
+            first = next(iter(self.removed))
+            del self.removed[first]
+            self.runtime.counts.forget(first)
+            self.modules.counts.forget(first)
 
     def rollback(self) -> None:
         """Undo `commit`, even if it failed half-way, or drop what was staged."""

@@ -14,7 +14,6 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import generate_latest
 from steering_testing.engine import FULL, generate, params, sae_spec
 from steering_testing.requests import prompt
 
@@ -25,11 +24,6 @@ from vllm.config.steering_replies import (
     METHOD,
     ModuleReply,
     as_reply,
-)
-from vllm.entrypoints.serve.steering.metrics import (
-    SteeringMetrics,
-    count_refusal,
-    count_request,
 )
 
 pytestmark = pytest.mark.engine
@@ -286,32 +280,6 @@ def test_the_key_comes_from_the_environment_too(
     monkeypatch.setenv("VLLM_STEERING_API_KEY", "from-the-environment")
     with serve(key=None, sends="from-the-environment") as client:
         assert client.delete(f"{URL}/nobody").status_code == 404
-
-
-def test_the_metrics_show_modules_rows_tokens_and_refusals(
-    serve: Serve, root: Path, llm: LLM
-) -> None:
-    with serve() as client:
-        metrics: SteeringMetrics = client.app.state.steering_metrics  # type: ignore
-        register(client, root)
-        ask = params(3, **{FULL: [sae_spec("hot")]})
-        generate(llm, [prompt(1, 9)], [ask])
-        count_refusal(f"{FULL}[0].module_name")
-        count_request({FULL: [{"module_name": "hot"}, {"module_name": "hot"}]})
-        client.portal.call(metrics.refresh)  # type: ignore[union-attr]
-        shown = generate_latest().decode()
-    assert "vllm:steering_modules 2.0" in shown
-    assert 'vllm:steering_rows_in_use{tier="full"}' in shown
-    for name, labels, least in [
-        ("tokens", 'module="hot",phase="decode",tier="full"', 2),
-        ("bypassed_tokens", 'module="hot"', 1),
-        ("saturated_tokens", 'module="hot"', 0),
-        ("saturated_tokens", 'module="first"', 0),
-    ]:
-        total = shown.split(f"vllm:steering_{name}_total{{{labels}}} ")[1]
-        assert float(total.split()[0]) >= least, name
-    assert f'vllm:steering_requests_total{{field="{FULL}",module="hot"}} 1.0' in shown
-    assert 'vllm:steering_refused_requests_total{reason="module"} 1.0' in shown
 
 
 JSON = st.recursive(

@@ -168,6 +168,12 @@ def test_the_route_answers_for_modules_of_the_engine(
         (root / "other" / FILE).write_text(json.dumps(CONTENT))
         answer = client.get(f"{MODULES}/first/evidence?index=0")
         assert answer.json()["features"]["0"]["max"] == 1.5
+        for path in ("evidence?index=0,63,64", "features?index=64"):
+            beyond = client.get(f"{MODULES}/first/{path}")
+            assert beyond.status_code == 400
+            error = beyond.json()["error"]
+            assert error["message"] == "index: found 64, expected 0..63"
+            assert error["param"] == "index"
         missing = client.get(f"{MODULES}/nobody/evidence")
         assert missing.status_code == 404
         assert missing.json()["error"]["param"] == "name"

@@ -134,7 +134,7 @@ class SlowIndex(LabelIndex):
 def test_labels_are_searched_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     index, service = SlowIndex(), service_of(CountingEngine())
 
-    async def path_of(name: str) -> str:
+    async def path_of(name: str, features: object = ()) -> str:
         return "/x"
 
     monkeypatch.setattr(service, "path_of", path_of)

@@ -26,6 +26,18 @@ from vllm.model_executor.model_loader.sae_loader import (
     read_layout,
 )
 
+# What `show` prints of a module, where it is known.
+SHOWN = (
+    "path",
+    "format",
+    "kind",
+    "model",
+    "digest",
+    "skip_token_ids",
+    "reference_norm",
+    "norm_guard",
+)
+
 
 def describe_folds(layout: SAELayout) -> list[str]:
     """One phrase for each change that loading makes to the stored tensors."""
@@ -124,18 +136,25 @@ def inspect(
         show(data)
 
 
+def what(site: Json, kind: str) -> str:
+    """The size of a site in one line."""
+    if kind == "vectors":
+        return f"a vector of {site['d_in']} numbers"
+    activation = site["activation"] + (f" k={site['k']}" if site["k"] else "")
+    size = site["bytes_16_bit"] / 2**20
+    return (
+        f"d_in {site['d_in']}, d_sae {site['d_sae']}, {activation}, "
+        f"{size:.1f} MiB in 16 bit"
+    )
+
+
 def show(data: Json) -> None:
     """Print a report as text."""
-    for key in ("path", "format", "kind", "model", "digest", "reference_norm"):
+    for key in SHOWN:
         if data[key] is not None:
             print(f"{key:15}{data[key]}")
     for shown in data["sites"]:
-        activation = shown["activation"] + (f" k={shown['k']}" if shown["k"] else "")
-        size = shown["bytes_16_bit"] / 2**20
-        print(
-            f"{shown['name']:15}d_in {shown['d_in']}, d_sae {shown['d_sae']}, "
-            f"{activation}, {size:.1f} MiB in 16 bit"
-        )
+        print(f"{shown['name']:15}{what(shown, data['kind'])}")
         if shown["hook_out"] is not None:
             skip = " with W_skip" if shown["has_skip"] else ""
             print(f"{'':15}writes {shown['hook_out']}, d_out {shown['d_out']}{skip}")

@@ -91,7 +91,7 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     service = modules_of(request)
     check_name(name)
     indices = parse_indices(request.query_params.get("index"))
-    path = await service.path_of(name)
+    path = await service.path_of(name, indices)
     found = await asyncio.to_thread(of_features, path, indices)
     return JSONResponse({"module_name": name, **found})
 

@@ -8,6 +8,7 @@ seconds and shows the latest answer. Refusals are counted where they happen.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, Counter, Gauge
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 REFRESH_S = 5.0
+# Names the folder in which processes share their counts.
+SHARED_FILES = "PROMETHEUS_MULTIPROC_DIR"
 PREFIX = "vllm:steering_"
 
 
@@ -33,16 +36,23 @@ class _Totals:
 
     def __init__(self, counts: bool):
         self._counts = counts
-        self._seen: dict[tuple[str, ...], int] = {}
+        self._seen: dict[tuple[Counter, tuple[str, ...]], int] = {}
 
     def follow(self, counter: Counter, total: int, *labels: str) -> None:
         """Raise the counter to the engine's total; a new engine begins at 0 again."""
-        key = (counter._name, *labels)
+        key = counter, labels
         before = self._seen.get(key, 0)
         self._seen[key] = total
         if self._counts:
             child = counter.labels(*labels) if labels else counter
             child.inc(total - before if total >= before else total)
+
+    def keep_only(self, modules: set[str]) -> None:
+        """Drop the series of all other modules. The first label is a module's name."""
+        for key in [one for one in self._seen if one[1][0] not in modules]:
+            counter, labels = key
+            counter.remove(*labels)
+            del self._seen[key]
 
 
 class SteeringMetrics:
@@ -81,6 +91,8 @@ class SteeringMetrics:
         self.requests = _counter(
             "requests", "Requests that named the module.", "module", "field"
         )
+        # Labels of `requests`.
+        self.named: set[tuple[str, str]] = set()
         self.refused = _counter(
             "refused_requests", "Requests refused for their steering.", "reason"
         )
@@ -114,6 +126,19 @@ class SteeringMetrics:
                 self.totals.follow(counter, counts[kind], module)
         for rank, size in enumerate(found["bytes"]):
             self.memory.labels(str(rank)).set(size)
+        self._forget_all_but({INLINE, *found["module_tokens"]})
+
+    def _forget_all_but(self, modules: set[str]) -> None:
+        """Drop the series of modules that the engine has forgotten.
+
+        Where several API servers share files of counts, their series cannot be dropped.
+        """
+        if SHARED_FILES in os.environ:
+            return
+        self.totals.keep_only(modules)
+        for labels in [one for one in self.named if one[0] not in modules]:
+            self.requests.remove(*labels)
+            self.named.discard(labels)
 
     async def _run(self) -> None:
         while True:
@@ -150,6 +175,7 @@ def count_request(extra_args: Json) -> None:
         for key, specs in extra_args.items()
         for s in specs
     }
+    _CURRENT.named |= named
     for module, field in named:
         _CURRENT.requests.labels(module, field).inc()
 

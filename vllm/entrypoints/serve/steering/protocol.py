@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -128,6 +129,16 @@ def check_name(value: str) -> None:
             "or '-'",
             "name",
         )
+
+
+def check_features(module: Json, features: Iterable[int]) -> None:
+    """Raise `RequestRefused` unless the listed module has all these features."""
+    most = max((site["d_sae"] for site in module["sites"]), default=0)
+    for feature in features:
+        if feature >= most:
+            raise RequestRefused(
+                400, f"index: found {feature}, expected 0..{most - 1}", "index"
+            )
 
 
 def parse_flag(key: str, value: str | None) -> bool:

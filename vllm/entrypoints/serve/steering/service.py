@@ -24,7 +24,7 @@ from vllm.config.steering_replies import (
 )
 from vllm.entrypoints.serve.steering.access import RequestRefused, allowed_path
 from vllm.entrypoints.serve.steering.file_cache import FileCache
-from vllm.entrypoints.serve.steering.protocol import RegisterRequest
+from vllm.entrypoints.serve.steering.protocol import RegisterRequest, check_features
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ class SteeringModulesService:
         self, name: str, query: str, index: int | None, limit: int
     ) -> Sequence[tuple[int, str]]:
         """Labels of a module that hold the query's words, or that of one feature."""
-        found = await asyncio.to_thread(_labels_of, await self.path_of(name))
+        asked = [] if index is None else [index]
+        path = await self.path_of(name, asked)
+        found = await asyncio.to_thread(_labels_of, path)
         if index is not None:
             label = found.labels.get(index)
             return [] if label is None else [(index, label)]
@@ -192,13 +194,15 @@ class SteeringModulesService:
             self._presets = None  # the next one who asks tries again
             raise
 
-    async def path_of(self, name: str) -> str:
-        """Where a module was loaded from.
+    async def path_of(self, name: str, features: Iterable[int] = ()) -> str:
+        """Where a module was loaded from that has these features.
 
         Raises:
-            RequestRefused: 404, no module has this name.
+            RequestRefused: 404, no module has this name; 400, it has fewer features.
         """
-        return (await self.get(name))["path"]
+        module = await self.get(name)
+        check_features(module, features)
+        return module["path"]
 
     async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
         """Load a module; returns it as the engine describes it."""

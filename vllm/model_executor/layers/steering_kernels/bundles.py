@@ -2,9 +2,14 @@
 """What the CUDA ops are given: bundles of tensors, each in a fixed order.
 
 `csrc/steering/constants.cuh` states the same orders, `checks.h` checks every tensor.
+What is the same in every step is held by the extension (`Held`), and passed by number.
 """
 
 from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Hashable
 
 import torch
 
@@ -17,6 +22,7 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
 )
 
+from .extension import cuda_ops
 from .peers import Peers
 from .run import Run
 from .workspace import SteeringWorkspace, Tensors
@@ -77,48 +83,73 @@ def _workspace_bundle(run: Run) -> Tensors:
     return own if run.slot.weights.W_skip is None else [*own, buffers.skip]
 
 
-def _make_run_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors]:
-    """Step, weights and workspace: all but the stream."""
-    return (
+class Held:
+    """Tensors that the extension holds for many ops (`csrc/steering/held.h`).
+
+    The first op that uses them checks them. The extension keeps them alive until this
+    object goes, so ask for the number where an op is called.
+
+    Args:
+        step: as `step_bundle` gives them.
+        weights: as `weights_bundle` gives them.
+        workspace: the tensors of `WORKSPACE_FIELDS`; none for the delta tier.
+    """
+
+    def __init__(
+        self, step: Tensors, weights: Tensors, workspace: Tensors | None = None
+    ) -> None:
+        self.step, self.weights, self.workspace = step, weights, workspace or []
+
+    @functools.cached_property
+    def number(self) -> int:
+        """What ops take in place of the tensors."""
+        number = cuda_ops().hold(self.step, self.weights, self.workspace)
+        # At the end of the process the extension may be gone before.
+        weakref.finalize(self, cuda_ops().release, number).atexit = False
+        return number
+
+
+def _make_run_held(run: Run) -> Held:
+    return Held(
         step_bundle(run.step, run.index, run.table, run.slot.saturated, run.reads),
         weights_bundle(run.slot.weights, run.peers),
         _workspace_bundle(run),
     )
 
 
-def _run_bundles(
-    run: Run, stream: Tensors
-) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    if run.own_scores is not None or run.own_index is not None:  # new in each step
-        step, weights, workspace = _make_run_bundles(run)
-    else:
-        # The buffers belong to the slot, the number of tokens, and the activation.
-        key = (run.step, run.buffers, run.tier, run.edits, run.reads, run.peers)
-        kept = run.workspace.bundles
-        step, weights, workspace = kept.get(key, lambda: _make_run_bundles(run))
-    return step, weights, stream, workspace
+def _place(tensor: torch.Tensor | None) -> Hashable:
+    """What tells a view that is made anew in each step from another one."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape)
 
 
-def clamp_bundles(
-    slot: SAESlot, step: StepState, workspace: SteeringWorkspace
-) -> tuple[Tensors, Tensors]:
+def run_held(run: Run) -> Held:
+    """All that a run's stages take but the stream.
+
+    The buffers belong to the slot, the number of tokens, and the activation.
+    """
+    own = (_place(run.own_scores), _place(run.own_index))
+    key = (run.step, run.buffers, run.tier, run.edits, run.reads, run.peers, own)
+    return run.workspace.held.get(key, lambda: _make_run_held(run))
+
+
+def clamp_held(slot: SAESlot, step: StepState, workspace: SteeringWorkspace) -> Held:
     """Step and weights of the delta tier of a threshold SAE."""
 
-    def make() -> tuple[Tensors, Tensors]:
+    def make() -> Held:
         peers = None if slot.weights.shard.is_whole else workspace.peers
-        return (
+        return Held(
             step_bundle(step, step.index[Tier.DELTA], slot.delta, slot.saturated),
             weights_bundle(slot.weights, peers),
         )
 
-    return workspace.clamp_bundles.get((step, slot), make)
+    return workspace.held.get((step, slot), make)
 
 
-def reading_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    """Step, weights, stream and workspace of a stage that reads: `run.read`."""
-    return _run_bundles(run, stream_bundle(*run.read))
+def reading_bundles(run: Run) -> tuple[int, Tensors]:
+    """What is held for a run, and the stream of a stage that reads: `run.read`."""
+    return run_held(run).number, stream_bundle(*run.read)
 
 
-def writing_bundles(run: Run) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    """Step, weights, stream and workspace of the stage that writes."""
-    return _run_bundles(run, stream_bundle(run.hidden, run.residual))
+def writing_bundles(run: Run) -> tuple[int, Tensors]:
+    """What is held for a run, and the stream of the stage that writes."""
+    return run_held(run).number, stream_bundle(run.hidden, run.residual)

@@ -235,6 +235,21 @@ def plan_dense(itemsize: int) -> DensePlan:
     return DensePlan(64, 64, 64, 64)
 
 
+def short_lists_bytes(plan: ChunkPlan) -> int:
+    """Bytes of the lists of a short step that is not read; 0 for a longer one."""
+    if plan.rows > COMPACT_ENCODE_TOKENS:
+        return 0
+    return cdiv(plan.rows * min(plan.capacity, LIST_MAX) * ENTRY_BYTES, 256) * 256
+
+
+def decodes_at_once(rows: int, room: int, row_bytes: int) -> bool:
+    """Whether one launch decodes a chunk, with dense scratch beside the lists.
+
+    `room`: the bytes that the lists leave.
+    """
+    return rows <= COMPACT_ENCODE_TOKENS and room >= row_bytes
+
+
 def sorts_ahead(rows: int) -> bool:
     """Whether the CUDA decoder sorts lists in a launch of its own.
 

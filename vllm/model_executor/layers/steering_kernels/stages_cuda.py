@@ -17,7 +17,7 @@ from vllm.model_executor.layers.steering_state import (
 )
 
 from .bundles import (
-    clamp_bundles,
+    clamp_held,
     reading_bundles,
     step_bundle,
     stream_bundle,
@@ -212,9 +212,9 @@ def clamp(
 ) -> None:
     """The delta tier. With `gated`, a slot that holds a TopK module is skipped."""
     cuda_ops().clamp(
-        *clamp_bundles(slot, step, workspace),
-        [] if source is None else [source],
+        clamp_held(slot, step, workspace).number,
         stream_bundle(hidden, residual),
+        [] if source is None else [source],
         gated=gated,
     )
 

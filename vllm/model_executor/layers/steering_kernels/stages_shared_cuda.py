@@ -16,7 +16,7 @@ from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
 from . import stages_cuda
-from .bundles import clamp_bundles, reading_bundles, stream_bundle, writing_bundles
+from .bundles import clamp_held, reading_bundles, stream_bundle, writing_bundles
 from .extension import cuda_ops
 from .peers import SEND_ACTS, SEND_COLUMNS, WRITE_TOKENS, Peers
 from .plan import LIST_MAX, cdiv, sorts_ahead
@@ -64,7 +64,7 @@ def clamp(
         for part in parts:
             peers.turn()
             cuda_ops().shared_clamp(
-                *clamp_bundles(slot, step, workspace),
+                clamp_held(slot, step, workspace).number,
                 stream_bundle(hidden, residual),
                 peers.clamps,
                 gated=gated,
@@ -85,14 +85,15 @@ def pipeline(run: Run, peers: Peers) -> None:
         if not (run.topk or together):
             cuda_ops().push(*reading_bundles(run), base=base)
         peers.turn()
-        bundles = writing_bundles(run)
         modes = {"topk": run.topk, "delta": is_delta, "many": many}
-        cuda_ops().decode_columns(*bundles, base=base, **modes, together=together)
+        cuda_ops().decode_columns(
+            *writing_bundles(run), base=base, **modes, together=together
+        )
         if not is_delta and run.slot.weights.d_sae_capacity > LIST_MAX:
             _dense(run, peers, base)
         if peers.apart:
             peers.turn()
-        cuda_ops().write_columns(*bundles, base=base, together=together)
+        cuda_ops().write_columns(*writing_bundles(run), base=base, together=together)
 
 
 def _encode(run: Run, peers: Peers, base: int) -> None:
@@ -115,9 +116,9 @@ def _encode(run: Run, peers: Peers, base: int) -> None:
 
 def _dense(run: Run, peers: Peers, base: int) -> None:
     """Tokens with more non-zeros than a list holds: their number is on the device."""
-    bundles = writing_bundles(run)
 
     def launch(chunk: int, first: int, end: int) -> None:
+        bundles = writing_bundles(run)
         cuda_ops().dense_columns(
             *bundles, base=base, topk=run.topk, chunk=chunk, first=first, end=end
         )

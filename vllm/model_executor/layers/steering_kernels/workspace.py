@@ -7,6 +7,7 @@ import logging
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,13 +35,18 @@ from .plan import (
     ChunkPlan,
     ExchangeLimits,
     cdiv,
+    decodes_at_once,
     dense_row_bytes,
     most_guessed,
     most_rows,
     plan_chunks,
     plan_guess,
+    short_lists_bytes,
 )
 from .screen import ScreenScratch
+
+if TYPE_CHECKING:
+    from .bundles import Held
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +63,9 @@ class StageBuffers:
     scores: float32 `[rows, F]`, TopK only (else one unused element); the entries of
         a threshold chunk take the same memory.
     entries: int64 `[rows, capacity]`, feature in the high half, activation in the low.
-    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds; it
-        takes the memory of `entries`, which have been read by then.
+    dense: uint8 `[dense_rows, bytes]`, scratch of the tokens that no list holds. In a
+        short step it follows the lists, where there is room. Otherwise it takes their
+        memory, and they have been read by then.
     coef: float32 `[rows, K]`, `g - f` of every clamp.
     """
 
@@ -196,8 +203,7 @@ class SteeringWorkspace:
         self.peers = _make_peers(max_tokens, slots, device)
         self._views: Kept[tuple[SAESlot, int, bool, int | None], StageBuffers] = Kept()
         self._guesses: Kept[tuple[SAESlot, int], GuessBuffers] = Kept()
-        self.bundles: Kept[Hashable, tuple[Tensors, Tensors, Tensors]] = Kept()
-        self.clamp_bundles: Kept[Hashable, tuple[Tensors, Tensors]] = Kept()
+        self.held: Kept[Hashable, Held] = Kept()
         x_bytes = shared_bytes = coef_bytes = 16
         rows = guessed = 1
         for slot in slots:
@@ -278,7 +284,8 @@ class SteeringWorkspace:
             scores = plan.rows * slot.weights.d_sae_capacity * 4 if topk else 0
             entries = plan.rows * plan.capacity * ENTRY_BYTES
             dense = plan.dense_rows * cls._dense_bytes(slot)
-            most = max(most, align(scores) + align(max(entries, dense)))
+            apart = short_lists_bytes(plan)
+            most = max(most, align(scores) + align(max(entries, dense + apart)))
         return most
 
     @staticmethod
@@ -321,10 +328,14 @@ class SteeringWorkspace:
         entries = self._shared[align(scores_bytes) :]
         fit = entries.numel() // (ENTRY_BYTES * plan.rows)
         row_bytes = self._dense_bytes(slot)
+        capacity = min(plan.capacity, fit, capacity or fit)
+        lists = align(plan.rows * capacity * ENTRY_BYTES)
+        apart = decodes_at_once(plan.rows, entries.numel() - lists, row_bytes)
+        dense = entries[lists:] if apart else entries
         plan = replace(
             plan,
-            capacity=min(plan.capacity, fit, capacity or fit),
-            dense_rows=min(plan.dense_rows, entries.numel() // row_bytes),
+            capacity=capacity,
+            dense_rows=min(plan.dense_rows, dense.numel() // row_bytes),
         )
 
         def view(arena: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -341,7 +352,7 @@ class SteeringWorkspace:
             view(self._x[x_bytes:], torch.float32, *skip_shape),
             view(self._shared, torch.float32, *scores_shape),
             view(entries, torch.int64, plan.rows, plan.capacity),
-            entries[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
+            dense[: plan.dense_rows * row_bytes].view(plan.dense_rows, row_bytes),
             view(self._coef, torch.float32, plan.rows, slot.full.max_clamps),
         )
 
