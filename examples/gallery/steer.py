@@ -38,7 +38,7 @@ def main() -> None:
         [demo.prompt] * len(requests), list(requests.values()), use_tqdm=False
     )
     for name, output in zip(requests, outputs, strict=True):
-        print(f"{name}: {demo.prompt}{output.outputs[0].text!r}")
+        print(f"{name}: {demo.prompt + output.outputs[0].text!r}")
 
 
 if __name__ == "__main__":

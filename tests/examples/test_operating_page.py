@@ -85,3 +85,18 @@ def test_every_status_of_a_refusal_is_explained() -> None:
     assert {"400", "401", "403", "409"} <= statuses
     for status in statuses:
         assert any(row.startswith(f"| {status} |") for row in rows()), status
+
+
+def test_the_lines_that_it_shows_of_log_and_metrics_are_written_so() -> None:
+    shown = re.findall(r"```text\n(Steering.*?)```", PAGE, re.DOTALL)
+    (lines,) = [text.splitlines() for text in shown]
+    sources = "".join(
+        file.read_text() for file in (ROOT / "vllm").rglob("steering_*.py")
+    )
+    for line in lines:
+        name, metric, _ = line.partition("{")
+        if metric:
+            assert any(row.startswith(f"| `{name}` |") for row in rows()), line
+        else:
+            start = " ".join(line.split()[: 2 if "module" in line else 1])
+            assert f'"{start}' in sources, line

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from steering_testing import pages
 from steering_testing.server import ENVIRONMENT, OWN_PROCESS_ONLY, serving
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +73,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def names(url: str) -> dict[str, Any]:
     """What the Python recipes begin with."""
     found: dict[str, Any] = {}
-    (code,) = blocks("Start", "python")
-    exec(code.replace(HERE, url), found)
+    run_python("Start", url, found)
     return found
 
 
@@ -91,11 +91,18 @@ def texts(printed: str) -> list[str]:
 SECTIONS = {
     "A condition": ["steered"],
     "Spans": ["steered"],
-    "Directions": ["ablated"],
+    "Directions": ["away"],
     "A vector of your own": ["steered"],
     "A preset": ["steered"],
     "A default for every request": ["steered", "opted_out"],
 }
+
+
+def run_python(section: str, url: str, names: dict[str, Any]) -> None:
+    """Run the section's Python; it prints the words that the page shows."""
+    (code,), (shown,) = blocks(section, "python"), blocks(section, "text")
+    said = pages.printed(code.replace(HERE, url), names, Path(section))
+    assert pages.words(said) == pages.words(shown), said
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -104,17 +111,17 @@ def test_a_recipe_steers_from_the_shell_and_from_python(
 ) -> None:
     (shell,) = blocks(section, "bash")
     said = texts(bash(shell.replace(HERE, url)))
-    (code,) = blocks(section, "python")
-    exec(code.replace(HERE, url), names)
     try:
+        run_python(section, url, names)
         assert said == [names[name] for name in SECTIONS[section]]
         assert names["plain"] not in said[:1]
         if "opted_out" in SECTIONS[section]:
             assert said[1] == names["plain"]
-        if section in ("A vector of your own", "A preset"):
+        if section != "Directions":
             assert re.search(BRIDGE, said[0])
             assert not re.search(BRIDGE, names["plain"])
-        if section == "Directions":
+        else:
+            assert not re.search(BRIDGE, names["away"])
             assert names["steered"] != names["plain"]
         if section == "A preset":
             assert names["names"] == ["tiny", "golden"]
@@ -128,8 +135,7 @@ def test_a_recipe_steers_from_the_shell_and_from_python(
 def test_many_settings_at_once_are_answered_as_one_by_one(
     url: str, names: dict[str, Any]
 ) -> None:
-    (code,) = blocks("Many settings at once", "python")
-    exec(code.replace(HERE, url), names)
+    run_python("Many settings at once", url, names)
     answers = names["answers"]
     assert len(answers) == 50
     for value in (0.0, names["strengths"][-1]):
@@ -153,8 +159,7 @@ def test_the_features_of_answers_and_texts_become_frames(
     url: str, names: dict[str, Any]
 ) -> None:
     section = "Features of an answer and of texts"
-    (code,) = blocks(section, "python")
-    exec(code.replace(HERE, url), names)
+    run_python(section, url, names)
     prompt, answer = names["prompt_frame"], names["answer_frame"]
     record = names["choice"].prompt_sae_features["golden-gate"]["post_block.1"]
     assert prompt.features.tolist() == sum(record["features"], [])

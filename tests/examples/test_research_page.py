@@ -78,6 +78,8 @@ def test_activations_and_statistics_are_those_of_the_sae(names: dict[str, Any]) 
     share = (own > 0).mean(axis=0)
     for feature, density in names["density"].items():
         assert density == pytest.approx(share[feature])
+    np.testing.assert_array_equal(names["on_tokens"], (own > 0).sum(axis=0))
+    np.testing.assert_allclose(names["at_most"], own.max(axis=0), atol=1e-4 * own.max())
     assert BRIDGE in names["gain"].nlargest(10).index
     lines = list(names["dashboard"](BRIDGE))
     assert len(lines) == 5 and frame.value[frame.feature_idx == BRIDGE].max() > 4
@@ -182,7 +184,7 @@ def test_a_direction_is_added_and_taken_out_as_by_hooks(names: dict[str, Any]) -
 
     hooks: dict[str, dict[int, Edit]] = {
         "plain": {},
-        "with": {1: lambda x, _f: x + 1.5 * v},
+        "with": {1: lambda x, _f: x + 2.5 * v},
         "without": {1: without},
         "without, at all layers": dict.fromkeys(range(4), without),
     }
