@@ -28,6 +28,7 @@ from vllm.config.steering_environment import BRANCHES_ENV
 from vllm.config.steering_points import HookPoint
 from vllm.config.steering_screening import screens
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+from vllm.model_executor.layers import steering_stream
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 from vllm.model_executor.layers.steering_kernels.screen import SCREEN_TOKENS, ScreenCopy
 from vllm.model_executor.layers.steering_state import (
@@ -206,7 +207,7 @@ class Bench:
         stream = Stream(tokens, shape[1])
 
         def op() -> None:
-            backend.full_tier(slots, stream.now[0], stream.now[1], None)
+            backend.full_tier(slots, steering_stream.Stream(*stream.now))
 
         each = 1 + torch.arange(tokens, device=DEVICE) % count
         floor = self.floor(*shape, tokens)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from train import LAYER, MODEL
 from transformers import AutoTokenizer
 
-from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_loader import save_native
 
 HERE = Path(__file__).parent
 NORM_GUARD = 10.0

@@ -22,6 +22,7 @@ from vllm.model_executor.layers import (  # noqa: F401 (they register the ops)
 from vllm.model_executor.layers.steering_families import FAMILIES  # noqa: F401
 from vllm.model_executor.layers.steering_kernel_backend import KernelBackend
 from vllm.model_executor.layers.steering_state import SAESlot
+from vllm.model_executor.layers.steering_stream import Stream
 
 OPS = {
     Tier.ADDITIVE: "apply_steering_vectors",
@@ -61,12 +62,13 @@ def on_device(activation: str, dtype: torch.dtype, single_stream: bool) -> Bench
 def edit(case: Bench, tier: Tier) -> None:
     """What the tier's op does, without the op."""
     site, backend = case.site, case.site.backend
+    stream = Stream(case.hidden, case.residual)
     if tier is Tier.ADDITIVE:
-        backend.steering_vectors(site.vectors, case.hidden, case.residual)
+        backend.steering_vectors(site.vectors, stream)
     elif tier is Tier.DELTA:
-        backend.sae_clamp(site.saes[0], case.hidden, case.residual)
+        backend.sae_clamp(site.saes[0], stream)
     else:
-        backend.full_reconstruction(site.saes[0], case.hidden, case.residual)
+        backend.full_reconstruction(site.saes[0], stream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,7 +20,6 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering import SteeringBackend
 from vllm.model_executor.layers.steering_reference import (
-    gather_stream,
     select_tokens,
     within_norm,
 )
@@ -36,6 +35,7 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_stream import Stream
 from vllm.v1.worker.steering_index import BatchView
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 
@@ -132,71 +132,45 @@ class WatchedBackend(SteeringBackend):
     def write_flags(self, token_ids: torch.Tensor) -> None:
         self.stock.write_flags(token_ids)
 
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        self._look(slot, Tier.FULL, hidden, residual, source)
-        self.stock.full_reconstruction(slot, hidden, residual, source)
+    def full_reconstruction(self, slot: SAESlot, stream: Stream) -> None:
+        self._look(slot, Tier.FULL, stream)
+        self.stock.full_reconstruction(slot, stream)
 
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        self._look(slot, Tier.DELTA, hidden, residual, source)
-        self.stock.sae_clamp(slot, hidden, residual, source)
+    def sae_clamp(self, slot: SAESlot, stream: Stream) -> None:
+        self._look(slot, Tier.DELTA, stream)
+        self.stock.sae_clamp(slot, stream)
 
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        self.stock.steering_vectors(slot, hidden, residual)
+    def steering_vectors(self, slot: VectorSlot, stream: Stream) -> None:
+        self.stock.steering_vectors(slot, stream)
 
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        self._look_at_reading(slot, hidden, residual)
-        self.stock.read_features(slot, hidden, residual)
+    def read_features(self, slot: SAESlot, read: Stream) -> None:
+        self._look_at_reading(slot, read)
+        self.stock.read_features(slot, read)
 
-    def _look(
-        self,
-        slot: SAESlot,
-        tier: Tier,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None,
-    ) -> None:
+    def _look(self, slot: SAESlot, tier: Tier, stream: Stream) -> None:
         table = slot.full if tier is Tier.FULL else slot.delta
-        index = self.step.index[tier, : hidden.shape[0]]
+        index = self.step.index[tier, : stream.hidden.shape[0]]
         tokens = select_tokens(table, index, self.step, slot.weights)
-        x = gather_stream(tokens, hidden, residual) if source is None else source
-        x = x if source is None else x[tokens]
+        x = stream.read.gather(tokens)
         rows = index[tokens].long()
         uses, asked = clamped_features(table, rows, slot.weights.d_sae_capacity)
         if tier is Tier.FULL:
             uses = torch.ones_like(uses)
         self._note(slot.weights, tokens, x, uses, asked)
 
-    def _look_at_reading(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
+    def _look_at_reading(self, slot: SAESlot, read: Stream) -> None:
         reads = slot.reads
         if reads is None or not self.step.reading:
             return
-        index = self.step.read_index[: hidden.shape[0]].long()
+        index = self.step.read_index[: read.hidden.shape[0]].long()
         tokens = (reads.packed[index, 0] != 0).nonzero().squeeze(1)
         shape = (len(tokens), slot.weights.d_sae_capacity)
-        uses = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
+        uses = torch.zeros(shape, dtype=torch.bool, device=read.hidden.device)
         for at, row in enumerate(index[tokens].tolist()):
             _, _, top_k, count, *features = reads.packed[row].tolist()
             uses[at, features[:count]] = True
             uses[at] |= top_k > 0
-        x = gather_stream(tokens, hidden, residual)
+        x = read.gather(tokens)
         self._note(slot.weights, tokens, x, uses, torch.zeros_like(uses))
 
     def _note(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
-from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, Text
+from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
 from vllm.entrypoints.steering.finder import (
     _columns,
     _completed,
@@ -16,6 +16,7 @@ from vllm.entrypoints.steering.finder import (
     auroc,
     doubts,
 )
+from vllm.entrypoints.steering.reading import Text
 
 SITE = "post_block.1"
 

@@ -30,6 +30,8 @@ from vllm.entrypoints.steering import (
 from vllm.entrypoints.steering.encoded import entries
 from vllm.entrypoints.steering.evaluate import SiteEvaluation, TooShortError
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers.steering_state import SAESlot
+from vllm.model_executor.layers.steering_stream import Stream
 
 FEATURE = BRIDGE["feature"]
 SITE = "post_block.1"
@@ -360,9 +362,10 @@ def test_fvu_is_that_of_the_probe(llm: LLM) -> None:
     streams: list[torch.Tensor] = []
     stock = site.backend.full_reconstruction
 
-    def record(slot: Any, hidden: Any, residual: Any, source: Any = None) -> None:
-        streams.append((hidden + residual).clone())
-        stock(slot, hidden, residual, source)
+    def record(slot: SAESlot, stream: Stream) -> None:
+        assert stream.residual is not None
+        streams.append(stream.hidden + stream.residual)
+        stock(slot, stream)
 
     site.backend.full_reconstruction = record
     try:

@@ -32,6 +32,7 @@ from vllm.model_executor.layers.steering_state import (  # noqa: E402
     SAESlot,
     StepState,
 )
+from vllm.model_executor.layers.steering_stream import Stream
 
 os.environ.setdefault(branches.BRANCHES_ENV, "1")
 CAN = not INTERPRETED and torch.cuda.is_available() and branches.can_branch(DEVICE)
@@ -72,7 +73,7 @@ Streams = tuple[torch.Tensor, torch.Tensor]
 
 
 def run(backend: KernelBackend, slots: Sequence[SAESlot], x: Streams) -> None:
-    backend.full_tier(slots, *x, None)
+    backend.full_tier(slots, Stream(*x))
 
 
 @pytest.mark.parametrize("reads", [False, True])

@@ -36,19 +36,31 @@ def search_path() -> str:
 
 
 def interpret(*options: str) -> int:
-    """Run the tests of the kernels interpreted; returns how many have passed."""
+    """Run the tests of the kernels interpreted; returns how many have passed.
+
+    The interpreter uses one core, so two processes share the files.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE"]
-    files = map(str, sorted(HERE.glob("test_*_gpu.py")))
-    run = subprocess.run(
-        [*command, *options, *files],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path()},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed is not None, run.stdout[-2000:]
-    return int(passed[1])
+    files = [str(path) for path in sorted(HERE.glob("test_*_gpu.py"))]
+    middle = len(files) // 2
+    runs = [
+        subprocess.Popen(
+            [*command, *options, *half],
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for half in (files[:middle], files[middle:])
+    ]
+    printed = [run.communicate()[0] for run in runs]
+    total = 0
+    for run, text in zip(runs, printed, strict=True):
+        assert run.returncode == 0, text[-6000:]
+        passed = re.search(r"(\d+) passed", text)
+        assert passed is not None, text[-2000:]
+        total += int(passed[1])
+    return total
 
 
 def test_the_triton_kernels_equal_the_reference_when_interpreted() -> None:

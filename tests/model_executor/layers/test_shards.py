@@ -28,6 +28,7 @@ from vllm.model_executor.layers.steering_state import (
     SAEWeights,
     StepState,
 )
+from vllm.model_executor.layers.steering_stream import Stream
 
 F, D = 256, 128
 MAX_CLAMPS = 8
@@ -159,9 +160,10 @@ def steered(slot: SAESlot, step: Step) -> list[torch.Tensor]:
     state, source = step.state, step.source
     backend = ReferenceBackend(state)
     hidden, residual = step.hidden.clone(), step.residual.clone()
-    backend.sae_clamp(slot, hidden, residual, source)
+    stream = Stream(hidden, residual, source)
+    backend.sae_clamp(slot, stream)
     after_delta = [hidden.clone(), residual.clone()]
-    backend.read_and_reconstruct(slot, hidden, residual, source)
+    backend.read_and_reconstruct(slot, stream)
     assert slot.reads is not None
     return [*after_delta, hidden, residual, slot.reads.out, slot.saturated]
 

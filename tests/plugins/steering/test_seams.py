@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -81,64 +82,30 @@ def test_no_loaded_module_holds_the_stock_block_key_function() -> None:
     assert kv_cache_utils.holders(BOUND[kv_cache_utils.TARGET]) == []
 
 
-def run(code: str) -> str:
-    """Output of a fresh process, so that no import of this one is seen."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    ).stdout.strip()
-
-
-def test_modules_imported_before_the_seam_get_the_replacement_too() -> None:
-    code = """
+# Each runs in a fork of a fresh process, so that no import of this one is seen.
+PROGRAMS = {
+    "imported before": """
 import vllm.v1.core.block_pool as pool, vllm.v1.core.kv_cache_utils as utils
 stock = pool.generate_block_hash_extra_keys
 import vllm.plugins.steering as plugin
 plugin.install_front_end_seams()
 print(pool.generate_block_hash_extra_keys is utils.generate_block_hash_extra_keys,
       pool.generate_block_hash_extra_keys is not stock)
-"""
-    assert run(code).splitlines()[-1] == "True True"
-
-
-def test_registering_imports_neither_server_nor_engine() -> None:
-    code = """
+""",
+    "imports": """
 import sys, vllm.plugins.steering as plugin
-from vllm.config import VllmConfig
 plugin.install_front_end_seams()
 print([m for m in ("vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner",
     "vllm.entrypoints.openai.chat_completion.protocol") if m in sys.modules])
-"""
-    assert run(code).splitlines()[-1] == "[]"
-
-
-def test_the_config_hash_is_stock_without_steering() -> None:
-    code = """
+""",
+    "hash": """
 from vllm.config import VllmConfig
 stock = VllmConfig().compute_hash()
 import vllm.plugins.steering as plugin
 plugin.register()
 print(VllmConfig().compute_hash() == stock)
-"""
-    assert run(code).splitlines()[-1] == "True"
-
-
-def test_an_installer_runs_once_its_module_has_run() -> None:
-    name = "vllm.assets.audio"
-    sys.modules.pop(name, None)
-    seen: list[bool] = []
-    when_imported(name, lambda: seen.append(hasattr(sys.modules[name], "AudioAsset")))
-    assert seen == []
-    importlib.import_module(name)
-    importlib.import_module(name)
-    assert seen == [True]
-
-
-def test_an_unsupported_vllm_is_refused_only_when_steering_is_configured() -> None:
-    code = """
+""",
+    "unsupported": """
 import vllm
 vllm.__version__ = "0.99.1"
 import vllm.plugins.steering as plugin
@@ -155,12 +122,75 @@ except ValueError as error:
 args.additional_config = {}
 args.create_logging_config = lambda: print("stock was called") or exit()
 args.create_engine_config()
+""",
+}
+# What all of them import, and what takes seconds.
+PARENT = """
+import json, os, sys
+from vllm.config import VllmConfig
+for program in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if not os.fork():
+        exec(program, {})
+        sys.exit()
+    _, status = os.wait()
+    print("\\0", end="")
+    if status:
+        sys.exit(1)
 """
-    *_, bound, error, stock = run(code).splitlines()
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[str]]:
+    """What each of `PROGRAMS` prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT, json.dumps(list(PROGRAMS.values()))],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    texts = done.stdout.split("\0")[:-1]
+    return {name: text.splitlines() for name, text in zip(PROGRAMS, texts, strict=True)}
+
+
+def test_modules_imported_before_the_seam_get_the_replacement_too(
+    printed: dict[str, list[str]],
+) -> None:
+    assert printed["imported before"][-1] == "True True"
+
+
+def test_registering_imports_neither_server_nor_engine(
+    printed: dict[str, list[str]],
+) -> None:
+    assert printed["imports"][-1] == "[]"
+
+
+def test_the_config_hash_is_stock_without_steering(
+    printed: dict[str, list[str]],
+) -> None:
+    assert printed["hash"][-1] == "True"
+
+
+def test_an_unsupported_vllm_is_refused_only_when_steering_is_configured(
+    printed: dict[str, list[str]],
+) -> None:
+    *_, bound, error, stock = printed["unsupported"]
     assert bound == "1"
     assert "0.32" in error
     assert "0.99.1" in error
     assert stock == "stock was called"
+
+
+def test_an_installer_runs_once_its_module_has_run() -> None:
+    name = "vllm.assets.audio"
+    sys.modules.pop(name, None)
+    seen: list[bool] = []
+    when_imported(name, lambda: seen.append(hasattr(sys.modules[name], "AudioAsset")))
+    assert seen == []
+    importlib.import_module(name)
+    importlib.import_module(name)
+    assert seen == [True]
 
 
 def test_the_flag_is_a_class_method_that_subclasses_inherit() -> None:

@@ -50,6 +50,7 @@ from vllm.entrypoints.steering import (
 )
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.worker.steering_module_changes import ModuleChanges
+from vllm.v1.worker.steering_places import SAEPlace
 
 pytestmark = pytest.mark.engine
 
@@ -251,9 +252,7 @@ def test_a_failure_restores_what_was_there(
         for b in slot.weights.buffers()
     ]
 
-    import vllm.v1.worker.steering_module_changes as hot
-
-    fill = hot._fill
+    fill = SAEPlace.fill
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise Broken("injected")
@@ -265,7 +264,7 @@ def test_a_failure_restores_what_was_there(
     if verb == "stage":
         monkeypatch.setattr(ModuleChanges, "_take", fail)
     elif verb == "copy":
-        monkeypatch.setattr(hot, "_fill", fill_and_fail)
+        monkeypatch.setattr(SAEPlace, "fill", fill_and_fail)
     else:
         calls = iter([fail, ModuleChanges._bind])
         monkeypatch.setattr(ModuleChanges, "_bind", lambda *args: next(calls)(*args))

@@ -70,7 +70,7 @@ def on_second_rank(where: str, name: str, error: str, text: str) -> Fault:
 
         def fail(*args: Any, **kwargs: Any) -> None:
             setattr(owner, name, stock)
-            if name == "_fill":
+            if name == "fill":
                 stock(*args, **kwargs)
             raise kind(text)
 
@@ -80,6 +80,7 @@ def on_second_rank(where: str, name: str, error: str, text: str) -> Fault:
 
 
 CHANGES = "vllm.v1.worker.steering_module_changes"
+PLACE = "vllm.v1.worker.steering_places:SAEPlace"
 INSPECTOR = "vllm.model_executor.model_loader.sae_inspector:ModuleInspector"
 WEIGHTS = "vllm.model_executor.layers.steering_state:SAEWeights"
 # What fails, and the status and the text of the answer.
@@ -110,17 +111,17 @@ FAULTS: list[tuple[Fault, int, str]] = [
         "MemoryError; nothing was changed",
     ),
     (
-        on_second_rank(CHANGES, "_content", "OutOfMemoryError", "no copy of the old"),
+        on_second_rank(PLACE, "content", "OutOfMemoryError", "no copy of the old"),
         400,
         "no copy of the old; nothing was changed",
     ),
     (
-        on_second_rank(CHANGES, "_fill", "OutOfMemoryError", "no device memory"),
+        on_second_rank(PLACE, "fill", "OutOfMemoryError", "no device memory"),
         400,
         "no device memory; nothing was changed",
     ),
     (
-        on_second_rank(CHANGES, "_fill", "RuntimeError", "a copy failed"),
+        on_second_rank(PLACE, "fill", "RuntimeError", "a copy failed"),
         500,
         "a copy failed; nothing was changed",
     ),

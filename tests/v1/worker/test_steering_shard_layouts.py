@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from steering_testing import matrix, models, oracle
+from steering_testing import copied, matrix, models, oracle
 from steering_testing.adapters import save_adapter
 from steering_testing.engine import (
     FULL,
@@ -67,7 +67,11 @@ def test_stages_whose_ranks_share_saes_equal_hugging_face(
 ) -> None:
     """The first stage has layers 0 and 1, the second layer 2; two ranks each."""
     last = (2, "post_block")
-    steering = {"spare": [late_slot(POST), late_slot(last)], **INLINE}
+    steering = {
+        "spare": [late_slot(POST), late_slot(last)],
+        "inline_vectors": {**INLINE["inline_vectors"], **copied.INLINE},
+    }
+    given = {**save(tmp_path), **copied.save(tmp_path)}
     # vLLM's CPU runner makes the buffers between stages in its compile warm-up.
     options = {**RANKS, "pipeline_parallel_size": 2, **TRACED}
     reads = [
@@ -75,9 +79,11 @@ def test_stages_whose_ranks_share_saes_equal_hugging_face(
         Read("points", POINTS[2], top_k=6),
         Read("transcoders", TRANSCODERS[1], top_k=5),
     ]
-    with engine(matrix.FAMILY, model_root, save(tmp_path), steering, **options) as llm:
+    with engine(matrix.FAMILY, model_root, given, steering, **options) as llm:
         check_requests(llm)
         check_reading(llm, reads)
+        copied.check_requests(llm)
+        copied.check_reading(llm, stages=2)
         check_counters(llm, stages=2)
         for site in (POST, last):
             root = tmp_path / f"{site[0]}"

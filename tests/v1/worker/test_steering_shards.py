@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from steering_testing import matrix, models
+from steering_testing import copied, matrix, models
 from steering_testing.engine import engine, save_sae, squeezed
 from steering_testing.reference import random_sae
 from steering_testing.requests import Ask
@@ -49,20 +49,25 @@ def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_that_share_saes_equal_hugging_face(
     model_root: Path, tmp_path: Path
 ) -> None:
-    steering = {"spare": [late_slot(POST)], **INLINE}
-    modules = save(tmp_path)
+    steering = {
+        "spare": [late_slot(POST)],
+        "inline_vectors": {**INLINE["inline_vectors"], **copied.INLINE},
+    }
+    modules = {**save(tmp_path), **copied.save(tmp_path)}
     with engine(
         matrix.FAMILY, model_root, modules, steering, enforce_eager=False, **RANKS
     ) as llm:
         for module in list_modules(llm).values():
-            shared = len(module.sites) if module.kind == "sae" else 0
-            assert len(module.sharded) == shared
+            is_shared = module.kind == "sae" and module.name != copied.NAME
+            assert len(module.sharded) == is_shared * len(module.sites)
         check_requests(llm)
         check_reading(llm, READS)
         check_reading(llm, READS, Ask("full", "jumprelu", {POST: clamps()}))
         check_reading(llm, [Read(UNIT, POST, top_k=4)])
         check_counters(llm)
         check_late_modules(llm, tmp_path, POST)
+        copied.check_requests(llm)
+        copied.check_reading(llm)
 
 
 @pytest.mark.slow
@@ -84,6 +89,6 @@ def test_ranks_hold_half_of_what_they_share(model_root: Path, tmp_path: Path) ->
         with engine(matrix.FAMILY, model_root, modules, **RANKS) as llm:
             found[sharding] = weight_bytes(llm)
     matrices = 2 * 4 * 4096 * models.HIDDEN
-    for copied, part in zip(found["replicate"], found["shard"], strict=True):
+    for whole, part in zip(found["replicate"], found["shard"], strict=True):
         # Norms of the decoder's rows are the only addition.
-        assert copied - part >= matrices // 2 - 4 * 4096
+        assert whole - part >= matrices // 2 - 4 * 4096

@@ -6,7 +6,7 @@ find the features that tell texts apart, and evaluate a module. `python -m
 vllm.entrypoints.steering` is the command line.
 """
 
-from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts, encode
+from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
 from vllm.entrypoints.steering.evaluate import Evaluation, SiteEvaluation, evaluate
 from vllm.entrypoints.steering.finder import find_features
 from vllm.entrypoints.steering.found import FoundFeature, FoundFeatures
@@ -21,6 +21,7 @@ from vllm.entrypoints.steering.offline import (
     set_default_preset,
     unregister_module,
 )
+from vllm.entrypoints.steering.reading import encode
 
 __all__ = [
     "EncodedText",

@@ -13,9 +13,9 @@ import numpy as np
 from vllm.config.sae_steering_specs import FULL_KEY, PRESET_KEY, READOUT_KEY
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
-from vllm.entrypoints.steering.encoded import Text, text_ids
 from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import list_modules
+from vllm.entrypoints.steering.reading import Text, text_ids
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

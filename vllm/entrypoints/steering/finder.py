@@ -14,20 +14,14 @@ from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_points import parse_site
-from vllm.entrypoints.steering.encoded import (
-    EncodedText,
-    EncodedTexts,
-    Text,
-    encode,
-    labels_for,
-    tokenizer_of,
-)
+from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
 from vllm.entrypoints.steering.found import (
     FoundFeature,
     FoundFeatures,
     TokenInContext,
 )
 from vllm.entrypoints.steering.offline import engine_config
+from vllm.entrypoints.steering.reading import Text, encode, labels_for, tokenizer_of
 
 if TYPE_CHECKING:
     from vllm import LLM

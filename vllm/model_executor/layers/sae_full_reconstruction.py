@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor.layers.steering import edits_in_place, get_site
+from vllm.model_executor.layers.steering_stream import Stream
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
@@ -24,7 +25,7 @@ def apply_sae_full_reconstruction(
 ) -> None:
     """Reading and the full tier at a site: `SteeringBackend.full_tier`."""
     site = get_site(site_name)
-    site.backend.full_tier(list(site.saes), hidden, residual, source)
+    site.backend.full_tier(list(site.saes), Stream(hidden, residual, source))
 
 
 direct_register_custom_op(

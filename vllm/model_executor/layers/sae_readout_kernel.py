@@ -23,8 +23,9 @@ from vllm.model_executor.layers.steering_kernels.workspace import (
     uses_threshold,
     uses_topk,
 )
-from vllm.model_executor.layers.steering_read_state import ReadBuffers, encoder_input
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
+from vllm.model_executor.layers.steering_stream import encoder_input
 from vllm.triton_utils import HAS_TRITON
 
 if HAS_TRITON:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from vllm.model_executor.layers.steering import edits_in_place, get_site
+from vllm.model_executor.layers.steering_stream import Stream
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
@@ -21,9 +22,9 @@ def apply_sae_clamp(
     source: torch.Tensor | None = None,
 ) -> None:
     """The delta tier at a site, one module after another in registration order."""
-    site = get_site(site_name)
+    site, stream = get_site(site_name), Stream(hidden, residual, source)
     for slot in site.saes:
-        site.backend.sae_clamp(slot, hidden, residual, source)
+        site.backend.sae_clamp(slot, stream)
 
 
 direct_register_custom_op(

@@ -20,12 +20,12 @@ from torch import nn
 from vllm.config.steering_points import HookPoint, site_name
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.steering_limits import POINT_LIMIT
-from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_state import (
     SAESlot,
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_stream import Stream
 from vllm.utils.torch_utils import direct_register_custom_op
 
 
@@ -51,77 +51,48 @@ class SiteKey:
 class SteeringBackend(Protocol):
     """Computes the tiers on a device. All sites of a worker share one backend.
 
-    Each call edits `hidden [T, d_out]` and `residual [T, d_out]` (None where the point
-    is one tensor) in place for the slot's active tokens and touches no other token's
-    bits. `source [T, d_in]` is what a transcoder's encoder reads; None for an SAE,
-    which reads the point that it writes.
+    Each call edits the stream in place for the slot's active tokens and touches no
+    other token's bits.
     """
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
         """Before a forward: `flags[t] = skip_bits[token_ids[t]]`, 0 for unknown ids."""
 
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None: ...
+    def full_reconstruction(self, slot: SAESlot, stream: Stream) -> None: ...
 
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None: ...
+    def sae_clamp(self, slot: SAESlot, stream: Stream) -> None: ...
 
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None: ...
+    def steering_vectors(self, slot: VectorSlot, stream: Stream) -> None: ...
 
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        """Write the read tokens' rows to `slot.reads`; the stream does not change."""
+    def read_features(self, slot: SAESlot, read: Stream) -> None:
+        """Write the read tokens' rows to `slot.reads`; the stream does not change.
 
-    def read_and_reconstruct(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
+        `read` is what the encoder reads (`Stream.read`).
+        """
+
+    def read_and_reconstruct(self, slot: SAESlot, stream: Stream) -> None:
         """`read_features` of what the encoder is given, then `full_reconstruction`.
 
         A backend that can encode once for both has its own.
         """
         if slot.reads is not None:
-            read = encoder_input(hidden, residual, source)
-            self.read_features(slot, *read)
-        self.full_reconstruction(slot, hidden, residual, source)
+            self.read_features(slot, stream.read)
+        self.full_reconstruction(slot, stream)
 
-    def full_tier(
-        self,
-        slots: Sequence[SAESlot],
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None,
-    ) -> None:
+    def full_tier(self, slots: Sequence[SAESlot], stream: Stream) -> None:
         """Reading and the full tier at a site.
 
         Reading sees the input of the full tier's encoders, so every other slot has read
         before the first one edits; that one does both at once. A token's row of the
         full tier names one module, so the slots may run in any order.
         """
-        read = encoder_input(hidden, residual, source)
         first, *others = slots
         for slot in others:
             if slot.reads is not None:
-                self.read_features(slot, *read)
-        self.read_and_reconstruct(first, hidden, residual, source)
+                self.read_features(slot, stream.read)
+        self.read_and_reconstruct(first, stream)
         for slot in others:
-            self.full_reconstruction(slot, hidden, residual, source)
+            self.full_reconstruction(slot, stream)
 
 
 class SteeringSite(nn.Module):
@@ -210,7 +181,7 @@ def apply_steering_vectors(
     """The additive tier at a site: `x' = x + sum_m scale_m v_m`."""
     site = get_site(site_name)
     if site.vectors is not None:
-        site.backend.steering_vectors(site.vectors, hidden, residual)
+        site.backend.steering_vectors(site.vectors, Stream(hidden, residual))
 
 
 direct_register_custom_op(

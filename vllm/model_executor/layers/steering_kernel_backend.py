@@ -22,8 +22,8 @@ from vllm.model_executor.layers.steering_kernels.flags import (
     warm_up_flags,
     write_flags,
 )
-from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
+from vllm.model_executor.layers.steering_stream import Stream
 
 logger = init_logger(__name__)
 
@@ -55,70 +55,33 @@ class KernelBackend(SteeringBackend):
     def write_flags(self, token_ids: torch.Tensor) -> None:
         write_flags(self.step, token_ids)
 
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        if is_needed(slot.full, self.step, hidden):
-            kernel.full_reconstruction(
-                slot, self.step, self.workspace, hidden, residual, source
-            )
+    def full_reconstruction(self, slot: SAESlot, stream: Stream) -> None:
+        if is_needed(slot.full, self.step, stream.hidden):
+            kernel.full_reconstruction(slot, self.step, self.workspace, *stream)
 
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        if is_needed(slot.delta, self.step, hidden):
-            kernel.sae_clamp(slot, self.step, self.workspace, hidden, residual, source)
+    def sae_clamp(self, slot: SAESlot, stream: Stream) -> None:
+        if is_needed(slot.delta, self.step, stream.hidden):
+            kernel.sae_clamp(slot, self.step, self.workspace, *stream)
 
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        readout.read_features(slot, self.step, self.workspace, hidden, residual)
+    def read_features(self, slot: SAESlot, read: Stream) -> None:
+        readout.read_features(slot, self.step, self.workspace, *read[:2])
 
-    def read_and_reconstruct(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        if not is_needed(slot.full, self.step, hidden):
-            read = encoder_input(hidden, residual, source)
-            return self.read_features(slot, *read)
-        readout.read_and_reconstruct(
-            slot, self.step, self.workspace, hidden, residual, source
-        )
+    def read_and_reconstruct(self, slot: SAESlot, stream: Stream) -> None:
+        if not is_needed(slot.full, self.step, stream.hidden):
+            return self.read_features(slot, stream.read)
+        readout.read_and_reconstruct(slot, self.step, self.workspace, *stream)
 
-    def full_tier(
-        self,
-        slots: Sequence[SAESlot],
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None,
-    ) -> None:
+    def full_tier(self, slots: Sequence[SAESlot], stream: Stream) -> None:
         """In a graph, of many modules those that have tokens."""
         whole = super().full_tier
         branches = self.branches
-        branched = is_captured(hidden.device) and not self.step.idle_graph
+        branched = is_captured(stream.hidden.device) and not self.step.idle_graph
         if branches is None or not (branched and fits(slots)):
-            whole(slots, hidden, residual, source)
+            whole(slots, stream)
             return
-        branches.capture(
-            slots,
-            self.step,
-            hidden.shape[0],
-            lambda some: whole(some, hidden, residual, source),
-        )
+        tokens = stream.hidden.shape[0]
+        branches.capture(slots, self.step, tokens, lambda some: whole(some, stream))
 
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        if is_needed(slot.table, self.step, hidden):
-            kernel.steering_vectors(slot, self.step, hidden, residual)
+    def steering_vectors(self, slot: VectorSlot, stream: Stream) -> None:
+        if is_needed(slot.table, self.step, stream.hidden):
+            kernel.steering_vectors(slot, self.step, *stream[:2])

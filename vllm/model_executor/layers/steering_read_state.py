@@ -63,10 +63,3 @@ class ReadBuffers(nn.Module):
         self.scale.fill_(1.0)
         if decoder_norms is not None:
             self.scale[: len(decoder_norms)].copy_(torch.from_numpy(decoder_norms))
-
-
-def encoder_input(
-    hidden: torch.Tensor, residual: torch.Tensor | None, source: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The stream that an encoder reads: a transcoder's source, else the one edited."""
-    return (hidden, residual) if source is None else (source, None)

@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.layers import steering_reference as reference
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import MetaField, SAESlot, StepState
+from vllm.model_executor.layers.steering_stream import Stream
 
 
 def read_features(
@@ -31,7 +32,7 @@ def read_features(
     for tokens in active.nonzero().squeeze(1).split(reference.TOKEN_SLICE):
         if not tokens.numel():
             continue
-        x = reference.gather_stream(tokens, hidden, residual)
+        x = Stream(hidden, residual).gather(tokens)
         x = x.to(torch.promote_types(weights.W_enc.dtype, torch.float32))
         # Before the norms are looked at: ranks that share the SAE exchange activations.
         acts = reference.encode(weights, x)

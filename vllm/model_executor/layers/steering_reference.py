@@ -49,6 +49,7 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_stream import Stream
 
 FEATURE_SLICE = 8192
 TOKEN_SLICE = 512
@@ -197,15 +198,6 @@ def within_norm(
     return x.norm(dim=1).float() <= limit
 
 
-def gather_stream(
-    tokens: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """The residual stream of the tokens, in the model's dtype."""
-    if residual is None:
-        return hidden[tokens]
-    return hidden[tokens] + residual[tokens]
-
-
 def write_stream(
     tokens: torch.Tensor,
     x: torch.Tensor,
@@ -252,25 +244,20 @@ def _sae_tokens(
     table: ClampTable,
     tier: Tier,
     step: StepState,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    source: torch.Tensor | None,
+    stream: Stream,
 ) -> Iterator[TokenSlice]:
     """What an SAE tier edits, in slices.
 
     Norms do not decide how many tokens a slice has: ranks that share an SAE exchange
     tensors of that size.
     """
-    index = step.index[tier, : hidden.shape[0]]
+    index = step.index[tier, : stream.hidden.shape[0]]
     tokens = select_tokens(table, index, step, slot.weights)
     dtype = _compute_dtype(slot.weights.W_enc)
     for part in tokens.split(TOKEN_SLICE):
         if not part.numel():
             continue
-        if source is None:
-            x = gather_stream(part, hidden, residual).to(dtype)
-        else:
-            x = source[part].to(dtype)
+        x = stream.read.gather(part).to(dtype)
         keep = within_norm(x, slot.weights.norm_limit)
         yield TokenSlice(part, index[part].long(), x, keep)
 
@@ -289,7 +276,7 @@ def full_reconstruction(
     weights, table = slot.weights, slot.full
     dtype = _compute_dtype(weights.W_dec)
     for tokens, rows, x, keep in _sae_tokens(
-        slot, table, Tier.FULL, step, hidden, residual, source
+        slot, table, Tier.FULL, step, Stream(hidden, residual, source)
     ):
         acts = encode(weights, x)
         features = table.feature[rows].long()
@@ -318,15 +305,14 @@ def sae_clamp(
     """
     weights, table = slot.weights, slot.delta
     dtype = _compute_dtype(weights.W_dec)
-    for tokens, rows, x, keep in _sae_tokens(
-        slot, table, Tier.DELTA, step, hidden, residual, source
-    ):
+    stream = Stream(hidden, residual, source)
+    for tokens, rows, x, keep in _sae_tokens(slot, table, Tier.DELTA, step, stream):
         changes = clamp_changes(table, rows, clamp_activations(weights, table, rows, x))
         used, place = table.feature[rows].long().unique(return_inverse=True)
         coefficients = x.new_zeros(x.shape[0], used.numel())
         coefficients.scatter_add_(1, place, changes)
         if source is not None:
-            x = gather_stream(tokens, hidden, residual).to(dtype)
+            x = stream.gather(tokens).to(dtype)
         out = x + weights.shard.gather(coefficients @ weights.W_dec[used].to(dtype))
         slot.saturated += len(write_stream(tokens, out, hidden, residual, keep))
 
@@ -345,7 +331,7 @@ def steering_vectors(
     table = slot.table
     index = step.index[Tier.ADDITIVE, : hidden.shape[0]]
     tokens = select_tokens(table, index, step)
-    x = gather_stream(tokens, hidden, residual).to(slot.directions.dtype)
+    x = Stream(hidden, residual).gather(tokens).to(slot.directions.dtype)
     keep = within_norm(x)
     tokens, x = tokens[keep], x[keep]
     if not tokens.numel():

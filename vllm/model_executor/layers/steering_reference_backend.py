@@ -11,6 +11,7 @@ from vllm.model_executor.layers.steering import SteeringBackend
 from vllm.model_executor.layers.steering_capture import is_needed, is_read
 from vllm.model_executor.layers.steering_readout import read_features
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
+from vllm.model_executor.layers.steering_stream import Stream
 
 
 class ReferenceBackend(SteeringBackend):
@@ -30,34 +31,18 @@ class ReferenceBackend(SteeringBackend):
             rows = step.index[:, :n]
             step.bypass.count(step.flags[:n], rows[Tier.DELTA], rows[Tier.FULL])
 
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        if is_needed(slot.full, self.step, hidden):
-            reference.full_reconstruction(slot, self.step, hidden, residual, source)
+    def full_reconstruction(self, slot: SAESlot, stream: Stream) -> None:
+        if is_needed(slot.full, self.step, stream.hidden):
+            reference.full_reconstruction(slot, self.step, *stream)
 
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        if is_needed(slot.delta, self.step, hidden):
-            reference.sae_clamp(slot, self.step, hidden, residual, source)
+    def sae_clamp(self, slot: SAESlot, stream: Stream) -> None:
+        if is_needed(slot.delta, self.step, stream.hidden):
+            reference.sae_clamp(slot, self.step, *stream)
 
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        if is_needed(slot.table, self.step, hidden):
-            reference.steering_vectors(slot, self.step, hidden, residual)
+    def steering_vectors(self, slot: VectorSlot, stream: Stream) -> None:
+        if is_needed(slot.table, self.step, stream.hidden):
+            reference.steering_vectors(slot, self.step, *stream[:2])
 
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        if is_read(self.step, hidden):
-            read_features(slot, self.step, hidden, residual)
+    def read_features(self, slot: SAESlot, read: Stream) -> None:
+        if is_read(self.step, read.hidden):
+            read_features(slot, self.step, *read[:2])

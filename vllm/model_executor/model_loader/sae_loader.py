@@ -40,6 +40,9 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     VectorLayout,
 )
 from vllm.model_executor.model_loader.sae_formats.names import choose_sites, need_site
+from vllm.model_executor.model_loader.sae_formats.native import (
+    save_native as save_native,  # users import it from here
+)
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_location import (

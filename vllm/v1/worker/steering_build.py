@@ -16,7 +16,7 @@ from vllm.model_executor.layers.steering_shards import WHOLE, tensor_parallel_sh
 from vllm.model_executor.model_loader.sae_loader import load_vectors
 from vllm.v1.worker.steering_memory import naming_memory
 from vllm.v1.worker.steering_modules import SiteModules
-from vllm.v1.worker.steering_places import VectorPlace
+from vllm.v1.worker.steering_places import SAEPlace, VectorPlace
 from vllm.v1.worker.steering_shape import SteeringShape
 from vllm.v1.worker.steering_tables import unit_scale
 
@@ -54,8 +54,8 @@ def _load(modules: SiteModules, module: ModuleInfo) -> None:
     for site, at in modules.own_sites(module):
         place = modules.places[at]
         if isinstance(place, VectorPlace):
-            place.slot.directions[place.row].copy_(load_vectors(module, site))
-        else:
+            place.fill(load_vectors(module, site))
+        elif isinstance(place, SAEPlace):
             modules.load(module, site, place.slot.weights)
             scales[at] = unit_scale(module, place.slot.weights)
     modules.set_meta(module)

@@ -145,7 +145,7 @@ class DeviceCounts:
 
     def unbind(self, module: str) -> None:
         """The module leaves its slots."""
-        counters = [_counter(place) for place in self._places.pop(module, ())]
+        counters = [place.saturated for place in self._places.pop(module, ())]
         self._saturated[module] += sum(_read(counters))
         for counter in counters:
             counter.zero_()
@@ -160,7 +160,7 @@ class DeviceCounts:
     def saturated(self) -> Counter[str]:
         """Tokens since the worker started. This waits for the step in flight."""
         pairs = [
-            (module, _counter(place))
+            (module, place.saturated)
             for module, places in self._places.items()
             for place in places
         ]
@@ -191,13 +191,6 @@ class DeviceCounts:
             if mask and slots:
                 watched.append(Bypass(module, mask, slots))
         self.step.bypass.watch(watched)
-
-
-def _counter(place: Place) -> torch.Tensor:
-    """int64 `[1]`, the saturated tokens of what the slot holds."""
-    if isinstance(place, SAEPlace):
-        return place.slot.saturated
-    return place.slot.saturated[place.row : place.row + 1]
 
 
 def _read(counters: Sequence[torch.Tensor]) -> list[int]:

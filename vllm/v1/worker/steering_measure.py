@@ -17,12 +17,12 @@ from vllm.config.steering_points import HookPoint
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SiteKey, SteeringBackend, SteeringSite
 from vllm.model_executor.layers.steering_reference import (
-    gather_stream,
     select_tokens,
     within_norm,
     write_stream,
 )
 from vllm.model_executor.layers.steering_state import SAESlot, StepState, VectorSlot
+from vllm.model_executor.layers.steering_stream import Stream
 from vllm.v1.worker.steering_runtime import SteeredRunner
 
 logger = init_logger(__name__)
@@ -57,48 +57,31 @@ class MeasuringBackend(SteeringBackend):
     def write_flags(self, token_ids: torch.Tensor) -> None:
         self.inner.write_flags(token_ids)
 
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        self.inner.read_features(slot, hidden, residual)
+    def read_features(self, slot: SAESlot, read: Stream) -> None:
+        self.inner.read_features(slot, read)
 
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        self.inner.sae_clamp(slot, hidden, residual, source)
+    def sae_clamp(self, slot: SAESlot, stream: Stream) -> None:
+        self.inner.sae_clamp(slot, stream)
 
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        self.inner.steering_vectors(slot, hidden, residual)
+    def steering_vectors(self, slot: VectorSlot, stream: Stream) -> None:
+        self.inner.steering_vectors(slot, stream)
 
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
+    def full_reconstruction(self, slot: SAESlot, stream: Stream) -> None:
         if slot is not self.slot:
-            self.inner.full_reconstruction(slot, hidden, residual, source)
+            self.inner.full_reconstruction(slot, stream)
             return
+        hidden, residual, _ = stream
         index = self.step.index[Tier.FULL, : hidden.shape[0]]
         tokens = select_tokens(slot.full, index, self.step, slot.weights)
-        read = gather_stream(tokens, hidden, residual)
-        if source is not None:
-            read = source[tokens]
+        read = stream.read.gather(tokens)
         tokens = tokens[within_norm(read.float(), slot.weights.norm_limit)]
-        before = gather_stream(tokens, hidden, residual).double()
+        before = stream.gather(tokens).double()
         if self.ablates:
             mean = self.mean.to(hidden.device).expand(len(tokens), -1)
             write_stream(tokens, mean, hidden, residual)
             return
-        self.inner.full_reconstruction(slot, hidden, residual, source)
-        after = gather_stream(tokens, hidden, residual).double()
+        self.inner.full_reconstruction(slot, stream)
+        after = stream.gather(tokens).double()
         self.tokens += len(tokens)
         self.error += float((before - after).square().sum())
         self.squares += float(before.square().sum())

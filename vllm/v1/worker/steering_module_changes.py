@@ -29,7 +29,7 @@ from vllm.v1.worker.steering_module_loads import (
     start_reading,
 )
 from vllm.v1.worker.steering_modules import SiteModules
-from vllm.v1.worker.steering_places import Place, SAEPlace, VectorPlace
+from vllm.v1.worker.steering_places import Content, Place
 from vllm.v1.worker.steering_runtime import SteeredRunner, SteeringRuntime
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class StagedModule:
     weights: dict[int, SAEWeights | torch.Tensor] = field(default_factory=dict)
     scales: dict[int, np.ndarray | None] = field(default_factory=dict)
     added: dict[int, Place] = field(default_factory=dict)
-    kept: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    kept: dict[int, Content] = field(default_factory=dict)
     old_scales: dict[int, np.ndarray | None] = field(default_factory=dict)
     committed: bool = False
 
@@ -165,7 +165,7 @@ class ModuleChanges:
             for site in modules.attach(change.added):
                 self.forward_context[site.name] = site
         for at, content in change.weights.items():
-            _fill(modules.places[at], content)
+            modules.places[at].fill(content)
         self.runtime.config = change.after
         if change.new is not None:
             self._bind(change.new, change.scales)
@@ -209,7 +209,7 @@ class ModuleChanges:
         modules.clear_slots(set(change.weights) - set(change.kept))
         modules.detach(set(change.added))
         for at, content in change.kept.items():
-            _restore(modules.places[at], content)
+            modules.places[at].restore(content)
         self.runtime.config = change.before
         if change.old is not None:
             self._bind(change.old, change.old_scales)
@@ -253,10 +253,9 @@ class ModuleChanges:
         """Copy to the host what the change will overwrite."""
         for at in self._ids(old):
             place = self.modules.places[at]
-            if isinstance(place, SAEPlace):
-                change.old_scales[at] = place.tables[Tier.FULL].unit_scale
+            change.old_scales[at] = place.scale
             if at in change.weights:
-                change.kept[at] = _content(place)
+                change.kept[at] = place.content()
 
     def _bind(self, module: ModuleInfo, scales: dict[int, np.ndarray | None]) -> None:
         modules = self.modules
@@ -271,37 +270,6 @@ class ModuleChanges:
         device = self.modules.shape.device
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-
-
-def _content(place: Place) -> dict[str, torch.Tensor]:
-    """A host copy of what a slot holds."""
-    if isinstance(place, VectorPlace):
-        return {"direction": place.slot.directions[place.row].cpu().clone()}
-    return {
-        name: buffer.cpu().clone()
-        for name, buffer in place.slot.weights.named_buffers(recurse=False)
-    }
-
-
-def _restore(place: Place, content: dict[str, torch.Tensor]) -> None:
-    """Undo `_fill`, from what `_content` returned."""
-    if isinstance(place, VectorPlace):
-        place.slot.directions[place.row].copy_(content["direction"])
-        return
-    for name, buffer in place.slot.weights.named_buffers(recurse=False):
-        buffer.copy_(content[name])
-    place.slot.weights.refresh()
-
-
-def _fill(place: Place, content: SAEWeights | torch.Tensor) -> None:
-    """Copy a staged SAE or vector into a slot, in place."""
-    if isinstance(place, VectorPlace):
-        assert isinstance(content, torch.Tensor)
-        place.slot.directions[place.row].copy_(content)
-        return
-    assert isinstance(content, SAEWeights)
-    place.slot.weights.copy_from(content)
-    place.slot.weights.refresh()
 
 
 class SteeringWorkerMixin:

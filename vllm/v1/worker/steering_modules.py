@@ -43,8 +43,6 @@ from vllm.v1.worker.steering_shape import SteeringShape
 from vllm.v1.worker.steering_skip_sets import SkipSets
 from vllm.v1.worker.steering_tables import BoundTable, TableOf
 
-SAE_TIERS = (Tier.DELTA, Tier.FULL)
-
 
 class SiteModules:
     """The sites of this rank, their slots, and where each module's rows live.
@@ -88,10 +86,7 @@ class SiteModules:
         """The tier's distinct tables, including those of free slots."""
         found: dict[int, BoundTable] = {}
         for place in self.places.values():
-            if isinstance(place, SAEPlace):
-                table = place.tables.get(tier)
-            else:
-                table = place.table if tier is Tier.ADDITIVE else None
+            table = place.tables.get(tier)
             if table is not None:
                 found[id(table)] = table
         return list(found.values())
@@ -114,9 +109,9 @@ class SiteModules:
     def read_buffers(self) -> dict[int, ReadBuffers]:
         """The reading buffers of this rank's SAE slots, by slot."""
         return {
-            at: place.slot.reads
+            at: place.reads
             for at, place in self.places.items()
-            if isinstance(place, SAEPlace) and place.slot.reads is not None
+            if place.reads is not None
         }
 
     @property
@@ -169,12 +164,13 @@ class SiteModules:
                 self.shape.num_rows,
                 self.shape.device,
             )
+            tables = {Tier.ADDITIVE: stack.table}
             for row, at in enumerate(ids):
-                places[at] = VectorPlace(key, stack.slot, stack.table, row)
+                places[at] = VectorPlace(key, tables, row, stack.slot)
             if key in room:
                 self.inline.stacks[key] = stack
                 at = -len(self.inline.stacks)
-                places[at] = VectorPlace(key, stack.slot, stack.table, len(ids))
+                places[at] = VectorPlace(key, tables, len(ids), stack.slot)
         return places
 
     def _sae_place(self, key: SiteKey, slot: SlotInfo) -> SAEPlace:
@@ -207,7 +203,7 @@ class SiteModules:
             Tier.DELTA: BoundTable(sae.delta),
             Tier.FULL: BoundTable(sae.full),
         }
-        return SAEPlace(key, sae, tables)
+        return SAEPlace(key, tables, 0, sae)
 
     def attach(self, places: dict[int, Place]) -> list[SteeringSite]:
         """Add slots to their sites, and new sites to their layers.
@@ -266,16 +262,11 @@ class SiteModules:
         """
         for site, at in self.own_sites(module):
             key, place = SiteKey(site.layer, site.hook), self.places[at]
-            if isinstance(place, VectorPlace):
-                where = (place.table, place.row)
-                self._bound[Tier.ADDITIVE][module.name, key] = where
-                continue
-            if place.slot.reads is not None:
-                place.slot.reads.set_scale(scales.get(at))
+            place.set_scale(scales.get(at))
+            if place.reads is not None:
                 self._read_slots[module.name, key] = at
-            for tier in SAE_TIERS:
-                place.tables[tier].unit_scale = scales.get(at)
-                self._bound[tier][module.name, key] = (place.tables[tier], 0)
+            for tier, table in place.tables.items():
+                self._bound[tier][module.name, key] = (table, place.offset)
         places = [self.places[at] for _, at in self.own_sites(module)]
         self.counts.bind(module.name, places, self.skip_sets.mask(skip_set(module)))
 
@@ -287,11 +278,8 @@ class SiteModules:
             for tier in Tier:
                 self._bound[tier].pop((module.name, key), None)
             self._read_slots.pop((module.name, key), None)
-            if isinstance(place, SAEPlace):
-                for table in place.tables.values():
-                    table.reset()
-                if place.slot.reads is not None:
-                    place.slot.reads.packed.zero_()
+            if place is not None:
+                place.forget_rows()
 
     def set_meta(self, module: ModuleInfo) -> None:
         """Write the scalars of a module's slots; its weights are in place."""
@@ -299,9 +287,7 @@ class SiteModules:
         guard, reference = module.norm_guard, module.reference_norm
         limit = guard * reference if guard and reference else None
         for site, at in self.own_sites(module):
-            place = self.places[at]
-            if isinstance(place, SAEPlace):
-                place.slot.weights.set_meta(site, mask, limit)
+            self.places[at].set_meta(site, mask, limit)
 
     def write_skip_bits(self) -> None:
         """Upload the flag words, in place."""
@@ -334,8 +320,4 @@ class SiteModules:
     def clear_slots(self, ids: set[int]) -> None:
         """Make slots silent."""
         for at in ids & set(self.places):
-            place = self.places[at]
-            if isinstance(place, SAEPlace):
-                place.slot.weights.clear()
-            else:
-                place.slot.directions[place.row].zero_()
+            self.places[at].clear()

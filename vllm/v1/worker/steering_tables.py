@@ -41,7 +41,6 @@ class BoundTable:
         table: the device table.
         unit_scale: float32 `[F]` or None. `value / unit_scale[feature]` is in native
             units (for modules loaded with `feature_units="unit_decoder"`).
-        offset: added to an entry's feature index (steering vectors are stacked).
         written: rows whose device content may edit.
     """
 

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import pytest
+from steering_testing.golden_gate import BODIES, FULL, MODES
 from steering_testing.specs import CONFIG
 
 import vllm.plugins.steering as plugin
@@ -18,8 +19,10 @@ plugin.install_front_end_seams()
 
 from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
     BatchChatCompletionRequest,
+    ChatCompletionRequest,
 )
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest  # noqa: E402
 from vllm.entrypoints.openai.steering import (  # noqa: E402
     request_checks,
     request_fields,
@@ -34,6 +37,27 @@ class Sent:
 
     async def body(self) -> bytes:
         return self.sent
+
+
+REQUESTS = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+}
+
+
+@pytest.mark.parametrize("route", REQUESTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_without_steering_refuses_and_says_how_to_start_it(
+    route: str, stream: bool
+) -> None:
+    body = {"model": "m", **BODIES[route], "stream": stream}
+    plain = REQUESTS[route].model_validate(body)
+    assert request_checks.check_request(plain, None) == {}
+    steered = REQUESTS[route].model_validate({**body, **MODES["clamped"]})
+    with pytest.raises(VLLMValidationError, match="--steering-modules") as caught:
+        request_checks.check_request(steered, None)
+    assert caught.value.parameter == FULL
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -325,6 +325,7 @@ def stock_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 def test_a_server_without_steering_refuses_and_says_how_to_start_it(
     stock_server: Server, expected: dict[str, dict[str, list[str]]]
 ) -> None:

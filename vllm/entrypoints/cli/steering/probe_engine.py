@@ -29,6 +29,7 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
     VectorSlot,
 )
+from vllm.model_executor.layers.steering_stream import Stream
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -50,40 +51,20 @@ class _Recorder(SteeringBackend):
     def write_flags(self, token_ids: torch.Tensor) -> None:
         """Plain requests have no use for the bypass flags."""
 
-    def full_reconstruction(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
-        self._record(hidden, residual, source)
+    def full_reconstruction(self, slot: SAESlot, stream: Stream) -> None:
+        self._record(stream)
 
-    def sae_clamp(
-        self,
-        slot: SAESlot,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
+    def sae_clamp(self, slot: SAESlot, stream: Stream) -> None:
         """Records nothing: `full_reconstruction` records the same tensors."""
 
-    def steering_vectors(
-        self, slot: VectorSlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
-        self._record(hidden, residual)
+    def steering_vectors(self, slot: VectorSlot, stream: Stream) -> None:
+        self._record(stream)
 
-    def read_features(
-        self, slot: SAESlot, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> None:
+    def read_features(self, slot: SAESlot, read: Stream) -> None:
         """Records nothing: no request of a probe reads features."""
 
-    def _record(
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        source: torch.Tensor | None = None,
-    ) -> None:
+    def _record(self, stream: Stream) -> None:
+        hidden, residual, source = stream
         written = hidden.clone() if residual is None else hidden + residual
         self.written.append(written)
         self.read.append(written if source is None else source.clone())

@@ -14,12 +14,12 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering_limits import STREAM_LIMIT
-from vllm.model_executor.layers.steering_read_state import encoder_input
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import (
     SAESlot,
     StepState,
 )
+from vllm.model_executor.layers.steering_stream import encoder_input
 
 from . import stages_triton
 from .peers import Peers
