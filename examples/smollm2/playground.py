@@ -38,7 +38,14 @@ def main() -> None:
         sys.exit(f"{error}\nServe a model of your own: docs/features/playground.md.")
     os.environ.setdefault("VLLM_PLUGINS", "steering")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    run = command(model, sys.argv[1:])
+    further = sys.argv[1:]
+    port = further[further.index("--port") + 1] if "--port" in further[:-1] else "8000"
+    print(
+        f"When the log says `Application startup complete`, in about a minute, open "
+        f"http://localhost:{port}/steering/",
+        flush=True,
+    )
+    run = command(model, further)
     os.execv(run[0], run)
 
 
