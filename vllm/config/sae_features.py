@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 NOT_READ = -1
+# Rows that become lists at once. Other threads get their turn in between.
+ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,7 +108,12 @@ class SAEFeatures:
 
 
 def _ragged(table: np.ndarray, counts: np.ndarray) -> list[list[float]]:
-    return [row[:n] for row, n in zip(table.tolist(), counts.tolist(), strict=True)]
+    found: list[list[float]] = []
+    for at in range(0, len(table), ROWS_AT_ONCE):
+        rows, used = table[at : at + ROWS_AT_ONCE], counts[at : at + ROWS_AT_ONCE]
+        pairs = zip(rows.tolist(), used.tolist(), strict=True)
+        found += [row[:n] for row, n in pairs]
+    return found
 
 
 # {module: {site: record}}; a site is spelled `hook.layer`.

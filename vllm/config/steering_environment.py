@@ -5,7 +5,8 @@ from __future__ import annotations
 
 # The bearer key of the routes that change modules and presets; a secret.
 KEY_ENV = "VLLM_STEERING_API_KEY"
-# 1: ranks that share SAEs exchange through each other's memory where they can.
+# 1: ranks that share SAEs exchange through each other's memory where they can. Unset:
+# two ranks do. 0: none do.
 PEER_MEMORY_ENV = "VLLM_STEERING_PEER_MEMORY"
 # 1: of the modules at a site, a CUDA graph runs those that have tokens.
 BRANCHES_ENV = "VLLM_STEERING_BRANCHES"
@@ -17,3 +18,11 @@ NO_CUDA_ENV = "VLLM_STEERING_NO_CUDA"
 IDLE_GRAPHS_ENV = "VLLM_STEERING_IDLE_GRAPHS"
 # Internal: a process sets it for the processes that it starts.
 DIRECTORY_ENV = "VLLM_STEERING_DIRECTORY"
+
+
+def stores_unasked(ranks: int) -> bool:
+    """Whether so many ranks use each other's memory if `PEER_MEMORY_ENV` is not set.
+
+    Engines of two have been compared with Hugging Face, engines of more have not.
+    """
+    return ranks == 2

@@ -7,6 +7,7 @@ import itertools
 import re
 from dataclasses import fields as fields_of
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_a_rank_without_memory_says_what_it_found(
     )
     assert "found 3 of 81920 MiB free (20480 are this process's)" in said
     assert "90 MiB" in said and "out of memory; expected" in said and "\n" not in said
-    assert f"no {PEER_MEMORY_ENV}=1" in said
+    assert f"or {PEER_MEMORY_ENV}=0" in said
 
 
 def test_late_slots_use_the_memory_that_there_is() -> None:
@@ -211,10 +212,26 @@ def test_late_slots_use_the_memory_that_there_is() -> None:
     assert memory(101) == [2, 4] and created == [100, 101]
 
 
-def test_peers_memory_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_store_and_more_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_on = steering_shards.peer_memory_is_on
     monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
-    found = steering_shards.peer_allocator()
-    assert isinstance(found, str) and PEER_MEMORY_ENV in found
+    assert is_on(2) and not is_on(4) and not is_on(8)
+    monkeypatch.setenv(PEER_MEMORY_ENV, "1")
+    assert is_on(2) and is_on(4)
+    monkeypatch.setenv(PEER_MEMORY_ENV, "0")
+    assert not is_on(2) and not is_on(4)
+
+
+def test_ranks_that_are_not_asked_gather_and_say_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    group = SimpleNamespace(world_size=4)
+    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: group)
+    monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
+    said = f"4 ranks do not, since {PEER_MEMORY_ENV} is not 1"
+    assert steering_shards.peer_allocator() == said
 
 
 def test_python_and_cpp_state_the_same() -> None:

@@ -52,6 +52,9 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "OpenAIServingChat.create_chat_completion",
         "OpenAIServingChat.render_chat_request",
     ),
+    "vllm.entrypoints.openai.chat_completion.api_router": ("JSONResponse",),
+    "vllm.entrypoints.openai.completion.api_router": ("JSONResponse",),
+    "vllm.entrypoints.openai.responses.api_router": ("JSONResponse",),
     "vllm.entrypoints.openai.completion.protocol": (
         "CompletionRequest",
         "CompletionRequest.to_beam_search_params",

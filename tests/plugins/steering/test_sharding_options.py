@@ -239,8 +239,9 @@ def test_auto_copies_where_ranks_would_gather(
     config.parallel_config.disable_custom_all_reduce = False
     monkeypatch.setenv(PEER_MEMORY_ENV, "0")
     assert copies()
+    assert copies(2)
     monkeypatch.delenv(PEER_MEMORY_ENV)
-    assert copies()  # it is asked for, or it is not
+    assert copies() and not copies(2)  # two ranks store unless told not to
     monkeypatch.setenv(PEER_MEMORY_ENV, "1")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: None)
     assert copies()

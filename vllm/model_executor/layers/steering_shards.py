@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm.config.steering_environment import PEER_MEMORY_ENV
+from vllm.config.steering_environment import PEER_MEMORY_ENV, stores_unasked
 from vllm.config.steering_json import Json
 
 
-def peer_memory_is_on() -> bool:
-    """Whether ranks may exchange through each other's memory: it is asked for."""
-    return os.environ.get(PEER_MEMORY_ENV) == "1"
+def peer_memory_is_on(ranks: int) -> bool:
+    """Whether so many ranks may exchange through each other's memory.
+
+    Two do unless it is turned off, and more do if it is asked for.
+    """
+    asked = os.environ.get(PEER_MEMORY_ENV)
+    return stores_unasked(ranks) if asked is None else asked == "1"
 
 
 class _Memory:
@@ -148,7 +152,7 @@ def no_arena(nbytes: int, device: torch.device, error: RuntimeError) -> str:
     return (
         f"steering: found {free // mib} of {total // mib} MiB free ({kept // mib} are "
         f"this process's) for {nbytes // mib} MiB through which ranks exchange: "
-        f"{cause}; expected more free memory, or no {PEER_MEMORY_ENV}=1"
+        f"{cause}; expected more free memory, or {PEER_MEMORY_ENV}=0"
     )
 
 
@@ -156,12 +160,10 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     """How the ranks of the tensor-parallel group get memory that all can address; or
     why they do not.
 
-    It takes `VLLM_STEERING_PEER_MEMORY=1`, and vLLM's custom all-reduce must be on: it
-    needs the same of the GPUs, one host and access to each other's memory, and has
-    checked it.
+    More than two take `VLLM_STEERING_PEER_MEMORY=1`. vLLM's custom all-reduce must be
+    on: it needs the same of the GPUs, one host and access to each other's memory, and
+    has checked it.
     """
-    if not peer_memory_is_on():
-        return f"{PEER_MEMORY_ENV} is not 1"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "the devices are not NVIDIA's"
     from vllm.distributed import get_tp_group
@@ -173,6 +175,8 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     )
 
     group = get_tp_group()
+    if not peer_memory_is_on(group.world_size):
+        return f"{group.world_size} ranks do not, since {PEER_MEMORY_ENV} is not 1"
     own, device = group.rank_in_group, group.device
     communicator = group.device_communicator
     if not isinstance(communicator, CudaCommunicator):

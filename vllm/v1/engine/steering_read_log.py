@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from vllm.config.sae_readout_step import ReadPlaces, StepLayout, StepRows
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.output_processor import RequestState
+
 MAX_STEPS = 512
 MAX_BYTES = 32 << 20
 # A request with at least one in so many of a step's rows does not copy them.
 SHARE = 8
+ARRAY_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Chunk:
     def end(self) -> int:
         """One past the last position."""
         return self.first + self.count
+
+    @property
+    def size(self) -> int:
+        """Bytes, about: of the rows, and of the objects that hold them."""
+        return sum(ARRAY_BYTES + own.nbytes for own in self.rows if own is not None)
 
     def fits(self, other: Chunk) -> bool:
         """Whether both have rows of the same widths."""
@@ -188,6 +198,8 @@ class ReadLog:
         self._next: StepLayout | None = None
         # A request that is forgotten drops out.
         self.readers: WeakValueDictionary[str, LogReader] = WeakValueDictionary()
+        # States of streams whose clients take too little, until they are ended.
+        self.unread: list[RequestState] = []
         self._steps = 0
         self._bytes = 0
 

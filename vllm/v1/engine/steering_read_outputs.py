@@ -55,17 +55,20 @@ class PendingFeatures:
         asked: by the request.
         d_sae: F at each of them.
         chunks: by ascending position.
+        size: bytes of the chunks of a delta; 0 for all of an answer.
     """
 
     asked: AskedReads
     d_sae: Sequence[int]
     chunks: list[Chunk]
+    size: int = 0
 
     def and_then(self, later: PendingFeatures) -> PendingFeatures:
         """These rows, and those of a later output of the request. It takes this
         object's list, so that it costs the same however much was read before."""
         self.chunks.extend(later.chunks)
-        return PendingFeatures(self.asked, later.d_sae, self.chunks)
+        size = self.size + later.size
+        return PendingFeatures(self.asked, later.d_sae, self.chunks, size)
 
     def make(self) -> ReadFeatures:
         """The records of the sites at which some token was read."""
@@ -156,7 +159,8 @@ class Readings:
     def _take(self, kept: list[Chunk], delta: bool) -> PendingFeatures:
         if len(kept) > MANY_CHUNKS:
             kept[:] = joined(kept)
-        found = PendingFeatures(self.asked, self._reader.d_sae, list(kept))
+        size = sum(chunk.size for chunk in kept) if delta else 0
+        found = PendingFeatures(self.asked, self._reader.d_sae, list(kept), size)
         if delta:
             kept.clear()
         return found

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING
 
 from vllm.config.sae_readout_step import StepRows
 from vllm.config.sae_steering_specs import READOUT_KEY
+from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import JsonView
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.steering_read_log import LogReader, ReadLog
-from vllm.v1.engine.steering_read_outputs import Readings
+from vllm.v1.engine.steering_read_outputs import PendingFeatures, Readings
 from vllm.v1.engine.steering_reads import PAYLOAD_KEY, STOP_PREFIX
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+# Of one stream. A whole answer holds about half of it at most, by default.
+MAX_UNREAD_BYTES = 16 << 20
+FEATURES = "sae_features"
 
 
 @functools.cache
@@ -27,6 +33,7 @@ def reading_state() -> type:
 
     class ReadingRequestState(RequestState):
         readings: Readings
+        log: ReadLog
 
         def _new_completion_output(
             self,
@@ -50,6 +57,9 @@ def reading_state() -> type:
             # each sample has read the prompt. The first one's is the prompt's record.
             if not (self._is_delta() and self.request_index):
                 output.prompt_sae_features = prompt
+            waiting = None if self.queue is None else self.queue.output
+            if unread_bytes(waiting) > MAX_UNREAD_BYTES:
+                self.log.unread.append(self)
             return output
 
         def _is_delta(self) -> bool:
@@ -71,8 +81,46 @@ def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
     if params.extra_args.get(READOUT_KEY):
         state = states[request.request_id]
         reader = LogReader(log, request.request_id)
+        state.log = log
         state.readings = Readings(params.extra_args, state.prompt_len, reader)
         state.__class__ = reading_state()
+
+
+def unread_bytes(waiting: object) -> int:
+    """Bytes of generated tokens' values in an output that no client has taken yet."""
+    from vllm.outputs import RequestOutput
+
+    if not isinstance(waiting, RequestOutput):
+        return 0
+    pending = (vars(output).get(FEATURES) for output in waiting.outputs)
+    return sum(one.size for one in pending if isinstance(one, PendingFeatures))
+
+
+def end_unread(processor: OutputProcessor, log: ReadLog) -> list[str]:
+    """End the streams whose clients leave too much unread.
+
+    A stream has no limit of its values, because it hands them over as they come. A
+    client that does not take them would have the server keep all of them.
+
+    Returns:
+        The ids of the requests to abort.
+    """
+    ended: list[str] = []
+    states, log.unread = log.unread, []
+    for state in states:
+        parent = state.parent_req
+        ids = [state.request_id] if parent is None else list(parent.child_requests)
+        if state.queue is not None and not isinstance(state.queue.output, Exception):
+            state.queue.put(
+                refusal(
+                    READOUT_KEY,
+                    f"found more than {MAX_UNREAD_BYTES >> 20} MiB of values in the "
+                    "stream that the client has not taken, expected a client that "
+                    "reads as fast as tokens come: read fewer sites or features",
+                )
+            )
+        ended += processor.abort_requests(ids, internal=True)
+    return ended
 
 
 def take_steps(log: ReadLog, outputs: Sequence[EngineCoreOutput]) -> None:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm.config.steering import Activation, HookPoint, SiteInfo
 from vllm.entrypoints.cli.steering import commands
+from vllm.entrypoints.cli.steering.inspect import ranks_of, show_ranks
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_loader import inspect_module
 from vllm_steering_cli.main import main
@@ -100,7 +102,21 @@ def test_inspect_adds_up_what_ranks_hold_of_several_sites(
     assert said.count("on each of 2 ranks: 2.1 MiB replicated, 1.1 MiB sharded") == 2
     total = "on each of 2 ranks: 4.3 MiB replicated, 2.3 MiB sharded"
     assert f"all sites      {total}\n" in said
-    assert "with VLLM_STEERING_PEER_MEMORY=1 50.2 MiB more, once an engine" in said
+    assert "on GPUs 50.2 MiB more, once an engine" in said
+
+
+def test_inspect_says_what_more_than_two_ranks_take_to_store(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    site = SiteInfo(2, HookPoint.POST_BLOCK, 5376, 131072, Activation.JUMPRELU)
+    for tp, auto, room in (
+        (2, "with VLLM_STEERING_PEER_MEMORY=0", "on GPUs"),
+        (4, "without VLLM_STEERING_PEER_MEMORY=1", "with VLLM_STEERING_PEER_MEMORY=1"),
+    ):
+        show_ranks(ranks_of(site, tp), {})
+        said = capsys.readouterr().out
+        assert f"(auto: shard, on GPUs {auto} replicate)" in said
+        assert f"{'':15}{room} " in said and "MiB more, once an engine" in said
 
 
 def test_a_transcoder_from_before_the_gain_stays_one_when_converted(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from vllm.config.steering import ModuleInfo, SiteInfo
-from vllm.config.steering_environment import PEER_MEMORY_ENV
+from vllm.config.steering_environment import PEER_MEMORY_ENV, stores_unasked
 from vllm.config.steering_json import Json
 from vllm.config.steering_screening import screen_bytes, screens
 from vllm.config.steering_sharding import Ranks, exchange_bytes
@@ -176,7 +176,8 @@ def show_ranks(ranks: Json, site: Json) -> None:
         text += f", {ranks['bytes_16_bit_sharded'] / 2**20:.1f} MiB sharded"
         auto, stored = (ranks["auto"][n] for n in ("16_bit", "16_bit_peer_memory"))
         if auto == "shard":
-            only = " without VLLM_STEERING_PEER_MEMORY=1" if stored == auto else ""
+            copied = "with {}=0" if stores_unasked(ranks["tp"]) else "without {}=1"
+            only = f" {copied.format(PEER_MEMORY_ENV)}" if stored == auto else ""
             auto += f", on GPUs{only} replicate"
         text += f" (auto: {auto})"
     else:
@@ -189,7 +190,9 @@ def show_ranks(ranks: Json, site: Json) -> None:
     if ranks["bytes_exchange"]:
         room = ranks["bytes_exchange"] / 2**20
         text = f"{room:.1f} MiB more, once an engine, through which ranks exchange"
-        print(f"{'':15}with {PEER_MEMORY_ENV}=1 {text}")
+        unasked = stores_unasked(ranks["tp"])
+        when = "on GPUs" if unasked else f"with {PEER_MEMORY_ENV}=1"
+        print(f"{'':15}{when} {text}")
 
 
 def show_total(sites: Sequence[Json]) -> None:

@@ -8,12 +8,19 @@ vLLM's generator and adds what they have read to the next chunk of the same choi
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from vllm.config.sae_features import ReadFeatures, features_json, merge_all
 from vllm.config.sae_steering_specs import PRESET_KEY, READOUT_KEY
 from vllm.config.steering import SteeringConfig
+from vllm.entrypoints.serve.steering.answers import (
+    FEATURES,
+    PROMPT_FEATURES,
+    json_of,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -21,8 +28,6 @@ if TYPE_CHECKING:
     from vllm.entrypoints.openai.responses.protocol import StreamingResponsesResponse
     from vllm.outputs import RequestOutput
 
-FEATURES = "sae_features"
-PROMPT_FEATURES = "prompt_sae_features"
 _DATA = "data: {"
 _TEXT_DELTAS = ("response.output_text.delta", "response.reasoning_text.delta")
 
@@ -45,11 +50,13 @@ def may_read(request: BaseModel, config: SteeringConfig | None) -> bool:
     return xargs.get(PRESET_KEY, config.default_preset) is not None
 
 
-def put(target: object, features: ReadFeatures, prompt: ReadFeatures | None) -> None:
+async def put(
+    target: object, features: ReadFeatures, prompt: ReadFeatures | None
+) -> None:
     """Add what was read to a choice, an event or a response."""
-    setattr(target, FEATURES, features_json(features))
+    setattr(target, FEATURES, await json_of(features))
     if prompt is not None:
-        setattr(target, PROMPT_FEATURES, features_json(prompt))
+        setattr(target, PROMPT_FEATURES, await json_of(prompt))
 
 
 class StreamedChoices:
@@ -93,9 +100,9 @@ class StreamedChoices:
     async def annotate(self, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
         """The stream's chunks, with what their choices have read."""
         async for chunk in chunks:
-            yield self._annotated(chunk)
+            yield await self._annotated(chunk)
 
-    def _annotated(self, chunk: str) -> str:
+    async def _annotated(self, chunk: str) -> str:
         if not (self._features or self._prompt) or not chunk.startswith(_DATA):
             return chunk
         content = json.loads(chunk.removeprefix("data: "))
@@ -103,26 +110,46 @@ class StreamedChoices:
             index = choice.get("index")
             prompt = self._prompt.pop(index, None)
             if prompt is not None:
-                choice[PROMPT_FEATURES] = features_json(prompt)
+                choice[PROMPT_FEATURES] = await json_of(prompt)
             features = self._features.pop(index, None)
             if features is not None:
-                choice[FEATURES] = features_json(merge_all(features))
-        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+                choice[FEATURES] = await json_of(merge_all(features))
+        return f"data: {msgspec.json.encode(content).decode()}\n\n"
 
 
-def fill_choices(choices: Iterable[object], results: Iterable[RequestOutput]) -> None:
+async def fill_choices(
+    choices: Iterable[object], results: Iterable[RequestOutput]
+) -> None:
     """Add what was read to the choices of a whole answer, if anything was asked for.
 
     Args:
         choices: those of the first result, then of the next one.
         results: one for each prompt.
     """
+    for choice, features, prompt in _that_read(choices, results):
+        await put(choice, features, prompt)
+
+
+def fill_choices_at_once(
+    choices: Iterable[object], results: Iterable[RequestOutput]
+) -> None:
+    """As `fill_choices`, for a caller that cannot wait."""
+    for choice, features, prompt in _that_read(choices, results):
+        setattr(choice, FEATURES, features_json(features))
+        if prompt is not None:
+            setattr(choice, PROMPT_FEATURES, features_json(prompt))
+
+
+def _that_read(
+    choices: Iterable[object], results: Iterable[RequestOutput]
+) -> Iterator[tuple[object, ReadFeatures, ReadFeatures | None]]:
+    """Choices that read, with what they read of the answer and of the prompt."""
     outputs = ((result, output) for result in results for output in result.outputs)
     for choice, (result, output) in zip(choices, outputs, strict=False):
         if output.sae_features is not None:
             is_first = output is result.outputs[0]
             prompt = result.prompt_sae_features if is_first else None
-            put(choice, output.sae_features, prompt)
+            yield choice, output.sae_features, prompt
 
 
 class LastResult:
@@ -167,11 +194,11 @@ class ResponseReading:
         """A stream's events, text deltas with what has been read since the last."""
         async for event in events:
             if event.type in _TEXT_DELTAS and self.fresh:
-                setattr(event, FEATURES, features_json(merge_all(self.fresh)))
-                self.fresh = []
+                fresh, self.fresh = self.fresh, []
+                setattr(event, FEATURES, await json_of(merge_all(fresh)))
             yield event
 
-    def finish(self, response: object) -> None:
+    async def finish(self, response: object) -> None:
         """Add all that was read to the response, if the request reads."""
         if self.has_read:
-            put(response, merge_all(self.features), merge_all(self.prompt))
+            await put(response, merge_all(self.features), merge_all(self.prompt))

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.access import holds_key
+from vllm.entrypoints.serve.steering.answers import FeaturesAnswer
 from vllm.entrypoints.serve.steering.encode import (
     ENCODE_SCHEMA,
     EncodeService,
@@ -160,11 +161,10 @@ async def encode_texts(request: Request) -> JSONResponse:
     config = await modules_of(request).config()
     service: EncodeService = request.app.state.steering_encode
     answer = await while_connected(request, service.encode(asked, config))
-    answer["labels"] = await modules_of(request).labels_among(
-        asked.module_name, listed_features(answer)
-    )
-    # Its text is megabytes; other streams go on meanwhile.
-    return await asyncio.to_thread(JSONResponse, answer)
+    # An answer may have a million numbers; other streams go on meanwhile.
+    listed = await asyncio.to_thread(listed_features, answer)
+    answer["labels"] = await modules_of(request).labels_among(asked.module_name, listed)
+    return FeaturesAnswer(answer)
 
 
 def _for_caller(request: Request, module: Json) -> Json:

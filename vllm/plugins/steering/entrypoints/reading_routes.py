@@ -2,14 +2,16 @@
 """Seams into the OpenAI serving classes: answers carry what their requests have read.
 
 The edits a branch would make: where choices are made from outputs, set `sae_features`
-and, on a prompt's first choice, `prompt_sae_features`. vLLM's generators make their
+and, on a prompt's first choice, `prompt_sae_features`. Routers write such an answer as
+`FeaturesAnswer`. vLLM's generators make their
 chunks inside. So here a stream that reads is annotated from outside; other streams are
 vLLM's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from vllm.engine.steering_active_config import active_steering_config
@@ -33,8 +35,13 @@ CHAT = f"{_OPENAI}.chat_completion.serving"
 BATCH = f"{_OPENAI}.chat_completion.batch_serving"
 RESPONSES = f"{_OPENAI}.responses.serving"
 CONTEXT = f"{_OPENAI}.responses.context"
+ROUTERS = tuple(
+    f"{_OPENAI}.{route}.api_router"
+    for route in ("completion", "chat_completion", "responses")
+)
 CONTEXTS = ("SimpleContext", "ParsableContext", "HarmonyContext")
 
+_JSON_RESPONSE = ("content", "status_code", "headers", "media_type", "background")
 _METADATA = ("model_name", "tokenizer", "request_metadata")
 _CHAT_BATCH = (
     *("self", "request", "generators", "request_id", "model_name"),
@@ -101,7 +108,7 @@ def _completion_stream(stock: Stock) -> Stock:
 
 def _completion_response(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.read_choices import (
-        fill_choices,
+        fill_choices_at_once,
     )
 
     def request_output_to_completion_response(
@@ -112,7 +119,7 @@ def _completion_response(stock: Stock) -> Stock:
         **kwargs: object,
     ) -> object:
         response = stock(self, final_res_batch, request, *args, **kwargs)
-        fill_choices(response.choices, final_res_batch)
+        fill_choices_at_once(response.choices, final_res_batch)
         return response
 
     return request_output_to_completion_response
@@ -176,7 +183,7 @@ def _chat_full(stock: Stock) -> Stock:
         results = last.watch(result_generator)
         response = await stock(self, request, results, *args, **kwargs)
         if last.result is not None and not isinstance(response, ErrorResponse):
-            fill_choices(response.choices, [last.result])
+            await fill_choices(response.choices, [last.result])
         return response
 
     return chat_completion_full_generator
@@ -215,7 +222,7 @@ def _chat_batch(stock: Stock) -> Stock:
         response = await stock(self, request, watched, *args, **kwargs)
         results = [last.result for last in lasts if last.result is not None]
         if len(results) == len(lasts) and not isinstance(response, ErrorResponse):
-            fill_choices(response.choices, results)
+            await fill_choices(response.choices, results)
         return response
 
     return chat_completion_full_generator_batch
@@ -254,7 +261,7 @@ def _responses_full(stock: Stock) -> Stock:
         )
         reading = context.sae_reading
         if reading is not None and not isinstance(response, ErrorResponse):
-            reading.finish(response)
+            await reading.finish(response)
         return response
 
     return responses_full_generator
@@ -296,10 +303,26 @@ def _append_output(stock: Stock) -> Stock:
     return append_output
 
 
-SEAMS = (
+def install_router(module: str) -> None:
+    """Answers that carry features are written fast."""
+    wrap(f"{module}:JSONResponse", _JSON_RESPONSE, _json_response)
+
+
+def _json_response(stock: Stock) -> Stock:
+    from vllm.entrypoints.serve.steering.answers import FeaturesAnswer, carries_features
+
+    def json_response(content: object, *args: object, **kwargs: object) -> object:
+        kind = FeaturesAnswer if carries_features(content) else stock
+        return kind(content, *args, **kwargs)
+
+    return json_response
+
+
+SEAMS: tuple[tuple[str, Callable[[], None]], ...] = (
     (COMPLETION, install_completion),
     (CHAT, install_chat),
     (BATCH, install_batch),
     (RESPONSES, install_responses),
     (CONTEXT, install_context),
+    *((module, functools.partial(install_router, module)) for module in ROUTERS),
 )

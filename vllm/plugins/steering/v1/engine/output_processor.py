@@ -6,7 +6,8 @@ log-probabilities (here the state of a request that reads is made an instance of
 subclass, and that of any other is stock's). `process_outputs` puts the refusal into the
 queue of a request that the engine core has refused for its steering, and aborts the
 other samples of its prompt. Servers answer 409 then; without it they answer 500 and
-give no reason. A client without queues finds the reason in `stop_reason`.
+give no reason. A client without queues finds the reason in `stop_reason`. Streams that
+read and that nobody takes are ended in the same way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vllm.plugins.steering.seam import (
 )
 from vllm.v1.engine.steering_read_log import ReadLog
 from vllm.v1.engine.steering_read_states import (
+    end_unread,
     follow,
     keep_last_tokens,
     take_steps,
@@ -111,6 +113,8 @@ def _make(stock: Stock) -> Stock:
             if state.parent_req is not None:
                 samples = list(state.parent_req.child_requests)
                 result.reqs_to_abort += self.abort_requests(samples, internal=True)
+        if self.sae_read_log is not None and self.sae_read_log.unread:
+            result.reqs_to_abort += end_unread(self, self.sae_read_log)
         return result
 
     return process_outputs
