@@ -43,10 +43,11 @@ def interpret(*options: str) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE"]
     files = [str(path) for path in sorted(HERE.glob("test_*_gpu.py"))]
     middle = len(files) // 2
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path()}
     runs = [
         subprocess.Popen(
             [*command, *options, *half],
-            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path()},
+            env={**env, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     read_json,
 )
 from vllm.model_executor.model_loader.sae_formats.names import (
+    Points,
     choose_points,
     need_points,
 )
@@ -45,13 +46,7 @@ def matches(location: Location) -> bool:
 def read(location: Location) -> ModuleLayout:
     """Layout of a Llama Scope directory."""
     config = Fields(read_json(location.root / CONFIG), CONFIG)
-    if config.boolean("use_glu_encoder", False):
-        raise config.fail("use_glu_encoder", "false (a GLU encoder cannot be folded)")
-    stated, hook_in = None, config.text("hook_point_in")
-    if hook_in is not None:
-        where = f"{CONFIG}: hook_point_in"
-        stated = need_points(hook_in, config.text("hook_point_out"), where)
-    points = choose_points(location, stated, f"{CONFIG}: hook_point_in")
+    points = points_of(config, location)
     with open_tensors(location.root / WEIGHTS) as tensors:
         F, D = matrix_shape(tensors, W_ENC)
         for name in tensors.infos:
@@ -76,6 +71,17 @@ def read(location: Location) -> ModuleLayout:
         **extra,
     )
     return ModuleLayout(kind="sae", sites=(layout,))
+
+
+def points_of(config: Fields, location: Location) -> Points:
+    """The points that a configuration of this library, of any version, states."""
+    if config.boolean("use_glu_encoder", False):
+        raise config.fail("use_glu_encoder", "false (a GLU encoder cannot be folded)")
+    stated, hook_in = None, config.text("hook_point_in")
+    where = f"{config.where}: hook_point_in"
+    if hook_in is not None:
+        stated = need_points(hook_in, config.text("hook_point_out"), where)
+    return choose_points(location, stated, where)
 
 
 def _activation(config: Fields) -> tuple[Activation, int | None, Json]:

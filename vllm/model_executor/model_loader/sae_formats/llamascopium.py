@@ -32,11 +32,8 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     SAELayout,
     read_json,
 )
-from vllm.model_executor.model_loader.sae_formats.names import (
-    Points,
-    choose_points,
-    need_points,
-)
+from vllm.model_executor.model_loader.sae_formats.llama_scope import points_of
+from vllm.model_executor.model_loader.sae_formats.names import Points
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
@@ -79,13 +76,7 @@ def read(location: Location) -> ModuleLayout:
     config = Fields(read_json(location.root / CONFIG), CONFIG)
     if config.text("sae_type") not in _SAE_TYPES:
         raise config.fail("sae_type", "sae (one layer's SAE or transcoder)")
-    if config.boolean("use_glu_encoder", False):
-        raise config.fail("use_glu_encoder", "false (a GLU encoder cannot be folded)")
-    stated, hook_in = None, config.text("hook_point_in")
-    if hook_in is not None:
-        where = f"{CONFIG}: hook_point_in"
-        stated = need_points(hook_in, config.text("hook_point_out"), where)
-    points = choose_points(location, stated, f"{CONFIG}: hook_point_in")
+    points = points_of(config, location)
     with open_tensors(location.root / WEIGHTS) as tensors:
         W_enc = _names(tensors).W_enc
         _, D = matrix_shape(tensors, W_enc)

@@ -70,30 +70,20 @@ class Points:
         has_skip: bool = False,
     ) -> SiteInfo:
         """The site at these points. `d_out` and `has_skip` are a transcoder's."""
-        if self.hook_out is None:
-            return SiteInfo(
-                layer=self.layer,
-                hook=self.hook,
-                d_in=d_in,
-                d_sae=d_sae,
-                activation=activation,
-                k=k,
-                before_gain=self.before_gain,
-                raw_output=self.raw_output,
-            )
-        return SiteInfo(
+        site = SiteInfo(
             layer=self.layer,
             hook=self.hook,
             d_in=d_in,
             d_sae=d_sae,
             activation=activation,
             k=k,
-            hook_out=self.hook_out,
-            d_out=d_in if d_out is None else d_out,
-            has_skip=has_skip,
             before_gain=self.before_gain,
             raw_output=self.raw_output,
         )
+        if self.hook_out is None:
+            return site
+        d_out = d_in if d_out is None else d_out
+        return replace(site, hook_out=self.hook_out, d_out=d_out, has_skip=has_skip)
 
 
 def transcoder_points(layer: int, before_gain: bool = False) -> Points:
