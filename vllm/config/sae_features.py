@@ -24,6 +24,9 @@ from vllm.config.steering_json import Json
 if TYPE_CHECKING:
     import scipy.sparse
 
+# What outputs and answers call that which was read of generated tokens and of a prompt.
+FEATURES = "sae_features"
+PROMPT_FEATURES = "prompt_sae_features"
 NOT_READ = -1
 # Rows that become lists at once. Other threads get their turn in between.
 ROWS_AT_ONCE = 512

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.config.sae_features import ReadFeatures, merge
+from vllm.config.sae_features import FEATURES, PROMPT_FEATURES, ReadFeatures, merge
 from vllm.plugins.steering.seam import BOUND, Stock, resolve, wrap
 from vllm.v1.engine.steering_read_outputs import PendingFeatures
 
@@ -53,8 +53,8 @@ class FeaturesField:
         self.__set__(output, merge(*made))
 
 
-ANSWER = FeaturesField("sae_features")
-PROMPT = FeaturesField("prompt_sae_features")
+ANSWER = FeaturesField(FEATURES)
+PROMPT = FeaturesField(PROMPT_FEATURES)
 
 
 def install() -> None:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm.config.sae_features import FEATURES
 from vllm.config.sae_readout_step import StepRows
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_checks import refusal
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Of one stream. A whole answer holds about half of it at most, by default.
 MAX_UNREAD_BYTES = 16 << 20
-FEATURES = "sae_features"
 
 
 @functools.cache

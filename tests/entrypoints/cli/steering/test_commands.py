@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm.config.steering import Activation, HookPoint, SiteInfo
+from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_points import HookPoint
 from vllm.entrypoints.cli.steering import commands
 from vllm.entrypoints.cli.steering.inspect import ranks_of, show_ranks
 from vllm.model_executor.model_loader.sae_formats.native import save_native

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from steering_testing.golden_gate import EXAMPLE, FULL, MODULE
+from steering_testing.golden_gate import EXAMPLE, FULL, MODULE, example_server
 from steering_testing.processes import descendants
-from steering_testing.server import MODEL_NAME, Server, api_server
+from steering_testing.server import MODEL_NAME, Server
 
 pytestmark = pytest.mark.server
 
@@ -84,13 +84,12 @@ def test_clients_that_wait_get_a_server_error_and_the_server_ends(
     tmp_path: Path, name: str, options: tuple[str, ...]
 ) -> None:
     sae = str(EXAMPLE / "sae")
-    steering = f'{{"steering": {{"module_roots": ["{EXAMPLE.resolve()}"]}}}}'
-    with api_server(
-        EXAMPLE / "model",
+    steering = {"module_roots": [str(EXAMPLE.resolve())]}
+    modules = ("--steering-modules", f"{MODULE}={sae}")
+    with example_server(
         tmp_path / "log",
-        *("--steering-api-key", "the-key", "--additional-config", steering),
-        *("--steering-modules", f"{MODULE}={sae}", *options),
-        environment={"VLLM_PLUGINS": "steering"},
+        *("--steering-api-key", "the-key", *modules, *options),
+        steering=steering,
     ) as server:
         answers = ask_and_kill(server, name, sae)
         refused = 0

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm.config.sae_features import ReadFeatures, features_json, merge_all
-from vllm.config.sae_steering_specs import PRESET_KEY, READOUT_KEY
-from vllm.config.steering import SteeringConfig
-from vllm.entrypoints.serve.steering.answers import (
+from vllm.config.sae_features import (
     FEATURES,
     PROMPT_FEATURES,
-    json_of,
+    ReadFeatures,
+    features_json,
+    merge_all,
 )
+from vllm.config.sae_steering_specs import PRESET_KEY, READOUT_KEY
+from vllm.config.steering import SteeringConfig
+from vllm.entrypoints.serve.steering.answers import json_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -8,11 +8,9 @@ import asyncio
 import msgspec
 from fastapi.responses import JSONResponse
 
-from vllm.config.sae_features import ReadFeatures, features_json
+from vllm.config.sae_features import FEATURES, ReadFeatures, features_json
 from vllm.config.steering_json import Json
 
-FEATURES = "sae_features"
-PROMPT_FEATURES = "prompt_sae_features"
 # Fewer values become JSON types at once.
 LARGE = 4096
 

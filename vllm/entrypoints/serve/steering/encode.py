@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 
-from vllm.config.sae_features import features_json
+from vllm.config.sae_features import FEATURES, features_json
 from vllm.config.sae_readout_specs import (
     DEFAULT_TOP_K,
     Features,
@@ -219,7 +219,7 @@ def listed_features(answer: JsonView) -> list[int]:
         {
             feature
             for entry in answer["data"]
-            for record in entry["sae_features"].values()
+            for record in entry[FEATURES].values()
             for features in record["features"]
             for feature in features
         }
@@ -314,7 +314,7 @@ async def _answer(
                 "index": index,
                 "token_ids": ids,
                 "tokens": await _pieces(tokenizer, ids),
-                "sae_features": made.get(request.module_name, {}),
+                FEATURES: made.get(request.module_name, {}),
             }
         )
     total = sum(map(len, prompts))

@@ -235,11 +235,16 @@ def plan_dense(itemsize: int) -> DensePlan:
     return DensePlan(64, 64, 64, 64)
 
 
+def align(size: int) -> int:
+    """`size` rounded up to what TMA and 16-byte accesses want."""
+    return cdiv(size, 256) * 256
+
+
 def short_lists_bytes(plan: ChunkPlan) -> int:
     """Bytes of the lists of a short step that is not read; 0 for a longer one."""
     if plan.rows > COMPACT_ENCODE_TOKENS:
         return 0
-    return cdiv(plan.rows * min(plan.capacity, LIST_MAX) * ENTRY_BYTES, 256) * 256
+    return align(plan.rows * min(plan.capacity, LIST_MAX) * ENTRY_BYTES)
 
 
 def decodes_at_once(rows: int, room: int, row_bytes: int) -> bool:

@@ -34,6 +34,7 @@ from .plan import (
     RECORD_INTS,
     ChunkPlan,
     ExchangeLimits,
+    align,
     cdiv,
     decodes_at_once,
     dense_row_bytes,
@@ -92,11 +93,6 @@ class GuessBuffers:
     samples: torch.Tensor
     bars: torch.Tensor
     failed: torch.Tensor
-
-
-def align(size: int) -> int:
-    """`size` rounded up to what TMA and 16-byte accesses want."""
-    return -(-size // 256) * 256
 
 
 def uses_threshold(slot: SAESlot) -> bool:
