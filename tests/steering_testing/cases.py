@@ -151,6 +151,66 @@ CASES = {
         tolerance=BFLOAT16_TOLERANCE,
     ),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
+    "glm4_moe_lite": Case(
+        "GLM-4.7-Flash",
+        "glm4_moe_lite",
+        f"{MODELS}.glm4_moe_lite.Glm4MoeLiteDecoderLayer",
+        z=128,
+        environment=(("VLLM_MLA_DISABLE", "1"),),
+    ),
+    **{
+        name: Case(title, name, f"{MODELS}.{layer}", lacks=lacks)
+        for title, name, layer, lacks in (
+            (
+                "Granite 3 MoE",
+                "granitemoe",
+                "granitemoe.GraniteMoeDecoderLayer",
+                ("attn_out", "mlp_out"),
+            ),
+            (
+                "Granite MoE with a shared MLP",
+                "granitemoeshared",
+                "granitemoeshared.GraniteMoeSharedDecoderLayer",
+                ("attn_out", "mlp_in", "mlp_out"),
+            ),
+            (
+                "Granite MoE with sliding windows",
+                "granitemoe_swa",
+                "granitemoeshared.GraniteMoeSharedDecoderLayer",
+                ("attn_out", "mlp_in", "mlp_out"),
+            ),
+            (
+                "Granite with sliding windows",
+                "granite_swa",
+                "granite.GraniteDecoderLayer",
+                ("attn_out", "mlp_out"),
+            ),
+            (
+                "Command-R7B, Command-A",
+                "cohere2",
+                "commandr.CohereDecoderLayer",
+                ("post_attn",),
+            ),
+            (
+                "Command-A MoE",
+                "cohere2_moe",
+                "cohere2_moe.Cohere2MoeDecoderLayer",
+                ("post_attn",),
+            ),
+            (
+                "Ernie 4.5 MoE",
+                "ernie4_5_moe",
+                "ernie45_moe.Ernie4_5_MoeDecoderLayer",
+                (),
+            ),
+            (
+                "K-Exaone (MoE)",
+                "exaone_moe",
+                "exaone_moe.ExaoneMoeDecoderLayer",
+                (),
+            ),
+        )
+    },
 }
 # In tests/gpu/test_families_gpu.py.
 GPU_CASES = {

@@ -39,8 +39,8 @@ class LayerFamily:
         attention: the attention module; the first of these that the layer has.
         projection: attention's output projection; the first that attention has.
         mlp: the MLP module; None where it is not a module of its own.
-        mlp_unless: a flag of the layer. If it is true, something beside the MLP writes
-            with it, so the MLP is not the whole sublayer.
+        mlp_unless: a flag or a module of the layer. If it is true or there, something
+            beside the MLP writes with it, so the MLP is not the whole sublayer.
         attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
             it is added to the stream.
         scale: the layer's factor for what a sublayer writes, or a flag that there is
@@ -111,6 +111,15 @@ FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.granite.GraniteDecoderLayer": LayerFamily(
         residual=None, scale="residual_multiplier"
     ),
+    f"{MODELS}.granitemoe.GraniteMoeDecoderLayer": LayerFamily(
+        residual=None, mlp="block_sparse_moe", scale="residual_multiplier"
+    ),
+    f"{MODELS}.granitemoeshared.GraniteMoeSharedDecoderLayer": LayerFamily(
+        residual=None,
+        mlp="block_sparse_moe",
+        mlp_unless="shared_mlp",
+        scale="residual_multiplier",
+    ),
     f"{MODELS}.opt.OPTDecoderLayer": LayerFamily(
         residual=None,
         mid_norm="final_layer_norm",
@@ -125,6 +134,9 @@ FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.commandr.CohereDecoderLayer": LayerFamily(
         residual=None, mid_norm=None, reduces_late=True
     ),
+    f"{MODELS}.cohere2_moe.Cohere2MoeDecoderLayer": LayerFamily(
+        residual=None, mid_norm=None
+    ),
     f"{MODELS}.exaone4.Exaone4DecoderLayer": LayerFamily(
         residual=None,
         mid_norm=None,
@@ -136,6 +148,9 @@ FAMILIES: dict[str, LayerFamily] = {
         attention_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"
     ),
     f"{MODELS}.glm4_moe.Glm4MoeDecoderLayer": PAIR,
+    f"{MODELS}.glm4_moe_lite.Glm4MoeLiteDecoderLayer": PAIR,
+    f"{MODELS}.ernie45_moe.Ernie4_5_MoeDecoderLayer": PAIR,
+    f"{MODELS}.exaone_moe.ExaoneMoeDecoderLayer": PAIR,
     f"{MODELS}.apertus.ApertusDecoderLayer": LayerFamily(
         mid_norm="feedforward_layernorm"
     ),
@@ -305,7 +320,8 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
     attention = first(layer.module, *family.attention)
     flags = vars(layer.module)
     has_norm = family.mid_norm_if is None or flags[family.mid_norm_if]
-    has_mlp = family.mlp_unless is None or not flags[family.mlp_unless]
+    beside = family.mlp_unless
+    has_mlp = not (flags.get(beside or "") or first(layer.module, beside))
     return LayerParts(
         mid_norm=first(layer.module, family.mid_norm) if has_norm else None,
         attention=attention,
