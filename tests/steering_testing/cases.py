@@ -6,65 +6,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from steering_testing import models
-from steering_testing.requests import Site
+from steering_testing.case import LAST, RESIDUAL, SUBLAYER, Case
+from steering_testing.hybrid_cases import HYBRID_CASES
 
 from vllm.model_executor.layers.steering_families import MODELS
 
-LAST = models.LAYERS - 1
-RESIDUAL = ("pre_attn", "post_attn", "post_block")
-SUBLAYER = ("attn_z", "attn_out", "mlp_in", "mlp_out")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, and the class of the decoder layer that runs it.
-
-    `title` names the checkpoints that the class runs. `lacks` are the points that its
-    layers do not have; `z` is the width of `attn_z`. `linear` are the layers with
-    linear attention, which have no `attn_z`. `environment` is set for the engine.
-    `tolerance` is that of log-probabilities where arithmetic is not exact; with it, a
-    token may be any that is as likely within it. None: equal tokens, within 1e-4.
-    """
-
-    title: str
-    family: str
-    layer_class: str
-    options: tuple[tuple[str, Any], ...] = ()
-    lacks: tuple[str, ...] = ()
-    z: int = models.HIDDEN
-    linear: tuple[int, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
-    tolerance: float | None = None
-
-    @property
-    def hooks(self) -> list[str]:
-        return [hook for hook in (*RESIDUAL, *SUBLAYER) if hook not in self.lacks]
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the engine computes in bfloat16."""
-        return ("dtype", "bfloat16") in self.options
-
-    def hooks_of(self, layer: int) -> list[str]:
-        return [h for h in self.hooks if h != "attn_z" or layer not in self.linear]
-
-    def sites(self) -> list[Site]:
-        """Residual points of three layers, the others of two."""
-        return [
-            (layer, hook)
-            for layer in (0, 1, LAST)
-            for hook in self.hooks_of(layer)
-            if hook in RESIDUAL or layer > 0
-        ]
-
-    def width(self, hook: str) -> int:
-        return self.z if hook == "attn_z" else models.HIDDEN
-
-
+__all__ = ["LAST", "RESIDUAL", "SUBLAYER", "Case"]
 BFLOAT16 = (("dtype", "bfloat16"),)
 # What the rounding of activations moves a tiny model's log-probabilities by.
 BFLOAT16_TOLERANCE = 5e-2
@@ -157,6 +104,7 @@ CASES = {
         f"{MODELS}.glm4_moe_lite.Glm4MoeLiteDecoderLayer",
         z=128,
         environment=(("VLLM_MLA_DISABLE", "1"),),
+        read_tolerance=1e-4,
     ),
     **{
         name: Case(title, name, f"{MODELS}.{layer}", lacks=lacks)
@@ -211,6 +159,7 @@ CASES = {
             ),
         )
     },
+    **HYBRID_CASES,
 }
 # In tests/gpu/test_families_gpu.py.
 GPU_CASES = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from steering_testing.hybrid_models import HYBRID_MODELS
 from steering_testing.moe_models import MOE_MODELS
 from steering_testing.sizes import (
     BOS,
@@ -191,6 +192,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "phi": config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
     "gpt_neox": config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
     **MOE_MODELS,
+    **HYBRID_MODELS,
 }
 
 
