@@ -79,8 +79,11 @@ def compiles(
     constants: dict[str, Any],
     launch: dict[str, int] | None = None,
     **others: str,
-) -> None:
-    """Raise unless the kernel compiles with these constants and fits a block."""
+) -> str:
+    """Raise unless the kernel compiles with these constants and fits a block.
+
+    Returns its TTIR, which has one line for each operation.
+    """
     known = types("bf16") | others
     names = [p.name for p in kernel.params]
     if "PDL" in names:
@@ -93,13 +96,19 @@ def compiles(
     made = triton.compile(source, target=target, options=launch or {"num_warps": 4})
     assert made.metadata.shared <= SHARED_KIB[CAPABILITY] * 1024, kernel.__name__
     print("compiled", kernel.__name__, flush=True)
+    return made.asm["ttir"]
 
 
 def encoders() -> None:
-    """The encoder, which has tiles for short and for long steps."""
-    tma = CAPABILITY >= 90
+    """The encoder, which has tiles for short and for long steps.
+
+    All of them must add the bias at the same end of the sum, or a token's bits would
+    depend on the length of its step.
+    """
+    tma, width = CAPABILITY >= 90, 96
+    bias_is_added_last = set()
     for tokens in (16, 64, 256):
-        p = plan.plan_encode(tokens, 2)
+        p = plan.plan_encode(tokens, 2, width)
         first, last = p.token_tiles[0], p.token_tiles[-1]
         middle = p.token_tiles[1] if len(p.token_tiles) > 1 else first
         rows = {"x_narrow": first, "x_middle": middle, "x_wide": last}
@@ -109,11 +118,13 @@ def encoders() -> None:
             for name, n in rows.items()
         }
         tiles = {"BT_NARROW": first, "BT_MIDDLE": middle, "BT_WIDE": last}
-        constants = {**tiles, "BF": p.block_f, "BK": p.block_k, "D": 96, "TMA": tma}
+        constants = {**tiles, "BF": p.block_f, "BK": p.block_k, "D": width, "TMA": tma}
         launch = {"num_warps": p.num_warps, "num_stages": p.num_stages}
         for out in ("*i64", "*fp32"):
             chosen = {**constants, "GROUP": 16, "DENSE": out == "*fp32"}
-            compiles(encode.encode_kernel, chosen, launch, out=out, **types)
+            text = compiles(encode.encode_kernel, chosen, launch, out=out, **types)
+            bias_is_added_last.add(text.count("addf") == text.count("tt.dot "))
+    assert len(bias_is_added_last) == 1, "the bias is added first or last, by the tiles"
 
 
 def shared_kernels() -> None:

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.steering_kernels.plan import (
     LIST_MAX,
     dense_row_bytes,
     plan_chunks,
+    plan_encode,
     plan_guess,
 )
 from vllm.model_executor.layers.steering_kernels.workspace import SteeringWorkspace
@@ -53,6 +54,19 @@ def test_every_step_fits_and_no_list_is_shorter_than_its_limit(
     assert scores + dense <= limit
     assert (found.dense_rows > 0) == (d_sae > LIST_MAX)
     assert found.dense_rows <= found.rows
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_width_is_one_block_of_the_reduction_at_every_number_of_tokens_or_at_none(
+    itemsize: int,
+) -> None:
+    """Triton adds the bias first where it is one block, and else last."""
+    for d_in in range(1, 600):
+        blocks = {
+            plan_encode(tokens, itemsize, d_in).block_k
+            for tokens in (1, 16, 17, 64, 65, 256, 8192)
+        }
+        assert len({d_in <= block for block in blocks}) == 1, d_in
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 200, 256, 1000, 8192])

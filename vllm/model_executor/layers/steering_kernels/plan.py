@@ -187,6 +187,9 @@ def plan_guess(
     return ChunkPlan(min(rows, tokens), num_chunks, GUESS_CAPACITY, 0)
 
 
+LEAST_REDUCTION, MOST_REDUCTION = 64, 128  # columns of x that 16-bit tiles multiply
+
+
 @dataclass(frozen=True)
 class EncodePlan:
     """Tiles of the Triton encoder: features x tokens x reduction.
@@ -204,15 +207,21 @@ class EncodePlan:
     programs_per_sm: int
 
 
-def plan_encode(tokens: int, itemsize: int) -> EncodePlan:
-    """Tile sizes for a launch of up to `tokens` active tokens."""
+def plan_encode(tokens: int, itemsize: int, d_in: int) -> EncodePlan:
+    """Tile sizes for a launch of up to `tokens` active tokens of width `d_in`.
+
+    A width whose reduction is one block has one block at any number of tokens. Triton
+    then starts the sum from the bias; with several blocks it adds the bias at the end.
+    So both orders at one width would make a token's bits depend on its batch.
+    """
     if itemsize == 4:  # full float32 on the plain cores: small tiles, speed aside
         return EncodePlan(32, 32, (16, 32) if tokens > 16 else (16,), 4, 2, 2)
+    if tokens > 64:
+        return EncodePlan(128, LEAST_REDUCTION, (16, 64, 128), 4, 3, 2)
+    block_k = LEAST_REDUCTION if d_in <= MOST_REDUCTION else MOST_REDUCTION
     if tokens <= 16:
-        return EncodePlan(64, 128, (16,), 4, 4, 3)
-    if tokens <= 64:
-        return EncodePlan(64, 128, (16, 64), 4, 3, 2)
-    return EncodePlan(128, 64, (16, 64, 128), 4, 3, 2)
+        return EncodePlan(64, block_k, (16,), 4, 4, 3)
+    return EncodePlan(64, block_k, (16, 64), 4, 3, 2)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def encode(run: Run, base: int) -> None:
     weights = slot.weights
     item = weights.W_enc.element_size()
     rows = buffers.plan.rows
-    plan = plan_encode(rows, item)
+    plan = plan_encode(rows, item, weights.d_in)
     multiprocessors, has_tma, _ = device_facts(weights.W_enc.device)
     tma = has_tma and item == 2 and weights.d_in * item % 16 == 0
     operands, tiles = _operands(slot, buffers, plan, tma)
