@@ -145,11 +145,14 @@ class ModuleOptions:
 
     def over(self, layout: ModuleLayout) -> ModuleOptions:
         """With what the module's files state where the operator says nothing."""
-        named = ("skip_token_ids", "norm_guard", "reference_norm")
-        stated = {
-            name: getattr(layout, name) for name in named if getattr(self, name) is None
-        }
-        return replace(self, **stated)
+        found = self
+        if self.skip_token_ids is None:
+            found = replace(found, skip_token_ids=layout.skip_token_ids)
+        if self.norm_guard is None:
+            found = replace(found, norm_guard=layout.norm_guard)
+        if self.reference_norm is None:
+            found = replace(found, reference_norm=layout.reference_norm)
+        return found
 
 
 def inspect_files(
@@ -198,8 +201,11 @@ def _check_options(layout: ModuleLayout, options: ModuleOptions) -> None:
         )
     if any(type(i) is not int or i < 0 for i in ids or ()):
         raise LayoutError(f"skip_token_ids: expected token ids, found {ids!r}")
-    for name in ("norm_guard", "reference_norm"):
-        value = getattr(options, name)
+    numbers = {
+        "norm_guard": options.norm_guard,
+        "reference_norm": options.reference_norm,
+    }
+    for name, value in numbers.items():
         good = type(value) in (int, float) and 0 < value < math.inf
         if value is not None and not good:
             raise LayoutError(
