@@ -223,21 +223,21 @@ def measure(
 
 
 def profile(modes: list[Mode], batch: int) -> None:
-    """Print the kernels that a steered mode runs more than its idle engine.
+    """Print the kernels that a mode runs more than its baseline.
 
     Microseconds are of a step, on average; the first rank's.
     """
     tokens = 33
     found: dict[str, dict[str, tuple[int, float]]] = {}
     for mode in modes:
-        if mode.engine.failed or mode.name == "stock":
+        if mode.engine.failed:
             continue
         mode.engine.pipe.send(Profile(mode.module, batch, tokens))
         kernels = found[mode.name] = mode.engine.answer(PROFILE_S)
-        if mode.module is None:
+        if mode.baseline not in found:
             continue
-        idle = found[mode.baseline or ""]
-        print(f"-- batch {batch}, {mode.name}: us a step more than idle", flush=True)
+        idle = found[mode.baseline]
+        print(f"-- batch {batch}, {mode.name}: us a step more", flush=True)
         more = {
             name: (us - idle.get(name, (0, 0.0))[1]) / tokens
             for name, (_, us) in kernels.items()

@@ -6,7 +6,7 @@ from __future__ import annotations
 # The bearer key of the routes that change modules and presets; a secret.
 KEY_ENV = "VLLM_STEERING_API_KEY"
 # 1: ranks that share SAEs exchange through each other's memory where they can. Unset:
-# two ranks do. 0: none do.
+# two and four ranks do. 0: none do.
 PEER_MEMORY_ENV = "VLLM_STEERING_PEER_MEMORY"
 # 1: of the modules at a site, a CUDA graph runs those that have tokens.
 BRANCHES_ENV = "VLLM_STEERING_BRANCHES"
@@ -23,6 +23,6 @@ DIRECTORY_ENV = "VLLM_STEERING_DIRECTORY"
 def stores_unasked(ranks: int) -> bool:
     """Whether so many ranks use each other's memory if `PEER_MEMORY_ENV` is not set.
 
-    Engines of two have been compared with Hugging Face, engines of more have not.
+    Engines of two and of four have been compared with Hugging Face, others have not.
     """
-    return ranks == 2
+    return ranks in (2, 4)

@@ -22,10 +22,10 @@ SIZES = (2, 4, 6, 8)
 def ranks_store(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
     """Whether the ranks will share SAEs through each other's memory.
 
-    It takes two ranks or `VLLM_STEERING_PEER_MEMORY=1`, the extension, a model of 16
-    bits, and Hopper GPUs of one host, each joined with each by NVLink, with vLLM's
-    custom all-reduce. A worker looks again (`peer_allocator`): where it finds less, its
-    ranks gather.
+    It takes two or four ranks, or `VLLM_STEERING_PEER_MEMORY=1`, the extension, a model
+    of 16 bits, and Hopper GPUs of one host, each joined with each by NVLink, with
+    vLLM's custom all-reduce. A worker looks again (`peer_allocator`): where it finds
+    less, its ranks gather.
     """
     size = parallel.tensor_parallel_size
     if (

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,8 +79,36 @@ def test_a_refusal_is_one_line_without_the_names_of_other_files(
         inspector.inspect("m", str(tmp_path))
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+    assert "sae_lens, gemma_scope, " in str(error.value)
     with pytest.raises(ValueError, match="found a directory with secret.txt"):
         inspect_module("m", str(tmp_path))
+
+
+def test_an_unknown_format_is_answered_in_short_with_what_comes_close(
+    inspector: ModuleInspector, tmp_path: Path
+) -> None:
+    def message(ask: Callable[[str, str], object]) -> str:
+        with pytest.raises(ValueError, match="no known format") as error:
+            ask("m", str(tmp_path))
+        text = str(error.value).replace(str(tmp_path), "")
+        assert text.endswith(
+            "; docs/features/formats.md lists the files of each format"
+        )
+        assert len(text) < 350
+        return text
+
+    assert "found a directory with nothing, " in message(inspect_module)
+    (tmp_path / "cfg.json").write_text("{}")
+    assert (
+        message(inspect_module)
+        .partition("expected one of: ")[2]
+        .startswith(
+            "sae_lens (cfg.json and sae_weights.safetensors), "
+            "sparsify (cfg.json and sae.safetensors); "
+        )
+    )
+    # Who may not see the names learns nothing of them.
+    assert "cfg.json" not in message(inspector.inspect)
 
 
 def test_hashing_has_a_limit_on_time(

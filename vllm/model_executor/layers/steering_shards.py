@@ -160,9 +160,9 @@ def peer_allocator() -> Callable[[int], list[int]] | str:
     """How the ranks of the tensor-parallel group get memory that all can address; or
     why they do not.
 
-    More than two take `VLLM_STEERING_PEER_MEMORY=1`. vLLM's custom all-reduce must be
-    on: it needs the same of the GPUs, one host and access to each other's memory, and
-    has checked it.
+    Two and four need not ask, others take `VLLM_STEERING_PEER_MEMORY=1`. vLLM's custom
+    all-reduce must be on: it needs the same of the GPUs, one host and access to each
+    other's memory, and has checked it.
     """
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "the devices are not NVIDIA's"

@@ -128,13 +128,14 @@ def test_inspect_shows_memory_for_an_exchange_only_where_auto_shares(
     assert ("MiB more, once an engine" in said) == (auto == "shard")
 
 
-def test_inspect_says_what_more_than_two_ranks_take_to_store(
+def test_inspect_says_what_ranks_take_to_store(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     site = SiteInfo(2, HookPoint.POST_BLOCK, 5376, 131072, Activation.JUMPRELU)
     for tp, auto, room in (
         (2, "with VLLM_STEERING_PEER_MEMORY=0", "on GPUs"),
-        (4, "without VLLM_STEERING_PEER_MEMORY=1", "with VLLM_STEERING_PEER_MEMORY=1"),
+        (4, "with VLLM_STEERING_PEER_MEMORY=0", "on GPUs"),
+        (8, "without VLLM_STEERING_PEER_MEMORY=1", "with VLLM_STEERING_PEER_MEMORY=1"),
     ):
         show_ranks(ranks_of(site, tp), {})
         said = capsys.readouterr().out

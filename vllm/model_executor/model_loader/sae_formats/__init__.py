@@ -132,7 +132,7 @@ def recognise(location: Location) -> Format:
     """The format of the files at a location, or of all its subdirectories.
 
     Raises:
-        LayoutError: no known format; lists the known ones and what was found.
+        LayoutError: no known format; says what was found and what comes close.
     """
     for candidate in FORMATS:
         if candidate.matches(location):
@@ -140,10 +140,20 @@ def recognise(location: Location) -> Format:
     for candidate in FORMATS:
         if _children(candidate, location):
             return candidate
-    known = "; ".join(f"{f.name} ({f.files})" for f in FORMATS)
+    close = [f"{f.name} ({f.files})" for f in _closest(location)]
+    expected = ", ".join(close) or ", ".join(f.name for f in FORMATS)
     raise LayoutError(
-        f"no known format: found {location.listing()}; expected one of: {known}"
+        f"no known format: found {location.listing()}, expected one of: {expected}; "
+        "docs/features/formats.md lists the files of each format"
     )
+
+
+def _closest(location: Location) -> list[Format]:
+    """The formats of which one file is there; none where names are not shown."""
+    if not (location.listed and location.root.is_dir()):
+        return []
+    names = {path.name for path in location.entries() if "." in path.name}
+    return [f for f in FORMATS if names & set(f.files.split())]
 
 
 def _children(fmt: Format, location: Location) -> list[Location]:
