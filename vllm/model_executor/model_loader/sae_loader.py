@@ -206,8 +206,9 @@ def _check_options(layout: ModuleLayout, options: ModuleOptions) -> None:
         "reference_norm": options.reference_norm,
     }
     for name, value in numbers.items():
-        good = type(value) in (int, float) and 0 < value < math.inf
-        if value is not None and not good:
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise LayoutError(
                 f"{name}: expected a finite positive number, found {value!r}"
             )
