@@ -18,7 +18,8 @@ from steering_testing.pytest_process import run_pytest
 
 from tools.stub_torchvision import STUB, stub
 
-pytestmark = pytest.mark.engine
+# The process has several tests, each with a time limit of its own.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 TORCHVISION = Path(sys.prefix) / "torchvision"
 CASES = Path(__file__).with_name("multimodal_cases.py")
