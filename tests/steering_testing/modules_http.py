@@ -31,7 +31,12 @@ def save_modules(root: Path) -> Path:
 
 @contextmanager
 def steering_server(
-    model_root: Path, root: Path, log: Path, steering: dict[str, Any], *arguments: str
+    model_root: Path,
+    root: Path,
+    log: Path,
+    steering: dict[str, Any],
+    *arguments: str,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server that loads modules from `root` under the key of `KEY`."""
     length = 4096
@@ -44,7 +49,7 @@ def steering_server(
         json.dumps({"steering": {**steering, "module_roots": [str(root)]}}),
     ]  # fmt: skip
     model = models.save("llama", model_root)
-    environment = {"VLLM_PLUGINS": "steering"}
+    environment = {"VLLM_PLUGINS": "steering", **(environment or {})}
     with api_server(
         model, log, *options, *arguments, environment=environment
     ) as server:
