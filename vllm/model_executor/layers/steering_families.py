@@ -79,7 +79,8 @@ def refuse_unfit_layers(model: nn.Module) -> None:
         if why is not None and not type(module).__module__.startswith("transformers."):
             raise ValueError(
                 f"steering: {type(model).__name__} cannot be steered: found decoder "
-                f"layers of {class_name(module)}; {why}"
+                f"layers of {class_name(module)}; {why}. docs/features/models.md lists "
+                "the models that can be steered"
             )
 
 

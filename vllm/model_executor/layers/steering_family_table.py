@@ -202,22 +202,25 @@ FAMILIES: dict[str, LayerFamily] = {
     ),
 }
 
-_NOT_COMPARED = "its numbers could not be compared with Hugging Face's"
-_MAMBA_1 = f"vLLM's CPU build lacks the scan of Mamba-1, so {_NOT_COMPARED}"
-_SHORT_CONV = "vLLM's own answers differ from Hugging Face's on a CPU"
-_NEMOTRON_3 = f"vLLM's CPU build lacks its kind of experts, so {_NOT_COMPARED}"
-_NO_REFERENCE = f"Hugging Face Transformers has no such model, so {_NOT_COMPARED}"
-_STREAMS = "it carries several residual streams, and a point is one tensor"
-_LOOPS = "the model runs it several times for one token"
+_UNVERIFIED = "edits of such layers are not verified, because"
+_MAMBA_1 = f"{_UNVERIFIED} vLLM's CPU build lacks their kernel"
+_NEMOTRON_3 = f"{_UNVERIFIED} vLLM's CPU build lacks a kernel for their experts"
+_SHORT_CONV = (
+    f"{_UNVERIFIED} vLLM's own answers to a batch differ from Hugging Face's on a CPU"
+)
+_NO_REFERENCE = f"{_UNVERIFIED} Hugging Face Transformers has no such model"
+_STREAMS = "a layer carries several residual streams, and a point is one tensor"
+_SHARED = "the model's layers share one attention block"
+_LOOPS = "the model runs a layer several times for one token"
 
 # vLLM's decoder layers that cannot be steered, by the name of the class, and why. They
 # are refused under `decoder_layer: "auto"` too.
 UNFIT: dict[str, str] = {
-    "DbrxBlock": "its norms and its attention are one module",
+    "DbrxBlock": "a layer's norms and attention are one module",
     "DeepseekV4DecoderLayer": _STREAMS,
     "Gemma3nDecoderLayer": _STREAMS,
-    "HrmTextDecoderLayer": _LOOPS,
     "Glm5NextDecoderLayer": _STREAMS,
+    "HrmTextDecoderLayer": _LOOPS,
     "HYV4DecoderLayer": _STREAMS,
     "JambaAttentionDecoderLayer": _MAMBA_1,
     "JambaMambaDecoderLayer": _MAMBA_1,
@@ -230,7 +233,7 @@ UNFIT: dict[str, str] = {
     "NemotronHMoEDecoderLayer": _NEMOTRON_3,
     "Plamo3DecoderLayer": _NO_REFERENCE,
     "Qwen4ExpDecoderLayer": _STREAMS,
-    "Zamba2AttentionDecoderLayer": "its layers share one attention block",
-    "Zamba2HybridLayer": "its layers share one attention block",
-    "Zamba2MambaDecoderLayer": "its layers share one attention block",
+    "Zamba2AttentionDecoderLayer": _SHARED,
+    "Zamba2HybridLayer": _SHARED,
+    "Zamba2MambaDecoderLayer": _SHARED,
 }
