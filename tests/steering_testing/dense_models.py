@@ -47,7 +47,6 @@ DENSE_MODELS: dict[str, Callable[[], Any]] = {
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        tie_word_embeddings=False,
     ),
     "hyperclovax": config("HyperCLOVAXConfig", **COMMON, **HEAD),
 }
