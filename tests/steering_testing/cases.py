@@ -180,7 +180,6 @@ CASES = {
                 "falcon.FalconDecoderLayer",
                 ("attn_out", "mlp_out"),
             ),
-            ("BLOOM", "bloom", "bloom.BloomBlock", ()),
         )
     },
     **HYBRID_CASES,

@@ -38,15 +38,5 @@ DENSE_MODELS: dict[str, Callable[[], Any]] = {
     "falcon_sequential": config(
         "FalconConfig", **FALCON, multi_query=False, parallel_attn=False, bias=True
     ),
-    "bloom": config(
-        "BloomConfig",
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        n_layer=LAYERS,
-        n_head=2,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    ),
     "hyperclovax": config("HyperCLOVAXConfig", **COMMON, **HEAD),
 }

@@ -83,9 +83,6 @@ def point_of(layer: Any, hook: str) -> tuple[Any, bool]:
         return part(part(layer, ATTENTIONS), PROJECTIONS), False
     if hook == "mlp_in":
         return part(layer, MLPS), False
-    if type(layer).__name__ == "BloomBlock":  # its modules add the stream themselves
-        writes = (layer.mlp.dense_4h_to_h, layer.self_attention.dense)
-        return writes[hook == "attn_out"], True
     for mark, names in OUTPUT_NORMS.items():
         if hasattr(layer, mark):
             return getattr(layer, names[hook == "mlp_out"]), True

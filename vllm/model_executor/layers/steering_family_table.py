@@ -174,9 +174,6 @@ FAMILIES: dict[str, LayerFamily] = {
         projection=("dense",),
         reduces_late=True,
     ),
-    f"{MODELS}.bloom.BloomBlock": LayerFamily(
-        residual=None, attention=("self_attention",), projection=("dense",)
-    ),
     f"{MODELS}.apertus.ApertusDecoderLayer": LayerFamily(
         mid_norm="feedforward_layernorm"
     ),
@@ -205,9 +202,7 @@ FAMILIES: dict[str, LayerFamily] = {
 _UNVERIFIED = "edits of such layers are not verified, because"
 _MAMBA_1 = f"{_UNVERIFIED} vLLM's CPU build lacks their kernel"
 _NEMOTRON_3 = f"{_UNVERIFIED} vLLM's CPU build lacks a kernel for their experts"
-_SHORT_CONV = (
-    f"{_UNVERIFIED} vLLM's own answers to a batch differ from Hugging Face's on a CPU"
-)
+_SHORT_CONV = f"{_UNVERIFIED} vLLM's own answers differ from Hugging Face's on a CPU"
 _NO_REFERENCE = f"{_UNVERIFIED} Hugging Face Transformers has no such model"
 _STREAMS = "a layer carries several residual streams, and a point is one tensor"
 _SHARED = "the model's layers share one attention block"
