@@ -19,6 +19,12 @@ from torch import nn
 
 from vllm.config.steering_points import HookPoint
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.steering_hugging_face import (
+    HF_ATTENTIONS,
+    HF_PROJECTIONS,
+    HF_SCALES,
+    norms_of,
+)
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 MODELS = "vllm.model_executor.models"
@@ -175,11 +181,14 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
         ValueError: the model's decoder-layer class is not in the family table.
     """
     found: dict[int, DecoderLayer] = {}
+    searched = model
     if supports_multimodal(model):
         # Vision and audio towers have layers too.
-        model = model.get_language_model()
+        searched = model = model.get_language_model()
+        if _is_hugging_face(model):
+            searched = model.model.get_decoder()
     tp_size = get_tensor_model_parallel_world_size()
-    for name, module in decoder_layer_candidates(model):
+    for name, module in decoder_layer_candidates(searched):
         family = _family_of(model, module)
         if family is None:
             continue
@@ -223,42 +232,25 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     return hugging_face_family(module) if is_hf else None
 
 
-HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
-HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
-
-
 def hugging_face_family(module: nn.Module) -> LayerFamily | None:
     """The points of a layer that Hugging Face's own code runs, under vLLM's
-    Transformers backend; None for a module that is no decoder layer.
-
-    The names of its norms say where they stand: with `pre_feedforward_layernorm` the
-    sublayers' outputs are normed too (Gemma-2); with `post_feedforward_layernorm` alone
-    only they are (OLMo-2). A parallel block has no norm after attention is added.
-    """
-    parts = {name: part for name, part in module.named_children()}
-    if "mlp" not in parts or not parts.keys() & set(HF_ATTENTIONS):
+    Transformers backend; None for a module that is no decoder layer, and for a layer
+    with parts of its own, which may do anything to the stream."""
+    norms = norms_of(module)
+    if norms is None:
         return None
-    if "altup" in parts:
-        # Gemma-3n carries several streams.
-        return None
-    norms_outputs = "post_feedforward_layernorm" in parts
-    norms_input = "pre_feedforward_layernorm" in parts
-    mid_norm = next((n for n in ("post_attention_layernorm", "ln_2") if n in parts), "")
-    if norms_outputs:
-        mid_norm = "pre_feedforward_layernorm" if norms_input else ""
-    if vars(module).get("use_parallel_residual", False):
-        mid_norm = ""
+    parallel = vars(module).get("use_parallel_residual", False)
     return LayerFamily(
         residual=None,
-        mid_norm=mid_norm or None,
-        mlp_reads_stream=norms_outputs and not norms_input,
+        mid_norm=None if parallel else norms.mid,
+        mlp_reads_stream=norms.mid is None and norms.mlp is not None,
         attention=HF_ATTENTIONS,
         projection=HF_PROJECTIONS,
         # Gemma 4's experts stand beside the MLP and write with it.
-        mlp=None if "experts" in parts else "mlp",
-        attention_norm="post_attention_layernorm" if norms_outputs else None,
-        mlp_norm="post_feedforward_layernorm" if norms_outputs else None,
-        scale="residual_multiplier",
+        mlp=None if "experts" in dict(module.named_children()) else "mlp",
+        attention_norm=norms.attention,
+        mlp_norm=norms.mlp,
+        scale=next((name for name in HF_SCALES if name in vars(module)), None),
         gate="per_layer_input_gate",
     )
 

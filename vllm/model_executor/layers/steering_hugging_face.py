@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where Hugging Face's own decoder layers have their norms, by the norms' names."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
+HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
+# Factors for what sublayers write: Granite, MiniCPM, MiniMax.
+HF_SCALES = ("residual_multiplier", "residual_scale", "attn_beta_factor")
+# What Gemma 4 has beside attention, the MLP and their norms.
+BESIDE = {
+    "act_fn",
+    "experts",
+    "router",
+    "per_layer_input_gate",
+    "per_layer_projection",
+    "post_per_layer_input_norm",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm_1",
+    "post_feedforward_layernorm_2",
+}
+
+
+class Norms(NamedTuple):
+    """The norm that reads the stream between attention and MLP, and the norms that
+    read what attention and the MLP write."""
+
+    mid: str | None = None
+    attention: str | None = None
+    mlp: str | None = None
+
+
+INPUT, ATTENTION = "input_layernorm", "post_attention_layernorm"
+PRE_FF, POST_FF = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+PRE_MLP, POST_MLP = "pre_mlp_layernorm", "post_mlp_layernorm"
+POST_SELF = "post_self_attn_layernorm"
+# By all norms that a layer has.
+NORMS = {
+    frozenset({INPUT, ATTENTION}): Norms(ATTENTION),
+    frozenset({"ln_1", "ln_2"}): Norms("ln_2"),
+    # Parallel blocks.
+    frozenset({INPUT}): Norms(),
+    frozenset({"ln_1"}): Norms(),
+    # OLMo-2
+    frozenset({ATTENTION, POST_FF}): Norms(None, ATTENTION, POST_FF),
+    # Gemma-2
+    frozenset({INPUT, ATTENTION, PRE_FF, POST_FF}): Norms(PRE_FF, ATTENTION, POST_FF),
+    # GLM-4
+    frozenset({INPUT, ATTENTION, POST_SELF, POST_MLP}): Norms(
+        ATTENTION, POST_SELF, POST_MLP
+    ),
+    # AfMoE
+    frozenset({INPUT, ATTENTION, PRE_MLP, POST_MLP}): Norms(
+        PRE_MLP, ATTENTION, POST_MLP
+    ),
+    # VaultGemma
+    frozenset({INPUT, PRE_FF}): Norms(PRE_FF),
+    # Apertus
+    frozenset({"attention_layernorm", "feedforward_layernorm"}): Norms(
+        "feedforward_layernorm"
+    ),
+    # HyperCLOVA X
+    frozenset({INPUT, ATTENTION, "post_norm1", "post_norm2"}): Norms(
+        ATTENTION, "post_norm1", "post_norm2"
+    ),
+}
+
+
+def norms_of(layer: nn.Module) -> Norms | None:
+    """The norms of a layer with an attention module and an `mlp`; None if it has other
+    parts or parameters of its own, which may do anything to the stream."""
+    parts = {
+        name
+        for name, part in layer.named_children()
+        if not isinstance(part, nn.Dropout)
+    }
+    if "mlp" not in parts or not parts & set(HF_ATTENTIONS):
+        return None
+    if next(layer.parameters(recurse=False), None) is not None:
+        return None
+    return NORMS.get(frozenset(parts - {"mlp", *HF_ATTENTIONS} - BESIDE))
