@@ -184,9 +184,11 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     searched = model
     if supports_multimodal(model):
         # Vision and audio towers have layers too.
-        searched = model = model.get_language_model()
-        if _is_hugging_face(model):
-            searched = model.model.get_decoder()
+        searched = (
+            model.model.get_decoder()
+            if _is_hugging_face(model)
+            else model.get_language_model()
+        )
     tp_size = get_tensor_model_parallel_world_size()
     for name, module in decoder_layer_candidates(searched):
         family = _family_of(model, module)
