@@ -18,6 +18,8 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
+from steering_testing.hybrid_models import HYBRID_MODELS
+from steering_testing.moe_models import MOE_MODELS
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 
 pytestmark = pytest.mark.engine
@@ -34,7 +36,7 @@ MAX_TOKENS = 6
 HOW = {case.family: case for case in (*TRANSFORMERS_CASES.values(), *CASES.values())}
 EXACT = sorted(family for family, case in HOW.items() if case.tolerance is None)
 # Breadth: others of these have the same points.
-SLOW = {"gemma4", "gemma4_moe"}
+SLOW = {"gemma4", "gemma4_moe", *MOE_MODELS, *HYBRID_MODELS}
 
 
 def saes() -> dict[str, DenseSAE]:

@@ -9,7 +9,7 @@ import pytest
 from steering_testing import models
 from steering_testing.cases import CASES, LAST
 from steering_testing.engine import engine, params
-from steering_testing.read_conformance import POINTS, PROMPTS, TOLERANCE, reads_conform
+from steering_testing.read_conformance import POINTS, PROMPTS, reads_conform
 from steering_testing.reads import activations, assert_reads
 from steering_testing.reference import (
     random_sae,
@@ -73,6 +73,6 @@ def test_sublayers_and_transcoders_are_read(model_root: Path, tmp_path: Path) ->
                     expected,
                     first,
                     top_k=6,
-                    tolerance=TOLERANCE,
+                    tolerance=case.read_tolerance,
                     label=f"{name} at {site}",
                 )

@@ -52,7 +52,8 @@ NOT_IN_FLOAT16 = (
 BREADTH = [
     (name, dtype)
     for name in ALL_CASES
-    if not ALL_CASES[name].linear  # their caches have no blocks of this size
+    # The caches of the others have no blocks of this size.
+    if not (ALL_CASES[name].linear or ALL_CASES[name].recurrent)
     for dtype in ("float32", "bfloat16", "float16")
     if dtype != "float16" or name not in NOT_IN_FLOAT16
 ]
@@ -61,11 +62,11 @@ QUICK = [("llama", "bfloat16"), ("gpt2", "float16")]
 
 def stream_sites(case: Case | None = None) -> list[Site]:
     """One site of every hook of the stream that the family has."""
-    return [at for at in SITES if case is None or at[1] in case.hooks]
+    return [at for at in SITES if case is None or at[1] in case.hooks_of(at[0])]
 
 
 def inner_sites(case: Case) -> list[Site]:
-    return [at for at in INNER if at[1] in case.hooks]
+    return [at for at in INNER if at[1] in case.hooks_of(at[0])]
 
 
 def modules(case: Case | None = None, inner: bool = False) -> Modules:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from steering_testing import models
 from steering_testing.cases import AUTO_CASES, CASES
 from steering_testing.conformance import conforms, site_modules
@@ -53,7 +52,7 @@ def test_an_unknown_decoder_class_is_refused_at_start_up(
     message = start(models.save("stablelm", model_root), tmp_path)
     assert "StablelmDecoderLayer" in message
     assert "To add one" in message and "--steering-decoder-layer auto" in message
-    assert "steering_families.py" in message
+    assert "steering_family_table.py" in message
     for known in FAMILIES:
         assert known in message
 
@@ -76,16 +75,10 @@ def test_auto_compiles_as_the_table_does(model_root: Path, tmp_path: Path) -> No
 
 @pytest.mark.engine
 def test_auto_refuses_a_class_that_scales_what_its_sublayers_write(
-    tmp_path: Path,
+    model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = transformers.GraniteMoeConfig(
-        **models.COMMON,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        residual_multiplier=0.9,
-    )
-    path = tmp_path / "granitemoe"
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    monkeypatch.delitem(FAMILIES, CASES["granitemoe"].layer_class)
+    path = models.save("granitemoe", model_root)
     message = start(path, tmp_path, decoder_layer="auto")
     assert "GraniteMoeDecoderLayer" in message and "at layer 0" in message
     assert "not the one it was given plus what attention and the MLP wrote" in message

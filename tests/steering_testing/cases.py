@@ -6,65 +6,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from steering_testing import models
-from steering_testing.requests import Site
+from steering_testing.case import LAST, RESIDUAL, SUBLAYER, Case
+from steering_testing.hybrid_cases import HYBRID_CASES
 
 from vllm.model_executor.layers.steering_families import MODELS
 
-LAST = models.LAYERS - 1
-RESIDUAL = ("pre_attn", "post_attn", "post_block")
-SUBLAYER = ("attn_z", "attn_out", "mlp_in", "mlp_out")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model, and the class of the decoder layer that runs it.
-
-    `title` names the checkpoints that the class runs. `lacks` are the points that its
-    layers do not have; `z` is the width of `attn_z`. `linear` are the layers with
-    linear attention, which have no `attn_z`. `environment` is set for the engine.
-    `tolerance` is that of log-probabilities where arithmetic is not exact; with it, a
-    token may be any that is as likely within it. None: equal tokens, within 1e-4.
-    """
-
-    title: str
-    family: str
-    layer_class: str
-    options: tuple[tuple[str, Any], ...] = ()
-    lacks: tuple[str, ...] = ()
-    z: int = models.HIDDEN
-    linear: tuple[int, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
-    tolerance: float | None = None
-
-    @property
-    def hooks(self) -> list[str]:
-        return [hook for hook in (*RESIDUAL, *SUBLAYER) if hook not in self.lacks]
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the engine computes in bfloat16."""
-        return ("dtype", "bfloat16") in self.options
-
-    def hooks_of(self, layer: int) -> list[str]:
-        return [h for h in self.hooks if h != "attn_z" or layer not in self.linear]
-
-    def sites(self) -> list[Site]:
-        """Residual points of three layers, the others of two."""
-        return [
-            (layer, hook)
-            for layer in (0, 1, LAST)
-            for hook in self.hooks_of(layer)
-            if hook in RESIDUAL or layer > 0
-        ]
-
-    def width(self, hook: str) -> int:
-        return self.z if hook == "attn_z" else models.HIDDEN
-
-
+__all__ = ["LAST", "RESIDUAL", "SUBLAYER", "Case"]
 BFLOAT16 = (("dtype", "bfloat16"),)
 # What the rounding of activations moves a tiny model's log-probabilities by.
 BFLOAT16_TOLERANCE = 5e-2
@@ -151,6 +98,68 @@ CASES = {
         tolerance=BFLOAT16_TOLERANCE,
     ),
     "llama4": Case("Llama 4 (text)", "llama4", f"{MODELS}.llama4.Llama4DecoderLayer"),
+    "glm4_moe_lite": Case(
+        "GLM-4.7-Flash",
+        "glm4_moe_lite",
+        f"{MODELS}.glm4_moe_lite.Glm4MoeLiteDecoderLayer",
+        z=128,
+        environment=(("VLLM_MLA_DISABLE", "1"),),
+        read_tolerance=1e-4,
+    ),
+    **{
+        name: Case(title, name, f"{MODELS}.{layer}", lacks=lacks)
+        for title, name, layer, lacks in (
+            (
+                "Granite 3 MoE",
+                "granitemoe",
+                "granitemoe.GraniteMoeDecoderLayer",
+                ("attn_out", "mlp_out"),
+            ),
+            (
+                "Granite MoE with a shared MLP",
+                "granitemoeshared",
+                "granitemoeshared.GraniteMoeSharedDecoderLayer",
+                ("attn_out", "mlp_in", "mlp_out"),
+            ),
+            (
+                "Granite MoE with sliding windows",
+                "granitemoe_swa",
+                "granitemoeshared.GraniteMoeSharedDecoderLayer",
+                ("attn_out", "mlp_in", "mlp_out"),
+            ),
+            (
+                "Granite with sliding windows",
+                "granite_swa",
+                "granite.GraniteDecoderLayer",
+                ("attn_out", "mlp_out"),
+            ),
+            (
+                "Command-R7B, Command-A",
+                "cohere2",
+                "commandr.CohereDecoderLayer",
+                ("post_attn",),
+            ),
+            (
+                "Command-A MoE",
+                "cohere2_moe",
+                "cohere2_moe.Cohere2MoeDecoderLayer",
+                ("post_attn",),
+            ),
+            (
+                "Ernie 4.5 MoE",
+                "ernie4_5_moe",
+                "ernie45_moe.Ernie4_5_MoeDecoderLayer",
+                (),
+            ),
+            (
+                "K-Exaone (MoE)",
+                "exaone_moe",
+                "exaone_moe.ExaoneMoeDecoderLayer",
+                (),
+            ),
+        )
+    },
+    **HYBRID_CASES,
 }
 # In tests/gpu/test_families_gpu.py.
 GPU_CASES = {

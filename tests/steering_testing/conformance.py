@@ -46,7 +46,7 @@ def site_modules(case: Case) -> Modules:
     transcoder = {
         (layer, "mlp_in"): random_transcoder(40, kinds[layer], 50 + layer, layer == 1)
         for layer in (1, LAST)
-        if "mlp_out" not in case.lacks
+        if {"mlp_in", "mlp_out"} <= set(case.hooks_of(layer))
     }
     for one in (*sae.values(), *transcoder.values()):
         if case.rounds:
@@ -131,7 +131,7 @@ def conforms(case: Case, model_root: Path, tmp_path: Path, **options: Any) -> No
         for at, layer in runner(llm).steering.modules.layers.items():
             assert [hook.value for hook in points_of(layer)] == case.hooks_of(at)
         found = generate(llm, prompts, sampling)
-        assert steered_classes(llm) == {case.layer_class}
+        assert steered_classes(llm) == case.classes
     for ids, asks, result in zip(prompts, asked, found, strict=True):
         compare(case, modules, ids, asks, result)
 

@@ -10,92 +10,38 @@ from typing import Any
 
 import torch
 import transformers
+from steering_testing.hybrid_models import HYBRID_MODELS
+from steering_testing.moe_models import MOE_MODELS
+from steering_testing.sizes import (
+    BOS,
+    COMMON,
+    DEEPSEEK,
+    EOS,
+    GEMMA,
+    GEMMA_4,
+    HEAD,
+    HIDDEN,
+    LAYERS,
+    LINEAR,
+    MOE,
+    PAD,
+    SPECIAL,
+    VOCAB,
+    config,
+)
 
-HIDDEN, LAYERS, VOCAB = 64, 3, 128
-BOS, EOS, PAD = 1, 2, 0
-# What an engine bypasses by default.
-SPECIAL = (BOS, EOS, PAD)
-
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-    "tie_word_embeddings": False,
-}
-HEAD = {"head_dim": 32}
-GEMMA = {
-    **COMMON,
-    **HEAD,
-    "query_pre_attn_scalar": 32,
-    "sliding_window": 32,
-    "tie_word_embeddings": True,
-}
-# Heads of full attention are wider; the last layer reads the keys of the one before it.
-GEMMA_4 = {
-    **{k: v for k, v in GEMMA.items() if k != "query_pre_attn_scalar"},
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-    "global_head_dim": 64,
-    "num_kv_shared_layers": 1,
-}
-MOE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "decoder_sparse_step": 1,
-    "norm_topk_prob": True,
-}
-# The CPU kernel for rotary embeddings turns the first head alone of a tensor
-# `[T, heads, D]`, so DeepSeek has one head; the kernels for latent attention know the
-# published ranks only.
-DEEPSEEK = {
-    **COMMON,
-    "num_attention_heads": 1,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 24,
-    "head_dim": 64,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 48,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-LINEAR = {
-    **COMMON,
-    **HEAD,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-}
-
-
-def _config(name: str, **values: Any) -> Callable[[], Any]:
-    return lambda: getattr(transformers, name)(**values)
-
+__all__ = ["BOS", "COMMON", "EOS", "HIDDEN", "LAYERS", "PAD", "SPECIAL", "VOCAB"]
 
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "gemma2": _config("Gemma2Config", **GEMMA),
-    "gemma3": _config("Gemma3TextConfig", **GEMMA),
-    "gemma4": _config(
+    "gemma2": config("Gemma2Config", **GEMMA),
+    "gemma3": config("Gemma3TextConfig", **GEMMA),
+    "gemma4": config(
         "Gemma4TextConfig",
         **GEMMA_4,
         hidden_size_per_layer_input=16,
         vocab_size_per_layer_input=VOCAB,
     ),
-    "gemma4_moe": _config(
+    "gemma4_moe": config(
         "Gemma4TextConfig",
         **GEMMA_4,
         hidden_size_per_layer_input=0,
@@ -104,17 +50,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         top_k_experts=2,
         moe_intermediate_size=48,
     ),
-    "llama": _config("LlamaConfig", **COMMON, **HEAD),
-    "mistral": _config("MistralConfig", **COMMON, **HEAD, sliding_window=None),
-    "qwen2": _config("Qwen2Config", **COMMON),
+    "llama": config("LlamaConfig", **COMMON, **HEAD),
+    "mistral": config("MistralConfig", **COMMON, **HEAD, sliding_window=None),
+    "qwen2": config("Qwen2Config", **COMMON),
     # Its attention is wider than the stream: z is [T, 128].
-    "qwen3": _config("Qwen3Config", **{**COMMON, **HEAD, "num_attention_heads": 4}),
-    "qwen3_moe": _config("Qwen3MoeConfig", **COMMON, **HEAD, **MOE),
-    "phi3": _config("Phi3Config", **COMMON),
-    "qwen2_moe": _config(
+    "qwen3": config("Qwen3Config", **{**COMMON, **HEAD, "num_attention_heads": 4}),
+    "qwen3_moe": config("Qwen3MoeConfig", **COMMON, **HEAD, **MOE),
+    "phi3": config("Phi3Config", **COMMON),
+    "qwen2_moe": config(
         "Qwen2MoeConfig", **COMMON, **MOE, shared_expert_intermediate_size=48
     ),
-    "gpt_oss": _config(
+    "gpt_oss": config(
         "GptOssConfig",
         **{**COMMON, "intermediate_size": 64},
         **HEAD,
@@ -122,7 +68,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
         sliding_window=32,
     ),
-    "gpt2": _config(
+    "gpt2": config(
         "GPT2Config",
         vocab_size=VOCAB,
         n_embd=HIDDEN,
@@ -133,15 +79,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         eos_token_id=EOS,
         pad_token_id=PAD,
     ),
-    "gemma": _config("GemmaConfig", **COMMON, **HEAD),
-    "mixtral": _config(
+    "gemma": config("GemmaConfig", **COMMON, **HEAD),
+    "mixtral": config(
         "MixtralConfig", **COMMON, **HEAD, num_local_experts=4, num_experts_per_tok=2
     ),
-    "olmoe": _config(
+    "olmoe": config(
         "OlmoeConfig",
         **{**COMMON, **MOE, "num_key_value_heads": 2, "norm_topk_prob": False},
     ),
-    "granite": _config(
+    "granite": config(
         "GraniteConfig",
         **COMMON,
         residual_multiplier=0.6,
@@ -149,7 +95,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         embedding_multiplier=2.0,
         logits_scaling=1.5,
     ),
-    "opt": _config(
+    "opt": config(
         "OPTConfig",
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -163,7 +109,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         eos_token_id=EOS,
         pad_token_id=PAD,
     ),
-    "gptj": _config(
+    "gptj": config(
         "GPTJConfig",
         vocab_size=VOCAB,
         n_embd=HIDDEN,
@@ -176,10 +122,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         pad_token_id=PAD,
         tie_word_embeddings=False,
     ),
-    "cohere": _config("CohereConfig", **{**COMMON, "tie_word_embeddings": True}),
-    "exaone4": _config("Exaone4Config", **COMMON, **HEAD, sliding_window=32),
-    "glm4": _config("Glm4Config", **COMMON, **HEAD),
-    "glm4_moe": _config(
+    "cohere": config("CohereConfig", **{**COMMON, "tie_word_embeddings": True}),
+    "exaone4": config("Exaone4Config", **COMMON, **HEAD, sliding_window=32),
+    "glm4": config("Glm4Config", **COMMON, **HEAD),
+    "glm4_moe": config(
         "Glm4MoeConfig",
         **COMMON,
         **HEAD,
@@ -191,8 +137,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         n_group=1,
         topk_group=1,
     ),
-    "apertus": _config("ApertusConfig", **COMMON),
-    "llama4": _config(
+    "apertus": config("ApertusConfig", **COMMON),
+    "llama4": config(
         "Llama4TextConfig",
         **COMMON,
         **HEAD,
@@ -202,22 +148,22 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         interleave_moe_layer_step=2,
         attention_chunk_size=128,
     ),
-    "deepseek_v2": _config("DeepseekV2Config", **DEEPSEEK),
-    "deepseek_v3": _config(
+    "deepseek_v2": config("DeepseekV2Config", **DEEPSEEK),
+    "deepseek_v3": config(
         "DeepseekV3Config",
         **DEEPSEEK,
         topk_method="noaux_tc",
         scoring_func="sigmoid",
         norm_topk_prob=True,
     ),
-    "qwen3_next": _config(
+    "qwen3_next": config(
         "Qwen3NextConfig",
         **LINEAR,
         **{**MOE, "num_experts_per_tok": 4},
         shared_expert_intermediate_size=48,
     ),
-    "qwen3_5": _config("Qwen3_5TextConfig", **LINEAR),
-    "minimax_m2": _config(
+    "qwen3_5": config("Qwen3_5TextConfig", **LINEAR),
+    "minimax_m2": config(
         "MiniMaxM2Config",
         **COMMON,
         **HEAD,
@@ -229,7 +175,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     # vLLM routes by sigmoid on a GPU alone. With one expert a token both scores choose
     # the same one, with weight 1.
-    "minimax_m2_softmax": _config(
+    "minimax_m2_softmax": config(
         "MiniMaxM2Config",
         **COMMON,
         **HEAD,
@@ -240,11 +186,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=1,
     ),
     # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
-    "stablelm": _config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
-    "nemotron": _config("NemotronConfig", **COMMON, **HEAD),
-    "olmo2": _config("Olmo2Config", **COMMON),
-    "phi": _config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
-    "gpt_neox": _config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
+    "stablelm": config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
+    "nemotron": config("NemotronConfig", **COMMON, **HEAD),
+    "olmo2": config("Olmo2Config", **COMMON),
+    "phi": config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
+    "gpt_neox": config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
+    **MOE_MODELS,
+    **HYBRID_MODELS,
 }
 
 
@@ -261,11 +209,11 @@ BIASED: set[str] = set()
 def build(family: str, seed: int = 0) -> Any:
     """The Hugging Face model of a family, random and in float32, ready to run."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    made = FAMILIES[family]()
     auto = transformers.AutoModelForCausalLM
-    if "vision_config" in config.sub_configs:
+    if "vision_config" in made.sub_configs:
         auto = transformers.AutoModelForImageTextToText
-    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = auto.from_config(made, dtype=torch.float32, attn_implementation="eager")
     # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head. If they
     # were as large as the others', no edit would change an answer.
     embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)

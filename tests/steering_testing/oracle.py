@@ -24,15 +24,16 @@ class Greedy:
     logprobs: list[float]
 
 
-ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
+ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn", "mixer")
 PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
-MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "mixer")
 MID_NORMS = (
     "pre_feedforward_layernorm",
     "feedforward_layernorm",
     "post_attention_layernorm",
     "ln_2",
     "final_layer_norm",
+    "pre_ff_layernorm",
 )
 # Norms of what a sublayer writes, by a norm that only such layers have.
 OUTPUT_NORMS = {
@@ -47,8 +48,8 @@ OUTPUT_NORMS = {
 def part(owner: Any, names: tuple[str, ...]) -> Any:
     """The first of these parts that a module has."""
     for name in names:
-        if hasattr(owner, name):
-            return getattr(owner, name)
+        if (found := getattr(owner, name, None)) is not None:
+            return found
     raise AssertionError(f"{type(owner).__name__} has none of {names}")
 
 

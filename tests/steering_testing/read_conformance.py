@@ -18,8 +18,6 @@ Saes = dict[Site, DenseSAE]
 Edits = dict[Site, list[Edit]]
 
 POINTS = [(0, "pre_attn"), (1, "post_attn"), (2, "post_block")]
-# Of a float32 model.
-TOLERANCE = 1e-5
 # Of 96 features, those that rounding may move over 0.
 ROUNDED_FLIPS = 9
 PROMPTS = [[5, 9, 33, 71, 12], [models.BOS, 40, 41, 7]]
@@ -44,7 +42,7 @@ def check(output: Any, case: Case, saes: Saes, edits: Edits) -> None:
     """Each point's record is what Hugging Face shows there."""
     prompt, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
     seen = activations(models.build(case.family), prompt, answer, saes, edits)
-    wanted: Any = {"top_k": 6, "tolerance": case.tolerance or TOLERANCE}
+    wanted: Any = {"top_k": 6, "tolerance": case.tolerance or case.read_tolerance}
     if case.rounds:
         wanted["flips"] = ROUNDED_FLIPS
     n = len(prompt)
@@ -60,7 +58,7 @@ def check(output: Any, case: Case, saes: Saes, edits: Edits) -> None:
 def reads_conform(case: Case, model_root: Path, tmp_path: Path) -> None:
     """Every point reads what Hugging Face shows: alone, and with steering at earlier
     points and at the same one."""
-    sites = [site for site in POINTS if site[1] not in case.lacks]
+    sites = [site for site in POINTS if site[1] in case.hooks_of(site[0])]
     sae = sae_of(case)
     modules = Modules({"sae": {site: sae for site in sites}})
     read = [{"module_name": "sae", "top_k": 6}]

@@ -132,7 +132,7 @@ def _plain(path: str, value: object, info: mi.Type, expected: str | None) -> obj
         return _plain_union(path, value, info, expected)
     for scalar in (value, _scalar(value, info)):
         if _takes(info, scalar):
-            return scalar
+            return _number(scalar, info)
     raise bad(path, value, expected or _describe(info))
 
 
@@ -216,7 +216,7 @@ def _plain_union(
     for kind in left:
         for scalar in (value, _scalar(value, _bare(kind))):
             if _takes(_bare(kind), scalar):
-                return scalar
+                return _number(scalar, _bare(kind))
     raise bad(path, value, expected or " or ".join(_describe(kind) for kind in left))
 
 
@@ -251,6 +251,12 @@ def _scalar(value: object, info: mi.Type) -> object:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         pass  # the caller refuses the value as it is
     return value
+
+
+def _number(value: object, info: mi.Type) -> object:
+    """A scalar that `info` takes; integers of any size are numbers."""
+    is_number = isinstance(info, mi.FloatType) and isinstance(value, int)
+    return float(value) if is_number else value  # type: ignore[arg-type]
 
 
 def _takes(info: mi.Type, value: object) -> bool:

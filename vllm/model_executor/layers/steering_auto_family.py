@@ -321,5 +321,5 @@ def _refusal(layer: DecoderLayer, wrong: str) -> ValueError:
     return ValueError(
         f"steering: decoder_layer auto: {class_name(layer.module)} was taken for a "
         f"layer whose stream is {stream}, and at layer {layer.index} {wrong}; its "
-        "points must be named in vllm/model_executor/layers/steering_families.py"
+        "points must be named in vllm/model_executor/layers/steering_family_table.py"
     )

@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the points are in each decoder-layer class.
-
-vLLM splits the residual stream into `hidden + residual` and fuses the addition into the
-next norm. For a layer that returns such a pair, `post_block` is the returned pair,
-`pre_attn` is the pair that the layer gets (before its input norm), and `post_attn` is
-the pair that enters the norm before the MLP. Single-stream layers pass one tensor. The
-other points are inputs and outputs of the layer's attention and MLP modules.
-"""
+"""Finds the decoder layers of a model, and says which points each of them has."""
 
 from __future__ import annotations
 
@@ -19,137 +12,14 @@ from torch import nn
 
 from vllm.config.steering_points import HookPoint
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.steering_hugging_face import (
-    HF_ATTENTIONS,
-    HF_PROJECTIONS,
-    HF_SCALES,
-    norms_of,
+from vllm.model_executor.layers.steering_family_table import (
+    FAMILIES,
+    MODELS,
+    UNFIT,
+    LayerFamily,
 )
+from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
 from vllm.model_executor.models.interfaces import supports_multimodal
-
-MODELS = "vllm.model_executor.models"
-
-
-@dataclass(frozen=True)
-class LayerFamily:
-    """The points of one decoder-layer class. All strings are attribute names.
-
-    Attributes:
-        hidden: the forward parameter that carries the stream.
-        residual: the parameter with the stream's other summand; None for a
-            single-stream layer, which may still return a tuple.
-        mid_norm: the norm between attention and MLP; None where there is none.
-        mid_norm_if: a flag of the layer. If it is false, the norm is at another place.
-        mlp_reads_stream: the MLP reads the stream without a norm, so its input is the
-            `post_attn` point.
-        attention: the attention module; the first of these that the layer has.
-        projection: attention's output projection; the first that attention has.
-        mlp: the MLP module; None where it is not a module of its own.
-        mlp_unless: a flag of the layer. If it is true, something beside the MLP writes
-            with it, so the MLP is not the whole sublayer.
-        attention_norm, mlp_norm: the norm that reads what the sublayer writes, before
-            it is added to the stream.
-        scale: the layer's factor for what a sublayer writes, or a flag that there is
-            one. A layer whose factor is not 1 has no `attn_out` and no `mlp_out`.
-        gate: a linear layer that reads the stream without a norm, if the layer has one.
-        scales_float16: in float16 the layer keeps a multiple of the stream, so it has
-            none of the points.
-        reduces_late: under tensor parallelism, the layer adds up the sublayers' outputs
-            before it reduces over ranks, so no rank ever has `attn_out` or `mlp_out`.
-    """
-
-    hidden: str = "hidden_states"
-    residual: str | None = "residual"
-    mid_norm: str | None = "post_attention_layernorm"
-    mid_norm_if: str | None = None
-    mlp_reads_stream: bool = False
-    attention: tuple[str, ...] = ("self_attn",)
-    projection: tuple[str, ...] = ("o_proj",)
-    mlp: str | None = "mlp"
-    mlp_unless: str | None = None
-    attention_norm: str | None = None
-    mlp_norm: str | None = None
-    scale: str | None = None
-    gate: str | None = None
-    scales_float16: bool = False
-    reduces_late: bool = False
-
-
-PAIR = LayerFamily()
-GEMMA = LayerFamily(
-    mid_norm="pre_feedforward_layernorm",
-    attention_norm="post_attention_layernorm",
-    mlp_norm="post_feedforward_layernorm",
-)
-
-QWEN3_NEXT = LayerFamily(attention=("self_attn", "linear_attn"), scale="layer_scale")
-
-# To add a family: find the points in the layer's forward, add a line, and add the
-# model to the conformance tests (tests/models/test_steering_sites.py).
-FAMILIES: dict[str, LayerFamily] = {
-    f"{MODELS}.gemma2.Gemma2DecoderLayer": GEMMA,
-    f"{MODELS}.gemma3.Gemma3DecoderLayer": GEMMA,
-    f"{MODELS}.gemma4.Gemma4DecoderLayer": LayerFamily(
-        residual=None,
-        mid_norm="pre_feedforward_layernorm",
-        projection=(),  # its width differs between the layers
-        mlp_unless="enable_moe_block",
-        attention_norm="post_attention_layernorm",
-        mlp_norm="post_feedforward_layernorm",
-        gate="per_layer_input_gate",
-    ),
-    f"{MODELS}.llama.LlamaDecoderLayer": PAIR,  # also Phi-3
-    f"{MODELS}.mistral.MistralDecoderLayer": PAIR,
-    f"{MODELS}.qwen2.Qwen2DecoderLayer": PAIR,
-    f"{MODELS}.qwen2_moe.Qwen2MoeDecoderLayer": PAIR,
-    f"{MODELS}.qwen3.Qwen3DecoderLayer": PAIR,
-    f"{MODELS}.qwen3_moe.Qwen3MoeDecoderLayer": PAIR,
-    f"{MODELS}.qwen3_vl.Qwen3VLDecoderLayer": PAIR,
-    f"{MODELS}.qwen3_vl_moe.Qwen3VLMoeDecoderLayer": PAIR,
-    f"{MODELS}.gpt_oss.TransformerBlock": LayerFamily(attention=("attn",)),
-    f"{MODELS}.gpt2.GPT2Block": LayerFamily(
-        residual=None, mid_norm="ln_2", attention=("attn",), projection=("c_proj",)
-    ),
-    f"{MODELS}.gemma.GemmaDecoderLayer": PAIR,
-    f"{MODELS}.mixtral.MixtralDecoderLayer": LayerFamily(mlp="block_sparse_moe"),
-    f"{MODELS}.minimax_m2.MiniMaxM2DecoderLayer": LayerFamily(mlp="block_sparse_moe"),
-    f"{MODELS}.olmoe.OlmoeDecoderLayer": PAIR,
-    f"{MODELS}.granite.GraniteDecoderLayer": LayerFamily(
-        residual=None, scale="residual_multiplier"
-    ),
-    f"{MODELS}.opt.OPTDecoderLayer": LayerFamily(
-        residual=None,
-        mid_norm="final_layer_norm",
-        mid_norm_if="do_layer_norm_before",
-        projection=("out_proj",),
-        mlp=None,
-    ),
-    f"{MODELS}.gpt_j.GPTJBlock": LayerFamily(
-        residual=None, mid_norm=None, attention=("attn",), projection=("out_proj",)
-    ),
-    # Returns a pair whose second part the next layer does not read.
-    f"{MODELS}.commandr.CohereDecoderLayer": LayerFamily(
-        residual=None, mid_norm=None, reduces_late=True
-    ),
-    f"{MODELS}.exaone4.Exaone4DecoderLayer": LayerFamily(
-        residual=None,
-        mid_norm=None,
-        mlp_reads_stream=True,
-        attention_norm="post_attention_layernorm",
-        mlp_norm="post_feedforward_layernorm",
-    ),
-    f"{MODELS}.glm4.Glm4DecoderLayer": LayerFamily(
-        attention_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"
-    ),
-    f"{MODELS}.glm4_moe.Glm4MoeDecoderLayer": PAIR,
-    f"{MODELS}.apertus.ApertusDecoderLayer": LayerFamily(
-        mid_norm="feedforward_layernorm"
-    ),
-    f"{MODELS}.qwen3_next.Qwen3NextDecoderLayer": QWEN3_NEXT,
-    f"{MODELS}.qwen3_5.Qwen3_5DecoderLayer": QWEN3_NEXT,
-    f"{MODELS}.deepseek_v2.DeepseekV2DecoderLayer": LayerFamily(scales_float16=True),
-    f"{MODELS}.llama4.Llama4DecoderLayer": LayerFamily(mlp="feed_forward"),
-}
 
 
 @dataclass(frozen=True)
@@ -178,17 +48,18 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     """This rank's decoder layers by global index.
 
     Raises:
-        ValueError: the model's decoder-layer class is not in the family table.
+        ValueError: the model's decoder-layer class is not in the family table, or is
+            known to be unfit.
     """
     found: dict[int, DecoderLayer] = {}
+    refuse_unfit_layers(model)
     searched = model
     if supports_multimodal(model):
         # Vision and audio towers have layers too.
-        searched = (
-            model.model.get_decoder()
-            if _is_hugging_face(model)
-            else model.get_language_model()
-        )
+        if _is_hugging_face(model):
+            searched = model.model.get_decoder()
+        else:
+            searched = model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
     for name, module in decoder_layer_candidates(searched):
         family = _family_of(model, module)
@@ -204,6 +75,17 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
     if not found:
         raise ValueError(_unknown_family(model))
     return found
+
+
+def refuse_unfit_layers(model: nn.Module) -> None:
+    """Raise ValueError if one of vLLM's layers in the model is known to be unfit."""
+    for _, module in decoder_layer_candidates(model):
+        why = UNFIT.get(type(module).__name__)
+        if why is not None and not type(module).__module__.startswith("transformers."):
+            raise ValueError(
+                f"steering: {type(model).__name__} cannot be steered: found decoder "
+                f"layers of {class_name(module)}; {why}"
+            )
 
 
 # Families that `decoder_layer: "auto"` has checked, by the model.
@@ -234,29 +116,6 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     return hugging_face_family(module) if is_hf else None
 
 
-def hugging_face_family(module: nn.Module) -> LayerFamily | None:
-    """The points of a layer that Hugging Face's own code runs, under vLLM's
-    Transformers backend; None for a module that is no decoder layer, and for a layer
-    with parts of its own, which may do anything to the stream."""
-    norms = norms_of(module)
-    if norms is None:
-        return None
-    parallel = vars(module).get("use_parallel_residual", False)
-    return LayerFamily(
-        residual=None,
-        mid_norm=None if parallel else norms.mid,
-        mlp_reads_stream=norms.mid is None and norms.mlp is not None,
-        attention=HF_ATTENTIONS,
-        projection=HF_PROJECTIONS,
-        # Gemma 4's experts stand beside the MLP and write with it.
-        mlp=None if "experts" in dict(module.named_children()) else "mlp",
-        attention_norm=norms.attention,
-        mlp_norm=norms.mlp,
-        scale=next((name for name in HF_SCALES if name in vars(module)), None),
-        gate="per_layer_input_gate",
-    )
-
-
 def _is_hugging_face(model: nn.Module) -> bool:
     """Whether vLLM's Transformers backend runs the model."""
     backend = f"{MODELS}.transformers."
@@ -272,7 +131,7 @@ def _unknown_family(model: nn.Module) -> str:
         f"{layers or sorted(classes)}; known are {known}, and models run by the "
         "Transformers backend (--model-impl transformers). With "
         "--steering-decoder-layer auto, others are tried and checked. To add one, name "
-        "its points in vllm/model_executor/layers/steering_families.py"
+        "its points in vllm/model_executor/layers/steering_family_table.py"
     )
 
 
@@ -299,7 +158,8 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
     attention = first(layer.module, *family.attention)
     flags = vars(layer.module)
     has_norm = family.mid_norm_if is None or flags[family.mid_norm_if]
-    has_mlp = family.mlp_unless is None or not flags[family.mlp_unless]
+    beside = family.mlp_unless
+    has_mlp = not (flags.get(beside or "") or first(layer.module, beside))
     return LayerParts(
         mid_norm=first(layer.module, family.mid_norm) if has_norm else None,
         attention=attention,
@@ -348,6 +208,8 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
         if family.reduces_late and layer.tp_size > 1:
             return "under tensor parallelism the ranks add it up after the block"
     if hook is HookPoint.ATTN_OUT:
+        if family.attention_beside is not None:
+            return f"{family.attention_beside} writes to the stream beside attention"
         return None if parts.attention else "no known attention module"
     if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         return None if parts.mlp else "no module of its own is the whole MLP"

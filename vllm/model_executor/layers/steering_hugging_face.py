@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where Hugging Face's own decoder layers have their norms, by the norms' names."""
+"""The points of Hugging Face's own decoder layers, which vLLM's Transformers backend
+runs, by the names of their parts."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from torch import nn
+
+from vllm.model_executor.layers.steering_family_table import LayerFamily
 
 HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
 HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
@@ -83,3 +86,26 @@ def norms_of(layer: nn.Module) -> Norms | None:
     if next(layer.parameters(recurse=False), None) is not None:
         return None
     return NORMS.get(frozenset(parts - {"mlp", *HF_ATTENTIONS} - BESIDE))
+
+
+def hugging_face_family(module: nn.Module) -> LayerFamily | None:
+    """The points of a layer that Hugging Face's own code runs, under vLLM's
+    Transformers backend; None for a module that is no decoder layer, and for a layer
+    with parts of its own, which may do anything to the stream."""
+    norms = norms_of(module)
+    if norms is None:
+        return None
+    parallel = vars(module).get("use_parallel_residual", False)
+    return LayerFamily(
+        residual=None,
+        mid_norm=None if parallel else norms.mid,
+        mlp_reads_stream=norms.mid is None and norms.mlp is not None,
+        attention=HF_ATTENTIONS,
+        projection=HF_PROJECTIONS,
+        # Gemma 4's experts stand beside the MLP and write with it.
+        mlp=None if "experts" in dict(module.named_children()) else "mlp",
+        attention_norm=norms.attention,
+        mlp_norm=norms.mlp,
+        scale=next((name for name in HF_SCALES if name in vars(module)), None),
+        gate="per_layer_input_gate",
+    )

@@ -13,7 +13,10 @@ from vllm.model_executor.layers.steering_auto_family import (
     TOKENS,
     trust_unknown_layers,
 )
-from vllm.model_executor.layers.steering_families import has_known_layers
+from vllm.model_executor.layers.steering_families import (
+    has_known_layers,
+    refuse_unfit_layers,
+)
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 logger = init_logger(__name__)
@@ -27,6 +30,7 @@ def try_unknown_layers(
     Raises:
         ValueError: they do not do what their names say, or cannot be checked here.
     """
+    refuse_unfit_layers(model)
     if supports_multimodal(model) or has_known_layers(model):
         return
     ranks = vllm_config.parallel_config.world_size

@@ -46,6 +46,26 @@ def test_every_file_of_the_page_is_served_without_a_key(page: TestClient) -> Non
     assert page.get("/steering").text == (FOLDER / "index.html").read_text()
 
 
+@pytest.mark.parametrize("sent", ["", "/proxy"])
+def test_the_page_is_found_behind_a_proxy_whether_it_removes_its_prefix_or_not(
+    sent: str,
+) -> None:
+    """`sent` is what is left of the prefix when a request arrives."""
+    app = FastAPI()
+    app.root_path = "/proxy"  # as vLLM does for --root-path
+    SteeringEndpoints().attach_router(app)
+    page = TestClient(app)
+    for path in files():
+        answer = page.get(f"{sent}/steering/{path.name}")
+        assert answer.content == path.read_bytes()
+    assert page.get(f"{sent}/steering/").text == (FOLDER / "index.html").read_text()
+    assert page.get(f"{sent}/steering/../api.py").status_code == 404
+    answer = page.get(f"{sent}/steering", follow_redirects=False)
+    assert answer.status_code == 307
+    # Relative, so that the browser keeps the prefix that it has.
+    assert answer.headers["location"] == "./steering/"
+
+
 def test_the_page_may_load_nothing_from_other_hosts(page: TestClient) -> None:
     policy = page.get("/steering/").headers["content-security-policy"]
     assert policy.startswith("default-src 'self'; ")

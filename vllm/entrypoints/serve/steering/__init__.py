@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.steering.access import configured_key
 from vllm.entrypoints.serve.steering.api_router import router
 from vllm.entrypoints.serve.steering.encode import EncodeService, served_names
 from vllm.entrypoints.serve.steering.metrics import SteeringMetrics
-from vllm.entrypoints.serve.steering.playground import PATH, Playground
+from vllm.entrypoints.serve.steering.playground import PATH, Playground, to_page
 from vllm.entrypoints.serve.steering.service import SteeringModulesService
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class SteeringEndpoints:
         """Add the routes; they answer once `init_state` has run."""
         app.include_router(router)
         app.include_router(preset_router.router)
+        app.add_route(PATH, to_page, include_in_schema=False)
         app.mount(PATH, Playground(), name="steering-playground")
 
     async def init_state(

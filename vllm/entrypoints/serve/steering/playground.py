@@ -10,7 +10,8 @@ from __future__ import annotations
 from os import PathLike, stat_result
 from pathlib import Path
 
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -34,6 +35,16 @@ class Playground(StaticFiles):
     def __init__(self) -> None:
         super().__init__(directory=FOLDER, html=True)
 
+    def get_path(self, scope: Scope) -> str:
+        """The path below `PATH`, also where a proxy has removed `--root-path`.
+
+        Starlette takes a mounted path to begin with the root path.
+        """
+        root = scope.get("root_path", "")
+        if not scope["path"].startswith(root):
+            scope = {**scope, "root_path": PATH}
+        return super().get_path(scope)
+
     def file_response(
         self,
         full_path: str | PathLike[str],
@@ -44,3 +55,8 @@ class Playground(StaticFiles):
         response = super().file_response(full_path, stat_result, scope, status_code)
         response.headers.update(HEADERS)
         return response
+
+
+async def to_page(request: Request) -> Response:
+    """Redirect to the page, relative to the path that the browser has."""
+    return RedirectResponse(f".{PATH}/")

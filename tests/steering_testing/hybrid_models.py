@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models whose layers differ: Mamba, attention, MLPs, or several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from steering_testing.moe_models import GRANITE, LOCAL
+from steering_testing.sizes import (
+    BOS,
+    COMMON,
+    EOS,
+    HEAD,
+    HIDDEN,
+    LAYERS,
+    PAD,
+    VOCAB,
+    config,
+)
+
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 64,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+}
+GRANITE_HYBRID: dict[str, Any] = {
+    **GRANITE,
+    **MAMBA,
+    "shared_intermediate_size": 48,
+    "layer_types": ["mamba", "attention", "mamba"],
+}
+
+HYBRID_MODELS: dict[str, Callable[[], Any]] = {
+    "granitemoehybrid": config("GraniteMoeHybridConfig", **GRANITE_HYBRID, **LOCAL),
+    "granite_hybrid": config(
+        "GraniteMoeHybridConfig",
+        **GRANITE_HYBRID,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        position_embedding_type="rope",
+    ),
+    "nemotron_h": config(
+        "NemotronHConfig",
+        **COMMON,
+        **HEAD,
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=64,
+        n_groups=1,
+    ),
+    "mamba2": config(
+        "Mamba2Config",
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        state_size=64,
+        num_heads=4,
+        head_dim=32,
+        expand=2,
+        n_groups=1,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        tie_word_embeddings=False,
+    ),
+    # Multipliers other than 1, as in the published models.
+    "falcon_h1": config(
+        "FalconH1Config",
+        **COMMON,
+        **HEAD,
+        **MAMBA,
+        mamba_d_ssm=128,
+        attention_in_multiplier=0.8,
+        attention_out_multiplier=0.7,
+        ssm_in_multiplier=0.9,
+        ssm_out_multiplier=0.6,
+        mlp_multipliers=[0.9, 0.5],
+        key_multiplier=0.8,
+        ssm_multipliers=[0.9, 0.8, 0.7, 0.6, 0.5],
+        embedding_multiplier=1.5,
+        lm_head_multiplier=0.8,
+    ),
+}
