@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-
 from typing import Any
 
 import pytest
@@ -71,7 +70,7 @@ def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
     assert set(points_of(DecoderLayer(0, layer, family))) >= SUBLAYERS
 
 
-@pytest.mark.parametrize("config", ["DogeConfig", "InklingConfig", "ZayaConfig"])
+@pytest.mark.parametrize("config", ["DogeConfig", "ZayaConfig"])
 def test_a_layer_with_parts_of_its_own_is_not_recognised(config: str) -> None:
     assert hugging_face_family(layer_of(config)) is None
 
