@@ -15,10 +15,78 @@ from steering_testing.conformance import conforms
 from torch import nn
 
 from vllm.config.steering_points import HookPoint
-from vllm.model_executor.layers.steering_families import DecoderLayer, points_of
+from vllm.model_executor.layers.steering_families import (
+    DecoderLayer,
+    find_decoder_layers,
+    points_of,
+)
 from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
+from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
 
 SUBLAYERS = {HookPoint.ATTN_OUT, HookPoint.MLP_OUT}
+
+
+def layer_of(config: str, **values: Any) -> nn.Module:
+    """The first decoder layer of a Hugging Face model, without weights."""
+    made = getattr(transformers, config)(**{**models.COMMON, **values})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    return models.decoder_layers(model)[0]
+
+
+def test_norms_of_what_sublayers_write_are_found() -> None:
+    family = hugging_face_family(layer_of("Glm4Config"))
+    assert family is not None
+    assert family.mid_norm == "post_attention_layernorm"
+    assert family.attention_norm == "post_self_attn_layernorm"
+    assert family.mlp_norm == "post_mlp_layernorm"
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ("GraniteConfig", "residual_multiplier"),
+        ("MiniCPM3Config", "residual_scale"),
+    ],
+)
+def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
+    config: str, scale: str
+) -> None:
+    layer = layer_of(config)
+    setattr(layer, scale, 0.5)
+    family = hugging_face_family(layer)
+    assert family is not None and family.scale == scale
+    assert not SUBLAYERS & set(points_of(DecoderLayer(0, layer, family)))
+    setattr(layer, scale, 1.0)
+    assert set(points_of(DecoderLayer(0, layer, family))) >= SUBLAYERS
+
+
+@pytest.mark.parametrize(
+    "config", ["DogeConfig", "ZayaConfig", "AfmoeConfig", "HyperCLOVAXConfig"]
+)
+def test_a_layer_with_other_parts_or_norms_is_not_recognised(config: str) -> None:
+    assert hugging_face_family(layer_of(config)) is None
+
+
+@pytest.mark.parametrize("added", ["adapter", "attn_hc", "weight"])
+def test_one_more_part_is_not_recognised(added: str) -> None:
+    layer = layer_of("LlamaConfig")
+    assert hugging_face_family(layer) is not None
+    part = nn.Parameter(torch.ones(1)) if added == "weight" else nn.Linear(1, 1)
+    setattr(layer, added, part)
+    assert hugging_face_family(layer) is None
+    layer.dropout = nn.Dropout()
+    delattr(layer, added)
+    assert hugging_face_family(layer) is not None
+
+
+def test_a_multimodal_model_of_the_backend_is_refused_by_name() -> None:
+    model = TransformersMultiModalForCausalLM.__new__(TransformersMultiModalForCausalLM)
+    nn.Module.__init__(model)
+    message = "multimodal TransformersMultiModalForCausalLM .* --model-impl vllm"
+    with pytest.raises(ValueError, match=message):
+        find_decoder_layers(model)
+
 
 # One with layers that have no rotary embedding; one with norms of outputs.
 IN_DEFAULT_SET = {"smollm3", "glm4_backend"}
@@ -36,52 +104,3 @@ def test_every_tier_at_every_point_equals_hugging_face(
     family: str, model_root: Path, tmp_path: Path
 ) -> None:
     conforms(BACKEND_CASES[family], model_root, tmp_path)
-
-
-def layer_of(config: str, **values: Any) -> nn.Module:
-    """The first decoder layer of a Hugging Face model, without weights."""
-    made = getattr(transformers, config)(**{**models.COMMON, **values})
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(made)
-    return models.decoder_layers(model)[0]
-
-
-def test_a_layer_that_norms_what_attention_writes_edits_the_stream_elsewhere() -> None:
-    family = hugging_face_family(layer_of("AfmoeConfig", num_dense_layers=3))
-    assert family is not None
-    assert family.mid_norm == "pre_mlp_layernorm"
-    assert family.attention_norm == "post_attention_layernorm"
-    assert family.mlp_norm == "post_mlp_layernorm"
-
-
-@pytest.mark.parametrize(
-    "config", ["GraniteConfig", "MiniCPM3Config", "HyperCLOVAXConfig"]
-)
-def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
-    config: str,
-) -> None:
-    layer = layer_of(config)
-    scale = "residual_scale" if config == "MiniCPM3Config" else "residual_multiplier"
-    setattr(layer, scale, 0.5)
-    family = hugging_face_family(layer)
-    assert family is not None and family.scale == scale
-    assert not SUBLAYERS & set(points_of(DecoderLayer(0, layer, family)))
-    setattr(layer, scale, 1.0)
-    assert set(points_of(DecoderLayer(0, layer, family))) >= SUBLAYERS
-
-
-@pytest.mark.parametrize("config", ["DogeConfig", "ZayaConfig"])
-def test_a_layer_with_parts_of_its_own_is_not_recognised(config: str) -> None:
-    assert hugging_face_family(layer_of(config)) is None
-
-
-@pytest.mark.parametrize("added", ["adapter", "attn_hc", "weight"])
-def test_one_more_part_is_not_recognised(added: str) -> None:
-    layer = layer_of("LlamaConfig")
-    assert hugging_face_family(layer) is not None
-    part = nn.Parameter(torch.ones(1)) if added == "weight" else nn.Linear(1, 1)
-    setattr(layer, added, part)
-    assert hugging_face_family(layer) is None
-    layer.dropout = nn.Dropout()
-    delattr(layer, added)
-    assert hugging_face_family(layer) is not None

@@ -49,19 +49,22 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
 
     Raises:
         ValueError: the model's decoder-layer class is not in the family table, or is
-            known to be unfit.
+            known to be unfit, or the model is multimodal and runs under the
+            Transformers backend.
     """
     found: dict[int, DecoderLayer] = {}
     refuse_unfit_layers(model)
-    searched = model
     if supports_multimodal(model):
-        # Vision and audio towers have layers too.
         if _is_hugging_face(model):
-            searched = model.model.get_decoder()
-        else:
-            searched = model = model.get_language_model()
+            raise ValueError(
+                f"steering: found the multimodal {type(model).__name__} of vLLM's "
+                "Transformers backend, expected a model of text only there, or vLLM's "
+                "own class of the model (--model-impl vllm)"
+            )
+        # Vision and audio towers have layers too.
+        model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
-    for name, module in decoder_layer_candidates(searched):
+    for name, module in decoder_layer_candidates(model):
         family = _family_of(model, module)
         if family is None:
             continue

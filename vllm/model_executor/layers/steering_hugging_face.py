@@ -39,15 +39,14 @@ class Norms(NamedTuple):
 
 INPUT, ATTENTION = "input_layernorm", "post_attention_layernorm"
 PRE_FF, POST_FF = "pre_feedforward_layernorm", "post_feedforward_layernorm"
-PRE_MLP, POST_MLP = "pre_mlp_layernorm", "post_mlp_layernorm"
-POST_SELF = "post_self_attn_layernorm"
-# By all norms that a layer has.
+POST_SELF, POST_MLP = "post_self_attn_layernorm", "post_mlp_layernorm"
+# By all norms that a layer has. A model of each line is compared with Hugging Face in
+# tests/models/test_transformers_backend.py or test_steering_sites.py.
 NORMS = {
     frozenset({INPUT, ATTENTION}): Norms(ATTENTION),
     frozenset({"ln_1", "ln_2"}): Norms("ln_2"),
-    # Parallel blocks.
+    # A parallel block.
     frozenset({INPUT}): Norms(),
-    frozenset({"ln_1"}): Norms(),
     # OLMo-2
     frozenset({ATTENTION, POST_FF}): Norms(None, ATTENTION, POST_FF),
     # Gemma-2
@@ -56,19 +55,11 @@ NORMS = {
     frozenset({INPUT, ATTENTION, POST_SELF, POST_MLP}): Norms(
         ATTENTION, POST_SELF, POST_MLP
     ),
-    # AfMoE
-    frozenset({INPUT, ATTENTION, PRE_MLP, POST_MLP}): Norms(
-        PRE_MLP, ATTENTION, POST_MLP
-    ),
     # VaultGemma
     frozenset({INPUT, PRE_FF}): Norms(PRE_FF),
     # Apertus
     frozenset({"attention_layernorm", "feedforward_layernorm"}): Norms(
         "feedforward_layernorm"
-    ),
-    # HyperCLOVA X
-    frozenset({INPUT, ATTENTION, "post_norm1", "post_norm2"}): Norms(
-        ATTENTION, "post_norm1", "post_norm2"
     ),
 }
 
