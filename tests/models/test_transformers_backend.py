@@ -62,7 +62,14 @@ def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
 
 
 @pytest.mark.parametrize(
-    "config", ["DogeConfig", "ZayaConfig", "AfmoeConfig", "HyperCLOVAXConfig"]
+    "config",
+    [
+        "DogeConfig",
+        "ZayaConfig",
+        "AfmoeConfig",
+        "HyperCLOVAXConfig",
+        "VaultGemmaConfig",
+    ],
 )
 def test_a_layer_with_other_parts_or_norms_is_not_recognised(config: str) -> None:
     assert hugging_face_family(layer_of(config)) is None
@@ -83,7 +90,7 @@ def test_one_more_part_is_not_recognised(added: str) -> None:
 def test_a_multimodal_model_of_the_backend_is_refused_by_name() -> None:
     model = TransformersMultiModalForCausalLM.__new__(TransformersMultiModalForCausalLM)
     nn.Module.__init__(model)
-    message = "multimodal TransformersMultiModalForCausalLM .* --model-impl vllm"
+    message = "multimodal TransformersMultiModalForCausalLM .*--model-impl vllm"
     with pytest.raises(ValueError, match=message):
         find_decoder_layers(model)
 

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from steering_testing import models
 from steering_testing.cases import BACKEND, Case
-from steering_testing.models import COMMON, GEMMA, HEAD
+from steering_testing.models import COMMON, HEAD
 
 # Shorter than the tests' prompts, so that the window acts.
 WINDOW = {
@@ -134,14 +134,6 @@ _MODELS: list[tuple[str, str, str, str, tuple[str, ...], dict[str, Any]]] = [
         "hunyuan_v1_dense.HunYuanDenseV1DecoderLayer",
         (),
         {**COMMON, **HEAD},
-    ),
-    (
-        "vaultgemma",
-        "VaultGemma",
-        "VaultGemmaConfig",
-        "vaultgemma.VaultGemmaDecoderLayer",
-        (),
-        GEMMA,
     ),
     (
         "apertus_backend",

@@ -55,8 +55,6 @@ NORMS = {
     frozenset({INPUT, ATTENTION, POST_SELF, POST_MLP}): Norms(
         ATTENTION, POST_SELF, POST_MLP
     ),
-    # VaultGemma
-    frozenset({INPUT, PRE_FF}): Norms(PRE_FF),
     # Apertus
     frozenset({"attention_layernorm", "feedforward_layernorm"}): Norms(
         "feedforward_layernorm"
