@@ -87,6 +87,24 @@ def test_every_status_of_a_refusal_is_explained() -> None:
         assert any(row.startswith(f"| {status} |") for row in rows()), status
 
 
+def test_the_messages_that_it_explains_are_written_so() -> None:
+    section = PAGE.split("\n## When something is wrong\n")[1].split("\n## ")[0]
+    spans = [
+        span
+        for row in re.findall(r"^\| (.*?) \|", section, re.MULTILINE)
+        for span in re.findall(r"`(.*?)`", row)
+        if " " in span and not span.startswith(("POST", "{", "unrecognized"))
+    ]
+    assert len(spans) >= 18
+    files = [*(ROOT / "vllm").rglob("*.py")]
+    # Without quotes, as Python joins the parts of a message.
+    written = "".join(re.sub(r'"\s+f?["\']', "", file.read_text()) for file in files)
+    for span in spans:
+        parts = re.split(r"…|'[^']*'|\([^)]*\)|\w+\.\d+|\d+", span)
+        longest = max(parts, key=len).strip(" :")
+        assert len(longest) > 8 and longest in written, (span, longest)
+
+
 def test_the_lines_that_it_shows_of_log_and_metrics_are_written_so() -> None:
     shown = re.findall(r"```text\n(Steering.*?)```", PAGE, re.DOTALL)
     (lines,) = [text.splitlines() for text in shown]

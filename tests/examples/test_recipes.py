@@ -180,6 +180,12 @@ def test_the_features_of_answers_and_texts_become_frames(
         pd.testing.assert_frame_equal(own, frame, rtol=1e-4)
 
 
+def test_features_are_read_while_the_answer_is_written(
+    url: str, names: dict[str, Any]
+) -> None:
+    run_python("Features while the answer is written", url, names)
+
+
 @pytest.mark.engine
 def test_the_offline_recipe_says_what_the_page_promises(tmp_path: Path) -> None:
     bash(blocks("Start", "bash")[0].split("export ", 1)[0])

@@ -85,7 +85,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     limits = {
         "specs in a request": DEFAULT_MAX_SPECS,
         "clamps of one tier at one site": DEFAULT_MAX_CLAMPS,
-        "pieces of a request's schedule": DEFAULT_MAX_PIECES,
+        "pieces of a request (": DEFAULT_MAX_PIECES,
         "sites that a request lists": parser.MAX_SITES,
         "clamps that a request lists": parser.MAX_CLAMPS,
     }

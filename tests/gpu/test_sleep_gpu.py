@@ -11,8 +11,6 @@ that starts with the other weights; other tests compare these with Hugging Face.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +34,7 @@ from steering_testing.matrix import CLAMPS, FAMILY
 from steering_testing.matrix import POST as SITE
 from steering_testing.observe import steps_of
 from steering_testing.oracle import Greedy
+from steering_testing.pytest_process import run_pytest
 from steering_testing.reference import random_sae
 from steering_testing.requests import Modules, prompt, vector
 
@@ -162,16 +161,14 @@ def test_what_level_2_discards_comes_back(
 
 @pytest.mark.skipif(not cumem_available, reason="this vLLM has no allocator to sleep")
 @pytest.mark.parametrize("use_v2", ["0", "1"])
-def test_steering_sleeps_and_wakes_with_the_model(use_v2: str) -> None:
+def test_steering_sleeps_and_wakes_with_the_model(tmp_path: Path, use_v2: str) -> None:
     """In a process of its own: vLLM's allocator serves one engine for each process."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_one_engine_sleeps"],
-        env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": use_v2, ALONE: "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stdout[-6000:]
-    assert "1 passed" in ended.stdout, ended.stdout[-2000:]
+    printed = run_pytest(
+        tmp_path,
+        {"alone": ["-q", f"{__file__}::test_one_engine_sleeps"]},
+        {"VLLM_USE_V2_MODEL_RUNNER": use_v2, ALONE: "1"},
+    )["alone"]
+    assert "1 passed" in printed, printed[-2000:]
 
 
 @pytest.mark.skipif(ALONE not in os.environ, reason="it is run by the test before")

@@ -9,44 +9,50 @@ as where it is missing.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from steering_testing.cases import MULTIMODAL_CASES
+from steering_testing.pytest_process import run_pytest
 
 from tools.stub_torchvision import STUB, stub
 
-pytestmark = pytest.mark.engine
+# The process has several tests, each with a time limit of its own.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 TORCHVISION = Path(sys.prefix) / "torchvision"
 CASES = Path(__file__).with_name("multimodal_cases.py")
 
 
-def run(*selected: str) -> None:
+def run(folder: Path, *selected: str) -> None:
     """Run the cases of each selection in one process; all must pass."""
     if not (TORCHVISION / "torchvision").is_dir():
         pytest.skip(f"no torchvision in {TORCHVISION}")
     inherited = os.environ.get("PYTHONPATH", "")
-    environment = {**os.environ, "PYTHONPATH": f"{TORCHVISION}:{inherited}"}
-    command = [sys.executable, "-m", "pytest", "-vx", "--tb=short", "--show-capture=no"]
-    command += [str(CASES), "-k", " or ".join(selected)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-    passed = [line for line in done.stdout.splitlines() if " PASSED" in line]
+    options = ["-vx", "--tb=short", "--show-capture=no", str(CASES)]
+    printed = run_pytest(
+        folder,
+        {"cases": [*options, "-k", " or ".join(selected)]},
+        {"PYTHONPATH": f"{TORCHVISION}:{inherited}"},
+    )["cases"]
+    passed = [line for line in printed.splitlines() if " PASSED" in line]
     for selection in selected:
         assert any(selection in line for line in passed), f"no case is {selection}"
 
 
-def test_gemma_3_equals_hugging_face_on_text_and_at_image_positions() -> None:
-    run("[gemma3_mm]", "image_positions")
+def test_gemma_3_equals_hugging_face_on_text_and_at_image_positions(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, "[gemma3_mm]", "image_positions")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*MULTIMODAL_CASES, "table"} - {"gemma3_mm"}))
-def test_a_multimodal_checkpoint_equals_hugging_face_on_text(family: str) -> None:
-    run(f"[{family}]" if family != "table" else "names_in_the_table")
+def test_a_multimodal_checkpoint_equals_hugging_face_on_text(
+    tmp_path: Path, family: str
+) -> None:
+    run(tmp_path, f"[{family}]" if family != "table" else "names_in_the_table")
 
 
 def test_the_stub_replaces_a_file_that_others_share(tmp_path: Path) -> None:

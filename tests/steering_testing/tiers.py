@@ -68,7 +68,7 @@ OPTIONS = {
     "skip_none": Option({"skip_token_ids": []}, {}),
     "skip_all": Option({"skip_token_ids": list(EVERY_TOKEN)}, {}),
     "guard_some": Option({"norm_guard": 1.0}, {"reference_norm": REFERENCE_NORM}),
-    "guard_all": Option({"norm_guard": 1e-3}, {"reference_norm": REFERENCE_NORM}),
+    "guard_all": Option({"norm_guard": 1e-3, "reference_norm": REFERENCE_NORM}, {}),
     "unit": Option({"feature_units": "unit_decoder"}, {}),
     "unit_topk": Option({"feature_units": "unit_decoder"}, {}),
 }

@@ -175,8 +175,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="Steering modules to load at start-up, each as NAME=PATH or as a "
         'JSON object {"name": ..., "path": ..., "feature_units": ..., '
-        '"skip_token_ids": ..., "norm_guard": ..., "sites": ..., "sharding": ..., '
-        '"screening": ...}. '
+        '"skip_token_ids": ..., "norm_guard": ..., "reference_norm": ..., '
+        '"sites": ..., "sharding": ..., "screening": ...}. '
         "PATH is a local path, hf:owner/repo[/sub/path][@revision] or "
         "saelens:RELEASE/SAE_ID[@revision].",
     )

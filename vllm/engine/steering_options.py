@@ -3,7 +3,8 @@
 
     {"modules": {"name": "path" | {"path": ..., "feature_units": ...,
                                    "skip_token_ids": [...] | None,
-                                   "norm_guard": float | None, "sites": [...],
+                                   "norm_guard": float | None,
+                                   "reference_norm": float | None, "sites": [...],
                                    "sharding": "auto" | "replicate" | "shard",
                                    "screening": "auto" | "off"}},
      "max_clamps": 64, "max_specs": 64, "max_pieces": 8,
@@ -62,7 +63,8 @@ TOP_FIELDS = (
     "resolved",
 )
 MODULE_OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "sites", "sharding", "screening",
+    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
+    "sharding", "screening",
 )  # fmt: skip
 # Of each option that is a limit: its default, and the least and most it may be.
 LIMITS = {
@@ -179,7 +181,7 @@ def _check_ids(value: object) -> str | None:
     return None if good else "null or a list of token ids"
 
 
-def _check_guard(value: object) -> str | None:
+def _check_positive(value: object) -> str | None:
     good = value is None or (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
@@ -198,7 +200,8 @@ def _check_sites(value: object) -> str | None:
 _OPTION_CHECKS: dict[str, Callable[[object], str | None]] = {
     "feature_units": one_of(get_args(FeatureUnits)),
     "skip_token_ids": _check_ids,
-    "norm_guard": _check_guard,
+    "norm_guard": _check_positive,
+    "reference_norm": _check_positive,
     "sites": _check_sites,
     "sharding": one_of(get_args(Sharding)),
     "screening": one_of(get_args(Screening)),

@@ -22,15 +22,17 @@ SITE = "post_block.1"
 
 
 def test_what_is_doubtful_is_said() -> None:
-    def encoded(num_active: list[int]) -> EncodedTexts:
+    def encoded(num_active: list[int], first: float = 1.0) -> EncodedTexts:
         n = len(num_active)
+        values = np.ones((n, 1))
+        values[0] = first
         record = SAEFeatures(
-            np.arange(n), np.zeros((n, 1), int), np.ones((n, 1)), np.ones(n, int),
+            np.arange(n), np.zeros((n, 1), int), values, np.ones(n, int),
             np.array(num_active), 1000,
         )  # fmt: skip
         return EncodedTexts([EncodedText([5] * n, ["a"] * n, {SITE: record})] * 3)
 
-    ordinary = encoded([40, 40])
+    ordinary, with_a_sink = encoded([40, 40]), encoded([40, 40], first=90.0)
     assert doubts(ordinary, ordinary, SITE) == []
     (many,) = doubts(encoded([65, 70]), ordinary, SITE)
     assert many.startswith("50% of the tokens") and "fit" not in many
@@ -38,6 +40,8 @@ def test_what_is_doubtful_is_said() -> None:
     assert "345 of 1000 features active: does the SAE fit this site?" in dense
     (silent,) = doubts(encoded([0, 0]), encoded([0, 9]), SITE)
     assert "no active feature: does the SAE fit" in silent
+    (sink,) = doubts(with_a_sink, ordinary, SITE)
+    assert sink.startswith("3 of 12 tokens have activations above 10 times")
     (few,) = doubts(ordinary, EncodedTexts(ordinary[:2]), SITE)
     assert "at least three" in few
 

@@ -319,6 +319,8 @@ def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
     assert 0 < found.fvu < 1
     assert found.ce_plain < found.ce_reconstructed < found.ce_ablated
     assert 0 < found.recovered < 1
+    assert found.median_norm > 0
+    assert found.large == 0 and found.warnings == []
     assert "FVU" in evaluation._repr_html_()
     # Nothing of the measurement is left behind: the same text, untouched.
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Enables Triton's interpreter if vLLM was built for a CPU."""
+"""Which kernels the tests run; Triton's interpreter if vLLM was built for a CPU."""
 
 import os
 from collections import defaultdict
@@ -28,3 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for same in cases.values():
         for item in same[1:-1]:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in Triton, also where the extension is built."""
+    from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+
+    monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def implementation(request: pytest.FixtureRequest) -> None:
+    """The test runs with the extension, where it is built, and in Triton alone."""
+    from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
+
+    if request.param == "triton":
+        request.getfixturevalue("triton_alone")
+    elif not kernel.extension_is_built():
+        pytest.skip("the CUDA extension is not built")

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -26,29 +26,24 @@ from steering_reference import (  # noqa: E402
     stream,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers.steering_kernels import plan  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX  # noqa: E402
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_kernels import plan
+from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX
+from vllm.model_executor.layers.steering_state import (
     SAESlot,
     StepState,
 )
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("implementation"),
+]
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow when interpreted")
 BOTH = [Activation.RELU, Activation.TOPK]
-
-
-@pytest.fixture(autouse=True, params=["cuda", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both implementations; the extension where it is built."""
-    if request.param == "triton":
-        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
-    elif not kernel.extension_is_built():
-        pytest.skip("the CUDA extension is not built")
 
 
 def with_rows(slot: SAESlot) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -22,13 +22,13 @@ from steering_reference import (  # noqa: E402
     set_row,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers.steering_kernel_backend import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers.steering_kernel_backend import (
     KernelBackend,
 )
-from vllm.model_executor.layers.steering_kernels import branches  # noqa: E402
-from vllm.model_executor.layers.steering_read_state import ReadBuffers  # noqa: E402
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_kernels import branches
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_state import (
     SAESlot,
     StepState,
 )

@@ -11,17 +11,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import DTYPE, make_slot, make_step, needs_gpu  # noqa: E402
+from steering_reference import DTYPE, make_slot, make_step, needs_gpu
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers.steering_kernels import bundles  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.kept import MOST, Kept  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.run import Run  # noqa: E402
-from vllm.model_executor.layers.steering_read_state import ReadBuffers  # noqa: E402
-from vllm.model_executor.layers.steering_state import SAESlot  # noqa: E402
+from vllm.model_executor.layers.steering_kernels import bundles
+from vllm.model_executor.layers.steering_kernels.kept import MOST, Kept
+from vllm.model_executor.layers.steering_kernels.run import Run
+from vllm.model_executor.layers.steering_read_state import ReadBuffers
+from vllm.model_executor.layers.steering_state import SAESlot
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 TOKENS = 12

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     INTERPRETED,
     TOLERANCE,
@@ -25,15 +23,15 @@ from steering_reference import (  # noqa: E402
     stream,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers import steering_reference as plain  # noqa: E402
-from vllm.model_executor.layers.steering_limits import (  # noqa: E402
+from vllm.model_executor.layers import steering_reference as plain
+from vllm.model_executor.layers.steering_limits import (
     STREAM_LIMIT,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     ClampFlag,
     ClampKind,
@@ -42,23 +40,17 @@ from vllm.model_executor.layers.steering_state import (  # noqa: E402
     VectorSlot,
 )
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("implementation"),
+]
 DTYPES = [torch.float16, torch.float32]
 if not INTERPRETED:  # the interpreter rounds bfloat16 differently
     DTYPES.append(torch.bfloat16)
 D, TOKENS = 96, 12 if INTERPRETED else 24
 SHAPES = [(200, 60.0), (700, 650.0)]  # lists, and tokens that no list holds
 Streams = tuple[torch.Tensor, torch.Tensor | None]
-
-
-@pytest.fixture(autouse=True, params=["cuda", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """Both implementations; the extension where it is built."""
-    if request.param == "triton":
-        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
-    elif not kernel.extension_is_built():
-        pytest.skip("the CUDA extension is not built")
-    yield
 
 
 def code(kind: ClampKind, needs: int | None = None, flags: int = 0) -> ClampKind:

@@ -8,15 +8,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import DEVICE, INTERPRETED, needs_gpu  # noqa: E402
+from steering_reference import DEVICE, INTERPRETED, needs_gpu
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers.steering_bypass import Bypass  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.flags import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers.steering_bypass import Bypass
+from vllm.model_executor.layers.steering_kernels.flags import (
     SLOTS,
     write_flags,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     SAESlot,
     SAEWeights,
     StepState,

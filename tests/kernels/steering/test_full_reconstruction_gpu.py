@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -28,31 +28,26 @@ from steering_reference import (  # noqa: E402
     stream,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     ClampKind,
     SAESlot,
     StepState,
 )
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("implementation"),
+]
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="too slow when interpreted")
 
 APPLY = {Tier.FULL: kernel.full_reconstruction, Tier.DELTA: kernel.sae_clamp}
 SHAPES = [(97, 50)] if INTERPRETED else [(97, 50), (130, 33), (64, 16)]
 KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
-
-
-@pytest.fixture(autouse=True, params=["cuda", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs with the extension, where it is built, and with Triton alone."""
-    if request.param == "triton":
-        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
-    elif not kernel.extension_is_built():
-        pytest.skip("the CUDA extension is not built")
 
 
 def poison(workspace: kernel.SteeringWorkspace) -> None:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     INTERPRETED,
     check,
@@ -25,16 +25,16 @@ from steering_reference import (  # noqa: E402
     stream,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers.steering_kernels import stages_cuda  # noqa: E402
-from vllm.model_executor.layers.steering_kernels.plan import (  # noqa: E402
+from vllm.model_executor.layers.steering_kernels import stages_cuda
+from vllm.model_executor.layers.steering_kernels.plan import (
     GUESS_SAMPLE,
     most_rows,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     MetaField,
     SAESlot,
     StepState,

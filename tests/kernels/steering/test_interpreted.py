@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from steering_testing.pytest_process import run_pytest
 
 HERE = Path(__file__).parent
 TRITON = Path(os.environ.get("STEERING_TRITON", Path(sys.prefix) / "triton"))
@@ -35,43 +36,38 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, [str(TRITON), os.environ.get("PYTHONPATH")]))
 
 
-def interpret(*options: str) -> int:
+def interpret(folder: Path, *options: str) -> int:
     """Run the tests of the kernels interpreted; returns how many have passed.
 
     The interpreter uses one core, so two processes share the files.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE"]
     files = [str(path) for path in sorted(HERE.glob("test_*_gpu.py"))]
     middle = len(files) // 2
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search_path()}
-    runs = [
-        subprocess.Popen(
-            [*command, *options, *half],
-            env={**env, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for half in (files[:middle], files[middle:])
-    ]
-    printed = [run.communicate()[0] for run in runs]
-    total = 0
-    for run, text in zip(runs, printed, strict=True):
-        assert run.returncode == 0, text[-6000:]
-        passed = re.search(r"(\d+) passed", text)
-        assert passed is not None, text[-2000:]
-        total += int(passed[1])
-    return total
+    halves = {"first": files[:middle], "second": files[middle:]}
+    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
+    printed = run_pytest(
+        folder, {name: ["-q", *options, *half] for name, half in halves.items()}, env
+    )
+    passed = [re.search(r"(\d+) passed", text) for text in printed.values()]
+    assert all(passed), printed
+    return sum(int(found[1]) for found in passed if found)
 
 
-def test_the_triton_kernels_equal_the_reference_when_interpreted() -> None:
-    assert interpret("-m", "not slow") >= LEAST
+# It waits for some hundred tests, each of which has a time limit of its own. They take
+# four minutes of processor time, and much longer where others use the cores too.
+@pytest.mark.timeout(1800)
+def test_the_triton_kernels_equal_the_reference_when_interpreted(
+    tmp_path: Path,
+) -> None:
+    assert interpret(tmp_path, "-m", "not slow") >= LEAST
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_small_case_equals_the_reference_when_interpreted() -> None:
-    assert interpret("-m", "slow") >= LEAST
+def test_every_small_case_equals_the_reference_when_interpreted(
+    tmp_path: Path,
+) -> None:
+    assert interpret(tmp_path, "-m", "slow") >= LEAST
 
 
 def compile_for(capability: int) -> None:

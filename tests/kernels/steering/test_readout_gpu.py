@@ -28,9 +28,6 @@ from steering_reference import (
 
 from vllm.config.sae_features import NOT_READ
 from vllm.config.steering import Activation, Tier
-from vllm.model_executor.layers import (
-    sae_full_reconstruction_kernel as full,
-)
 from vllm.model_executor.layers import sae_readout_kernel as kernel
 from vllm.model_executor.layers.steering_kernels.plan import (
     LIST_MAX,
@@ -47,7 +44,11 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
 )
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("implementation"),
+]
 
 KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
 # Row -> (top_k, given features).
@@ -57,15 +58,6 @@ ROWS: dict[int, tuple[int, list[int]]] = {
     3: (5, [1, 2]),
     4: (64, []),
 }
-
-
-@pytest.fixture(autouse=True, params=["cuda", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs after the extension's stages, where built, and Triton's."""
-    if request.param == "triton":
-        monkeypatch.setattr(full, "extension_is_built", lambda: False)
-    elif not full.extension_is_built():
-        pytest.skip("the CUDA extension is not built")
 
 
 def readable(slot: SAESlot, max_tokens: int) -> ReadBuffers:

@@ -53,15 +53,6 @@ each_width = pytest.mark.parametrize("width", WIDTHS)
 each_kind = pytest.mark.parametrize("activation", KINDS)
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extension, where it is built, and Triton alone."""
-    if request.param == "triton":
-        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
-    elif not kernel.extension_is_built():
-        pytest.skip("the CUDA extension is not built")
-
-
 def filled(
     activation: Activation, width: int, d_sae: int = D_SAE, dtype: torch.dtype = DTYPE
 ) -> SAESlot:
@@ -147,7 +138,7 @@ def test_tritons_scores_do_not_depend_on_it_in_other_dtypes(
     assert_all_are_prefixes(whole, parts)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("implementation")
 @each_kind
 @each_width
 @pytest.mark.parametrize("tier", [Tier.FULL, Tier.DELTA])
@@ -165,7 +156,7 @@ def test_what_a_tier_writes_does_not_depend_on_the_step_or_its_room(
     assert_all_are_prefixes(whole, parts)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("implementation")
 @each_kind
 @pytest.mark.parametrize("width", [40, 72, 100, 136])
 def test_what_a_transcoder_with_a_skip_connection_writes_does_not(

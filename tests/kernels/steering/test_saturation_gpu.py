@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     INTERPRETED,
     Clamp,
@@ -21,22 +19,26 @@ from steering_reference import (  # noqa: E402
     set_row,
 )
 
-from vllm.config.steering import Activation, Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Activation, Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers import steering_reference as plain  # noqa: E402
-from vllm.model_executor.layers.steering_limits import (  # noqa: E402
+from vllm.model_executor.layers import steering_reference as plain
+from vllm.model_executor.layers.steering_limits import (
     STREAM_LIMIT,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     ClampKind,
     SAESlot,
     StepState,
     VectorSlot,
 )
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("implementation"),
+]
 DTYPES = [torch.float16, torch.float32]
 if not INTERPRETED:  # the interpreter rounds bfloat16 differently
     DTYPES.append(torch.bfloat16)
@@ -52,16 +54,6 @@ POISON: dict[str, list[Clamp]] = {
     "moderate": [(5, ClampKind.ADDITIVE, 1e6, False)],
 }
 Streams = tuple[torch.Tensor, torch.Tensor | None]
-
-
-@pytest.fixture(autouse=True, params=["cuda", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """Both implementations; the extension where it is built."""
-    if request.param == "triton":
-        monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
-    elif not kernel.extension_is_built():
-        pytest.skip("the CUDA extension is not built")
-    yield
 
 
 def make(

@@ -38,7 +38,7 @@ if kernel.HAS_TRITON:
     from vllm.model_executor.layers.steering_kernels.shared import order_dense_kernel
 
 DENSE = 4  # int of a record: index of the n-th dense token
-pytestmark = needs_gpu
+pytestmark = [needs_gpu, pytest.mark.usefixtures("triton_alone")]
 JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
 TIERS = (Tier.FULL, Tier.DELTA)
 
@@ -73,12 +73,6 @@ WIDE = [
     for l0 in (64, 1000)
     for ranks in (2, 4)
 ]
-
-
-@pytest.fixture(autouse=True)
-def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with the stages that shared SAEs use."""
-    monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
 
 
 def add_condition(slot: SAESlot, row: int) -> None:

@@ -24,15 +24,16 @@ from steering_testing.shards import shared_slot
 
 from vllm.config.sae_features import NOT_READ
 from vllm.config.steering import Activation
-from vllm.model_executor.layers import (
-    sae_full_reconstruction_kernel as full,
-)
 from vllm.model_executor.layers import sae_readout_kernel as kernel
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import SAESlot, StepState
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("triton_alone"),
+]
 JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
 
 
@@ -64,12 +65,6 @@ WIDE = [
     for l0 in (64, 400)
     for ranks in (2, 4)
 ]
-
-
-@pytest.fixture(autouse=True)
-def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with the stages that shared SAEs use."""
-    monkeypatch.setattr(full, "extension_is_built", lambda: False)
 
 
 def readable(case: Case) -> SAESlot:

@@ -36,7 +36,11 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
 )
 
-pytestmark = [pytest.mark.gpu, needs_gpu]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_gpu,
+    pytest.mark.usefixtures("triton_alone"),
+]
 JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
 
 
@@ -70,12 +74,6 @@ WIDE = [
     for bar, k in ((2.7, 64), (1.5, 1000))
     for ranks in (2, 4)
 ]
-
-
-@pytest.fixture(autouse=True)
-def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with the stages that shared SAEs use."""
-    monkeypatch.setattr(kernel, "extension_is_built", lambda: False)
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from steering_reference import (  # noqa: E402
+from steering_reference import (
     DEVICE,
     DTYPE,
     INTERPRETED,
@@ -20,11 +20,11 @@ from steering_reference import (  # noqa: E402
     set_row,
 )
 
-from vllm.config.steering import Tier  # noqa: E402
-from vllm.model_executor.layers import (  # noqa: E402
+from vllm.config.steering import Tier
+from vllm.model_executor.layers import (
     sae_full_reconstruction_kernel as kernel,
 )
-from vllm.model_executor.layers.steering_state import (  # noqa: E402
+from vllm.model_executor.layers.steering_state import (
     ClampKind,
     VectorSlot,
 )

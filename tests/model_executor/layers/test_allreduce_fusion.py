@@ -20,7 +20,7 @@ import vllm.distributed.parallel_state
 import vllm.ir.ops
 import vllm.model_executor.layers.sae_full_reconstruction
 import vllm.model_executor.layers.sae_steering
-import vllm.model_executor.layers.steering  # noqa: F401
+import vllm.model_executor.layers.steering
 
 Streams = tuple[torch.Tensor, torch.Tensor]
 GROUP, EPSILON = "tp:0", 1e-6

@@ -43,6 +43,7 @@ def test_the_digest_changes_with_every_option_that_has_an_effect(
         {"skip_token_ids": []},
         {"skip_token_ids": [1]},
         {"norm_guard": 2.0},
+        {"norm_guard": 2.0, "reference_norm": 2.0},
     ]
     assert len({digest(path, **option) for option in options}) == len(options)
     edit_manifest(path, lambda m: m.update(reference_norm=4.0))

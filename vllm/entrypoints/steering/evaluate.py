@@ -6,6 +6,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from vllm.config.steering_json import Json
 from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import list_modules
 from vllm.entrypoints.steering.reading import Text, text_ids
+from vllm.entrypoints.steering.sinks import warning_of_large_norms
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class SiteEvaluation:
         ce_plain: cross-entropy in nats of the texts' tokens, without edits.
         ce_reconstructed: the same with every token reconstructed at this site.
         ce_ablated: the same with every such token replaced by the mean.
+        median_norm: the median norm of what the SAE reads.
+        large: how many tokens have a norm above ten times the median.
     """
 
     site: str
@@ -51,6 +55,15 @@ class SiteEvaluation:
     ce_plain: float
     ce_reconstructed: float
     ce_ablated: float
+    median_norm: float = 0.0
+    large: int = 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the figures doubtful, one line each."""
+        args = (self.site, self.tokens, self.large, self.median_norm)
+        sinks = warning_of_large_norms(*args)
+        return [sinks] if sinks else []
 
     @property
     def recovered(self) -> float:
@@ -79,7 +92,8 @@ class Evaluation(list[SiteEvaluation]):
             cells = [one.site, str(one.tokens), *(f"{n:.3f}" for n in numbers)]
             rows.append("".join(f"<td>{cell}</td>" for cell in cells))
         body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
+        lines = [f"<p>{escape(line)}</p>" for one in self for line in one.warnings]
+        return f"{''.join(lines)}<table><tr>{head}</tr>{body}</table>"
 
 
 def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
@@ -139,6 +153,8 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
                 ce_plain=plain,
                 ce_reconstructed=reconstructed,
                 ce_ablated=ablated,
+                median_norm=sums["median_norm"],
+                large=int(sums["large"]),
             )
         )
     return found

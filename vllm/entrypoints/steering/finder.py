@@ -31,6 +31,8 @@ CANDIDATES = 256
 CONTEXT, EXAMPLES = 8, 3
 # No SAE has a larger share of its features active where it fits.
 DENSE = 0.2
+# Only an attention sink has activations above so many times those of other tokens.
+SINK = 10
 
 
 def find_features(
@@ -302,6 +304,15 @@ def doubts(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
         )
     if float((active == 0).mean()) > 0.5:
         found.append("most tokens have no active feature: does the SAE fit this site?")
+    peaks = np.concatenate([r.values.max(axis=1, initial=0.0) for r in records])
+    peaks = peaks[peaks > 0]
+    large = int((peaks > SINK * np.median(peaks)).sum()) if len(peaks) else 0
+    if large:
+        found.append(
+            f"{large} of {len(peaks)} tokens have activations above {SINK} times those "
+            "of the median token, as attention sinks have: set the module's norm_guard "
+            "to leave them out"
+        )
     if b and min(len(a), len(b)) < 3:
         found.append("AUROC compares texts: give at least three of each kind")
     return found

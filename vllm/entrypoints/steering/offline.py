@@ -64,7 +64,8 @@ def register_module(
             `saelens:RELEASE/SAE_ID[@revision]`.
         replace: take the place of a module of that name.
         options: as in `additional_config.steering.modules`: `feature_units`,
-            `skip_token_ids`, `norm_guard`, `sites`, `sharding`, `screening`.
+            `skip_token_ids`, `norm_guard`, `reference_norm`, `sites`, `sharding`,
+            `screening`.
 
     Returns:
         The module as the engine has it, with its sites, digest and slots.

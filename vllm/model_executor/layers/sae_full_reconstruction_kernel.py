@@ -25,7 +25,10 @@ from vllm.model_executor.layers.steering_kernels import (
     stages_shared_cuda,
 )
 from vllm.model_executor.layers.steering_kernels.extension import extension_is_built
-from vllm.model_executor.layers.steering_kernels.plan import LIST_MAX
+from vllm.model_executor.layers.steering_kernels.plan import (
+    LIST_MAX,
+    warm_up_lengths,
+)
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
@@ -240,14 +243,8 @@ def _make_run(
 ) -> Run | None:
     """A pipeline over the step; None for a step without tokens."""
     _check(hidden, residual, slot.weights.d_out)
-    tokens = hidden.shape[0]
-    if tokens == 0:
+    if hidden.shape[0] == 0:
         return None
-    if tokens > workspace.max_tokens:
-        raise ValueError(
-            f"steering: {tokens} tokens, workspace built for {workspace.max_tokens}"
-        )
-    mixed = uses_threshold(slot) and uses_topk(slot)
     # Longer lists are not decoded. Reading looks for the largest of all, and other
     # selections than the extension's keep their candidates there.
     whole = passage.reads is not None
@@ -255,16 +252,15 @@ def _make_run(
         whole |= not slot.weights.shard.is_whole or not _takes_stages(
             slot, hidden, residual, source
         )
-    return Run(
-        slot=slot,
-        step=step,
-        workspace=workspace,
-        buffers=workspace.buffers(slot, tokens, topk, None if whole else LIST_MAX),
-        hidden=hidden,
-        residual=residual,
+    return Run.over(
+        slot,
+        step,
+        workspace,
+        hidden,
+        residual,
         tier=passage.tier,
         topk=topk,
-        gate=int(topk) if mixed else -1,
+        capacity=None if whole else LIST_MAX,
         source=source,
         reads=passage.reads,
         edits=passage.edits,
@@ -322,11 +318,9 @@ def warm_up(
     Rows of `step` are zero at start-up, so nothing is edited; kernels compile anyway.
     Both forms of the stream and every launch size class are covered.
     """
-    sizes = sorted({1, 2, 16, 17, 64, 65, 128, 129, 256, 257, 1024, 1025, 1 << 30})
-    sizes = sorted({min(size, workspace.max_tokens) for size in sizes})
     slots, vector_slots = list(slots), list(vector_slots)
     device = step.index.device
-    for tokens in sizes:
+    for tokens in warm_up_lengths(workspace.max_tokens):
         for slot in slots:
             weights = slot.weights
             hidden = torch.zeros(tokens, weights.d_out, dtype=dtype, device=device)

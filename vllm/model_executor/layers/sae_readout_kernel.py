@@ -17,6 +17,7 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_capture import is_read
+from vllm.model_executor.layers.steering_kernels.plan import warm_up_lengths
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
     SteeringWorkspace,
@@ -87,11 +88,19 @@ def launch(
             slot, step, workspace, hidden, residual, passage=only
         )
         return
-    reads = slot.reads
-    if uses_threshold(slot):
-        _pipeline(slot, reads, step, workspace, hidden, residual, topk=False)
-    if uses_topk(slot):
-        _pipeline(slot, reads, step, workspace, hidden, residual, topk=True)
+    for topk, held in ((False, uses_threshold(slot)), (True, uses_topk(slot))):
+        if held:
+            run = ReadRun.over(
+                slot,
+                step,
+                workspace,
+                hidden,
+                residual,
+                tier=Tier.FULL,
+                topk=topk,
+                reads=slot.reads,
+            )
+            _pipeline(run, slot.reads)
 
 
 def read_and_reconstruct(
@@ -115,42 +124,16 @@ def read_and_reconstruct(
     kernel.full_reconstruction(slot, step, workspace, hidden, residual, source, passage)
 
 
-def _pipeline(
-    slot: SAESlot,
-    reads: ReadBuffers,
-    step: StepState,
-    workspace: SteeringWorkspace,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    topk: bool,
-) -> None:
-    tokens = hidden.shape[0]
-    if tokens > workspace.max_tokens:
-        raise ValueError(
-            f"steering: {tokens} tokens, workspace built for {workspace.max_tokens}"
-        )
-    buffers = workspace.buffers(slot, tokens, topk)
-    mixed = uses_threshold(slot) and uses_topk(slot)
-    run = ReadRun(
-        slot=slot,
-        step=step,
-        workspace=workspace,
-        buffers=buffers,
-        hidden=hidden,
-        residual=residual,
-        tier=Tier.FULL,
-        topk=topk,
-        gate=int(topk) if mixed else -1,
-        reads=reads,
-    )
-    if not slot.weights.shard.is_whole:
+def _pipeline(run: ReadRun, reads: ReadBuffers) -> None:
+    """The stages, chunk after chunk."""
+    if not run.slot.weights.shard.is_whole:
         stages_shared_read.pipeline(run, reads)
         return
-    rows = buffers.plan.rows
-    for base in range(0, buffers.plan.num_chunks * rows, rows):
+    plan = run.buffers.plan
+    for base in range(0, plan.num_chunks * plan.rows, plan.rows):
         stages_triton.compact(run, base)
         stages_triton.encode(run, base)
-        if topk:
+        if run.topk:
             stages_triton.coefficients(run, base)
         stages_triton_read.read_out(run, reads, base, overflow=False)
 
@@ -165,8 +148,7 @@ def warm_up(
 
     Rows of `step` are zero at start-up, so nothing is read; kernels compile anyway.
     """
-    sizes = sorted({1, 2, 16, 17, 64, 65, 128, 129, 256, 257, 1024, 1025, 1 << 30})
-    for tokens in sorted({min(size, workspace.max_tokens) for size in sizes}):
+    for tokens in warm_up_lengths(workspace.max_tokens):
         for slot in slots:
             shape = (tokens, slot.weights.d_in)
             hidden = torch.zeros(shape, dtype=dtype, device=step.index.device)

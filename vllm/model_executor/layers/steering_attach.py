@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 # Registers the tiers' ops that `apply_layer_steering` calls.
-import vllm.model_executor.layers.sae_full_reconstruction  # noqa: F401
+import vllm.model_executor.layers.sae_full_reconstruction
 import vllm.model_executor.layers.sae_steering  # noqa: F401
 from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering import (

@@ -53,6 +53,8 @@ from vllm.model_executor.layers.steering_stream import Stream
 
 FEATURE_SLICE = 8192
 TOKEN_SLICE = 512
+# In multiples of the median norm, what only attention sinks exceed.
+LARGE_NORM = 10.0
 
 
 def _compute_dtype(weights: torch.Tensor) -> torch.dtype:
@@ -196,6 +198,16 @@ def within_norm(
 ) -> torch.Tensor:
     """bool `[n]`: whether the norm of `x [n, D]` is finite and within the limit."""
     return x.norm(dim=1).float() <= limit
+
+
+def large_norms(norms: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The median of `norms [n]`, and which are far above it, bool `[n]`.
+
+    Tokens with such a norm are attention sinks: few, and with a stream that looks like
+    no other, so they decide every mean over squares.
+    """
+    median = norms.median()
+    return float(median), norms > LARGE_NORM * median
 
 
 def write_stream(

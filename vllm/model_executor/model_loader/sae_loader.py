@@ -103,6 +103,7 @@ def inspect_module(
     feature_units: FeatureUnits = "native",
     skip_token_ids: Sequence[int] | None = None,
     norm_guard: float | None = None,
+    reference_norm: float | None = None,
     sites: Sequence[str] | None = None,
 ) -> ModuleInfo:
     """Describe a module from its configurations and headers, without loading it.
@@ -113,7 +114,8 @@ def inspect_module(
             `saelens:RELEASE/SAE_ID[@revision]` for what is in SAELens's list.
         feature_units: what a clamp's value means; part of the digest.
         skip_token_ids: tokens to leave untouched; None for what the module states.
-        norm_guard: multiple of the module's reference norm; None for what the module
+        norm_guard: multiple of the reference norm; None for what the module states.
+        reference_norm: typical norm of what the SAE reads; None for what the module
             states.
         sites: e.g. `["post_block.20"]`. Names the site of a module whose files do not
             state it, or selects among the sites of a module that has several.
@@ -125,7 +127,9 @@ def inspect_module(
     Raises:
         ValueError: one line with module, file, tensor, expected and found.
     """
-    options = ModuleOptions(feature_units, skip_token_ids, norm_guard, sites)
+    options = ModuleOptions(
+        feature_units, skip_token_ids, norm_guard, reference_norm, sites
+    )
     return inspect_files(name, locate(name, path), options)
 
 
@@ -136,7 +140,19 @@ class ModuleOptions:
     feature_units: FeatureUnits = "native"
     skip_token_ids: Sequence[int] | None = None
     norm_guard: float | None = None
+    reference_norm: float | None = None
     sites: Sequence[str] | None = None
+
+    def over(self, layout: ModuleLayout) -> ModuleOptions:
+        """With what the module's files state where the operator says nothing."""
+        found = self
+        if self.skip_token_ids is None:
+            found = replace(found, skip_token_ids=layout.skip_token_ids)
+        if self.norm_guard is None:
+            found = replace(found, norm_guard=layout.norm_guard)
+        if self.reference_norm is None:
+            found = replace(found, reference_norm=layout.reference_norm)
+        return found
 
 
 def inspect_files(
@@ -153,17 +169,14 @@ def inspect_files(
     with naming_module(name, found.path):
         location = found.location
         fmt, layout = _read_layout(location, options.sites)
-        skip_token_ids, norm_guard = options.skip_token_ids, options.norm_guard
-        if skip_token_ids is None:
-            skip_token_ids = layout.skip_token_ids
-        if norm_guard is None:
-            norm_guard = layout.norm_guard
-        _check_options(layout, options.feature_units, skip_token_ids, norm_guard)
+        options = options.over(layout)
+        _check_options(layout, options)
+        ids = options.skip_token_ids
         hashed = {
             "feature_units": options.feature_units,
-            "skip_token_ids": None if skip_token_ids is None else list(skip_token_ids),
-            "norm_guard": norm_guard,
-            "reference_norm": layout.reference_norm,
+            "skip_token_ids": None if ids is None else list(ids),
+            "norm_guard": options.norm_guard,
+            "reference_norm": options.reference_norm,
         }
         before_hashing(sum(p.stat().st_size for p in _weight_files(location, layout)))
         return ModuleInfo(
@@ -174,35 +187,41 @@ def inspect_files(
             digest=_digest(location, layout, hashed),
             sites=tuple(entry.site for entry in layout.sites),
             feature_units=options.feature_units,
-            skip_token_ids=None if skip_token_ids is None else tuple(skip_token_ids),
-            norm_guard=norm_guard,
-            reference_norm=layout.reference_norm,
+            skip_token_ids=None if ids is None else tuple(ids),
+            norm_guard=options.norm_guard,
+            reference_norm=options.reference_norm,
         )
 
 
-def _check_options(
-    layout: ModuleLayout,
-    feature_units: str,
-    skip_token_ids: Sequence[int] | None,
-    norm_guard: float | None,
-) -> None:
-    if feature_units not in ("native", "unit_decoder"):
+def _check_options(layout: ModuleLayout, options: ModuleOptions) -> None:
+    units, ids = options.feature_units, options.skip_token_ids
+    if units not in ("native", "unit_decoder"):
         raise LayoutError(
-            f"feature_units: expected native or unit_decoder, found {feature_units!r}"
+            f"feature_units: expected native or unit_decoder, found {units!r}"
         )
-    if any(type(i) is not int or i < 0 for i in skip_token_ids or ()):
-        raise LayoutError(
-            f"skip_token_ids: expected token ids, found {skip_token_ids!r}"
-        )
-    if norm_guard is None:
+    if any(type(i) is not int or i < 0 for i in ids or ()):
+        raise LayoutError(f"skip_token_ids: expected token ids, found {ids!r}")
+    numbers = {
+        "norm_guard": options.norm_guard,
+        "reference_norm": options.reference_norm,
+    }
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise LayoutError(
+                f"{name}: expected a finite positive number, found {value!r}"
+            )
+    if options.norm_guard is None:
         return
-    if type(norm_guard) not in (int, float) or not 0 < norm_guard < math.inf:
+    if layout.kind != "sae":
         raise LayoutError(
-            f"norm_guard: expected a finite positive number, found {norm_guard!r}"
+            "norm_guard: expected none for steering vectors, which act on every token"
         )
-    if layout.reference_norm is None:
+    if options.reference_norm is None:
         raise LayoutError(
-            "norm_guard: expected a module with a reference_norm, found none"
+            "norm_guard: expected a reference_norm beside it, which these files do not "
+            "carry: the typical norm of what the SAE reads, as probe prints it"
         )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
-from vllm.engine.steering_options import ROOT
+from vllm.engine.steering_options import MODULE_OPTIONS, ROOT
 
 # A caller that does not ask for so long has gone away.
 ABANDONED_S = 10.0
@@ -104,4 +104,9 @@ def inspection_refusal(name: object, text: str) -> RefusedCall:
         return RefusedCall(Outcome.INVALID, text, text.partition(":")[0])
     if text.startswith(f"{where}: "):
         return RefusedCall(Outcome.INVALID, text.removeprefix(f"{where}: "))
+    for option in MODULE_OPTIONS:
+        # What the files say is held against the options only when they are read.
+        _, marked, reason = text.partition(f"): {option}: ")
+        if marked:
+            return RefusedCall(Outcome.INVALID, f"{option}: {reason}", option)
     return RefusedCall(Outcome.INVALID, text, "path")

@@ -17,6 +17,7 @@ from vllm.config.steering_points import HookPoint
 from vllm.logger import init_logger
 from vllm.model_executor.layers.steering import SiteKey, SteeringBackend, SteeringSite
 from vllm.model_executor.layers.steering_reference import (
+    large_norms,
     select_tokens,
     within_norm,
     write_stream,
@@ -35,6 +36,7 @@ class MeasuringBackend(SteeringBackend):
         ablates: give edited tokens the mean instead of their reconstruction.
         tokens, error, squares, total: sums over the tokens that were edited, of 1,
             `|y - y'|^2`, `|y|^2` and `y` `[d_out]`, in float64.
+        norms: of what the SAE read at those tokens, one tensor a step.
     """
 
     def __init__(self, inner: SteeringBackend, slot: SAESlot, step: StepState):
@@ -43,6 +45,7 @@ class MeasuringBackend(SteeringBackend):
         self.tokens = 0
         self.error = self.squares = 0.0
         self.total = torch.zeros(slot.weights.d_out, dtype=torch.float64)
+        self.norms: list[torch.Tensor] = []
 
     @property
     def mean(self) -> torch.Tensor:
@@ -50,9 +53,13 @@ class MeasuringBackend(SteeringBackend):
         return (self.total / max(self.tokens, 1)).float()
 
     def sums(self) -> dict[str, float]:
-        """What was measured: tokens, error, and the variance around the mean."""
+        """What was measured: tokens, error, the variance around the mean, and norms."""
         variance = self.squares - float(self.total @ self.total) / max(self.tokens, 1)
-        return {"tokens": self.tokens, "error": self.error, "variance": variance}
+        found = {"tokens": self.tokens, "error": self.error, "variance": variance}
+        if self.tokens:
+            median, large = large_norms(torch.cat(self.norms))
+            found |= {"median_norm": median, "large": int(large.sum())}
+        return found
 
     def write_flags(self, token_ids: torch.Tensor) -> None:
         self.inner.write_flags(token_ids)
@@ -73,8 +80,9 @@ class MeasuringBackend(SteeringBackend):
         hidden, residual, _ = stream
         index = self.step.index[Tier.FULL, : hidden.shape[0]]
         tokens = select_tokens(slot.full, index, self.step, slot.weights)
-        read = stream.read.gather(tokens)
-        tokens = tokens[within_norm(read.float(), slot.weights.norm_limit)]
+        read = stream.read.gather(tokens).float()
+        kept = within_norm(read, slot.weights.norm_limit)
+        tokens = tokens[kept]
         before = stream.gather(tokens).double()
         if self.ablates:
             mean = self.mean.to(hidden.device).expand(len(tokens), -1)
@@ -83,6 +91,7 @@ class MeasuringBackend(SteeringBackend):
         self.inner.full_reconstruction(slot, stream)
         after = stream.gather(tokens).double()
         self.tokens += len(tokens)
+        self.norms.append(read[kept].norm(dim=1).cpu())
         self.error += float((before - after).square().sum())
         self.squares += float(before.square().sum())
         self.total += before.sum(0).cpu()

@@ -87,7 +87,7 @@ def test_inspect_shows_the_memory_of_each_rank(
         "bytes_16_bit_sharded": 2 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
         "bytes_32_bit_replicated": 2 * 4 * 64 * 32 + 4 * (2 * 64 + 32),
         "bytes_32_bit_sharded": 4 * 64 * 32 + 2 * (2 * 64 + 32) + 4 * 64,
-        "bytes_exchange": 0,  # too few features for the kernels that do
+        "bytes_exchange": 0,
     }
 
 
@@ -104,7 +104,28 @@ def test_inspect_adds_up_what_ranks_hold_of_several_sites(
     assert said.count("on each of 2 ranks: 2.1 MiB replicated, 1.1 MiB sharded") == 2
     total = "on each of 2 ranks: 4.3 MiB replicated, 2.3 MiB sharded"
     assert f"all sites      {total}\n" in said
-    assert "on GPUs 50.2 MiB more, once an engine" in said
+    assert "once an engine" not in said  # `auto` copies both
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "auto", "room"),
+    [
+        (116736, "shard", 59.8),  # each rank reads 256.5 MiB less
+        (116736 - 512, "replicate", 0.0),  # 255.4 MiB
+        (116736 + 256, "replicate", 0.0),  # what the exchanging kernels cannot divide
+    ],
+)
+def test_inspect_shows_memory_for_an_exchange_only_where_auto_shares(
+    d_sae: int, auto: str, room: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = SiteInfo(2, HookPoint.POST_BLOCK, 2304, d_sae, Activation.JUMPRELU)
+    ranks = ranks_of(site, 2)
+    assert ranks["can_shard"]
+    assert ranks["auto"]["16_bit_peer_memory"] == auto
+    assert round(ranks["bytes_exchange"] / 2**20, 1) == room
+    show_ranks(ranks, {})
+    said = capsys.readouterr().out
+    assert ("MiB more, once an engine" in said) == (auto == "shard")
 
 
 def test_inspect_says_what_ranks_take_to_store(

@@ -230,6 +230,18 @@ def test_tokens_past_the_norm_limit_do_not_count() -> None:
         measure(identity(8, 100.0), outlier)
 
 
+def test_a_sink_is_found_and_the_options_that_leave_it_alone_are_said() -> None:
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    assert measure(identity(8), x).large == 0
+    x = torch.cat([x, torch.full((1, 8), 1e3)])
+    fit = measure(identity(8), x)
+    median = float(x.norm(dim=1).median())
+    assert (fit.large, fit.median_norm) == (1, pytest.approx(median))
+    (said,) = judge("post_block.1", fit, {}, {})
+    assert said.startswith("post_block.1: 1 of 21 tokens have a norm above 10 times")
+    assert f"norm_guard=10 and reference_norm={median:.4g}" in said
+
+
 def test_one_stream_alone_has_no_variance_to_explain() -> None:
     with pytest.raises(ValueError, match="expected tokens that differ"):
         measure(identity(8), torch.ones(5, 8))

@@ -163,6 +163,7 @@ def test_a_module_without_room_names_the_slot(client: TestClient, root: Path) ->
         ({"skip_token_ids": [2**70]}, "skip_token_ids"),
         ({"norm_guard": 0}, "norm_guard"),
         ({"norm_guard": 10**400}, "norm_guard"),
+        ({"reference_norm": "large"}, "reference_norm"),
         ({"sites": "post_block.1"}, "sites"),
         ({"sharding": "all"}, "sharding"),
         ({"weights": "x"}, "weights"),
@@ -202,6 +203,19 @@ def test_a_path_outside_the_roots_is_refused(
 ) -> None:
     refused = register(client, root, path=outside.format(root=root))
     assert (refused.status_code, error(refused)["param"]) == (403, "path")
+    assert f"expected a path under one of '{root}'" in error(refused)["message"]
+
+
+def test_an_option_that_the_files_do_not_fit_is_named(
+    client: TestClient, root: Path
+) -> None:
+    for options, field in (
+        ({"norm_guard": 3.0}, "norm_guard"),
+        ({"sites": ["post_block.0", "post_block.1"]}, "sites"),
+    ):
+        refused = register(client, root, **options)
+        assert (refused.status_code, error(refused)["param"]) == (400, field)
+        assert error(refused)["message"].startswith(f"{field}: ")
 
 
 def test_a_path_that_climbs_is_refused(client: TestClient, root: Path) -> None:
@@ -292,7 +306,7 @@ JSON = st.recursive(
 )
 FIELD = st.sampled_from(
     ["name", "path", "feature_units", "skip_token_ids", "norm_guard", "sites",
-     "sharding", "replace", "drain", "x"]
+     "reference_norm", "sharding", "replace", "drain", "x"]
 )  # fmt: skip
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm.entrypoints.steering.sinks import warning_of_large_norms
 from vllm.model_executor.layers.steering_reference import (
     FEATURE_SLICE,
     encode,
+    large_norms,
     within_norm,
 )
 from vllm.model_executor.layers.steering_state import SAEWeights
@@ -33,12 +35,15 @@ class Fit:
     """How well an SAE reconstructs `tokens` tokens: FVU and mean L0.
 
     FVU is `sum ||x - x'||^2 / sum ||x - mean(x)||^2`; L0 counts the non-zero feature
-    activations of a token.
+    activations of a token. `median_norm` is that of what the SAE reads, and `large` the
+    number of tokens far above it (`large_norms`).
     """
 
     tokens: int
     fvu: float
     l0: float
+    median_norm: float = 0.0
+    large: int = 0
 
 
 def measure(
@@ -74,7 +79,9 @@ def measure(
         raise ValueError(
             "text: expected tokens that differ, found the same stream at all of them"
         )
-    return Fit(x.shape[0], error / variance, active / x.shape[0])
+    median, large = large_norms(x.norm(dim=1))
+    tokens = x.shape[0]
+    return Fit(tokens, error / variance, active / tokens, median, int(large.sum()))
 
 
 def decode(weights: SAEWeights, acts: torch.Tensor) -> torch.Tensor:
@@ -98,7 +105,8 @@ def judge(
         declared: what the files claim of `fvu` and `l0`.
         nearby: FVU of the same SAE at other sites, by name.
     """
-    found = []
+    sinks = warning_of_large_norms(site, fit.tokens, fit.large, fit.median_norm)
+    found = [sinks] if sinks else []
     if not fit.fvu <= HOPELESS_FVU:
         found.append(
             f"{site}: FVU {fit.fvu:.3f}: the SAE explains next to nothing here; is it "

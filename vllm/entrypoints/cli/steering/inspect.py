@@ -90,8 +90,8 @@ def ranks_of(site: SiteInfo, tp: int) -> Json:
         found["auto"][name] = how(ranks.shards("auto", *widths))
     stores = Ranks(tp, 2, stores=True).shards("auto", *widths, site.has_skip)
     found["auto"]["16_bit_peer_memory"] = how(stores)
-    stored = found["can_shard"] and Ranks(tp, 2).encoded(site.d_sae, sharded=True)
-    found["bytes_exchange"] = exchange_bytes(tp, site.out_width) if stored else 0
+    # Memory for an exchange is allocated only if an SAE is shared.
+    found["bytes_exchange"] = exchange_bytes(tp, site.out_width) if stores else 0
     return found
 
 

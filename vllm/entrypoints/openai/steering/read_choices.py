@@ -22,6 +22,7 @@ from vllm.config.sae_features import (
 )
 from vllm.config.sae_steering_specs import PRESET_KEY, READOUT_KEY
 from vllm.config.steering import SteeringConfig
+from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.answers import json_of
 
 if TYPE_CHECKING:
@@ -56,9 +57,14 @@ async def put(
     target: object, features: ReadFeatures, prompt: ReadFeatures | None
 ) -> None:
     """Add what was read to a choice, an event or a response."""
-    setattr(target, FEATURES, await json_of(features))
+    of_prompt = None if prompt is None else await json_of(prompt)
+    _set(target, await json_of(features), of_prompt)
+
+
+def _set(target: object, features: Json, prompt: Json | None) -> None:
+    setattr(target, FEATURES, features)
     if prompt is not None:
-        setattr(target, PROMPT_FEATURES, await json_of(prompt))
+        setattr(target, PROMPT_FEATURES, prompt)
 
 
 class StreamedChoices:
@@ -137,9 +143,8 @@ def fill_choices_at_once(
 ) -> None:
     """As `fill_choices`, for a caller that cannot wait."""
     for choice, features, prompt in _that_read(choices, results):
-        setattr(choice, FEATURES, features_json(features))
-        if prompt is not None:
-            setattr(choice, PROMPT_FEATURES, features_json(prompt))
+        of_prompt = None if prompt is None else features_json(prompt)
+        _set(choice, features_json(features), of_prompt)
 
 
 def _that_read(

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vllm.config.steering_checks import about, shown
+from vllm.config.steering_checks import about, listing, shown
 from vllm.config.steering_environment import KEY_ENV
 
 # For servers whose own `--api-key` takes the Authorization header.
@@ -96,15 +96,14 @@ def allowed_path(path: str, roots: Sequence[str]) -> str:
             f"path: found {shown(path)}, expected an absolute path or hf:owner/repo",
             "path",
         )
-    folders = [os.path.realpath(root) for root in roots if not root.startswith("hf:")]
     real = os.path.realpath(path)
-    if not _inside(real, folders):
-        raise _outside(path)
+    if not _inside(real, _folders(roots)):
+        raise _outside(path, roots)
     if not os.path.exists(real):
         raise RequestRefused(
             404, f"path: {shown(path)}: no such file or directory", "path"
         )
-    _check_entries(path, Path(real), folders)
+    _check_entries(path, Path(real), roots)
     return real
 
 
@@ -115,7 +114,11 @@ def _allowed_repository(path: str, roots: Sequence[str]) -> str:
         pinned = path.partition("@")[0] == root
         if root.startswith("hf:") and (inside or pinned):
             return path
-    raise _outside(path)
+    raise _outside(path, roots)
+
+
+def _folders(roots: Sequence[str]) -> list[str]:
+    return [os.path.realpath(root) for root in roots if not root.startswith("hf:")]
 
 
 def _inside(real: str, folders: Sequence[str]) -> bool:
@@ -125,10 +128,11 @@ def _inside(real: str, folders: Sequence[str]) -> bool:
     )
 
 
-def _check_entries(path: str, real: Path, folders: Sequence[str]) -> None:
+def _check_entries(path: str, real: Path, roots: Sequence[str]) -> None:
     """Refuse a directory with a link that leaves the roots, or with too many files."""
     if not real.is_dir():
         return
+    folders = _folders(roots)
     seen = 0
     for folder, names, files in os.walk(real):
         for name in (*names, *files):
@@ -141,13 +145,13 @@ def _check_entries(path: str, real: Path, folders: Sequence[str]) -> None:
                     "path",
                 )
             if not _inside(os.path.realpath(os.path.join(folder, name)), folders):
-                raise _outside(path)
+                raise _outside(path, roots)
 
 
-def _outside(path: str) -> RequestRefused:
+def _outside(path: str, roots: Sequence[str]) -> RequestRefused:
     return RequestRefused(
         403,
         f"path: {shown(path)} is outside additional_config.steering.module_roots, "
-        "expected a path under one of them",
+        f"expected a path under one of {listing(roots)}",
         "path",
     )

@@ -141,7 +141,11 @@ class EncodeService:
             )
         tokenizer = self.engine.get_tokenizer()
         if tokenizer is None:
-            raise RequestRefused(409, "this server has no tokenizer")
+            raise RequestRefused(
+                409,
+                "this server has no tokenizer, expected one that was started without "
+                "--skip-tokenizer-init",
+            )
         # Not under the server's default preset, unless that is locked.
         specs = {**opt_out(config), READOUT_KEY: [request.spec]}
         prompts = _prompts(request, tokenizer)

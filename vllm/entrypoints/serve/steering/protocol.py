@@ -59,11 +59,12 @@ SiteNames = Annotated[
         max_length=MAX_LIST,
     ),
 ]
-Guard = Annotated[float, expects("null or a positive number", gt=0)]
+Positive = Annotated[float, expects("null or a positive number", gt=0)]
 
 
 OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "sites", "sharding", "screening",
+    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
+    "sharding", "screening",
 )  # fmt: skip
 
 
@@ -74,7 +75,8 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: Path
     feature_units: FeatureUnits | UnsetType = UNSET
     skip_token_ids: TokenIds | None | UnsetType = UNSET
-    norm_guard: Guard | None | UnsetType = UNSET
+    norm_guard: Positive | None | UnsetType = UNSET
+    reference_norm: Positive | None | UnsetType = UNSET
     sites: SiteNames | None | UnsetType = UNSET
     sharding: Sharding | UnsetType = UNSET
     screening: Screening | UnsetType = UNSET

@@ -7,8 +7,6 @@ What is the same in every step is held by the extension (`Held`), and passed by 
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Hashable
 
 import torch
@@ -22,10 +20,10 @@ from vllm.model_executor.layers.steering_state import (
     StepState,
 )
 
-from .extension import cuda_ops
+from .held import Held, Tensors
 from .peers import Peers
 from .run import Run
-from .workspace import SteeringWorkspace, Tensors
+from .workspace import SteeringWorkspace
 
 WEIGHTS_FIELDS = (
     "W_enc", "b_enc", "threshold", "W_dec", "b_dec", "meta", "norm_limit", "shared",
@@ -81,32 +79,6 @@ def _workspace_bundle(run: Run) -> Tensors:
         ws.kth, buffers.coef, buffers.dense,
     ]  # fmt: skip
     return own if run.slot.weights.W_skip is None else [*own, buffers.skip]
-
-
-class Held:
-    """Tensors that the extension holds for many ops (`csrc/steering/held.h`).
-
-    The first op that uses them checks them. The extension keeps them alive until this
-    object goes, so ask for the number where an op is called.
-
-    Args:
-        step: as `step_bundle` gives them.
-        weights: as `weights_bundle` gives them.
-        workspace: the tensors of `WORKSPACE_FIELDS`; none for the delta tier.
-    """
-
-    def __init__(
-        self, step: Tensors, weights: Tensors, workspace: Tensors | None = None
-    ) -> None:
-        self.step, self.weights, self.workspace = step, weights, workspace or []
-
-    @functools.cached_property
-    def number(self) -> int:
-        """What ops take in place of the tensors."""
-        number = cuda_ops().hold(self.step, self.weights, self.workspace)
-        # At the end of the process the extension may be gone before.
-        weakref.finalize(self, cuda_ops().release, number).atexit = False
-        return number
 
 
 def _make_run_held(run: Run) -> Held:

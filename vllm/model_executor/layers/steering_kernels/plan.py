@@ -271,3 +271,10 @@ def sorts_ahead(rows: int) -> bool:
     again for every slice would cost more than the gather.
     """
     return rows > 512
+
+
+def warm_up_lengths(max_tokens: int) -> list[int]:
+    """Steps of these many tokens take every choice of launches and tiles."""
+    ends = {16, 64, 128, 256, 1024}
+    lengths = {1, 2, max_tokens} | ends | {end + 1 for end in ends}
+    return sorted(length for length in lengths if length <= max_tokens)

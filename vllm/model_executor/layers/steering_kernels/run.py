@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -15,7 +16,7 @@ from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepS
 from vllm.model_executor.layers.steering_stream import encoder_input
 
 from .peers import Peers
-from .workspace import StageBuffers, SteeringWorkspace
+from .workspace import StageBuffers, SteeringWorkspace, uses_threshold, uses_topk
 
 
 @functools.cache
@@ -50,6 +51,7 @@ class Run:
     """What the stages of one pipeline share.
 
     Attributes:
+        gate: -1 takes any module, 0 only threshold ones, 1 only TopK.
         source: what a transcoder reads.
         reads: who reads on the way, in the extension's decoder; None: nobody.
         edits: False where no token is to be changed, whatever its row.
@@ -74,6 +76,51 @@ class Run:
     own_scores: torch.Tensor | None = None
     own_index: torch.Tensor | None = None
     peers: Peers | None = None
+
+    @classmethod
+    def over(
+        cls,
+        slot: SAESlot,
+        step: StepState,
+        workspace: SteeringWorkspace,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        *,
+        tier: Tier,
+        topk: bool,
+        capacity: int | None = None,
+        source: torch.Tensor | None = None,
+        reads: ReadBuffers | None = None,
+        edits: bool = True,
+    ) -> Self:
+        """A pipeline over the step, with views of the workspace for its length.
+
+        Args:
+            capacity: the most that a list needs to hold; None: as much as fits.
+
+        Raises:
+            ValueError: the workspace was built for fewer tokens.
+        """
+        tokens = hidden.shape[0]
+        if tokens > workspace.max_tokens:
+            raise ValueError(
+                f"steering: {tokens} tokens, workspace built for {workspace.max_tokens}"
+            )
+        mixed = uses_threshold(slot) and uses_topk(slot)
+        return cls(
+            slot=slot,
+            step=step,
+            workspace=workspace,
+            buffers=workspace.buffers(slot, tokens, topk, capacity),
+            hidden=hidden,
+            residual=residual,
+            tier=tier,
+            topk=topk,
+            gate=int(topk) if mixed else -1,
+            source=source,
+            reads=reads,
+            edits=edits,
+        )
 
     @property
     def table(self) -> ClampTable:

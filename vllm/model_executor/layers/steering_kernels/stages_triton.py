@@ -119,56 +119,41 @@ def encode(run: Run, base: int) -> None:
 
 
 def coefficients(run: Run, base: int) -> None:
-    buffers, workspace, table, index = run.buffers, run.workspace, run.table, run.index
+    """Select the entries of TopK, or sort those of a threshold SAE; resolve clamps."""
+    buffers, workspace, table = run.buffers, run.workspace, run.table
     weights = run.slot.weights
     device = weights.W_enc.device
     rows = buffers.plan.rows
     grid = (min(rows, device_facts(device)[0] * 8),)
-    clamp_block = min(next_power_of_2(table.max_clamps), 64)
-    if run.topk:
-        select_kernel[grid](
-            index=index,
-            table=table.packed,
-            meta=weights.meta,
-            count=workspace.count,
-            tokens=run.tokens,
-            scores=buffers.scores,
-            records=workspace.records,
-            sync=run.step.sync,
-            entries=buffers.entries,
-            kth=workspace.kth,
-            coef=buffers.coef,
-            table_stride=table.packed.stride(0),
-            base=base,
-            rows=rows,
-            F=weights.d_sae_capacity,
-            capacity=buffers.plan.capacity,
-            LIST_MAX=LIST_MAX,
-            MAX_CLAMPS=table.max_clamps,
-            CLAMP_BLOCK=clamp_block,
-            BLOCK=2048,
-            num_warps=8,
-            **pdl_options(device),
-        )
-        return
-    resolve_kernel[grid](
-        index=index,
-        table=table.packed,
-        count=workspace.count,
-        tokens=run.tokens,
-        records=workspace.records,
-        sync=run.step.sync,
-        entries=buffers.entries,
-        coef=buffers.coef,
-        table_stride=table.packed.stride(0),
-        base=base,
-        rows=rows,
-        capacity=buffers.plan.capacity,
-        LIST_MAX=LIST_MAX,
-        MAX_CLAMPS=table.max_clamps,
-        CLAMP_BLOCK=clamp_block,
-        num_warps=4,
+    common: Json = {
+        "index": run.index,
+        "table": table.packed,
+        "count": workspace.count,
+        "tokens": run.tokens,
+        "records": workspace.records,
+        "sync": run.step.sync,
+        "entries": buffers.entries,
+        "coef": buffers.coef,
+        "table_stride": table.packed.stride(0),
+        "base": base,
+        "rows": rows,
+        "capacity": buffers.plan.capacity,
+        "LIST_MAX": LIST_MAX,
+        "MAX_CLAMPS": table.max_clamps,
+        "CLAMP_BLOCK": min(next_power_of_2(table.max_clamps), 64),
         **pdl_options(device),
+    }
+    if not run.topk:
+        resolve_kernel[grid](**common, num_warps=4)
+        return
+    select_kernel[grid](
+        **common,
+        meta=weights.meta,
+        scores=buffers.scores,
+        kth=workspace.kth,
+        F=weights.d_sae_capacity,
+        BLOCK=2048,
+        num_warps=8,
     )
 
 

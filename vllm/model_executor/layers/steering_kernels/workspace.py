@@ -7,7 +7,6 @@ import logging
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +15,7 @@ from vllm.config.steering_sharding import EXTENSION_FEATURES
 from vllm.model_executor.layers.steering_state import SAESlot
 
 from .extension import Kernels, kernels_for
+from .held import Held
 from .kept import Kept
 from .peers import (
     EXCHANGE_ROWS,
@@ -46,13 +46,9 @@ from .plan import (
 )
 from .screen import ScreenScratch
 
-if TYPE_CHECKING:
-    from .bundles import Held
-
 logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 256 * MIB
-Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,14 +103,20 @@ class GGUFFile:
             self._describe(header)
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_HEADER_BYTES:
-            raise LayoutError(f"{path.name}: general.alignment: found {alignment!r}")
+            raise LayoutError(
+                f"{path.name}: general.alignment: found {alignment!r}, expected an "
+                f"integer in 1..{MAX_HEADER_BYTES}"
+            )
         self._start = round_up(header.at, alignment)
         self._check_sizes()
 
     def _describe(self, header: _Header) -> None:
         name, dimensions = header.string(), header.number("I")
         if dimensions > _MAX_DEPTH:
-            raise LayoutError(f"{self.label}: {name}: found {dimensions} dimensions")
+            raise LayoutError(
+                f"{self.label}: {name}: found {dimensions} dimensions, expected at "
+                f"most {_MAX_DEPTH}"
+            )
         shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
         kind, offset = header.number("I"), header.number("Q")
         if kind not in _DTYPES:
@@ -129,7 +135,8 @@ class GGUFFile:
             end = self._start + offset + math.prod(shape) * _DTYPES[kind][0].itemsize
             if end > size:
                 raise LayoutError(
-                    f"{self.label}: {name}: its data ends past the end of the file"
+                    f"{self.label}: {name}: its data ends past the end of the file, "
+                    "expected a complete file"
                 )
 
     def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:

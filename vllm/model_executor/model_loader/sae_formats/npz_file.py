@@ -137,7 +137,7 @@ def _npy_header(
     """Shape, Fortran order, dtype, and the header's size in bytes."""
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
-        raise LayoutError(f"{where}: unknown npy version {version}")
+        raise LayoutError(f"{where}: found npy version {version}, expected 1.0 or 2.0")
     read_header = (
         np.lib.format.read_array_header_1_0
         if version == (1, 0)

@@ -62,7 +62,7 @@ class SafetensorsFile:
         if end - begin != needed or begin > end or end > data_bytes:
             raise LayoutError(
                 f"{where}: {kind} {shape} at {offsets} does not fit the {data_bytes} "
-                "bytes of data in the file"
+                "bytes of data in the file, expected a complete file"
             )
         dtype = FloatType[kind] if kind in FloatType.__members__ else None
         self.infos[name] = TensorInfo(tuple(shape), dtype, kind)
@@ -102,7 +102,10 @@ def _read_header(path: Path) -> tuple[Json, int]:
     with path.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise LayoutError(f"{path.name}: too short for a safetensors file")
+            raise LayoutError(
+                f"{path.name}: too short for a safetensors file, expected a complete "
+                "one"
+            )
         header_bytes = int.from_bytes(prefix, "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise LayoutError(
@@ -111,7 +114,10 @@ def _read_header(path: Path) -> tuple[Json, int]:
             )
         content = stream.read(header_bytes)
     if len(content) < header_bytes:
-        raise LayoutError(f"{path.name}: not a safetensors file: its header is cut off")
+        raise LayoutError(
+            f"{path.name}: not a safetensors file: its header is cut off, expected a "
+            "complete file"
+        )
     try:
         header = json.loads(content.decode())
     except (ValueError, RecursionError) as error:

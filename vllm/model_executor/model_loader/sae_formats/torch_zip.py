@@ -289,7 +289,9 @@ class TorchZipFile:
         self._path = path
         self._members = {item.filename: item for item in archive.infolist()}
         if any(i.compress_type != zipfile.ZIP_STORED for i in self._members.values()):
-            raise LayoutError(f"{path.name}: compressed members in a torch file")
+            raise LayoutError(
+                f"{path.name}: found compressed members, expected a file of torch.save"
+            )
         pickles = [name for name in self._members if name.endswith("data.pkl")]
         if len(pickles) != 1:
             raise LayoutError(

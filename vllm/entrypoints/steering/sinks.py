@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says that a few tokens with a huge norm decide what was measured of an SAE."""
+
+from __future__ import annotations
+
+
+def warning_of_large_norms(
+    site: str, tokens: int, large: int, median: float
+) -> str | None:
+    """One line if some tokens have a norm far above the median, else None.
+
+    Args:
+        tokens: number of tokens that were measured.
+        large: how many of them have such a norm, by `large_norms`.
+        median: the median norm.
+    """
+    if not large:
+        return None
+    return (
+        f"{site}: {large} of {tokens} tokens have a norm above 10 times the median, as "
+        "attention sinks have; FVU and the largest activations are theirs. The "
+        f"module options norm_guard=10 and reference_norm={median:.4g} leave such "
+        "tokens unchanged"
+    )
