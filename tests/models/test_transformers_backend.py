@@ -71,8 +71,8 @@ def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
         "VaultGemmaConfig",
     ],
 )
-def test_a_layer_with_other_parts_or_norms_is_not_recognised(config: str) -> None:
-    assert hugging_face_family(layer_of(config)) is None
+def test_a_layer_with_other_parts_or_norms_is_not_recognised(model: str) -> None:
+    assert hugging_face_family(layer_of(f"{model}Config")) is None
 
 
 @pytest.mark.parametrize("added", ["adapter", "attn_hc", "weight"])
