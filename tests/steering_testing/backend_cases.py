@@ -136,14 +136,6 @@ _MODELS: list[tuple[str, str, str, str, tuple[str, ...], dict[str, Any]]] = [
         {**COMMON, **HEAD},
     ),
     (
-        "apertus_backend",
-        "Apertus",
-        "ApertusConfig",
-        "apertus.ApertusDecoderLayer",
-        (),
-        COMMON,
-    ),
-    (
         "granite_backend",
         "Granite",
         "GraniteConfig",

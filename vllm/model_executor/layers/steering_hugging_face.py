@@ -55,10 +55,6 @@ NORMS = {
     frozenset({INPUT, ATTENTION, POST_SELF, POST_MLP}): Norms(
         ATTENTION, POST_SELF, POST_MLP
     ),
-    # Apertus
-    frozenset({"attention_layernorm", "feedforward_layernorm"}): Norms(
-        "feedforward_layernorm"
-    ),
 }
 
 
