@@ -116,7 +116,10 @@ __device__ __forceinline__ void announce_tokens(const Workspace<T>& ws) {
   if (threadIdx.x == 0) grid_arrive(ws.sync + kArrivals);
 }
 
-template <typename T>
+// With more than one of kPeers, blocks of a cluster share tiles of x. What one
+// of them writes to another waits for the barrier of the grid, which comes
+// after the other's barriers are ready.
+template <typename T, int kPeers>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     compact_encode_kernel(const __grid_constant__ CompactEncodeArgs<T> a,
                           const __grid_constant__ EncodeMaps maps) {
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   const Workspace<T>& ws = a.encode.ws;
   const int t = threadIdx.x;
   if (t == kWeightsThread) {
-    init_barriers(m, 1);
+    init_barriers(m, kPeers);
     prefetch_map(&maps.w);
   }
   if (t == kTokensThread)
@@ -150,18 +153,20 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (t == kWeightsThread) drain_first(m, first);
     return;
   }
-  const TileWalk walk = tile_walk(a.encode.weights.num_features, n, 1, 0,
+  const TileWalk walk = tile_walk(a.encode.weights.num_features, n, kPeers,
+                                  kPeers > 1 ? cluster_rank() : 0,
                                   a.encode.weights.first_feature);
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) await_tokens(ws);
-    producer<1, Leaves::kUsual>(a.encode, m, maps, n, first, walk);
+    producer<kPeers, Leaves::kUsual>(a.encode, m, maps, n, first, walk);
   } else {
     take_registers<232>();
     gather_active(a, m, n, own.limit);
     announce_tokens(ws);
-    consumer<1, Leaves::kUsual>(a.encode, m, n, walk);
+    consumer<kPeers, Leaves::kUsual>(a.encode, m, n, walk);
   }
+  if (kPeers > 1 && shares_tiles(n)) cluster_sync();
 #else
   __trap();
 #endif

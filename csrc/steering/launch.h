@@ -155,4 +155,17 @@ void launch_together(void (*kernel)(Params...), int blocks, int threads,
   launch_with(&together, 1, kernel, blocks, threads, smem, stream, args...);
 }
 
+// As `launch_together`, in clusters of `peers` blocks.
+template <typename... Params, typename... Args>
+void launch_clusters_together(void (*kernel)(Params...), int blocks, int peers,
+                              int threads, int smem, cudaStream_t stream,
+                              const Args&... args) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(peers), 1, 1};
+  launch_with(attributes, 2, kernel, blocks, threads, smem, stream, args...);
+}
+
 }  // namespace vllm_steering

@@ -125,19 +125,46 @@ __device__ __forceinline__ void pass_on(EncodeMemory& m, int s) {
 template <int N, int kPeers>
 constexpr int kSharers = N >= 64 ? kPeers : 1;
 
-// Requests the stage at column `column` of a tile of x. Each sharer requests
-// its part of the tile for all of them.
+// Rows of the tile of x from row `row` on that are requested: not those of a
+// wide tile past the n-th, whose columns of the product are not used. Copies of
+// rows that are not there would take longer than copies of rows that are.
+template <int N>
+__device__ __forceinline__ int rows_of_tile(int n, int row) {
+  return N < 64 ? N : min(N, (n - row + 7) / 8 * 8);
+}
+
+// Requests rows [from, end) of a tile of x at column `column`, in as few boxes
+// of the I-th width and narrower ones as hold them: for this block, or for all
+// of `kAll`.
+template <int I, int kAll>
+__device__ __forceinline__ void request_boxes(const EncodeMaps& maps,
+                                              uint32_t to, uint32_t full,
+                                              int column, int row, int from,
+                                              int end) {
+  constexpr int kRows = kWidth[I];
+#pragma unroll 1
+  for (; end - from >= kRows; from += kRows) {
+    const uint32_t at = to + from * kTileK * 2;
+    if constexpr (kAll > 1)
+      copy_tile_to(&maps.x[I], at, full, column, row + from, (1 << kAll) - 1);
+    else
+      copy_tile(&maps.x[I], at, full, column, row + from);
+  }
+  if constexpr (I > 0)
+    request_boxes<I - 1, kAll>(maps, to, full, column, row, from, end);
+}
+
+// Requests `rows` rows of a tile of x. Each sharer requests its part of the
+// tile for all of them.
 template <int N, int kPeers>
 __device__ __forceinline__ void request_tokens(const EncodeMaps& maps,
                                                uint32_t to, uint32_t full,
-                                               int column, int row, int rank) {
-  if constexpr (kSharers<N, kPeers> > 1) {
-    constexpr int kRows = N / kPeers;
-    copy_tile_to(&maps.x[width_index(kRows)], to + rank * kRows * kTileK * 2,
-                 full, column, row + rank * kRows, (1 << kPeers) - 1);
-  } else {
-    copy_tile(&maps.x[width_index(N)], to, full, column, row);
-  }
+                                               int column, int row, int rank,
+                                               int rows) {
+  constexpr int kAll = kSharers<N, kPeers>, kPart = N / kAll;
+  const int from = kAll > 1 ? rank * kPart : 0;
+  request_boxes<width_index(kPart), kAll>(maps, to, full, column, row, from,
+                                          min(from + kPart, rows));
 }
 
 // One thread: requests one operand of every tile of the block, stage by stage.
@@ -146,7 +173,7 @@ __device__ __forceinline__ void request_tokens(const EncodeMaps& maps,
 // which are requested later, would wait behind all of it.
 template <int N, bool Weights, int kPeers, typename Walk>
 __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
-                            Walk walk, int first) {
+                            Walk walk, int n, int first) {
   using S = Stages<N>;
   constexpr int kBytes = Weights ? kStageW : S::kStageX;
   const int k_tiles = (d_in + kTileK - 1) / kTileK;
@@ -157,6 +184,7 @@ __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
     int f, t;
     walk.at(tile, f, t);
     const int row = Weights ? f * kTileF : t * N;
+    const int rows = Weights ? kTileF : rows_of_tile<N>(n, row);
     int k = first_k(walk.before + f, k_tiles);
 #pragma unroll 1
     for (int step = 0; step < k_tiles; ++step, ++it) {
@@ -168,11 +196,12 @@ __device__ void request_all(EncodeMemory& m, const EncodeMaps& maps, int d_in,
         const bool passes = first > 0 && round == 0;
         const uint32_t full = barrier_at(passes ? m.first : m.full, s);
         const uint32_t at = to + s * kBytes;
-        barrier_expect(full, kBytes);
+        barrier_expect(full, rows * kTileK * 2);
         if constexpr (Weights)
           copy_tile(&maps.w, at, full, k * kTileK, row);
         else
-          request_tokens<N, kPeers>(maps, at, full, k * kTileK, row, walk.rank);
+          request_tokens<N, kPeers>(maps, at, full, k * kTileK, row, walk.rank,
+                                    rows);
       }
       k = k + 1 == k_tiles ? 0 : k + 1;
     }
@@ -308,12 +337,12 @@ __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
   const int emitter = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps - 2;
   if (threadIdx.x == kWeightsThread) {
 #define STEERING_WEIGHTS(N, I) \
-  request_all<N, true, kPeers>(m, maps, d_in, walk, first)
+  request_all<N, true, kPeers>(m, maps, d_in, walk, n, first)
     STEERING_WIDTHS(n, STEERING_WEIGHTS)
 #undef STEERING_WEIGHTS
   } else if (threadIdx.x == kTokensThread) {
 #define STEERING_TOKENS(N, I) \
-  request_all<N, false, kPeers>(m, maps, d_in, walk, 0)
+  request_all<N, false, kPeers>(m, maps, d_in, walk, n, 0)
     STEERING_WIDTHS(n, STEERING_TOKENS)
 #undef STEERING_TOKENS
   } else if (kLeaves != Leaves::kSample && emitter >= 0 &&

@@ -21,6 +21,20 @@ int64_t hold(Tensors step, Tensors weights, Tensors workspace) {
       std::move(step), std::move(weights), std::move(workspace)));
 }
 
+// Longer steps than this, of SAEs at least this wide, encode in pairs of
+// blocks. In shorter steps memory is the limit, and of narrower SAEs a block
+// has a tile or two.
+constexpr int kAloneRows = 128, kPairsFeatures = 65536;
+
+// Whether blocks that wait for one another may be in pairs: on a whole device,
+// where all pairs run at the same time.
+template <typename T>
+bool takes_pairs(const Bundles<T>& b, int processors) {
+  return b.ws.rows > kAloneRows && b.weights.num_features >= kPairsFeatures &&
+         processors % kEncodePeers == 0 &&
+         processors == current_device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
 void release(int64_t held) { held_table().remove(held); }
 
 // Stage 1 of one chunk.
@@ -61,9 +75,14 @@ void compact_encode(int64_t held, Tensors stream, int64_t gate, bool topk) {
         "steering: too many tokens for one launch");
     const CompactEncodeArgs<T> a = {
         b.step, b.stream, {b.weights, b.ws, true}, static_cast<int>(gate)};
-    launch_together(compact_encode_kernel<T>, multiprocessors(stream[kHidden]),
-                    kEncodeThreads, kEncodeSmem, stream_of(stream[kHidden]), a,
-                    encode_maps(b));
+    const int processors = multiprocessors(stream[kHidden]);
+    const cudaStream_t on = stream_of(stream[kHidden]);
+    if (takes_pairs(b, processors))
+      return launch_clusters_together(compact_encode_kernel<T, kEncodePeers>,
+                                      processors, kEncodePeers, kEncodeThreads,
+                                      kEncodeSmem, on, a, encode_maps(b));
+    launch_together(compact_encode_kernel<T, 1>, processors, kEncodeThreads,
+                    kEncodeSmem, on, a, encode_maps(b));
   });
 }
 

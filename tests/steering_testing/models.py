@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from steering_testing.dense_models import DENSE_MODELS
 from steering_testing.hybrid_models import HYBRID_MODELS
 from steering_testing.moe_models import MOE_MODELS
 from steering_testing.sizes import (
@@ -185,13 +186,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_local_experts=4,
         num_experts_per_tok=1,
     ),
-    # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
+    # A stream in the first part of a tuple, and a pair.
     "stablelm": config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
     "nemotron": config("NemotronConfig", **COMMON, **HEAD),
     "olmo2": config("Olmo2Config", **COMMON),
     "phi": config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
     "gpt_neox": config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
     **MOE_MODELS,
+    **DENSE_MODELS,
     **HYBRID_MODELS,
 }
 

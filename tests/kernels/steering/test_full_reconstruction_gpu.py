@@ -210,6 +210,18 @@ def test_steps_with_more_tokens_than_multiprocessors(
     run_and_check(slot, step, tokens)
 
 
+@compiled_only
+@pytest.mark.parametrize("tokens", [129, 136, 256])
+def test_a_wide_site_whose_blocks_encode_in_pairs(tokens: int) -> None:
+    slot = make_slot(66000, 328, l0=40)
+    with_rows(slot)
+    workspace = kernel.SteeringWorkspace(256, [slot], DEVICE)
+    for active in (tokens, tokens - 60, 3):
+        step = make_step(tokens, 256, [2], Tier.FULL)
+        step.index[Tier.FULL, active:] = 0
+        run_and_check(slot, step, tokens, workspace=workspace)
+
+
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("k", [5] if INTERPRETED else [1, 5, 40, 64])
 def test_topk_keeps_exactly_k_with_or_without_clipping(relu: bool, k: int) -> None:
@@ -290,15 +302,18 @@ def test_the_result_does_not_depend_on_the_run() -> None:
 
 @compiled_only
 @pytest.mark.parametrize("activation", [Activation.JUMPRELU, Activation.TOPK])
-def test_a_token_does_not_depend_on_its_batch(activation: Activation) -> None:
-    slot = make_slot(4096, 512, activation, l0=60, k=32)
+@pytest.mark.parametrize("d_sae", [4096, 65536])
+def test_a_token_does_not_depend_on_its_batch(
+    activation: Activation, d_sae: int
+) -> None:
+    slot = make_slot(d_sae, 512, activation, l0=60, k=32)
     with_rows(slot)
     hidden, residual = make_stream(600, 512, DTYPE)
     step = make_step(600, 600, [2], Tier.FULL)
     workspace = kernel.SteeringWorkspace(600, [slot], DEVICE)
     assert residual is not None
     seen = []
-    for tokens in (1, 5, 33, 100, 600):
+    for tokens in (1, 5, 33, 100, 136, 256, 300, 600):
         h, r = hidden[:tokens].clone(), residual[:tokens].clone()
         kernel.full_reconstruction(slot, step, workspace, h, r)
         seen.append(r[0])

@@ -87,7 +87,8 @@ def refuse_unfit_layers(model: nn.Module) -> None:
         if why is not None and not type(module).__module__.startswith("transformers."):
             raise ValueError(
                 f"steering: {type(model).__name__} cannot be steered: found decoder "
-                f"layers of {class_name(module)}; {why}"
+                f"layers of {class_name(module)}; {why}. docs/features/models.md lists "
+                "the models that can be steered"
             )
 
 
@@ -208,6 +209,9 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
         factor = vars(layer.module).get(family.scale or "", False)
         if factor is True or factor not in (False, 1.0):
             return f"the layer scales what its sublayers write ({family.scale})"
+        part = parts.attention if hook is HookPoint.ATTN_OUT else parts.mlp
+        if part is not None and _leaves_its_bias(part):
+            return "the layer adds a bias to what the module writes"
         if family.reduces_late and layer.tp_size > 1:
             return "under tensor parallelism the ranks add it up after the block"
     if hook is HookPoint.ATTN_OUT:
@@ -217,6 +221,14 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         return None if parts.mlp else "no module of its own is the whole MLP"
     return None
+
+
+def _leaves_its_bias(module: nn.Module) -> bool:
+    """Whether a linear layer in the module returns its bias for others to add."""
+    return any(
+        vars(part).get("skip_bias_add", False) and part.bias is not None
+        for part in module.modules()
+    )
 
 
 def _is_float16(module: nn.Module) -> bool:

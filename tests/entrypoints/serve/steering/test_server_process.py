@@ -15,6 +15,7 @@ from steering_testing.modules_http import (
     KEY,
     MODULES,
     ask,
+    complete,
     register,
     remove,
     save_modules,
@@ -57,6 +58,28 @@ def test_every_api_server_sees_a_module_come_change_and_go(
     assert first[0] != second[0]
     assert remove(url).status_code == 200
     assert [ask(url, "hot").status_code for _ in range(12)] == [400] * 12
+
+
+def test_every_api_server_sees_a_preset_come_and_go(url: str, root: Path) -> None:
+    assert register(url, root).status_code == 201
+    wanted = tokens(ask(url, "hot"))
+    preset = f"{url}/v1/steering/presets/calm"
+    default = f"{url}/v1/steering/default_preset"
+    put = httpx.put(preset, json={FULL: [{"module_name": "hot"}]}, headers=KEY)
+    assert put.status_code == 200
+    chosen = {"steering_preset": "calm"}
+    assert all(tokens(complete(url, chosen)) == wanted for _ in range(12))
+    named = httpx.put(default, json={"preset": "calm"}, headers=KEY)
+    assert named.status_code == 200
+    assert all(tokens(complete(url, {})) == wanted for _ in range(12))
+    listed = [httpx.get(f"{url}/v1/models").json()["data"] for _ in range(12)]
+    assert all("calm" in {model["id"] for model in models} for models in listed)
+    none = httpx.put(default, json={"preset": None}, headers=KEY)
+    assert none.status_code == 200
+    assert all(tokens(complete(url, {})) != wanted for _ in range(12))
+    assert httpx.delete(preset, headers=KEY).status_code == 200
+    assert [complete(url, chosen).status_code for _ in range(12)] == [400] * 12
+    assert remove(url).status_code == 200
 
 
 LONG = 3000  # tokens of an answer that takes the engine many seconds
