@@ -12,8 +12,18 @@ from vllm.model_executor.layers.steering_family_table import LayerFamily
 
 HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
 HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
-# Factors for what sublayers write: Granite, MiniCPM, MiniMax.
-HF_SCALES = ("residual_multiplier", "residual_scale", "attn_beta_factor")
+# Factors for what sublayers write: Granite, MiniCPM, MiniMax, ESM-C.
+HF_SCALES = (
+    "residual_multiplier",
+    "residual_scale",
+    "attn_beta_factor",
+    "scaling_factor",
+)
+# Their norms have the names of Llama's. They norm what sublayers write, or the sum.
+MISNAMED = {
+    "transformers.models.chameleon.modeling_chameleon.ChameleonSwinDecoderLayer",
+    "transformers.models.openai.modeling_openai.Block",
+}
 # What Gemma 4 has beside attention, the MLP and their norms.
 BESIDE = {
     "act_fn",
@@ -61,6 +71,8 @@ NORMS = {
 def norms_of(layer: nn.Module) -> Norms | None:
     """The norms of a layer with an attention module and an `mlp`; None if it has other
     parts or parameters of its own, which may do anything to the stream."""
+    if f"{type(layer).__module__}.{type(layer).__qualname__}" in MISNAMED:
+        return None
     parts = {
         name
         for name, part in layer.named_children()
