@@ -203,6 +203,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 ROUNDED = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next", "qwen3_5"}
 
 
+# Families whose linear layers get biases that are not zero, where they have any.
+BIASED: set[str] = set()
+
+
 @cache
 def build(family: str, seed: int = 0) -> Any:
     """The Hugging Face model of a family, random and in float32, ready to run."""
@@ -221,6 +225,8 @@ def build(family: str, seed: int = 0) -> Any:
                 weight.normal_(0, 0.08 if "embed" not in name else embedding)
             elif "norm" in name or "ln_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))
+            elif name.endswith("bias") and family in BIASED:
+                weight.normal_(0, 0.1)
             if family in ROUNDED:
                 weight.copy_(weight.bfloat16())
         for name, buffer in model.named_buffers():
