@@ -20,6 +20,7 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 def table() -> str:
     """The table as Markdown."""
     sys.path.insert(0, str(ROOT / "tests"))
+    from steering_testing.backend_cases import BACKEND_CASES
     from steering_testing.cases import (
         AUTO_CASES,
         CASES,
@@ -38,7 +39,7 @@ def table() -> str:
         "|---|---|" + "---|" * len(hooks),
     ]
     groups = {
-        "": {**CASES, **MULTIMODAL_CASES, **TRANSFORMERS_CASES},
+        "": {**CASES, **MULTIMODAL_CASES, **TRANSFORMERS_CASES, **BACKEND_CASES},
         ", `--steering-decoder-layer auto`": AUTO_CASES,
     }
     rows = [(case, how) for how, group in groups.items() for case in group.values()]

@@ -10,6 +10,7 @@ import pytest
 from steering_testing import models, oracle
 from steering_testing.cases import CASES, TRANSFORMERS_CASES
 from steering_testing.conformance import case_engine
+from steering_testing.dense_models import DENSE_MODELS
 from steering_testing.engine import (
     FULL,
     assert_same,
@@ -36,7 +37,7 @@ MAX_TOKENS = 6
 HOW = {case.family: case for case in (*TRANSFORMERS_CASES.values(), *CASES.values())}
 EXACT = sorted(family for family, case in HOW.items() if case.tolerance is None)
 # Breadth: others of these have the same points.
-SLOW = {"gemma4", "gemma4_moe", *MOE_MODELS, *HYBRID_MODELS}
+SLOW = {"gemma4", "gemma4_moe", *DENSE_MODELS, *MOE_MODELS, *HYBRID_MODELS}
 
 
 def saes() -> dict[str, DenseSAE]:

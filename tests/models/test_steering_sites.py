@@ -32,8 +32,8 @@ from vllm.model_executor.layers.steering_families import (
     FAMILIES,
     MODELS,
     DecoderLayer,
-    hugging_face_family,
 )
+from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_state import StepState
 

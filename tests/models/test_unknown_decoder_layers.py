@@ -45,7 +45,15 @@ def start(path: Path, tmp_path: Path, **steering: Any) -> str:
     return str(refusal.value)
 
 
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table without the classes on which `auto` is tested."""
+    for case in (*AUTO_CASES.values(), CASES["granitemoe"]):
+        monkeypatch.delitem(FAMILIES, case.layer_class)
+
+
 @pytest.mark.engine
+@pytest.mark.usefixtures("unknown")
 def test_an_unknown_decoder_class_is_refused_at_start_up(
     model_root: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +66,7 @@ def test_an_unknown_decoder_class_is_refused_at_start_up(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("unknown")
 @pytest.mark.parametrize(
     "name", ["stablelm", pytest.param("nemotron", marks=pytest.mark.slow)]
 )
@@ -69,15 +78,16 @@ def test_auto_steers_a_class_that_does_what_its_names_say(
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.usefixtures("unknown")
 def test_auto_compiles_as_the_table_does(model_root: Path, tmp_path: Path) -> None:
     conforms(AUTO_CASES["stablelm"], model_root, tmp_path, enforce_eager=False)
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("unknown")
 def test_auto_refuses_a_class_that_scales_what_its_sublayers_write(
-    model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_root: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(FAMILIES, CASES["granitemoe"].layer_class)
     path = models.save("granitemoe", model_root)
     message = start(path, tmp_path, decoder_layer="auto")
     assert "GraniteMoeDecoderLayer" in message and "at layer 0" in message

@@ -157,6 +157,29 @@ CASES = {
                 "exaone_moe.ExaoneMoeDecoderLayer",
                 (),
             ),
+            ("Trinity (AfMoE)", "afmoe", "afmoe.AfmoeDecoderLayer", ()),
+            ("HunYuan V3", "hy_v3", "hy_v3.HYV3DecoderLayer", ()),
+            ("Nemotron, Minitron", "nemotron", "nemotron.NemotronDecoderLayer", ()),
+            ("StableLM", "stablelm", "stablelm.StablelmDecoderLayer", ()),
+            (
+                "HyperCLOVA X",
+                "hyperclovax",
+                "hyperclovax.HyperCLOVAXDecoderLayer",
+                (),
+            ),
+            ("Falcon-7B", "falcon", "falcon.FalconDecoderLayer", ("post_attn",)),
+            (
+                "Falcon-40B, -180B",
+                "falcon_new",
+                "falcon.FalconDecoderLayer",
+                ("post_attn",),
+            ),
+            (
+                "Falcon, sequential with biases",
+                "falcon_sequential",
+                "falcon.FalconDecoderLayer",
+                ("attn_out", "mlp_out"),
+            ),
         )
     },
     **HYBRID_CASES,
@@ -181,7 +204,7 @@ GPU_CASES = {
     )
 }
 AUTO = (("steering", {"decoder_layer": "auto"}),)
-# Of classes that the table lacks, which `decoder_layer: "auto"` finds to be right.
+# `decoder_layer: "auto"` finds these classes to be right where the table lacks them.
 AUTO_CASES = {
     "stablelm": Case(
         "StableLM", "stablelm", f"{MODELS}.stablelm.StablelmDecoderLayer", AUTO

@@ -32,7 +32,6 @@ GRANITE_HYBRID: dict[str, Any] = {
     "shared_intermediate_size": 48,
     "layer_types": ["mamba", "attention", "mamba"],
 }
-
 HYBRID_MODELS: dict[str, Callable[[], Any]] = {
     "granitemoehybrid": config("GraniteMoeHybridConfig", **GRANITE_HYBRID, **LOCAL),
     "granite_hybrid": config(

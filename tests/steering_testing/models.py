@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from steering_testing.dense_models import DENSE_MODELS
 from steering_testing.hybrid_models import HYBRID_MODELS
 from steering_testing.moe_models import MOE_MODELS
 from steering_testing.sizes import (
@@ -185,13 +186,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_local_experts=4,
         num_experts_per_tok=1,
     ),
-    # Classes that the table lacks: a stream in the first part of a tuple, and a pair.
+    # A stream in the first part of a tuple, and a pair.
     "stablelm": config("StableLmConfig", **{**COMMON, "num_key_value_heads": 2}),
     "nemotron": config("NemotronConfig", **COMMON, **HEAD),
     "olmo2": config("Olmo2Config", **COMMON),
     "phi": config("PhiConfig", **{**COMMON, "num_key_value_heads": 2}),
     "gpt_neox": config("GPTNeoXConfig", **{**COMMON, "num_key_value_heads": 2}),
     **MOE_MODELS,
+    **DENSE_MODELS,
     **HYBRID_MODELS,
 }
 
@@ -199,6 +201,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 # Families that engines run in bfloat16; it holds their weights exactly. Their experts
 # are all chosen: rounding would choose another where two are nearly as good.
 ROUNDED = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next", "qwen3_5"}
+
+
+# Families whose linear layers get biases that are not zero, where they have any.
+BIASED: set[str] = set()
 
 
 @cache
@@ -219,6 +225,8 @@ def build(family: str, seed: int = 0) -> Any:
                 weight.normal_(0, 0.08 if "embed" not in name else embedding)
             elif "norm" in name or "ln_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))
+            elif name.endswith("bias") and family in BIASED:
+                weight.normal_(0, 0.1)
             if family in ROUNDED:
                 weight.copy_(weight.bfloat16())
         for name, buffer in model.named_buffers():

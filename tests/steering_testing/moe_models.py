@@ -26,6 +26,13 @@ EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
 }
+# What published configurations have, and vLLM asks for.
+ROUTER: dict[str, Any] = {
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 MOE_MODELS: dict[str, Callable[[], Any]] = {
     # vLLM's CPU build chooses experts without the learned bias. Here all are chosen.
@@ -62,6 +69,28 @@ MOE_MODELS: dict[str, Callable[[], Any]] = {
         "Cohere2MoeConfig",
         **{**COMMON, **HEAD, **EXPERTS, "tie_word_embeddings": True},
         sliding_window=32,
+    ),
+    "afmoe": config(
+        "AfmoeConfig",
+        **COMMON,
+        **HEAD,
+        **EXPERTS,
+        **ROUTER,
+        sliding_window=32,
+        global_attn_every_n_layers=2,
+        num_shared_experts=1,
+    ),
+    "hy_v3": config(
+        "HYV3Config",
+        **COMMON,
+        **HEAD,
+        **EXPERTS,
+        **ROUTER,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        first_k_dense_replace=1,
+        expert_hidden_dim=48,
+        qk_norm=True,
+        router_scaling_factor=1.5,
     ),
     "glm4_moe_lite": config("Glm4MoeLiteConfig", **DEEPSEEK),
 }

@@ -24,11 +24,19 @@ class Greedy:
     logprobs: list[float]
 
 
-ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn", "mixer")
+ATTENTIONS = (
+    "self_attn",
+    "attention",
+    "attn",
+    "linear_attn",
+    "mixer",
+    "self_attention",
+)
 PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "mixer")
 MID_NORMS = (
     "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
     "feedforward_layernorm",
     "post_attention_layernorm",
     "ln_2",
@@ -41,7 +49,9 @@ OUTPUT_NORMS = {
         "post_attention_layernorm",
         "post_feedforward_layernorm",
     ),
-    "post_mlp_layernorm": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "post_self_attn_layernorm": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "pre_mlp_layernorm": ("post_attention_layernorm", "post_mlp_layernorm"),
+    "post_norm1": ("post_norm1", "post_norm2"),
 }
 
 

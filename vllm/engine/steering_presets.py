@@ -190,8 +190,10 @@ def with_start_up_presets(
         except (RefusedCall, VLLMValidationError) as error:
             raise SteeringConfigError(f"{where}: {error.args[0]}") from None
         except (OSError, ValueError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise SteeringConfigError(
-                f"{where}: {shown(preset)} cannot be read as a JSON file: {error}"
+                f"{where}: {shown(preset)} cannot be read as a JSON file: {reason}, "
+                "expected the path of a preset's JSON file"
             ) from None
     try:
         return with_default(config, {"name": default})

@@ -324,7 +324,10 @@ def test_a_preset_whose_module_is_gone_says_so(
     ("steering", "what"),
     [
         ({"presets": {"p": {DELTA: [sae_spec("none")]}}}, "steering.presets.p: "),
-        ({"presets": {"p": "/no/such/file"}}, "steering.presets.p: "),
+        (
+            {"presets": {"p": "/no/such/file"}},
+            "JSON file: No such file or directory, expected",
+        ),
         ({"presets": {"a/b": {}}}, "letters, digits"),
         ({"default_preset": "p"}, "steering.default_preset: "),
     ],

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.steering_family_table import (
     UNFIT,
     LayerFamily,
 )
+from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 
@@ -48,11 +49,18 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
 
     Raises:
         ValueError: the model's decoder-layer class is not in the family table, or is
-            known to be unfit.
+            known to be unfit, or the model is multimodal and runs under the
+            Transformers backend.
     """
     found: dict[int, DecoderLayer] = {}
     refuse_unfit_layers(model)
     if supports_multimodal(model):
+        if _is_hugging_face(model):
+            raise ValueError(
+                f"steering: found the multimodal {type(model).__name__} of vLLM's "
+                "Transformers backend, expected a model of text only there, or vLLM's "
+                "own class of the model (--model-impl vllm)"
+            )
         # Vision and audio towers have layers too.
         model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
@@ -79,7 +87,8 @@ def refuse_unfit_layers(model: nn.Module) -> None:
         if why is not None and not type(module).__module__.startswith("transformers."):
             raise ValueError(
                 f"steering: {type(model).__name__} cannot be steered: found decoder "
-                f"layers of {class_name(module)}; {why}"
+                f"layers of {class_name(module)}; {why}. docs/features/models.md lists "
+                "the models that can be steered"
             )
 
 
@@ -109,46 +118,6 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
         return None
     is_hf = type(module).__module__.startswith("transformers.")
     return hugging_face_family(module) if is_hf else None
-
-
-HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
-HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
-
-
-def hugging_face_family(module: nn.Module) -> LayerFamily | None:
-    """The points of a layer that Hugging Face's own code runs, under vLLM's
-    Transformers backend; None for a module that is no decoder layer.
-
-    The names of its norms say where they stand: with `pre_feedforward_layernorm` the
-    sublayers' outputs are normed too (Gemma-2); with `post_feedforward_layernorm` alone
-    only they are (OLMo-2). A parallel block has no norm after attention is added.
-    """
-    parts = {name: part for name, part in module.named_children()}
-    if "mlp" not in parts or not parts.keys() & set(HF_ATTENTIONS):
-        return None
-    if "altup" in parts:
-        # Gemma-3n carries several streams.
-        return None
-    norms_outputs = "post_feedforward_layernorm" in parts
-    norms_input = "pre_feedforward_layernorm" in parts
-    mid_norm = next((n for n in ("post_attention_layernorm", "ln_2") if n in parts), "")
-    if norms_outputs:
-        mid_norm = "pre_feedforward_layernorm" if norms_input else ""
-    if vars(module).get("use_parallel_residual", False):
-        mid_norm = ""
-    return LayerFamily(
-        residual=None,
-        mid_norm=mid_norm or None,
-        mlp_reads_stream=norms_outputs and not norms_input,
-        attention=HF_ATTENTIONS,
-        projection=HF_PROJECTIONS,
-        # Gemma 4's experts stand beside the MLP and write with it.
-        mlp=None if "experts" in parts else "mlp",
-        attention_norm="post_attention_layernorm" if norms_outputs else None,
-        mlp_norm="post_feedforward_layernorm" if norms_outputs else None,
-        scale="residual_multiplier",
-        gate="per_layer_input_gate",
-    )
 
 
 def _is_hugging_face(model: nn.Module) -> bool:
@@ -240,6 +209,9 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
         factor = vars(layer.module).get(family.scale or "", False)
         if factor is True or factor not in (False, 1.0):
             return f"the layer scales what its sublayers write ({family.scale})"
+        part = parts.attention if hook is HookPoint.ATTN_OUT else parts.mlp
+        if part is not None and _leaves_its_bias(part):
+            return "the layer adds a bias to what the module writes"
         if family.reduces_late and layer.tp_size > 1:
             return "under tensor parallelism the ranks add it up after the block"
     if hook is HookPoint.ATTN_OUT:
@@ -249,6 +221,14 @@ def missing_point(layer: DecoderLayer, hook: HookPoint) -> str | None:
     if hook in (HookPoint.MLP_IN, HookPoint.MLP_OUT):
         return None if parts.mlp else "no module of its own is the whole MLP"
     return None
+
+
+def _leaves_its_bias(module: nn.Module) -> bool:
+    """Whether a linear layer in the module returns its bias for others to add."""
+    return any(
+        vars(part).get("skip_bias_add", False) and part.bias is not None
+        for part in module.modules()
+    )
 
 
 def _is_float16(module: nn.Module) -> bool:

@@ -153,6 +153,27 @@ FAMILIES: dict[str, LayerFamily] = {
     f"{MODELS}.glm4_moe_lite.Glm4MoeLiteDecoderLayer": PAIR,
     f"{MODELS}.ernie45_moe.Ernie4_5_MoeDecoderLayer": PAIR,
     f"{MODELS}.exaone_moe.ExaoneMoeDecoderLayer": PAIR,
+    f"{MODELS}.afmoe.AfmoeDecoderLayer": LayerFamily(
+        mid_norm="pre_mlp_layernorm",
+        attention_norm="post_attention_layernorm",
+        mlp_norm="post_mlp_layernorm",
+    ),
+    f"{MODELS}.hy_v3.HYV3DecoderLayer": PAIR,
+    f"{MODELS}.nemotron.NemotronDecoderLayer": PAIR,
+    f"{MODELS}.stablelm.StablelmDecoderLayer": LayerFamily(residual=None),
+    f"{MODELS}.hyperclovax.HyperCLOVAXDecoderLayer": LayerFamily(
+        residual=None,
+        attention_norm="post_norm1",
+        mlp_norm="post_norm2",
+        scale="residual_multiplier",
+    ),
+    # A parallel block has no norm between attention and MLP.
+    f"{MODELS}.falcon.FalconDecoderLayer": LayerFamily(
+        residual=None,
+        attention=("self_attention",),
+        projection=("dense",),
+        reduces_late=True,
+    ),
     f"{MODELS}.apertus.ApertusDecoderLayer": LayerFamily(
         mid_norm="feedforward_layernorm"
     ),
@@ -178,34 +199,36 @@ FAMILIES: dict[str, LayerFamily] = {
     ),
 }
 
-_NOT_COMPARED = "its numbers could not be compared with Hugging Face's"
-_MAMBA_1 = f"vLLM's CPU build lacks the scan of Mamba-1, so {_NOT_COMPARED}"
-_NEMOTRON_3 = f"vLLM's CPU build lacks its kind of experts, so {_NOT_COMPARED}"
-_NO_REFERENCE = f"Hugging Face Transformers has no such model, so {_NOT_COMPARED}"
-_STREAMS = "it carries several residual streams, and a point is one tensor"
-_LOOPS = "the model runs it several times for one token"
+_UNVERIFIED = "edits of such layers are not verified, because"
+_MAMBA_1 = f"{_UNVERIFIED} vLLM's CPU build lacks their kernel"
+_NEMOTRON_3 = f"{_UNVERIFIED} vLLM's CPU build lacks a kernel for their experts"
+_SHORT_CONV = f"{_UNVERIFIED} vLLM's own answers differ from Hugging Face's on a CPU"
+_NO_REFERENCE = f"{_UNVERIFIED} Hugging Face Transformers has no such model"
+_STREAMS = "a layer carries several residual streams, and a point is one tensor"
+_SHARED = "the model's layers share one attention block"
+_LOOPS = "the model runs a layer several times for one token"
 
 # vLLM's decoder layers that cannot be steered, by the name of the class, and why. They
 # are refused under `decoder_layer: "auto"` too.
 UNFIT: dict[str, str] = {
-    "DbrxBlock": "its norms and its attention are one module",
+    "DbrxBlock": "a layer's norms and attention are one module",
     "DeepseekV4DecoderLayer": _STREAMS,
     "Gemma3nDecoderLayer": _STREAMS,
-    "HrmTextDecoderLayer": _LOOPS,
     "Glm5NextDecoderLayer": _STREAMS,
+    "HrmTextDecoderLayer": _LOOPS,
     "HYV4DecoderLayer": _STREAMS,
     "JambaAttentionDecoderLayer": _MAMBA_1,
     "JambaMambaDecoderLayer": _MAMBA_1,
-    "Lfm2AttentionDecoderLayer": _NOT_COMPARED,
-    "Lfm2MoeAttentionDecoderLayer": _NOT_COMPARED,
-    "Lfm2MoeShortConvDecoderLayer": _NOT_COMPARED,
-    "Lfm2ShortConvDecoderLayer": _NOT_COMPARED,
+    "Lfm2AttentionDecoderLayer": _SHORT_CONV,
+    "Lfm2MoeAttentionDecoderLayer": _SHORT_CONV,
+    "Lfm2MoeShortConvDecoderLayer": _SHORT_CONV,
+    "Lfm2ShortConvDecoderLayer": _SHORT_CONV,
     "LoopCoderDecoderLayer": _LOOPS,
     "MambaDecoderLayer": _MAMBA_1,
     "NemotronHMoEDecoderLayer": _NEMOTRON_3,
     "Plamo3DecoderLayer": _NO_REFERENCE,
     "Qwen4ExpDecoderLayer": _STREAMS,
-    "Zamba2AttentionDecoderLayer": "its layers share one attention block",
-    "Zamba2HybridLayer": "its layers share one attention block",
-    "Zamba2MambaDecoderLayer": "its layers share one attention block",
+    "Zamba2AttentionDecoderLayer": _SHARED,
+    "Zamba2HybridLayer": _SHARED,
+    "Zamba2MambaDecoderLayer": _SHARED,
 }

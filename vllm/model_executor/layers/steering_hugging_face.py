@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The points of Hugging Face's own decoder layers, which vLLM's Transformers backend
+runs, by the names of their parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from vllm.model_executor.layers.steering_family_table import LayerFamily
+
+HF_ATTENTIONS = ("self_attn", "attention", "attn", "linear_attn")
+HF_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
+# Factors for what sublayers write: Granite, MiniCPM, MiniMax, ESM-C.
+HF_SCALES = (
+    "residual_multiplier",
+    "residual_scale",
+    "attn_beta_factor",
+    "scaling_factor",
+)
+# Their norms have the names of Llama's. They norm what sublayers write, or the sum.
+MISNAMED = {
+    "transformers.models.chameleon.modeling_chameleon.ChameleonSwinDecoderLayer",
+    "transformers.models.openai.modeling_openai.Block",
+}
+# What Gemma 4 has beside attention, the MLP and their norms.
+BESIDE = {
+    "act_fn",
+    "experts",
+    "router",
+    "per_layer_input_gate",
+    "per_layer_projection",
+    "post_per_layer_input_norm",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm_1",
+    "post_feedforward_layernorm_2",
+}
+
+
+class Norms(NamedTuple):
+    """The norm that reads the stream between attention and MLP, and the norms that
+    read what attention and the MLP write."""
+
+    mid: str | None = None
+    attention: str | None = None
+    mlp: str | None = None
+
+
+INPUT, ATTENTION = "input_layernorm", "post_attention_layernorm"
+PRE_FF, POST_FF = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+POST_SELF, POST_MLP = "post_self_attn_layernorm", "post_mlp_layernorm"
+# By all norms that a layer has. A model of each line is compared with Hugging Face in
+# tests/models/test_transformers_backend.py or test_steering_sites.py.
+NORMS = {
+    frozenset({INPUT, ATTENTION}): Norms(ATTENTION),
+    frozenset({"ln_1", "ln_2"}): Norms("ln_2"),
+    # A parallel block.
+    frozenset({INPUT}): Norms(),
+    # OLMo-2
+    frozenset({ATTENTION, POST_FF}): Norms(None, ATTENTION, POST_FF),
+    # Gemma-2
+    frozenset({INPUT, ATTENTION, PRE_FF, POST_FF}): Norms(PRE_FF, ATTENTION, POST_FF),
+    # GLM-4
+    frozenset({INPUT, ATTENTION, POST_SELF, POST_MLP}): Norms(
+        ATTENTION, POST_SELF, POST_MLP
+    ),
+}
+
+
+def norms_of(layer: nn.Module) -> Norms | None:
+    """The norms of a layer with an attention module and an `mlp`; None if it has other
+    parts or parameters of its own, which may do anything to the stream."""
+    if f"{type(layer).__module__}.{type(layer).__qualname__}" in MISNAMED:
+        return None
+    parts = {
+        name
+        for name, part in layer.named_children()
+        if not isinstance(part, nn.Dropout)
+    }
+    if "mlp" not in parts or not parts & set(HF_ATTENTIONS):
+        return None
+    if next(layer.parameters(recurse=False), None) is not None:
+        return None
+    return NORMS.get(frozenset(parts - {"mlp", *HF_ATTENTIONS} - BESIDE))
+
+
+def hugging_face_family(module: nn.Module) -> LayerFamily | None:
+    """The points of a layer that Hugging Face's own code runs, under vLLM's
+    Transformers backend; None for a module that is no decoder layer, and for a layer
+    with parts of its own, which may do anything to the stream."""
+    norms = norms_of(module)
+    if norms is None:
+        return None
+    parallel = vars(module).get("use_parallel_residual", False)
+    return LayerFamily(
+        residual=None,
+        mid_norm=None if parallel else norms.mid,
+        mlp_reads_stream=norms.mid is None and norms.mlp is not None,
+        attention=HF_ATTENTIONS,
+        projection=HF_PROJECTIONS,
+        # Gemma 4's experts stand beside the MLP and write with it.
+        mlp=None if "experts" in dict(module.named_children()) else "mlp",
+        attention_norm=norms.attention,
+        mlp_norm=norms.mlp,
+        scale=next((name for name in HF_SCALES if name in vars(module)), None),
+        gate="per_layer_input_gate",
+    )
