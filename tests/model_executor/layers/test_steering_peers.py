@@ -212,12 +212,14 @@ def test_late_slots_use_the_memory_that_there_is() -> None:
     assert memory(101) == [2, 4] and created == [100, 101]
 
 
-def test_two_ranks_store_and_more_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_and_four_ranks_store_and_more_are_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     is_on = steering_shards.peer_memory_is_on
     monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
-    assert is_on(2) and not is_on(4) and not is_on(8)
+    assert is_on(2) and is_on(4) and not is_on(6) and not is_on(8)
     monkeypatch.setenv(PEER_MEMORY_ENV, "1")
-    assert is_on(2) and is_on(4)
+    assert is_on(2) and is_on(4) and is_on(8)
     monkeypatch.setenv(PEER_MEMORY_ENV, "0")
     assert not is_on(2) and not is_on(4)
 
@@ -227,10 +229,10 @@ def test_ranks_that_are_not_asked_gather_and_say_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    group = SimpleNamespace(world_size=4)
+    group = SimpleNamespace(world_size=8)
     monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: group)
     monkeypatch.delenv(PEER_MEMORY_ENV, raising=False)
-    said = f"4 ranks do not, since {PEER_MEMORY_ENV} is not 1"
+    said = f"8 ranks do not, since {PEER_MEMORY_ENV} is not 1"
     assert steering_shards.peer_allocator() == said
 
 
