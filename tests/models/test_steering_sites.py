@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from steering_testing import models
+from steering_testing.backend_cases import BACKEND_CASES
 from steering_testing.cases import (
     AUTO_CASES,
     CASES,
@@ -79,7 +80,7 @@ def test_the_table_in_the_docs_is_the_one_that_the_cases_make() -> None:
 
 
 def test_every_tiny_model_has_a_case_here() -> None:
-    groups = (CASES, TRANSFORMERS_CASES, GPU_CASES, AUTO_CASES)
+    groups = (CASES, TRANSFORMERS_CASES, BACKEND_CASES, GPU_CASES, AUTO_CASES)
     cases = [case for group in groups for case in group.values()]
     assert set(models.FAMILIES) == {case.family for case in cases}
 
