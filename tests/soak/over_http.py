@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -304,10 +305,9 @@ def tracebacks(log: Path) -> list[str]:
     """
     lines = log.read_text(errors="replace").splitlines()
     starts = [at for at, line in enumerate(lines) if "Traceback" in line]
-    ends = [*starts[1:], len(lines)]
     return [
         " | ".join(lines[at : at + 12])
-        for at, end in zip(starts, ends, strict=True)
+        for at, end in pairwise([*starts, len(lines)])
         if " WARNING " not in lines[at]
         and not any("ModuleChangedError: " in line for line in lines[at:end])
     ]

@@ -241,7 +241,7 @@ def test_auto_copies_where_ranks_would_gather(
     assert copies()
     assert copies(2)
     monkeypatch.delenv(PEER_MEMORY_ENV)
-    assert copies() and not copies(2)  # two ranks store unless told not to
+    assert not copies() and not copies(2)  # they store unless told not to
     monkeypatch.setenv(PEER_MEMORY_ENV, "1")
     monkeypatch.setattr(steering_topology, "extension_library", lambda: None)
     assert copies()

@@ -215,7 +215,6 @@ def test_what_was_read_is_kept_if_the_preset_changes_meanwhile(
     http: httpx.Client, stream: bool
 ) -> None:
     preset, key = "/v1/steering/presets/brief", {"Authorization": f"Bearer {KEY}"}
-    assert http.put(preset, json=READ, headers=key).status_code == 200
     plain = {name: value for name, value in COMPLETION.items() if name not in READ}
     body = {**plain, "model": "brief", "max_tokens": 230, "ignore_eos": True}
 
@@ -225,15 +224,23 @@ def test_what_was_read_is_kept_if_the_preset_changes_meanwhile(
         chunks = streamed(http, "/v1/completions", body)
         return [choice for chunk in chunks for choice in chunk["choices"]]
 
-    with ThreadPoolExecutor(1) as pool:
+    def asked_while_the_preset_goes(pool: ThreadPoolExecutor) -> Any:
+        """What was asked; None if the answer was there before the preset went."""
+        assert http.put(preset, json=READ, headers=key).status_code == 200
         asked = pool.submit(ask)
-        while not http.get(f"/v1/steering/modules/{MODULE}").json()["module"][
-            "requests"
-        ]:
-            assert not asked.done()
+        held = f"/v1/steering/modules/{MODULE}"
+        while not http.get(held).json()["module"]["requests"]:
+            if asked.done():
+                break
         assert http.delete(preset, headers=key).status_code == 200
-        assert not asked.done(), "the request ended before its preset went"
+        under_way = not asked.done()
         choices = asked.result()
+        return choices if under_way else None
+
+    with ThreadPoolExecutor(1) as pool:
+        tries = (asked_while_the_preset_goes(pool) for _ in range(8))
+        choices = next((found for found in tries if found is not None), None)
+    assert choices is not None, "every answer was there before its preset went"
     for index in range(len(PROMPTS)):
         own = [choice for choice in choices if choice["index"] == index]
         record = joined([one["sae_features"] for one in own if "sae_features" in one])
