@@ -236,14 +236,14 @@ def profile(modes: list[Mode], batch: int) -> None:
         kernels = found[mode.name] = mode.engine.answer(PROFILE_S)
         if mode.baseline not in found:
             continue
-        idle = found[mode.baseline]
+        base = found[mode.baseline]
         print(f"-- batch {batch}, {mode.name}: us a step more", flush=True)
         more = {
-            name: (us - idle.get(name, (0, 0.0))[1]) / tokens
+            name: (us - base.get(name, (0, 0.0))[1]) / tokens
             for name, (_, us) in kernels.items()
         }
         for name in sorted(more, key=lambda name: -abs(more[name]))[:12]:
-            count = (kernels[name][0] - idle.get(name, (0, 0))[0]) / tokens
+            count = (kernels[name][0] - base.get(name, (0, 0))[0]) / tokens
             print(f"   {more[name]:+8.2f} {count:+6.2f} times {name[:90]}", flush=True)
 
 

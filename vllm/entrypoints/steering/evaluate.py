@@ -17,7 +17,7 @@ from vllm.config.steering_json import Json
 from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import list_modules
 from vllm.entrypoints.steering.reading import Text, text_ids
-from vllm.entrypoints.steering.sinks import warning_of_large_norms
+from vllm.entrypoints.steering.sinks import warnings_of_large_norms
 from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class SiteEvaluation:
     @property
     def warnings(self) -> list[str]:
         """What makes the figures doubtful, one line each."""
-        args = (self.site, self.tokens, self.large, self.median_norm)
-        sinks = warning_of_large_norms(*args)
-        return [sinks] if sinks else []
+        return warnings_of_large_norms(
+            self.site, self.tokens, self.large, self.median_norm
+        )
 
     @property
     def recovered(self) -> float:

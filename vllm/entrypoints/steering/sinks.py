@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 
-def warning_of_large_norms(
+def warnings_of_large_norms(
     site: str, tokens: int, large: int, median: float
-) -> str | None:
-    """One line if some tokens have a norm far above the median, else None.
+) -> list[str]:
+    """One line if some tokens have a norm far above the median, else none.
 
     Args:
         tokens: number of tokens that were measured.
@@ -15,10 +15,11 @@ def warning_of_large_norms(
         median: the median norm.
     """
     if not large:
-        return None
-    return (
+        return []
+    line = (
         f"{site}: {large} of {tokens} tokens have a norm above 10 times the median, as "
         "attention sinks have; FVU and the largest activations are theirs. The "
         f"module options norm_guard=10 and reference_norm={median:.4g} leave such "
         "tokens unchanged"
     )
+    return [line]

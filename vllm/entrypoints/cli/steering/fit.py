@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.entrypoints.steering.sinks import warning_of_large_norms
+from vllm.entrypoints.steering.sinks import warnings_of_large_norms
 from vllm.model_executor.layers.steering_reference import (
     FEATURE_SLICE,
     encode,
@@ -105,8 +105,7 @@ def judge(
         declared: what the files claim of `fvu` and `l0`.
         nearby: FVU of the same SAE at other sites, by name.
     """
-    sinks = warning_of_large_norms(site, fit.tokens, fit.large, fit.median_norm)
-    found = [sinks] if sinks else []
+    found = warnings_of_large_norms(site, fit.tokens, fit.large, fit.median_norm)
     if not fit.fvu <= HOPELESS_FVU:
         found.append(
             f"{site}: FVU {fit.fvu:.3f}: the SAE explains next to nothing here; is it "
