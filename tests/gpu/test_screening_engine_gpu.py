@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_num_seqs": 16,
     "enforce_eager": False,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
 }
 
 

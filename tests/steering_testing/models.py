@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from steering_testing.dense_models import DENSE_MODELS
-from steering_testing.hybrid_models import HYBRID_MODELS
+from steering_testing.hybrid_models import GPU_HYBRID_MODELS, HYBRID_MODELS
 from steering_testing.moe_models import MOE_MODELS
 from steering_testing.sizes import (
     BOS,
@@ -195,12 +195,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     **MOE_MODELS,
     **DENSE_MODELS,
     **HYBRID_MODELS,
+    **GPU_HYBRID_MODELS,
 }
 
 
 # Families that engines run in bfloat16; it holds their weights exactly. Their experts
 # are all chosen: rounding would choose another where two are nearly as good.
-ROUNDED = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next", "qwen3_5"}
+ROUNDED = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "minimax_m2",
+    "qwen3_next",
+    "qwen3_5",
+    *GPU_HYBRID_MODELS,
+}
 
 
 # Families whose linear layers get biases that are not zero, where they have any.
