@@ -11,6 +11,7 @@ from vllm.model_executor.layers.steering_family_table import MODELS
 
 GRANITE = f"{MODELS}.granitemoehybrid.GraniteMoeHybrid"
 NEMOTRON = f"{MODELS}.nemotron_h.NemotronH"
+NO_ATTENTION = ("attn_z", "attn_out")
 HYBRID_CASES = {
     "granitemoehybrid": Case(
         "Granite 4 (hybrid MoE)",
@@ -57,13 +58,23 @@ HYBRID_CASES = {
         lacks=("attn_out",),
         recurrent=True,
     ),
+    **{
+        name: Case(
+            title,
+            name,
+            f"{MODELS}.{name}.Lfm2{kind}AttentionDecoderLayer",
+            others=(f"{MODELS}.{name}.Lfm2{kind}ShortConvDecoderLayer",),
+            lacks_at=((0, NO_ATTENTION), (2, NO_ATTENTION)),
+            recurrent=True,
+        )
+        for title, name, kind in (("LFM2", "lfm2", ""), ("LFM2 MoE", "lfm2_moe", "Moe"))
+    },
 }
 BFLOAT16: dict[str, Any] = {
     "options": (("dtype", "bfloat16"),),
     "tolerance": 5e-2,
     "recurrent": True,
 }
-NO_ATTENTION = ("attn_z", "attn_out")
 # In tests/gpu/test_families_gpu.py.
 GPU_HYBRID_CASES = {
     "mamba": Case(
@@ -88,17 +99,6 @@ GPU_HYBRID_CASES = {
         others=(f"{MODELS}.jamba.JambaMambaDecoderLayer",),
         **BFLOAT16,
     ),
-    **{
-        name: Case(
-            title,
-            name,
-            f"{MODELS}.{name}.Lfm2{kind}AttentionDecoderLayer",
-            others=(f"{MODELS}.{name}.Lfm2{kind}ShortConvDecoderLayer",),
-            lacks_at=((0, NO_ATTENTION), (2, NO_ATTENTION)),
-            **BFLOAT16,
-        )
-        for title, name, kind in (("LFM2", "lfm2", ""), ("LFM2 MoE", "lfm2_moe", "Moe"))
-    },
     "nemotron3": Case(
         "Nemotron-3 (MoE)",
         "nemotron3",

@@ -45,13 +45,16 @@ MAMBA_1: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # vLLM reads the sizes of blocks under the names that the published models have.
+# It always reads the embeddings as the head. One head of attention: see DEEPSEEK.
 LFM2: dict[str, Any] = {
     **COMMON,
+    "num_attention_heads": 1,
+    "tie_word_embeddings": True,
     "layer_types": ["conv", "full_attention", "conv"],
     "block_dim": HIDDEN,
     "conv_dim": HIDDEN,
 }
-# In tests/gpu: vLLM's build for CPUs lacks their kernels, or is far from Hugging Face.
+# In tests/gpu: vLLM's build for CPUs lacks their kernels.
 GPU_HYBRID_MODELS: dict[str, Callable[[], Any]] = {
     "mamba": config("MambaConfig", **MAMBA_1),
     "falcon_mamba": config("FalconMambaConfig", **MAMBA_1),
@@ -63,14 +66,6 @@ GPU_HYBRID_MODELS: dict[str, Callable[[], Any]] = {
         attn_layer_offset=1,
         expert_layer_period=2,
         expert_layer_offset=1,
-    ),
-    "lfm2": config("Lfm2Config", **LFM2, block_auto_adjust_ff_dim=False),
-    "lfm2_moe": config(
-        "Lfm2MoeConfig",
-        **LFM2,
-        **EXPERTS,
-        moe_intermediate_size=48,
-        num_dense_layers=1,
     ),
     "nemotron3": config(
         "NemotronHConfig",
@@ -89,6 +84,14 @@ GPU_HYBRID_MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 HYBRID_MODELS: dict[str, Callable[[], Any]] = {
+    "lfm2": config("Lfm2Config", **LFM2, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": config(
+        "Lfm2MoeConfig",
+        **LFM2,
+        **EXPERTS,
+        moe_intermediate_size=48,
+        num_dense_layers=1,
+    ),
     "granitemoehybrid": config("GraniteMoeHybridConfig", **GRANITE_HYBRID, **LOCAL),
     "granite_hybrid": config(
         "GraniteMoeHybridConfig",

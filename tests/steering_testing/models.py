@@ -224,9 +224,10 @@ def build(family: str, seed: int = 0) -> Any:
     if "vision_config" in made.sub_configs:
         auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(made, dtype=torch.float32, attn_implementation="eager")
-    # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head. If they
-    # were as large as the others', no edit would change an answer.
-    embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)
+    # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head, as LFM2
+    # does. If they were as large as the others', no edit would change an answer.
+    small = family.startswith(("gemma", "lfm2"))
+    embedding = 0.4 / (HIDDEN**0.5 if small else 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
