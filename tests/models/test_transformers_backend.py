@@ -61,9 +61,7 @@ def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
     assert set(points_of(DecoderLayer(0, layer, family))) >= SUBLAYERS
 
 
-@pytest.mark.parametrize(
-    "model", ["Doge", "Zaya", "Afmoe", "Apertus", "HyperCLOVAX", "VaultGemma"]
-)
+@pytest.mark.parametrize("model", ["Doge", "Zaya"])
 def test_a_layer_with_other_parts_or_norms_is_not_recognised(model: str) -> None:
     assert hugging_face_family(layer_of(f"{model}Config")) is None
 

@@ -50,6 +50,7 @@ class Norms(NamedTuple):
 INPUT, ATTENTION = "input_layernorm", "post_attention_layernorm"
 PRE_FF, POST_FF = "pre_feedforward_layernorm", "post_feedforward_layernorm"
 POST_SELF, POST_MLP = "post_self_attn_layernorm", "post_mlp_layernorm"
+PRE_MLP, POST_1, POST_2 = "pre_mlp_layernorm", "post_norm1", "post_norm2"
 # By all norms that a layer has. A model of each line is compared with Hugging Face in
 # tests/models/test_transformers_backend.py or test_steering_sites.py.
 NORMS = {
@@ -65,6 +66,17 @@ NORMS = {
     frozenset({INPUT, ATTENTION, POST_SELF, POST_MLP}): Norms(
         ATTENTION, POST_SELF, POST_MLP
     ),
+    # VaultGemma, Apertus
+    frozenset({INPUT, PRE_FF}): Norms(PRE_FF),
+    frozenset({"attention_layernorm", "feedforward_layernorm"}): Norms(
+        "feedforward_layernorm"
+    ),
+    # AfMoE
+    frozenset({INPUT, ATTENTION, PRE_MLP, POST_MLP}): Norms(
+        PRE_MLP, ATTENTION, POST_MLP
+    ),
+    # HyperCLOVA X
+    frozenset({INPUT, ATTENTION, POST_1, POST_2}): Norms(ATTENTION, POST_1, POST_2),
 }
 
 
