@@ -18,7 +18,10 @@ from vllm.model_executor.layers.steering_family_table import (
     UNFIT,
     LayerFamily,
 )
-from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
+from vllm.model_executor.layers.steering_hugging_face import (
+    decoder_lists,
+    hugging_face_family,
+)
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 
@@ -49,18 +52,11 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
 
     Raises:
         ValueError: the model's decoder-layer class is not in the family table, or is
-            known to be unfit, or the model is multimodal and runs under the
-            Transformers backend.
+            known to be unfit.
     """
     found: dict[int, DecoderLayer] = {}
     refuse_unfit_layers(model)
-    if supports_multimodal(model):
-        if _is_hugging_face(model):
-            raise ValueError(
-                f"steering: found the multimodal {type(model).__name__} of vLLM's "
-                "Transformers backend, expected a model of text only there, or vLLM's "
-                "own class of the model (--model-impl vllm)"
-            )
+    if supports_multimodal(model) and not is_hugging_face(model):
         # Vision and audio towers have layers too.
         model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
@@ -103,6 +99,9 @@ def trust_family(model: nn.Module, layer_class: str, family: LayerFamily) -> Non
 
 def decoder_layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules whose name ends in a number, such as `model.layers.3`."""
+    if supports_multimodal(model) and is_hugging_face(model):
+        # Its towers have layers of the same kinds, at any place in the model.
+        return decoder_lists(model.model)
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -114,13 +113,13 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     name = class_name(module)
     if family := FAMILIES.get(name) or _trusted.get(model, {}).get(name):
         return family
-    if not _is_hugging_face(model):
+    if not is_hugging_face(model):
         return None
     is_hf = type(module).__module__.startswith("transformers.")
     return hugging_face_family(module) if is_hf else None
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
+def is_hugging_face(model: nn.Module) -> bool:
     """Whether vLLM's Transformers backend runs the model."""
     backend = f"{MODELS}.transformers."
     return any(f"{c.__module__}.".startswith(backend) for c in type(model).__mro__)

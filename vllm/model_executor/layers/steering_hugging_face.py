@@ -118,3 +118,14 @@ def hugging_face_family(module: nn.Module) -> LayerFamily | None:
         scale=next((name for name in HF_SCALES if name in vars(module)), None),
         gate="per_layer_input_gate",
     )
+
+
+def decoder_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules in lists of a Hugging Face model's text decoder, by name."""
+    decoder = model.get_decoder()
+    return [
+        (f"{name}.{at}", module)
+        for name, part in decoder.named_children()
+        if isinstance(part, nn.ModuleList)
+        for at, module in enumerate(part)
+    ]
