@@ -146,7 +146,9 @@ def test_every_tier_at_every_point_on_text_and_images(
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         assert steered_classes(llm) == case.classes
     pixels = processor.image_processor(image, return_tensors="pt")
-    pixels = {k: v for k, v in pixels.items() if k in ("pixel_values", "image_grid_thw")}
+    pixels = {
+        k: v for k, v in pixels.items() if k in ("pixel_values", "image_grid_thw")
+    }
     for at, (asks, output) in enumerate(zip(asked, outputs, strict=True)):
         ids, found = list(output.prompt_token_ids or ()), answer_of(output)
         assert (IMAGE in ids) == bool(at % 2)

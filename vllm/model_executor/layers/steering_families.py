@@ -21,6 +21,7 @@ from vllm.model_executor.layers.steering_family_table import (
 from vllm.model_executor.layers.steering_hugging_face import (
     decoder_lists,
     hugging_face_family,
+    why_unknown,
 )
 from vllm.model_executor.models.interfaces import supports_multimodal
 
@@ -113,10 +114,7 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     name = class_name(module)
     if family := FAMILIES.get(name) or _trusted.get(model, {}).get(name):
         return family
-    if not is_hugging_face(model):
-        return None
-    is_hf = type(module).__module__.startswith("transformers.")
-    return hugging_face_family(module) if is_hf else None
+    return hugging_face_family(module) if is_hugging_face(model) else None
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -126,16 +124,33 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def _unknown_family(model: nn.Module) -> str:
-    classes = {class_name(module) for _, module in decoder_layer_candidates(model)}
-    layers = sorted(name for name in classes if re.search(r"Layer$|Block$", name))
+    found = {
+        class_name(module): module for _, module in decoder_layer_candidates(model)
+    }
+    layers = {name: found[name] for name in found if re.search(r"Layer$|Block$", name)}
+    found = dict(sorted((layers or found).items()))
+    if is_hugging_face(model):
+        return _unknown_to_backend(model, found)
     known = ", ".join(sorted(FAMILIES))
     return (
         f"steering: no decoder-layer class of {type(model).__name__} is known: found "
-        f"{layers or sorted(classes)}; known are {known}, and models run by the "
+        f"{list(found)}; known are {known}, and models run by the "
         "Transformers backend (--model-impl transformers). With "
         "--steering-decoder-layer auto, others are tried and checked. To add one, name "
         "its points in vllm/model_executor/layers/steering_family_table.py"
     )
+
+
+def _unknown_to_backend(model: nn.Module, found: dict[str, nn.Module]) -> str:
+    seen = [f"{name} {why_unknown(layer)}" for name, layer in found.items()]
+    message = (
+        f"steering: {type(model).__name__}, vLLM's Transformers backend, runs a model "
+        f"that cannot be steered: found decoder layers {'; '.join(seen)}. "
+        "docs/features/models.md says which layers are known there."
+    )
+    if supports_multimodal(model):
+        return message
+    return f"{message} With --steering-decoder-layer auto, others are tried and checked"
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,9 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
 
     def first(owner: nn.Module | None, *names: str | None) -> nn.Module | None:
         children = {} if owner is None else dict(owner.named_children())
-        return next((children[name] for name in names if name in children), None)
+        found = next((children[name] for name in names if name in children), None)
+        # It stands where other layers of the class have a norm.
+        return None if isinstance(found, nn.Identity) else found
 
     attention = first(layer.module, *family.attention)
     flags = vars(layer.module)
