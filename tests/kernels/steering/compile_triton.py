@@ -50,10 +50,10 @@ INT32 = (
     "places", "rows_of", "active",
 )  # fmt: skip
 INT64 = ("entries", "kth", "saturated", "packed")
-READ = {"D": 96, "GATE": -1}
+READ = {"D": 96, "GATE": -1, "BF": 64, "BK": 64}
 FLOAT32 = (
-    "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "skip",
-    "out",
+    "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "scores_of",
+    "skip", "out",
 )  # fmt: skip
 CLAMP = {
     "D": 96, "HAS_RESIDUAL": True, "GATED": False, "MAX_CLAMPS": 8, "NC": 8,

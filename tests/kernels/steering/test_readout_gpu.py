@@ -180,7 +180,7 @@ def test_more_non_zeros_than_a_list_holds(
 
     # The extension's lists are never shorter than what a block sorts.
     capacity = LEAST_CAPACITY if INTERPRETED else LIST_MAX
-    d_sae, l0 = (512, 250) if INTERPRETED else (1500, 700)
+    d_sae, l0 = (256, 150) if INTERPRETED else (1500, 700)
 
     def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         return replace(stock(slot, tokens, topk), capacity=capacity)
@@ -194,6 +194,31 @@ def test_more_non_zeros_than_a_list_holds(
     was_read = counts != NOT_READ  # `settle` may have given a token's row up
     assert was_read.any()
     assert (counts[was_read] > capacity).all()
+
+
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("d_in", [64, 200])
+def test_what_is_read_does_not_depend_on_the_length_of_lists(
+    activation: Activation, d_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists are shorter in longer steps."""
+    stock = kernel.SteeringWorkspace.plan
+    short = LEAST_CAPACITY if INTERPRETED else LIST_MAX
+    d_sae, l0 = (192, 150) if INTERPRETED else (1500, 700)
+    slot = make_slot(d_sae, d_in, activation, k=l0, l0=l0, max_clamps=64)
+    reads = readable(slot, 9)
+    step, x = read(slot, 4, [3, 4])
+    found = reads.out.clone()
+    assert (found[:4, 0] > short).any()
+
+    def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
+        return replace(stock(slot, tokens, topk), capacity=short)
+
+    monkeypatch.setattr(kernel.SteeringWorkspace, "plan", staticmethod(narrow))
+    reads.out.fill_(NOT_READ)
+    workspace = kernel.SteeringWorkspace(9, [slot], DEVICE)
+    kernel.read_features(slot, step, workspace, x.contiguous(), None)
+    assert torch.equal(reads.out, found)
 
 
 def test_lists_of_any_length_give_their_largest() -> None:

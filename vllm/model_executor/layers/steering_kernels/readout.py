@@ -7,7 +7,7 @@ It runs on the lists of `compact` and `encode`, which get the reading table in p
 a tier's, and of `select` for TopK. An activation and its feature form one sortable key.
 The key is larger for a larger value and, at equal values, for a lower feature. A token
 with more non-zeros than its list holds is encoded again in blocks of features; only the
-best keys are kept.
+best keys are kept. Lists are shorter in longer steps, so both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .compact import D_SAE, RECORD_INTS, USES_TOPK, pdl_wait
+from .encode import scores
 from .resolve import entry_feature, entry_value
 from .select import INDEX_MASK, LAST, RELU_FIELD, load_keys, sort_key
 
@@ -25,7 +26,6 @@ FEATURES = tl.constexpr(4)
 MAX_READ = tl.constexpr(64)
 RANKED = tl.constexpr(2)  # keys that others are compared with at a time
 BLOCK = tl.constexpr(32)  # entries looked at together
-BLOCK_F = tl.constexpr(16)  # features encoded together on the overflow path
 
 
 @triton.jit
@@ -139,18 +139,30 @@ def block_of_scores(scores_row, f, inside, kth, d_sae, relu):
 
 @triton.jit
 def block_of_encoder(
-    x_row, w_enc, b_enc, threshold, f, inside, D: tl.constexpr, BK: tl.constexpr
+    x,
+    i,
+    w_enc,
+    b_enc,
+    threshold,
+    f0,
+    inside,
+    F,
+    D: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """Activations of a block of features of a threshold token, encoded here."""
-    dot = tl.zeros([BLOCK_F, BK], tl.float32)
-    for k in range(0, D, BK):
-        at = k + tl.arange(0, BK)
-        x = tl.load(x_row + at, mask=at < D, other=0.0).to(tl.float32)
-        w_at = f.to(tl.int64)[:, None] * D + at[None, :]
-        mask = inside[:, None] & (at < D)[None, :]
-        w = tl.load(w_enc + w_at, mask=mask, other=0.0)
-        dot += w.to(tl.float32) * x[None, :]
-    p = tl.sum(dot, 1) + tl.load(b_enc + f, mask=inside, other=float("-inf"))
+    """Activations of a block of features of a threshold token, encoded here.
+
+    A tile of the encoder with one token in it, so that a value has the bits that a list
+    would hold.
+    """
+    f = f0 + tl.arange(0, BF)
+    p = scores(
+        x=x, w=w_enc, f0=f0, t0=i, n=i + 1, F=F, D=D, BF=BF, BT=16, BK=BK, TMA=False
+    )
+    p += tl.load(b_enc + f, mask=inside, other=float("-inf"))[:, None]
+    first = tl.arange(0, 16)[None, :] == 0
+    p = tl.sum(tl.where(first, p, 0.0), 1)
     bar = tl.load(threshold + f, mask=inside, other=float("inf"))
     return tl.where(p > tl.maximum(bar, 0.0), p, 0.0)
 
@@ -159,7 +171,8 @@ def block_of_encoder(
 def keys_from_all(
     own,
     room,
-    x_row,
+    x,
+    i,
     scores_row,
     kth,
     features,
@@ -171,6 +184,8 @@ def keys_from_all(
     F,
     D: tl.constexpr,
     TOPK: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """The overflow path: keeps the best keys of all features of one token.
 
@@ -181,13 +196,16 @@ def keys_from_all(
     given = tl.zeros([MAX_READ], tl.float32)
     n = 0
     active = 0
-    for f0 in range(0, d_sae, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
+    for f0 in range(0, d_sae, BF):
+        f = f0 + tl.arange(0, BF)
         inside = f < d_sae
         if TOPK:
             act = block_of_scores(scores_row, f, inside, kth, d_sae, relu)
         else:
-            act = block_of_encoder(x_row, w_enc, b_enc, threshold, f, inside, D, 128)
+            act = block_of_encoder(
+                x=x, i=i, w_enc=w_enc, b_enc=b_enc, threshold=threshold, f0=f0,
+                inside=inside, F=F, D=D, BF=BF, BK=BK,
+            )  # fmt: skip
         given += given_of(f, act, features)
         key = scaled_keys(f, act, scale, inside)
         keep = key >= 0
@@ -195,7 +213,7 @@ def keys_from_all(
         tl.store(own + place, key, mask=keep)
         n += tl.sum(keep.to(tl.int32), 0)
         active += tl.sum(keep.to(tl.int32), 0)
-        if n > room - BLOCK_F:
+        if n > room - BF:
             tl.debug_barrier()
             n = keep_best(own, n, MAX_READ)
     tl.debug_barrier()
@@ -215,7 +233,7 @@ def readout_kernel(
     entries,
     kth,
     x,
-    scores,
+    scores_of,
     w_enc,
     b_enc,
     threshold,
@@ -231,6 +249,8 @@ def readout_kernel(
     GATE: tl.constexpr,
     TOPK: tl.constexpr,
     OVERFLOW: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Writes `out` of the read tokens of one chunk.
@@ -265,10 +285,10 @@ def readout_kernel(
                 given = keys_from_list(own, n, features, scale)
             else:
                 n, given, active = keys_from_all(
-                    own=own, room=capacity, x_row=x + i64 * D,
-                    scores_row=scores + i64 * F, kth=tl.load(kth + i),
-                    features=features, scale=scale, meta=meta, w_enc=w_enc,
-                    b_enc=b_enc, threshold=threshold, F=F, D=D, TOPK=TOPK,
+                    own=own, room=capacity, x=x, i=i, scores_row=scores_of + i64 * F,
+                    kth=tl.load(kth + i), features=features, scale=scale, meta=meta,
+                    w_enc=w_enc, b_enc=b_enc, threshold=threshold, F=F, D=D,
+                    TOPK=TOPK, BF=BF, BK=BK,
                 )  # fmt: skip
             if n > 1024:
                 n = keep_best(own, n, MAX_READ)

@@ -7,11 +7,12 @@ import torch
 
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
+from .plan import plan_encode
 from .readout import readout_kernel
 from .run import Run, device_facts, pdl_options
 
-# A list that may overflow holds at least the best keys and two blocks of features.
-LEAST_CAPACITY = 96
+# A list that may overflow holds at least the best keys and a block of features.
+LEAST_CAPACITY = 128
 
 
 def read_out(
@@ -41,6 +42,8 @@ def read_out(
             f"{LEAST_CAPACITY}"
         )
     device = weights.W_enc.device
+    # The narrowest tile: a token is encoded again alone.
+    encoder = plan_encode(1, weights.W_enc.element_size(), weights.d_in)
     out, own = reads.out, slice(0, weights.d_sae_capacity)
     if part is not None:
         out, own = part, weights.own
@@ -58,7 +61,7 @@ def read_out(
         entries=buffers.entries,
         kth=workspace.kth,
         x=buffers.x,
-        scores=buffers.scores,
+        scores_of=buffers.scores,
         w_enc=weights.W_enc,
         b_enc=weights.b_enc,
         threshold=weights.threshold,
@@ -74,6 +77,8 @@ def read_out(
         GATE=run.gate,
         TOPK=run.topk,
         OVERFLOW=overflow,
-        num_warps=4,
+        BF=encoder.block_f,
+        BK=encoder.block_k,
+        num_warps=encoder.num_warps,
         **pdl_options(device),
     )
