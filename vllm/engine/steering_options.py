@@ -8,7 +8,7 @@
                                    "sharding": "auto" | "replicate" | "shard",
                                    "screening": "auto" | "off"}},
      "max_clamps": 64, "max_specs": 64, "max_pieces": 8,
-     "max_body_mib": 32, "max_answer_values": 1048576,
+     "max_body_mib": 32, "max_read_values": 64, "max_answer_values": 1048576,
      "presets": {"name": "file" | {...}},
      "default_preset": "name",
      "readout": True,
@@ -36,7 +36,9 @@ from vllm.config.steering import (
     DEFAULT_MAX_ANSWER_VALUES,
     DEFAULT_MAX_CLAMPS,
     DEFAULT_MAX_PIECES,
+    DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_SPECS,
+    MAX_READ_VALUES,
     DecoderLayers,
     FeatureUnits,
 )
@@ -52,6 +54,7 @@ TOP_FIELDS = (
     "max_specs",
     "max_pieces",
     "max_body_mib",
+    "max_read_values",
     "max_answer_values",
     "presets",
     "default_preset",
@@ -72,6 +75,11 @@ LIMITS = {
     "max_specs": (DEFAULT_MAX_SPECS, 1, 4096),
     "max_pieces": (DEFAULT_MAX_PIECES, 2, 64),  # at least prompt and answer
     "max_body_mib": (32, 1, 65536),
+    "max_read_values": (
+        DEFAULT_MAX_READ_VALUES,
+        DEFAULT_MAX_READ_VALUES,
+        MAX_READ_VALUES,
+    ),
     "max_answer_values": (DEFAULT_MAX_ANSWER_VALUES, 1, 1 << 30),
 }
 

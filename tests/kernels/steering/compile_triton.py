@@ -140,7 +140,8 @@ def shared_kernels() -> None:
         streams = {"HAS_RESIDUAL": not source, "HAS_SOURCE": source}
         compiles(shared.steered_kernel, {**steered, **streams})
     compiles(
-        shared_read.merge_reads_kernel, {"RANKS": 4, "N": 256},
+        shared_read.merge_reads_kernel,
+        {"RANKS": 4, "MAX_READ": 64, "OUT_ROW": 130, "N": 256},
         parts="*i32", keys="*i64", out="*i32",
     )  # fmt: skip
     clamps = {"HAS_RESIDUAL": True, "MAX_CLAMPS": 8, "NC": 8}

@@ -23,7 +23,7 @@ from .select import INDEX_MASK, LAST, RELU_FIELD, load_keys, sort_key
 TOP_K = tl.constexpr(2)
 COUNT = tl.constexpr(3)
 FEATURES = tl.constexpr(4)
-MAX_READ = tl.constexpr(64)
+HALVINGS = tl.constexpr(10)  # that find one of 512 features, the most of a row
 RANKED = tl.constexpr(2)  # keys that others are compared with at a time
 BLOCK = tl.constexpr(32)  # entries looked at together
 
@@ -50,33 +50,47 @@ def scaled_keys(f, act, scale, inside):
 
 
 @triton.jit
-def given_of(f, act, features):
-    """`act` of each given feature within a block, 0 where it is not there."""
-    same = f[None, :] == features[:, None]
-    return tl.sum(tl.where(same, act[None, :], 0.0), 1)
+def clear_given(out, count):
+    """Zeros in the places of the given features, before `put_given`."""
+    for j in range(0, count, 64):
+        at = j + tl.arange(0, 64)
+        tl.store(out + at, tl.zeros([64], tl.int32), mask=at < count)
+    tl.debug_barrier()
 
 
 @triton.jit
-def unit_bits(given, features, scale, wanted, F):
-    """Bits of given activations in the module's units; 0 of features not here."""
-    held = wanted & (features >= 0) & (features < F)
-    value = given * tl.load(scale + features, mask=held, other=1.0)
-    return value.to(tl.int32, bitcast=True)
+def put_given(f, act, on, features, count, first_feature, scale, out):
+    """Writes those of a block's activations whose features are given.
+
+    A binary search in `features`, which ascend; f counts from `first_feature`.
+    """
+    if count > 0:
+        wanted = f + first_feature
+        low = tl.zeros(f.shape, tl.int32)
+        high = low + count
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            between = on & (low < high)
+            below = tl.load(features + middle, mask=between, other=0) < wanted
+            low = tl.where(between & below, middle + 1, low)
+            high = tl.where(between & ~below, middle, high)
+        found = on & (low < count)
+        found &= tl.load(features + low, mask=found, other=-1) == wanted
+        value = act * tl.load(scale + f, mask=found, other=1.0)
+        tl.store(out + low, value.to(tl.int32, bitcast=True), mask=found)
 
 
 @triton.jit
-def keys_from_list(own, n, features, scale):
-    """Turns a token's entries into keys in place; the given features' activations."""
-    given = tl.zeros([MAX_READ], tl.float32)
+def keys_from_list(own, n, features, count, first_feature, scale, out):
+    """Turns a token's entries into keys in place; writes the given features."""
     for j in range(0, n, BLOCK):
         at = j + tl.arange(0, BLOCK)
         e = tl.load(own + at, mask=at < n, other=LAST)
         f = entry_feature(e)
         act = tl.where(at < n, entry_value(e), 0.0)
-        given += given_of(f, act, features)
+        put_given(f, act, act != 0.0, features, count, first_feature, scale, out)
         tl.store(own + at, scaled_keys(f, act, scale, at < n), mask=at < n)
     tl.debug_barrier()
-    return given
 
 
 @triton.jit
@@ -175,7 +189,11 @@ def keys_from_all(
     i,
     scores_row,
     kth,
+    top_k,
     features,
+    count,
+    first_feature,
+    out,
     scale,
     meta,
     w_enc,
@@ -189,11 +207,10 @@ def keys_from_all(
 ):
     """The overflow path: keeps the best keys of all features of one token.
 
-    Returns (keys kept, given features' activations, active features).
+    Writes the given features; returns (keys kept, active features).
     """
     d_sae = tl.minimum(tl.load(meta + D_SAE), F)
     relu = tl.load(meta + RELU_FIELD)
-    given = tl.zeros([MAX_READ], tl.float32)
     n = 0
     active = 0
     for f0 in range(0, d_sae, BF):
@@ -206,7 +223,7 @@ def keys_from_all(
                 x=x, i=i, w_enc=w_enc, b_enc=b_enc, threshold=threshold, f0=f0,
                 inside=inside, F=F, D=D, BF=BF, BK=BK,
             )  # fmt: skip
-        given += given_of(f, act, features)
+        put_given(f, act, act != 0.0, features, count, first_feature, scale, out)
         key = scaled_keys(f, act, scale, inside)
         keep = key >= 0
         place = n + tl.cumsum(keep.to(tl.int32), 0) - 1
@@ -215,9 +232,9 @@ def keys_from_all(
         active += tl.sum(keep.to(tl.int32), 0)
         if n > room - BF:
             tl.debug_barrier()
-            n = keep_best(own, n, MAX_READ)
+            n = keep_best(own, n, top_k)
     tl.debug_barrier()
-    return n, given, active
+    return n, active
 
 
 @triton.jit(do_not_specialize=["base", "rows", "F", "capacity", "first_feature"])
@@ -263,7 +280,6 @@ def readout_kernel(
     n_tokens = tl.minimum(tl.load(count) - base, rows)
     if GATE >= 0 and tl.load(meta + USES_TOPK) != GATE:
         n_tokens = 0
-    place = tl.arange(0, MAX_READ)
     for i in range(tl.program_id(0), n_tokens, tl.num_programs(0)):
         token = tl.load(tokens + i * tokens_stride)
         n = tl.load(records + i * RECORD_INTS)
@@ -276,27 +292,27 @@ def readout_kernel(
             i64 = tl.cast(i, tl.int64)
             top_k = tl.load(row_ptr + TOP_K)
             given_count = tl.load(row_ptr + COUNT)
-            wanted = place < given_count
-            features = tl.load(row_ptr + FEATURES + place, mask=wanted, other=-1)
-            features -= first_feature
+            features = row_ptr + FEATURES
             own = entries + i64 * capacity
+            to = out + token.to(tl.int64) * out_stride
+            clear_given(to + 2, given_count)
             active = n
             if n <= capacity:
-                given = keys_from_list(own, n, features, scale)
+                keys_from_list(
+                    own, n, features, given_count, first_feature, scale, to + 2
+                )
             else:
-                n, given, active = keys_from_all(
+                n, active = keys_from_all(
                     own=own, room=capacity, x=x, i=i, scores_row=scores_of + i64 * F,
-                    kth=tl.load(kth + i), features=features, scale=scale, meta=meta,
-                    w_enc=w_enc, b_enc=b_enc, threshold=threshold, F=F, D=D,
-                    TOPK=TOPK, BF=BF, BK=BK,
+                    kth=tl.load(kth + i), top_k=top_k, features=features,
+                    count=given_count, first_feature=first_feature, out=to + 2,
+                    scale=scale, meta=meta, w_enc=w_enc, b_enc=b_enc,
+                    threshold=threshold, F=F, D=D, TOPK=TOPK, BF=BF, BK=BK,
                 )  # fmt: skip
             if n > 1024:
-                n = keep_best(own, n, MAX_READ)
-            to = out + token.to(tl.int64) * out_stride
+                n = keep_best(own, n, top_k)
             tl.store(to, active)
             tl.store(to + 1, tl.minimum(active, top_k))
-            bits = unit_bits(given, features, scale, wanted, F)
-            tl.store(to + 2 + place, bits, mask=wanted)
             first = to + 2 + given_count
             if n <= 128:
                 write_best(own, n, top_k, first, first + top_k, 128)

@@ -11,9 +11,6 @@ from .plan import plan_encode
 from .readout import readout_kernel
 from .run import Run, device_facts, pdl_options
 
-# A list that may overflow holds at least the best keys and a block of features.
-LEAST_CAPACITY = 128
-
 
 def read_out(
     run: Run,
@@ -31,19 +28,20 @@ def read_out(
         base: the first token of the chunk.
         overflow: after the extension's stages, and only tokens with more non-zeros
             than their list holds; the decoder reads the others.
-        part: int32 `[T, OUT_WIDTH]`, written instead: the rows of the features that
+        part: int32 `[T, reads.width]`, written instead: the rows of the features that
             this rank encodes, counted from its first.
     """
     weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
     plan = buffers.plan
-    if plan.capacity < min(LEAST_CAPACITY, weights.d_sae_capacity):
-        raise ValueError(
-            f"steering: lists of {plan.capacity} non-zeros, reading needs "
-            f"{LEAST_CAPACITY}"
-        )
     device = weights.W_enc.device
     # The narrowest tile: a token is encoded again alone.
     encoder = plan_encode(1, weights.W_enc.element_size(), weights.d_in)
+    # A list that may overflow holds the best keys and a block of features.
+    least = reads.max_read + encoder.block_f
+    if plan.capacity < min(least, weights.d_sae_capacity):
+        raise ValueError(
+            f"steering: lists of {plan.capacity} non-zeros, reading needs {least}"
+        )
     out, own = reads.out, slice(0, weights.d_sae_capacity)
     if part is not None:
         out, own = part, weights.own
