@@ -39,6 +39,7 @@ from vllm.config.steering import (
     DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_SPECS,
     MAX_READ_VALUES,
+    MODULE_OPTIONS,
     DecoderLayers,
     FeatureUnits,
 )
@@ -65,10 +66,6 @@ TOP_FIELDS = (
     "module_roots",
     "resolved",
 )
-MODULE_OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
 # Of each option that is a limit: its default, and the least and most it may be.
 LIMITS = {
     "max_clamps": (DEFAULT_MAX_CLAMPS, 1, 4096),

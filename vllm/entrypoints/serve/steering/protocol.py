@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vllm.config.steering import FeatureUnits
+from vllm.config.steering import MODULE_OPTIONS, FeatureUnits
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import Reader, expects, json_schema
@@ -62,12 +62,6 @@ SiteNames = Annotated[
 Positive = Annotated[float, expects("null or a positive number", gt=0)]
 
 
-OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
-
-
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A module to load: its name, its path and the options that start-up has too."""
 
@@ -87,7 +81,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def options(self) -> Json:
         """The options that are given, by the names that they have at start-up."""
         given = msgspec.structs.asdict(self)
-        return {key: given[key] for key in OPTIONS if given[key] is not UNSET}
+        return {key: given[key] for key in MODULE_OPTIONS if given[key] is not UNSET}
 
 
 _REGISTER = Reader(RegisterRequest)
