@@ -41,7 +41,7 @@ def ask(**spec: Any) -> SamplingParams:
     specs = [{"module_name": "wide", **spec}]
     return SamplingParams(
         temperature=0,
-        max_tokens=32,
+        max_tokens=12,
         ignore_eos=True,
         detokenize=False,
         extra_args={"sae_readout_specs": specs},
