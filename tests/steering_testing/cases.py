@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from steering_testing.case import LAST, RESIDUAL, SUBLAYER, Case
-from steering_testing.hybrid_cases import HYBRID_CASES
+from steering_testing.hybrid_cases import GPU_HYBRID_CASES, HYBRID_CASES
 
 from vllm.model_executor.layers.steering_families import MODELS
 
@@ -186,22 +186,43 @@ CASES = {
 }
 # In tests/gpu/test_families_gpu.py.
 GPU_CASES = {
-    name: Case(
-        title,
-        name,
-        f"{MODELS}.{layer}",
-        (*BFLOAT16, *((("gdn_prefill_backend", "triton"),) if linear else ())),
-        z=z,
-        linear=linear,
-        tolerance=BFLOAT16_TOLERANCE,
-    )
-    for title, name, layer, z, linear in (
-        ("DeepSeek-V2", "deepseek_v2", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
-        ("DeepSeek-V3", "deepseek_v3", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
-        ("MiniMax-M2", "minimax_m2", "minimax_m2.MiniMaxM2DecoderLayer", 64, ()),
-        ("Qwen3-Next", "qwen3_next", "qwen3_next.Qwen3NextDecoderLayer", 64, (0, 2)),
-        ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
-    )
+    **{
+        name: Case(
+            title,
+            name,
+            f"{MODELS}.{layer}",
+            (*BFLOAT16, *((("gdn_prefill_backend", "triton"),) if linear else ())),
+            z=z,
+            linear=linear,
+            tolerance=BFLOAT16_TOLERANCE,
+        )
+        for title, name, layer, z, linear in (
+            (
+                "DeepSeek-V2",
+                "deepseek_v2",
+                "deepseek_v2.DeepseekV2DecoderLayer",
+                128,
+                (),
+            ),
+            (
+                "DeepSeek-V3",
+                "deepseek_v3",
+                "deepseek_v2.DeepseekV2DecoderLayer",
+                128,
+                (),
+            ),
+            ("MiniMax-M2", "minimax_m2", "minimax_m2.MiniMaxM2DecoderLayer", 64, ()),
+            (
+                "Qwen3-Next",
+                "qwen3_next",
+                "qwen3_next.Qwen3NextDecoderLayer",
+                64,
+                (0, 2),
+            ),
+            ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
+        )
+    },
+    **GPU_HYBRID_CASES,
 }
 AUTO = (("steering", {"decoder_layer": "auto"}),)
 # `decoder_layer: "auto"` finds these classes to be right where the table lacks them.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from steering_testing.dense_models import DENSE_MODELS
-from steering_testing.hybrid_models import HYBRID_MODELS
+from steering_testing.hybrid_models import GPU_HYBRID_MODELS, HYBRID_MODELS
 from steering_testing.moe_models import MOE_MODELS
 from steering_testing.sizes import (
     BOS,
@@ -195,12 +195,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     **MOE_MODELS,
     **DENSE_MODELS,
     **HYBRID_MODELS,
+    **GPU_HYBRID_MODELS,
 }
 
 
 # Families that engines run in bfloat16; it holds their weights exactly. Their experts
 # are all chosen: rounding would choose another where two are nearly as good.
-ROUNDED = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next", "qwen3_5"}
+ROUNDED = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "minimax_m2",
+    "qwen3_next",
+    "qwen3_5",
+    *GPU_HYBRID_MODELS,
+}
 
 
 # Families whose linear layers get biases that are not zero, where they have any.
@@ -216,9 +224,10 @@ def build(family: str, seed: int = 0) -> Any:
     if "vision_config" in made.sub_configs:
         auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(made, dtype=torch.float32, attn_implementation="eager")
-    # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head. If they
-    # were as large as the others', no edit would change an answer.
-    embedding = 0.4 / (HIDDEN**0.5 if family.startswith("gemma") else 1)
+    # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head, as LFM2
+    # does. If they were as large as the others', no edit would change an answer.
+    small = family.startswith(("gemma", "lfm2"))
+    embedding = 0.4 / (HIDDEN**0.5 if small else 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:

@@ -26,7 +26,6 @@ was found and what would be accepted.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import get_args
@@ -45,6 +44,7 @@ from vllm.config.steering import (
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
+from vllm.config.steering_reader import MAX_FLOAT32
 from vllm.config.steering_screening import Screening
 from vllm.config.steering_sharding import Sharding
 
@@ -190,9 +190,9 @@ def _check_positive(value: object) -> str | None:
     good = value is None or (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and 0 < value < math.inf
+        and 0 < value <= MAX_FLOAT32
     )
-    return None if good else "null or a positive number"
+    return None if good else "null or a positive number within the range of float32"
 
 
 def _check_sites(value: object) -> str | None:

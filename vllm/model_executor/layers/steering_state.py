@@ -222,7 +222,8 @@ class SAEWeights(nn.Module):
         meta[MetaField.TOPK_RELU] = int(site.topk_relu)
         meta[MetaField.SKIP_MASK] = skip_mask
         self.meta.copy_(torch.tensor(meta, dtype=torch.int32))
-        self.norm_limit.fill_(NO_NORM_LIMIT if norm_limit is None else norm_limit)
+        limit = NO_NORM_LIMIT if norm_limit is None else norm_limit
+        self.norm_limit.fill_(min(limit, NO_NORM_LIMIT))
 
 
 class StepState(nn.Module):

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from vllm.config.steering import MODULE_OPTIONS, FeatureUnits
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.config.steering_reader import MAX_FLOAT32, Reader, expects, json_schema
 from vllm.config.steering_screening import Screening
 from vllm.config.steering_sharding import Sharding
 from vllm.config.strict_json import strict_loads
@@ -59,7 +59,12 @@ SiteNames = Annotated[
         max_length=MAX_LIST,
     ),
 ]
-Positive = Annotated[float, expects("null or a positive number", gt=0)]
+Positive = Annotated[
+    float,
+    expects(
+        "null or a positive number within the range of float32", gt=0, le=MAX_FLOAT32
+    ),
+]
 
 
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
