@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,7 @@ def find_features(
     if len(texts) == 0:
         raise ValueError("texts: expected at least one text, found none")
     check_top("top", top)
-    sites = None if site is None else _sites(site)
+    sites = None if site is None else sites_of(site)
     config = engine_config(llm)
     info = None if config is None else config.modules.get(module)
     if info is not None and sites is None:
@@ -92,7 +92,7 @@ def find_features(
 
     first = read(texts)
     other = read(against or [])
-    name = _only_site(first, module)
+    name = only_site({name for text in first for name in text.features}, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
         return FoundFeatures(module, name, [], doubts(first, other, name))
@@ -125,7 +125,12 @@ def check_one_site(path: str, names: Sequence[str]) -> None:
         )
 
 
-def _sites(site: str | tuple[str, int]) -> dict[str, list[int]]:
+def sites_of(site: str | tuple[str, int]) -> dict[str, list[int]]:
+    """One site as `encode` takes it.
+
+    Raises:
+        ValueError: it is not written as a site.
+    """
     if not isinstance(site, str):
         hook, layer = site
         return {hook: [layer]}
@@ -142,8 +147,12 @@ def _order(found: FoundFeature) -> tuple[float, float, int]:
     return (-round(auroc, 3), -found.mean_difference, found.feature_idx)
 
 
-def _only_site(texts: EncodedTexts, module: str) -> str:
-    names = {name for text in texts for name in text.features}
+def only_site(names: Set[str], module: str) -> str:
+    """The one site that was read.
+
+    Raises:
+        ValueError: several were, or none.
+    """
     if len(names) != 1:
         listed = (
             ", ".join(sorted(names))
@@ -152,7 +161,8 @@ def _only_site(texts: EncodedTexts, module: str) -> str:
         raise ValueError(
             f"site: module {module!r} was read at {listed}; expected one site"
         )
-    return names.pop()
+    (name,) = names
+    return name
 
 
 def _candidates(a: EncodedTexts, b: EncodedTexts, site: str) -> list[int]:
