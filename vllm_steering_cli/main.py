@@ -77,27 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
         "each feature is active, and keeps the tokens on which it is strongest. A text "
         f"is read in the parts that `features` reads. {_STATUS}",
     )
-    for command in (inspect, convert, probe, features, survey):
-        command.add_argument(
-            "path",
-            metavar="PATH",
-            help="A local path, hf:owner/repo[/sub/path][@revision], or "
-            "saelens:RELEASE/SAE_ID[@revision].",
-        )
-        command.add_argument(
-            "--site",
-            dest="sites",
-            action="append",
-            metavar="HOOK.LAYER",
-            help="Name the site of a module that does not say its own, or select "
-            "one of several; for example post_block.20. "
-            + (
-                "It may be another site than the files name. "
-                if command is probe
-                else ""
-            )
-            + ("At most one." if command in (features, survey) else "May be repeated."),
-        )
+    elsewhere = "It may be another site than the files name. May be repeated."
+    for command in (inspect, convert):
+        _add_module(command, "May be repeated.")
+    _add_module(probe, elsewhere)
+    for command in (features, survey):
+        _add_module(command, "At most one.")
     _add_probe_arguments(probe)
     _add_features_arguments(features)
     _add_survey_arguments(survey)
@@ -111,6 +96,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_doctor(commands)
     return parser
+
+
+def _add_module(command: argparse.ArgumentParser, sites: str) -> None:
+    """The module, and which of its sites; `sites` says how many."""
+    command.add_argument(
+        "path",
+        metavar="PATH",
+        help="A local path, hf:owner/repo[/sub/path][@revision], or "
+        "saelens:RELEASE/SAE_ID[@revision].",
+    )
+    command.add_argument(
+        "--site",
+        dest="sites",
+        action="append",
+        metavar="HOOK.LAYER",
+        help="Name the site of a module that does not say its own, or select one of "
+        f"several; for example post_block.20. {sites}",
+    )
 
 
 def versions() -> str:

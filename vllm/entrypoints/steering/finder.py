@@ -12,6 +12,7 @@ import numpy as np
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_points import parse_site
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
@@ -69,11 +70,8 @@ def find_features(
     if len(texts) == 0:
         raise ValueError("texts: expected at least one text, found none")
     check_top("top", top)
-    sites = None if site is None else sites_of(site)
     config = engine_config(llm)
-    info = None if config is None else config.modules.get(module)
-    if info is not None and sites is None:
-        check_one_site("site", [one.name for one in info.sites])
+    sites = chosen_site(config, module, site)
     labels = labels_for(config, module, labels)
 
     def read(
@@ -125,21 +123,32 @@ def check_one_site(path: str, names: Sequence[str]) -> None:
         )
 
 
-def sites_of(site: str | tuple[str, int]) -> dict[str, list[int]]:
-    """One site as `encode` takes it.
+def chosen_site(
+    config: SteeringConfig | None, module: str, site: str | tuple[str, int] | None
+) -> dict[str, list[int]] | None:
+    """The site as `encode` takes it; None for a module's only one.
 
     Raises:
-        ValueError: it is not written as a site.
+        ValueError: no site, or none of the module's; or none is chosen of several.
     """
-    if not isinstance(site, str):
-        hook, layer = site
-        return {hook: [layer]}
+    info = None if config is None else config.modules.get(module)
+    names = [] if info is None else [one.name for one in info.sites]
+    if site is None:
+        check_one_site("site", names)
+        return None
+    site = site if isinstance(site, str) else ".".join(map(str, site))
     parsed = parse_site(site)
     if parsed is None:
         raise ValueError(
             f"site: found {shown(site)}, expected a site such as post_block.20"
         )
-    return {parsed[1].value: [parsed[0]]}
+    layer, hook = parsed
+    if names and f"{hook.value}.{layer}" not in names:
+        raise ValueError(
+            f"site: found {shown(site)}, expected a site of module {shown(module)}: "
+            f"{listing(names)}"
+        )
+    return {hook.value: [layer]}
 
 
 def _order(found: FoundFeature) -> tuple[float, float, int]:

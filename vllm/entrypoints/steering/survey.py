@@ -13,7 +13,7 @@ from vllm.config.sae_labels import Labels
 from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.steering_checks import shown
 from vllm.entrypoints.steering.encoded import EncodedText
-from vllm.entrypoints.steering.finder import check_one_site, only_site, sites_of
+from vllm.entrypoints.steering.finder import chosen_site, only_site
 from vllm.entrypoints.steering.found import TokenInContext
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
@@ -62,11 +62,8 @@ def survey(
             chosen.
     """
     check_examples("examples", examples)
-    sites = None if site is None else sites_of(site)
     config = engine_config(llm)
-    info = None if config is None else config.modules.get(module)
-    if info is not None and sites is None:
-        check_one_site("site", [one.name for one in info.sites])
+    sites = chosen_site(config, module, site)
     labels = labels_for(config, module, labels)
     ids = text_ids(llm, texts)
     if not ids:
@@ -142,10 +139,9 @@ class _Counts:
         self.starts = np.cumsum([0, *(len(own) for own in ids)])
         self.sites: set[str] = set()
         self.d_sae = self.tokens = self.active = self.cut = 0
-        empty: np.ndarray = np.zeros(0)
-        self.features = [empty.astype(np.int32)]
-        self.values = [empty.astype(np.float32)]
-        self.at = [empty.astype(np.int32)]
+        self.features: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]
+        self.values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)]
+        self.at: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]
 
     def add(self, text: int, read: EncodedText) -> None:
         """What was read of one text."""

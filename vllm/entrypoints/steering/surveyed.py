@@ -21,8 +21,6 @@ from vllm.entrypoints.steering.frames import frame_of_columns
 if TYPE_CHECKING:
     import pandas
 
-STATISTICS = ("max", "p99", "p50", "frequency")
-
 
 @dataclass(frozen=True)
 class SurveyedFeature:
@@ -105,10 +103,14 @@ class Survey:
                 f"0..{len(self) - 1}"
             )
         feature = int(feature)
-        numbers = (float(getattr(self, name)[feature]) for name in STATISTICS)
-        examples = self.examples.get(feature, ())
         return SurveyedFeature(
-            feature, self.labels.get(feature, ""), *numbers, examples
+            feature,
+            self.labels.get(feature, ""),
+            max=float(self.max[feature]),
+            p99=float(self.p99[feature]),
+            p50=float(self.p50[feature]),
+            frequency=float(self.frequency[feature]),
+            examples=self.examples.get(feature, ()),
         )
 
     def __repr__(self) -> str:
@@ -129,16 +131,25 @@ class Survey:
     def to_pandas(self) -> pandas.DataFrame:
         """One row a feature, without examples; needs pandas."""
         columns: dict[str, np.ndarray] = {"feature_idx": np.arange(len(self))}
-        columns |= {name: getattr(self, name) for name in STATISTICS}
+        columns |= self._statistics()
         labels = [self.labels.get(feature, "") for feature in range(len(self))]
         columns["label"] = np.array(labels, dtype=object)
         return frame_of_columns(columns)
 
+    def _statistics(self) -> dict[str, np.ndarray]:
+        """What is known of every feature, as `evidence.json` names it."""
+        return {
+            "max": self.max,
+            "p99": self.p99,
+            "p50": self.p50,
+            "frequency": self.frequency,
+        }
+
     def to_evidence(self, examples: int | None = None) -> Json:
         """The content of an `evidence.json`; at most so many examples a feature."""
         lists: Json = {
-            name: [float(f"{value:.4g}") for value in getattr(self, name).tolist()]
-            for name in STATISTICS
+            name: [float(f"{value:.4g}") for value in values.tolist()]
+            for name, values in self._statistics().items()
         }
         return {
             "sites": {self.site: {"l0": round(self.l0, 2)}},
