@@ -78,7 +78,8 @@ def test_encode_gives_every_token_its_features(llm: LLM) -> None:
     dense = exact.site().to_dense()[:, :150]
     listed = first.site().to_dense()[:, :150]
     np.testing.assert_allclose(listed[listed != 0], dense[listed != 0], rtol=1e-4)
-    with pytest.raises(KeyError, match=r"post_block\.1"):
+    assert exact.site("blocks.1.hook_resid_post") is exact.site("resid_post.1")
+    with pytest.raises(KeyError, match=r"site: found 'post_block\.7', expected one of"):
         exact.site("post_block.7")
 
 
