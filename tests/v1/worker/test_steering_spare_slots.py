@@ -73,7 +73,7 @@ def test_an_engine_without_steering_says_so(model_root: Path) -> None:
         engine(FAMILY, model_root, None) as llm,
         pytest.raises(
             SteeringModuleError,
-            match="without steering: configure a module or a spare slot",
+            match="configure a module or a spare slot",
         ),
     ):
         register_module(llm, "hot", "nowhere")
