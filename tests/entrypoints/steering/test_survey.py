@@ -112,8 +112,8 @@ def test_the_playground_reads_what_is_saved(
 
 
 def test_a_survey_is_shown_in_a_console_and_a_notebook(found: Survey) -> None:
-    dead = int((found.frequency == 0).sum())
-    assert f"{dead} were never active" in str(found)
+    dead = (found.frequency == 0).mean()
+    assert f"of 512 features, {dead:.1%} were never active" in str(found)
     assert str(found[FEATURE]).startswith(f"feature {FEATURE}: max ")
     assert "the bridge" in found[FEATURE]._repr_html_()
     frame = found.to_pandas().set_index("feature_idx")

@@ -118,11 +118,11 @@ class Survey:
 
     def __str__(self) -> str:
         """What `vllm-steering survey` prints."""
-        dead, dense = (self.frequency == 0).sum(), (self.frequency > 0.1).sum()
+        dead, dense = (self.frequency == 0).mean(), (self.frequency > 0.1).mean()
         return (
             f"{self.site}: {self.tokens} tokens, L0 {self.l0:.1f}; of {len(self)} "
-            f"features {dead} were never active, and {dense} on more than 10% of the "
-            "tokens"
+            f"features, {dead:.1%} were never active, and {dense:.1%} were active on "
+            "more than 10% of the tokens"
         )
 
     def _repr_html_(self) -> str:

@@ -34,9 +34,6 @@ from vllm.model_executor.model_loader.sae_loader import inspect_module
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Above this share of unexplained variance the features mean little.
-BAD_FVU = 0.6
-
 
 def features(
     path: str,
@@ -72,11 +69,8 @@ def features(
         own, other = windows_of(llm, texts), windows_of(llm, against or [])
         found = find_features(llm, MODULE, own, other, top=top, labels=labels)
         fit = _fit(llm, own)
-    if fit is not None and fit.fvu > BAD_FVU:
-        found.warnings.append(
-            f"FVU {fit.fvu:.2f}: the SAE explains little of this site on these texts; "
-            "is it of this model, layer and hook?"
-        )
+    if fit is not None and fit.fit_warning is not None:
+        found.warnings.append(fit.fit_warning)
     if as_json:
         fitted = None if fit is None else {"fvu": fit.fvu, "l0": fit.l0}
         shown = {**found.to_json(), "module": path, "model": model, "fit": fitted}
