@@ -174,6 +174,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", "a", {"top_k": 2, "features": [1]}, "top_k: found both"),
     ("encode", "a", {"features": []}, "features: found none"),
     ("encode", "a", {"features": [1 << 30]}, r"features\[0\]: found"),
+    ("encode", "a", {"features": [*range(99), 999]}, r"features\[99\]: found 999"),
     ("encode", "a", {"sites": {"post_block": 1}}, "sites.post_block: found 1"),
     ("encode", "a", {"sites": {"post_block": [3]}}, "layer 3"),
     ("encode", ["a", 5], {}, r"texts\[1\]: found 5, expected"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, SupportsIndex, cast
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 Text = str | Sequence[int]
+_PLACE = re.compile(r"^features\[(\d+)\]")
 SPEC = f"{READOUT_KEY}[0]"  # where the engine finds what `encode` asks
 
 
@@ -85,7 +87,9 @@ def encode(
     else:
         wanted = list(features)
         parts = [
-            _read(llm, ids, {**spec, "features": wanted[at : at + MAX_READ]}, steering)
+            _read(
+                llm, ids, {**spec, "features": wanted[at : at + MAX_READ]}, steering, at
+            )
             for at in range(0, len(wanted), MAX_READ)
         ]
     found = EncodedTexts()
@@ -182,8 +186,12 @@ def _read(
     ids: Sequence[list[int]],
     spec: Json,
     steering: JsonView,
+    first: int = 0,
 ) -> list[dict[str, dict[str, SAEFeatures]]]:
-    """What the prompts' tokens read, by module and site."""
+    """What the prompts' tokens read, by module and site.
+
+    `first` is the place of the spec's first feature in what the caller gave.
+    """
     params = SamplingParams(
         max_tokens=1,
         temperature=0,
@@ -197,7 +205,9 @@ def _read(
         if not (error.parameter or "").startswith(SPEC):
             raise
         # The caller gave arguments, not a spec.
-        raise ValueError(error.args[0].replace(f"{SPEC}.", "")) from None
+        text = error.args[0].replace(f"{SPEC}.", "")
+        text = _PLACE.sub(lambda place: f"features[{int(place[1]) + first}]", text)
+        raise ValueError(text) from None
     return [output.prompt_sae_features or {} for output in outputs]
 
 
