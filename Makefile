@@ -9,6 +9,9 @@ OVERLAY := $(shell find vllm vllm_steering_cli -type f -not -name '*.pyc' 2>/dev
 export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2>/dev/null)
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
+# Processes that share the files of tests, each a core and some GB; 0: this one runs all.
+WORKERS ?= 0
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv triton demo demo-tiny playground test test-browser test-all test-matrix test-sae-lens soak lint mypy format golden-gate-train bench wheel csrc clean
 
@@ -77,10 +80,10 @@ golden-gate-train: venv
 
 # Breadth that is marked `slow` is left to `test-all`.
 test: venv triton
-	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: venv triton
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTHON) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # Five minutes of chaos on this machine; `python -m tests.soak --help` for more.
 soak: venv

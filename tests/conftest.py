@@ -9,6 +9,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # With tiny models, more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What processes of one run would write to the same files of vLLM's cache.
+if WORKER := os.environ.get("PYTEST_XDIST_WORKER"):
+    CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("VLLM_CACHE_ROOT", f"{CACHE}/vllm/tests-{WORKER}")
 
 import logging
 from collections.abc import Iterator
@@ -70,7 +74,7 @@ def _process_settings() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was() -> Iterator[None]:
-    """All tests run in one process, and none may depend on those before it."""
+    """Many tests run in one process, and none may depend on those before it."""
     before = _process_settings()
     yield
     assert _process_settings() == before

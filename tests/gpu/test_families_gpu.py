@@ -18,7 +18,7 @@ from steering_testing.cases import CASES, GPU_CASES
 from steering_testing.conformance import conforms
 from steering_testing.quantised import check_quantised
 
-OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "gpu_memory_utilization": 0.3}
+OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "gpu_memory_utilization": 0.1}
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
     # Decodes are captured whole, and so are prefills of these sizes.
     "v2-graphs": (

@@ -24,7 +24,7 @@ from vllm.entrypoints.steering import register_module
 OPTIONS: dict[str, Any] = {
     "attention_backend": "TRITON_ATTN",
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "cudagraph_metrics": True,
     "enforce_eager": False,
     # So large that the batch's prefills are captured too.

@@ -25,7 +25,7 @@ SITE = (1, "post_block")
 OPTIONS: dict[str, Any] = {
     "attention_backend": "TRITON_ATTN",
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "cudagraph_metrics": True,
 }
 CAPTURED = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 64, 256, 512]}

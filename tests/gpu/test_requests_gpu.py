@@ -27,7 +27,7 @@ TOKENS = 8
 OPTIONS: dict[str, Any] = {
     "attention_backend": "TRITON_ATTN",
     "max_num_seqs": 32,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "cudagraph_metrics": True,
     "enforce_eager": False,
 }

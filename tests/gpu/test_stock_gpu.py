@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     "attention_backend": "TRITON_ATTN",
     "dtype": "bfloat16",
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "cudagraph_metrics": True,
 }
 TOKENS, COUNT = 10, 8

@@ -10,7 +10,6 @@ import pytest
 from steering_testing import models, oracle
 from steering_testing.cases import CASES, TRANSFORMERS_CASES
 from steering_testing.conformance import case_engine
-from steering_testing.dense_models import DENSE_MODELS
 from steering_testing.engine import (
     FULL,
     assert_same,
@@ -19,8 +18,6 @@ from steering_testing.engine import (
     sae_spec,
     save_sae,
 )
-from steering_testing.hybrid_models import HYBRID_MODELS
-from steering_testing.moe_models import MOE_MODELS
 from steering_testing.reference import Clamp, DenseSAE, Edit, random_sae
 
 pytestmark = pytest.mark.engine
@@ -36,8 +33,12 @@ MAX_TOKENS = 6
 # What vLLM has no class for runs under its Transformers backend.
 HOW = {case.family: case for case in (*TRANSFORMERS_CASES.values(), *CASES.values())}
 EXACT = sorted(family for family, case in HOW.items() if case.tolerance is None)
-# Breadth: others of these have the same points.
-SLOW = {"gemma4", "gemma4_moe", *DENSE_MODELS, *MOE_MODELS, *HYBRID_MODELS}
+# One of each kind of layer: parallel sublayers, latent attention, norms of outputs
+# alone, norms of inputs and outputs, LayerNorm, scaled sublayers, RMSNorm, experts.
+QUICK = {
+    *("cohere", "deepseek_v2", "exaone4", "gemma3", "gpt2", "granite", "llama"),
+    "mixtral",
+}
 
 
 def saes() -> dict[str, DenseSAE]:
@@ -53,7 +54,7 @@ def prompt(seed: int, length: int) -> list[int]:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
         for name in EXACT
     ],
 )

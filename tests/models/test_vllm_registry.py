@@ -89,7 +89,7 @@ def test_what_the_scan_sees_is_what_the_class_has() -> None:
         assert {"mlp", *own[name].attention} & set(children) > {"mlp"}, name
 
 
-class MambaDecoderLayer(nn.Module):
+class DbrxBlock(nn.Module):
     """Has the name of a class that is refused."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -98,10 +98,10 @@ class MambaDecoderLayer(nn.Module):
 
 def test_an_unfit_layer_is_refused_by_name_with_the_reason() -> None:
     model = nn.Sequential()
-    model.add_module("layers", nn.ModuleList([MambaDecoderLayer()]))
+    model.add_module("layers", nn.ModuleList([DbrxBlock()]))
     for refuse in (refuse_unfit_layers, find_decoder_layers):
         with pytest.raises(ValueError) as refusal:
             refuse(model)
         message = str(refusal.value)
         assert "Sequential cannot be steered: found decoder layers of" in message
-        assert f"MambaDecoderLayer; {UNFIT['MambaDecoderLayer']}" in message
+        assert f"DbrxBlock; {UNFIT['DbrxBlock']}" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -22,8 +23,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pure-Python wheel, built as a machine without nvcc builds it."""
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source")
-    names = ["pyproject.toml", "setup.py", "README.md", "LICENSE", *PACKAGES]
-    subprocess.check_call(["cp", "-r", *(str(ROOT / n) for n in names), str(source)])
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # Tests that run beside this one compile files of the packages.
+    compiled = shutil.ignore_patterns("__pycache__")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=compiled)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--wheel-dir", str(out), str(source)]
     subprocess.check_call(command, env={**os.environ, "VLLM_STEERING_NO_CUDA": "1"})

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from steering_testing.case import LAST, RESIDUAL, SUBLAYER, Case
-from steering_testing.hybrid_cases import HYBRID_CASES
+from steering_testing.hybrid_cases import GPU_HYBRID_CASES, HYBRID_CASES
 
 from vllm.model_executor.layers.steering_families import MODELS
 
@@ -186,22 +186,43 @@ CASES = {
 }
 # In tests/gpu/test_families_gpu.py.
 GPU_CASES = {
-    name: Case(
-        title,
-        name,
-        f"{MODELS}.{layer}",
-        (*BFLOAT16, *((("gdn_prefill_backend", "triton"),) if linear else ())),
-        z=z,
-        linear=linear,
-        tolerance=BFLOAT16_TOLERANCE,
-    )
-    for title, name, layer, z, linear in (
-        ("DeepSeek-V2", "deepseek_v2", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
-        ("DeepSeek-V3", "deepseek_v3", "deepseek_v2.DeepseekV2DecoderLayer", 128, ()),
-        ("MiniMax-M2", "minimax_m2", "minimax_m2.MiniMaxM2DecoderLayer", 64, ()),
-        ("Qwen3-Next", "qwen3_next", "qwen3_next.Qwen3NextDecoderLayer", 64, (0, 2)),
-        ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
-    )
+    **{
+        name: Case(
+            title,
+            name,
+            f"{MODELS}.{layer}",
+            (*BFLOAT16, *((("gdn_prefill_backend", "triton"),) if linear else ())),
+            z=z,
+            linear=linear,
+            tolerance=BFLOAT16_TOLERANCE,
+        )
+        for title, name, layer, z, linear in (
+            (
+                "DeepSeek-V2",
+                "deepseek_v2",
+                "deepseek_v2.DeepseekV2DecoderLayer",
+                128,
+                (),
+            ),
+            (
+                "DeepSeek-V3",
+                "deepseek_v3",
+                "deepseek_v2.DeepseekV2DecoderLayer",
+                128,
+                (),
+            ),
+            ("MiniMax-M2", "minimax_m2", "minimax_m2.MiniMaxM2DecoderLayer", 64, ()),
+            (
+                "Qwen3-Next",
+                "qwen3_next",
+                "qwen3_next.Qwen3NextDecoderLayer",
+                64,
+                (0, 2),
+            ),
+            ("Qwen3.5", "qwen3_5", "qwen3_5.Qwen3_5DecoderLayer", 64, (0, 2)),
+        )
+    },
+    **GPU_HYBRID_CASES,
 }
 AUTO = (("steering", {"decoder_layer": "auto"}),)
 # `decoder_layer: "auto"` finds these classes to be right where the table lacks them.
@@ -290,5 +311,19 @@ TRANSFORMERS_CASES = {
         ("OLMo-2", "olmo2", "Olmo2DecoderLayer"),
         ("Phi-1, Phi-2", "phi", "PhiDecoderLayer"),
         ("GPT-NeoX, Pythia", "gpt_neox", "GPTNeoXLayer"),
+    )
+}
+# In tests/models/multimodal_backend_cases.py, on prompts of text and with images.
+MULTIMODAL_BACKEND_CASES = {
+    f"{family}_backend": Case(
+        f"{title}, Transformers backend",
+        family,
+        f"transformers.models.{layer.split('.')[0]}.modeling_{layer}",
+        BACKEND,
+    )
+    for title, family, layer in (
+        ("Gemma-3 (multimodal)", "gemma3_mm", "gemma3.Gemma3DecoderLayer"),
+        ("LLaVA", "llava", "llama.LlamaDecoderLayer"),
+        ("Qwen2.5-VL", "qwen2_5_vl", "qwen2_5_vl.Qwen2_5_VLDecoderLayer"),
     )
 }

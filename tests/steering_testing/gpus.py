@@ -9,7 +9,7 @@ from typing import Any
 RANK_OPTIONS: dict[str, Any] = {
     "attention_backend": "TRITON_ATTN",
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "cudagraph_metrics": True,
     "enforce_eager": False,
     "distributed_executor_backend": "mp",

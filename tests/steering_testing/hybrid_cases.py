@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from steering_testing.case import SUBLAYER, Case
 
 from vllm.model_executor.layers.steering_family_table import MODELS
 
 GRANITE = f"{MODELS}.granitemoehybrid.GraniteMoeHybrid"
 NEMOTRON = f"{MODELS}.nemotron_h.NemotronH"
+NO_ATTENTION = ("attn_z", "attn_out")
 HYBRID_CASES = {
     "granitemoehybrid": Case(
         "Granite 4 (hybrid MoE)",
@@ -54,5 +57,55 @@ HYBRID_CASES = {
         f"{MODELS}.falcon_h1.FalconH1ParallelHybrid",
         lacks=("attn_out",),
         recurrent=True,
+    ),
+    **{
+        name: Case(
+            title,
+            name,
+            f"{MODELS}.{name}.Lfm2{kind}AttentionDecoderLayer",
+            others=(f"{MODELS}.{name}.Lfm2{kind}ShortConvDecoderLayer",),
+            lacks_at=((0, NO_ATTENTION), (2, NO_ATTENTION)),
+            recurrent=True,
+        )
+        for title, name, kind in (("LFM2", "lfm2", ""), ("LFM2 MoE", "lfm2_moe", "Moe"))
+    },
+}
+BFLOAT16: dict[str, Any] = {
+    "options": (("dtype", "bfloat16"),),
+    "tolerance": 5e-2,
+    "recurrent": True,
+}
+# In tests/gpu/test_families_gpu.py.
+GPU_HYBRID_CASES = {
+    "mamba": Case(
+        "Mamba",
+        "mamba",
+        f"{MODELS}.mamba.MambaDecoderLayer",
+        lacks=("post_attn", *SUBLAYER),
+        **BFLOAT16,
+    ),
+    "falcon_mamba": Case(
+        "Falcon-Mamba",
+        "falcon_mamba",
+        f"{MODELS}.mamba.MambaDecoderLayer",
+        lacks=("post_attn", *SUBLAYER),
+        **BFLOAT16,
+    ),
+    "jamba": Case(
+        "Jamba",
+        "jamba",
+        f"{MODELS}.jamba.JambaAttentionDecoderLayer",
+        lacks=NO_ATTENTION,
+        others=(f"{MODELS}.jamba.JambaMambaDecoderLayer",),
+        **BFLOAT16,
+    ),
+    "nemotron3": Case(
+        "Nemotron-3 (MoE)",
+        "nemotron3",
+        f"{NEMOTRON}AttentionDecoderLayer",
+        lacks=("post_attn",),
+        others=(f"{NEMOTRON}MambaDecoderLayer", f"{NEMOTRON}MoEDecoderLayer"),
+        lacks_at=((0, SUBLAYER), (1, NO_ATTENTION), (2, ("mlp_in", "mlp_out"))),
+        **BFLOAT16,
     ),
 }

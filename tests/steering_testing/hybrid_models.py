@@ -32,7 +32,66 @@ GRANITE_HYBRID: dict[str, Any] = {
     "shared_intermediate_size": 48,
     "layer_types": ["mamba", "attention", "mamba"],
 }
+# Each token goes to every expert, so rounding cannot choose another one.
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 4}
+MAMBA_1: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "state_size": 16,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "tie_word_embeddings": False,
+}
+# vLLM reads the sizes of blocks under the names that the published models have.
+# It always reads the embeddings as the head. One head of attention: see DEEPSEEK.
+LFM2: dict[str, Any] = {
+    **COMMON,
+    "num_attention_heads": 1,
+    "tie_word_embeddings": True,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_dim": HIDDEN,
+    "conv_dim": HIDDEN,
+}
+# In tests/gpu: vLLM's build for CPUs lacks their kernels.
+GPU_HYBRID_MODELS: dict[str, Callable[[], Any]] = {
+    "mamba": config("MambaConfig", **MAMBA_1),
+    "falcon_mamba": config("FalconMambaConfig", **MAMBA_1),
+    "jamba": config(
+        "JambaConfig",
+        **COMMON,
+        **EXPERTS,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+    ),
+    "nemotron3": config(
+        "NemotronHConfig",
+        **COMMON,
+        **HEAD,
+        layers_block_type=["mamba", "moe", "attention"],
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=64,
+        n_groups=1,
+        n_routed_experts=4,
+        num_experts_per_tok=4,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=48,
+        routed_scaling_factor=2.5,
+    ),
+}
 HYBRID_MODELS: dict[str, Callable[[], Any]] = {
+    "lfm2": config("Lfm2Config", **LFM2, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": config(
+        "Lfm2MoeConfig",
+        **LFM2,
+        **EXPERTS,
+        moe_intermediate_size=48,
+        num_dense_layers=1,
+    ),
     "granitemoehybrid": config("GraniteMoeHybridConfig", **GRANITE_HYBRID, **LOCAL),
     "granite_hybrid": config(
         "GraniteMoeHybridConfig",

@@ -42,6 +42,7 @@ MID_NORMS = (
     "ln_2",
     "final_layer_norm",
     "pre_ff_layernorm",
+    "ffn_norm",
 )
 # Norms of what a sublayer writes, by a norm that only such layers have.
 OUTPUT_NORMS = {

@@ -8,7 +8,7 @@
                                    "sharding": "auto" | "replicate" | "shard",
                                    "screening": "auto" | "off"}},
      "max_clamps": 64, "max_specs": 64, "max_pieces": 8,
-     "max_body_mib": 32, "max_answer_values": 1048576,
+     "max_body_mib": 32, "max_read_values": 64, "max_answer_values": 1048576,
      "presets": {"name": "file" | {...}},
      "default_preset": "name",
      "readout": True,
@@ -26,7 +26,6 @@ was found and what would be accepted.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import get_args
@@ -36,12 +35,16 @@ from vllm.config.steering import (
     DEFAULT_MAX_ANSWER_VALUES,
     DEFAULT_MAX_CLAMPS,
     DEFAULT_MAX_PIECES,
+    DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_SPECS,
+    MAX_READ_VALUES,
+    MODULE_OPTIONS,
     DecoderLayers,
     FeatureUnits,
 )
 from vllm.config.steering_checks import SteeringConfigError, shown
 from vllm.config.steering_json import Json
+from vllm.config.steering_reader import MAX_FLOAT32
 from vllm.config.steering_screening import Screening
 from vllm.config.steering_sharding import Sharding
 
@@ -52,6 +55,7 @@ TOP_FIELDS = (
     "max_specs",
     "max_pieces",
     "max_body_mib",
+    "max_read_values",
     "max_answer_values",
     "presets",
     "default_preset",
@@ -62,16 +66,17 @@ TOP_FIELDS = (
     "module_roots",
     "resolved",
 )
-MODULE_OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
 # Of each option that is a limit: its default, and the least and most it may be.
 LIMITS = {
     "max_clamps": (DEFAULT_MAX_CLAMPS, 1, 4096),
     "max_specs": (DEFAULT_MAX_SPECS, 1, 4096),
     "max_pieces": (DEFAULT_MAX_PIECES, 2, 64),  # at least prompt and answer
     "max_body_mib": (32, 1, 65536),
+    "max_read_values": (
+        DEFAULT_MAX_READ_VALUES,
+        DEFAULT_MAX_READ_VALUES,
+        MAX_READ_VALUES,
+    ),
     "max_answer_values": (DEFAULT_MAX_ANSWER_VALUES, 1, 1 << 30),
 }
 
@@ -185,9 +190,9 @@ def _check_positive(value: object) -> str | None:
     good = value is None or (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and 0 < value < math.inf
+        and 0 < value <= MAX_FLOAT32
     )
-    return None if good else "null or a positive number"
+    return None if good else "null or a positive number within the range of float32"
 
 
 def _check_sites(value: object) -> str | None:

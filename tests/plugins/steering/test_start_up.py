@@ -325,6 +325,11 @@ def kv_config(name: str, *children: str, path: str | None = None) -> KVTransferC
     )
 
 
+def kv_name(value: KVTransferConfig | str) -> str:
+    """A name that is the same in every process, as a configuration's text is not."""
+    return value if isinstance(value, str) else str(value.kv_connector)
+
+
 TOKEN_KEYED = sorted(
     set(KVConnectorFactory._registry) - {*BLOCK_HASH_CONNECTORS, MULTI_CONNECTOR}
 )
@@ -342,7 +347,7 @@ TOKEN_KEYED = sorted(
             "ExampleConnector in MultiConnector",
         ),
     ],
-    ids=str,
+    ids=kv_name,
 )
 def test_a_kv_connector_that_does_not_key_by_block_hash_is_refused(
     vllm_config: Any, connector: KVTransferConfig, named: str
@@ -361,7 +366,7 @@ def test_a_kv_connector_that_does_not_key_by_block_hash_is_refused(
         *map(kv_config, BLOCK_HASH_CONNECTORS),
         kv_config(MULTI_CONNECTOR, *BLOCK_HASH_CONNECTORS),
     ],
-    ids=str,
+    ids=kv_name,
 )
 def test_a_kv_connector_that_keys_by_block_hash_is_allowed(
     vllm_config: Any, connector: KVTransferConfig

@@ -11,7 +11,6 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
-from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_points import parse_site
@@ -22,7 +21,13 @@ from vllm.entrypoints.steering.found import (
     TokenInContext,
 )
 from vllm.entrypoints.steering.offline import engine_config
-from vllm.entrypoints.steering.reading import Text, encode, labels_for, tokenizer_of
+from vllm.entrypoints.steering.reading import (
+    Text,
+    encode,
+    labels_for,
+    read_limit,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -48,10 +53,10 @@ def find_features(
 ) -> FoundFeatures:
     """The features that tell texts A from texts B.
 
-    A first pass reads the 64 largest activations of every token and picks up to 256
-    candidates. Texts that have a token with more active features are read again, four
-    times, for the candidates alone. Features are sorted by AUROC, then by mean
-    difference; without B, by mean activation.
+    A first pass reads the largest activations of every token (64, or as many as the
+    engine's `max_read_values`) and picks up to 256 candidates. Texts that have a token
+    with more active features are read again for the candidates alone. Features are
+    sorted by AUROC, then by mean difference; without B, by mean activation.
 
     Args:
         llm: an engine that was started with the module.
@@ -77,7 +82,7 @@ def find_features(
     def read(
         texts: Sequence[Text], features: Sequence[int] | None = None
     ) -> EncodedTexts:
-        top_k = MAX_READ if features is None else None
+        top_k = read_limit(config) if features is None else None
         return encode(
             llm,
             module,
@@ -109,10 +114,12 @@ def find_features(
     return FoundFeatures(module, name, best, warnings)
 
 
-def check_top(path: str, top: int) -> None:
+def check_top(path: str, top: object) -> None:
     """Raise `ValueError` unless so many features can be found."""
-    if not 1 <= top <= CANDIDATES:
-        raise ValueError(f"{path}: found {top}, expected an integer in 1..{CANDIDATES}")
+    if not isinstance(top, int) or not 1 <= top <= CANDIDATES:
+        raise ValueError(
+            f"{path}: found {shown(top)}, expected an integer in 1..{CANDIDATES}"
+        )
 
 
 def check_one_site(path: str, names: Sequence[str]) -> None:
@@ -310,11 +317,12 @@ def doubts(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
     found = []
     records = [t.features[site] for t in (*a, *b) if site in t.features]
     active = np.concatenate([record.num_active for record in records])
-    share = float((active > MAX_READ).mean())
+    listed = max(record.features.shape[1] for record in records)
+    share = float((active > listed).mean())
     if share > 0.1:
         found.append(
-            f"{share:.0%} of the tokens have more than {MAX_READ} active features; "
-            f"only the {MAX_READ} largest of each were looked at"
+            f"{share:.0%} of the tokens have more than {listed} active features; "
+            f"only the {listed} largest of each were looked at"
         )
     if float(active.mean()) > DENSE * records[0].d_sae:
         found.append(

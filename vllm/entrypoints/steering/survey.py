@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm.config.sae_labels import Labels
-from vllm.config.sae_readout_specs import MAX_READ
 from vllm.config.steering_checks import shown
 from vllm.entrypoints.steering.encoded import EncodedText
 from vllm.entrypoints.steering.finder import chosen_site, only_site
@@ -21,6 +20,7 @@ from vllm.entrypoints.steering.reading import (
     Text,
     encode,
     labels_for,
+    read_limit,
     text_ids,
     tokenizer_of,
 )
@@ -44,8 +44,8 @@ def survey(
 ) -> Survey:
     """How often and how strongly each feature of an SAE is active on some texts.
 
-    The 64 largest activations of every token are counted. They take 12 bytes each in
-    memory, and the texts are read in parts.
+    The 64 largest activations of every token are counted, or `max_read_values` of
+    them. They take 12 bytes each in memory, and the texts are read in parts.
 
     Args:
         llm: an engine that was started with the module.
@@ -68,10 +68,11 @@ def survey(
     ids = text_ids(llm, texts)
     if not ids:
         raise ValueError("texts: expected at least one text, found none")
+    most = read_limit(config)
     counts = _Counts(ids)
     for start in range(0, len(ids), TEXTS_AT_ONCE):
         part = ids[start : start + TEXTS_AT_ONCE]
-        read = encode(llm, module, part, sites=sites, top_k=MAX_READ, labels={})
+        read = encode(llm, module, part, sites=sites, top_k=most, labels={})
         for at, text in enumerate(read, start):
             counts.add(at, text)
     name = only_site(counts.sites, module)
@@ -88,6 +89,7 @@ def survey(
 
     ranked = counts.ranked()
     found = counts.result(module, name, ranked, labels)
+    found.warnings += counts.doubts(most)
     for feature in np.flatnonzero(ranked.number).tolist() if examples else []:
         strongest = counts.strongest(ranked, feature, examples)
         found.examples[feature] = tuple(context(*one) for one in strongest)
@@ -181,7 +183,6 @@ class _Counts:
             p50=ranked.quantile(0.5),
             frequency=(ranked.number / self.tokens).astype(np.float32),
             labels=labels,
-            warnings=self._doubts(),
         )
 
     def strongest(
@@ -203,11 +204,12 @@ class _Counts:
                 found[text] = (token, float(ranked.values[place]))
         return list(found.values())
 
-    def _doubts(self) -> list[str]:
+    def doubts(self, most: int) -> list[str]:
+        """A warning if tokens have more active features than the engine lists."""
         if not self.cut:
             return []
         line = (
-            f"{self.cut} of {self.tokens} tokens have more than {MAX_READ} active "
-            f"features; only the {MAX_READ} largest of each were counted"
+            f"{self.cut} of {self.tokens} tokens have more than {most} active "
+            f"features; only the {most} largest of each were counted"
         )
         return [line]

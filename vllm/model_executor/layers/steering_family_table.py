@@ -79,6 +79,10 @@ GRANITE_HYBRID = LayerFamily(
     scale="residual_multiplier",
 )
 QWEN3_NEXT = LayerFamily(attention=("self_attn", "linear_attn"), scale="layer_scale")
+# The layer itself holds the projections of its attention, so no module has the points.
+JAMBA = LayerFamily(mid_norm="pre_ff_layernorm", attention=(), mlp="feed_forward")
+LFM2 = LayerFamily(mid_norm="ffn_norm", projection=("out_proj",), mlp="feed_forward")
+LFM2_CONV = replace(LFM2, attention=())
 
 # To add a family: find the points in the layer's forward, add a line, and add the
 # model to the conformance tests (tests/models/test_steering_sites.py).
@@ -190,7 +194,15 @@ FAMILIES: dict[str, LayerFamily] = {
     ),
     f"{MODELS}.nemotron_h.NemotronHMambaDecoderLayer": MIXER,
     f"{MODELS}.nemotron_h.NemotronHMLPDecoderLayer": replace(MIXER, mlp="mixer"),
+    f"{MODELS}.nemotron_h.NemotronHMoEDecoderLayer": replace(MIXER, mlp="mixer"),
+    f"{MODELS}.mamba.MambaDecoderLayer": MIXER,
     f"{MODELS}.mamba2.Mamba2DecoderLayer": MIXER,
+    f"{MODELS}.jamba.JambaAttentionDecoderLayer": JAMBA,
+    f"{MODELS}.jamba.JambaMambaDecoderLayer": JAMBA,
+    f"{MODELS}.lfm2.Lfm2AttentionDecoderLayer": LFM2,
+    f"{MODELS}.lfm2.Lfm2ShortConvDecoderLayer": LFM2_CONV,
+    f"{MODELS}.lfm2_moe.Lfm2MoeAttentionDecoderLayer": LFM2,
+    f"{MODELS}.lfm2_moe.Lfm2MoeShortConvDecoderLayer": LFM2_CONV,
     f"{MODELS}.falcon_h1.FalconH1ParallelHybrid": LayerFamily(
         residual=None,
         mid_norm="pre_ff_layernorm",
@@ -200,9 +212,6 @@ FAMILIES: dict[str, LayerFamily] = {
 }
 
 _UNVERIFIED = "edits of such layers are not verified, because"
-_MAMBA_1 = f"{_UNVERIFIED} vLLM's CPU build lacks their kernel"
-_NEMOTRON_3 = f"{_UNVERIFIED} vLLM's CPU build lacks a kernel for their experts"
-_SHORT_CONV = f"{_UNVERIFIED} vLLM's own answers differ from Hugging Face's on a CPU"
 _NO_REFERENCE = f"{_UNVERIFIED} Hugging Face Transformers has no such model"
 _STREAMS = "a layer carries several residual streams, and a point is one tensor"
 _SHARED = "the model's layers share one attention block"
@@ -217,15 +226,7 @@ UNFIT: dict[str, str] = {
     "Glm5NextDecoderLayer": _STREAMS,
     "HrmTextDecoderLayer": _LOOPS,
     "HYV4DecoderLayer": _STREAMS,
-    "JambaAttentionDecoderLayer": _MAMBA_1,
-    "JambaMambaDecoderLayer": _MAMBA_1,
-    "Lfm2AttentionDecoderLayer": _SHORT_CONV,
-    "Lfm2MoeAttentionDecoderLayer": _SHORT_CONV,
-    "Lfm2MoeShortConvDecoderLayer": _SHORT_CONV,
-    "Lfm2ShortConvDecoderLayer": _SHORT_CONV,
     "LoopCoderDecoderLayer": _LOOPS,
-    "MambaDecoderLayer": _MAMBA_1,
-    "NemotronHMoEDecoderLayer": _NEMOTRON_3,
     "Plamo3DecoderLayer": _NO_REFERENCE,
     "Qwen4ExpDecoderLayer": _STREAMS,
     "Zamba2AttentionDecoderLayer": _SHARED,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vllm.config.steering import FeatureUnits, ModuleInfo, SiteInfo
+from vllm.config.steering_reader import MAX_FLOAT32
 from vllm.model_executor.model_loader.sae_formats import Format, recognise
 from vllm.model_executor.model_loader.sae_formats import read_layout as read_files
 from vllm.model_executor.model_loader.sae_formats.fold import (
@@ -208,9 +208,10 @@ def _check_options(layout: ModuleLayout, options: ModuleOptions) -> None:
     for name, value in numbers.items():
         if value is None:
             continue
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= MAX_FLOAT32:
             raise LayoutError(
-                f"{name}: expected a finite positive number, found {value!r}"
+                f"{name}: expected a positive number within the range of float32, "
+                f"found {value!r}"
             )
     if options.norm_guard is None:
         return

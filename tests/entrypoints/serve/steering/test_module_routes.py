@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from steering_testing.engine import FULL, generate, params, sae_spec
 from steering_testing.requests import prompt
@@ -311,6 +311,9 @@ FIELD = st.sampled_from(
 
 
 @settings(max_examples=150)
+@example(changes={"reference_norm": 3.402823466385289e38, "norm_guard": 1}, name="")
+@example(changes={"reference_norm": 1e30, "norm_guard": 1e30}, name="")
+@example(changes={"reference_norm": 10**400, "norm_guard": 10**400}, name="")
 @given(changes=st.dictionaries(FIELD, JSON, max_size=4), name=st.text(max_size=12))
 def test_no_body_makes_a_server_error(
     client: TestClient, root: Path, llm: LLM, changes: dict[str, Any], name: str

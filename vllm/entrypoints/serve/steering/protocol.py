@@ -10,10 +10,10 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vllm.config.steering import FeatureUnits
+from vllm.config.steering import MODULE_OPTIONS, FeatureUnits
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.config.steering_reader import MAX_FLOAT32, Reader, expects, json_schema
 from vllm.config.steering_screening import Screening
 from vllm.config.steering_sharding import Sharding
 from vllm.config.strict_json import strict_loads
@@ -59,13 +59,12 @@ SiteNames = Annotated[
         max_length=MAX_LIST,
     ),
 ]
-Positive = Annotated[float, expects("null or a positive number", gt=0)]
-
-
-OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
+Positive = Annotated[
+    float,
+    expects(
+        "null or a positive number within the range of float32", gt=0, le=MAX_FLOAT32
+    ),
+]
 
 
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,7 +86,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def options(self) -> Json:
         """The options that are given, by the names that they have at start-up."""
         given = msgspec.structs.asdict(self)
-        return {key: given[key] for key in OPTIONS if given[key] is not UNSET}
+        return {key: given[key] for key in MODULE_OPTIONS if given[key] is not UNSET}
 
 
 _REGISTER = Reader(RegisterRequest)
