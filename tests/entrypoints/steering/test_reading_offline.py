@@ -318,17 +318,6 @@ def test_the_bridge_feature_is_among_the_best(llm: LLM) -> None:
     json.dumps(found.to_json())
 
 
-def test_a_bad_fit_is_a_warning() -> None:
-    losses = {"ce_plain": 2.0, "ce_reconstructed": 3.0, "ce_ablated": 4.0}
-    good, bad = (
-        SiteEvaluation("mlp_in.1", tokens=9, fvu=fvu, l0=4.0, **losses)
-        for fvu in (0.5, 14.1)
-    )
-    assert good.warnings == []
-    (warning,) = bad.warnings
-    assert warning.startswith("FVU 14.10: the SAE explains little of this site")
-
-
 def test_evaluate_measures_fit_and_loss(llm: LLM) -> None:
     texts = [*ABOUT, *OTHERS]
     evaluation = evaluate(llm, MODULE, texts)

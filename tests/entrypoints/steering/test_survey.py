@@ -145,3 +145,14 @@ def test_what_cannot_be_surveyed_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         survey(llm, MODULE, texts, **options)  # type: ignore[arg-type]
+
+
+def test_a_bad_fit_is_a_warning() -> None:
+    losses = {"ce_plain": 2.0, "ce_reconstructed": 3.0, "ce_ablated": 4.0}
+    good, bad = (
+        SiteEvaluation("mlp_in.1", tokens=9, fvu=fvu, l0=4.0, **losses)
+        for fvu in (0.5, 14.1)
+    )
+    assert good.warnings == []
+    (warning,) = bad.warnings
+    assert warning.startswith("FVU 14.10: the SAE explains little of this site")
