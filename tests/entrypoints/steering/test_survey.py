@@ -14,7 +14,7 @@ from steering_testing.golden_gate import BRIDGE, EXAMPLE, MODULE, example_engine
 
 from vllm import LLM
 from vllm.entrypoints.serve.steering.evidence import of_features
-from vllm.entrypoints.steering import Survey, encode, survey, surveyed
+from vllm.entrypoints.steering import SiteEvaluation, Survey, encode, survey, surveyed
 from vllm.entrypoints.steering import survey as survey_texts
 
 FEATURE = BRIDGE["feature"]
