@@ -13,7 +13,7 @@ import transformers
 from steering_testing import models
 from steering_testing.cases import BACKEND, Case
 from steering_testing.models import COMMON, HEAD
-from steering_testing.sizes import GEMMA
+from steering_testing.sizes import GEMMA, MOE
 
 # Shorter than the tests' prompts, so that the window acts.
 WINDOW = {
@@ -143,6 +143,46 @@ _MODELS: list[tuple[str, str, str, str, tuple[str, ...], dict[str, Any]]] = [
         "granite.GraniteDecoderLayer",
         ("attn_out", "mlp_out"),
         {**COMMON, "residual_multiplier": 0.6},
+    ),
+    (
+        "cwm",
+        "Code World Model",
+        "CwmConfig",
+        "cwm.CwmDecoderLayer",
+        (),
+        {**COMMON, **HEAD, **WINDOW},
+    ),
+    (
+        "jais2",
+        "Jais-2",
+        "Jais2Config",
+        "jais2.Jais2DecoderLayer",
+        (),
+        {**COMMON, **HEAD},
+    ),
+    (
+        "mellum",
+        "Mellum",
+        "MellumConfig",
+        "mellum.MellumDecoderLayer",
+        (),
+        {**COMMON, **HEAD, **MOE, **WINDOW},
+    ),
+    (
+        "flex_olmo",
+        "FlexOlmo",
+        "FlexOlmoConfig",
+        "flex_olmo.FlexOlmoDecoderLayer",
+        (),
+        {**COMMON, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    (
+        "hunyuan_v1_moe",
+        "HunYuan (MoE)",
+        "HunYuanMoEV1Config",
+        "hunyuan_v1_moe.HunYuanMoEV1DecoderLayer",
+        (),
+        {**COMMON, **HEAD, "num_experts": 4, "moe_topk": 2},
     ),
     (
         "vaultgemma",
