@@ -25,6 +25,7 @@ def table() -> str:
         AUTO_CASES,
         CASES,
         GPU_CASES,
+        MULTIMODAL_BACKEND_CASES,
         MULTIMODAL_CASES,
         RESIDUAL,
         SUBLAYER,
@@ -39,7 +40,13 @@ def table() -> str:
         "|---|---|" + "---|" * len(hooks),
     ]
     groups = {
-        "": {**CASES, **MULTIMODAL_CASES, **TRANSFORMERS_CASES, **BACKEND_CASES},
+        "": {
+            **CASES,
+            **MULTIMODAL_CASES,
+            **TRANSFORMERS_CASES,
+            **BACKEND_CASES,
+            **MULTIMODAL_BACKEND_CASES,
+        },
         ", `--steering-decoder-layer auto`": AUTO_CASES,
     }
     rows = [(case, how) for how, group in groups.items() for case in group.values()]

@@ -32,7 +32,7 @@ struct Reads {
   const int* index;  // [tokens], rows of the table; null: nobody
   const int* table;
   const float* scale;  // [F]
-  int* out;            // [tokens, 2 + 2 kMaxRead]
+  int* out;            // [tokens, 2 + 2 max_read]
   int64_t table_stride, out_stride;
 };
 

@@ -189,7 +189,7 @@ inline Reads make_reads(const Tensors& step, int64_t tokens,
   const Tensor& scale = check(get(step, kReadScale, "read_scale"), "read_scale",
                               ScalarType::Float, {kAny}, e);
   const Tensor& out = check(get(step, kReadOut, "read_out"), "read_out", i32,
-                            {kAny, 2 + 2 * kMaxRead}, e);
+                            {kAny, kAny}, e, true);
   check_length(index, tokens, "read_index");
   STD_TORCH_CHECK(out.size(0) >= tokens, "steering: read_out has ", out.size(0),
                   " rows, expected at least ", tokens);

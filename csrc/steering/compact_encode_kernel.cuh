@@ -159,12 +159,12 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   if (t >= kConsumers) {
     give_registers<40>();
     if (t == kTokensThread) await_tokens(ws);
-    producer<kPeers, Leaves::kUsual>(a.encode, m, maps, n, first, walk);
+    producer<kPeers, Leaves::kUsual, false>(a.encode, m, maps, n, first, walk);
   } else {
     take_registers<232>();
     gather_active(a, m, n, own.limit);
     announce_tokens(ws);
-    consumer<kPeers, Leaves::kUsual>(a.encode, m, n, walk);
+    consumer<kPeers, Leaves::kUsual, false>(a.encode, m, n, walk);
   }
   if (kPeers > 1 && shares_tiles(n)) cluster_sync();
 #else

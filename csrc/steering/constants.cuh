@@ -53,10 +53,10 @@ constexpr int kFineColumns = 256;
 constexpr int kSyncInts = 8;
 
 // layers/steering_read_state.py: columns of a reading table's row; its
-// features begin at TABLE_HEAD. config/sae_readout_specs.py: MAX_READ.
+// features begin at TABLE_HEAD. config/steering.py: MAX_READ_VALUES.
 enum ReadColumn { kReadActive = 0, kReadTopK = 2, kReadCount = 3 };
 constexpr int kTableHead = 4;
-constexpr int kMaxRead = 64;
+constexpr int kMaxRead = 512;
 
 // steering_kernels/bundles.py: the order of the tensors in an op's bundles.
 enum WeightsField {

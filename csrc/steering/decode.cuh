@@ -41,7 +41,7 @@ struct DecodeArgs {
   bool notes_dense = true;  // for a launch that follows
 };
 
-inline int decode_slices(int d_out) {
+__host__ __device__ inline int decode_slices(int d_out) {
   return (d_out + kColumns - 1) / kColumns;
 }
 

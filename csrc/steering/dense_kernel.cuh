@@ -9,50 +9,10 @@
 // in the first phase), products with W_dec, the sum and the write-back.
 #pragma once
 
-#include "dense.cuh"
 #include "dense_exchange.cuh"
-#include "pipeline.cuh"
+#include "dense_pipeline.cuh"
 
 namespace vllm_steering {
-
-constexpr int kDenseWidths = 4;
-// Stages by the widest tile. Where a kernel decodes lists too, they are few and
-// small: L1 keeps room for the rows that are gathered.
-template <int kWidest>
-constexpr int kDenseStages = kWidest > 64 ? 4 : 3;
-template <int kWidest>
-constexpr int kDenseStage = kStageW + 2 * kWidest * kTileK * 2;
-
-struct DenseMaps {
-  CUtensorMap w_enc;                // box kTileF x kTileK
-  CUtensorMap w_dec;                // box kTileK x 64
-  CUtensorMap x[kDenseWidths];      // box N x kTileK
-  CUtensorMap limbs[kDenseWidths];  // box N x kTileK
-};
-
-template <int kWidest>
-struct DenseMemory {
-  char operands[kDenseStages<kWidest> * kDenseStage<kWidest>];
-  uint64_t full[kDenseStages<kWidest>], empty[kDenseStages<kWidest>];
-  int ticket;
-  uint8_t tokens[kCompactEncodeTokens];  // where a kernel lists them itself
-};
-template <int kWidest>
-constexpr int kDenseSmem = sizeof(DenseMemory<kWidest>) + 1024;
-static_assert(kDenseSmem<128> <= 227 * 1024, "more than a multiprocessor has");
-// Clamps whose corrections the last phase keeps in `operands`.
-constexpr int kDenseClamps = sizeof(DenseMemory<64>::operands) / 4;
-
-#define STEERING_DENSE_WIDTHS(n, RUN)    \
-  if (n <= 8) {                          \
-    RUN(8, 0);                           \
-  } else if (n <= 32) {                  \
-    RUN(32, 1);                          \
-  } else if (n <= 64 || kWidest == 64) { \
-    RUN(64, 2);                          \
-  } else {                               \
-    RUN(kWidest, width_index(kWidest));  \
-  }
 
 // Phase 1: row d of x; for TopK the limbs of the selected features, instead.
 template <typename T>
@@ -84,83 +44,6 @@ __device__ void gather_dense(const DenseArgs<T>& a, int d, int64_t i) {
     high[f / 2] = limbs.x;
     low[f / 2] = limbs.y;
   }
-}
-
-// What the producer requests and the consumers multiply for one tile: `steps`
-// stages from k-tile `k0`, which wraps at `k_tiles`; rows `row` of the weights
-// (columns of W_dec when decoding) and tokens from `t0`.
-struct DenseTile {
-  int row, t0, k0, k_tiles, steps;
-};
-
-template <int N, int kWidest, bool kDecodes>
-__device__ __forceinline__ void request_dense(DenseMemory<kWidest>& m,
-                                              const DenseMaps& maps, int width,
-                                              int low_row, DenseTile tile,
-                                              int it) {
-  constexpr int kTokens = N * kTileK * 2;
-  int k = tile.k0;
-#pragma unroll 1
-  for (int step = 0; step < tile.steps; ++step, ++it) {
-    const int s = it % kDenseStages<kWidest>,
-              round = it / kDenseStages<kWidest>;
-    if (round > 0) barrier_wait(barrier_at(m.empty, s), (round - 1) & 1);
-    const uint32_t full = barrier_at(m.full, s);
-    const uint32_t to = smem_address(m.operands) + s * kDenseStage<kWidest>;
-    barrier_expect(full, kStageW + (kDecodes ? 2 : 1) * kTokens);
-    if constexpr (kDecodes) {
-      copy_tile(&maps.w_dec, to, full, tile.row, k * kTileK);
-      copy_tile(&maps.w_dec, to + kStageW / 2, full, tile.row + 64, k * kTileK);
-      copy_tile(&maps.limbs[width], to + kStageW, full, k * kTileK, tile.t0);
-      copy_tile(&maps.limbs[width], to + kStageW + kTokens, full, k * kTileK,
-                low_row + tile.t0);
-    } else {
-      copy_tile(&maps.w_enc, to, full, k * kTileK, tile.row);
-      copy_tile(&maps.x[width], to + kStageW, full, k * kTileK, tile.t0);
-    }
-    k = k + 1 == tile.k_tiles ? 0 : k + 1;
-  }
-}
-
-// acc = this warpgroup's 64 x N products. Encoding: rows of W_enc, reduction
-// over D. Decoding: columns of W_dec (its rows are the reduction), both limbs.
-template <typename T, int N, int kWidest, bool kDecodes>
-__device__ __forceinline__ void multiply_dense(float (&acc)[N / 2],
-                                               DenseMemory<kWidest>& m,
-                                               int steps, int it) {
-  const uint32_t operands = smem_address(m.operands);
-  const uint32_t half = threadIdx.x / 128 * (kStageW / 2);
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 0.f;
-#pragma unroll 1
-  for (int k = 0; k < steps; ++k, ++it) {
-    const int s = it % kDenseStages<kWidest>;
-    barrier_wait(barrier_at(m.full, s), it / kDenseStages<kWidest> & 1);
-    const uint32_t stage = operands + s * kDenseStage<kWidest>;
-    const uint64_t w = tile_descriptor(stage + half);
-    const uint64_t high = tile_descriptor(stage + kStageW);
-    const uint64_t low = tile_descriptor(stage + kStageW + N * kTileK * 2);
-    wgmma_fence();
-#pragma unroll
-    for (int kk = 0; kk < kTileK / 16; ++kk) {
-      if constexpr (kDecodes) {
-        // Sixteen rows of the reduction are 2048 bytes further on.
-        Wgmma<T, N, true>::mma(acc, w + 128 * kk, high + 2 * kk, 1);
-        Wgmma<T, N, true>::mma(acc, w + 128 * kk, low + 2 * kk, 1);
-      } else {
-        Wgmma<T, N>::mma(acc, w + 2 * kk, high + 2 * kk, 1);
-      }
-    }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (k > 0 && threadIdx.x % 128 == 0)
-      barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages<kWidest>));
-  }
-  wgmma_wait<0>();
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-  if (steps > 0 && threadIdx.x % 128 == 0)
-    barrier_arrive(barrier_at(m.empty, (it - 1) % kDenseStages<kWidest>));
 }
 
 // Phase 2's end: activations leave as limbs. Lanes that hold features f and
@@ -233,7 +116,7 @@ __device__ __forceinline__ DenseTile dense_tile(const DenseArgs<T>& a,
 
 // Phases 2 and 3 for one tile. One thread requests, two warpgroups multiply.
 // Returns the block's count of stages.
-template <typename T, int N, int kWidthIndex, int kWidest, bool kDecodes>
+template <typename T, int N, int kWidest, bool kDecodes>
 __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
                                               DenseMemory<kWidest>& m,
                                               const DenseMaps& maps,
@@ -242,8 +125,9 @@ __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
   const DenseTile tile = dense_tile<T, kDecodes>(a, item, N, split);
   if (threadIdx.x == kWeightsThread) {
     fence_async();  // what was stored before is read by copies now
-    request_dense<N, kWidest, kDecodes>(m, maps, kWidthIndex, a.scratch.rows,
-                                        tile, it);
+    request_dense<N, kWidest, kDecodes>(
+        m, maps, a.scratch.rows, tile,
+        dense_rows_of_tile<N, kWidest>(item.tokens, tile.t0), it);
   } else if (threadIdx.x < kConsumers) {
     const int row = tile.row + threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
     float acc[N / 2];
@@ -265,8 +149,8 @@ __device__ __forceinline__ int run_dense_tile(const DenseArgs<T>& a,
                                               DenseMemory<kWidest>& m,
                                               const DenseMaps& maps,
                                               const DenseItem& item, int it) {
-#define STEERING_DENSE(N, I) \
-  return run_dense_tile<T, N, I, kWidest, kDecodes>(a, m, maps, item, it)
+#define STEERING_DENSE(N) \
+  return run_dense_tile<T, N, kWidest, kDecodes>(a, m, maps, item, it)
   STEERING_DENSE_WIDTHS(item.tokens, STEERING_DENSE)
 #undef STEERING_DENSE
 }

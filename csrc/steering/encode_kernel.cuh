@@ -8,17 +8,17 @@
 namespace vllm_steering {
 
 // The block's part of a launch, once its tokens are known.
-template <Leaves kLeaves, typename T, typename Walk>
+template <Leaves kLeaves, bool kEven, typename T, typename Walk>
 __device__ __forceinline__ void encode_tiles(const EncodeArgs<T>& a,
                                              EncodeMemory& m,
                                              const EncodeMaps& maps, int n,
                                              Walk walk) {
   if (threadIdx.x >= kConsumers) {
     give_registers<40>();
-    producer<kEncodePeers, kLeaves>(a, m, maps, n, 0, walk);
+    producer<kEncodePeers, kLeaves, kEven>(a, m, maps, n, 0, walk);
   } else {
     take_registers<232>();
-    consumer<kEncodePeers, kLeaves>(a, m, n, walk);
+    consumer<kEncodePeers, kLeaves, kEven>(a, m, n, walk);
   }
   if (shares_tiles(n)) cluster_sync();
 }
@@ -52,17 +52,17 @@ __device__ __forceinline__ EncodeBlock begin_encode(const EncodeArgs<T>& a,
   return {memory, rank, a.ws.tokens()};
 }
 
-template <typename T>
+template <typename T, bool kEven>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     encode_kernel(const __grid_constant__ EncodeArgs<T> a,
                   const __grid_constant__ EncodeMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const auto [m, rank, n] = begin_encode(a, maps);
   if (n <= 0) return;
-  encode_tiles<Leaves::kUsual>(
+  encode_tiles<Leaves::kUsual, kEven>(
       a, m, maps, n,
-      tile_walk(a.weights.num_features, n, kEncodePeers, rank,
-                a.weights.first_feature));
+      tile_walk<kEven>(a.weights.num_features, n, kEncodePeers, rank,
+                       a.weights.first_feature));
 #else
   __trap();
 #endif

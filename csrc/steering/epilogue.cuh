@@ -10,6 +10,7 @@
 #include "bundles.cuh"
 #include "keys.cuh"
 #include "ptx/tma.cuh"
+#include "scheduler.cuh"
 
 namespace vllm_steering {
 
@@ -156,7 +157,7 @@ __device__ __forceinline__ void append_hits(const EncodeArgs<T>& a,
 // The bars of a tile's tokens, spread over a warp: lane l has those of tokens
 // l, l + 32, ...
 struct TileBars {
-  float at[8];
+  float at[kWide / 32];
 };
 
 // `bars` has entries for whole tiles of the widest kind.
@@ -232,6 +233,10 @@ __device__ __forceinline__ void note_part(int part, const float (&p)[R],
     STEERING_PART(13)
     STEERING_PART(14)
     STEERING_PART(15)
+    STEERING_PART(16)
+    STEERING_PART(17)
+    STEERING_PART(18)
+    STEERING_PART(19)
   }
 #undef STEERING_PART
 }

@@ -52,21 +52,22 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
   static_cast<TileWalk&>(walk) = tile_walk(kGuessSample, n, kEncodePeers, rank);
   walk.pairs = kGuessSample / (2 * kTileF);
   walk.of = a.weights.meta[kDSae] / (2 * kTileF);
-  encode_tiles<Leaves::kSample>(a, m, maps, n, walk);
+  encode_tiles<Leaves::kSample, false>(a, m, maps, n, walk);
 #else
   __trap();
 #endif
 }
 
-template <typename T>
+template <typename T, bool kEven>
 __global__ void __launch_bounds__(kEncodeThreads, 1)
     candidates_kernel(const __grid_constant__ EncodeArgs<T> a,
                       const __grid_constant__ EncodeMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const auto [m, rank, n] = begin_encode(a, maps);
   if (n <= 0 || guess_rank(a.weights.meta) == 0) return;
-  encode_tiles<Leaves::kCandidates>(
-      a, m, maps, n, tile_walk(a.weights.num_features, n, kEncodePeers, rank));
+  encode_tiles<Leaves::kCandidates, kEven>(
+      a, m, maps, n,
+      tile_walk<kEven>(a.weights.num_features, n, kEncodePeers, rank));
 #else
   __trap();
 #endif

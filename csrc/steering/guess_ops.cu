@@ -44,8 +44,9 @@ void guess(int64_t held, Tensors stream, Tensors guess, int64_t base) {
     launch_encoder(sample_kernel<T>, a.encode, maps, kGuessSample, processors,
                    on);
     launch(bars_kernel<T>, blocks, kGuessThreads, 0, on, a);
-    launch_encoder(candidates_kernel<T>, a.encode, maps, b.weights.num_features,
-                   processors, on);
+    launch_encoder(spreads_evenly(b.ws.rows) ? candidates_kernel<T, true>
+                                             : candidates_kernel<T, false>,
+                   a.encode, maps, b.weights.num_features, processors, on);
     launch(choose_kernel<T>, blocks, kGuessThreads, 0, on, a);
   });
 }

@@ -137,7 +137,7 @@ __device__ __forceinline__ int rows_of_tile(int n, int row) {
 // of the I-th width and narrower ones as hold them: for this block, or for all
 // of `kAll`.
 template <int I, int kAll>
-__device__ __forceinline__ void request_boxes(const EncodeMaps& maps,
+__device__ __forceinline__ void request_boxes(const CUtensorMap* maps,
                                               uint32_t to, uint32_t full,
                                               int column, int row, int from,
                                               int end) {
@@ -146,9 +146,9 @@ __device__ __forceinline__ void request_boxes(const EncodeMaps& maps,
   for (; end - from >= kRows; from += kRows) {
     const uint32_t at = to + from * kTileK * 2;
     if constexpr (kAll > 1)
-      copy_tile_to(&maps.x[I], at, full, column, row + from, (1 << kAll) - 1);
+      copy_tile_to(maps + I, at, full, column, row + from, (1 << kAll) - 1);
     else
-      copy_tile(&maps.x[I], at, full, column, row + from);
+      copy_tile(maps + I, at, full, column, row + from);
   }
   if constexpr (I > 0)
     request_boxes<I - 1, kAll>(maps, to, full, column, row, from, end);
@@ -163,8 +163,8 @@ __device__ __forceinline__ void request_tokens(const EncodeMaps& maps,
                                                int rows) {
   constexpr int kAll = kSharers<N, kPeers>, kPart = N / kAll;
   const int from = kAll > 1 ? rank * kPart : 0;
-  request_boxes<width_index(kPart), kAll>(maps, to, full, column, row, from,
-                                          min(from + kPart, rows));
+  request_boxes<box_index(kPart), kAll>(maps.x, to, full, column, row, from,
+                                        min(from + kPart, rows));
 }
 
 // One thread: requests one operand of every tile of the block, stage by stage.
@@ -244,6 +244,20 @@ __device__ __forceinline__ void release_stage(EncodeMemory& m, int s) {
     barrier_arrive(barrier_at(m.empty, s));
 }
 
+// acc += 64 x N products of sixteen columns; a wide tile's in two halves.
+template <typename T, int N>
+__device__ __forceinline__ void multiply_step(float (&acc)[N / 2], uint64_t w,
+                                              uint64_t x) {
+  if constexpr (N <= kWidest) {
+    Wgmma<T, N>::mma(acc, w, x, 1);
+  } else {
+    using Half = float (&)[N / 4];
+    Wgmma<T, N / 2>::mma(reinterpret_cast<Half>(acc[0]), w, x, 1);
+    Wgmma<T, N / 2>::mma(reinterpret_cast<Half>(acc[N / 4]), w,
+                         x + N / 2 * kTileK * 2 / 16, 1);
+  }
+}
+
 // acc = this warpgroup's 64 x N products of one tile, over all of D. `it`
 // counts the block's stages.
 template <typename T, int N, int kPeers>
@@ -263,7 +277,7 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], EncodeMemory& m,
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kTileK / 16; ++kk)
-      Wgmma<T, N>::mma(acc, w + 2 * kk, x + 2 * kk, 1);
+      multiply_step<T, N>(acc, w + 2 * kk, x + 2 * kk);
     wgmma_commit();
     // The product of the previous stage is done: its buffers may be refilled.
     wgmma_wait<1>();
@@ -327,8 +341,9 @@ __device__ void consume(const EncodeArgs<T>& a, EncodeMemory& m, Walk walk,
 }
 
 // The last warpgroup: two threads request copies, the other warps append hits.
-// `first` stages of weights have been requested.
-template <int kPeers, Leaves kLeaves, typename T, typename Walk>
+// `first` stages of weights have been requested. `kEven`: long steps are
+// spread evenly.
+template <int kPeers, Leaves kLeaves, bool kEven, typename T, typename Walk>
 __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
                                          EncodeMemory& m,
                                          const EncodeMaps& maps, int n,
@@ -336,33 +351,43 @@ __device__ __forceinline__ void producer(const EncodeArgs<T>& a,
   const int d_in = a.weights.d_in;
   const int emitter = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps - 2;
   if (threadIdx.x == kWeightsThread) {
-#define STEERING_WEIGHTS(N, I) \
+#define STEERING_WEIGHTS(N) \
   request_all<N, true, kPeers>(m, maps, d_in, walk, n, first)
-    STEERING_WIDTHS(n, STEERING_WEIGHTS)
+    if constexpr (kEven) {
+      STEERING_EVEN_WIDTHS(n, STEERING_WEIGHTS)
+    } else {
+      STEERING_WIDTHS(n, STEERING_WEIGHTS)
+    }
 #undef STEERING_WEIGHTS
   } else if (threadIdx.x == kTokensThread) {
-#define STEERING_TOKENS(N, I) \
+#define STEERING_TOKENS(N) \
   request_all<N, false, kPeers>(m, maps, d_in, walk, n, 0)
-    STEERING_WIDTHS(n, STEERING_TOKENS)
+    if constexpr (kEven) {
+      STEERING_EVEN_WIDTHS(n, STEERING_TOKENS)
+    } else {
+      STEERING_WIDTHS(n, STEERING_TOKENS)
+    }
 #undef STEERING_TOKENS
   } else if (kLeaves != Leaves::kSample && emitter >= 0 &&
              a.ws.scores == nullptr) {
-    append_left(a, m, walk, tile_width(n), n, emitter);
+    append_left(a, m, walk, tile_width<kEven>(n), n, emitter);
   }
 }
 
-template <int kPeers, Leaves kLeaves, typename T, typename Walk>
+template <int kPeers, Leaves kLeaves, bool kEven, typename T, typename Walk>
 __device__ __forceinline__ void consumer(const EncodeArgs<T>& a,
-                                         EncodeMemory& m, int n, Walk walk){
-#define STEERING_CONSUME(N, I) consume<T, N, kPeers, kLeaves>(a, m, walk, n)
+                                         EncodeMemory& m, int n, Walk walk) {
+#define STEERING_CONSUME(N) consume<T, N, kPeers, kLeaves>(a, m, walk, n)
+  if constexpr (kEven) {
+    STEERING_EVEN_WIDTHS(n, STEERING_CONSUME)
+  } else {
     STEERING_WIDTHS(n, STEERING_CONSUME)
+  }
 #undef STEERING_CONSUME
 }
 
 // Whether blocks of a cluster share tiles of a step of n tokens. Then none may
 // leave before the others are done, since they write to its memory.
-__device__ __forceinline__ bool shares_tiles(int n) {
-  return n > 32;
-}
+__device__ __forceinline__ bool shares_tiles(int n) { return n > 32; }
 
 }  // namespace vllm_steering

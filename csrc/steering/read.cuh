@@ -81,8 +81,10 @@ __device__ __forceinline__ void read_list(const ReadRow& r, const int2* list,
 }
 
 struct LongReadMemory {
-  Histogram<kDecodeThreads> histogram;
-  unsigned long long keys[kMaxRead];
+  union {  // needed one after another
+    Histogram<kDecodeThreads> histogram;
+    unsigned long long keys[kMaxRead];
+  };
   int kept;
 };
 
@@ -117,6 +119,7 @@ static __device__ __noinline__ void read_long(ReadRow r, const int64_t* own,
   }
   if (top_k == 0) return;
   const unsigned long long kth = search_kth(m.histogram, n, top_k, key_at);
+  sync_decoders();  // the histogram has been read
   for (int e = team_thread(); e < n; e += kDecodeThreads) {
     const unsigned long long key = key_at(e);
     if (key < kth) continue;

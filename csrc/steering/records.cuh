@@ -31,6 +31,9 @@ static_assert(sizeof(TokenRecord) == 4 * kRecordInts);
 enum SyncField {
   kArrivals = 0,
   kExits = 1,
+  // Of a launch that never runs beside those of the two above.
+  kGatherTicket = kArrivals,
+  kGatherExits = kExits,
   kDenseCount = 2,
   kDenseTicket = 3,
   kDenseDone = 4,

@@ -14,34 +14,63 @@ constexpr int kWidths = 5;
 constexpr int kWidth[kWidths] = {8, 32, 64, 128, 256};
 
 constexpr int kWidest = kWidth[kWidths - 1];
+constexpr int kWide = 320;  // the widest of steps that are spread evenly
 
 // n tokens, up to whole tiles of any width.
 constexpr __host__ __device__ int whole_tiles(int n) {
   return (n + kWidest - 1) / kWidest * kWidest;
 }
 
-// The place of a width among them.
-constexpr __host__ __device__ int width_index(int width) {
+// The place of the widest of them that is at most `rows`.
+constexpr __host__ __device__ int box_index(int rows) {
   int i = 0;
-  while (kWidth[i] != width) ++i;
+  while (i + 1 < kWidths && kWidth[i + 1] <= rows) ++i;
   return i;
 }
 
-// Calls RUN(N, i) for the narrowest width N, the i-th, that holds n tokens.
+// Calls RUN(N) for the narrowest width N that holds n tokens.
 #define STEERING_WIDTHS(n, RUN) \
   if (n <= 8) {                 \
-    RUN(8, 0);                  \
+    RUN(8);                     \
   } else if (n <= 32) {         \
-    RUN(32, 1);                 \
+    RUN(32);                    \
   } else if (n <= 64) {         \
-    RUN(64, 2);                 \
+    RUN(64);                    \
   } else if (n <= 128) {        \
-    RUN(128, 3);                \
+    RUN(128);                   \
   } else {                      \
-    RUN(256, 4);                \
+    RUN(256);                   \
   }
 
+// The width of all tiles of a step of n > kWidest tokens that is spread evenly.
+// A little wider than kWidest where that saves one of a few: then W_enc is
+// fetched less often.
+constexpr __host__ __device__ int even_width(int n) {
+  const int tiles = (n + kWidest - 1) / kWidest;
+  const int wide = (n + kWide - 1) / kWide;
+  if (wide < tiles && wide <= 3) return kWide;
+  return ((n + tiles - 1) / tiles + 31) / 32 * 32;
+}
+
+// As STEERING_WIDTHS, with the widths of steps that are spread evenly.
+#define STEERING_EVEN_WIDTHS(n, RUN) \
+  switch (tile_width<true>(n)) {     \
+    case 192:                        \
+      RUN(192);                      \
+      break;                         \
+    case 224:                        \
+      RUN(224);                      \
+      break;                         \
+    case 320:                        \
+      RUN(320);                      \
+      break;                         \
+    default:                         \
+      STEERING_WIDTHS(n, RUN)        \
+  }
+
+template <bool kEven>
 __device__ __forceinline__ int tile_width(int n) {
+  if (kEven && n > kWidest) return even_width(n);
   return n <= 8 ? 8 : n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : 256;
 }
 
@@ -83,10 +112,11 @@ struct SampleWalk : TileWalk {
 
 constexpr int kTokenGroup = 8;  // token tiles of a group
 
+template <bool kEven = false>
 __device__ __forceinline__ TileWalk tile_walk(int num_features, int n,
                                               int peers = 1, int rank = 0,
                                               int first_feature = 0) {
-  const int width = tile_width(n), rows = kTileF * peers;
+  const int width = tile_width<kEven>(n), rows = kTileF * peers;
   return {(num_features + rows - 1) / rows,
           (n + width - 1) / width,
           kTokenGroup,

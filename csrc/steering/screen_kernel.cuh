@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (screens)
       screen_producer(a, m, encode_maps, maps, g, own, n, first);
     else
-      producer<1, Leaves::kUsual>(c.encode, m.base, encode_maps, n, 0, walk);
+      producer<1, Leaves::kUsual, false>(c.encode, m.base, encode_maps, n, 0,
+                                         walk);
   } else {
     take_registers<232>();
     gather_active(c, m.base, n, loads.limit);
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1)
     if (screens)
       screen_consumer(a, m, g, own, n);
     else
-      consumer<1, Leaves::kUsual>(c.encode, m.base, n, walk);
+      consumer<1, Leaves::kUsual, false>(c.encode, m.base, n, walk);
   }
 #else
   __trap();

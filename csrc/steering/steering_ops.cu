@@ -59,7 +59,9 @@ void encode(int64_t held, Tensors stream, int64_t base, bool topk) {
     const auto b =
         make_bundles<T>(held, stream, Side::kRead, scratch_of(topk), base);
     const EncodeArgs<T> a = {b.weights, b.ws, false};
-    launch_encoder(encode_kernel<T>, a, encode_maps(b), b.weights.num_features,
+    launch_encoder(spreads_evenly(b.ws.rows) ? encode_kernel<T, true>
+                                             : encode_kernel<T, false>,
+                   a, encode_maps(b), b.weights.num_features,
                    multiprocessors(stream[kHidden]),
                    stream_of(stream[kHidden]));
   });

@@ -149,11 +149,45 @@ def test_an_engine_that_reads_nothing_says_so() -> None:
         parse(spec, config=replace(CONFIG, first_read_layer=2))
 
 
-def test_few_clamps_leave_little_room_for_features() -> None:
-    spec = {"module_name": "a", "features": list(range(5))}
-    assert parse(spec, config=replace(CONFIG, max_clamps=3)).reads
-    with pytest.raises(VLLMValidationError, match="with max_clamps=2"):
-        parse(spec, config=replace(CONFIG, max_clamps=2))
+@pytest.mark.parametrize(
+    ("asked", "path"),
+    [
+        ({"top_k": 65}, "[0].top_k"),
+        ({"features": list(range(65))}, "[0].features"),
+        ({"top_k": 64, "stop_if": [{"feature_idx": 9, "above": 0}]}, "[0].stop_if"),
+    ],
+)
+def test_a_larger_list_needs_an_option_that_the_refusal_names(
+    asked: Any, path: str
+) -> None:
+    spec = {"module_name": "a", **asked}
+    with pytest.raises(VLLMValidationError) as caught:
+        parse(spec)
+    assert caught.value.parameter == KEY + path
+    assert "64" in str(caught.value) and "65" in str(caught.value)
+    assert "additional_config.steering.max_read_values=65" in str(caught.value)
+    wider = replace(CONFIG, max_read_values=65)
+    assert all(read.num_values == 65 for read in parse(spec, config=wider).reads)
+
+
+def test_no_engine_reads_more_than_512_values_of_a_token_at_a_site() -> None:
+    most = replace(CONFIG, max_read_values=512, max_clamps=2)
+    sites = {"post_block": [1]}
+    assert parse({"module_name": "a", "features": list(range(512))}, config=most).reads
+    with pytest.raises(VLLMValidationError, match=r"top_k: .*1\.\.512"):
+        parse({"module_name": "a", "top_k": 513}, config=most)
+    stop = [{"feature_idx": 1, "above": 0}]
+    spec = {"module_name": "a", "sites": sites, "top_k": 512, "stop_if": stop}
+    with pytest.raises(VLLMValidationError, match="is 512, and can be 512"):
+        parse(spec, config=most)
+
+
+def test_all_sites_together_are_as_many_values_as_sixteen_sites() -> None:
+    wide = {"w": module("w", layers=tuple(range(17)))}
+    config = SteeringConfig(wide, max_read_values=512)
+    assert len(parse({"module_name": "w", "top_k": 480}, config=config).reads) == 17
+    with pytest.raises(VLLMValidationError, match="at most 8192"):
+        parse({"module_name": "w", "top_k": 482}, config=config)
 
 
 FEATURES = st.lists(st.integers(0, 511), min_size=1, max_size=20, unique=True)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vllm.config.steering import MODULE_OPTIONS
 from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
 from vllm.engine import steering_args
 from vllm.engine.steering_options import (
     LIMITS,
-    MODULE_OPTIONS,
     TOP_FIELDS,
 )
 from vllm.engine.steering_slot_options import SPARE_FIELDS

@@ -33,7 +33,9 @@ from vllm.config.steering import (
     DEFAULT_MAX_ANSWER_VALUES,
     DEFAULT_MAX_CLAMPS,
     DEFAULT_MAX_PIECES,
+    DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_SPECS,
+    MAX_READ_VALUES,
 )
 from vllm_steering_cli.main import make_parser
 
@@ -97,9 +99,11 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"list of 1 to {MAX_SPANS} [spans]" in REQUESTS
     assert f"at most {MAX_PRESETS} presets" in REQUESTS
     assert f"at most {MAX_DESCRIPTION} characters" in REQUESTS
-    assert f"1 to {readout.MAX_READ} |" in READING
+    assert f"1 to {DEFAULT_MAX_READ_VALUES} |" in READING
+    assert f"to up to {MAX_READ_VALUES}" in READING
     assert f"at most {readout.MAX_STOPS} |" in READING
-    assert f"at most {readout.MAX_READ_PER_TOKEN} values" in READING
+    most = readout.SITES_IN_FULL * DEFAULT_MAX_READ_VALUES
+    assert f"at most {most} values" in READING
     assert f"at most {DEFAULT_MAX_ANSWER_VALUES} values" in READING
 
 

@@ -51,7 +51,12 @@ def gemma3() -> Any:
     text = transformers.Gemma3TextConfig(**models.GEMMA)
     return transformers.Gemma3Config(
         text_config=text.to_dict(),
-        vision_config={"model_type": "siglip_vision_model", **VISION},
+        # Published checkpoints have no pooling head.
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            **VISION,
+        },
         mm_tokens_per_image=4,
         boi_token_index=BEGIN,
         eoi_token_index=END,
@@ -233,51 +238,56 @@ def name_as_vllm_does(path: Path) -> None:
         save_file(renamed, file, metadata={"format": "pt"})
 
 
-def save_processor(path: Path) -> None:
-    """The tokenizer and image processor that an image prompt needs."""
+def tokenizer(special: dict[str, int], **named: str) -> Any:
+    """A tokenizer of the words `w0`, `w1`, …, and of special tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
     words = {f"w{i}": i for i in range(models.VOCAB)}
-    special = {
-        "<pad>": models.PAD,
-        "<bos>": models.BOS,
-        "<eos>": models.EOS,
-        "<image_soft_token>": IMAGE,
-        "<start_of_image>": BEGIN,
-        "<end_of_image>": END,
-        **{"\n" * n: 119 + n for n in (1, 2, 3, 4)},
-    }
-    vocab = {w: i for w, i in words.items() if i not in special.values()} | special
+    known = {"<pad>": models.PAD, "<bos>": models.BOS, "<eos>": models.EOS, **special}
+    vocab = {w: i for w, i in words.items() if i not in known.values()} | known
     raw = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
     raw.pre_tokenizer = WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    raw.add_special_tokens(list(special))
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<pad>",
-        extra_special_tokens={
-            "image_token": "<image_soft_token>",
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-        },
+        extra_special_tokens=named,
     )
+
+
+def gemma_processor() -> Any:
+    """The tokenizer and image processor that an image prompt needs."""
+    special = {
+        "<image_soft_token>": IMAGE,
+        "<start_of_image>": BEGIN,
+        "<end_of_image>": END,
+        **{"\n" * n: 119 + n for n in (1, 2, 3, 4)},
+    }
     image = transformers.Gemma3ImageProcessor(
         size={"height": 28, "width": 28}, do_pan_and_scan=False
     )
-    processor = transformers.Gemma3Processor(
-        image_processor=image, tokenizer=tokenizer, image_seq_length=4
+    return transformers.Gemma3Processor(
+        image_processor=image,
+        tokenizer=tokenizer(
+            special,
+            image_token="<image_soft_token>",
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+        ),
+        image_seq_length=4,
     )
-    processor.save_pretrained(path)
 
 
 def test_image_positions_are_steered_and_bypassed_by_the_placeholders_id(
     tmp_path: Path,
 ) -> None:
     path = models.save("gemma3_mm", tmp_path)
-    save_processor(path)
+    gemma_processor().save_pretrained(path)
     name_as_vllm_does(path)
     site = {(1, "post_block"): random_sae(40, models.HIDDEN, "relu", 3)}
     modules = {

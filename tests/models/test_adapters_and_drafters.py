@@ -38,8 +38,11 @@ CASE = CASES["llama"]
 STEERED = (SteeredLayer, SteeredNorm, SteeredSublayer)
 
 
+@pytest.mark.parametrize(
+    "model_impl", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)]
+)
 def test_requests_of_an_adapter_and_of_the_model_are_steered_side_by_side(
-    model_root: Path, tmp_path: Path
+    model_impl: str, model_root: Path, tmp_path: Path
 ) -> None:
     adapted = save_adapter(tmp_path / "adapter")
     lora = LoRARequest("a", 1, str(tmp_path / "adapter"))
@@ -51,7 +54,12 @@ def test_requests_of_an_adapter_and_of_the_model_are_steered_side_by_side(
     paths = modules.save(tmp_path / "modules")
     # vLLM's CPU kernels take a request without an adapter for one of the last slot's,
     # which must be empty.
-    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    options: dict[str, Any] = {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "max_loras": 2,
+        "model_impl": model_impl,
+    }
     with engine("llama", model_root, paths, **options) as llm:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = llm.generate(inputs, sampling, use_tqdm=False, lora_request=loras)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from steering_testing.cases import MULTIMODAL_CASES
+from steering_testing.cases import MULTIMODAL_BACKEND_CASES, MULTIMODAL_CASES
 from steering_testing.pytest_process import run_pytest
 
 from tools.stub_torchvision import STUB, stub
@@ -23,14 +23,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 TORCHVISION = Path(sys.prefix) / "torchvision"
 CASES = Path(__file__).with_name("multimodal_cases.py")
+BACKEND_CASES = Path(__file__).with_name("multimodal_backend_cases.py")
 
 
-def run(folder: Path, *selected: str) -> None:
+def run(folder: Path, *selected: str, cases: Path = CASES) -> None:
     """Run the cases of each selection in one process; all must pass."""
     if not (TORCHVISION / "torchvision").is_dir():
         pytest.skip(f"no torchvision in {TORCHVISION}")
     inherited = os.environ.get("PYTHONPATH", "")
-    options = ["-vx", "--tb=short", "--show-capture=no", str(CASES)]
+    options = ["-vx", "--tb=short", "--show-capture=no", str(cases)]
     printed = run_pytest(
         folder,
         {"cases": [*options, "-k", " or ".join(selected)]},
@@ -53,6 +54,14 @@ def test_a_multimodal_checkpoint_equals_hugging_face_on_text(
     tmp_path: Path, family: str
 ) -> None:
     run(tmp_path, f"[{family}]" if family != "table" else "names_in_the_table")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(MULTIMODAL_BACKEND_CASES))
+def test_a_multimodal_checkpoint_under_the_transformers_backend_equals_hugging_face(
+    tmp_path: Path, name: str
+) -> None:
+    run(tmp_path, f"[{name}]", cases=BACKEND_CASES)
 
 
 def test_the_stub_replaces_a_file_that_others_share(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from steering_testing.cases import TRANSFORMERS_CASES
 from steering_testing.quantised import KINDS, check_quantised
 
 pytestmark = pytest.mark.engine
@@ -26,3 +27,11 @@ def test_every_point_of_quantised_layers_equals_hugging_face(
     kind: str, tmp_path: Path
 ) -> None:
     check_quantised(kind, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - ON_GPU))
+def test_every_point_of_quantised_layers_of_the_transformers_backend(
+    kind: str, tmp_path: Path
+) -> None:
+    check_quantised(kind, tmp_path, TRANSFORMERS_CASES["transformers-llama"])

@@ -17,7 +17,8 @@ from torch import nn
 from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering_families import (
     DecoderLayer,
-    find_decoder_layers,
+    decoder_layer_candidates,
+    parts_of,
     points_of,
 )
 from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
@@ -61,9 +62,18 @@ def test_a_layer_that_scales_what_its_sublayers_write_lacks_these_points(
     assert set(points_of(DecoderLayer(0, layer, family))) >= SUBLAYERS
 
 
-@pytest.mark.parametrize(
-    "model", ["Doge", "Zaya", "Afmoe", "Apertus", "HyperCLOVAX", "VaultGemma"]
-)
+def test_a_module_that_does_nothing_is_no_norm() -> None:
+    """An SAE of a sublayer's output is refused where a norm follows, and here not."""
+    for post_norm in (True, False):
+        layer = layer_of("HyperCLOVAXConfig", use_post_norm=post_norm)
+        family = hugging_face_family(layer)
+        assert family is not None
+        parts = parts_of(DecoderLayer(0, layer, family))
+        assert (parts.attention_norm is not None) == post_norm
+        assert (parts.mlp_norm is not None) == post_norm
+
+
+@pytest.mark.parametrize("model", ["Doge", "Zaya"])
 def test_a_layer_with_other_parts_or_norms_is_not_recognised(model: str) -> None:
     assert hugging_face_family(layer_of(f"{model}Config")) is None
 
@@ -80,12 +90,33 @@ def test_one_more_part_is_not_recognised(added: str) -> None:
     assert hugging_face_family(layer) is not None
 
 
-def test_a_multimodal_model_of_the_backend_is_refused_by_name() -> None:
+def multimodal(language: str) -> nn.Module:
+    """vLLM's class of the backend around a Hugging Face model with a vision tower."""
     model = TransformersMultiModalForCausalLM.__new__(TransformersMultiModalForCausalLM)
     nn.Module.__init__(model)
-    message = "multimodal TransformersMultiModalForCausalLM .*--model-impl vllm"
-    with pytest.raises(ValueError, match=message):
-        find_decoder_layers(model)
+    text = getattr(transformers, f"{language}TextConfig")(**models.GEMMA)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 7}
+    config = getattr(transformers, f"{language}Config")(
+        text_config=text.to_dict(), vision_config={**sizes, "intermediate_size": 48}
+    )
+    with torch.device("meta"):
+        model.model = transformers.AutoModel.from_config(config)
+    return model
+
+
+def test_layers_of_towers_are_none_of_the_models() -> None:
+    model = multimodal("Gemma4")
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if "tower" in name and hugging_face_family(module) is not None
+    ]
+    assert len(towers) == 7, "the tower's layers look like decoder layers"
+    found = dict(decoder_layer_candidates(model))
+    assert list(found) == [f"layers.{at}" for at in range(models.LAYERS)]
+    assert {type(layer).__name__ for layer in found.values()} == {
+        "Gemma4TextDecoderLayer"
+    }
 
 
 # One with layers that have no rotary embedding; one with norms of outputs.

@@ -19,6 +19,7 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.model_executor.layers.steering import SteeringBackend
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_reference import (
     select_tokens,
     within_norm,
@@ -28,7 +29,6 @@ from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     ClampFlag,
     ClampKind,
-    ClampTable,
     MetaField,
     SAESlot,
     SAEWeights,

@@ -24,11 +24,11 @@ from steering_testing.requests import prompt
 
 from vllm.config.steering import Activation, SiteInfo
 from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     ONLY_IF_ACTIVE,
     ClampKind,
-    ClampTable,
     SAEWeights,
 )
 

@@ -13,6 +13,7 @@ import transformers
 from steering_testing import models
 from steering_testing.cases import BACKEND, Case
 from steering_testing.models import COMMON, HEAD
+from steering_testing.sizes import GEMMA, MOE
 
 # Shorter than the tests' prompts, so that the window acts.
 WINDOW = {
@@ -143,6 +144,78 @@ _MODELS: list[tuple[str, str, str, str, tuple[str, ...], dict[str, Any]]] = [
         ("attn_out", "mlp_out"),
         {**COMMON, "residual_multiplier": 0.6},
     ),
+    (
+        "cwm",
+        "Code World Model",
+        "CwmConfig",
+        "cwm.CwmDecoderLayer",
+        (),
+        {**COMMON, **HEAD, **WINDOW},
+    ),
+    (
+        "jais2",
+        "Jais-2",
+        "Jais2Config",
+        "jais2.Jais2DecoderLayer",
+        (),
+        {**COMMON, **HEAD},
+    ),
+    (
+        "mellum",
+        "Mellum",
+        "MellumConfig",
+        "mellum.MellumDecoderLayer",
+        (),
+        {**COMMON, **HEAD, **MOE, **WINDOW},
+    ),
+    (
+        "flex_olmo",
+        "FlexOlmo",
+        "FlexOlmoConfig",
+        "flex_olmo.FlexOlmoDecoderLayer",
+        (),
+        {**COMMON, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    (
+        "hunyuan_v1_moe",
+        "HunYuan (MoE)",
+        "HunYuanMoEV1Config",
+        "hunyuan_v1_moe.HunYuanMoEV1DecoderLayer",
+        (),
+        {**COMMON, **HEAD, "num_experts": 4, "moe_topk": 2},
+    ),
+    (
+        "vaultgemma",
+        "VaultGemma",
+        "VaultGemmaConfig",
+        "vaultgemma.VaultGemmaDecoderLayer",
+        (),
+        {**GEMMA, **WINDOW},
+    ),
+    (
+        "apertus_backend",
+        "Apertus",
+        "ApertusConfig",
+        "apertus.ApertusDecoderLayer",
+        (),
+        COMMON,
+    ),
+    (
+        "hyperclovax_backend",
+        "HyperCLOVA X",
+        "HyperCLOVAXConfig",
+        "hyperclovax.HyperCLOVAXDecoderLayer",
+        (),
+        {**COMMON, **HEAD, "use_post_norm": True},
+    ),
+    (
+        "hyperclovax_plain_backend",
+        "HyperCLOVA X without post-norms",
+        "HyperCLOVAXConfig",
+        "hyperclovax.HyperCLOVAXDecoderLayer",
+        ("attn_out", "mlp_out"),
+        {**COMMON, **HEAD, "use_post_norm": False, "residual_multiplier": 0.7},
+    ),
 ]
 
 for _family, _, _config, _, _, _values in _MODELS:
@@ -158,3 +231,10 @@ BACKEND_CASES = {
     )
     for family, title, _, layer, lacks, _ in _MODELS
 }
+# A tiny model that vLLM's own class runs too.
+BACKEND_CASES["afmoe_backend"] = Case(
+    "Trinity (AfMoE), Transformers backend",
+    "afmoe",
+    "transformers.models.afmoe.modeling_afmoe.AfmoeDecoderLayer",
+    BACKEND,
+)

@@ -313,3 +313,17 @@ TRANSFORMERS_CASES = {
         ("GPT-NeoX, Pythia", "gpt_neox", "GPTNeoXLayer"),
     )
 }
+# In tests/models/multimodal_backend_cases.py, on prompts of text and with images.
+MULTIMODAL_BACKEND_CASES = {
+    f"{family}_backend": Case(
+        f"{title}, Transformers backend",
+        family,
+        f"transformers.models.{layer.split('.')[0]}.modeling_{layer}",
+        BACKEND,
+    )
+    for title, family, layer in (
+        ("Gemma-3 (multimodal)", "gemma3_mm", "gemma3.Gemma3DecoderLayer"),
+        ("LLaVA", "llava", "llama.LlamaDecoderLayer"),
+        ("Qwen2.5-VL", "qwen2_5_vl", "qwen2_5_vl.Qwen2_5_VLDecoderLayer"),
+    )
+}

@@ -69,7 +69,7 @@ def engine(
     """
     checkpoint = models.save(family, root)
     with (
-        restored(type(models.build(family).base_model)),
+        restored(type(models.build(family).base_model.get_decoder())),
         engine_on(checkpoint, modules, steering, **options) as llm,
     ):
         yield llm

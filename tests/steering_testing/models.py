@@ -215,6 +215,19 @@ ROUNDED = {
 BIASED: set[str] = set()
 
 
+def settle_xielu(module: Any, family: str) -> None:
+    """Constants of an xIELU as the engine holds them.
+
+    Whatever the model's dtype, vLLM's own class holds them in bfloat16 and computes
+    their softplus in it. Under the Transformers backend they have the model's dtype, as
+    in a model that Hugging Face loads. The activation itself is in float32 in both.
+    """
+    with torch.no_grad():
+        for name in ("alpha_p", "alpha_n"):
+            getattr(module, name).normal_(0.2, 0.3)
+    module.to(torch.bfloat16 if family == "apertus" else torch.float32)
+
+
 @cache
 def build(family: str, seed: int = 0) -> Any:
     """The Hugging Face model of a family, random and in float32, ready to run."""
@@ -224,9 +237,10 @@ def build(family: str, seed: int = 0) -> Any:
     if "vision_config" in made.sub_configs:
         auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(made, dtype=torch.float32, attn_implementation="eager")
-    # Gemma multiplies its embeddings by sqrt(D) and also uses them as its head, as LFM2
-    # does. If they were as large as the others', no edit would change an answer.
-    small = family.startswith(("gemma", "lfm2"))
+    # Gemma and VaultGemma multiply their embeddings by sqrt(D) and also use them as
+    # their head, as LFM2 does. If they were as large as the others', no edit would
+    # change an answer.
+    small = family.startswith(("gemma", "vaultgemma", "lfm2"))
     embedding = 0.4 / (HIDDEN**0.5 if small else 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -242,10 +256,8 @@ def build(family: str, seed: int = 0) -> Any:
             if name.endswith("layer_scalar"):
                 buffer.fill_(0.7)
     for module in model.modules():
-        # vLLM holds xIELU's constants in bfloat16 and computes their softplus in it,
-        # whatever the model's dtype. The activation itself is computed in float32.
         if isinstance(module, transformers.activations.XIELUActivation):
-            module.to(torch.bfloat16)
+            settle_xielu(module, family)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from steering_testing import models
-from steering_testing.cases import BFLOAT16, CASES
+from steering_testing.cases import BFLOAT16, CASES, Case
 from steering_testing.conformance import (
     MAX_TOKENS,
     requests,
@@ -217,7 +217,6 @@ def save_quantised(family: str, kind: str, path: Path) -> Any:
     return model
 
 
-CASE = dataclasses.replace(CASES["llama"], options=BFLOAT16)
 TOLERANCE = 6e-2
 # fp8 has three bits after the point: where bfloat16 rounds to the other side, an input
 # of a layer may become another one, 1/16 away. So requests differ in how far rounding
@@ -225,19 +224,22 @@ TOLERANCE = 6e-2
 SEEDS = {"fp8": 4}
 
 
-def check_quantised(kind: str, tmp_path: Path, **options: Any) -> None:
+def check_quantised(
+    kind: str, tmp_path: Path, of: Case = CASES["llama"], **options: Any
+) -> None:
     """Every point of the quantised tiny Llama is as Hugging Face has it."""
+    case = dataclasses.replace(of, options=(*of.options, *BFLOAT16))
     path = tmp_path / "llama-0"  # where `engine` looks
     model = save_quantised("llama", kind, path)
-    modules = site_modules(CASE)
-    asked = requests(CASE, modules)
+    modules = site_modules(case)
+    asked = requests(case, modules)
     prompts = [prompt(at, 4 + at % 5) for at in range(len(asked))]
     sampling = [params(MAX_TOKENS, **specs(*asks)) for asks in asked]
     paths = modules.save(tmp_path / "modules")
-    with engine("llama", tmp_path, paths, dtype="bfloat16", **options) as llm:
+    with engine("llama", tmp_path, paths, **{**dict(case.options), **options}) as llm:
         assert llm.llm_engine.vllm_config.quant_config is not None
         found = generate(llm, prompts, sampling)
-        assert steered_classes(llm) == {CASE.layer_class}
+        assert steered_classes(llm) == case.classes
     others = [unsettled(model, seed) for seed in range(SEEDS.get(kind, 0))]
     seen = 0
     for ids, asks, result in zip(prompts, asked, found, strict=True):

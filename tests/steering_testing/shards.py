@@ -82,7 +82,9 @@ def shared_slot(slot: SAESlot, shard: Shard) -> SAESlot:
         reads = slot.reads
         device = reads.packed.device
         shape = (len(reads.out), reads.scale.shape[0])
-        own.reads = ReadBuffers(len(reads.packed), reads.max_clamps, *shape, device)
+        own.reads = ReadBuffers(
+            len(reads.packed), reads.max_clamps, *shape, device, reads.max_read
+        )
         own.reads.packed.copy_(reads.packed)
         own.reads.scale.copy_(reads.scale)
     return own

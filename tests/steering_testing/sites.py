@@ -23,9 +23,9 @@ from vllm.config.steering import Activation, SiteInfo, Tier
 from vllm.config.steering_points import HookPoint
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.steering import SiteKey, SteeringSite
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_state import (
-    ClampTable,
     SAESlot,
     SAEWeights,
     StepState,

@@ -7,15 +7,16 @@ import struct
 from collections.abc import Sequence
 
 from vllm.config.sae_readout_specs import (
-    MAX_READ,
-    MAX_READ_PER_TOKEN,
+    SITES_IN_FULL,
     SAEReadoutSpec,
     SAEStopEntry,
     SiteRead,
 )
-from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering import MAX_READ_VALUES, ModuleInfo, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
 from vllm.config.steering_points import HOOK_ALIASES, HOOK_NAMES
+
+_OPTION = "additional_config.steering.max_read_values"
 
 
 def check_reads(
@@ -54,13 +55,7 @@ def check_reads(
             _check_stage(where, module, site, config)
             found[key] = read
             total += read.num_values
-            if total > MAX_READ_PER_TOKEN:
-                raise refusal(
-                    where,
-                    f"found at least {total} values per token in this request, "
-                    f"expected at most {MAX_READ_PER_TOKEN} over all sites: read fewer "
-                    "sites, or use a smaller top_k",
-                )
+            _check_total(where, total, config)
     return tuple(sorted(found.values(), key=lambda read: read.order))
 
 
@@ -100,7 +95,7 @@ def _sites(
         if name not in HOOK_ALIASES:
             raise refusal(
                 hook_path,
-                f"unknown hook {shown(name)}, expected one of {', '.join(HOOK_NAMES)}",
+                f"unknown hook {shown(name)}, expected one of {HOOK_NAMES}",
             )
         if not layers:
             raise refusal(hook_path, "is empty, expected at least one layer")
@@ -150,21 +145,44 @@ def _site_read(
         _stops(f"{path}.stop_if", spec.stop_if or [], site),
         spec.phase,
     )
-    # Table rows are those of clamp tables; see `ReadBuffers`.
-    room = 3 * config.max_clamps - 2
-    if len(read.explicit) > room:
-        raise refusal(
-            f"{path}.features",
-            f"found {len(read.explicit)} features, those of stop_if included, "
-            f"expected at most {room} with max_clamps={config.max_clamps}",
-        )
-    if read.num_values > MAX_READ:
+    _check_number(path, spec, read, config)
+    return read
+
+
+def _check_number(
+    path: str, spec: SAEReadoutSpec, read: SiteRead, config: SteeringConfig
+) -> None:
+    """Limit the values of a token at a site: the engine's buffers have that room."""
+    most = config.max_read_values
+    if read.num_values <= most:
+        return
+    option = f"start the engine with {_OPTION}={read.num_values} to read more"
+    if read.num_values > MAX_READ_VALUES:
+        option = f"{_OPTION} is {most}, and can be {MAX_READ_VALUES}"
+    asked = len(spec.features or ()) or read.top_k
+    if asked <= most:
         raise refusal(
             f"{path}.stop_if",
             f"found {read.num_values} values per token, the features of stop_if "
-            f"included, expected at most {MAX_READ} per site",
+            f"included, expected at most {most} per site: {option}",
         )
-    return read
+    if spec.features is None:
+        raise bad(f"{path}.top_k", asked, f"an integer in 1..{most}: {option}")
+    raise refusal(
+        f"{path}.features",
+        f"found {asked} features, expected a list of 1 to {most}: {option}",
+    )
+
+
+def _check_total(path: str, total: int, config: SteeringConfig) -> None:
+    """Limit the values of a token at all sites of a request."""
+    most = SITES_IN_FULL * config.max_read_values
+    if total > most:
+        raise refusal(
+            path,
+            f"found at least {total} values per token in this request, expected at "
+            f"most {most} over all sites: read fewer sites, or use a smaller top_k",
+        )
 
 
 def _stops(

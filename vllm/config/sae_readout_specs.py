@@ -16,14 +16,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from vllm.config.steering import MAX_READ_VALUES
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import HookPoint
 from vllm.config.steering_reader import Number, expects
 
-# Most values that one request may read for a token at one site, and at all sites.
-MAX_READ = 64
-MAX_READ_PER_TOKEN = 1024
+# Most sites of which a request may read as much as it may read of one.
+SITES_IN_FULL = 16
 MAX_STOPS = 8
 # `top_k` of a call that states neither `top_k` nor `features`.
 DEFAULT_TOP_K = 16
@@ -35,14 +35,15 @@ _Index = Annotated[int, expects("a feature index", ge=0)]
 _Layer = Annotated[int, expects("a layer index", ge=0)]
 ReadLayers = list[_Layer]
 TopK = Annotated[
-    int, expects(f"null or an integer in 1..{MAX_READ}", ge=1, le=MAX_READ)
+    int,
+    expects(f"null or an integer in 1..{MAX_READ_VALUES}", ge=1, le=MAX_READ_VALUES),
 ]
 Features = Annotated[
     list[_Index],
     expects(
-        f"null or a list of 1 to {MAX_READ} feature indices",
+        f"null or a list of 1 to {MAX_READ_VALUES} feature indices",
         min_length=1,
-        max_length=MAX_READ,
+        max_length=MAX_READ_VALUES,
     ),
 ]
 
@@ -70,10 +71,10 @@ _Stops = Annotated[
 class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Return feature activations of the tokens that the request runs.
 
-    Exactly one of `top_k` (the largest activations, 1 to 64) and `features` (the given
-    ones, 1 to 64) is set. Values are in the module's `feature_units`. `sites` is
-    `{hook: [layer, ...]}`; None reads every site of the module. `stop_if` ends the
-    request.
+    Exactly one of `top_k` (the largest activations) and `features` (the given ones) is
+    set, to at most `SteeringConfig.max_read_values` of them. Values are in the module's
+    `feature_units`. `sites` is `{hook: [layer, ...]}`; None reads every site of the
+    module. `stop_if` ends the request.
     """
 
     module_name: _Name
@@ -114,7 +115,7 @@ class SiteRead:
 
     @property
     def width(self) -> int:
-        """int32 words of one token's row; see `vllm.config.sae_readout_rows`."""
+        """int32 words of one token's row; see `vllm.config.sae_features`."""
         return 2 + len(self.explicit) + 2 * self.top_k
 
     @property

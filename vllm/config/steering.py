@@ -149,6 +149,15 @@ class InlineSite:
         return 4 * self.width * self.directions
 
 
+# What a user may say of a module, at start-up and when it is loaded later.
+MODULE_OPTIONS = (
+    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
+    "sharding", "screening",
+)  # fmt: skip
+# In multiples of the median norm, what only attention sinks exceed.
+LARGE_NORM = 10
+
+
 @dataclass(frozen=True)
 class ModuleInfo(JsonRecord):
     """A named SAE, or a named set of vectors, as the front end knows it.
@@ -204,6 +213,9 @@ class ModuleInfo(JsonRecord):
 DEFAULT_MAX_CLAMPS = 64
 DEFAULT_MAX_SPECS = 64
 DEFAULT_MAX_PIECES = 8
+# Values that a request reads of a token at a site: by default, and at most.
+DEFAULT_MAX_READ_VALUES = 64
+MAX_READ_VALUES = 512
 DEFAULT_MAX_ANSWER_VALUES = 1 << 20  # about 25 MB of JSON
 
 
@@ -219,6 +231,7 @@ class SteeringConfig(JsonRecord):
     `version` counts the changes since start-up. `readout`: whether requests may read
     features, of layers from `first_read_layer` on (the last pipeline stage).
     `max_pieces` bounds the pieces of a request's schedule; tables have a row for each.
+    `max_read_values` bounds the values that a request reads of a token at a site.
     `max_answer_values` bounds the values that one answer holds of what was read.
     `decoder_layer`: "known" for classes of the table alone, "auto" to try others.
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
@@ -235,6 +248,7 @@ class SteeringConfig(JsonRecord):
     readout: bool = True
     first_read_layer: int = 0
     max_pieces: int = DEFAULT_MAX_PIECES
+    max_read_values: int = DEFAULT_MAX_READ_VALUES
     max_answer_values: int = DEFAULT_MAX_ANSWER_VALUES
     presets: Json = field(default_factory=dict)
     default_preset: str | None = None

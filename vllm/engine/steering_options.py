@@ -8,7 +8,7 @@
                                    "sharding": "auto" | "replicate" | "shard",
                                    "screening": "auto" | "off"}},
      "max_clamps": 64, "max_specs": 64, "max_pieces": 8,
-     "max_body_mib": 32, "max_answer_values": 1048576,
+     "max_body_mib": 32, "max_read_values": 64, "max_answer_values": 1048576,
      "presets": {"name": "file" | {...}},
      "default_preset": "name",
      "readout": True,
@@ -35,7 +35,10 @@ from vllm.config.steering import (
     DEFAULT_MAX_ANSWER_VALUES,
     DEFAULT_MAX_CLAMPS,
     DEFAULT_MAX_PIECES,
+    DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_SPECS,
+    MAX_READ_VALUES,
+    MODULE_OPTIONS,
     DecoderLayers,
     FeatureUnits,
 )
@@ -52,6 +55,7 @@ TOP_FIELDS = (
     "max_specs",
     "max_pieces",
     "max_body_mib",
+    "max_read_values",
     "max_answer_values",
     "presets",
     "default_preset",
@@ -62,16 +66,17 @@ TOP_FIELDS = (
     "module_roots",
     "resolved",
 )
-MODULE_OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
 # Of each option that is a limit: its default, and the least and most it may be.
 LIMITS = {
     "max_clamps": (DEFAULT_MAX_CLAMPS, 1, 4096),
     "max_specs": (DEFAULT_MAX_SPECS, 1, 4096),
     "max_pieces": (DEFAULT_MAX_PIECES, 2, 64),  # at least prompt and answer
     "max_body_mib": (32, 1, 65536),
+    "max_read_values": (
+        DEFAULT_MAX_READ_VALUES,
+        DEFAULT_MAX_READ_VALUES,
+        MAX_READ_VALUES,
+    ),
     "max_answer_values": (DEFAULT_MAX_ANSWER_VALUES, 1, 1 << 30),
 }
 

@@ -89,6 +89,7 @@ def configuration_of(steering: Json, vllm_config: VllmConfig) -> SteeringConfig:
         max_clamps=limits["max_clamps"],
         max_pieces=limits["max_pieces"],
         max_specs=limits["max_specs"],
+        max_read_values=limits["max_read_values"],
         max_answer_values=limits["max_answer_values"],
         readout=readout_option(steering.get("readout", True)),
         decoder_layer=decoder_layer_option(steering.get("decoder_layer", "known")),

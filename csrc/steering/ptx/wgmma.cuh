@@ -50,6 +50,10 @@ struct Wgmma;
 #define STEERING_NAMES_32 STEERING_30 ", %30, %31"
 #define STEERING_60 STEERING_30 ", " STEERING_10("3") ", " STEERING_10("4") ", " STEERING_10("5")
 #define STEERING_NAMES_64 STEERING_60 ", " STEERING_4("6")
+#define STEERING_NAMES_80 STEERING_60 ", " STEERING_10("6") ", " STEERING_10("7")
+#define STEERING_90 STEERING_NAMES_80 ", " STEERING_10("8")
+#define STEERING_NAMES_96 STEERING_90 ", " STEERING_6("9")
+#define STEERING_NAMES_112 STEERING_90 ", " STEERING_10("9") ", " STEERING_10("10") ", %110, %111"
 #define STEERING_NAMES_128                                                   \
   STEERING_60 ", " STEERING_10("6") ", " STEERING_10("7") ", " STEERING_10("8") ", " \
   STEERING_10("9") ", " STEERING_10("10") ", " STEERING_10("11") ", " STEERING_8("12")
@@ -59,6 +63,9 @@ struct Wgmma;
 #define STEERING_D16(i) STEERING_D4(i), STEERING_D4(i + 4), STEERING_D4(i + 8), STEERING_D4(i + 12)
 #define STEERING_D32(i) STEERING_D16(i), STEERING_D16(i + 16)
 #define STEERING_D64(i) STEERING_D32(i), STEERING_D32(i + 32)
+#define STEERING_D80(i) STEERING_D64(i), STEERING_D16(i + 64)
+#define STEERING_D96(i) STEERING_D64(i), STEERING_D32(i + 64)
+#define STEERING_D112(i) STEERING_D96(i), STEERING_D16(i + 96)
 #define STEERING_D128(i) STEERING_D64(i), STEERING_D64(i + 64)
 
 // One instruction: element type in C++ and PTX, N, N / 2, whether A is M-major,
@@ -81,6 +88,9 @@ struct Wgmma;
 #define STEERING_NEXT_16 "19"
 #define STEERING_NEXT_32 "35"
 #define STEERING_NEXT_64 "67"
+#define STEERING_NEXT_80 "83"
+#define STEERING_NEXT_96 "99"
+#define STEERING_NEXT_112 "115"
 #define STEERING_NEXT_128 "131"
 
 #define STEERING_WGMMA_WIDTHS(T, ptx, transpose)             \
@@ -94,17 +104,32 @@ STEERING_WGMMA_WIDTHS(__nv_bfloat16, "bf16", true)
 STEERING_WGMMA_WIDTHS(__half, "f16", false)
 STEERING_WGMMA_WIDTHS(__half, "f16", true)
 
+// Of tiles of long steps.
+#define STEERING_WGMMA_LONG(T, ptx)                     \
+  STEERING_WGMMA(T, ptx, 160, 80, false, 80, 81, 82)    \
+  STEERING_WGMMA(T, ptx, 192, 96, false, 96, 97, 98)    \
+  STEERING_WGMMA(T, ptx, 224, 112, false, 112, 113, 114)
+STEERING_WGMMA_LONG(__nv_bfloat16, "bf16")
+STEERING_WGMMA_LONG(__half, "f16")
+
 #undef STEERING_WGMMA_WIDTHS
+#undef STEERING_WGMMA_LONG
 #undef STEERING_WGMMA
 #undef STEERING_NEXT_4
 #undef STEERING_NEXT_16
 #undef STEERING_NEXT_32
 #undef STEERING_NEXT_64
+#undef STEERING_NEXT_80
+#undef STEERING_NEXT_96
+#undef STEERING_NEXT_112
 #undef STEERING_NEXT_128
 #undef STEERING_D4
 #undef STEERING_D16
 #undef STEERING_D32
 #undef STEERING_D64
+#undef STEERING_D80
+#undef STEERING_D96
+#undef STEERING_D112
 #undef STEERING_D128
 #undef STEERING_4
 #undef STEERING_6
@@ -116,6 +141,10 @@ STEERING_WGMMA_WIDTHS(__half, "f16", true)
 #undef STEERING_NAMES_16
 #undef STEERING_NAMES_32
 #undef STEERING_NAMES_64
+#undef STEERING_90
+#undef STEERING_NAMES_80
+#undef STEERING_NAMES_96
+#undef STEERING_NAMES_112
 #undef STEERING_NAMES_128
 // clang-format on
 

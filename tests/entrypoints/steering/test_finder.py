@@ -24,11 +24,11 @@ SITE = "post_block.1"
 def test_what_is_doubtful_is_said() -> None:
     def encoded(num_active: list[int], first: float = 1.0) -> EncodedTexts:
         n = len(num_active)
-        values = np.ones((n, 1))
+        values = np.ones((n, 64))
         values[0] = first
         record = SAEFeatures(
-            np.arange(n), np.zeros((n, 1), int), values, np.ones(n, int),
-            np.array(num_active), 1000,
+            np.arange(n), np.zeros((n, 64), int), values,
+            np.minimum(num_active, 64), np.array(num_active), 1000,
         )  # fmt: skip
         return EncodedTexts([EncodedText([5] * n, ["a"] * n, {SITE: record})] * 3)
 

@@ -50,10 +50,10 @@ INT32 = (
     "places", "rows_of", "active",
 )  # fmt: skip
 INT64 = ("entries", "kth", "saturated", "packed")
-READ = {"D": 96, "GATE": -1}
+READ = {"D": 96, "GATE": -1, "BF": 64, "BK": 64}
 FLOAT32 = (
-    "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "skip",
-    "out",
+    "norm_limit", "b_enc", "threshold", "b_dec", "coef", "acts", "scores", "scores_of",
+    "skip", "out",
 )  # fmt: skip
 CLAMP = {
     "D": 96, "HAS_RESIDUAL": True, "GATED": False, "MAX_CLAMPS": 8, "NC": 8,
@@ -140,7 +140,8 @@ def shared_kernels() -> None:
         streams = {"HAS_RESIDUAL": not source, "HAS_SOURCE": source}
         compiles(shared.steered_kernel, {**steered, **streams})
     compiles(
-        shared_read.merge_reads_kernel, {"RANKS": 4, "N": 256},
+        shared_read.merge_reads_kernel,
+        {"RANKS": 4, "MAX_READ": 64, "OUT_ROW": 130, "N": 256},
         parts="*i32", keys="*i64", out="*i32",
     )  # fmt: skip
     clamps = {"HAS_RESIDUAL": True, "MAX_CLAMPS": 8, "NC": 8}

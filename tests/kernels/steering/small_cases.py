@@ -170,7 +170,8 @@ def full_cases() -> Iterator[Case]:
             yield f"delta {name} {tokens}", edit(lists, Tier.DELTA, tokens)
     for d_sae in (34000, 68000):
         wide = partial(sae, d_sae, JUMPRELU, 60)
-        yield f"full wide {d_sae}", edit(wide, Tier.FULL, 520)
+        for tokens in (420, 520):  # three in four are active
+            yield f"full wide {d_sae} {tokens}", edit(wide, Tier.FULL, tokens)
     guessed = partial(sae, 65536, TOPK, 40)
     yield "guess 65536", edit(guessed, Tier.FULL, 520)
     yield "delta wide", edit(partial(sae, 64, JUMPRELU, 30, 4104), Tier.DELTA, 4)

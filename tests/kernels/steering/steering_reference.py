@@ -11,10 +11,10 @@ import torch
 
 from vllm.config.steering import Activation, SiteInfo, Tier
 from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     ClampKind,
-    ClampTable,
     MetaField,
     SAESlot,
     SAEWeights,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm.config import steering_screening
-from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.steering import MAX_READ_VALUES
 from vllm.model_executor.layers.steering_kernels import bundles, plan, screen
 from vllm.model_executor.layers.steering_limits import (
     COEFFICIENT_LIMIT,
@@ -103,7 +103,7 @@ def test_every_number_of_the_header_has_its_python_twin() -> None:
     for module in (screen, steering_screening):
         twins |= {plain(k): v for k, v in vars(module).items() if isinstance(v, int)}
     twins |= {"kindbits": KIND_BITS, "conditionshift": CONDITION_SHIFT}
-    twins |= {"maxread": MAX_READ, "tablehead": TABLE_HEAD}
+    twins |= {"maxread": MAX_READ_VALUES, "tablehead": TABLE_HEAD}
     twins["coefficientlimit"] = int(math.log2(COEFFICIENT_LIMIT))
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")

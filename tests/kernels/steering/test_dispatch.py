@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from vllm.config.steering import Activation
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_kernels import extension, stages_cuda
 from vllm.model_executor.layers.steering_kernels.extension import Kernels
 from vllm.model_executor.layers.steering_kernels.plan import clamp_shared_bytes
 from vllm.model_executor.layers.steering_state import (
-    ClampTable,
     SAESlot,
     SAEWeights,
     VectorSlot,

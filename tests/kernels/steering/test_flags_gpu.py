@@ -12,6 +12,7 @@ from steering_reference import DEVICE, INTERPRETED, needs_gpu
 
 from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers.steering_bypass import Bypass
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_kernels.flags import (
     SLOTS,
     write_flags,
@@ -26,8 +27,8 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 VOCAB, ROWS, MAX_CLAMPS = 50, 9, 4
 
 
-def make_slots(count: int) -> list[SAESlot]:
-    """Slots whose rows edit at random; row 0 does not."""
+def make_tables(count: int) -> list[tuple[ClampTable, ClampTable]]:
+    """Tables of slots whose rows edit at random; row 0 does not."""
     kinds = frozenset({Activation.RELU})
     found = []
     for _ in range(count):
@@ -35,7 +36,7 @@ def make_slots(count: int) -> list[SAESlot]:
         slot = SAESlot(weights, ROWS, MAX_CLAMPS, kinds)
         for table in (slot.delta, slot.full):
             table.packed[1:, 0] = torch.randint(0, 2, (ROWS - 1,), dtype=torch.int32)
-        found.append(slot)
+        found.append((slot.delta, slot.full))
     return found
 
 
@@ -51,7 +52,7 @@ def test_flags_and_counts_are_those_of_the_reference(
     step.skip_bits.copy_(bits * (torch.rand(VOCAB, device=DEVICE) < 0.4))
     step.index.copy_(torch.randint(0, ROWS, step.index.shape, device=DEVICE))
     step.bypass.watch(
-        [Bypass(str(at), 1 << at, make_slots(n)) for at, n in enumerate(slots)]
+        [Bypass(str(at), 1 << at, make_tables(n)) for at, n in enumerate(slots)]
     )
     ids = torch.randint(-2, VOCAB + 3, (tokens,), dtype=dtype, device=DEVICE)
     known = (ids >= 0) & (ids < VOCAB)

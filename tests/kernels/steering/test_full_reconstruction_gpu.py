@@ -308,16 +308,18 @@ def test_a_token_does_not_depend_on_its_batch(
 ) -> None:
     slot = make_slot(d_sae, 512, activation, l0=60, k=32)
     with_rows(slot)
-    hidden, residual = make_stream(600, 512, DTYPE)
-    step = make_step(600, 600, [2], Tier.FULL)
-    workspace = kernel.SteeringWorkspace(600, [slot], DEVICE)
+    lengths = (1300, 1, 5, 33, 100, 136, 256, 300, 384, 420, 500, 700, 1100)
+    most = max(lengths)
+    hidden, residual = make_stream(most, 512, DTYPE)
+    step = make_step(most, most, [2], Tier.FULL)
+    workspace = kernel.SteeringWorkspace(most, [slot], DEVICE)
     assert residual is not None
     seen = []
-    for tokens in (1, 5, 33, 100, 136, 256, 300, 600):
+    for tokens in lengths:
         h, r = hidden[:tokens].clone(), residual[:tokens].clone()
         kernel.full_reconstruction(slot, step, workspace, h, r)
-        seen.append(r[0])
-    assert all(torch.equal(seen[0], r) for r in seen)
+        seen.append(r)
+    assert all(torch.equal(seen[0][: len(r)], r) for r in seen)
 
 
 @compiled_only

@@ -33,9 +33,6 @@ from vllm.model_executor.layers.steering_kernels.plan import (
     LIST_MAX,
     ChunkPlan,
 )
-from vllm.model_executor.layers.steering_kernels.stages_triton_read import (
-    LEAST_CAPACITY,
-)
 from vllm.model_executor.layers.steering_read_state import TABLE_HEAD, ReadBuffers
 from vllm.model_executor.layers.steering_state import (
     ClampKind,
@@ -50,6 +47,7 @@ pytestmark = [
     pytest.mark.usefixtures("implementation"),
 ]
 
+LEAST_CAPACITY = 128  # 64 values of a row, and a block of features
 KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
 # Row -> (top_k, given features).
 ROWS: dict[int, tuple[int, list[int]]] = {
@@ -60,12 +58,18 @@ ROWS: dict[int, tuple[int, list[int]]] = {
 }
 
 
-def readable(slot: SAESlot, max_tokens: int) -> ReadBuffers:
-    """Give the slot reading buffers with the rows of `ROWS`."""
+def readable(
+    slot: SAESlot,
+    max_tokens: int,
+    rows: dict[int, tuple[int, list[int]]] = ROWS,
+    max_read: int = 64,
+) -> ReadBuffers:
+    """Give the slot reading buffers with some rows."""
     table = slot.full
     capacity = slot.weights.d_sae_capacity
-    reads = ReadBuffers(table.num_rows, table.max_clamps, max_tokens, capacity, DEVICE)
-    for row, (top_k, features) in ROWS.items():
+    shape = (table.num_rows, table.max_clamps, max_tokens, capacity)
+    reads = ReadBuffers(*shape, DEVICE, max_read)
+    for row, (top_k, features) in rows.items():
         words = [1, 0, top_k, len(features), *features]
         reads.packed[row, : len(words)] = torch.tensor(words, dtype=torch.int32)
     reads.scale.copy_(0.5 + torch.rand(capacity, device=DEVICE))
@@ -95,7 +99,12 @@ def read(
     return step, x
 
 
-def check(slot: SAESlot, step: StepState, x: torch.Tensor) -> None:
+def check(
+    slot: SAESlot,
+    step: StepState,
+    x: torch.Tensor,
+    rows: dict[int, tuple[int, list[int]]] = ROWS,
+) -> None:
     """Every row of the output holds what its token asks, and no other is written."""
     reads = slot.reads
     assert reads is not None
@@ -110,7 +119,7 @@ def check(slot: SAESlot, step: StepState, x: torch.Tensor) -> None:
         if row == 0 or norm > float(slot.weights.norm_limit):
             assert out[t, 0] == NOT_READ
             continue
-        top_k, features = ROWS[row]
+        top_k, features = rows[row]
         active = int((acts[t] != 0).sum())
         assert out[t, 0] == active
         assert out[t, 1] == min(active, top_k)
@@ -180,7 +189,7 @@ def test_more_non_zeros_than_a_list_holds(
 
     # The extension's lists are never shorter than what a block sorts.
     capacity = LEAST_CAPACITY if INTERPRETED else LIST_MAX
-    d_sae, l0 = (512, 250) if INTERPRETED else (1500, 700)
+    d_sae, l0 = (320, 160) if INTERPRETED else (1500, 700)
 
     def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
         return replace(stock(slot, tokens, topk), capacity=capacity)
@@ -196,11 +205,52 @@ def test_more_non_zeros_than_a_list_holds(
     assert (counts[was_read] > capacity).all()
 
 
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("d_in", [136, 200])
+def test_what_is_read_does_not_depend_on_the_length_of_lists(
+    activation: Activation, d_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists are shorter in longer steps."""
+    stock = kernel.SteeringWorkspace.plan
+    short = LEAST_CAPACITY if INTERPRETED else LIST_MAX
+    d_sae, l0 = (320, 160) if INTERPRETED else (1500, 700)
+    slot = make_slot(d_sae, d_in, activation, k=l0, l0=l0, max_clamps=64)
+    reads = readable(slot, 9)
+    step, x = read(slot, 4, [3, 4])
+    found = reads.out.clone()
+    assert (found[:4, 0] > short).any()
+
+    def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
+        return replace(stock(slot, tokens, topk), capacity=short)
+
+    monkeypatch.setattr(kernel.SteeringWorkspace, "plan", staticmethod(narrow))
+    reads.out.fill_(NOT_READ)
+    workspace = kernel.SteeringWorkspace(9, [slot], DEVICE)
+    kernel.read_features(slot, step, workspace, x.contiguous(), None)
+    assert torch.equal(reads.out, found)
+
+
 def test_lists_of_any_length_give_their_largest() -> None:
     for l0 in (90, 400, 1500):
         slot = make_slot(2048, 64, Activation.JUMPRELU, l0=l0, max_clamps=64)
         readable(slot, 5)
         check(slot, *read(slot, 2, [1, 4]))
+
+
+@pytest.mark.parametrize("l0", [90, 400, 1500])
+@pytest.mark.parametrize("activation", [Activation.JUMPRELU, Activation.TOPK])
+def test_an_engine_may_read_up_to_512_values_of_a_token(
+    activation: Activation, l0: int
+) -> None:
+    d_sae = 2048
+    if INTERPRETED:
+        d_sae, l0 = 700, {90: 90, 400: 300, 1500: 600}[l0]
+    slot = make_slot(d_sae, 64, activation, k=l0, l0=l0, max_clamps=8)
+    features = list(range(0, d_sae, 3))[:200]
+    rows = {1: (512, []), 2: (0, list(range(512))), 3: (250, features)}
+    reads = readable(slot, 5, rows, max_read=512)
+    assert reads.packed.shape[1] == TABLE_HEAD + 512
+    check(slot, *read(slot, 3, [1, 2, 3]), rows)
 
 
 def test_equal_activations_are_listed_by_feature() -> None:

@@ -25,6 +25,7 @@ from steering_testing.shards import shared_slot
 from vllm.config.sae_features import NOT_READ
 from vllm.config.steering import Activation
 from vllm.model_executor.layers import sae_readout_kernel as kernel
+from vllm.model_executor.layers.steering_kernels import stages_shared_read
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import Shard
 from vllm.model_executor.layers.steering_state import SAESlot, StepState
@@ -39,7 +40,7 @@ JUMP, TOPK = Activation.JUMPRELU, Activation.TOPK
 
 @dataclass(frozen=True)
 class Case:
-    """`l0`: features that fire on average, and TopK's k."""
+    """`l0`: features that fire on average, and TopK's k; `max_read`: of a row."""
 
     tokens: int
     d_sae: int
@@ -48,6 +49,7 @@ class Case:
     ranks: int = 2
     two_streams: bool = True
     mixed: bool = False
+    max_read: int = 64
 
 
 CASES = [
@@ -57,6 +59,7 @@ CASES = [
     Case(9, 128, JUMP, 20, mixed=True),
     Case(9, 128, TOPK, 12, mixed=True),
     Case(7, 128, TOPK, 90, ranks=4),
+    Case(5, 192, JUMP, 150, max_read=100),
 ]
 WIDE = [
     Case(tokens, 16384, activation, l0, ranks)
@@ -83,12 +86,12 @@ def readable(case: Case) -> SAESlot:
     )
     table, last = slot.full, case.d_sae - 1
     shape = (table.num_rows, table.max_clamps, case.tokens + 3, case.d_sae)
-    reads = ReadBuffers(*shape, DEVICE)
+    reads = ReadBuffers(*shape, DEVICE, case.max_read)
     rows = {
         1: (16, []),
         2: (0, [0, 3, last // 2, last]),
         3: (5, [1, last]),
-        4: (64, []),
+        4: (case.max_read, []),
     }
     for row, (top_k, features) in rows.items():
         words = [1, 0, top_k, len(features), *features]
@@ -139,6 +142,12 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_read_what_one_reads(case: Case) -> None:
     check(case)
+
+
+def test_a_long_step_is_joined_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_shared_read, "MERGED_KEYS", 4 * 2 * 64)
+    assert stages_shared_read.merged_at_once(2, 64) == 4
+    check(CASES[0])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")

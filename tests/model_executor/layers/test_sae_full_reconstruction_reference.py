@@ -343,7 +343,8 @@ def test_bypassed_tokens_are_counted_once_for_each_module_that_edits_them() -> N
     set_row(saes[1].full, 1, [])
     set_row(saes[1].delta, 2, [Clamp(3, "absolute", 1.0)])
     set_row(saes[2].full, 2, [])
-    step.bypass.watch([Bypass("a", 1, saes[:2]), Bypass("b", 2, saes[2:])])
+    tables = [(sae.delta, sae.full) for sae in saes]
+    step.bypass.watch([Bypass("a", 1, tables[:2]), Bypass("b", 2, tables[2:])])
     step.index[Tier.FULL, :6] = torch.tensor([1, 1, 2, 0, 2, 0], dtype=torch.int32)
     step.index[Tier.DELTA, 3] = 2
     step.index[Tier.ADDITIVE, 5] = 1

@@ -15,6 +15,7 @@ from steering_testing.sites import CPU
 
 from vllm.config.steering import Activation, SiteInfo, Tier
 from vllm.config.steering_points import HookPoint
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_read_state import TABLE_HEAD, ReadBuffers
 from vllm.model_executor.layers.steering_reference_backend import ReferenceBackend
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
@@ -23,7 +24,6 @@ from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     ClampFlag,
     ClampKind,
-    ClampTable,
     SAESlot,
     SAEWeights,
     StepState,

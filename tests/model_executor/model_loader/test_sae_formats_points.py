@@ -214,6 +214,7 @@ def test_a_transcoder_set_has_a_site_for_each_layer(tmp_path: Path, skip: bool) 
         ("feature_input_hook: hook_resid_mid", "feature_input_hook: expected one of"),
         ("- 1", "config.yaml: expected a mapping"),
         ("x: [", "config.yaml: cannot be read as YAML"),
+        ("x: 1\ny: 2\nx: 3", "config.yaml: .*'x' is given twice, expected once"),
         ("x: " + "y" * 70_000, "config.yaml: expected at most 65536 bytes"),
         (REPEATED, r"model_name: expected a string, found \[\[\[\[\.\.\.\]"),
     ],

@@ -115,6 +115,20 @@ def test_presets_change_on_every_rank_or_on_none(rank: int | None) -> None:
     assert len(ranks.changes) == 1
 
 
+def test_a_module_that_one_rank_has_removed_takes_no_requests_of_others() -> None:
+    gone, kept = (
+        {"name": name, "requests": requests, "draining": name == "gone"}
+        for name, requests in (("gone", 0), ("kept", 3))
+    )
+    for rows in ([[gone, kept], [kept]], [[kept], [gone, kept]]):
+        listed = [{"modules": modules, "free_slots": []} for modules in rows]
+        replies = [ModuleReply(outcome=Outcome.DONE, listing=one) for one in listed]
+        listing = merged(replies).listing
+        assert listing is not None
+        found = {row["name"]: row["requests"] for row in listing["modules"]}
+        assert found == ({"gone": 0, "kept": 6} if len(rows[0]) == 2 else {"kept": 6})
+
+
 def test_lists_and_counts_are_of_all_ranks() -> None:
     module = {"name": NAME, "requests": 1, "draining": False}
     listings = [

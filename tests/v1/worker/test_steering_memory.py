@@ -30,7 +30,7 @@ SHAPE = SteeringShape(
     widths=PointWidths(hidden=5376, z=4096),
     dtype=torch.bfloat16,
     device=torch.device("cpu"),
-    readable=True,
+    max_read=64,
 )
 
 

@@ -15,15 +15,21 @@ from steering_testing.engine import TRACED, engine
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
+@pytest.mark.parametrize("model_impl", ["vllm", "transformers"])
 @pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_ranks_equal_hugging_face(
     split: str,
+    model_impl: str,
     model_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    options: dict[str, object] = {split: 2, "distributed_executor_backend": "mp"}
+    options: dict[str, object] = {
+        split: 2,
+        "distributed_executor_backend": "mp",
+        "model_impl": model_impl,
+    }
     stages = 1
     if split == "pipeline_parallel_size":
         stages = 2

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
-from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_points import parse_site
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
@@ -21,7 +21,13 @@ from vllm.entrypoints.steering.found import (
     TokenInContext,
 )
 from vllm.entrypoints.steering.offline import engine_config
-from vllm.entrypoints.steering.reading import Text, encode, labels_for, tokenizer_of
+from vllm.entrypoints.steering.reading import (
+    Text,
+    encode,
+    labels_for,
+    read_limit,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -47,10 +53,10 @@ def find_features(
 ) -> FoundFeatures:
     """The features that tell texts A from texts B.
 
-    A first pass reads the 64 largest activations of every token and picks up to 256
-    candidates. Texts that have a token with more active features are read again, four
-    times, for the candidates alone. Features are sorted by AUROC, then by mean
-    difference; without B, by mean activation.
+    A first pass reads the largest activations of every token (64, or as many as the
+    engine's `max_read_values`) and picks up to 256 candidates. Texts that have a token
+    with more active features are read again for the candidates alone. Features are
+    sorted by AUROC, then by mean difference; without B, by mean activation.
 
     Args:
         llm: an engine that was started with the module.
@@ -69,17 +75,14 @@ def find_features(
     if len(texts) == 0:
         raise ValueError("texts: expected at least one text, found none")
     check_top("top", top)
-    sites = None if site is None else _sites(site)
     config = engine_config(llm)
-    info = None if config is None else config.modules.get(module)
-    if info is not None and sites is None:
-        check_one_site("site", [one.name for one in info.sites])
+    sites = chosen_site(config, module, site)
     labels = labels_for(config, module, labels)
 
     def read(
         texts: Sequence[Text], features: Sequence[int] | None = None
     ) -> EncodedTexts:
-        top_k = MAX_READ if features is None else None
+        top_k = read_limit(config) if features is None else None
         return encode(
             llm,
             module,
@@ -92,7 +95,7 @@ def find_features(
 
     first = read(texts)
     other = read(against or [])
-    name = _only_site(first, module)
+    name = only_site({name for text in first for name in text.features}, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
         return FoundFeatures(module, name, [], doubts(first, other, name))
@@ -111,10 +114,12 @@ def find_features(
     return FoundFeatures(module, name, best, warnings)
 
 
-def check_top(path: str, top: int) -> None:
+def check_top(path: str, top: object) -> None:
     """Raise `ValueError` unless so many features can be found."""
-    if not 1 <= top <= CANDIDATES:
-        raise ValueError(f"{path}: found {top}, expected an integer in 1..{CANDIDATES}")
+    if not isinstance(top, int) or not 1 <= top <= CANDIDATES:
+        raise ValueError(
+            f"{path}: found {shown(top)}, expected an integer in 1..{CANDIDATES}"
+        )
 
 
 def check_one_site(path: str, names: Sequence[str]) -> None:
@@ -125,16 +130,32 @@ def check_one_site(path: str, names: Sequence[str]) -> None:
         )
 
 
-def _sites(site: str | tuple[str, int]) -> dict[str, list[int]]:
-    if not isinstance(site, str):
-        hook, layer = site
-        return {hook: [layer]}
+def chosen_site(
+    config: SteeringConfig | None, module: str, site: str | tuple[str, int] | None
+) -> dict[str, list[int]] | None:
+    """The site as `encode` takes it; None for a module's only one.
+
+    Raises:
+        ValueError: no site, or none of the module's; or none is chosen of several.
+    """
+    info = None if config is None else config.modules.get(module)
+    names = [] if info is None else [one.name for one in info.sites]
+    if site is None:
+        check_one_site("site", names)
+        return None
+    site = site if isinstance(site, str) else ".".join(map(str, site))
     parsed = parse_site(site)
     if parsed is None:
         raise ValueError(
             f"site: found {shown(site)}, expected a site such as post_block.20"
         )
-    return {parsed[1].value: [parsed[0]]}
+    layer, hook = parsed
+    if names and f"{hook.value}.{layer}" not in names:
+        raise ValueError(
+            f"site: found {shown(site)}, expected a site of module {shown(module)}: "
+            f"{listing(names)}"
+        )
+    return {hook.value: [layer]}
 
 
 def _order(found: FoundFeature) -> tuple[float, float, int]:
@@ -142,8 +163,12 @@ def _order(found: FoundFeature) -> tuple[float, float, int]:
     return (-round(auroc, 3), -found.mean_difference, found.feature_idx)
 
 
-def _only_site(texts: EncodedTexts, module: str) -> str:
-    names = {name for text in texts for name in text.features}
+def only_site(names: Set[str], module: str) -> str:
+    """The one site that was read.
+
+    Raises:
+        ValueError: several were, or none.
+    """
     if len(names) != 1:
         listed = (
             ", ".join(sorted(names))
@@ -152,7 +177,8 @@ def _only_site(texts: EncodedTexts, module: str) -> str:
         raise ValueError(
             f"site: module {module!r} was read at {listed}; expected one site"
         )
-    return names.pop()
+    (name,) = names
+    return name
 
 
 def _candidates(a: EncodedTexts, b: EncodedTexts, site: str) -> list[int]:
@@ -291,11 +317,12 @@ def doubts(a: EncodedTexts, b: EncodedTexts, site: str) -> list[str]:
     found = []
     records = [t.features[site] for t in (*a, *b) if site in t.features]
     active = np.concatenate([record.num_active for record in records])
-    share = float((active > MAX_READ).mean())
+    listed = max(record.features.shape[1] for record in records)
+    share = float((active > listed).mean())
     if share > 0.1:
         found.append(
-            f"{share:.0%} of the tokens have more than {MAX_READ} active features; "
-            f"only the {MAX_READ} largest of each were looked at"
+            f"{share:.0%} of the tokens have more than {listed} active features; "
+            f"only the {listed} largest of each were looked at"
         )
     if float(active.mean()) > DENSE * records[0].d_sae:
         found.append(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, SupportsIndex, cast
 
@@ -11,10 +12,10 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels, labels_of
-from vllm.config.sae_readout_specs import DEFAULT_TOP_K, MAX_READ
+from vllm.config.sae_readout_specs import DEFAULT_TOP_K
 from vllm.config.sae_steering_presets import opt_out
 from vllm.config.sae_steering_specs import READOUT_KEY
-from vllm.config.steering import SteeringConfig
+from vllm.config.steering import DEFAULT_MAX_READ_VALUES, SteeringConfig
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 Text = str | Sequence[int]
+_PLACE = re.compile(r"^features\[(\d+)\]")
 SPEC = f"{READOUT_KEY}[0]"  # where the engine finds what `encode` asks
 
 
@@ -49,8 +51,8 @@ def encode(
         module: its name.
         texts: texts, or lists of token ids, or one of them.
         sites: `{hook: [layer, ...]}`; every site of the module if not given.
-        top_k: how many of the largest activations of each token, at most 64; 16 if
-            neither this nor `features` is given.
+        top_k: how many of the largest activations of each token, at most the engine's
+            `max_read_values` (64); 16 if neither this nor `features` is given.
         features: the features to read instead; any number of them.
         steering: steering fields of the request, such as `sae_clamp_specs`, to read
             what a steered model sees. Without it the model is not steered, not by the
@@ -75,7 +77,7 @@ def encode(
         top_k = DEFAULT_TOP_K
     spec: Json = {
         "module_name": module,
-        "sites": None if sites is None else {h: _layers(ls) for h, ls in sites.items()},
+        "sites": _listed(sites),
         "phase": "prefill",
     }
     tokenizer = tokenizer_of(llm)
@@ -83,10 +85,10 @@ def encode(
     if features is None:
         parts = [_read(llm, ids, {**spec, "top_k": top_k}, steering)]
     else:
-        wanted = list(features)
+        wanted, most = list(features), read_limit(config)
         parts = [
-            _read(llm, ids, {**spec, "features": wanted[at : at + MAX_READ]}, steering)
-            for at in range(0, len(wanted), MAX_READ)
+            _read(llm, ids, {**spec, "features": wanted[at : at + most]}, steering, at)
+            for at in range(0, len(wanted), most)
         ]
     found = EncodedTexts()
     for at, own in enumerate(ids):
@@ -97,6 +99,18 @@ def encode(
         pieces = token_pieces(tokenizer, own) if tokenizer else [str(i) for i in own]
         found.append(EncodedText(own, pieces, merged, labels))
     return found
+
+
+def read_limit(config: SteeringConfig | None) -> int:
+    """How many values an engine reads of a token at a site, at most."""
+    return DEFAULT_MAX_READ_VALUES if config is None else config.max_read_values
+
+
+def _listed(sites: object) -> object:
+    """Sites as JSON has them; the parser refuses what is none."""
+    if not isinstance(sites, Mapping):
+        return sites
+    return {hook: _layers(layers) for hook, layers in sites.items()}
 
 
 def _layers(layers: object) -> object:
@@ -182,8 +196,12 @@ def _read(
     ids: Sequence[list[int]],
     spec: Json,
     steering: JsonView,
+    first: int = 0,
 ) -> list[dict[str, dict[str, SAEFeatures]]]:
-    """What the prompts' tokens read, by module and site."""
+    """What the prompts' tokens read, by module and site.
+
+    `first` is the place of the spec's first feature in what the caller gave.
+    """
     params = SamplingParams(
         max_tokens=1,
         temperature=0,
@@ -197,7 +215,9 @@ def _read(
         if not (error.parameter or "").startswith(SPEC):
             raise
         # The caller gave arguments, not a spec.
-        raise ValueError(error.args[0].replace(f"{SPEC}.", "")) from None
+        text = error.args[0].replace(f"{SPEC}.", "")
+        text = _PLACE.sub(lambda place: f"features[{int(place[1]) + first}]", text)
+        raise ValueError(text) from None
     return [output.prompt_sae_features or {} for output in outputs]
 
 

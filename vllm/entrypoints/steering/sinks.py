@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from vllm.config.steering import LARGE_NORM
+
 
 def warnings_of_large_norms(
     site: str, tokens: int, large: int, median: float
@@ -17,9 +19,9 @@ def warnings_of_large_norms(
     if not large:
         return []
     line = (
-        f"{site}: {large} of {tokens} tokens have a norm above 10 times the median, as "
-        "attention sinks have; FVU and the largest activations are theirs. The "
-        f"module options norm_guard=10 and reference_norm={median:.4g} leave such "
-        "tokens unchanged"
+        f"{site}: {large} of {tokens} tokens have a norm above {LARGE_NORM} times the "
+        "median, as attention sinks have; FVU and the largest activations are theirs. "
+        f"The module options norm_guard={LARGE_NORM} and reference_norm={median:.4g} "
+        "leave such tokens unchanged"
     )
     return [line]

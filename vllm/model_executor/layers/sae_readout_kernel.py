@@ -17,6 +17,7 @@ import torch
 from vllm.config.steering import Tier
 from vllm.model_executor.layers import sae_full_reconstruction_kernel as kernel
 from vllm.model_executor.layers.steering_capture import is_read
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_kernels.plan import warm_up_lengths
 from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_kernels.workspace import (
@@ -25,7 +26,7 @@ from vllm.model_executor.layers.steering_kernels.workspace import (
     uses_topk,
 )
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
-from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
+from vllm.model_executor.layers.steering_state import SAESlot, StepState
 from vllm.model_executor.layers.steering_stream import encoder_input
 from vllm.triton_utils import HAS_TRITON
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.steering_state import SAESlot
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,12 @@ class Bypass:
     Attributes:
         name: of the module.
         mask: the bit of its skip set in `StepState.flags`.
-        slots: its slots on this rank.
+        tables: of each of its slots on this rank, those of the delta and full tiers.
     """
 
     name: str
     mask: int
-    slots: Sequence[SAESlot]
+    tables: Sequence[tuple[ClampTable, ClampTable]]
 
 
 class BypassCounts(nn.Module):
@@ -64,9 +62,9 @@ class BypassCounts(nn.Module):
         self.modules = tuple(modules)
         tables, starts = [0], [0]
         for module in self.modules:
-            starts.append(starts[-1] + len(module.slots))
-            for slot in module.slots:
-                tables += [slot.delta.packed.data_ptr(), slot.full.packed.data_ptr()]
+            starts.append(starts[-1] + len(module.tables))
+            for pair in module.tables:
+                tables += [table.packed.data_ptr() for table in pair]
         masks = [0, *(module.mask for module in self.modules)]
         self.tables = self._upload(tables[1:] or tables, torch.int64)
         self.starts = self._upload(starts, torch.int32)
@@ -79,9 +77,9 @@ class BypassCounts(nn.Module):
     @property
     def stride(self) -> int:
         """Numbers from one row of a table to the next."""
-        slots = (slot for module in self.modules for slot in module.slots)
-        first = next(slots, None)
-        return 0 if first is None else first.delta.packed.stride(0)
+        pairs = (pair for module in self.modules for pair in module.tables)
+        first = next(pairs, None)
+        return 0 if first is None else first[0].packed.stride(0)
 
     def count(
         self, flags: torch.Tensor, delta: torch.Tensor, full: torch.Tensor
@@ -97,7 +95,7 @@ class BypassCounts(nn.Module):
             if not skipped.numel():
                 continue
             edited = torch.zeros_like(skipped, dtype=torch.bool)
-            for slot in module.slots:
-                edited |= slot.delta.active[delta[skipped].long()] != 0
-                edited |= slot.full.active[full[skipped].long()] != 0
+            for pair in module.tables:
+                for table, rows in zip(pair, (delta, full), strict=True):
+                    edited |= table.active[rows[skipped].long()] != 0
             self.counts[at] += edited.sum()

@@ -8,7 +8,8 @@ import os
 import torch
 
 from vllm.config.steering_environment import IDLE_GRAPHS_ENV
-from vllm.model_executor.layers.steering_state import ClampTable, StepState
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
+from vllm.model_executor.layers.steering_state import StepState
 
 
 def idle_graphs_are_on() -> bool:

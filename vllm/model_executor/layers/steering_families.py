@@ -18,7 +18,11 @@ from vllm.model_executor.layers.steering_family_table import (
     UNFIT,
     LayerFamily,
 )
-from vllm.model_executor.layers.steering_hugging_face import hugging_face_family
+from vllm.model_executor.layers.steering_hugging_face import (
+    decoder_lists,
+    hugging_face_family,
+    why_unknown,
+)
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 
@@ -49,18 +53,11 @@ def find_decoder_layers(model: nn.Module) -> dict[int, DecoderLayer]:
 
     Raises:
         ValueError: the model's decoder-layer class is not in the family table, or is
-            known to be unfit, or the model is multimodal and runs under the
-            Transformers backend.
+            known to be unfit.
     """
     found: dict[int, DecoderLayer] = {}
     refuse_unfit_layers(model)
-    if supports_multimodal(model):
-        if _is_hugging_face(model):
-            raise ValueError(
-                f"steering: found the multimodal {type(model).__name__} of vLLM's "
-                "Transformers backend, expected a model of text only there, or vLLM's "
-                "own class of the model (--model-impl vllm)"
-            )
+    if supports_multimodal(model) and not is_hugging_face(model):
         # Vision and audio towers have layers too.
         model = model.get_language_model()
     tp_size = get_tensor_model_parallel_world_size()
@@ -103,6 +100,9 @@ def trust_family(model: nn.Module, layer_class: str, family: LayerFamily) -> Non
 
 def decoder_layer_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules whose name ends in a number, such as `model.layers.3`."""
+    if supports_multimodal(model) and is_hugging_face(model):
+        # Its towers have layers of the same kinds, at any place in the model.
+        return decoder_lists(model.model)
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -114,29 +114,43 @@ def _family_of(model: nn.Module, module: nn.Module) -> LayerFamily | None:
     name = class_name(module)
     if family := FAMILIES.get(name) or _trusted.get(model, {}).get(name):
         return family
-    if not _is_hugging_face(model):
-        return None
-    is_hf = type(module).__module__.startswith("transformers.")
-    return hugging_face_family(module) if is_hf else None
+    return hugging_face_family(module) if is_hugging_face(model) else None
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
+def is_hugging_face(model: nn.Module) -> bool:
     """Whether vLLM's Transformers backend runs the model."""
     backend = f"{MODELS}.transformers."
     return any(f"{c.__module__}.".startswith(backend) for c in type(model).__mro__)
 
 
 def _unknown_family(model: nn.Module) -> str:
-    classes = {class_name(module) for _, module in decoder_layer_candidates(model)}
-    layers = sorted(name for name in classes if re.search(r"Layer$|Block$", name))
+    found = {
+        class_name(module): module for _, module in decoder_layer_candidates(model)
+    }
+    layers = {name: found[name] for name in found if re.search(r"Layer$|Block$", name)}
+    found = dict(sorted((layers or found).items()))
+    if is_hugging_face(model):
+        return _unknown_to_backend(model, found)
     known = ", ".join(sorted(FAMILIES))
     return (
         f"steering: no decoder-layer class of {type(model).__name__} is known: found "
-        f"{layers or sorted(classes)}; known are {known}, and models run by the "
+        f"{list(found)}; known are {known}, and models run by the "
         "Transformers backend (--model-impl transformers). With "
         "--steering-decoder-layer auto, others are tried and checked. To add one, name "
         "its points in vllm/model_executor/layers/steering_family_table.py"
     )
+
+
+def _unknown_to_backend(model: nn.Module, found: dict[str, nn.Module]) -> str:
+    seen = [f"{name} {why_unknown(layer)}" for name, layer in found.items()]
+    message = (
+        f"steering: {type(model).__name__}, vLLM's Transformers backend, runs a model "
+        f"that cannot be steered: found decoder layers {'; '.join(seen)}. "
+        "docs/features/models.md says which layers are known there."
+    )
+    if supports_multimodal(model):
+        return message
+    return f"{message} With --steering-decoder-layer auto, others are tried and checked"
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,9 @@ def parts_of(layer: DecoderLayer) -> LayerParts:
 
     def first(owner: nn.Module | None, *names: str | None) -> nn.Module | None:
         children = {} if owner is None else dict(owner.named_children())
-        return next((children[name] for name in names if name in children), None)
+        found = next((children[name] for name in names if name in children), None)
+        # It stands where other layers of the class have a norm.
+        return None if isinstance(found, nn.Identity) else found
 
     attention = first(layer.module, *family.attention)
     flags = vars(layer.module)

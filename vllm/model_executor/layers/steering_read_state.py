@@ -8,26 +8,26 @@ import torch
 from torch import nn
 
 from vllm.config.sae_features import NOT_READ
-from vllm.config.sae_readout_specs import MAX_READ
+from vllm.config.steering import DEFAULT_MAX_READ_VALUES
 
 # Columns of a table row before its features: active, 0 (clamps: none), top_k, count.
 TABLE_HEAD = 4
-# A row of `ReadBuffers.out`: num_active, num_listed, then at most MAX_READ values and
-# as many features.
-OUT_WIDTH = 2 + 2 * MAX_READ
 
 
 class ReadBuffers(nn.Module):
     """The reading state of one slot: the rows of requests and the results of a step.
 
-    The table has the shape of a `ClampTable` with `max_clamps` clamps. Columns 0 and 1
-    mean "active" and "no clamps" in both, so the stages that find and encode the active
-    tokens take either.
+    Columns 0 and 1 of the table mean "active" and "no clamps", as in a `ClampTable`
+    with `max_clamps` clamps, and it is at least as wide. So the stages that find and
+    encode the active tokens take either.
+
+    Args:
+        max_read: the most values that a request reads of a token here.
 
     Buffers:
-        packed: int32 `[R, 2 + 3K]`: active, 0, top_k, count, then `count` feature
-            indices, ascending. Row 0 is all zeros: not read.
-        out: int32 `[max_tokens, 130]`, rows as `vllm.config.sae_features` has them;
+        packed: int32 `[R, max(2 + 3K, 4 + max_read)]`: active, 0, top_k, count, then
+            `count` feature indices, ascending. Row 0 is all zeros: not read.
+        out: int32 `[max_tokens, width]`, rows as `vllm.config.sae_features` has them;
             a token that was not read has -1 in column 0.
         scale: float32 `[F]`, what a native activation is multiplied by.
     """
@@ -43,16 +43,24 @@ class ReadBuffers(nn.Module):
         max_tokens: int,
         d_sae: int,
         device: torch.device,
+        max_read: int = DEFAULT_MAX_READ_VALUES,
     ):
         super().__init__()
         self.max_clamps = max_clamps
+        self.max_read = max_read
         i32 = torch.int32
-        table = torch.zeros(num_rows, 2 + 3 * max_clamps, dtype=i32, device=device)
+        columns = max(2 + 3 * max_clamps, TABLE_HEAD + max_read)
+        table = torch.zeros(num_rows, columns, dtype=i32, device=device)
         self.register_buffer("packed", table, persistent=False)
-        out = torch.full((max_tokens, OUT_WIDTH), NOT_READ, dtype=i32, device=device)
+        out = torch.full((max_tokens, self.width), NOT_READ, dtype=i32, device=device)
         self.register_buffer("out", out, persistent=False)
         scale = torch.ones(d_sae, device=device)
         self.register_buffer("scale", scale, persistent=False)
+
+    @property
+    def width(self) -> int:
+        """Words of a row: num_active, num_listed, `max_read` values and features."""
+        return 2 + 2 * self.max_read
 
     def set_scale(self, decoder_norms: np.ndarray | None) -> None:
         """Return activations in units of unit-norm decoder rows; native ones if None.

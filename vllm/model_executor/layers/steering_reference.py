@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm.config.steering import Tier
+from vllm.config.steering import LARGE_NORM, Tier
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_limits import (
     COEFFICIENT_LIMIT,
     NO_NORM_LIMIT,
@@ -42,7 +43,6 @@ from vllm.model_executor.layers.steering_state import (
     ONLY_IF_ACTIVE,
     ClampFlag,
     ClampKind,
-    ClampTable,
     MetaField,
     SAESlot,
     SAEWeights,
@@ -53,8 +53,6 @@ from vllm.model_executor.layers.steering_stream import Stream
 
 FEATURE_SLICE = 8192
 TOKEN_SLICE = 512
-# In multiples of the median norm, what only attention sinks exceed.
-LARGE_NORM = 10.0
 
 
 def _compute_dtype(weights: torch.Tensor) -> torch.dtype:

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm.config.steering import ModuleInfo
+from vllm.config.steering import MODULE_OPTIONS, ModuleInfo
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import Outcome, RefusedCall
-from vllm.engine.steering_options import MODULE_OPTIONS, ROOT
+from vllm.engine.steering_options import ROOT
 
 # A caller that does not ask for so long has gone away.
 ABANDONED_S = 10.0

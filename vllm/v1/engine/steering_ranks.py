@@ -168,17 +168,24 @@ def merged(replies: Sequence[ModuleReply]) -> ModuleReply:
 
 
 def _sum_listings(listings: Sequence[Json | None]) -> Json | None:
-    """The first rank's modules, with the requests and drains of all."""
+    """The first rank's modules, with the requests and drains of all.
+
+    While a change ends, some ranks list a module that others do not.
+    """
     given = [listing for listing in listings if listing is not None]
     if not given:
         return None
+    by_name: dict[str, list[Json]] = {}
+    for listing in given:
+        for row in listing["modules"]:
+            by_name.setdefault(row["name"], []).append(row)
     modules = [
         {
-            **rows[0],
-            "requests": sum(row["requests"] for row in rows),
-            "draining": any(row["draining"] for row in rows),
+            **first,
+            "requests": sum(row["requests"] for row in by_name[first["name"]]),
+            "draining": any(row["draining"] for row in by_name[first["name"]]),
         }
-        for rows in zip(*(listing["modules"] for listing in given), strict=False)
+        for first in given[0]["modules"]
     ]
     return {**given[0], "modules": modules}
 

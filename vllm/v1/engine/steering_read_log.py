@@ -150,15 +150,15 @@ class LogReader:
         self.slots: Sequence[int] = ()
         self.d_sae: Sequence[int] = ()
         self.chunks: list[Chunk] = []
-        self._log = log
+        self.log = log
         self._req_id = req_id
         self._taken = log.end
         log.readers[req_id] = self
 
     def pull(self) -> None:
         """Take the request's rows from the log; a later row of a position wins."""
-        segments, since = self._log.segments, self._taken
-        self._taken = self._log.end
+        segments, since = self.log.segments, self._taken
+        self._taken = self.log.end
         for segment in segments:
             skip = max(since - segment.number, 0)
             if skip >= len(segment.steps):

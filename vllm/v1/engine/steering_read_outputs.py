@@ -25,7 +25,7 @@ from vllm.config.sae_readout_specs import SiteRead
 from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering_json import JsonView
 from vllm.config.steering_points import HookPoint
-from vllm.v1.engine.steering_read_log import Chunk, LogReader, joined
+from vllm.v1.engine.steering_read_log import Chunk, LogReader, ReadLog, joined
 
 # So many pieces of a request are joined.
 MANY_CHUNKS = 64
@@ -123,6 +123,11 @@ class Readings:
         self._end = 0  # positions before this one are in the lists below
         self._prompt: list[Chunk] = []
         self._output: list[Chunk] = []
+
+    @property
+    def log(self) -> ReadLog:
+        """Where the engine's steps are."""
+        return self._reader.log
 
     def advance(self, num_generated: int, fired: bool) -> None:
         """Note that the request has `num_generated` tokens now.

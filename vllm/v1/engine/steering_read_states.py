@@ -33,7 +33,6 @@ def reading_state() -> type:
 
     class ReadingRequestState(RequestState):
         readings: Readings
-        log: ReadLog
 
         def _new_completion_output(
             self,
@@ -59,7 +58,7 @@ def reading_state() -> type:
                 output.prompt_sae_features = prompt
             waiting = None if self.queue is None else self.queue.output
             if unread_bytes(waiting) > MAX_UNREAD_BYTES:
-                self.log.unread.append(self)
+                self.readings.log.unread.append(self)
             return output
 
         def _is_delta(self) -> bool:
@@ -81,7 +80,6 @@ def follow(log: ReadLog, states: JsonView, request: EngineCoreRequest) -> None:
     if params.extra_args.get(READOUT_KEY):
         state = states[request.request_id]
         reader = LogReader(log, request.request_id)
-        state.log = log
         state.readings = Readings(params.extra_args, state.prompt_len, reader)
         state.__class__ = reading_state()
 

@@ -188,8 +188,9 @@ class DeviceCounts:
         for module, mask in self._masks.items():
             places = self._places[module]
             slots = [place.slot for place in places if isinstance(place, SAEPlace)]
-            if mask and slots:
-                watched.append(Bypass(module, mask, slots))
+            tables = [(slot.delta, slot.full) for slot in slots]
+            if mask and tables:
+                watched.append(Bypass(module, mask, tables))
         self.step.bypass.watch(watched)
 
 

@@ -191,13 +191,14 @@ class SiteModules:
             frozenset(kinds),
             reads_source=slot.hook_out is not None,
         )
-        if shape.readable:
+        if shape.max_read:
             sae.reads = ReadBuffers(
                 shape.num_rows,
                 shape.max_clamps,
                 shape.max_tokens,
                 slot.width,
                 shape.device,
+                shape.max_read,
             )
         tables = {
             Tier.DELTA: BoundTable(sae.delta),

@@ -23,7 +23,8 @@ class SteeringShape:
         vocab_size: bound of token ids, for the skip sets.
         widths: of the points of the model's layers.
         dtype, device: of the model's activations.
-        readable: whether requests may read features.
+        max_read: values that a request reads of a token at a site, at most; 0 if none
+            may read.
     """
 
     num_rows: int
@@ -33,7 +34,7 @@ class SteeringShape:
     widths: PointWidths
     dtype: torch.dtype
     device: torch.device
-    readable: bool
+    max_read: int
 
     @classmethod
     def of_worker(
@@ -51,5 +52,5 @@ class SteeringShape:
             widths=point_widths(model_config),
             dtype=model_config.dtype,
             device=device,
-            readable=steering.readout,
+            max_read=steering.max_read_values if steering.readout else 0,
         )

@@ -15,12 +15,12 @@ from vllm.config.sae_steering_vector_action import VectorAction
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_points import HookPoint
 from vllm.model_executor.layers.steering import SiteKey
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_state import (
     CONDITION_SHIFT,
     ONLY_IF_ACTIVE,
     ClampFlag,
     ClampKind,
-    ClampTable,
     SAEWeights,
 )
 from vllm.utils.torch_utils import async_tensor_h2d

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from fastapi import Body, FastAPI
 from fastapi.testclient import TestClient
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 import vllm.plugins.steering as plugin
 from vllm.entrypoints.openai.steering.body_limit import BodyLimit
@@ -64,6 +66,33 @@ def test_one_byte_more_is_refused_by_its_announced_length(http: TestClient) -> N
             "code": 413,
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("0" * 5000 + "2", 200), ("0" * 5000, 200), ("0999", 200), ("01001", 413)]
+    + [("9" * digits, 413) for digits in (19, 25, 5000)],
+)
+def test_a_length_of_any_number_of_digits_is_understood(
+    length: str, status: int
+) -> None:
+    """Servers pass on zeros in front; Python reads no more than 4300 digits."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response()(scope, receive, send)
+
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b'""'}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", length.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+    asyncio.run(BodyLimit(app, lambda: MOST)(scope, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_a_body_without_a_length_is_refused_when_it_gets_too_large(

@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.openai.steering.errors import error_response
 
 OPTION = "additional_config.steering.max_body_mib"
+# A length of so many digits is above any limit.
+MAX_DIGITS = 20
 
 
 class BodyTooLarge(Exception):
@@ -90,5 +92,6 @@ def _content_length(scope: Scope) -> int | None:
     """The length that the request's head announces."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
-            return int(value)
+            # Python reads at most 4300 digits, and a parser may let zeros through.
+            return int(value.lstrip(b"0")[:MAX_DIGITS] or b"0")
     return None

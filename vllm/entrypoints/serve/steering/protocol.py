@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vllm.config.steering import FeatureUnits
+from vllm.config.steering import MODULE_OPTIONS, FeatureUnits
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import MAX_FLOAT32, Reader, expects, json_schema
@@ -67,12 +67,6 @@ Positive = Annotated[
 ]
 
 
-OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
-
-
 class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A module to load: its name, its path and the options that start-up has too."""
 
@@ -92,7 +86,7 @@ class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def options(self) -> Json:
         """The options that are given, by the names that they have at start-up."""
         given = msgspec.structs.asdict(self)
-        return {key: given[key] for key in OPTIONS if given[key] is not UNSET}
+        return {key: given[key] for key in MODULE_OPTIONS if given[key] is not UNSET}
 
 
 _REGISTER = Reader(RegisterRequest)

@@ -12,9 +12,9 @@ from collections.abc import Hashable
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_state import (
-    ClampTable,
     SAESlot,
     SAEWeights,
     StepState,

@@ -13,6 +13,7 @@ PAGE = 4096  # for the alignment of regions
 MAX_COEF_BYTES = 4 * MIB  # clamp corrections of one chunk
 ENTRY_BYTES = 8  # feature index and activation, packed in one int64
 LIST_MAX = 512  # non-zeros of a token that is decoded from a list; more: `dense`
+LIST_ROOM = LIST_MAX + 64  # of a list: reading keeps the best and adds a tile's
 DENSE_SPLITS = 7  # ranges of features whose sums the dense path adds in order
 RECORD_INTS = 32  # ints of a token's record: a cache line
 CHUNK_ALIGN = 256  # the widest token tile of the encoder
@@ -56,8 +57,8 @@ class ChunkPlan:
     """How the tokens of one step pass through the workspace.
 
     `rows` active tokens go at a time, in `num_chunks` passes; a list has room for
-    `capacity` non-zeros, at least `LIST_MAX` of them; `dense_rows` tokens with more are
-    reconstructed at a time (0: no token can have more).
+    `capacity` non-zeros, at least `LIST_ROOM` of them; `dense_rows` tokens with more
+    than `LIST_MAX` are reconstructed at a time (0: no token can have more).
     """
 
     rows: int
@@ -102,7 +103,7 @@ def most_rows(
 
     A step of more tokens is cut into equal chunks, which may have fewer.
     """
-    listed = min(d_sae, LIST_MAX)
+    listed = min(d_sae, LIST_ROOM)
     rows = MAX_GATHER_BYTES // (d_in * itemsize + (4 * d_out if skip else 0))
     rows = min(rows, MAX_COEF_BYTES // (4 * max(max_clamps, 1)))
     rows = min(rows, MAX_ENTRY_BYTES // (ENTRY_BYTES * listed))

@@ -7,7 +7,7 @@ It runs on the lists of `compact` and `encode`, which get the reading table in p
 a tier's, and of `select` for TopK. An activation and its feature form one sortable key.
 The key is larger for a larger value and, at equal values, for a lower feature. A token
 with more non-zeros than its list holds is encoded again in blocks of features; only the
-best keys are kept.
+best keys are kept. Lists are shorter in longer steps, so both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from .compact import D_SAE, RECORD_INTS, USES_TOPK, pdl_wait
+from .encode import scores
 from .resolve import entry_feature, entry_value
 from .select import INDEX_MASK, LAST, RELU_FIELD, load_keys, sort_key
 
@@ -22,10 +23,9 @@ from .select import INDEX_MASK, LAST, RELU_FIELD, load_keys, sort_key
 TOP_K = tl.constexpr(2)
 COUNT = tl.constexpr(3)
 FEATURES = tl.constexpr(4)
-MAX_READ = tl.constexpr(64)
+HALVINGS = tl.constexpr(10)  # that find one of 512 features, the most of a row
 RANKED = tl.constexpr(2)  # keys that others are compared with at a time
 BLOCK = tl.constexpr(32)  # entries looked at together
-BLOCK_F = tl.constexpr(16)  # features encoded together on the overflow path
 
 
 @triton.jit
@@ -50,33 +50,47 @@ def scaled_keys(f, act, scale, inside):
 
 
 @triton.jit
-def given_of(f, act, features):
-    """`act` of each given feature within a block, 0 where it is not there."""
-    same = f[None, :] == features[:, None]
-    return tl.sum(tl.where(same, act[None, :], 0.0), 1)
+def clear_given(out, count):
+    """Zeros in the places of the given features, before `put_given`."""
+    for j in range(0, count, 64):
+        at = j + tl.arange(0, 64)
+        tl.store(out + at, tl.zeros([64], tl.int32), mask=at < count)
+    tl.debug_barrier()
 
 
 @triton.jit
-def unit_bits(given, features, scale, wanted, F):
-    """Bits of given activations in the module's units; 0 of features not here."""
-    held = wanted & (features >= 0) & (features < F)
-    value = given * tl.load(scale + features, mask=held, other=1.0)
-    return value.to(tl.int32, bitcast=True)
+def put_given(f, act, on, features, count, first_feature, scale, out):
+    """Writes those of a block's activations whose features are given.
+
+    A binary search in `features`, which ascend; f counts from `first_feature`.
+    """
+    if count > 0:
+        wanted = f + first_feature
+        low = tl.zeros(f.shape, tl.int32)
+        high = low + count
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            between = on & (low < high)
+            below = tl.load(features + middle, mask=between, other=0) < wanted
+            low = tl.where(between & below, middle + 1, low)
+            high = tl.where(between & ~below, middle, high)
+        found = on & (low < count)
+        found &= tl.load(features + low, mask=found, other=-1) == wanted
+        value = act * tl.load(scale + f, mask=found, other=1.0)
+        tl.store(out + low, value.to(tl.int32, bitcast=True), mask=found)
 
 
 @triton.jit
-def keys_from_list(own, n, features, scale):
-    """Turns a token's entries into keys in place; the given features' activations."""
-    given = tl.zeros([MAX_READ], tl.float32)
+def keys_from_list(own, n, features, count, first_feature, scale, out):
+    """Turns a token's entries into keys in place; writes the given features."""
     for j in range(0, n, BLOCK):
         at = j + tl.arange(0, BLOCK)
         e = tl.load(own + at, mask=at < n, other=LAST)
         f = entry_feature(e)
         act = tl.where(at < n, entry_value(e), 0.0)
-        given += given_of(f, act, features)
+        put_given(f, act, act != 0.0, features, count, first_feature, scale, out)
         tl.store(own + at, scaled_keys(f, act, scale, at < n), mask=at < n)
     tl.debug_barrier()
-    return given
 
 
 @triton.jit
@@ -139,18 +153,30 @@ def block_of_scores(scores_row, f, inside, kth, d_sae, relu):
 
 @triton.jit
 def block_of_encoder(
-    x_row, w_enc, b_enc, threshold, f, inside, D: tl.constexpr, BK: tl.constexpr
+    x,
+    i,
+    w_enc,
+    b_enc,
+    threshold,
+    f0,
+    inside,
+    F,
+    D: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """Activations of a block of features of a threshold token, encoded here."""
-    dot = tl.zeros([BLOCK_F, BK], tl.float32)
-    for k in range(0, D, BK):
-        at = k + tl.arange(0, BK)
-        x = tl.load(x_row + at, mask=at < D, other=0.0).to(tl.float32)
-        w_at = f.to(tl.int64)[:, None] * D + at[None, :]
-        mask = inside[:, None] & (at < D)[None, :]
-        w = tl.load(w_enc + w_at, mask=mask, other=0.0)
-        dot += w.to(tl.float32) * x[None, :]
-    p = tl.sum(dot, 1) + tl.load(b_enc + f, mask=inside, other=float("-inf"))
+    """Activations of a block of features of a threshold token, encoded here.
+
+    A tile of the encoder with one token in it, so that a value has the bits that a list
+    would hold.
+    """
+    f = f0 + tl.arange(0, BF)
+    p = scores(
+        x=x, w=w_enc, f0=f0, t0=i, n=i + 1, F=F, D=D, BF=BF, BT=16, BK=BK, TMA=False
+    )
+    p += tl.load(b_enc + f, mask=inside, other=float("-inf"))[:, None]
+    first = tl.arange(0, 16)[None, :] == 0
+    p = tl.sum(tl.where(first, p, 0.0), 1)
     bar = tl.load(threshold + f, mask=inside, other=float("inf"))
     return tl.where(p > tl.maximum(bar, 0.0), p, 0.0)
 
@@ -159,10 +185,15 @@ def block_of_encoder(
 def keys_from_all(
     own,
     room,
-    x_row,
+    x,
+    i,
     scores_row,
     kth,
+    top_k,
     features,
+    count,
+    first_feature,
+    out,
     scale,
     meta,
     w_enc,
@@ -171,35 +202,39 @@ def keys_from_all(
     F,
     D: tl.constexpr,
     TOPK: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """The overflow path: keeps the best keys of all features of one token.
 
-    Returns (keys kept, given features' activations, active features).
+    Writes the given features; returns (keys kept, active features).
     """
     d_sae = tl.minimum(tl.load(meta + D_SAE), F)
     relu = tl.load(meta + RELU_FIELD)
-    given = tl.zeros([MAX_READ], tl.float32)
     n = 0
     active = 0
-    for f0 in range(0, d_sae, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
+    for f0 in range(0, d_sae, BF):
+        f = f0 + tl.arange(0, BF)
         inside = f < d_sae
         if TOPK:
             act = block_of_scores(scores_row, f, inside, kth, d_sae, relu)
         else:
-            act = block_of_encoder(x_row, w_enc, b_enc, threshold, f, inside, D, 128)
-        given += given_of(f, act, features)
+            act = block_of_encoder(
+                x=x, i=i, w_enc=w_enc, b_enc=b_enc, threshold=threshold, f0=f0,
+                inside=inside, F=F, D=D, BF=BF, BK=BK,
+            )  # fmt: skip
+        put_given(f, act, act != 0.0, features, count, first_feature, scale, out)
         key = scaled_keys(f, act, scale, inside)
         keep = key >= 0
         place = n + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(own + place, key, mask=keep)
         n += tl.sum(keep.to(tl.int32), 0)
         active += tl.sum(keep.to(tl.int32), 0)
-        if n > room - BLOCK_F:
+        if n > room - BF:
             tl.debug_barrier()
-            n = keep_best(own, n, MAX_READ)
+            n = keep_best(own, n, top_k)
     tl.debug_barrier()
-    return n, given, active
+    return n, active
 
 
 @triton.jit(do_not_specialize=["base", "rows", "F", "capacity", "first_feature"])
@@ -215,7 +250,7 @@ def readout_kernel(
     entries,
     kth,
     x,
-    scores,
+    scores_of,
     w_enc,
     b_enc,
     threshold,
@@ -231,6 +266,8 @@ def readout_kernel(
     GATE: tl.constexpr,
     TOPK: tl.constexpr,
     OVERFLOW: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Writes `out` of the read tokens of one chunk.
@@ -243,7 +280,6 @@ def readout_kernel(
     n_tokens = tl.minimum(tl.load(count) - base, rows)
     if GATE >= 0 and tl.load(meta + USES_TOPK) != GATE:
         n_tokens = 0
-    place = tl.arange(0, MAX_READ)
     for i in range(tl.program_id(0), n_tokens, tl.num_programs(0)):
         token = tl.load(tokens + i * tokens_stride)
         n = tl.load(records + i * RECORD_INTS)
@@ -256,27 +292,27 @@ def readout_kernel(
             i64 = tl.cast(i, tl.int64)
             top_k = tl.load(row_ptr + TOP_K)
             given_count = tl.load(row_ptr + COUNT)
-            wanted = place < given_count
-            features = tl.load(row_ptr + FEATURES + place, mask=wanted, other=-1)
-            features -= first_feature
+            features = row_ptr + FEATURES
             own = entries + i64 * capacity
+            to = out + token.to(tl.int64) * out_stride
+            clear_given(to + 2, given_count)
             active = n
             if n <= capacity:
-                given = keys_from_list(own, n, features, scale)
+                keys_from_list(
+                    own, n, features, given_count, first_feature, scale, to + 2
+                )
             else:
-                n, given, active = keys_from_all(
-                    own=own, room=capacity, x_row=x + i64 * D,
-                    scores_row=scores + i64 * F, kth=tl.load(kth + i),
-                    features=features, scale=scale, meta=meta, w_enc=w_enc,
-                    b_enc=b_enc, threshold=threshold, F=F, D=D, TOPK=TOPK,
+                n, active = keys_from_all(
+                    own=own, room=capacity, x=x, i=i, scores_row=scores_of + i64 * F,
+                    kth=tl.load(kth + i), top_k=top_k, features=features,
+                    count=given_count, first_feature=first_feature, out=to + 2,
+                    scale=scale, meta=meta, w_enc=w_enc, b_enc=b_enc,
+                    threshold=threshold, F=F, D=D, TOPK=TOPK, BF=BF, BK=BK,
                 )  # fmt: skip
             if n > 1024:
-                n = keep_best(own, n, MAX_READ)
-            to = out + token.to(tl.int64) * out_stride
+                n = keep_best(own, n, top_k)
             tl.store(to, active)
             tl.store(to + 1, tl.minimum(active, top_k))
-            bits = unit_bits(given, features, scale, wanted, F)
-            tl.store(to + 2 + place, bits, mask=wanted)
             first = to + 2 + given_count
             if n <= 128:
                 write_best(own, n, top_k, first, first + top_k, 128)

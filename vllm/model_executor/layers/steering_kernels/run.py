@@ -11,8 +11,9 @@ import torch
 
 from vllm.config.steering import Tier
 from vllm.config.steering_json import Json
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
-from vllm.model_executor.layers.steering_state import ClampTable, SAESlot, StepState
+from vllm.model_executor.layers.steering_state import SAESlot, StepState
 from vllm.model_executor.layers.steering_stream import encoder_input
 
 from .peers import Peers

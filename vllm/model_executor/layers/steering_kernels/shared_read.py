@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from vllm.triton_utils import tl, triton
 
-from .readout import COUNT, MAX_READ, TOP_K, write_best
+from .readout import COUNT, TOP_K, write_best
 from .select import sort_key
-
-OUT_ROW = tl.constexpr(130)  # OUT_WIDTH of layers/steering_read_state.py
 
 
 @triton.jit(do_not_specialize=["T", "held"])
@@ -28,6 +26,8 @@ def merge_reads_kernel(
     T,
     held,
     RANKS: tl.constexpr,
+    MAX_READ: tl.constexpr,
+    OUT_ROW: tl.constexpr,
     N: tl.constexpr,
 ):
     """Writes `out` of the tokens that `parts` has.
@@ -39,6 +39,8 @@ def merge_reads_kernel(
         keys: int64 `[T, RANKS * MAX_READ]`, scratch.
         out: int32 `[T, OUT_ROW]`.
         held: features of each rank.
+        MAX_READ: the most values of a row, or a greater power of two.
+        OUT_ROW: words of a row.
         N: `RANKS * MAX_READ`, rounded up to a power of two.
     """
     place = tl.arange(0, MAX_READ)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from vllm.config.steering import Tier
+from vllm.model_executor.layers.steering_clamp_table import ClampTable
 from vllm.model_executor.layers.steering_state import (
-    ClampTable,
     SAESlot,
     StepState,
     VectorSlot,

@@ -7,11 +7,9 @@ import torch
 
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
+from .plan import plan_encode
 from .readout import readout_kernel
 from .run import Run, device_facts, pdl_options
-
-# A list that may overflow holds at least the best keys and two blocks of features.
-LEAST_CAPACITY = 96
 
 
 def read_out(
@@ -30,17 +28,20 @@ def read_out(
         base: the first token of the chunk.
         overflow: after the extension's stages, and only tokens with more non-zeros
             than their list holds; the decoder reads the others.
-        part: int32 `[T, OUT_WIDTH]`, written instead: the rows of the features that
+        part: int32 `[T, reads.width]`, written instead: the rows of the features that
             this rank encodes, counted from its first.
     """
     weights, workspace, buffers = run.slot.weights, run.workspace, run.buffers
     plan = buffers.plan
-    if plan.capacity < min(LEAST_CAPACITY, weights.d_sae_capacity):
-        raise ValueError(
-            f"steering: lists of {plan.capacity} non-zeros, reading needs "
-            f"{LEAST_CAPACITY}"
-        )
     device = weights.W_enc.device
+    # The narrowest tile: a token is encoded again alone.
+    encoder = plan_encode(1, weights.W_enc.element_size(), weights.d_in)
+    # A list that may overflow holds the best keys and a block of features.
+    least = reads.max_read + encoder.block_f
+    if plan.capacity < min(least, weights.d_sae_capacity):
+        raise ValueError(
+            f"steering: lists of {plan.capacity} non-zeros, reading needs {least}"
+        )
     out, own = reads.out, slice(0, weights.d_sae_capacity)
     if part is not None:
         out, own = part, weights.own
@@ -58,7 +59,7 @@ def read_out(
         entries=buffers.entries,
         kth=workspace.kth,
         x=buffers.x,
-        scores=buffers.scores,
+        scores_of=buffers.scores,
         w_enc=weights.W_enc,
         b_enc=weights.b_enc,
         threshold=weights.threshold,
@@ -74,6 +75,8 @@ def read_out(
         GATE=run.gate,
         TOPK=run.topk,
         OVERFLOW=overflow,
-        num_warps=4,
+        BF=encoder.block_f,
+        BK=encoder.block_k,
+        num_warps=encoder.num_warps,
         **pdl_options(device),
     )

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +215,19 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
+def each_key_once(pairs: list[tuple[str, object]]) -> Json:
+    """An object for `json.loads`. Readers differ in which of two equal keys counts.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{excerpt(twice)} is given twice, expected once")
+    return made
+
+
 def read_json(path: Path) -> Json:
     """A JSON object from a small file; anything else is a `LayoutError`."""
     try:
@@ -225,7 +239,9 @@ def read_json(path: Path) -> Json:
         content = path.read_bytes()
         if content.startswith(LFS_POINTER):
             raise lfs_pointer(path.name)
-        data = json.loads(content.decode(), parse_int=_parse_int)
+        data = json.loads(
+            content.decode(), parse_int=_parse_int, object_pairs_hook=each_key_once
+        )
     except LayoutError:
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -17,7 +17,10 @@ from typing import TypeGuard
 import numpy as np
 
 from vllm.config.steering_json import Json
-from vllm.model_executor.model_loader.sae_formats.layout import LayoutError
+from vllm.model_executor.model_loader.sae_formats.layout import (
+    LayoutError,
+    each_key_once,
+)
 from vllm.model_executor.model_loader.sae_formats.tensor_types import (
     FloatType,
     HostTensor,
@@ -47,6 +50,7 @@ class SafetensorsFile:
         data_bytes = path.stat().st_size - self._start
         for name, entry in header.items():
             self._describe(name, entry, data_bytes)
+        self._check_places(header, data_bytes)
 
     def _describe(self, name: str, entry: object, data_bytes: int) -> None:
         where = f"{self.label}: {name}"
@@ -67,6 +71,24 @@ class SafetensorsFile:
         dtype = FloatType[kind] if kind in FloatType.__members__ else None
         self.infos[name] = TensorInfo(tuple(shape), dtype, kind)
         self._offsets[name] = self._start + begin
+
+    def _check_places(self, header: Json, data_bytes: int) -> None:
+        """Every byte of the data belongs to one tensor, as the format requires."""
+        done = 0
+        for begin, end, name in sorted(
+            (*entry["data_offsets"], name) for name, entry in header.items()
+        ):
+            if begin != done:
+                raise LayoutError(
+                    f"{self.label}: {name}: begins at byte {begin} of the data, "
+                    f"expected {done}, where the tensor before it ends"
+                )
+            done = end
+        if done != data_bytes:
+            raise LayoutError(
+                f"{self.label}: found {data_bytes} bytes of data, expected {done}, "
+                "where the last tensor ends"
+            )
 
     def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
         """As `TensorFile.read`."""
@@ -119,7 +141,7 @@ def _read_header(path: Path) -> tuple[Json, int]:
             "complete file"
         )
     try:
-        header = json.loads(content.decode())
+        header = json.loads(content.decode(), object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
         detail = (str(error).splitlines() or [""])[0]
         raise LayoutError(f"{path.name}: not a safetensors file: {detail}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LFS_POINTER,
     LayoutError,
+    excerpt,
     lfs_pointer,
 )
 
@@ -135,10 +137,11 @@ def check_file(path: Path) -> None:
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip file whose list of members is small enough to be read.
+    """A zip file whose list of members is small enough to be read, and clear.
 
     Raises:
-        LayoutError: no zip file, or one whose directory is too large.
+        LayoutError: no zip file, or one whose directory is too large, or names a
+            member twice.
     """
     size = _zip_directory_bytes(path)
     if size is None:
@@ -148,7 +151,14 @@ def open_zip(path: Path) -> zipfile.ZipFile:
             f"{path.name}: lists members in {size} bytes, expected at most "
             f"{MAX_ZIP_DIRECTORY_BYTES}"
         )
-    return zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(path)
+    counts = Counter(archive.namelist())
+    if twice := [name for name, count in counts.items() if count > 1]:
+        archive.close()
+        raise LayoutError(
+            f"{path.name}: {excerpt(twice[0])} is there twice, expected once"
+        )
+    return archive
 
 
 def _zip_directory_bytes(path: Path) -> int | None:

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     Matrix,
     ModuleLayout,
     SAELayout,
+    each_key_once,
     lfs_pointer,
 )
 from vllm.model_executor.model_loader.sae_formats.names import (
@@ -118,6 +119,10 @@ def _read_config(location: Location) -> Fields:
         )
     try:
         data = yaml.safe_load(content)
+        if isinstance(data, dict):
+            # PyYAML, too, takes the second of two equal keys.
+            node = yaml.compose(content, yaml.SafeLoader)
+            each_key_once([(key.value, None) for key, _ in node.value])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         detail = (str(error).splitlines() or [""])[0]
         raise LayoutError(f"{CONFIG}: cannot be read as YAML: {detail}") from error

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that two readers would understand differently are refused by name."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_reference import D, F, tensor, write_json
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from vllm.model_executor.model_loader.sae_loader import inspect_module
+
+STATE = {
+    "W_enc": tensor(D, F, seed=0),
+    "W_dec": tensor(F, D, seed=1),
+    "b_enc": tensor(F, seed=2),
+    "b_dec": tensor(D, seed=3),
+}
+CONFIG: dict[str, Any] = {
+    "architecture": "standard",
+    "d_in": D,
+    "d_sae": F,
+    "dtype": "float32",
+    "apply_b_dec_to_input": False,
+    "normalize_activations": "none",
+    "metadata": {"hook_name": "blocks.1.hook_resid_post", "sae_lens_version": "6.0.0"},
+}
+FILE = "sae_weights.safetensors"
+
+
+def module(path: Path) -> Path:
+    """An SAE in SAELens's format."""
+    path.mkdir(exist_ok=True)
+    write_json(path / "cfg.json", CONFIG)
+    (path / FILE).write_bytes(save(STATE))
+    return path
+
+
+def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def joined(header: str, data: bytes) -> bytes:
+    return len(header.encode()).to_bytes(8, "little") + header.encode() + data
+
+
+def overlapping(header: dict[str, Any], data: bytes) -> bytes:
+    header["W_dec"]["data_offsets"] = header["W_enc"]["data_offsets"]
+    return joined(json.dumps(header), data)
+
+
+def with_a_hole(header: dict[str, Any], data: bytes) -> bytes:
+    for entry in header.values():
+        entry["data_offsets"] = [8 + at for at in entry["data_offsets"]]
+    return joined(json.dumps(header), bytes(8) + data)
+
+
+def with_more_behind(header: dict[str, Any], data: bytes) -> bytes:
+    return joined(json.dumps(header), data + bytes(8))
+
+
+def with_a_name_twice(header: dict[str, Any], data: bytes) -> bytes:
+    again = json.dumps({"W_dec": header["W_dec"]})
+    return joined(f"{json.dumps(header)[:-1]}, {again[1:]}", data)
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inspect_module("m", str(path))
+
+
+def test_the_file_itself_is_read(tmp_path: Path) -> None:
+    assert inspect_module("m", str(module(tmp_path / "m"))).sites[0].d_sae == F
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (overlapping, r"W_\w+: begins at byte \d+ of the data, expected \d+"),
+        (with_a_hole, r": begins at byte 8 of the data, expected 0"),
+        (with_more_behind, r"found \d+ bytes of data, expected \d+"),
+        (with_a_name_twice, "'W_dec' is given twice, expected once"),
+    ],
+)
+def test_a_safetensors_file_gives_each_byte_to_one_tensor(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    path = module(tmp_path / "m") / FILE
+    path.write_bytes(change(*parts(path.read_bytes())))
+    if change is not with_a_name_twice:
+        with pytest.raises(SafetensorError), safe_open(path, "pt"):
+            pass
+    refused(path.parent, f"{FILE}: .*{message}")
+
+
+def test_a_configuration_has_each_key_once(tmp_path: Path) -> None:
+    path = module(tmp_path / "m") / "cfg.json"
+    for text in (
+        json.dumps(CONFIG)[:-1] + ', "architecture": "jumprelu"}',
+        json.dumps(CONFIG).replace('{"hook', '{"hook_name": "blocks.0.x", "hook'),
+    ):
+        path.write_text(text)
+        refused(path.parent, "cfg.json: .*'(architecture|hook_name)' is given twice")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_file_has_each_member_once(tmp_path: Path) -> None:
+    dictionary = tmp_path / "dictionary"
+    dictionary.mkdir()
+    config = {"dict_class": "AutoEncoder", "layer": 1}
+    write_json(dictionary / "config.json", {"trainer": config})
+    state = {
+        "encoder.weight": STATE["W_enc"].T,
+        "encoder.bias": STATE["b_enc"],
+        "decoder.weight": STATE["W_dec"].T,
+        "bias": STATE["b_dec"],
+    }
+    torch.save(state, dictionary / "ae.pt")
+    inspect_module("m", str(dictionary))
+    with zipfile.ZipFile(dictionary / "ae.pt", "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data/0"))
+        archive.writestr(name, archive.read(name)[::-1])
+    refused(dictionary, "ae.pt: '.*data/0' is there twice, expected once")
