@@ -20,6 +20,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_TOP = 256
 _STATUS = "Exit status: 0, or 1 if the module is refused."
 _MODEL = "A directory, or a name on the Hugging Face Hub, as for `vllm serve`."
+_LABELS = (
+    "Labels of features, as Neuronpedia exports them (default: labels.json beside the "
+    "module, if it is there)."
+)
 _DTYPE = "The dtype of the model, of W_enc and of W_dec (default: %(default)s)."
 
 
@@ -28,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-steering",
         description="Inspect steering modules, convert them, measure how well they fit "
-        "a model, find features, and check an installation.",
+        "a model, find and survey features, and check an installation.",
     )
     parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True)
@@ -66,29 +70,22 @@ def make_parser() -> argparse.ArgumentParser:
         "how well they tell A from B; without B, by their mean on A. A text is a "
         f"paragraph, or a line in a file without empty lines. {_STATUS}",
     )
-    for command in (inspect, convert, probe, features):
-        command.add_argument(
-            "path",
-            metavar="PATH",
-            help="A local path, hf:owner/repo[/sub/path][@revision], or "
-            "saelens:RELEASE/SAE_ID[@revision].",
-        )
-        command.add_argument(
-            "--site",
-            dest="sites",
-            action="append",
-            metavar="HOOK.LAYER",
-            help="Name the site of a module that does not say its own, or select "
-            "one of several; for example post_block.20. "
-            + (
-                "It may be another site than the files name. "
-                if command is probe
-                else ""
-            )
-            + ("At most one." if command is features else "May be repeated."),
-        )
+    survey = commands.add_parser(
+        "survey",
+        help="Measure each feature on a text; write the evidence of the playground.",
+        description="Runs the model on a text. Measures how often and how strongly "
+        "each feature is active, and keeps the tokens on which it is strongest. A text "
+        f"is read in the parts that `features` reads. {_STATUS}",
+    )
+    elsewhere = "It may be another site than the files name. May be repeated."
+    for command in (inspect, convert):
+        _add_module(command, "May be repeated.")
+    _add_module(probe, elsewhere)
+    for command in (features, survey):
+        _add_module(command, "At most one.")
     _add_probe_arguments(probe)
     _add_features_arguments(features)
+    _add_survey_arguments(survey)
     convert.add_argument("out", metavar="OUT", help="The directory to write.")
     convert.add_argument(
         "--dtype",
@@ -99,6 +96,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_doctor(commands)
     return parser
+
+
+def _add_module(command: argparse.ArgumentParser, sites: str) -> None:
+    """The module, and which of its sites; `sites` says how many."""
+    command.add_argument(
+        "path",
+        metavar="PATH",
+        help="A local path, hf:owner/repo[/sub/path][@revision], or "
+        "saelens:RELEASE/SAE_ID[@revision].",
+    )
+    command.add_argument(
+        "--site",
+        dest="sites",
+        action="append",
+        metavar="HOOK.LAYER",
+        help="Name the site of a module that does not say its own, or select one of "
+        f"several; for example post_block.20. {sites}",
+    )
 
 
 def versions() -> str:
@@ -172,15 +187,39 @@ def _add_features_arguments(features: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"How many features to show, at most {MAX_TOP} (default: %(default)s).",
     )
-    add(
-        "--labels",
-        metavar="FILE",
-        help="Labels of features, as Neuronpedia exports them (default: labels.json "
-        "beside the module, if it is there).",
-    )
+    add("--labels", metavar="FILE", help=_LABELS)
     add("--plot", metavar="FILE", help="Write a plot (PNG, SVG …); needs matplotlib.")
     add("--dtype", choices=DTYPES, default="auto", help=_DTYPE)
     add("--json", action="store_true", help="Print JSON.")
+
+
+def _add_survey_arguments(survey: argparse.ArgumentParser) -> None:
+    add = survey.add_argument
+    add("--model", required=True, metavar="M", help=_MODEL)
+    add("--text", required=True, metavar="FILE", help="UTF-8 file of ordinary text.")
+    add(
+        "--feature",
+        dest="shown",
+        type=_index,
+        action="append",
+        default=[],
+        metavar="I",
+        help="Print what this feature does. May be repeated.",
+    )
+    add(
+        "--out",
+        metavar="FILE",
+        help="Write the figures as an evidence.json; a directory of a module gets one.",
+    )
+    add("--labels", metavar="FILE", help=_LABELS)
+    add("--dtype", choices=DTYPES, default="auto", help=_DTYPE)
+    add("--json", action="store_true", help="Print JSON.")
+
+
+def _index(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer >= 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -254,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         _check_cheaply(args)
         _quiet_torch()
-        site = _only(args.sites) if args.command == "features" else None
+        site = _only(args.sites) if args.command in ("features", "survey") else None
         if args.command == "probe":
             from vllm.entrypoints.cli.steering.probe import probe
 
@@ -265,6 +304,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_tokens=args.max_tokens,
                 sites=args.sites,
                 dtype=args.dtype,
+                as_json=args.json,
+            )
+        if args.command == "survey":
+            from vllm.entrypoints.cli.steering.survey import survey
+
+            return survey(
+                args.path,
+                args.model,
+                args.text,
+                shown=args.shown,
+                out=args.out,
+                site=site,
+                dtype=args.dtype,
+                labels_file=args.labels,
                 as_json=args.json,
             )
         from vllm.entrypoints.cli.steering.features import features

@@ -56,8 +56,9 @@ def examples() -> list[tuple[str, str]]:
     return found
 
 
+MODEL_COMMANDS = ("probe", "features", "survey")
 QUICK = [one for one in examples() if shlex.split(one[0])[1] in ("inspect", "convert")]
-LONG = [one for one in examples() if shlex.split(one[0])[1] in ("probe", "features")]
+LONG = [one for one in examples() if shlex.split(one[0])[1] in MODEL_COMMANDS]
 
 
 def run(command: str, folder: Path) -> tuple[str, str]:

@@ -68,22 +68,18 @@ def hugging_face(names: dict[str, Any], text: int, edit: Edit) -> np.ndarray:
 def test_activations_and_statistics_are_those_of_the_sae(names: dict[str, Any]) -> None:
     own, dense = names["own"].numpy(), names["dense"].numpy()
     np.testing.assert_allclose(dense, own, atol=1e-4 * own.max())
-    assert names["cut"] == 0
-    frame, maxima = names["frame"], names["maxima"]
+    maxima = names["maxima"]
     ends = np.cumsum([len(text.site()) for text in names["texts"]])
     by_text = np.split(own, ends[:-1])
     largest = np.stack([rows.max(axis=0) for rows in by_text])
     expected = largest[:, maxima.columns]
     np.testing.assert_allclose(maxima.to_numpy(), expected, atol=1e-4 * own.max())
-    share = (own > 0).mean(axis=0)
-    for feature, density in names["density"].items():
-        assert density == pytest.approx(share[feature])
-    np.testing.assert_array_equal(names["on_tokens"], (own > 0).sum(axis=0))
-    np.testing.assert_allclose(names["at_most"], own.max(axis=0), atol=1e-4 * own.max())
+    found = names["found"]
+    np.testing.assert_allclose(found.frequency, (own > 0).mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.max, own.max(axis=0), atol=1e-4 * own.max())
     assert BRIDGE in names["gain"].nlargest(10).index
-    lines = list(names["dashboard"](BRIDGE))
-    assert len(lines) == 5 and frame.value[frame.feature_idx == BRIDGE].max() > 4
-    values = [float(line.split()[0]) for line in lines]
+    values = [example.value for example in found[BRIDGE].examples]
+    assert len(values) == 5 and values[0] > 4
     assert values == sorted(values, reverse=True)
 
 

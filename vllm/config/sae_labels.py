@@ -20,6 +20,9 @@ from vllm.config.steering_checks import shown
 
 FILE_NAME = "labels.json"
 MAX_BYTES = 256 << 20
+# The other file beside a module: what is known of its features.
+EVIDENCE_NAME = "evidence.json"
+MAX_EVIDENCE = 32 << 20
 MAX_LABEL = 1000
 MAX_DIGITS = 12  # of a feature's index
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -95,7 +95,7 @@ def _sites(
         if name not in HOOK_ALIASES:
             raise refusal(
                 hook_path,
-                f"unknown hook {shown(name)}, expected one of {', '.join(HOOK_NAMES)}",
+                f"unknown hook {shown(name)}, expected one of {HOOK_NAMES}",
             )
         if not layers:
             raise refusal(hook_path, "is empty, expected at least one layer")

@@ -12,6 +12,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 MAX_SHOWN = 60
 # Longest list of names in a message.
 MAX_LISTED = 10
+# Of an engine that can neither steer nor take modules.
+WITHOUT_STEERING = (
+    "this engine was started without steering: configure a module or a spare slot in "
+    "additional_config.steering when it starts"
+)
 
 
 class SteeringConfigError(ValueError):

@@ -78,7 +78,8 @@ def test_encode_gives_every_token_its_features(llm: LLM) -> None:
     dense = exact.site().to_dense()[:, :150]
     listed = first.site().to_dense()[:, :150]
     np.testing.assert_allclose(listed[listed != 0], dense[listed != 0], rtol=1e-4)
-    with pytest.raises(KeyError, match=r"post_block\.1"):
+    assert exact.site("blocks.1.hook_resid_post") is exact.site("resid_post.1")
+    with pytest.raises(KeyError, match=r"site: found 'post_block\.7', expected one of"):
         exact.site("post_block.7")
 
 
@@ -173,6 +174,9 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", "a", {"top_k": 2, "features": [1]}, "top_k: found both"),
     ("encode", "a", {"features": []}, "features: found none"),
     ("encode", "a", {"features": [1 << 30]}, r"features\[0\]: found"),
+    ("encode", "a", {"features": [*range(99), 999]}, r"features\[99\]: found 999"),
+    ("encode", "a", {"sites": "post_block.1"}, "sites: found .post_block.1., expected"),
+    ("encode", "a", {"sites": {"resid": [1]}}, "expected one of pre_attn, post_attn"),
     ("encode", "a", {"sites": {"post_block": 1}}, "sites.post_block: found 1"),
     ("encode", "a", {"sites": {"post_block": [3]}}, "layer 3"),
     ("encode", ["a", 5], {}, r"texts\[1\]: found 5, expected"),
@@ -180,7 +184,12 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", ["a", []], {}, r"texts\[1\]: found 0 tokens, expected 1 to 255"),
     ("encode", ["a", [5] * 256], {}, r"texts\[1\]: found 256 tokens"),
     ("encode", "a", {"module": "none"}, "^module_name: found 'none'.*'golden-gate'"),
-    ("encode", "a", {"top_k": 65}, "^top_k: found 65, expected null or an integer"),
+    (
+        "encode",
+        "a",
+        {"top_k": 65},
+        "^top_k: found 65, expected an integer in 1..64: start",
+    ),
     ("encode", 5, {}, "texts: found 5, expected a text or a list"),
     ("encode", None, {}, "texts: found None"),
     ("encode", "a", {"labels": {"x": "y"}}, "labels: found 'x', expected a feature"),
@@ -188,8 +197,10 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("find", [], {}, "texts: expected at least one text"),
     ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
     ("find", ABOUT, {"top": 257}, "top: found 257"),
+    ("find", ABOUT, {"top": "a"}, "top: found .a., expected an integer in 1..256"),
     ("find", ABOUT, {"site": "post"}, "site: found 'post', expected a site"),
-    ("find", ABOUT, {"site": ("x", 1)}, "hook 'x'"),
+    ("find", ABOUT, {"site": ("x", 1)}, "site: found 'x.1', expected a site"),
+    ("find", ABOUT, {"site": "post_block.3"}, "expected a site of module"),
     ("evaluate", [[5] * 300], {}, r"texts\[0\]: found 300 tokens"),
     ("evaluate", ABOUT, {"module": "none"}, "module: found 'none'.*golden-gate"),
     ("evaluate", [[5]], {}, "texts: expected at least one text of two"),

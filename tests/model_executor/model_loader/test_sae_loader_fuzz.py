@@ -320,10 +320,10 @@ def test_any_evidence_is_an_answer_in_json_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     root = tmp_path_factory.mktemp("fuzz")
-    (root / evidence.FILE).write_bytes(content)
+    (root / evidence.EVIDENCE_NAME).write_bytes(content)
     try:
         found = evidence.of_features(str(root), [0, 1, 7])
     except RequestRefused as refused:
-        assert evidence.FILE in refused.message
+        assert evidence.EVIDENCE_NAME in refused.message
     else:
         json.dumps(found, allow_nan=False)

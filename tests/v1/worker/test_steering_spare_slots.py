@@ -71,7 +71,10 @@ def test_an_engine_can_start_with_spare_slots_only(
 def test_an_engine_without_steering_says_so(model_root: Path) -> None:
     with (
         engine(FAMILY, model_root, None) as llm,
-        pytest.raises(SteeringModuleError, match="started without steering"),
+        pytest.raises(
+            SteeringModuleError,
+            match="configure a module or a spare slot",
+        ),
     ):
         register_module(llm, "hot", "nowhere")
 

@@ -2,8 +2,8 @@
 """Steering for operators and researchers, on an `LLM` in this process.
 
 The functions register, replace, list and unregister modules, read features of texts,
-find the features that tell texts apart, and evaluate a module. `python -m
-vllm.entrypoints.steering` is the command line.
+find the features that tell texts apart, survey what features do on a corpus, and
+evaluate a module. `python -m vllm.entrypoints.steering` is the command line.
 """
 
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
@@ -22,6 +22,8 @@ from vllm.entrypoints.steering.offline import (
     unregister_module,
 )
 from vllm.entrypoints.steering.reading import encode
+from vllm.entrypoints.steering.survey import survey
+from vllm.entrypoints.steering.surveyed import Survey, SurveyedFeature
 
 __all__ = [
     "EncodedText",
@@ -31,6 +33,8 @@ __all__ = [
     "FoundFeatures",
     "SiteEvaluation",
     "SteeringModuleError",
+    "Survey",
+    "SurveyedFeature",
     "delete_preset",
     "encode",
     "evaluate",
@@ -41,5 +45,6 @@ __all__ = [
     "register_vector",
     "replace_module",
     "set_default_preset",
+    "survey",
     "unregister_module",
 ]

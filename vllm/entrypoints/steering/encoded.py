@@ -12,7 +12,9 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
+from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
+from vllm.config.steering_points import parse_site
 from vllm.entrypoints.steering.frames import frame_of_columns
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class EncodedText:
         return f"EncodedText({text!r}, {len(self.tokens)} tokens, {sites})"
 
     def site(self, name: str | None = None) -> SAEFeatures:
-        """The record of a site; the only one, if no name is given.
+        """The record of a site, by any of its names; the only one, if none is given.
 
         Raises:
             KeyError: no such site, or several and no name.
@@ -53,9 +55,14 @@ class EncodedText:
             return next(iter(self.features.values()))
         if not self.features:
             raise KeyError("no token of this text was read: the module skips all")
-        if name not in self.features:
-            raise KeyError(f"site {name!r}: expected one of {list(self.features)}")
-        return self.features[name]
+        parsed = None if name is None else parse_site(name)
+        own = name if parsed is None else f"{parsed[1].value}.{parsed[0]}"
+        if own is None or own not in self.features:
+            found = "none" if name is None else shown(name)
+            raise KeyError(
+                f"site: found {found}, expected one of {listing(list(self.features))}"
+            )
+        return self.features[own]
 
     def activations(self, feature: int, site: str | None = None) -> np.ndarray:
         """float32 `[tokens]`: one feature on each token; 0 where it was not listed."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 MEASURE_METHOD = "measure_steering"
+# Above this share of unexplained variance the features mean little.
+BAD_FVU = 0.6
 
 
 class TooShortError(ValueError):
@@ -61,8 +63,19 @@ class SiteEvaluation:
     @property
     def warnings(self) -> list[str]:
         """What makes the figures doubtful, one line each."""
-        return warnings_of_large_norms(
+        found = warnings_of_large_norms(
             self.site, self.tokens, self.large, self.median_norm
+        )
+        return found if self.fit_warning is None else [self.fit_warning, *found]
+
+    @property
+    def fit_warning(self) -> str | None:
+        """What a high FVU means; None where it is not high."""
+        if self.fvu <= BAD_FVU:
+            return None
+        return (
+            f"FVU {self.fvu:.2f}: the SAE explains little of this site on these texts; "
+            "is it of this model, layer and hook?"
         )
 
     @property

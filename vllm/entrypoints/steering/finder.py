@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
+from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_points import parse_site
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
@@ -74,11 +75,8 @@ def find_features(
     if len(texts) == 0:
         raise ValueError("texts: expected at least one text, found none")
     check_top("top", top)
-    sites = None if site is None else _sites(site)
     config = engine_config(llm)
-    info = None if config is None else config.modules.get(module)
-    if info is not None and sites is None:
-        check_one_site("site", [one.name for one in info.sites])
+    sites = chosen_site(config, module, site)
     labels = labels_for(config, module, labels)
 
     def read(
@@ -97,7 +95,7 @@ def find_features(
 
     first = read(texts)
     other = read(against or [])
-    name = _only_site(first, module)
+    name = only_site({name for text in first for name in text.features}, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
         return FoundFeatures(module, name, [], doubts(first, other, name))
@@ -116,10 +114,12 @@ def find_features(
     return FoundFeatures(module, name, best, warnings)
 
 
-def check_top(path: str, top: int) -> None:
+def check_top(path: str, top: object) -> None:
     """Raise `ValueError` unless so many features can be found."""
-    if not 1 <= top <= CANDIDATES:
-        raise ValueError(f"{path}: found {top}, expected an integer in 1..{CANDIDATES}")
+    if not isinstance(top, int) or not 1 <= top <= CANDIDATES:
+        raise ValueError(
+            f"{path}: found {shown(top)}, expected an integer in 1..{CANDIDATES}"
+        )
 
 
 def check_one_site(path: str, names: Sequence[str]) -> None:
@@ -130,16 +130,32 @@ def check_one_site(path: str, names: Sequence[str]) -> None:
         )
 
 
-def _sites(site: str | tuple[str, int]) -> dict[str, list[int]]:
-    if not isinstance(site, str):
-        hook, layer = site
-        return {hook: [layer]}
+def chosen_site(
+    config: SteeringConfig | None, module: str, site: str | tuple[str, int] | None
+) -> dict[str, list[int]] | None:
+    """The site as `encode` takes it; None for a module's only one.
+
+    Raises:
+        ValueError: no site, or none of the module's; or none is chosen of several.
+    """
+    info = None if config is None else config.modules.get(module)
+    names = [] if info is None else [one.name for one in info.sites]
+    if site is None:
+        check_one_site("site", names)
+        return None
+    site = site if isinstance(site, str) else ".".join(map(str, site))
     parsed = parse_site(site)
     if parsed is None:
         raise ValueError(
             f"site: found {shown(site)}, expected a site such as post_block.20"
         )
-    return {parsed[1].value: [parsed[0]]}
+    layer, hook = parsed
+    if names and f"{hook.value}.{layer}" not in names:
+        raise ValueError(
+            f"site: found {shown(site)}, expected a site of module {shown(module)}: "
+            f"{listing(names)}"
+        )
+    return {hook.value: [layer]}
 
 
 def _order(found: FoundFeature) -> tuple[float, float, int]:
@@ -147,8 +163,12 @@ def _order(found: FoundFeature) -> tuple[float, float, int]:
     return (-round(auroc, 3), -found.mean_difference, found.feature_idx)
 
 
-def _only_site(texts: EncodedTexts, module: str) -> str:
-    names = {name for text in texts for name in text.features}
+def only_site(names: Set[str], module: str) -> str:
+    """The one site that was read.
+
+    Raises:
+        ValueError: several were, or none.
+    """
     if len(names) != 1:
         listed = (
             ", ".join(sorted(names))
@@ -157,7 +177,8 @@ def _only_site(texts: EncodedTexts, module: str) -> str:
         raise ValueError(
             f"site: module {module!r} was read at {listed}; expected one site"
         )
-    return names.pop()
+    (name,) = names
+    return name
 
 
 def _candidates(a: EncodedTexts, b: EncodedTexts, site: str) -> list[int]:

@@ -131,12 +131,13 @@ def _html_row(found: FoundFeature) -> str:
         auroc,
         f"{found.frequency:.1%}",
         f"{found.frequency_against:.1%}",
-        "".join(_html_example(example) for example in found.examples),
+        "".join(html_example(example) for example in found.examples),
     ]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _html_example(example: TokenInContext) -> str:
+def html_example(example: TokenInContext) -> str:
+    """A token in its context, shaded."""
     tokens = [example.before, example.token, example.after]
     strength: np.ndarray = np.array([0.0, example.value, 0.0])
     return shaded(tokens, strength, {1: f"{example.value:.2f}"})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, SupportsIndex, cast
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 Text = str | Sequence[int]
+_PLACE = re.compile(r"^features\[(\d+)\]")
 SPEC = f"{READOUT_KEY}[0]"  # where the engine finds what `encode` asks
 
 
@@ -75,7 +77,7 @@ def encode(
         top_k = DEFAULT_TOP_K
     spec: Json = {
         "module_name": module,
-        "sites": None if sites is None else {h: _layers(ls) for h, ls in sites.items()},
+        "sites": _listed(sites),
         "phase": "prefill",
     }
     tokenizer = tokenizer_of(llm)
@@ -85,7 +87,7 @@ def encode(
     else:
         wanted, most = list(features), read_limit(config)
         parts = [
-            _read(llm, ids, {**spec, "features": wanted[at : at + most]}, steering)
+            _read(llm, ids, {**spec, "features": wanted[at : at + most]}, steering, at)
             for at in range(0, len(wanted), most)
         ]
     found = EncodedTexts()
@@ -102,6 +104,13 @@ def encode(
 def read_limit(config: SteeringConfig | None) -> int:
     """How many values an engine reads of a token at a site, at most."""
     return DEFAULT_MAX_READ_VALUES if config is None else config.max_read_values
+
+
+def _listed(sites: object) -> object:
+    """Sites as JSON has them; the parser refuses what is none."""
+    if not isinstance(sites, Mapping):
+        return sites
+    return {hook: _layers(layers) for hook, layers in sites.items()}
 
 
 def _layers(layers: object) -> object:
@@ -187,8 +196,12 @@ def _read(
     ids: Sequence[list[int]],
     spec: Json,
     steering: JsonView,
+    first: int = 0,
 ) -> list[dict[str, dict[str, SAEFeatures]]]:
-    """What the prompts' tokens read, by module and site."""
+    """What the prompts' tokens read, by module and site.
+
+    `first` is the place of the spec's first feature in what the caller gave.
+    """
     params = SamplingParams(
         max_tokens=1,
         temperature=0,
@@ -202,7 +215,9 @@ def _read(
         if not (error.parameter or "").startswith(SPEC):
             raise
         # The caller gave arguments, not a spec.
-        raise ValueError(error.args[0].replace(f"{SPEC}.", "")) from None
+        text = error.args[0].replace(f"{SPEC}.", "")
+        text = _PLACE.sub(lambda place: f"features[{int(place[1]) + first}]", text)
+        raise ValueError(text) from None
     return [output.prompt_sae_features or {} for output in outputs]
 
 

@@ -25,7 +25,12 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_checks import SteeringConfigError, one_line, shown
+from vllm.config.steering_checks import (
+    WITHOUT_STEERING,
+    SteeringConfigError,
+    one_line,
+    shown,
+)
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
     KNOWN_VERSION,
@@ -112,9 +117,7 @@ class SteeringRegistry:
         }
         try:
             if active_steering_config(self.core.vllm_config) is None:
-                raise RefusedCall(
-                    Outcome.CONFLICT, "this engine was started without steering"
-                )
+                raise RefusedCall(Outcome.CONFLICT, WITHOUT_STEERING)
             if action == "inspect":
                 return self.inspector.submit(self._inspect, payload)
             if action in CHANGES:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from vllm.config.steering import Tier
-from vllm.config.steering_checks import one_line
+from vllm.config.steering_checks import WITHOUT_STEERING, one_line
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import HookPoint
 from vllm.logger import init_logger
@@ -133,7 +133,7 @@ class SteeringMeasureMixin:
     def _start_measuring(self, module: str, key: SiteKey) -> None:
         runtime = self.model_runner.steering
         if runtime is None:
-            raise ValueError("this engine was started without steering")
+            raise ValueError(WITHOUT_STEERING)
         self._stop_measuring()
         self.model_runner.use_steering_graphs(False)
         slot = runtime.modules.sae_slot(module, key)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig, Tier
-from vllm.config.steering_checks import one_line
+from vllm.config.steering_checks import WITHOUT_STEERING, one_line
 from vllm.config.steering_json import Json
 from vllm.config.steering_slots import skip_set, slots_of
 from vllm.logger import init_logger
@@ -325,7 +325,7 @@ class SteeringWorkerMixin:
     def _changes(self) -> ModuleChanges:
         runtime = self.model_runner.steering
         if runtime is None:
-            raise ValueError("this engine was started without steering")
+            raise ValueError(WITHOUT_STEERING)
         if self.steering_module_changes is None:
             context = self.vllm_config.compilation_config.static_forward_context
             self.steering_module_changes = ModuleChanges(runtime, context)

@@ -146,8 +146,9 @@ def test_a_bad_argument_is_one_line_before_the_model_is_loaded(
     assert shown.err.startswith("error: ") and message.format(tmp_path) in shown.err
 
 
+@pytest.mark.parametrize("command", ["features", "survey"])
 def test_modules_that_are_not_one_sae_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     sae = random_sae(8, 16, "relu", seed=1)
     several = save_sae(
@@ -156,11 +157,11 @@ def test_modules_that_are_not_one_sae_are_refused(
     np.save(tmp_path / "vector.npy", np.ones(16, dtype=np.float32))
     (tmp_path / "a").write_text(ABOUT)
     options = ["--model", str(EXAMPLE / "model"), "--text", str(tmp_path / "a")]
-    assert main(["features", several, *options]) == 1
+    assert main([command, several, *options]) == 1
     assert "--site: the module has several sites" in capsys.readouterr().err
     vector = [str(tmp_path / "vector.npy"), "--site", "post_block.1"]
-    assert main(["features", *vector, *options]) == 1
-    assert "expected an SAE, found steering vectors" in capsys.readouterr().err
+    assert main([command, *vector, *options]) == 1
+    assert "found steering vectors, expected an SAE" in capsys.readouterr().err
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(

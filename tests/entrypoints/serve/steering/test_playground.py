@@ -13,9 +13,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from vllm.config.sae_labels import EVIDENCE_NAME
 from vllm.entrypoints.serve.steering import SteeringEndpoints
 from vllm.entrypoints.serve.steering.access import RequestRefused
-from vllm.entrypoints.serve.steering.evidence import FILE, of_features, parse_indices
+from vllm.entrypoints.serve.steering.evidence import of_features, parse_indices
 from vllm.entrypoints.serve.steering.playground import FOLDER
 
 MODULES = "/v1/steering/modules"
@@ -108,7 +109,7 @@ def test_nothing_outside_the_folder_is_served(page: TestClient, path: str) -> No
 
 
 def test_evidence_of_features(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(json.dumps(CONTENT))
+    (tmp_path / EVIDENCE_NAME).write_text(json.dumps(CONTENT))
     found = of_features(str(tmp_path), [1, 7])
     assert found == {
         "card": {"fvu": 0.25},
@@ -151,7 +152,7 @@ def test_other_broken_files_say_nothing(tmp_path: Path) -> None:
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    file = tmp_path / FILE
+    file = tmp_path / EVIDENCE_NAME
     file.write_text(json.dumps(CONTENT))
     of_features(str(tmp_path), [1])
     file.write_text(json.dumps({**CONTENT, "max": [1.5, 30.0]}))
@@ -167,8 +168,8 @@ def test_no_file_is_no_evidence(path: str) -> None:
     "text", ["[]", "{", '{"max": [NaN]}', '{"card": {"a": "\\ud800"}}', "[" * 100_000]
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(RequestRefused, match=FILE) as caught:
+    (tmp_path / EVIDENCE_NAME).write_text(text)
+    with pytest.raises(RequestRefused, match=EVIDENCE_NAME) as caught:
         of_features(str(tmp_path), [0])
     assert caught.value.status == 409
 
@@ -185,7 +186,7 @@ def test_the_route_answers_for_modules_of_the_engine(
     client: TestClient, root: Path
 ) -> None:
     try:
-        (root / "other" / FILE).write_text(json.dumps(CONTENT))
+        (root / "other" / EVIDENCE_NAME).write_text(json.dumps(CONTENT))
         answer = client.get(f"{MODULES}/first/evidence?index=0")
         assert answer.json()["features"]["0"]["max"] == 1.5
         for path in ("evidence?index=0,63,64", "features?index=64"):
@@ -198,7 +199,7 @@ def test_the_route_answers_for_modules_of_the_engine(
         assert missing.status_code == 404
         assert missing.json()["error"]["param"] == "name"
     finally:
-        (root / "other" / FILE).unlink()
+        (root / "other" / EVIDENCE_NAME).unlink()
 
 
 def test_the_route_only_reads_and_needs_no_steering_key(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config.sae_labels import Labels, labels_of, load_labels
+from vllm.config.steering import ModuleInfo
 from vllm.config.steering_points import parse_site
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
@@ -32,9 +33,6 @@ from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-# Above this share of unexplained variance the features mean little.
-BAD_FVU = 0.6
 
 
 def features(
@@ -61,28 +59,18 @@ def features(
     check_top("--top", top)
     texts = texts_of("--text", text_file)
     against = None if against_file is None else texts_of("--against", against_file)
-    labels = _labels(path, labels_file)
+    labels = labels_at(path, labels_file)
     if plot is not None:
         _check_plot(plot)
     check_model_path(model)
-    if site is not None and parse_site(site) is None:
-        raise ValueError(
-            f"--site: found {site!r}, expected HOOK.LAYER such as post_block.20"
-        )
+    sae_of(path, site)
     sites = None if site is None else [site]
-    info = inspect_module(MODULE, path, sites=sites)
-    if info.kind != "sae":
-        raise ValueError(f"{path}: expected an SAE, found steering vectors")
-    check_one_site("--site", [one.name for one in info.sites])
     with probing_engine(path, model, {"dtype": dtype, "sites": sites}) as llm:
-        own, other = _windows(llm, texts), _windows(llm, against or [])
+        own, other = windows_of(llm, texts), windows_of(llm, against or [])
         found = find_features(llm, MODULE, own, other, top=top, labels=labels)
         fit = _fit(llm, own)
-    if fit is not None and fit.fvu > BAD_FVU:
-        found.warnings.append(
-            f"FVU {fit.fvu:.2f}: the SAE explains little of this site on these texts; "
-            "is it of this model, layer and hook?"
-        )
+    if fit is not None and fit.fit_warning is not None:
+        found.warnings.append(fit.fit_warning)
     if as_json:
         fitted = None if fit is None else {"fvu": fit.fvu, "l0": fit.l0}
         shown = {**found.to_json(), "module": path, "model": model, "fit": fitted}
@@ -96,7 +84,24 @@ def features(
     return 0
 
 
-def _windows(llm: LLM, texts: list[str]) -> list[list[int]]:
+def sae_of(path: str, site: str | None) -> ModuleInfo:
+    """An SAE of one site, or at one of its sites.
+
+    Raises:
+        ValueError: bad site, vectors, or several sites and none chosen.
+    """
+    if site is not None and parse_site(site) is None:
+        raise ValueError(
+            f"--site: found {site!r}, expected HOOK.LAYER such as post_block.20"
+        )
+    info = inspect_module(MODULE, path, sites=None if site is None else [site])
+    if info.kind != "sae":
+        raise ValueError(f"{path}: found steering vectors, expected an SAE")
+    check_one_site("--site", [one.name for one in info.sites])
+    return info
+
+
+def windows_of(llm: LLM, texts: list[str]) -> list[list[int]]:
     """Token ids of the texts, long ones in several parts."""
     tokenizer = llm.get_tokenizer()
     found = []
@@ -114,7 +119,7 @@ def _fit(llm: LLM, texts: list[list[int]]) -> SiteEvaluation | None:
         return None
 
 
-def _labels(path: str, file: str | None) -> Labels:
+def labels_at(path: str, file: str | None) -> Labels:
     """The labels of a file, or those beside the module."""
     if file is None:
         return labels_of(path)

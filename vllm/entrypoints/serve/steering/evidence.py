@@ -19,13 +19,12 @@ import math
 import re
 from pathlib import Path
 
+from vllm.config.sae_labels import EVIDENCE_NAME, MAX_EVIDENCE
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.file_cache import FileCache
 
-FILE = "evidence.json"
-MAX_BYTES = 32 << 20
 MAX_INDICES = 256
 # An escaped surrogate; most are halves of pairs.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -43,7 +42,7 @@ def of_features(module_path: str, indices: list[int]) -> Json:
         RequestRefused: 409, the file is no JSON object, or contains NaN.
     """
     folder = Path(module_path)
-    content = _content(folder / FILE) or {}
+    content = _content(folder / EVIDENCE_NAME) or {}
     card, sites = content.get("card"), content.get("sites")
     id_ = content.get("neuronpedia")
     if not isinstance(id_, str):
@@ -67,8 +66,8 @@ def _content(path: Path) -> Json | None:
     except (OSError, ValueError):
         raise RequestRefused(
             409,
-            f"{path.name}: found no JSON object of at most {MAX_BYTES} bytes, or one "
-            "with NaN, infinity or broken characters",
+            f"{path.name}: found no JSON object of at most {MAX_EVIDENCE} bytes, or "
+            "one with NaN, infinity or broken characters",
         ) from None
 
 
@@ -127,7 +126,7 @@ def _read(path: Path) -> Json:
     Raises:
         ValueError: it cannot, or there is no such object.
     """
-    if path.stat().st_size > MAX_BYTES:
+    if path.stat().st_size > MAX_EVIDENCE:
         raise ValueError("too large")
     data = path.read_bytes()
     try:

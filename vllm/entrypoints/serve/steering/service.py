@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from vllm.config.sae_labels import FILE_NAME, LabelIndex, load_labels
 from vllm.config.sae_steering_parser import why_broken
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_checks import listing, shown
+from vllm.config.steering_checks import WITHOUT_STEERING, listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
     KNOWN_VERSION,
@@ -98,7 +98,7 @@ class SteeringModulesService:
             RequestRefused: the registry refuses; its message, and the status for it.
         """
         if self.steering is None:
-            raise RequestRefused(409, "this server was started without steering")
+            raise RequestRefused(409, WITHOUT_STEERING)
         asked = {**payload, KNOWN_VERSION: self._resolved.get("version")}
         (answer,) = await self.engine.collective_rpc(METHOD, args=(action, asked))
         reply = as_reply(answer)
