@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from steering_testing import models, oracle
 from steering_testing.engine import (
@@ -252,9 +253,11 @@ def test_files_of_a_notebooks_vector_go_with_its_module(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:
+@pytest.mark.parametrize("array", [False, True])
+def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM, array: bool) -> None:
     direction = vector(7).requires_grad_()
-    register_vector(llm, "notebook", {"post_block.1": direction})
+    given = direction.detach().numpy() if array else direction
+    register_vector(llm, "notebook", {"post_block.1": given})
     try:
         ablate = {"module_name": "notebook", "kind": "scale", "scale": 0}
         [found] = ask(llm, {VECTORS: [ablate]})
@@ -267,6 +270,7 @@ def test_a_tensor_of_a_notebook_is_a_vector_module(llm: LLM) -> None:
     for vectors, message in (
         ({"nowhere": direction}, "vectors: found the site 'nowhere', expected HOOK"),
         ({"post_block.1": [1.0, 2.0]}, "vectors.post_block.1: found a list, expected"),
+        ({"post_block.1": np.array(["a"])}, "vectors.post_block.1: found a value of"),
         (direction, "vectors: found a value of type Tensor, expected sites"),
     ):
         with pytest.raises(ValueError, match=message):

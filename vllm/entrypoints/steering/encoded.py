@@ -65,11 +65,22 @@ class EncodedText:
         return self.features[own]
 
     def activations(self, feature: int, site: str | None = None) -> np.ndarray:
-        """float32 `[tokens]`: one feature on each token; 0 where it was not listed."""
+        """float32 `[tokens]`: one feature on each token; 0 where it was not listed.
+
+        Raises:
+            KeyError: as `site`.
+            ValueError: no feature of the SAE.
+        """
         found: np.ndarray = np.zeros(len(self.tokens), dtype=np.float32)
         if not self.features:
             return found
         record = self.site(site)
+        whole = isinstance(feature, (int, np.integer))
+        if not whole or not 0 <= feature < record.d_sae:
+            raise ValueError(
+                f"feature: found {shown(feature)}, expected an integer in "
+                f"0..{record.d_sae - 1}"
+            )
         rows, places = np.nonzero(record.features == feature)
         found[record.positions[rows]] = record.values[rows, places]
         return found

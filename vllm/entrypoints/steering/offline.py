@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -83,7 +84,7 @@ def register_module(
 def register_vector(
     llm: LLM,
     name: str,
-    vectors: Mapping[str, torch.Tensor],
+    vectors: Mapping[str, torch.Tensor | np.ndarray],
     *,
     replace: bool = False,
 ) -> ModuleInfo:
@@ -93,7 +94,7 @@ def register_vector(
         llm: an engine that was started with steering, on this machine.
         name: what requests call it.
         vectors: `{"post_block.20": tensor [D]}`, one vector for each site, in the units
-            of the stream.
+            of the stream; a tensor of PyTorch or an array of NumPy.
         replace: take the place of a module of that name.
 
     Raises:
@@ -137,6 +138,8 @@ def _by_site(vectors: object) -> dict[str, torch.Tensor]:
                 f"vectors: found the site {shown(site)}, expected HOOK.LAYER such as "
                 f"post_block.20, with one of {HOOK_NAMES}"
             )
+        if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "fiu":
+            tensor = torch.from_numpy(tensor.astype(np.float32))
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(
                 f"vectors.{site}: found {shown(tensor)}, expected a tensor [D]"
