@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
@@ -63,6 +64,17 @@ def of(values: dict[int, float], num_active: int, ids: list[int]) -> EncodedText
         100,
     )
     return EncodedText(ids, [f" {token}" for token in ids], {SITE: record})
+
+
+@pytest.mark.parametrize("wrong", [-1, 1000, 2.5, "2", None])
+def test_activations_of_no_feature_are_refused(wrong: object) -> None:
+    text = of({3: 2.0}, 1, [5, 5])
+    d_sae = text.site().d_sae
+    assert text.activations(3).tolist() == [2.0, 2.0]
+    assert text.activations(d_sae - 1).tolist() == [0.0, 0.0]
+    expected = f"^feature: found .*, expected an integer in 0..{d_sae - 1}$"
+    with pytest.raises(ValueError, match=expected):
+        text.activations(d_sae if wrong == 1000 else wrong)  # type: ignore[arg-type]
 
 
 def test_only_texts_of_which_a_feature_was_left_out_are_read_again() -> None:
