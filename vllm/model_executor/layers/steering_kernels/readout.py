@@ -182,6 +182,21 @@ def block_of_encoder(
 
 
 @triton.jit
+def through_memory(act, place, N: tl.constexpr):
+    """`act`, by way of N free places of a list.
+
+    For sm_100, Triton cannot compile the sum of a vector that a product leads to.
+    """
+    at = place + tl.arange(0, N)
+    tl.debug_barrier()  # what was there has been read
+    tl.store(at, act.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.debug_barrier()
+    act = tl.load(at).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.debug_barrier()  # keys may be written there
+    return act
+
+
+@triton.jit
 def keys_from_all(
     own,
     room,
@@ -223,6 +238,7 @@ def keys_from_all(
                 x=x, i=i, w_enc=w_enc, b_enc=b_enc, threshold=threshold, f0=f0,
                 inside=inside, F=F, D=D, BF=BF, BK=BK,
             )  # fmt: skip
+            act = through_memory(act, own + n, BF)
         put_given(f, act, act != 0.0, features, count, first_feature, scale, out)
         key = scaled_keys(f, act, scale, inside)
         keep = key >= 0
