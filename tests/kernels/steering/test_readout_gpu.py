@@ -206,7 +206,7 @@ def test_more_non_zeros_than_a_list_holds(
 
 
 @pytest.mark.parametrize("activation", KINDS)
-@pytest.mark.parametrize("d_in", [136, 200])
+@pytest.mark.parametrize("d_in", [pytest.param(136, marks=pytest.mark.slow), 200])
 def test_what_is_read_does_not_depend_on_the_length_of_lists(
     activation: Activation, d_in: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
