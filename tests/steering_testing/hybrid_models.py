@@ -32,6 +32,14 @@ GRANITE_HYBRID: dict[str, Any] = {
     "shared_intermediate_size": 48,
     "layer_types": ["mamba", "attention", "mamba"],
 }
+NEMOTRON_H: dict[str, Any] = {
+    **COMMON,
+    **HEAD,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 64,
+    "n_groups": 1,
+}
 # Each token goes to every expert, so rounding cannot choose another one.
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 4}
 MAMBA_1: dict[str, Any] = {
@@ -69,13 +77,8 @@ GPU_HYBRID_MODELS: dict[str, Callable[[], Any]] = {
     ),
     "nemotron3": config(
         "NemotronHConfig",
-        **COMMON,
-        **HEAD,
+        **NEMOTRON_H,
         layers_block_type=["mamba", "moe", "attention"],
-        mamba_num_heads=4,
-        mamba_head_dim=32,
-        ssm_state_size=64,
-        n_groups=1,
         n_routed_experts=4,
         num_experts_per_tok=4,
         moe_intermediate_size=48,
@@ -102,13 +105,8 @@ HYBRID_MODELS: dict[str, Callable[[], Any]] = {
     ),
     "nemotron_h": config(
         "NemotronHConfig",
-        **COMMON,
-        **HEAD,
+        **NEMOTRON_H,
         layers_block_type=["mamba", "attention", "mlp"],
-        mamba_num_heads=4,
-        mamba_head_dim=32,
-        ssm_state_size=64,
-        n_groups=1,
     ),
     "mamba2": config(
         "Mamba2Config",
