@@ -73,18 +73,40 @@ class SAEClampEntry(
 
 
 Entries = Annotated[list[SAEClampEntry], expects("a list of clamp entries")]
-Layers = Annotated[
-    dict[Annotated[int | str, expects('a layer index such as 20 or "20"')], Entries],
-    expects("{layer: [entry, ...]}"),
+Layers = dict[
+    Annotated[int | str, expects('a layer index such as 20 or "20"')], Entries
 ]
 Hook = Annotated[str, Meta(extra_json_schema={"enum": list(HOOK_ALIASES)})]
-SiteClamps = Annotated[
-    dict[Hook, Layers] | Entries,
+HookOrSite = Annotated[
+    str,
     expects(
-        "{hook: {layer: [entry, ...]}}, or a list of entries for a module with one "
-        "site",
-        description="{hook: {layer: [entry, ...]}}; a list of entries for a module "
-        "that has one site.",
+        'a site such as "post_block.20", or a hook such as "post_block"',
+        extra_json_schema={
+            "anyOf": [
+                {"pattern": r"^[A-Za-z0-9_.]+\.[0-9]{1,9}$"},
+                {"pattern": r"^(layers\.|blocks\.)?[0-9]{1,9}\.[A-Za-z0-9_.]+$"},
+                {"enum": list(HOOK_ALIASES)},
+            ]
+        },
+    ),
+]
+SiteClamps = Annotated[
+    dict[
+        HookOrSite,
+        Annotated[
+            Layers | Entries,
+            expects(
+                "a list of entries for a site, or {layer: [entry, ...]} for a hook"
+            ),
+        ],
+    ]
+    | Entries,
+    expects(
+        "{site: [entry, ...]}, {hook: {layer: [entry, ...]}}, or a list of entries for "
+        "a module with one site",
+        description="{site: [entry, ...]}, with sites such as post_block.20, or "
+        "{hook: {layer: [entry, ...]}}; a list of entries for a module that has one "
+        "site.",
     ),
 ]
 

@@ -170,12 +170,26 @@ def test_results_are_short_in_a_console(llm: LLM) -> None:
     assert line.endswith("  bridge")
 
 
+@pytest.mark.parametrize(
+    "sites",
+    [SITE, ("post_block", 1), [SITE], [("resid_post", 1)], {"post_block": (1,)}],
+)
+def test_a_site_may_be_named_in_every_form(llm: LLM, sites: Any) -> None:
+    (text,) = encode(llm, MODULE, ABOUT[0], sites=sites, features=[FEATURE])
+    (every,) = encode(llm, MODULE, ABOUT[0], features=[FEATURE])
+    assert list(text.features) == [SITE]
+    np.testing.assert_array_equal(text.site().values, every.site().values)
+
+
 REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", "a", {"top_k": 2, "features": [1]}, "top_k: found both"),
     ("encode", "a", {"features": []}, "features: found none"),
     ("encode", "a", {"features": [1 << 30]}, r"features\[0\]: found"),
     ("encode", "a", {"features": [*range(99), 999]}, r"features\[99\]: found 999"),
-    ("encode", "a", {"sites": "post_block.1"}, "sites: found .post_block.1., expected"),
+    ("encode", "a", {"sites": "post_blok.1"}, r"^sites\[0\]: found 'post_blok.1', exp"),
+    ("encode", "a", {"sites": 1}, "^sites: found 1, expected null, a list of sites"),
+    ("encode", "a", {"sites": [1]}, r"^sites\[0\]: found 1, expected a site"),
+    ("encode", "a", {"sites": ["post_block.9"]}, "layer 9 at post_block, expected one"),
     ("encode", "a", {"sites": {"resid": [1]}}, "expected one of pre_attn, post_attn"),
     ("encode", "a", {"sites": {"post_block": 1}}, "sites.post_block: found 1"),
     ("encode", "a", {"sites": {"post_block": [3]}}, "layer 3"),
