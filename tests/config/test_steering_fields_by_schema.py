@@ -64,6 +64,7 @@ GOOD: dict[str, list[dict[str, Any]]] = {
         {"module_name": "v", "kind": "set", "value": 1.0, "relative": True},
         {"module_name": "v", "kind": "bound", "bounds": [-1.0, 1.0], "spans": SPANS},
         {"vector": VECTOR, "layer": 1, "hook": "post_block", "scale": 2.0},
+        {"vector": VECTOR, "site": "post_block.1", "scale": 2.0},
     ],
     READOUT: [
         {**SAE, "sites": {"post_block": [1]}, "top_k": 4, "phase": "both",

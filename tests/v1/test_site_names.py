@@ -70,16 +70,16 @@ def test_reads_go_by_the_same_names() -> None:
 
 SITES = "'post_block.1', 'post_block.2', 'pre_attn.1', 'pre_attn.2'"
 BAD_CLAMPS: list[tuple[Any, str, str]] = [
-    ({"post_blok.1": [entry()]}, "['post_blok.1']", f"unknown .*'post_blok.1'.*{SITES}"),
-    ({"layer1": [entry()]}, ".layer1", f"unknown hook or site 'layer1'.*{SITES}.*pre_attn,"),
+    ({"post_blok.1": [entry()]}, "['post_blok.1']", f"'post_blok.1'.*{SITES}"),
+    ({"layer1": [entry()]}, ".layer1", f"site 'layer1'.*{SITES}.*pre_"),
     ({"": [entry()]}, "['']", SITES),
-    ({"post_block.7": [entry()]}, "['post_block.7']", f"layer 7 at post_block.*{SITES}"),
+    ({"post_block.7": [entry()]}, "['post_block.7']", f"layer 7 at .*{SITES}"),
     ({"mlp_out.1": [entry()]}, "['mlp_out.1']", f"layer 1 at mlp_out.*{SITES}"),
     ({"post_block": [entry()]}, ".post_block", f"found a list.*{SITES}"),
-    ({"post_block.1": {1: [entry()]}}, "['post_block.1']", "found an object, expected a list"),
-    ({"post_block.1": {}}, "['post_block.1']", "found an object, expected a list"),
+    ({"post_block.1": {1: [entry()]}}, "['post_block.1']", "found an object"),
+    ({"post_block.1": {}}, "['post_block.1']", "found an object"),
     ({"post_block.1": entry()}, "['post_block.1']", "a single object.*enclose it in"),
-    ({"post_block.1": 5}, "['post_block.1']", "found 5, expected a list of entries for a site"),
+    ({"post_block.1": 5}, "['post_block.1']", "found 5, expected a list of"),
     ({"post_block.1": []}, "['post_block.1']", "found an empty list"),
     ({1: [entry()]}, ".1", 'found 1, expected a site such as "post_block.20"'),
     ({"post_block.1": [entry(99)]}, "['post_block.1'][0].feature_idx", "found 99"),
@@ -108,14 +108,14 @@ def test_a_bad_name_is_refused_with_the_names_of_the_module(
 
 
 BAD_READS: list[tuple[Any, str, str]] = [
-    (["post_blok.1"], "[0]", f"found 'post_blok.1', expected a site of module 'wide': {SITES}"),
-    (["post_block"], "[0]", f"found 'post_block', expected a site of module 'wide': {SITES}"),
+    (["post_blok.1"], "[0]", f"found 'post_blok.1'.*{SITES}"),
+    (["post_block"], "[0]", f"found 'post_block'.*{SITES}"),
     (["post_block.1", "post_block.9"], "[1]", f"layer 9 at post_block.*{SITES}"),
     (["post_block.1", "resid_post.1"], "[1]", "read at post_block.1 twice"),
     ([], "", "is empty"),
     ([1], "[0]", 'found 1, expected a site such as "post_block.20"'),
     ("post_block.1", "", "found 'post_block.1', expected null, a list of sites"),
-    ({"post_block.1": [1]}, "['post_block.1']", r"the site .*such as \['post_block.1'\]"),
+    ({"post_block.1": [1]}, "['post_block.1']", r"such as \['post_block.1'\]"),
     ({"post_block": 1}, ".post_block", "found 1, expected a list of layer indices"),
 ]  # fmt: skip
 

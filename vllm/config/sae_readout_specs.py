@@ -88,7 +88,8 @@ class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Exactly one of `top_k` (the largest activations) and `features` (the given ones) is
     set, to at most `SteeringConfig.max_read_values` of them. Values are in the module's
     `feature_units`. `sites` is a list of names such as `post_block.20`, or
-    `{hook: [layer, ...]}`; None reads every site of the module. `stop_if` ends the request.
+    `{hook: [layer, ...]}`; None reads every site of the module. `stop_if` ends the
+    request.
     """
 
     module_name: _Name
