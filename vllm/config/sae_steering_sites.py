@@ -76,9 +76,16 @@ def named_hook(path: str, key: str) -> HookPoint:
     raise refusal(path, f"unknown hook {shown(key)}, expected one of {HOOK_NAMES}")
 
 
-def _covered_site(
+def check_feature(path: str, feature: int, site: SiteInfo) -> None:
+    """Raise unless the SAE at a site has such a feature; a spec's is 0 or more."""
+    if feature >= site.d_sae:
+        raise bad(path, feature, f"an integer in 0..{site.d_sae - 1}")
+
+
+def covered_site(
     path: str, module: ModuleInfo, hook: HookPoint, layer: int
 ) -> SiteInfo:
+    """The module's site at a point, which it must have."""
     site = module.site(hook, layer)
     if site is None:
         covered = [site.name for site in module.sites]
@@ -127,6 +134,6 @@ def listed_sites(path: str, clamps: SiteClamps, module: ModuleInfo) -> list[List
                 raise refusal(
                     layer_path, f"layer {layer} is given twice, expected once"
                 )
-            site = _covered_site(layer_path, module, hook, layer)
+            site = covered_site(layer_path, module, hook, layer)
             found[hook, layer] = ListedSite(layer_path, site, entries)
     return list(found.values())

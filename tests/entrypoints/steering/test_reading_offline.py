@@ -198,6 +198,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
     ("find", ABOUT, {"top": 257}, "top: found 257"),
     ("find", ABOUT, {"top": "a"}, "top: found .a., expected an integer in 1..256"),
+    ("find", ABOUT, {"top": True}, "top: found True"),
     ("find", ABOUT, {"site": "post"}, "site: found 'post', expected a site"),
     ("find", ABOUT, {"site": ("x", 1)}, "site: found 'x.1', expected a site"),
     ("find", ABOUT, {"site": "post_block.3"}, "expected a site of module"),
