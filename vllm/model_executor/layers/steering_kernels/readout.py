@@ -302,8 +302,7 @@ def readout_kernel(
 
     It reads F features, of which `first_feature` is the first, and writes their
     indices among these F; given features that are not among them are 0.
-    OVERFLOW: after the extension's stages, and only of those with more non-zeros than
-    their list holds.
+    OVERFLOW: after the extension's stages, only those whose list is too short.
     """
     pdl_wait(PDL)
     n_tokens = tl.minimum(tl.load(count) - base, rows)
@@ -333,11 +332,10 @@ def readout_kernel(
             else:
                 n, active = keys_from_all(
                     own=own, room=capacity, x=x, i=i, scores_row=scores_of + i64 * F,
-                    kth=tl.load(kth + i), top_k=top_k, features=features,
-                    count=given_count, first_feature=first_feature, out=to + 2,
-                    scale=scale, meta=meta, w_enc=w_enc, b_enc=b_enc,
-                    threshold=threshold, F=F, D=D, TOPK=TOPK, BF=BF, BK=BK,
-                    AFTER_CUDA=OVERFLOW,
+                    kth=tl.load(kth + i), top_k=top_k, features=features, meta=meta,
+                    count=given_count, first_feature=first_feature, out=to + 2, F=F,
+                    scale=scale, w_enc=w_enc, b_enc=b_enc, threshold=threshold,
+                    D=D, TOPK=TOPK, BF=BF, BK=BK, AFTER_CUDA=OVERFLOW,
                 )  # fmt: skip
             if n > 1024:
                 n = keep_best(own, n, top_k)
