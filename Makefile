@@ -9,8 +9,8 @@ OVERLAY := $(shell find vllm vllm_steering_cli -type f -not -name '*.pyc' 2>/dev
 export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2>/dev/null)
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
-# Processes that share the files of tests, each a core and some GB; 0: this one runs all.
-WORKERS ?= 0
+# Processes that share the files of tests, each a core and some GB; 0: one runs all.
+WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv triton demo demo-tiny playground test test-browser test-all test-matrix test-sae-lens soak lint mypy format golden-gate-train bench wheel csrc clean

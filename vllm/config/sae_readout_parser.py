@@ -13,6 +13,7 @@ from vllm.config.sae_readout_specs import (
     SiteRead,
 )
 from vllm.config.sae_steering_sites import (
+    check_feature,
     covered_site,
     named_hook,
     named_module,
@@ -106,7 +107,7 @@ def _site_read(
         raise refusal(path, f"found {has} of top_k and features, expected exactly one")
     features = tuple(sorted(spec.features or ()))
     for at, feature in enumerate(spec.features or ()):
-        _check_feature(f"{path}.features[{at}]", feature, site)
+        check_feature(f"{path}.features[{at}]", feature, site)
         if features.count(feature) > 1:
             raise refusal(
                 f"{path}.features", f"feature {feature} is given twice, expected once"
@@ -172,7 +173,7 @@ def _stops(
     found: dict[int, float] = {}
     for at, entry in enumerate(entries):
         where = f"{path}[{at}]"
-        _check_feature(f"{where}.feature_idx", entry.feature_idx, site)
+        check_feature(f"{where}.feature_idx", entry.feature_idx, site)
         if entry.feature_idx in found:
             raise refusal(
                 f"{where}.feature_idx",
@@ -187,11 +188,6 @@ def _bound(path: str, value: float) -> float:
         return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
     except OverflowError:
         raise bad(path, value, "a number within the range of float32") from None
-
-
-def _check_feature(path: str, feature: int, site: SiteInfo) -> None:
-    if feature >= site.d_sae:
-        raise bad(path, feature, f"an integer in 0..{site.d_sae - 1}")
 
 
 def _check_stage(

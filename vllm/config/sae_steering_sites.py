@@ -81,10 +81,16 @@ def named_hook(path: str, key: str) -> HookPoint:
     raise refusal(path, f"unknown hook {shown(key)}, expected one of {HOOK_NAMES}")
 
 
+def check_feature(path: str, feature: int, site: SiteInfo) -> None:
+    """Raise unless the SAE at a site has such a feature; a spec's is 0 or more."""
+    if feature >= site.d_sae:
+        raise bad(path, feature, f"an integer in 0..{site.d_sae - 1}")
+
+
 def covered_site(
     path: str, module: ModuleInfo, hook: HookPoint, layer: int
 ) -> SiteInfo:
-    """The site of a module at a point of a layer."""
+    """The site of a module at a point, which it must have."""
     site = module.site(hook, layer)
     if site is None:
         raise refusal(

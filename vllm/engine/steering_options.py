@@ -42,7 +42,11 @@ from vllm.config.steering import (
     DecoderLayers,
     FeatureUnits,
 )
-from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_checks import (
+    SteeringConfigError,
+    integer_in_range,
+    shown,
+)
 from vllm.config.steering_json import Json
 from vllm.config.steering_reader import MAX_FLOAT32
 from vllm.config.steering_screening import Screening
@@ -134,11 +138,7 @@ def check_module_roots(value: object) -> None:
 
 
 def integer(path: str, value: object, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise SteeringConfigError(
-            f"{path}: found {shown(value)}, expected an integer in {low}..{high}"
-        )
-    return value
+    return integer_in_range(path, value, low, high, SteeringConfigError)
 
 
 def module_form(name: object, given: object) -> tuple[str, Json]:

@@ -64,7 +64,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("encode", "a", {"labels": {"x": "y"}}, "labels: found 'x', expected a feature"),
     ("encode", "a", {"steering": {"sae_clamp_specs": 3}}, "sae_clamp_specs: found 3"),
     ("find", [], {}, "texts: expected at least one text"),
-    ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
+    ("find", ABOUT, {"top": True}, "top: found True, expected an integer in 1..256"),
     ("find", ABOUT, {"top": 257}, "top: found 257"),
     ("find", ABOUT, {"top": "a"}, "top: found .a., expected an integer in 1..256"),
     ("find", ABOUT, {"site": "post"}, "site: found 'post', expected a site"),

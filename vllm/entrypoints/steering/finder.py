@@ -12,7 +12,7 @@ import numpy as np
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_checks import listing, shown
+from vllm.config.steering_checks import integer_in_range, listing, shown
 from vllm.config.steering_points import parse_site, site_name
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
 from vllm.entrypoints.steering.found import (
@@ -118,10 +118,7 @@ def find_features(
 
 def check_top(path: str, top: object) -> None:
     """Raise `ValueError` unless so many features can be found."""
-    if not isinstance(top, int) or not 1 <= top <= CANDIDATES:
-        raise ValueError(
-            f"{path}: found {shown(top)}, expected an integer in 1..{CANDIDATES}"
-        )
+    integer_in_range(path, top, 1, CANDIDATES)
 
 
 def check_one_site(path: str, names: Sequence[str]) -> None:
