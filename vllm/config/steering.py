@@ -149,11 +149,6 @@ class InlineSite:
         return 4 * self.width * self.directions
 
 
-# What a user may say of a module, at start-up and when it is loaded later.
-MODULE_OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
 # In multiples of the median norm, what only attention sinks exceed.
 LARGE_NORM = 10
 
