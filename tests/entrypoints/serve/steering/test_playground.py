@@ -39,6 +39,19 @@ def page() -> TestClient:
     return TestClient(app)
 
 
+def test_evidence_of_a_module_with_several_sites(tmp_path: Path) -> None:
+    own = {"l0": 4, "max": [1.0, 2.0], "contexts": {"1": [["a", "b", "c"]]}}
+    other = {"fvu": 0.1, "max": [3.0, 4.0]}
+    content = {"sites": {"post_block.1": own, "post_block.2": other}}
+    (tmp_path / "evidence.json").write_text(json.dumps(content))
+    found = of_features(str(tmp_path), [1], "post_block.1")
+    assert found["features"] == {"1": {"max": 2.0, "contexts": [["a", "b", "c"]]}}
+    assert found["sites"] == {"post_block.1": {"l0": 4}, "post_block.2": {"fvu": 0.1}}
+    found = of_features(str(tmp_path), [0, 1], "post_block.2")
+    assert found["features"] == {"0": {"max": 3.0}, "1": {"max": 4.0}}
+    assert of_features(str(tmp_path), [1], "post_block.3")["features"] == {"1": {}}
+
+
 def test_every_file_of_the_page_is_served_without_a_key(page: TestClient) -> None:
     for path in files():
         answer = page.get(f"/steering/{path.name}")
