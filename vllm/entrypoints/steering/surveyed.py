@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm.config.sae_labels import EVIDENCE_NAME, MAX_EVIDENCE, Labels
-from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
+from vllm.entrypoints.steering.encoded import feature_index
 from vllm.entrypoints.steering.found import TokenInContext, html_example
 from vllm.entrypoints.steering.frames import frame_of_columns
 
@@ -97,12 +97,7 @@ class Survey:
         Raises:
             IndexError: the SAE has no such feature.
         """
-        if not 0 <= feature < len(self):
-            raise IndexError(
-                f"feature: found {shown(feature)}, expected an integer in "
-                f"0..{len(self) - 1}"
-            )
-        feature = int(feature)
+        feature = feature_index(feature, len(self), IndexError)
         return SurveyedFeature(
             feature,
             self.labels.get(feature, ""),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm.config.steering_checks import integer_in_range
 from vllm.entrypoints.cli.steering.features import labels_at, sae_of, windows_of
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
@@ -46,11 +47,7 @@ def survey(
     check_model_path(model)
     info = sae_of(path, site)
     for feature in shown:
-        if not feature < info.sites[0].d_sae:
-            raise ValueError(
-                f"--feature: found {feature}, expected an integer in "
-                f"0..{info.sites[0].d_sae - 1}"
-            )
+        integer_in_range("--feature", feature, 0, info.sites[0].d_sae - 1)
     sites = None if site is None else [site]
     with probing_engine(path, model, {"dtype": dtype, "sites": sites}) as llm:
         found = survey_texts(llm, MODULE, windows_of(llm, texts), labels=labels)
