@@ -17,9 +17,11 @@ from vllm.config.sae_steering_sites import (
     covered_site,
     named_hook,
     named_module,
+    named_site,
 )
 from vllm.config.steering import MAX_READ_VALUES, ModuleInfo, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import bad, key_path, refusal, shown
+from vllm.config.steering_points import HOOK_ALIASES, parse_site
 
 _OPTION = "additional_config.steering.max_read_values"
 
@@ -71,10 +73,19 @@ def _sites(
     if spec.sites is None:
         return [(path, site) for site in module.sites]
     if not spec.sites:
-        raise refusal(path, "is empty, expected null or at least one hook")
+        raise refusal(path, "is empty, expected null or at least one site")
+    if isinstance(spec.sites, list):
+        places = [(f"{path}[{at}]", name) for at, name in enumerate(spec.sites)]
+        return [(where, named_site(where, name, module)) for where, name in places]
     found = []
     for name, layers in spec.sites.items():
         hook_path = key_path(path, name)
+        if name not in HOOK_ALIASES and parse_site(name) is not None:
+            raise refusal(
+                hook_path,
+                f"found the site {shown(name)} instead of a hook, expected a list of "
+                f"sites, such as [{shown(name)}], or {{hook: [layer, ...]}}",
+            )
         hook = named_hook(hook_path, name)
         if not layers:
             raise refusal(hook_path, "is empty, expected at least one layer")

@@ -181,6 +181,13 @@ class ModuleInfo(JsonRecord):
     screening: Screening = DEFAULT_SCREENING
     screened: tuple[int, ...] = ()
 
+    def described(self) -> Json:
+        """The module as descriptions of it show it: each site also has its name."""
+        data = self.to_json()
+        for site, shown in zip(self.sites, data["sites"], strict=True):
+            shown["name"] = site.name
+        return data
+
     def unplaced(self) -> ModuleInfo:
         """The module before it gets slots."""
         return replace(self, slots=None)

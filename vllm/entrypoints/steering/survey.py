@@ -17,6 +17,7 @@ from vllm.entrypoints.steering.found import TokenInContext
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.entrypoints.steering.reading import (
+    Site,
     Text,
     encode,
     labels_for,
@@ -38,7 +39,7 @@ def survey(
     module: str,
     texts: Text | Sequence[Text],
     *,
-    site: str | tuple[str, int] | None = None,
+    site: Site | None = None,
     examples: int = EXAMPLES,
     labels: Labels | None = None,
 ) -> Survey:

@@ -67,6 +67,9 @@ def test_a_module_is_registered_listed_used_and_removed(
     listed = client.get(URL).json()
     (hot,) = [module for module in listed["modules"] if module["name"] == "hot"]
     assert hot["digest"] == made.json()["module"]["digest"]
+    for described in (hot, made.json()["module"]):
+        (site,) = described["sites"]
+        assert site["name"] == f"{site['hook']}.{site['layer']}"
     assert hot["weight_bytes"] == 2 * 96 * 64 * 4 + 8 * 96 + 4 * 64
     assert listed["free_slots"] == []
     assert listed["steered_tokens"]["full"]["prefill"] >= 5
