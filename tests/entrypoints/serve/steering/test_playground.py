@@ -208,6 +208,16 @@ def test_the_route_answers_for_modules_of_the_engine(
             error = beyond.json()["error"]
             assert error["message"] == "index: found 64, expected 0..63"
             assert error["param"] == "index"
+        (site,) = client.get(f"{MODULES}/first").json()["module"]["sites"]
+        assert answer.json()["site"] == site["name"]
+        named = f"{MODULES}/first/evidence?index=0&site={site['name']}"
+        assert client.get(named).json() == answer.json()
+        for bad in ("post_blok.1", "post_block.99", ""):
+            refused = client.get(f"{MODULES}/first/evidence?site={bad}")
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["message"].startswith(f"site: found '{bad}', expected one of")
+            assert site["name"] in error["message"] and error["param"] == "site"
         missing = client.get(f"{MODULES}/nobody/evidence")
         assert missing.status_code == 404
         assert missing.json()["error"]["param"] == "name"

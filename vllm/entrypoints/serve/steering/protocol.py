@@ -108,11 +108,11 @@ def site_of(module: Json, given: str | None) -> str:
     Raises:
         RequestRefused: 400, the module has no such site.
     """
-    names = [site["name"] for site in module["sites"]]
+    names: list[str] = [site["name"] for site in module["sites"]]
     if given is None:
         return names[0]
     place = parse_site(given)
-    name = None if place is None else site_name(place[1], place[0])
+    name = "" if place is None else site_name(place[1], place[0])
     if name not in names:
         raise RequestRefused(
             400, f"site: found {shown(given)}, expected one of {listing(names)}", "site"
