@@ -90,6 +90,8 @@ def survey(
 
     ranked = counts.ranked()
     found = counts.result(module, name, ranked, labels)
+    info = None if config is None else config.modules.get(module)
+    found.of_several = info is not None and len(info.sites) > 1
     found.warnings += counts.doubts(most)
     for feature in np.flatnonzero(ranked.number).tolist() if examples else []:
         strongest = counts.strongest(ranked, feature, examples)

@@ -364,7 +364,7 @@ def test_the_document_names_queries_and_statuses(client: TestClient) -> None:
         if "parameters" in operation
     }
     assert named[f"{URL}/{{name}}/features", "get"] == {"name", "q", "index", "limit"}
-    assert named[f"{URL}/{{name}}/evidence", "get"] == {"name", "index"}
+    assert named[f"{URL}/{{name}}/evidence", "get"] == {"name", "index", "site"}
     assert named[f"{URL}/{{name}}", "delete"] == {"name", "drain"}
     assert "201" in paths[URL]["post"]["responses"]
     for path, verbs in paths.items():

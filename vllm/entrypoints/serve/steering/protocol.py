@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_module_options import ModuleOptions
+from vllm.config.steering_points import parse_site, site_name
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
@@ -99,6 +100,24 @@ def check_features(module: Json, features: Iterable[int]) -> None:
             raise RequestRefused(
                 400, f"index: found {feature}, expected 0..{most - 1}", "index"
             )
+
+
+def site_of(module: Json, given: str | None) -> str:
+    """The name of a listed module's site; of its first, if none is given.
+
+    Raises:
+        RequestRefused: 400, the module has no such site.
+    """
+    names: list[str] = [site["name"] for site in module["sites"]]
+    if given is None:
+        return names[0]
+    place = parse_site(given)
+    name = "" if place is None else site_name(place[1], place[0])
+    if name not in names:
+        raise RequestRefused(
+            400, f"site: found {shown(given)}, expected one of {listing(names)}", "site"
+        )
+    return name
 
 
 def parse_flag(key: str, value: str | None) -> bool:
