@@ -135,7 +135,7 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
         index=("A feature whose label is wanted.", {"type": "integer", "minimum": 0}),
         limit=(
             "At most so many features.",
-            {"type": "integer", "default": 20, "minimum": 0, "maximum": LABELS_LIMIT},
+            {"type": "integer", "default": 20, "minimum": 1, "maximum": LABELS_LIMIT},
         ),
     ),
 )
