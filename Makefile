@@ -9,11 +9,11 @@ OVERLAY := $(shell find vllm vllm_steering_cli -type f -not -name '*.pyc' 2>/dev
 export UV_FIND_LINKS ?= $(shell $(PYTHON3) -m pip config get global.find-links 2>/dev/null)
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
-# Processes that share the files of tests, each a core and some GB; 0: this one runs all.
-WORKERS ?= 0
+# Processes that share the files of tests, each a core and some GB; 0: one runs all.
+WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv triton demo demo-tiny playground test test-browser test-all test-matrix test-sae-lens soak lint mypy format golden-gate-train bench wheel csrc clean
+.PHONY: venv triton demo demo-tiny playground test test-failed test-browser test-all test-matrix test-sae-lens soak lint mypy format golden-gate-train bench wheel csrc clean
 
 venv: $(VENV)/.linked
 
@@ -81,6 +81,10 @@ golden-gate-train: venv
 # Breadth that is marked `slow` is left to `test-all`.
 test: venv triton
 	$(PYTHON) -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
+
+# What has failed, again, and nothing beside it.
+test-failed: venv triton
+	$(PYTHON) -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
 
 test-all: venv triton
 	$(PYTHON) -m pytest $(PARALLEL) $(PYTEST_ARGS)

@@ -73,10 +73,15 @@ def test_an_interruption_shows_how_far_runs_were_and_ends_them(tmp_path: Path) -
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell may have told this process to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
-    with pytest.raises(KeyboardInterrupt) as raised:
-        run_pytest(tmp_path, {"slow": [inner]}, {})
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            run_pytest(tmp_path, {"slow": [inner]}, {})
+    finally:
+        signal.signal(signal.SIGINT, before)
     watcher.join()
     (note,) = raised.value.__notes__
     assert "== slow: exit status -9" in note and "it has begun" in note

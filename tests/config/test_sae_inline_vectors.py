@@ -79,9 +79,26 @@ def test_both_types_are_read_by_their_length(kind: str) -> None:
     assert read_vector("x", text(-data * 0), D) == bytes(4 * D)  # no negative zero
 
 
+@pytest.mark.parametrize("site", ["post_block.1", "blocks.1.hook_resid_post"])
+def test_a_site_may_be_named_in_one_field(site: str) -> None:
+    named = own(layer=None, hook=None, site=site)
+    assert parse(named) == parse(own())
+    by_class = SteeringVectorSpec(vector=values(0), site=site)
+    assert parse(by_class) == parse(own())
+
+
 @pytest.mark.parametrize(
     ("changed", "field", "words"),
     [
+        ({"site": "post_block.1"}, "layer", "found 1 beside site"),
+        ({"site": "post_block.1", "layer": None}, "hook", "found 'post_block' beside"),
+        ({"site": "post_blok.1", "layer": None, "hook": None}, "site",
+         "found 'post_blok.1', expected HOOK.LAYER such as post_block.20"),
+        ({"site": "post_block.2", "layer": None, "hook": None}, "site",
+         "post_block.1, pre_attn.2"),
+        ({"vector": None, "layer": None, "hook": None, "site": "post_block.1"}, "site",
+         "only with vector"),
+        ({"site": 1, "layer": None, "hook": None}, "site", "found 1, expected a site"),
         ({"vector": "@" * 43}, "vector", "found '@"),
         ({"vector": "é" * 40}, "vector", "base64"),
         ({"vector": text(values(0))[:-1]}, "vector", "base64"),

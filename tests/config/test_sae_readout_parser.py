@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vllm.config.sae_readout_specs import SAEReadoutSpec, SAEStopEntry
 from vllm.config.sae_steering_parser import parse_steering_request
 from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
+from vllm.config.steering_checks import ModuleChangedError
 from vllm.config.steering_points import HookPoint
 from vllm.exceptions import VLLMValidationError
 
@@ -128,6 +129,11 @@ def test_a_refusal_names_the_field(spec: Any, path: str) -> None:
     with pytest.raises(VLLMValidationError) as caught:
         parse(spec)
     assert caught.value.parameter == KEY + path
+
+
+def test_a_read_of_a_module_that_is_being_removed_can_be_tried_again() -> None:
+    with pytest.raises(ModuleChangedError, match="'b' is being removed or replaced"):
+        parse({"module_name": "b", "top_k": 1})
 
 
 def test_a_site_is_read_once_and_a_request_reads_so_much() -> None:

@@ -42,7 +42,11 @@ SPANS = [
     {"of": "prompt", "start": -2, "stop": -1},
     {"of": "generated", "start": 0, "stop": 5},
 ]
-CLAMPS: list[Any] = [[ABOVE, BELOW], {"post_block": {"1": [ABOVE, BELOW]}}]
+CLAMPS: list[Any] = [
+    [ABOVE, BELOW],
+    {"post_block": {"1": [ABOVE, BELOW]}},
+    {"post_block.1": [ABOVE, BELOW]},
+]
 VECTOR = base64.b64encode(struct.pack(f"<{WIDTH}f", *[1.0] * WIDTH)).decode()
 SAE: dict[str, Any] = {"module_name": "golden-gate"}
 # By field, specs that have every property of its schema.
@@ -60,11 +64,13 @@ GOOD: dict[str, list[dict[str, Any]]] = {
         {"module_name": "v", "kind": "set", "value": 1.0, "relative": True},
         {"module_name": "v", "kind": "bound", "bounds": [-1.0, 1.0], "spans": SPANS},
         {"vector": VECTOR, "layer": 1, "hook": "post_block", "scale": 2.0},
+        {"vector": VECTOR, "site": "post_block.1", "scale": 2.0},
     ],
     READOUT: [
         {**SAE, "sites": {"post_block": [1]}, "top_k": 4, "phase": "both",
          "stop_if": [{"feature_idx": 1, "above": 2.0}]},
         {**SAE, "features": [3, 4]},
+        {**SAE, "sites": ["post_block.1"], "top_k": 4},
     ],
 }  # fmt: skip
 EXTREMES: list[Any] = [
@@ -88,7 +94,7 @@ def properties(schema: dict[str, Any], path: tuple = ()) -> Iterator[tuple]:
 
 def known(path: tuple) -> tuple:
     """A path of a document as one of the schema."""
-    names = {"post_block", "1"}
+    names = {"post_block", "1", "post_block.1"}
     return tuple("*" if type(k) is int or k in names else k for k in path)
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vllm.config.steering import MODULE_OPTIONS
 from vllm.config.steering_environment import DIRECTORY_ENV, KEY_ENV
+from vllm.config.steering_module_options import MODULE_OPTIONS
 from vllm.engine import steering_args
 from vllm.engine.steering_options import (
     LIMITS,

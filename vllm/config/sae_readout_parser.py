@@ -12,9 +12,16 @@ from vllm.config.sae_readout_specs import (
     SAEStopEntry,
     SiteRead,
 )
+from vllm.config.sae_steering_sites import (
+    check_feature,
+    covered_site,
+    named_hook,
+    named_module,
+    named_site,
+)
 from vllm.config.steering import MAX_READ_VALUES, ModuleInfo, SiteInfo, SteeringConfig
-from vllm.config.steering_checks import bad, key_path, listing, refusal, shown
-from vllm.config.steering_points import HOOK_ALIASES, HOOK_NAMES
+from vllm.config.steering_checks import bad, key_path, refusal, shown
+from vllm.config.steering_points import HOOK_ALIASES, parse_site
 
 _OPTION = "additional_config.steering.max_read_values"
 
@@ -42,7 +49,7 @@ def check_reads(
     total = 0
     for position, spec in enumerate(specs):
         at = f"{path}[{position}]"
-        module = _module(f"{at}.module_name", spec.module_name, config)
+        module = named_module(f"{at}.module_name", spec.module_name, config, "sae")
         for where, site in _sites(f"{at}.sites", spec, module):
             read = _site_read(at, spec, module, site, config)
             key = (module.name, site.hook.value, site.layer)
@@ -59,28 +66,6 @@ def check_reads(
     return tuple(sorted(found.values(), key=lambda read: read.order))
 
 
-def _module(path: str, name: str, config: SteeringConfig) -> ModuleInfo:
-    fitting = [
-        module.name
-        for module in config.modules.values()
-        if module.kind == "sae" and module.name not in config.draining
-    ]
-    accepted = f'a module of kind "sae": {listing(fitting)}'
-    module = config.modules.get(name)
-    if module is None:
-        raise bad(path, name, accepted)
-    if module.kind != "sae":
-        raise refusal(
-            path,
-            f'module {shown(name)} is a "{module.kind}" module, expected {accepted}',
-        )
-    if name in config.draining:
-        raise refusal(
-            path, f"module {shown(name)} is being removed, expected {accepted}"
-        )
-    return module
-
-
 def _sites(
     path: str, spec: SAEReadoutSpec, module: ModuleInfo
 ) -> list[tuple[str, SiteInfo]]:
@@ -88,28 +73,25 @@ def _sites(
     if spec.sites is None:
         return [(path, site) for site in module.sites]
     if not spec.sites:
-        raise refusal(path, "is empty, expected null or at least one hook")
+        raise refusal(path, "is empty, expected null or at least one site")
+    if isinstance(spec.sites, list):
+        places = [(f"{path}[{at}]", name) for at, name in enumerate(spec.sites)]
+        return [(where, named_site(where, name, module)) for where, name in places]
     found = []
     for name, layers in spec.sites.items():
         hook_path = key_path(path, name)
-        if name not in HOOK_ALIASES:
+        if name not in HOOK_ALIASES and parse_site(name) is not None:
             raise refusal(
                 hook_path,
-                f"unknown hook {shown(name)}, expected one of {HOOK_NAMES}",
+                f"found the site {shown(name)} instead of a hook, expected a list of "
+                f"sites, such as [{shown(name)}], or {{hook: [layer, ...]}}",
             )
+        hook = named_hook(hook_path, name)
         if not layers:
             raise refusal(hook_path, "is empty, expected at least one layer")
         for at, layer in enumerate(layers):
-            site = module.site(HOOK_ALIASES[name], layer)
             where = f"{hook_path}[{at}]"
-            if site is None:
-                covered = listing([site.name for site in module.sites])
-                raise refusal(
-                    where,
-                    f"module {shown(module.name)} does not cover layer {layer} at "
-                    f"{HOOK_ALIASES[name].value}, expected one of its sites: {covered}",
-                )
-            found.append((where, site))
+            found.append((where, covered_site(where, module, hook, layer)))
     return found
 
 
@@ -125,7 +107,7 @@ def _site_read(
         raise refusal(path, f"found {has} of top_k and features, expected exactly one")
     features = tuple(sorted(spec.features or ()))
     for at, feature in enumerate(spec.features or ()):
-        _check_feature(f"{path}.features[{at}]", feature, site)
+        check_feature(f"{path}.features[{at}]", feature, site)
         if features.count(feature) > 1:
             raise refusal(
                 f"{path}.features", f"feature {feature} is given twice, expected once"
@@ -191,7 +173,7 @@ def _stops(
     found: dict[int, float] = {}
     for at, entry in enumerate(entries):
         where = f"{path}[{at}]"
-        _check_feature(f"{where}.feature_idx", entry.feature_idx, site)
+        check_feature(f"{where}.feature_idx", entry.feature_idx, site)
         if entry.feature_idx in found:
             raise refusal(
                 f"{where}.feature_idx",
@@ -206,11 +188,6 @@ def _bound(path: str, value: float) -> float:
         return struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
     except OverflowError:
         raise bad(path, value, "a number within the range of float32") from None
-
-
-def _check_feature(path: str, feature: int, site: SiteInfo) -> None:
-    if feature >= site.d_sae:
-        raise bad(path, feature, f"an integer in 0..{site.d_sae - 1}")
 
 
 def _check_stage(

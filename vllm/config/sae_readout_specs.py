@@ -33,7 +33,21 @@ ReadPhase = Literal["both", "prefill", "decode"]
 _Name = Annotated[str, expects("a name of at most 256 characters", max_length=256)]
 _Index = Annotated[int, expects("a feature index", ge=0)]
 _Layer = Annotated[int, expects("a layer index", ge=0)]
-ReadLayers = list[_Layer]
+ReadSites = Annotated[
+    dict[
+        Annotated[str, expects('a hook such as "post_block"')],
+        Annotated[list[_Layer], expects("a list of layer indices")],
+    ]
+    | Annotated[
+        list[Annotated[str, expects('a site such as "post_block.20"')]],
+        expects('a list of sites such as "post_block.20"'),
+    ],
+    expects(
+        'null, a list of sites such as "post_block.20", or {hook: [layer, ...]}',
+        description="Sites such as post_block.20, or {hook: [layer, ...]}; null reads "
+        "every site of the module.",
+    ),
+]
 TopK = Annotated[
     int,
     expects(f"null or an integer in 1..{MAX_READ_VALUES}", ge=1, le=MAX_READ_VALUES),
@@ -73,12 +87,13 @@ class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Exactly one of `top_k` (the largest activations) and `features` (the given ones) is
     set, to at most `SteeringConfig.max_read_values` of them. Values are in the module's
-    `feature_units`. `sites` is `{hook: [layer, ...]}`; None reads every site of the
-    module. `stop_if` ends the request.
+    `feature_units`. `sites` is a list of names such as `post_block.20`, or
+    `{hook: [layer, ...]}`; None reads every site of the module. `stop_if` ends the
+    request.
     """
 
     module_name: _Name
-    sites: dict[str, ReadLayers] | None = None
+    sites: ReadSites | None = None
     top_k: TopK | None = None
     features: Features | None = None
     phase: ReadPhase = "both"

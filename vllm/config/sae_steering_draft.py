@@ -23,6 +23,7 @@ from vllm.config.sae_steering_request import (
 from vllm.config.sae_steering_sites import (
     ListedSite,
     NamedSite,
+    check_feature,
     listed_sites,
     named_module,
 )
@@ -46,11 +47,7 @@ from vllm.config.sae_steering_specs import (
 from vllm.config.sae_steering_vector_action import round_to_fp32
 from vllm.config.sae_steering_vector_draft import VectorDraft
 from vllm.config.steering import SteeringConfig, Tier
-from vllm.config.steering_checks import (
-    bad,
-    refusal,
-    shown,
-)
+from vllm.config.steering_checks import refusal, shown
 from vllm.config.steering_points import HookPoint, site_name
 
 
@@ -180,24 +177,20 @@ class Draft:
         merged = self.sae[tier].setdefault(group, {}).setdefault(site, [])
         for position, entry in enumerate(clamps.entries):
             feature = entry.feature_idx
-            if feature >= clamps.site.d_sae:
-                raise bad(
-                    f"{clamps.path}[{position}].feature_idx",
-                    feature,
-                    f"an integer in 0..{clamps.site.d_sae - 1}",
-                )
+            where = f"{clamps.path}[{position}]"
+            check_feature(f"{where}.feature_idx", feature, clamps.site)
             key = (tier, name, site, feature)
             others = self.features.get(key, 0)
             if others & part.clashes:
                 raise refusal(
-                    f"{clamps.path}[{position}].feature_idx",
+                    f"{where}.feature_idx",
                     f"feature {feature} of module {shown(name)} is clamped twice at "
                     f"{clamps.site.name}, expected once, or spans that cannot overlap",
                 )
             self.features[key] = others | part.bit
             when = entry.when
             if when is not None:
-                when = self.condition(f"{clamps.path}[{position}].when", when, clamps)
+                when = self.condition(f"{where}.when", when, clamps)
             value = round_to_fp32(entry.value)
             merged.append(
                 SAEClampEntry(feature, entry.kind, value, entry.only_if_active, when)
@@ -210,12 +203,7 @@ class Draft:
         if (when.above is None) == (when.below is None):
             has = "neither" if when.above is None else "both"
             raise refusal(path, f"found {has} of above and below, expected exactly one")
-        if when.feature_idx >= clamps.site.d_sae:
-            raise bad(
-                f"{path}.feature_idx",
-                when.feature_idx,
-                f"an integer in 0..{clamps.site.d_sae - 1}",
-            )
+        check_feature(f"{path}.feature_idx", when.feature_idx, clamps.site)
         above = None if when.above is None else round_to_fp32(when.above)
         below = None if when.below is None else round_to_fp32(when.below)
         return SAECondition(when.feature_idx, above, below)

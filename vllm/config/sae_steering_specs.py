@@ -73,18 +73,45 @@ class SAEClampEntry(
 
 
 Entries = Annotated[list[SAEClampEntry], expects("a list of clamp entries")]
-Layers = Annotated[
-    dict[Annotated[int | str, expects('a layer index such as 20 or "20"')], Entries],
-    expects("{layer: [entry, ...]}"),
+Layers = dict[
+    Annotated[int | str, expects('a layer index such as 20 or "20"')], Entries
 ]
 Hook = Annotated[str, Meta(extra_json_schema={"enum": list(HOOK_ALIASES)})]
-SiteClamps = Annotated[
-    dict[Hook, Layers] | Entries,
+_SITE_SCHEMAS = (
+    {"pattern": r"^[A-Za-z0-9_.]+\.[0-9]{1,9}$"},
+    {"pattern": r"^(layers\.|blocks\.)?[0-9]{1,9}\.[A-Za-z0-9_.]+$"},
+)
+SiteName = Annotated[
+    str,
     expects(
-        "{hook: {layer: [entry, ...]}}, or a list of entries for a module with one "
-        "site",
-        description="{hook: {layer: [entry, ...]}}; a list of entries for a module "
-        "that has one site.",
+        'a site such as "post_block.20"',
+        extra_json_schema={"anyOf": list(_SITE_SCHEMAS)},
+    ),
+]
+HookOrSite = Annotated[
+    str,
+    expects(
+        'a site such as "post_block.20", or a hook such as "post_block"',
+        extra_json_schema={"anyOf": [*_SITE_SCHEMAS, {"enum": list(HOOK_ALIASES)}]},
+    ),
+]
+SiteClamps = Annotated[
+    dict[
+        HookOrSite,
+        Annotated[
+            Layers | Entries,
+            expects(
+                "a list of entries for a site, or {layer: [entry, ...]} for a hook"
+            ),
+        ],
+    ]
+    | Entries,
+    expects(
+        "{site: [entry, ...]}, {hook: {layer: [entry, ...]}}, or a list of entries for "
+        "a module with one site",
+        description="{site: [entry, ...]}, with sites such as post_block.20, or "
+        "{hook: {layer: [entry, ...]}}; a list of entries for a module that has one "
+        "site.",
     ),
 ]
 
@@ -139,8 +166,8 @@ LayerIndex = Annotated[int, expects("a layer index such as 20", ge=0, lt=2**31)]
 class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Edit the stream along the named module's vectors, at every site it has.
 
-    Instead of `module_name`, a request may bring a `vector [D]` and name the `layer`
-    and the `hook` of a site where the engine reserved room. In Python the vector may be
+    Instead of `module_name`, a request may bring a `vector [D]` and name the `site`, or
+    its `layer` and `hook`, where the engine reserved room. In Python the vector may be
     a tensor or an array; the struct holds it as text.
 
     Let `v` be the vector, `u` its unit vector and `p` the stream's projection on `u`.
@@ -162,6 +189,7 @@ class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     vector: VectorText | None = None
     layer: LayerIndex | None = None
     hook: Hook | None = None
+    site: SiteName | None = None
 
     def __post_init__(self) -> None:
         given: object = self.vector

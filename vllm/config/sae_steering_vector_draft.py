@@ -33,6 +33,7 @@ from vllm.config.sae_steering_vector_action import (
 )
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import bad, refusal, shown
+from vllm.config.steering_points import HOOK_NAMES, HookPoint, parse_site
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,26 @@ class VectorDraft:
             if spec.module_name is not None:
                 raise refusal(where, "found module_name and vector, expected only one")
             return self.bring(path, spec, spec.vector)
-        for key, given in (("layer", spec.layer), ("hook", spec.hook)):
+        places = (("layer", spec.layer), ("hook", spec.hook), ("site", spec.site))
+        for key, given in places:
             if given is not None:
                 raise refusal(
                     f"{path}.{key}", f"found {shown(given)}, expected only with vector"
                 )
         if spec.module_name is None:
-            raise refusal(
-                where, "is missing, expected a string, or vector, layer and hook"
-            )
+            raise refusal(where, "is missing, expected a string, or vector and site")
         return named_module(where, spec.module_name, self.config, "vectors")
 
     def bring(self, path: str, spec: SteeringVectorSpec, text: str) -> ModuleInfo:
         """Check a vector that the request brings. Equal vectors count once."""
-        if spec.layer is None:
-            raise refusal(f"{path}.layer", "is missing, expected one with vector")
-        if spec.hook is None:
-            raise refusal(f"{path}.hook", "is missing, expected one with vector")
-        hook = named_hook(f"{path}.hook", spec.hook)
-        site = reserved_site(f"{path}.layer", hook, spec.layer, self.config)
+        field, layer, hook = _place(path, spec)
+        site = reserved_site(f"{path}.{field}", hook, layer, self.config)
         data = read_vector(f"{path}.vector", text, site.width)
         made = InlineVector(as_module(site, data), data)
         name = made.module.name
         if name not in self.brought:
             here = sum(
-                own.module.site(hook, spec.layer) is not None
+                own.module.site(hook, layer) is not None
                 for own in self.brought.values()
             )
             if here >= site.per_request:
@@ -143,6 +139,32 @@ class VectorDraft:
                     action = VectorAction("add", add_scales([a.value for a in same]))
                 found[name, coverage] = action
         return found
+
+
+def _place(path: str, spec: SteeringVectorSpec) -> tuple[str, int, HookPoint]:
+    """Where a request's own vector acts, and which of the spec's fields says so."""
+    if spec.site is not None:
+        for key, given in (("layer", spec.layer), ("hook", spec.hook)):
+            if given is not None:
+                raise refusal(
+                    f"{path}.{key}",
+                    f"found {shown(given)} beside site, expected only one of them",
+                )
+        place = parse_site(spec.site)
+        if place is None:
+            raise bad(
+                f"{path}.site",
+                spec.site,
+                f"HOOK.LAYER such as post_block.20, with one of {HOOK_NAMES}",
+            )
+        return "site", *place
+    if spec.layer is None:
+        reason = "is missing, expected one with vector and hook, or site"
+        raise refusal(f"{path}.layer", reason)
+    if spec.hook is None:
+        reason = "is missing, expected one with vector and layer, or site"
+        raise refusal(f"{path}.hook", reason)
+    return "layer", spec.layer, named_hook(f"{path}.hook", spec.hook)
 
 
 def _check_sums(vectors: Sequence[_Vector]) -> None:

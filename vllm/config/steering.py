@@ -149,11 +149,6 @@ class InlineSite:
         return 4 * self.width * self.directions
 
 
-# What a user may say of a module, at start-up and when it is loaded later.
-MODULE_OPTIONS = (
-    "feature_units", "skip_token_ids", "norm_guard", "reference_norm", "sites",
-    "sharding", "screening",
-)  # fmt: skip
 # In multiples of the median norm, what only attention sinks exceed.
 LARGE_NORM = 10
 
@@ -185,6 +180,13 @@ class ModuleInfo(JsonRecord):
     sharded: tuple[int, ...] = ()
     screening: Screening = DEFAULT_SCREENING
     screened: tuple[int, ...] = ()
+
+    def described(self) -> Json:
+        """The module as descriptions of it show it: each site also has its name."""
+        data = self.to_json()
+        for site, shown in zip(self.sites, data["sites"], strict=True):
+            shown["name"] = site.name
+        return data
 
     def unplaced(self) -> ModuleInfo:
         """The module before it gets slots."""

@@ -69,6 +69,23 @@ def bad(path: str, value: object, accepted: str) -> SteeringRequestError:
     return refusal(path, f"found {shown(value)}, expected {accepted}")
 
 
+def integer_in_range(
+    path: str,
+    value: object,
+    low: int,
+    high: int,
+    error: type[Exception] = ValueError,
+) -> int:
+    """`value`, which must be an integer in `low..high`; a bool is none.
+
+    Raises:
+        error: it is something else.
+    """
+    if type(value) is int and low <= value <= high:
+        return value
+    raise error(f"{path}: found {shown(value)}, expected an integer in {low}..{high}")
+
+
 def about(field: str | None, message: str) -> str:
     """A message that starts with the field that it is about."""
     named = field is None or message.startswith(field)

@@ -27,7 +27,6 @@ was found and what would be accepted.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from typing import get_args
 
 from vllm.config.sae_inline_vectors import INLINE_PREFIX
@@ -38,15 +37,17 @@ from vllm.config.steering import (
     DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_SPECS,
     MAX_READ_VALUES,
-    MODULE_OPTIONS,
     DecoderLayers,
-    FeatureUnits,
 )
-from vllm.config.steering_checks import SteeringConfigError, shown
+from vllm.config.steering_checks import (
+    SteeringConfigError,
+    integer_in_range,
+    shown,
+)
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import MAX_FLOAT32
-from vllm.config.steering_screening import Screening
-from vllm.config.steering_sharding import Sharding
+from vllm.config.steering_module_options import MODULE_OPTIONS, ModuleOptions
+from vllm.config.steering_reader import Reader
+from vllm.exceptions import VLLMValidationError
 
 ROOT = "additional_config.steering"
 TOP_FIELDS = (
@@ -79,6 +80,7 @@ LIMITS = {
     ),
     "max_answer_values": (DEFAULT_MAX_ANSWER_VALUES, 1, 1 << 30),
 }
+_MODULE_OPTIONS = Reader(ModuleOptions)
 
 
 def readout_option(value: object) -> bool:
@@ -134,11 +136,7 @@ def check_module_roots(value: object) -> None:
 
 
 def integer(path: str, value: object, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise SteeringConfigError(
-            f"{path}: found {shown(value)}, expected an integer in {low}..{high}"
-        )
-    return value
+    return integer_in_range(path, value, low, high, SteeringConfigError)
 
 
 def module_form(name: object, given: object) -> tuple[str, Json]:
@@ -162,52 +160,7 @@ def module_form(name: object, given: object) -> tuple[str, Json]:
             f"{where}.path: found {shown(path)}, expected a path, hf:owner/repo or "
             "saelens:RELEASE/SAE_ID"
         )
-    for key, value in options.items():
-        accepted = _OPTION_CHECKS[key](value)
-        if accepted is not None:
-            raise SteeringConfigError(
-                f"{where}.{key}: found {shown(value)}, expected {accepted}"
-            )
-    return path, options
-
-
-def one_of(known: Sequence[str]) -> Callable[[object], str | None]:
-    """Checks that a value is one of some words: what is accepted, or None."""
-    *first, last = (f'"{word}"' for word in known)
-    accepted = f"{', '.join(first)} or {last}"
-    return lambda value: None if value in known else accepted
-
-
-def _check_ids(value: object) -> str | None:
-    good = value is None or (
-        isinstance(value, (list, tuple))
-        and all(type(item) is int and item >= 0 for item in value)
-    )
-    return None if good else "null or a list of token ids"
-
-
-def _check_positive(value: object) -> str | None:
-    good = value is None or (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and 0 < value <= MAX_FLOAT32
-    )
-    return None if good else "null or a positive number within the range of float32"
-
-
-def _check_sites(value: object) -> str | None:
-    good = value is None or (
-        isinstance(value, (list, tuple)) and all(type(item) is str for item in value)
-    )
-    return None if good else 'null or a list of sites such as "post_block.20"'
-
-
-_OPTION_CHECKS: dict[str, Callable[[object], str | None]] = {
-    "feature_units": one_of(get_args(FeatureUnits)),
-    "skip_token_ids": _check_ids,
-    "norm_guard": _check_positive,
-    "reference_norm": _check_positive,
-    "sites": _check_sites,
-    "sharding": one_of(get_args(Sharding)),
-    "screening": one_of(get_args(Screening)),
-}
+    try:
+        return path, _MODULE_OPTIONS.read(options, where).options
+    except VLLMValidationError as error:
+        raise SteeringConfigError(error.args[0]) from None

@@ -18,7 +18,7 @@ from vllm.config.steering_points import (
 )
 from vllm.config.steering_screening import DEFAULT_SCREENING, Screening, screens
 from vllm.config.steering_sharding import Ranks
-from vllm.engine.steering_options import ROOT, integer, object_option, one_of
+from vllm.engine.steering_options import ROOT, integer, object_option
 from vllm.engine.steering_site_checks import (
     check_dtype,
     check_sharded,
@@ -114,9 +114,9 @@ def _screened(
 ) -> SlotInfo:
     """The slot, with a copy in 10 bits where it was asked for and the width gains."""
     asked = given.get("screening", DEFAULT_SCREENING)
-    if accepted := one_of(get_args(Screening))(asked):
+    if asked not in get_args(Screening):
         raise SteeringConfigError(
-            f"{where}.screening: found {shown(asked)}, expected {accepted}"
+            f'{where}.screening: found {shown(asked)}, expected one of "auto", "off"'
         )
     if not ranks.screens:
         return slot

@@ -66,11 +66,12 @@ def of(values: dict[int, float], num_active: int, ids: list[int]) -> EncodedText
     return EncodedText(ids, [f" {token}" for token in ids], {SITE: record})
 
 
-@pytest.mark.parametrize("wrong", [-1, 1000, 2.5, "2", None])
+@pytest.mark.parametrize("wrong", [-1, 1000, 2.5, "2", None, True])
 def test_activations_of_no_feature_are_refused(wrong: object) -> None:
     text = of({3: 2.0}, 1, [5, 5])
     d_sae = text.site().d_sae
     assert text.activations(3).tolist() == [2.0, 2.0]
+    assert text.activations(np.int32(3)).tolist() == [2.0, 2.0]  # type: ignore[arg-type]
     assert text.activations(d_sae - 1).tolist() == [0.0, 0.0]
     expected = f"^feature: found .*, expected an integer in 0..{d_sae - 1}$"
     with pytest.raises(ValueError, match=expected):

@@ -170,55 +170,6 @@ def test_results_are_short_in_a_console(llm: LLM) -> None:
     assert line.endswith("  bridge")
 
 
-REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("encode", "a", {"top_k": 2, "features": [1]}, "top_k: found both"),
-    ("encode", "a", {"features": []}, "features: found none"),
-    ("encode", "a", {"features": [1 << 30]}, r"features\[0\]: found"),
-    ("encode", "a", {"features": [*range(99), 999]}, r"features\[99\]: found 999"),
-    ("encode", "a", {"sites": "post_block.1"}, "sites: found .post_block.1., expected"),
-    ("encode", "a", {"sites": {"resid": [1]}}, "expected one of pre_attn, post_attn"),
-    ("encode", "a", {"sites": {"post_block": 1}}, "sites.post_block: found 1"),
-    ("encode", "a", {"sites": {"post_block": [3]}}, "layer 3"),
-    ("encode", ["a", 5], {}, r"texts\[1\]: found 5, expected"),
-    ("encode", ["a", [1.5]], {}, r"texts\[1\]: found a list, expected"),
-    ("encode", ["a", []], {}, r"texts\[1\]: found 0 tokens, expected 1 to 255"),
-    ("encode", ["a", [5] * 256], {}, r"texts\[1\]: found 256 tokens"),
-    ("encode", "a", {"module": "none"}, "^module_name: found 'none'.*'golden-gate'"),
-    (
-        "encode",
-        "a",
-        {"top_k": 65},
-        "^top_k: found 65, expected an integer in 1..64: start",
-    ),
-    ("encode", 5, {}, "texts: found 5, expected a text or a list"),
-    ("encode", None, {}, "texts: found None"),
-    ("encode", "a", {"labels": {"x": "y"}}, "labels: found 'x', expected a feature"),
-    ("encode", "a", {"steering": {"sae_clamp_specs": 3}}, "sae_clamp_specs: found 3"),
-    ("find", [], {}, "texts: expected at least one text"),
-    ("find", ABOUT, {"top": 0}, "top: found 0, expected an integer in 1..256"),
-    ("find", ABOUT, {"top": 257}, "top: found 257"),
-    ("find", ABOUT, {"top": "a"}, "top: found .a., expected an integer in 1..256"),
-    ("find", ABOUT, {"site": "post"}, "site: found 'post', expected a site"),
-    ("find", ABOUT, {"site": ("x", 1)}, "site: found 'x.1', expected a site"),
-    ("find", ABOUT, {"site": "post_block.3"}, "expected a site of module"),
-    ("evaluate", [[5] * 300], {}, r"texts\[0\]: found 300 tokens"),
-    ("evaluate", ABOUT, {"module": "none"}, "module: found 'none'.*golden-gate"),
-    ("evaluate", [[5]], {}, "texts: expected at least one text of two"),
-]
-
-
-@pytest.mark.parametrize(("name", "texts", "options", "message"), REFUSED)
-def test_what_cannot_be_asked_is_refused_by_name(
-    llm: LLM, name: str, texts: Any, options: dict[str, Any], message: str
-) -> None:
-    call: Any = {"encode": encode, "find": find_features, "evaluate": evaluate}[name]
-    options = dict(options)
-    module = options.pop("module", MODULE)
-    with pytest.raises((ValueError, VLLMValidationError), match=message):
-        call(llm, module, texts, **options)
-    assert not llm.llm_engine.has_unfinished_requests()
-
-
 def test_token_ids_and_labels_may_come_from_other_libraries(llm: LLM) -> None:
     (text,) = encode(llm, MODULE, ABOUT[0], features=[FEATURE])
     ids = text.token_ids

@@ -120,6 +120,9 @@ def test_a_survey_is_shown_in_a_console_and_a_notebook(found: Survey) -> None:
     assert frame.label[FEATURE] == "the bridge" and len(frame) == D_SAE
     with pytest.raises(IndexError, match=r"found 512, expected an integer in 0\.\.511"):
         found[D_SAE]
+    with pytest.raises(IndexError, match=r"^feature: found 2\.5, expected an integer"):
+        found[2.5]  # type: ignore[index]
+    assert found[np.int64(FEATURE)] == found[FEATURE]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_a_survey_is_shown_in_a_console_and_a_notebook(found: Survey) -> None:
             {"site": "post_block.2"},
             "site: found 'post_block.2', expected .* 'post_block.1'",
         ),
-        (TEXTS, {"site": "2"}, "site: found '2', expected a site such as"),
+        (TEXTS, {"site": "2"}, "site: found '2', expected a site of .* 'post_block.1'"),
     ],
 )
 def test_what_cannot_be_surveyed_is_refused_by_name(

@@ -166,8 +166,8 @@ def main() -> None:
     tiles = {"BT": 64, "BK": 64}
     compiles(dense.encode_dense_kernel, {"D": 96, "BF": 64, **tiles})
     compiles(skip.skip_kernel, {"D_IN": 96, "D_OUT": 40, "BD": 64, **tiles})
-    for topk in (False, True):
-        reading = {**READ, "TOPK": topk, "OVERFLOW": topk}
+    for topk, overflow in ((False, False), (False, True), (True, True)):
+        reading = {**READ, "TOPK": topk, "OVERFLOW": overflow}
         compiles(readout.readout_kernel, reading, out="*i32", scale="*fp32")
     compiles(
         flags.flags_kernel, {"VOCAB": 100, "BLOCK": flags.BLOCK, "SLOTS": flags.SLOTS},

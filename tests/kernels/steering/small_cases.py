@@ -172,6 +172,8 @@ def full_cases() -> Iterator[Case]:
         wide = partial(sae, d_sae, JUMPRELU, 60)
         for tokens in (420, 520):  # three in four are active
             yield f"full wide {d_sae} {tokens}", edit(wide, Tier.FULL, tokens)
+    pairs = partial(sae, 65536, JUMPRELU, 60)
+    yield "pairs 65536", edit(pairs, Tier.FULL, 250)
     guessed = partial(sae, 65536, TOPK, 40)
     yield "guess 65536", edit(guessed, Tier.FULL, 520)
     yield "delta wide", edit(partial(sae, 64, JUMPRELU, 30, 4104), Tier.DELTA, 4)

@@ -91,6 +91,18 @@ def test_triton_has_the_codes_of_clamps_that_python_has() -> None:
     assert {name: int(value) for name, value in found.items()} == want
 
 
+def test_triton_begins_a_sum_where_the_extension_begins_it() -> None:
+    """For tokens that it encodes again to read them."""
+    text = SOURCE.with_name("scheduler.cuh").read_text()
+    stated = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
+    assert "return f / 2 * kOrderStep % k_tiles;" in text
+    readout = (Path(plan.__file__).parent / "readout.py").read_text()
+    found = dict(re.findall(r"^(ORDER_\w+) = tl\.constexpr\((\d+)\)", readout, re.M))
+    assert found["ORDER_STEP"] == stated["kOrderStep"]
+    assert int(found["ORDER_FEATURES"]) == 2 * int(stated["kTileF"])
+    assert int(stated["kTileK"]) == plan.LEAST_REDUCTION
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_bundle_has_its_tensors_in_the_order_of_python(bundle: str) -> None:
     want = {plain(field): i for i, field in enumerate(BUNDLES[bundle])}

@@ -29,10 +29,12 @@ from steering_reference import (
 from vllm.config.sae_features import NOT_READ
 from vllm.config.steering import Activation, Tier
 from vllm.model_executor.layers import sae_readout_kernel as kernel
+from vllm.model_executor.layers.steering_kernels import stages_triton_read
 from vllm.model_executor.layers.steering_kernels.plan import (
     LIST_MAX,
     ChunkPlan,
 )
+from vllm.model_executor.layers.steering_kernels.run import Run
 from vllm.model_executor.layers.steering_read_state import TABLE_HEAD, ReadBuffers
 from vllm.model_executor.layers.steering_state import (
     ClampKind,
@@ -48,6 +50,7 @@ pytestmark = [
 ]
 
 LEAST_CAPACITY = 128  # 64 values of a row, and a block of features
+BREADTH = pytest.mark.slow
 KINDS = [Activation.RELU, Activation.JUMPRELU, Activation.TOPK]
 # Row -> (top_k, given features).
 ROWS: dict[int, tuple[int, list[int]]] = {
@@ -205,8 +208,12 @@ def test_more_non_zeros_than_a_list_holds(
     assert (counts[was_read] > capacity).all()
 
 
-@pytest.mark.parametrize("activation", KINDS)
-@pytest.mark.parametrize("d_in", [pytest.param(136, marks=pytest.mark.slow), 200])
+@pytest.mark.parametrize(
+    "activation", [*KINDS[:2], pytest.param(Activation.TOPK, marks=BREADTH)]
+)
+@pytest.mark.parametrize(
+    "d_in", [pytest.param(64, marks=BREADTH), pytest.param(136, marks=BREADTH), 200]
+)
 def test_what_is_read_does_not_depend_on_the_length_of_lists(
     activation: Activation, d_in: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +235,37 @@ def test_what_is_read_does_not_depend_on_the_length_of_lists(
     workspace = kernel.SteeringWorkspace(9, [slot], DEVICE)
     kernel.read_features(slot, step, workspace, x.contiguous(), None)
     assert torch.equal(reads.out, found)
+
+
+@pytest.mark.parametrize(
+    "activation", [pytest.param(Activation.RELU, marks=BREADTH), Activation.JUMPRELU]
+)
+def test_sums_that_begin_where_the_extension_begins_them(
+    activation: Activation, triton_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the extension's step, after Triton's stages."""
+    stock, plan = stages_triton_read.read_out, kernel.SteeringWorkspace.plan
+    capacity = LEAST_CAPACITY if INTERPRETED else LIST_MAX
+    d_sae, l0 = (520, 300) if INTERPRETED else (1500, 700)
+
+    def narrow(slot: SAESlot, tokens: int, topk: bool) -> ChunkPlan:
+        return replace(plan(slot, tokens, topk), capacity=capacity)
+
+    def after_cuda(run: Run, reads: ReadBuffers, base: int, overflow: bool) -> None:
+        assert not overflow
+        run.workspace.records[:, 1] = run.workspace.tokens  # as the extension does
+        stock(run, reads, base, overflow=True)
+
+    monkeypatch.setattr(kernel.SteeringWorkspace, "plan", staticmethod(narrow))
+    monkeypatch.setattr(stages_triton_read, "read_out", after_cuda)
+    slot = make_slot(d_sae, 200, activation, l0=l0, max_clamps=64)
+    readable(slot, 6)
+    step, x = read(slot, 3, [3, 4])
+    assert slot.reads is not None
+    counts = slot.reads.out[:3, 0]
+    assert (counts != NOT_READ).any()
+    assert (counts[counts != NOT_READ] > capacity).all()
+    check(slot, step, x)
 
 
 def test_lists_of_any_length_give_their_largest() -> None:

@@ -75,7 +75,7 @@ def test_another_value_is_refused_by_name(
     vllm_config: VllmConfig, sae_path: Path, value: object
 ) -> None:
     module = {"path": str(sae_path), "screening": value}
-    expected = r'screening: found .*, expected "auto" or "off"'
+    expected = r'screening: found .*, expected one of "auto", "off"'
     with pytest.raises(SteeringConfigError, match=expected):
         resolved(vllm_config, {"modules": {"m": module}})
     with pytest.raises(SteeringConfigError, match=r"spare\[0\]\." + expected):

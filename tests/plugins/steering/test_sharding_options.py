@@ -130,7 +130,7 @@ def test_another_value_is_refused_by_its_path_on_any_number_of_ranks(
     vllm_config: VllmConfig, sae_path: Path, tp: int, value: Any
 ) -> None:
     module = {"modules": {"m": {"path": str(sae_path), "sharding": value}}}
-    accepted = '"auto", "replicate" or "shard"'
+    accepted = 'expected one of "auto", "replicate", "shard"'
     where = "additional_config.steering.modules.m.sharding: found "
     check_refused(vllm_config, tp, module, where, accepted)
     where = "additional_config.steering.spare[0].sharding: found "

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two ranks, tensor or pipeline parallel, give the answers of one rank.
 
-In the default set, tests of shared SAEs run the same checks beside their own.
+In the default set, a test of shared SAEs does it for tensor parallelism, beside its own
+checks.
 """
 
 from __future__ import annotations
@@ -12,11 +13,24 @@ import pytest
 from steering_testing import copied
 from steering_testing.engine import TRACED, engine
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.engine
+TENSOR, PIPELINE = "tensor_parallel_size", "pipeline_parallel_size"
 
 
-@pytest.mark.parametrize("model_impl", ["vllm", "transformers"])
-@pytest.mark.parametrize("split", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    ("split", "model_impl"),
+    [
+        (PIPELINE, "vllm"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (PIPELINE, "transformers"),
+                (TENSOR, "vllm"),
+                (TENSOR, "transformers"),
+            )
+        ),
+    ],
+)
 def test_two_ranks_equal_hugging_face(
     split: str,
     model_impl: str,
@@ -31,7 +45,7 @@ def test_two_ranks_equal_hugging_face(
         "model_impl": model_impl,
     }
     stages = 1
-    if split == "pipeline_parallel_size":
+    if split == PIPELINE:
         stages = 2
         # vLLM's CPU runner makes the buffers between stages in its compile warm-up.
         options |= TRACED

@@ -62,6 +62,7 @@ def unbound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
+@pytest.mark.slow
 def test_stages_whose_ranks_share_saes_equal_hugging_face(
     model_root: Path, tmp_path: Path
 ) -> None:

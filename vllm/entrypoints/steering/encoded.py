@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
-from vllm.config.steering_checks import listing, shown
+from vllm.config.steering_checks import integer_in_range, listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import parse_site
 from vllm.entrypoints.steering.frames import frame_of_columns
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     import pandas
 
 SHOWN_TEXT = 60  # characters of a text in its `repr`
+
+
+def feature_index(
+    feature: object, d_sae: int, error: type[Exception] = ValueError
+) -> int:
+    """`feature`, which must be one of an SAE's; NumPy's integers are taken too.
+
+    Raises:
+        error: it is something else.
+    """
+    if isinstance(feature, np.integer):
+        feature = int(feature)
+    return integer_in_range("feature", feature, 0, d_sae - 1, error)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,12 +88,7 @@ class EncodedText:
         if not self.features:
             return found
         record = self.site(site)
-        whole = isinstance(feature, (int, np.integer))
-        if not whole or not 0 <= feature < record.d_sae:
-            raise ValueError(
-                f"feature: found {shown(feature)}, expected an integer in "
-                f"0..{record.d_sae - 1}"
-            )
+        feature = feature_index(feature, record.d_sae)
         rows, places = np.nonzero(record.features == feature)
         found[record.positions[rows]] = record.values[rows, places]
         return found

@@ -12,8 +12,8 @@ import numpy as np
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.steering import SteeringConfig
-from vllm.config.steering_checks import listing, shown
-from vllm.config.steering_points import parse_site
+from vllm.config.steering_checks import integer_in_range, listing, shown
+from vllm.config.steering_points import parse_site, site_name
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
 from vllm.entrypoints.steering.found import (
     FoundFeature,
@@ -22,10 +22,12 @@ from vllm.entrypoints.steering.found import (
 )
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.reading import (
+    Site,
     Text,
     encode,
     labels_for,
     read_limit,
+    site_text,
     tokenizer_of,
 )
 
@@ -47,7 +49,7 @@ def find_features(
     texts: Sequence[Text],
     against: Sequence[Text] | None = None,
     *,
-    site: str | tuple[str, int] | None = None,
+    site: Site | None = None,
     top: int = 20,
     labels: Labels | None = None,
 ) -> FoundFeatures:
@@ -116,10 +118,7 @@ def find_features(
 
 def check_top(path: str, top: object) -> None:
     """Raise `ValueError` unless so many features can be found."""
-    if not isinstance(top, int) or not 1 <= top <= CANDIDATES:
-        raise ValueError(
-            f"{path}: found {shown(top)}, expected an integer in 1..{CANDIDATES}"
-        )
+    integer_in_range(path, top, 1, CANDIDATES)
 
 
 def check_one_site(path: str, names: Sequence[str]) -> None:
@@ -131,8 +130,8 @@ def check_one_site(path: str, names: Sequence[str]) -> None:
 
 
 def chosen_site(
-    config: SteeringConfig | None, module: str, site: str | tuple[str, int] | None
-) -> dict[str, list[int]] | None:
+    config: SteeringConfig | None, module: str, site: Site | None
+) -> list[str] | None:
     """The site as `encode` takes it; None for a module's only one.
 
     Raises:
@@ -143,19 +142,16 @@ def chosen_site(
     if site is None:
         check_one_site("site", names)
         return None
-    site = site if isinstance(site, str) else ".".join(map(str, site))
-    parsed = parse_site(site)
-    if parsed is None:
+    name = site_text(site)
+    parsed = parse_site(name) if isinstance(name, str) else None
+    found = None if parsed is None else site_name(parsed[1], parsed[0])
+    if found is None or (names and found not in names):
+        accepted = f"a site of module {shown(module)}: {listing(names)}"
         raise ValueError(
-            f"site: found {shown(site)}, expected a site such as post_block.20"
+            f"site: found {shown(name)}, expected "
+            f"{accepted if names else 'a site such as post_block.20'}"
         )
-    layer, hook = parsed
-    if names and f"{hook.value}.{layer}" not in names:
-        raise ValueError(
-            f"site: found {shown(site)}, expected a site of module {shown(module)}: "
-            f"{listing(names)}"
-        )
-    return {hook.value: [layer]}
+    return [found]
 
 
 def _order(found: FoundFeature) -> tuple[float, float, int]:

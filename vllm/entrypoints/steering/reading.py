@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 Text = str | Sequence[int]
+Site = str | tuple[str, int]
 _PLACE = re.compile(r"^features\[(\d+)\]")
 SPEC = f"{READOUT_KEY}[0]"  # where the engine finds what `encode` asks
 
@@ -38,7 +39,7 @@ def encode(
     module: str,
     texts: Text | Sequence[Text],
     *,
-    sites: Mapping[str, Sequence[int]] | None = None,
+    sites: Site | Sequence[Site] | Mapping[str, Sequence[int]] | None = None,
     top_k: int | None = None,
     features: Sequence[int] | None = None,
     steering: JsonView | None = None,
@@ -50,7 +51,8 @@ def encode(
         llm: an engine that was started with the module.
         module: its name.
         texts: texts, or lists of token ids, or one of them.
-        sites: `{hook: [layer, ...]}`; every site of the module if not given.
+        sites: sites (`"hook.layer"` or `(hook, layer)`), one of them, or `{hook:
+            [layer, ...]}`; every site of the module if not given.
         top_k: how many of the largest activations of each token, at most the engine's
             `max_read_values` (64); 16 if neither this nor `features` is given.
         features: the features to read instead; any number of them.
@@ -108,14 +110,31 @@ def read_limit(config: SteeringConfig | None) -> int:
 
 def _listed(sites: object) -> object:
     """Sites as JSON has them; the parser refuses what is none."""
-    if not isinstance(sites, Mapping):
-        return sites
-    return {hook: _layers(layers) for hook, layers in sites.items()}
+    if isinstance(sites, Mapping):
+        return {hook: _items(layers) for hook, layers in sites.items()}
+    if isinstance(sites, str) or _is_pair(sites):
+        return [site_text(sites)]
+    listed = _items(sites)
+    return [site_text(one) for one in listed] if isinstance(listed, list) else listed
 
 
-def _layers(layers: object) -> object:
-    """A list of layers as JSON has it; the parser refuses what is none."""
-    return list(layers) if isinstance(layers, Iterable) else layers
+def _items(given: object) -> object:
+    """A list of what was given, as JSON has it; what cannot be one as it is."""
+    return list(given) if isinstance(given, Iterable) else given
+
+
+def _is_pair(site: object) -> bool:
+    """Whether a site is given as `(hook, layer)`."""
+    if not isinstance(site, Sequence) or len(site) != 2:
+        return False
+    return isinstance(site[0], str) and _is_index(site[1])
+
+
+def site_text(site: object) -> object:
+    """The name of a site that may be a pair; the reader refuses what is neither."""
+    if isinstance(site, Sequence) and _is_pair(site):
+        return f"{site[0]}.{operator.index(site[1])}"
+    return site
 
 
 def labels_for(

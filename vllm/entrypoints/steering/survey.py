@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm.config.sae_labels import Labels
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import integer_in_range
 from vllm.entrypoints.steering.encoded import EncodedText
 from vllm.entrypoints.steering.finder import chosen_site, only_site
 from vllm.entrypoints.steering.found import TokenInContext
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
 from vllm.entrypoints.steering.reading import (
+    Site,
     Text,
     encode,
     labels_for,
@@ -38,7 +39,7 @@ def survey(
     module: str,
     texts: Text | Sequence[Text],
     *,
-    site: str | tuple[str, int] | None = None,
+    site: Site | None = None,
     examples: int = EXAMPLES,
     labels: Labels | None = None,
 ) -> Survey:
@@ -61,7 +62,7 @@ def survey(
         ValueError: no texts, a bad text or `examples`, or several sites and none
             chosen.
     """
-    check_examples("examples", examples)
+    integer_in_range("examples", examples, 0, MAX_EXAMPLES)
     config = engine_config(llm)
     sites = chosen_site(config, module, site)
     labels = labels_for(config, module, labels)
@@ -89,20 +90,13 @@ def survey(
 
     ranked = counts.ranked()
     found = counts.result(module, name, ranked, labels)
+    info = None if config is None else config.modules.get(module)
+    found.of_several = info is not None and len(info.sites) > 1
     found.warnings += counts.doubts(most)
     for feature in np.flatnonzero(ranked.number).tolist() if examples else []:
         strongest = counts.strongest(ranked, feature, examples)
         found.examples[feature] = tuple(context(*one) for one in strongest)
     return found
-
-
-def check_examples(path: str, examples: object) -> None:
-    """Raise `ValueError` unless so many examples of a feature can be kept."""
-    whole = isinstance(examples, int) and not isinstance(examples, bool)
-    if not whole or not 0 <= examples <= MAX_EXAMPLES:  # type: ignore[operator]
-        raise ValueError(
-            f"{path}: found {shown(examples)}, expected an integer in 0..{MAX_EXAMPLES}"
-        )
 
 
 @dataclass(frozen=True, eq=False)

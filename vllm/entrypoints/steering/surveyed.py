@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm.config.sae_labels import EVIDENCE_NAME, MAX_EVIDENCE, Labels
-from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
+from vllm.entrypoints.steering.encoded import feature_index
 from vllm.entrypoints.steering.found import TokenInContext, html_example
 from vllm.entrypoints.steering.frames import frame_of_columns
 
@@ -74,6 +74,7 @@ class Survey:
         labels: what features stand for, where it is known.
         warnings: what makes the figures doubtful, one line each.
         examples: by feature, the tokens on which it is strongest.
+        of_several: whether the module has other sites, whose features are others.
     """
 
     module: str
@@ -87,6 +88,7 @@ class Survey:
     labels: Labels = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     examples: dict[int, tuple[TokenInContext, ...]] = field(default_factory=dict)
+    of_several: bool = False
 
     def __len__(self) -> int:
         return len(self.max)
@@ -97,12 +99,7 @@ class Survey:
         Raises:
             IndexError: the SAE has no such feature.
         """
-        if not 0 <= feature < len(self):
-            raise IndexError(
-                f"feature: found {shown(feature)}, expected an integer in "
-                f"0..{len(self) - 1}"
-            )
-        feature = int(feature)
+        feature = feature_index(feature, len(self), IndexError)
         return SurveyedFeature(
             feature,
             self.labels.get(feature, ""),
@@ -146,31 +143,36 @@ class Survey:
         }
 
     def to_evidence(self, examples: int | None = None) -> Json:
-        """The content of an `evidence.json`; at most so many examples a feature."""
+        """The content of an `evidence.json`; at most so many examples a feature.
+
+        Of a module with several sites, the lists belong to the site.
+        """
         lists: Json = {
             name: [float(f"{value:.4g}") for value in values.tolist()]
             for name, values in self._statistics().items()
         }
-        return {
-            "sites": {self.site: {"l0": round(self.l0, 2)}},
-            **lists,
-            "contexts": {
-                str(feature): [_parts(one) for one in found[:examples]]
-                for feature, found in self.examples.items()
-            },
+        lists["contexts"] = {
+            str(feature): [_parts(one) for one in found[:examples]]
+            for feature, found in self.examples.items()
         }
+        l0 = round(self.l0, 2)
+        if self.of_several:
+            return {"sites": {self.site: {"l0": l0, **lists}}}
+        return {"sites": {self.site: {"l0": l0}}, **lists}
 
     def save(self, path: str | Path) -> None:
         """Write `evidence.json`, which the playground reads beside a module's files.
 
-        Other keys of a file that is there (`card`, `neuronpedia`) are kept. If the file
-        would be larger than a server reads, features get fewer examples.
+        Other keys of a file that is there (`card`, `neuronpedia`) are kept, and so is
+        what it has of the module's other sites. If the file would be larger than a
+        server reads, features get fewer examples.
 
         Args:
             path: the file, or the directory of the module.
 
         Raises:
-            ValueError: the file that is there holds no JSON object.
+            ValueError: the file that is there holds no JSON object, or the file would
+                be too large without any examples.
             OSError: it cannot be read or written.
         """
         file = Path(path)
@@ -186,6 +188,12 @@ class Survey:
             text = json.dumps({**kept, **own}, ensure_ascii=False)
             if len(text.encode()) <= MAX_EVIDENCE:
                 break
+        else:
+            raise ValueError(
+                f"{file}: found {len(text.encode())} bytes without examples, expected "
+                f"at most {MAX_EVIDENCE}, which a server reads: save the survey of "
+                f"{self.site} in another file"
+            )
         file.write_text(text + "\n", encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ def listing_of(core: EngineCore, config: SteeringConfig) -> Json:
     item_bytes = core.vllm_config.model_config.dtype.itemsize
     modules = [
         {
-            **module.to_json(),
+            **module.described(),
             "weight_bytes": module_bytes(module, item_bytes, config.ranks),
             "requests": requests_of(core, name),
             "draining": name in config.draining,

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm.config.steering import MODULE_OPTIONS, ModuleInfo
+from vllm.config.steering import ModuleInfo
 from vllm.config.steering_json import Json
+from vllm.config.steering_module_options import MODULE_OPTIONS
 from vllm.config.steering_replies import Outcome, RefusedCall
 from vllm.engine.steering_options import ROOT
 

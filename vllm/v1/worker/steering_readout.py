@@ -23,6 +23,7 @@ from vllm.model_executor.layers.steering_state import StepState
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.steering_index import BatchView, RequestRows, StepIndex
 from vllm.v1.worker.steering_manager import RowManager
+from vllm.v1.worker.steering_tables import upload_rows
 
 
 class ReadRowManager(RowManager):
@@ -203,7 +204,7 @@ class SteeringReadout:
                     packed = encode_row(read, buffers[slot])
                     pending.setdefault(slot, {})[row] = packed
         for at, rows in pending.items():
-            _upload(buffers[at].packed, rows)
+            upload_rows(buffers[at].packed, list(rows), np.stack(list(rows.values())))
 
     def _write_index(self, rows: np.ndarray) -> None:
         tokens = len(rows)
@@ -270,13 +271,3 @@ def encode_row(read: SiteRead | None, buffers: ReadBuffers) -> np.ndarray:
         row[0], row[2], row[3] = 1, read.top_k, len(read.explicit)
         row[TABLE_HEAD : TABLE_HEAD + len(read.explicit)] = read.explicit
     return row
-
-
-def _upload(packed: torch.Tensor, rows: dict[int, np.ndarray]) -> None:
-    where = np.fromiter(rows, dtype=np.int64, count=len(rows))
-    data = np.stack(list(rows.values()))
-    packed.index_copy_(
-        0,
-        async_tensor_h2d(where, device=packed.device),
-        async_tensor_h2d(data, device=packed.device),
-    )

@@ -96,14 +96,7 @@ class BoundTable:
         Args:
             rows: the terms of each one; None for a row that does not edit.
         """
-        packed = self.table.packed
-        where = np.fromiter(rows, dtype=np.int64, count=len(rows))
-        data = self._pack(list(rows.values()))
-        packed.index_copy_(
-            0,
-            async_tensor_h2d(where, device=packed.device),
-            async_tensor_h2d(data, device=packed.device),
-        )
+        upload_rows(self.table.packed, list(rows), self._pack(list(rows.values())))
 
     def _pack(self, rows: Sequence[Sequence[Term] | None]) -> np.ndarray:
         """int32 `[rows, 2 + 3K]`, as `ClampTable.packed`."""
@@ -121,6 +114,15 @@ class BoundTable:
             data[at, 2 + k + place] = codes
             data.view(np.float32)[at, 2 + 2 * k + place] = values
         return data
+
+
+def upload_rows(packed: torch.Tensor, rows: Sequence[int], data: np.ndarray) -> None:
+    """Copy `data [n, columns]` into n rows of a table, without blocking."""
+    packed.index_copy_(
+        0,
+        async_tensor_h2d(np.array(rows, dtype=np.int64), device=packed.device),
+        async_tensor_h2d(data, device=packed.device),
+    )
 
 
 def _vector_terms(feature: int, action: VectorAction) -> list[Term]:

@@ -175,7 +175,7 @@ def test_vectors_are_refused(
     path = tmp_path / "v.safetensors"
     save_file({"layers.1.post_block": torch.ones(96)}, path)
     assert main(["probe", str(path), "--model", MODEL]) == 1
-    assert "expected an SAE, found steering vectors" in capsys.readouterr().err
+    assert "found steering vectors, expected an SAE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])

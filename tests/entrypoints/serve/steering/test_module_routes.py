@@ -67,6 +67,9 @@ def test_a_module_is_registered_listed_used_and_removed(
     listed = client.get(URL).json()
     (hot,) = [module for module in listed["modules"] if module["name"] == "hot"]
     assert hot["digest"] == made.json()["module"]["digest"]
+    for described in (hot, made.json()["module"]):
+        (site,) = described["sites"]
+        assert site["name"] == f"{site['hook']}.{site['layer']}"
     assert hot["weight_bytes"] == 2 * 96 * 64 * 4 + 8 * 96 + 4 * 64
     assert listed["free_slots"] == []
     assert listed["steered_tokens"]["full"]["prefill"] >= 5
@@ -361,7 +364,7 @@ def test_the_document_names_queries_and_statuses(client: TestClient) -> None:
         if "parameters" in operation
     }
     assert named[f"{URL}/{{name}}/features", "get"] == {"name", "q", "index", "limit"}
-    assert named[f"{URL}/{{name}}/evidence", "get"] == {"name", "index"}
+    assert named[f"{URL}/{{name}}/evidence", "get"] == {"name", "index", "site"}
     assert named[f"{URL}/{{name}}", "delete"] == {"name", "drain"}
     assert "201" in paths[URL]["post"]["responses"]
     for path, verbs in paths.items():

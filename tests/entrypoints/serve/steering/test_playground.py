@@ -39,6 +39,19 @@ def page() -> TestClient:
     return TestClient(app)
 
 
+def test_evidence_of_a_module_with_several_sites(tmp_path: Path) -> None:
+    own = {"l0": 4, "max": [1.0, 2.0], "contexts": {"1": [["a", "b", "c"]]}}
+    other = {"fvu": 0.1, "max": [3.0, 4.0]}
+    content = {"sites": {"post_block.1": own, "post_block.2": other}}
+    (tmp_path / "evidence.json").write_text(json.dumps(content))
+    found = of_features(str(tmp_path), [1], "post_block.1")
+    assert found["features"] == {"1": {"max": 2.0, "contexts": [["a", "b", "c"]]}}
+    assert found["sites"] == {"post_block.1": {"l0": 4}, "post_block.2": {"fvu": 0.1}}
+    found = of_features(str(tmp_path), [0, 1], "post_block.2")
+    assert found["features"] == {"0": {"max": 3.0}, "1": {"max": 4.0}}
+    assert of_features(str(tmp_path), [1], "post_block.3")["features"] == {"1": {}}
+
+
 def test_every_file_of_the_page_is_served_without_a_key(page: TestClient) -> None:
     for path in files():
         answer = page.get(f"/steering/{path.name}")
@@ -195,6 +208,16 @@ def test_the_route_answers_for_modules_of_the_engine(
             error = beyond.json()["error"]
             assert error["message"] == "index: found 64, expected 0..63"
             assert error["param"] == "index"
+        (site,) = client.get(f"{MODULES}/first").json()["module"]["sites"]
+        assert answer.json()["site"] == site["name"]
+        named = f"{MODULES}/first/evidence?index=0&site={site['name']}"
+        assert client.get(named).json() == answer.json()
+        for bad in ("post_blok.1", "post_block.99", ""):
+            refused = client.get(f"{MODULES}/first/evidence?site={bad}")
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["message"].startswith(f"site: found '{bad}', expected one of")
+            assert site["name"] in error["message"] and error["param"] == "site"
         missing = client.get(f"{MODULES}/nobody/evidence")
         assert missing.status_code == 404
         assert missing.json()["error"]["param"] == "name"

@@ -60,6 +60,29 @@ class LoadedSites(Mapping[SiteName, JsonView]):
         return content
 
 
+def need_sae(path: str, module: ModuleInfo) -> None:
+    """Raise `ValueError` for a module of steering vectors."""
+    if module.kind != "sae":
+        raise ValueError(f"{path}: found steering vectors, expected an SAE")
+
+
+def write(
+    folder: str | Path,
+    sites: Mapping[SiteName, JsonView],
+    module: ModuleInfo,
+    layout: ModuleLayout,
+) -> None:
+    """Write sites as a native directory that keeps what the module's files say."""
+    save_native(
+        folder,
+        sites,
+        reference_norm=module.reference_norm,
+        skip_token_ids=module.skip_token_ids,
+        norm_guard=module.norm_guard,
+        model=layout.model,
+    )
+
+
 def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> None:
     """Write an SAE, folded, as a native directory.
 
@@ -71,18 +94,10 @@ def convert(path: str, out: str, sites: Sequence[str] | None, dtype: str) -> Non
         found = "files" if target.is_dir() else "a file"
         raise ValueError(f"{out}: found {found}, expected a new or empty directory")
     module = inspect_module("module", path, sites=sites)
-    if module.kind != "sae":
-        raise ValueError(f"{path}: expected an SAE, found steering vectors")
+    need_sae(path, module)
     layout = read_layout("module", path, sites)
     with _all_or_nothing(target):
-        save_native(
-            target,
-            LoadedSites(module, layout, FloatType(dtype)),
-            reference_norm=module.reference_norm,
-            skip_token_ids=module.skip_token_ids,
-            norm_guard=module.norm_guard,
-            model=layout.model,
-        )
+        write(target, LoadedSites(module, layout, FloatType(dtype)), module, layout)
     print(f"wrote {len(module.sites)} site(s) to {target}")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_points import parse_site
+from vllm.entrypoints.cli.steering.commands import need_sae
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
     quiet_engine,
@@ -95,8 +96,7 @@ def sae_of(path: str, site: str | None) -> ModuleInfo:
             f"--site: found {site!r}, expected HOOK.LAYER such as post_block.20"
         )
     info = inspect_module(MODULE, path, sites=None if site is None else [site])
-    if info.kind != "sae":
-        raise ValueError(f"{path}: found steering vectors, expected an SAE")
+    need_sae(path, info)
     check_one_site("--site", [one.name for one in info.sites])
     return info
 

@@ -97,12 +97,11 @@ def ranks_of(site: SiteInfo, tp: int) -> Json:
 
 def report(module: ModuleInfo, layout: ModuleLayout, tp: int = 1) -> Json:
     """All that `inspect` shows, as JSON types."""
-    data = module.to_json()
+    data = module.described()
     data["model"] = layout.model
     for site, entry, shown in zip(
         module.sites, layout.sites, data["sites"], strict=True
     ):
-        shown["name"] = site.name
         shown["folds"] = describe_folds(entry) if isinstance(entry, SAELayout) else []
         shown["declared"] = dict(layout.declared.get(site.name, {}))
         shown["bytes_16_bit"] = site_bytes(site, module.kind, 2)

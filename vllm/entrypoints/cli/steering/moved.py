@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vllm.config.steering_points import site_name
-from vllm.entrypoints.cli.steering.commands import LoadedSites
+from vllm.entrypoints.cli.steering.commands import LoadedSites, write
 from vllm.model_executor.model_loader.sae_formats.names import need_site
-from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout
 
@@ -48,12 +47,5 @@ def at_asked_site(
     print(f"note: the files say {stated.name}; measured at {asked}", file=sys.stderr)
     content = LoadedSites(module, layout, FloatType.F32)[stated.layer, stated.hook]
     with tempfile.TemporaryDirectory(prefix="vllm-steering-probe-") as folder:
-        save_native(
-            folder,
-            {(layer, hook): content},
-            reference_norm=module.reference_norm,
-            skip_token_ids=module.skip_token_ids,
-            norm_guard=module.norm_guard,
-            model=layout.model,
-        )
+        write(folder, {(layer, hook): content}, module, layout)
         yield folder, None

@@ -17,6 +17,7 @@ import torch
 
 from vllm.config.steering import Activation, SiteInfo, get_steering_config
 from vllm.config.steering_points import site_name
+from vllm.entrypoints.cli.steering.commands import need_sae
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
@@ -143,8 +144,7 @@ def _probe(
     sites: Sequence[str] | None,
     dtype: str,
 ) -> list[ProbedSite]:
-    if inspect_module(MODULE, path, sites=sites).kind != "sae":
-        raise ValueError(f"{path}: expected an SAE, found steering vectors")
+    need_sae(path, inspect_module(MODULE, path, sites=sites))
     claims = read_layout(MODULE, path, sites).declared
     options = {"sites": sites, "dtype": dtype}
     with probing_engine(path, model, options) as llm:

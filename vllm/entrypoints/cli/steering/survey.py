@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm.config.steering_checks import integer_in_range
 from vllm.entrypoints.cli.steering.features import labels_at, sae_of, windows_of
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
@@ -17,6 +18,7 @@ from vllm.entrypoints.cli.steering.inputs import (
 from vllm.entrypoints.cli.steering.probe_engine import MODULE, probing_engine
 from vllm.entrypoints.steering.survey import survey as survey_texts
 from vllm.entrypoints.steering.surveyed import Survey
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 
 
 def survey(
@@ -46,14 +48,11 @@ def survey(
     check_model_path(model)
     info = sae_of(path, site)
     for feature in shown:
-        if not feature < info.sites[0].d_sae:
-            raise ValueError(
-                f"--feature: found {feature}, expected an integer in "
-                f"0..{info.sites[0].d_sae - 1}"
-            )
+        integer_in_range("--feature", feature, 0, info.sites[0].d_sae - 1)
     sites = None if site is None else [site]
     with probing_engine(path, model, {"dtype": dtype, "sites": sites}) as llm:
         found = survey_texts(llm, MODULE, windows_of(llm, texts), labels=labels)
+    found.of_several = site is not None and _has_several_sites(path)
     if as_json:
         told = {**found.to_evidence(), "tokens": found.tokens, "module": path}
         print(json.dumps({**told, "model": model, "warnings": found.warnings}))
@@ -62,6 +61,14 @@ def survey(
     if out is not None:
         found.save(out)
     return 0
+
+
+def _has_several_sites(path: str) -> bool:
+    """Whether the files are of several sites; not if they do not name their site."""
+    try:
+        return len(inspect_module(MODULE, path).sites) > 1
+    except ValueError:
+        return False
 
 
 def _print(found: Survey, shown: Sequence[int]) -> None:

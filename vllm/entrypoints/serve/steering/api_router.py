@@ -22,11 +22,13 @@ from vllm.entrypoints.serve.steering.openapi import asks, errors, takes
 from vllm.entrypoints.serve.steering.protocol import (
     MAX_QUERY,
     REGISTER_SCHEMA,
+    check_features,
     check_name,
     parse_count,
     parse_flag,
     parse_register,
     parse_words,
+    site_of,
 )
 from vllm.entrypoints.serve.steering.routing import (
     modules_of,
@@ -84,7 +86,11 @@ async def register_steering_module(request: Request) -> JSONResponse:
     PATH + "/{name}/evidence",
     responses=errors(400, 404, 409),
     openapi_extra=asks(
-        index=("At most 256 feature indices, such as 3,457.", {"type": "string"})
+        index=("At most 256 feature indices, such as 3,457.", {"type": "string"}),
+        site=(
+            "Whose features; the module's first site if left out.",
+            {"type": "string"},
+        ),
     ),
 )
 async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
@@ -92,9 +98,11 @@ async def steering_module_evidence(name: str, request: Request) -> JSONResponse:
     service = modules_of(request)
     check_name(name)
     indices = parse_indices(request.query_params.get("index"))
-    path = await service.path_of(name, indices)
-    found = await asyncio.to_thread(of_features, path, indices)
-    return JSONResponse({"module_name": name, **found})
+    module = await service.get(name)
+    check_features(module, indices)
+    site = site_of(module, request.query_params.get("site"))
+    found = await asyncio.to_thread(of_features, module["path"], indices, site)
+    return JSONResponse({"module_name": name, "site": site, **found})
 
 
 @router.delete(
@@ -127,7 +135,7 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
         index=("A feature whose label is wanted.", {"type": "integer", "minimum": 0}),
         limit=(
             "At most so many features.",
-            {"type": "integer", "default": 20, "minimum": 0, "maximum": LABELS_LIMIT},
+            {"type": "integer", "default": 20, "minimum": 1, "maximum": LABELS_LIMIT},
         ),
     ),
 )

@@ -16,7 +16,7 @@ from vllm.config.sae_features import FEATURES, features_json
 from vllm.config.sae_readout_specs import (
     DEFAULT_TOP_K,
     Features,
-    ReadLayers,
+    ReadSites,
     TopK,
     check_prompt_values,
 )
@@ -59,7 +59,7 @@ class EncodeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     module_name: str
     input: Text | Texts | None = None
     messages: Messages | None = None
-    sites: dict[str, ReadLayers] | None = None
+    sites: ReadSites | None = None
     top_k: TopK | None = None
     features: Features | None = None
     model: str | None = None

@@ -7,9 +7,10 @@
      "max": [...], "p99": [...], "p50": [...], "frequency": [...],
      "contexts": {"457": [["text before", " token", " text after"], ...]}}
 
-Every key is optional; the lists have one number for each feature. If the file leaves
-out the sites or the Neuronpedia id, they come from a native manifest or a SAELens
-configuration.
+Every key is optional; the lists have one number for each feature. Of a module with
+several sites, the lists and contexts of a site stand beside its `fvu` and `l0`. If the
+file leaves out the sites or the Neuronpedia id, they come from a native manifest or a
+SAELens configuration.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.file_cache import FileCache
 
 MAX_INDICES = 256
+CONTEXTS = "contexts"
 LISTS = ("max", "p99", "p50", "frequency")
 FIGURES = ("fvu", "l0")
 
 
-def of_features(module_path: str, indices: list[int]) -> Json:
+def of_features(module_path: str, indices: list[int], site: str | None = None) -> Json:
     """The card, the sites, and what is known of the features `indices`.
 
     Args:
         module_path: of the module, as the engine has it.
+        site: whose features they are, `hook.layer`; that of the whole module if None.
 
     Raises:
         RequestRefused: 409, the file is no JSON object, or contains NaN.
@@ -45,16 +48,31 @@ def of_features(module_path: str, indices: list[int]) -> Json:
     id_ = content.get("neuronpedia")
     if not isinstance(id_, str):
         id_ = _neuronpedia_id(_stand_in(folder / "cfg.json"))
-    features = {str(i): _of_feature(content, i) for i in indices}
+    by_site = {n: told for n, told in _items(sites) if isinstance(told, dict)}
+    own = by_site.get(site or "", {})
+    features = {
+        str(i): {**_of_feature(content, i), **_of_feature(own, i)} for i in indices
+    }
     if id_ is not None:
         features = {i: {**known, "neuronpedia": id_} for i, known in features.items()}
     return {
         "card": card if isinstance(card, dict) else {},
-        "sites": sites
+        "sites": {name: _figures(told) for name, told in _items(sites)}
         if isinstance(sites, dict)
         else _declared(_stand_in(folder / "manifest.json")),
         "features": features,
     }
+
+
+def _items(sites: object) -> list[tuple[str, object]]:
+    return list(sites.items()) if isinstance(sites, dict) else []
+
+
+def _figures(told: object) -> object:
+    """What the file says of a site, without what it says of the site's features."""
+    if not isinstance(told, dict):
+        return told
+    return {key: told[key] for key in told if key not in (*LISTS, CONTEXTS)}
 
 
 def _content(path: Path) -> Json | None:
@@ -154,7 +172,7 @@ def _of_feature(content: Json, index: int) -> Json:
         values = content.get(key)
         if isinstance(values, list) and index < len(values):
             found[key] = values[index]
-    contexts = content.get("contexts")
+    contexts = content.get(CONTEXTS)
     if isinstance(contexts, dict) and str(index) in contexts:
-        found["contexts"] = contexts[str(index)]
+        found[CONTEXTS] = contexts[str(index)]
     return found

@@ -7,15 +7,11 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
-import msgspec
-from msgspec import UNSET, UnsetType
-
-from vllm.config.steering import MODULE_OPTIONS, FeatureUnits
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_reader import MAX_FLOAT32, Reader, expects, json_schema
-from vllm.config.steering_screening import Screening
-from vllm.config.steering_sharding import Sharding
+from vllm.config.steering_module_options import ModuleOptions
+from vllm.config.steering_points import parse_site, site_name
+from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.exceptions import VLLMValidationError
@@ -23,7 +19,6 @@ from vllm.exceptions import VLLMValidationError
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 256 << 10
-MAX_LIST = 8192
 MAX_QUERY = 256
 
 Name = Annotated[
@@ -43,50 +38,15 @@ Path = Annotated[
         max_length=4096,
     ),
 ]
-TokenId = Annotated[int, expects("a token id", ge=0, lt=2**31)]
-TokenIds = Annotated[
-    list[TokenId],
-    expects(f"null or a list of at most {MAX_LIST} token ids", max_length=MAX_LIST),
-]
-SiteName = Annotated[
-    str,
-    expects("a site such as post_block.20", pattern=r"\A[A-Za-z0-9_.]{1,64}\Z"),
-]
-SiteNames = Annotated[
-    list[SiteName],
-    expects(
-        f'null or a list of at most {MAX_LIST} sites such as "post_block.20"',
-        max_length=MAX_LIST,
-    ),
-]
-Positive = Annotated[
-    float,
-    expects(
-        "null or a positive number within the range of float32", gt=0, le=MAX_FLOAT32
-    ),
-]
 
 
-class RegisterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RegisterRequest(ModuleOptions, frozen=True):
     """A module to load: its name, its path and the options that start-up has too."""
 
     name: Name
     path: Path
-    feature_units: FeatureUnits | UnsetType = UNSET
-    skip_token_ids: TokenIds | None | UnsetType = UNSET
-    norm_guard: Positive | None | UnsetType = UNSET
-    reference_norm: Positive | None | UnsetType = UNSET
-    sites: SiteNames | None | UnsetType = UNSET
-    sharding: Sharding | UnsetType = UNSET
-    screening: Screening | UnsetType = UNSET
     replace: bool = False
     drain: bool = False
-
-    @property
-    def options(self) -> Json:
-        """The options that are given, by the names that they have at start-up."""
-        given = msgspec.structs.asdict(self)
-        return {key: given[key] for key in MODULE_OPTIONS if given[key] is not UNSET}
 
 
 _REGISTER = Reader(RegisterRequest)
@@ -140,6 +100,24 @@ def check_features(module: Json, features: Iterable[int]) -> None:
             raise RequestRefused(
                 400, f"index: found {feature}, expected 0..{most - 1}", "index"
             )
+
+
+def site_of(module: Json, given: str | None) -> str:
+    """The name of a listed module's site; of its first, if none is given.
+
+    Raises:
+        RequestRefused: 400, the module has no such site.
+    """
+    names: list[str] = [site["name"] for site in module["sites"]]
+    if given is None:
+        return names[0]
+    place = parse_site(given)
+    name = "" if place is None else site_name(place[1], place[0])
+    if name not in names:
+        raise RequestRefused(
+            400, f"site: found {shown(given)}, expected one of {listing(names)}", "site"
+        )
+    return name
 
 
 def parse_flag(key: str, value: str | None) -> bool:

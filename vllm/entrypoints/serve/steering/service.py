@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllm.config.sae_labels import FILE_NAME, LabelIndex, load_labels
 from vllm.config.sae_steering_parser import why_broken
-from vllm.config.steering import SteeringConfig
+from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import WITHOUT_STEERING, listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import (
@@ -222,7 +222,7 @@ class SteeringModulesService:
             "drain": request.drain,
         }
         reply = await self._drained("register", request.name, payload, is_gone)
-        return reply.module or {}
+        return ModuleInfo.from_json(reply.module or {}).described()
 
     async def unregister(self, name: str, drain: bool, is_gone: IsGone) -> None:
         """Remove a module."""

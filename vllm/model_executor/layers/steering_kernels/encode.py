@@ -29,8 +29,14 @@ def scores(
     BT: tl.constexpr,
     BK: tl.constexpr,
     TMA: tl.constexpr,
+    FIRST: tl.constexpr = False,
+    first=0,
 ):
-    """float32 [BF, BT] tile of W_enc x^T; rows past F and tokens past n are junk."""
+    """float32 [BF, BT] tile of W_enc x^T; rows past F and tokens past n are junk.
+
+    FIRST, without TMA: the sum begins at column `first`, a multiple of BK, and ends
+    with the columns before it.
+    """
     acc = tl.zeros([BF, BT], tl.float32)
     if TMA:
         for k in range(0, D, BK):
@@ -43,7 +49,10 @@ def scores(
         w_row = w + f.to(tl.int64)[:, None] * D
         x_row = x + t.to(tl.int64)[None, :] * D
         for k in range(0, D, BK):
-            col = k + tl.arange(0, BK)
+            at = k
+            if FIRST:
+                at = (first + k) % (tl.cdiv(D, BK) * BK)
+            col = at + tl.arange(0, BK)
             w_mask = (f[:, None] < F) & (col[None, :] < D)
             wk = tl.load(w_row + col[None, :], mask=w_mask, other=0.0)
             x_mask = (t[None, :] < n) & (col[:, None] < D)

@@ -27,6 +27,10 @@ HALVINGS = tl.constexpr(10)  # that find one of 512 features, the most of a row
 RANKED = tl.constexpr(2)  # keys that others are compared with at a time
 BLOCK = tl.constexpr(32)  # entries looked at together
 
+# Where the extension begins the sum of a feature (csrc/steering/scheduler.cuh).
+ORDER_FEATURES = tl.constexpr(256)  # that begin at the same column
+ORDER_STEP = tl.constexpr(7)  # blocks of columns from these to the next
+
 
 @triton.jit
 def key_feature(key):
@@ -164,19 +168,26 @@ def block_of_encoder(
     D: tl.constexpr,
     BF: tl.constexpr,
     BK: tl.constexpr,
+    AFTER_CUDA: tl.constexpr,
 ):
     """Activations of a block of features of a threshold token, encoded here.
 
     A tile of the encoder with one token in it, so that a value has the bits that a list
-    would hold.
+    would hold. AFTER_CUDA: of the extension, which begins the sum elsewhere and always
+    adds the bias last.
     """
     f = f0 + tl.arange(0, BF)
+    begins = f0 // ORDER_FEATURES * ORDER_STEP % tl.cdiv(D, BK) * BK
     p = scores(
-        x=x, w=w_enc, f0=f0, t0=i, n=i + 1, F=F, D=D, BF=BF, BT=16, BK=BK, TMA=False
-    )
-    p += tl.load(b_enc + f, mask=inside, other=float("-inf"))[:, None]
-    first = tl.arange(0, 16)[None, :] == 0
-    p = tl.sum(tl.where(first, p, 0.0), 1)
+        x=x, w=w_enc, f0=f0, t0=i, n=i + 1, F=F, D=D, BF=BF, BT=16, BK=BK, TMA=False,
+        FIRST=AFTER_CUDA, first=begins,
+    )  # fmt: skip
+    bias = tl.load(b_enc + f, mask=inside, other=float("-inf"))
+    one = tl.arange(0, 16)[None, :] == 0
+    if AFTER_CUDA:  # behind the choice of a token, where Triton cannot begin with it
+        p = tl.sum(tl.where(one, p, 0.0), 1) + bias
+    else:
+        p = tl.sum(tl.where(one, p + bias[:, None], 0.0), 1)
     bar = tl.load(threshold + f, mask=inside, other=float("inf"))
     return tl.where(p > tl.maximum(bar, 0.0), p, 0.0)
 
@@ -219,6 +230,7 @@ def keys_from_all(
     TOPK: tl.constexpr,
     BF: tl.constexpr,
     BK: tl.constexpr,
+    AFTER_CUDA: tl.constexpr,
 ):
     """The overflow path: keeps the best keys of all features of one token.
 
@@ -236,7 +248,7 @@ def keys_from_all(
         else:
             act = block_of_encoder(
                 x=x, i=i, w_enc=w_enc, b_enc=b_enc, threshold=threshold, f0=f0,
-                inside=inside, F=F, D=D, BF=BF, BK=BK,
+                inside=inside, F=F, D=D, BF=BF, BK=BK, AFTER_CUDA=AFTER_CUDA,
             )  # fmt: skip
             act = through_memory(act, own + n, BF)
         put_given(f, act, act != 0.0, features, count, first_feature, scale, out)
@@ -290,7 +302,7 @@ def readout_kernel(
 
     It reads F features, of which `first_feature` is the first, and writes their
     indices among these F; given features that are not among them are 0.
-    OVERFLOW: of those with more non-zeros than their list holds.
+    OVERFLOW: after the extension's stages, only those whose list is too short.
     """
     pdl_wait(PDL)
     n_tokens = tl.minimum(tl.load(count) - base, rows)
@@ -320,10 +332,10 @@ def readout_kernel(
             else:
                 n, active = keys_from_all(
                     own=own, room=capacity, x=x, i=i, scores_row=scores_of + i64 * F,
-                    kth=tl.load(kth + i), top_k=top_k, features=features,
-                    count=given_count, first_feature=first_feature, out=to + 2,
-                    scale=scale, meta=meta, w_enc=w_enc, b_enc=b_enc,
-                    threshold=threshold, F=F, D=D, TOPK=TOPK, BF=BF, BK=BK,
+                    kth=tl.load(kth + i), top_k=top_k, features=features, meta=meta,
+                    count=given_count, first_feature=first_feature, out=to + 2, F=F,
+                    scale=scale, w_enc=w_enc, b_enc=b_enc, threshold=threshold,
+                    D=D, TOPK=TOPK, BF=BF, BK=BK, AFTER_CUDA=OVERFLOW,
                 )  # fmt: skip
             if n > 1024:
                 n = keep_best(own, n, top_k)

@@ -7,7 +7,7 @@ import torch
 
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 
-from .plan import plan_encode
+from .plan import LEAST_REDUCTION, plan_encode
 from .readout import readout_kernel
 from .run import Run, device_facts, pdl_options
 
@@ -76,7 +76,8 @@ def read_out(
         TOPK=run.topk,
         OVERFLOW=overflow,
         BF=encoder.block_f,
-        BK=encoder.block_k,
+        # The extension's blocks of columns are the narrow ones.
+        BK=LEAST_REDUCTION if overflow else encoder.block_k,
         num_warps=encoder.num_warps,
         **pdl_options(device),
     )
