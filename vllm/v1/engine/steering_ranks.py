@@ -22,7 +22,7 @@ from vllm.config.steering_replies import (
     Outcome,
     as_reply,
 )
-from vllm.engine.steering_active_config import take_over
+from vllm.engine.steering_active_config import shutdown_has_ended, take_over
 from vllm.v1.engine.exceptions import EngineDeadError
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def _is_stopping(client: AsyncMPClient, error: Exception) -> bool:
 
     Until the front end has stopped the engine's processes, they refuse calls in words.
     """
-    return client.steering_stopping or str(error) == ENGINE_STOPS
+    shuts_down = shutdown_has_ended(client.vllm_config) is not None
+    return shuts_down or str(error) == ENGINE_STOPS
 
 
 async def _while_alive(client: AsyncMPClient, call: Coroutine[None, None, T]) -> T:

@@ -13,12 +13,15 @@ import pytest
 from steering_testing.specs import CONFIG
 
 from vllm.config.steering import SteeringConfig
+from vllm.engine.steering_active_config import note_shutdown
+from vllm.entrypoints.serve.steering import encode as encode_module
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.encode import (
     EncodeRequest,
     EncodeService,
     message_of,
 )
+from vllm.exceptions import VLLMServerError
 
 
 class Words:
@@ -36,8 +39,10 @@ class Engine:
 
     def __init__(self) -> None:
         self.vllm_config: Any = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=100)
+            model_config=SimpleNamespace(max_model_len=100),
+            additional_config={"steering": {}},
         )
+        self.ends_with = "length"
         self.running = 0
         self.cancelled = 0
         self.go_on = asyncio.Event()
@@ -57,7 +62,10 @@ class Engine:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        yield SimpleNamespace(prompt_sae_features={})
+        if self.ends_with == "dead":
+            raise VLLMServerError("dead")
+        output = SimpleNamespace(finish_reason=self.ends_with)
+        yield SimpleNamespace(prompt_sae_features={}, outputs=[output])
 
 
 REQUEST = EncodeRequest("one", input=["a b", "c", "d e f"])
@@ -93,6 +101,55 @@ def test_a_cancelled_call_ends_all_its_texts() -> None:
             await encoding
         await asyncio.sleep(0)
         assert engine.cancelled == 3
+
+    asyncio.run(check())
+
+
+def test_a_text_that_the_engine_aborts_is_not_answered_without_features() -> None:
+    async def check() -> None:
+        engine = Engine()
+        engine.ends_with = "abort"
+        engine.go_on.set()
+        with pytest.raises(RequestRefused, match="shutting down or paused") as caught:
+            await run(engine)
+        assert caught.value.status == 503
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_call_that_waits_ends_with_the_server(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    monkeypatch.setattr(encode_module, "STOPPED_POLL_S", 0.01)
+
+    async def check() -> None:
+        engine = Engine()
+        engine.ends_with = "dead"
+        encoding = asyncio.create_task(run(engine))
+        while engine.running < 3:
+            await asyncio.sleep(0)
+        note_shutdown(engine.vllm_config, has_ended=False)
+        await asyncio.sleep(0.05)
+        assert not encoding.done()  # what runs may still be answered
+        if answers:
+            engine.go_on.set()
+        else:
+            note_shutdown(engine.vllm_config, has_ended=True)
+        with pytest.raises(RequestRefused, match="shutting down or paused") as caught:
+            await asyncio.wait_for(encoding, 5)
+        assert caught.value.status == 503
+
+    asyncio.run(check())
+
+
+def test_an_engine_that_dies_is_an_error_of_the_server() -> None:
+    async def check() -> None:
+        engine = Engine()
+        engine.ends_with = "dead"
+        engine.go_on.set()
+        with pytest.raises(VLLMServerError):
+            await run(engine)
 
     asyncio.run(check())
 

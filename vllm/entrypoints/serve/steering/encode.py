@@ -27,10 +27,11 @@ from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import ModuleChangedError, listing, shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
+from vllm.engine.steering_active_config import shutdown_has_ended
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.protocol import read_body_as
 from vllm.entrypoints.steering.pieces import token_pieces
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import SamplingParams
 
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 MAX_TEXTS = 64
+STOPPED_POLL_S = 1.0
+ENDED = (
+    "the engine ended this call before it had read the texts: it is shutting down or "
+    "paused"
+)
 PIECES_AT_ONCE = 128  # tokens that are decoded before others have their turn
 
 Text = Annotated[str, expects("a text", min_length=1)]
@@ -154,7 +160,11 @@ class EncodeService:
         try:
             self._check(request, prompts, specs, config)
             reads += [asyncio.create_task(self._read(ids, specs)) for ids in prompts]
-            outputs = await asyncio.gather(*reads)
+            outputs = await self._unless_stopped(asyncio.gather(*reads))
+        except VLLMServerError:
+            if shutdown_has_ended(self.engine.vllm_config) is None:
+                raise
+            raise RequestRefused(503, ENDED) from None
         except VLLMValidationError as error:
             raise _refused(error) from None
         except ValueError as error:
@@ -209,12 +219,17 @@ class EncodeService:
             last = output
         assert last is not None, "the engine gave no output"
         if last.outputs[0].finish_reason == "abort":
-            raise RequestRefused(
-                503,
-                "the engine ended this call before it had read the texts: it is "
-                "shutting down or paused",
-            )
+            raise RequestRefused(503, ENDED)
         return last
+
+    async def _unless_stopped(
+        self, outputs: asyncio.Future[list[RequestOutput]]
+    ) -> list[RequestOutput]:
+        """The outputs. vLLM never answers some requests of an engine that it stops."""
+        while not (await asyncio.wait((outputs,), timeout=STOPPED_POLL_S))[0]:
+            if shutdown_has_ended(self.engine.vllm_config):
+                raise RequestRefused(503, ENDED)
+        return outputs.result()
 
 
 def served_names(args: Namespace) -> list[str]:

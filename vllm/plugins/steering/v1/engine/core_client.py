@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, as_reply
-from vllm.engine.steering_active_config import take_over
-from vllm.plugins.steering.seam import Stock, declare, wrap
+from vllm.engine.steering_active_config import note_shutdown, take_over
+from vllm.plugins.steering.seam import Stock, wrap
 from vllm.v1.engine.steering_ranks import call_registries
 
 if TYPE_CHECKING:
@@ -28,16 +28,18 @@ def install() -> None:
     """Call the registries where clients call workers."""
     wrap(f"{MODULE}:AsyncMPClient.collective_rpc_async", PARAMETERS, _make_async)
     wrap(f"{MODULE}:SyncMPClient.collective_rpc", PARAMETERS, _make_sync)
-    declare(f"{MODULE}:MPClient", "steering_stopping")
     wrap(f"{MODULE}:MPClient.shutdown", ("self", "timeout"), _make_shutdown)
 
 
 def _make_shutdown(stock: Stock) -> Stock:
     def shutdown(self: MPClient, timeout: float | None = None) -> None:
         # vLLM shuts the client down too when an engine has died.
-        if not self.resources.engine_dead:
-            self.steering_stopping = True
+        if self.resources.engine_dead:
+            stock(self, timeout)
+            return
+        note_shutdown(self.vllm_config, has_ended=False)
         stock(self, timeout)
+        note_shutdown(self.vllm_config, has_ended=True)
 
     return shutdown
 
