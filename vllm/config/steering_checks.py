@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import SupportsIndex
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
@@ -54,6 +56,10 @@ def shown(value: object) -> str:
         if isinstance(value, (str, bytes)) and len(value) > MAX_SHOWN:
             return f"{ascii(value[:MAX_SHOWN])}..."
         return ascii(value)
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if dtype is not None and isinstance(shape, tuple):
+        # Of NumPy, PyTorch and the like.
+        return f"a {type(value).__name__} {list(shape)} of {dtype}"
     if type(value) in (dict, list):
         return "an object" if type(value) is dict else "a list"
     return f"a value of type {type(value).__name__}"
@@ -69,6 +75,18 @@ def bad(path: str, value: object, accepted: str) -> SteeringRequestError:
     return refusal(path, f"found {shown(value)}, expected {accepted}")
 
 
+def whole(value: object) -> object:
+    """An integer of NumPy, PyTorch and the like as Python's; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return value
+    if getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")):
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # it is no integer
+        return value
+
+
 def integer_in_range(
     path: str,
     value: object,
@@ -78,11 +96,14 @@ def integer_in_range(
 ) -> int:
     """`value`, which must be an integer in `low..high`; a bool is none.
 
+    Integers of NumPy, PyTorch and the like are taken, too.
+
     Raises:
         error: it is something else.
     """
-    if type(value) is int and low <= value <= high:
-        return value
+    number = whole(value)
+    if type(number) is int and low <= number <= high:
+        return number
     raise error(f"{path}: found {shown(value)}, expected an integer in {low}..{high}")
 
 
