@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
@@ -19,6 +19,20 @@ WITHOUT_STEERING = (
     "this engine was started without steering: configure a module or a spare slot in "
     "additional_config.steering when it starts"
 )
+
+
+@runtime_checkable
+class Array(Protocol):
+    """An array or a scalar of NumPy, PyTorch and the like."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> object: ...
 
 
 class SteeringConfigError(ValueError):
@@ -56,10 +70,8 @@ def shown(value: object) -> str:
         if isinstance(value, (str, bytes)) and len(value) > MAX_SHOWN:
             return f"{ascii(value[:MAX_SHOWN])}..."
         return ascii(value)
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if dtype is not None and isinstance(shape, tuple):
-        # Of NumPy, PyTorch and the like.
-        return f"a {type(value).__name__} {list(shape)} of {dtype}"
+    if isinstance(value, Array):
+        return f"a {type(value).__name__} {list(value.shape)} of {value.dtype}"
     if type(value) in (dict, list):
         return "an object" if type(value) is dict else "a list"
     return f"a value of type {type(value).__name__}"
@@ -79,7 +91,7 @@ def whole(value: object) -> object:
     """An integer of NumPy, PyTorch and the like as Python's; all else as it is."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return value
-    if getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")):
+    if isinstance(value, Array) and (value.ndim or "bool" in str(value.dtype)):
         return value
     try:
         return operator.index(value)

@@ -186,23 +186,17 @@ def test_a_read_takes_the_features_of_other_libraries(llm: LLM, features: Any) -
 
 def test_what_was_not_read_is_not_zero(llm: LLM) -> None:
     (text,) = encode(llm, MODULE, ABOUT[0], features=np.array([3, FEATURE]))
-    for feature in (
-        FEATURE,
-        np.int64(FEATURE),
-        np.array(FEATURE),
-        torch.tensor(FEATURE),
-    ):
-        assert text.activations(feature).max() > 0  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=f"found 7, which was not read, .* 3, {FEATURE}"
-    ):
-        text.activations(7)
-    with pytest.raises(
-        ValueError, match="^feature: found True, expected an integer in"
-    ):
-        text.activations(True)
-    with pytest.raises(ValueError, match=r"^feature: found a ndarray \[1\] of int64"):
-        text.activations(np.array([FEATURE]))  # type: ignore[arg-type]
+    scalars: list[Any] = [np.int64(FEATURE), np.array(FEATURE), torch.tensor(FEATURE)]
+    for feature in (FEATURE, *scalars):
+        assert text.activations(feature).max() > 0
+    bad: list[tuple[Any, str]] = [
+        (7, f"found 7, which was not read, expected one of 3, {FEATURE}"),
+        (True, "found True, expected an integer in"),
+        (np.array([FEATURE]), r"found a ndarray \[1\] of int64, expected an integer"),
+    ]
+    for feature, message in bad:
+        with pytest.raises(ValueError, match=f"^feature: {message}"):
+            text.activations(feature)
     (listed,) = encode(llm, MODULE, ABOUT[0], top_k=2)
     assert not listed.activations(7).any()
 

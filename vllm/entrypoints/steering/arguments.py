@@ -8,12 +8,12 @@ is accepted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from vllm.config.sae_labels import Labels, labels_of
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, PRESET_KEY, READOUT_KEY
 from vllm.config.steering import ModuleInfo, SteeringConfig
-from vllm.config.steering_checks import listing, shown, whole
+from vllm.config.steering_checks import Array, listing, shown, whole
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import site_text
 
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 Text = str | Sequence[int]
 Site = str | tuple[str, int]
 TEXTS = "a text, token ids, or a list of them"
+
+
+@runtime_checkable
+class _Frame(Protocol):
+    """A table of pandas, polars and the like, which iterates over its columns."""
+
+    @property
+    def columns(self) -> object: ...
 
 
 def tokenizer_of(llm: LLM) -> TokenizerLike | None:
@@ -65,7 +73,9 @@ def text_ids(
     model = llm.llm_engine.vllm_config.model_config
     # One token is generated, because vLLM always generates.
     most = model.max_model_len - 1
-    largest = max(model.get_vocab_size() - 1, getattr(tokenizer, "max_token_id", 0))
+    largest = model.get_vocab_size() - 1
+    if tokenizer is not None:
+        largest = max(largest, tokenizer.max_token_id)
     found = []
     for at, text in enumerate(_texts(path, texts)):
         where = f"{path}[{at}]"
@@ -93,7 +103,7 @@ def _texts(path: str, texts: object) -> list[object]:
     if isinstance(texts, Mapping):
         named = next((key for key in ("input_ids", "text") if key in texts), None)
         hint = "" if named is None else f", such as its {named!r}"
-    elif hasattr(texts, "columns"):
+    elif isinstance(texts, _Frame):
         hint = ", such as one of its columns"
     elif isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Sized):
         hint = ""
@@ -156,14 +166,14 @@ def _label(index: object, label: object) -> str:
     return label
 
 
-def feature_list(features: object) -> list[Any]:
-    """The features to read, which the engine checks one by one."""
+def feature_list(features: object) -> list[int]:
+    """The features to read; the engine checks one by one that they are indices."""
     one = type(whole(features)) is int
     if (
         one
         or not isinstance(features, Iterable)
         or isinstance(features, (str, Mapping))
-        or getattr(features, "ndim", 1) == 0
+        or (isinstance(features, Array) and features.ndim == 0)
     ):
         hint = ": enclose it in [...]" if one else ""
         raise ValueError(
@@ -173,7 +183,7 @@ def feature_list(features: object) -> list[Any]:
     found = [whole(feature) for feature in features]
     if not found:
         raise ValueError("features: found none, expected at least one feature index")
-    return found
+    return cast("list[int]", found)
 
 
 def steering_fields(given: object) -> Json:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,6 +33,13 @@ LOADING_POLL_S = 0.02
 # Files of the modules that are made from tensors, by engine and module.
 _KEPT: WeakKeyDictionary[LLM, dict[str, tempfile.TemporaryDirectory[str]]]
 _KEPT = WeakKeyDictionary()
+
+
+@runtime_checkable
+class _Engine(Protocol):
+    """An `LLM`, as far as it asks its workers."""
+
+    def collective_rpc(self, method: str, *, args: tuple[object, ...]) -> object: ...
 
 
 class SteeringModuleError(ValueError):
@@ -219,7 +226,8 @@ def engine_config(llm: LLM) -> SteeringConfig | None:
 
 
 def _call(llm: LLM, action: str, payload: Json) -> ModuleReply:
-    if not hasattr(llm, "collective_rpc"):
+    given: object = llm
+    if not isinstance(given, _Engine):
         raise ValueError(f"llm: found {shown(llm)}, expected a vllm.LLM")
     while True:
         (answer,) = llm.collective_rpc(METHOD, args=(action, payload))

@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
 from vllm.config.steering import Activation, SiteInfo
-from vllm.config.steering_checks import shown
+from vllm.config.steering_checks import Array, shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_points import (
     HOOK_ALIASES,
@@ -211,9 +211,13 @@ def _activation_of(name: str, content: JsonView, has_threshold: bool) -> Activat
     return activation
 
 
+# A site: `"hook.layer"`, `(layer, hook)` or `(hook, layer)`.
+SiteKey = TypeVar("SiteKey", bound=str | tuple[int, str] | tuple[str, int])
+
+
 def save_native(
     path: str | Path,
-    sites: Mapping[Any, JsonView],
+    sites: Mapping[SiteKey, JsonView],
     *,
     reference_norm: float | None = None,
     skip_token_ids: Sequence[int] | None = None,
@@ -243,8 +247,8 @@ def save_native(
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     entries: list[Json] = []
-    for key, content in sites.items():
-        layer, point = _place(key)
+    for site, content in sites.items():
+        layer, point = _place(site)
         name = site_name(point, layer)
         if any(entry["file"] == f"{name}.safetensors" for entry in entries):
             raise ValueError(f"sites: found {name} twice, expected it once")
@@ -304,11 +308,11 @@ def _place(key: object) -> tuple[int, HookPoint]:
     return found
 
 
-def _on_host(what: str, value: torch.Tensor | np.ndarray | HostTensor) -> HostTensor:
+def _on_host(what: str, value: object) -> HostTensor:
     """A tensor of any device in host memory."""
     if isinstance(value, HostTensor):
         return value
-    if not hasattr(value, "dtype"):
+    if not isinstance(value, Array):
         raise ValueError(f"{what}: expected a floating tensor, found {shown(value)}")
     stored_as = str(value.dtype).removeprefix("torch.")
     if stored_as not in [kind.value for kind in FloatType]:
@@ -316,7 +320,7 @@ def _on_host(what: str, value: torch.Tensor | np.ndarray | HostTensor) -> HostTe
     dtype = FloatType(stored_as)
     if isinstance(value, np.ndarray):
         return HostTensor(np.ascontiguousarray(value), dtype)
-    plain = value.detach().cpu().contiguous()
+    plain = cast("torch.Tensor", value).detach().cpu().contiguous()
     if dtype is FloatType.BF16:
         import torch
 
