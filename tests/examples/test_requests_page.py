@@ -99,7 +99,8 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"list of 1 to {MAX_SPANS} [spans]" in REQUESTS
     assert f"at most {MAX_PRESETS} presets" in REQUESTS
     assert f"at most {MAX_DESCRIPTION} characters" in REQUESTS
-    assert f"1 to {DEFAULT_MAX_READ_VALUES} |" in READING
+    assert f"| 1 to {DEFAULT_MAX_READ_VALUES}; " in READING
+    assert f"allows up to {MAX_READ_VALUES} |" in READING
     assert f"to up to {MAX_READ_VALUES}" in READING
     assert f"at most {readout.MAX_STOPS} |" in READING
     most = readout.SITES_IN_FULL * DEFAULT_MAX_READ_VALUES

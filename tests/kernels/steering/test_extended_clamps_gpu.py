@@ -115,7 +115,10 @@ def conditional_clamps(f: torch.Tensor) -> list[Clamp]:
 
 
 @pytest.mark.parametrize("tier", [Tier.DELTA, Tier.FULL])
-@pytest.mark.parametrize("activation", [Activation.JUMPRELU, Activation.TOPK])
+@pytest.mark.parametrize(
+    "activation",
+    [Activation.JUMPRELU, pytest.param(Activation.TOPK, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("two_streams", [True] if INTERPRETED else [True, False])

@@ -65,8 +65,8 @@ CASES = [
     Case(9, 128, 96, 64, JUMP, ranks=4, skip=False, two_streams=True),
     Case(7, 128, 64, 64, TOPK),
     Case(6, 1280, 48, 32, JUMP, bar=-9.0),  # dense: more than a list holds
-    Case(6, 1280, 48, 64, TOPK, ranks=4, k=600, two_streams=True),
 ]
+SLOW = [Case(6, 1280, 48, 64, TOPK, ranks=4, k=600, two_streams=True)]
 WIDE = [
     Case(tokens, 16384, 2304, 2304, activation, ranks, bar=bar, k=k)
     for tokens in (1, 64, 300)
@@ -146,7 +146,11 @@ def check(case: Case) -> None:
     assert int(expected[-1]) > 0 or case.tokens < 5
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=str,
+)
 def test_ranks_write_the_bits_of_one(case: Case) -> None:
     check(case)
 
