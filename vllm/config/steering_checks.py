@@ -71,7 +71,8 @@ def shown(value: object) -> str:
             return f"{ascii(value[:MAX_SHOWN])}..."
         return ascii(value)
     if isinstance(value, Array):
-        return f"a {type(value).__name__} {list(value.shape)} of {str(value.dtype)[:MAX_SHOWN]}"
+        dtype = str(value.dtype)[:MAX_SHOWN]
+        return f"a {type(value).__name__} {list(value.shape)} of {dtype}"
     if type(value) in (dict, list):
         return "an object" if type(value) is dict else "a list"
     return f"a value of type {type(value).__name__}"
