@@ -180,6 +180,10 @@ def _plain_list(
     path: str, value: object, info: mi.ListType, expected: str | None
 ) -> list[object]:
     words = expected or _describe(info)
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1:
+        value = value.tolist()
+    elif isinstance(value, range):
+        value = list(value)
     if not isinstance(value, (list, tuple)):
         if _is_one_of(value, info.item_type):
             raise refusal(
