@@ -90,19 +90,6 @@ def take_over(vllm_config: VllmConfig, resolved: Json | None) -> None:
             logger.warning_once(text, str(error))
 
 
-def note_shutdown(vllm_config: VllmConfig, has_ended: bool) -> None:
-    """In a front end: it shuts its engine down, or has done so."""
-    steering = _section(vllm_config)
-    if steering is not None:
-        steering["shutdown_has_ended"] = has_ended
-
-
-def shutdown_has_ended(vllm_config: VllmConfig) -> bool | None:
-    """Whether the front end has shut its engine down; None: it does not do so."""
-    steering = _section(vllm_config)
-    return None if steering is None else steering.get("shutdown_has_ended")
-
-
 def _section(vllm_config: VllmConfig) -> Json | None:
     additional_config = vllm_config.additional_config
     if not isinstance(additional_config, dict):

@@ -22,7 +22,8 @@ from vllm.config.steering_replies import (
     Outcome,
     as_reply,
 )
-from vllm.engine.steering_active_config import shutdown_has_ended, take_over
+from vllm.config.steering_shutdown import shutdown_has_ended
+from vllm.engine.steering_active_config import take_over
 from vllm.v1.engine.exceptions import EngineDeadError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 from steering_testing.specs import CONFIG
 
 from vllm.config.steering import SteeringConfig
-from vllm.engine.steering_active_config import note_shutdown
+from vllm.config.steering_shutdown import note_shutdown
 from vllm.entrypoints.serve.steering import encode as encode_module
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.encode import (

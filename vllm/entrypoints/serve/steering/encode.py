@@ -27,7 +27,7 @@ from vllm.config.steering import SteeringConfig
 from vllm.config.steering_checks import ModuleChangedError, listing, shown
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_reader import Reader, expects, json_schema
-from vllm.engine.steering_active_config import shutdown_has_ended
+from vllm.config.steering_shutdown import shutdown_has_ended
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.protocol import read_body_as
 from vllm.entrypoints.steering.pieces import token_pieces

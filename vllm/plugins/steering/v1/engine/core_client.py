@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from vllm.config.steering_json import Json
 from vllm.config.steering_replies import METHOD, as_reply
-from vllm.engine.steering_active_config import note_shutdown, take_over
+from vllm.config.steering_shutdown import note_shutdown
+from vllm.engine.steering_active_config import take_over
 from vllm.plugins.steering.seam import Stock, wrap
 from vllm.v1.engine.steering_ranks import call_registries
 
