@@ -269,7 +269,7 @@ def _read_files(args: argparse.Namespace) -> None:
 
             inspect(args.path, args.sites, args.tp, as_json=args.json)
         else:
-            from vllm.entrypoints.cli.steering.commands import convert
+            from vllm.entrypoints.cli.steering.convert import convert
 
             convert(args.path, args.out, args.sites, args.dtype)
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
@@ -17,6 +19,20 @@ WITHOUT_STEERING = (
     "this engine was started without steering: configure a module or a spare slot in "
     "additional_config.steering when it starts"
 )
+
+
+@runtime_checkable
+class Array(Protocol):
+    """An array or a scalar of NumPy, PyTorch and the like."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> object: ...
 
 
 class SteeringConfigError(ValueError):
@@ -54,6 +70,9 @@ def shown(value: object) -> str:
         if isinstance(value, (str, bytes)) and len(value) > MAX_SHOWN:
             return f"{ascii(value[:MAX_SHOWN])}..."
         return ascii(value)
+    if isinstance(value, Array):
+        dtype = str(value.dtype)[:MAX_SHOWN]
+        return f"a {type(value).__name__} {list(value.shape)} of {dtype}"
     if type(value) in (dict, list):
         return "an object" if type(value) is dict else "a list"
     return f"a value of type {type(value).__name__}"
@@ -69,6 +88,18 @@ def bad(path: str, value: object, accepted: str) -> SteeringRequestError:
     return refusal(path, f"found {shown(value)}, expected {accepted}")
 
 
+def whole(value: object) -> object:
+    """An integer of NumPy, PyTorch and the like as Python's; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return value
+    if isinstance(value, Array) and (value.ndim or "bool" in str(value.dtype)):
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # it is no integer
+        return value
+
+
 def integer_in_range(
     path: str,
     value: object,
@@ -78,11 +109,14 @@ def integer_in_range(
 ) -> int:
     """`value`, which must be an integer in `low..high`; a bool is none.
 
+    Integers of NumPy, PyTorch and the like are taken, too.
+
     Raises:
         error: it is something else.
     """
-    if type(value) is int and low <= value <= high:
-        return value
+    number = whole(value)
+    if type(number) is int and low <= number <= high:
+        return number
     raise error(f"{path}: found {shown(value)}, expected an integer in {low}..{high}")
 
 

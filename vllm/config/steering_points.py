@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from vllm.config.steering_checks import whole
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
@@ -77,6 +79,16 @@ _LAYER = re.compile(r"[0-9]{1,9}")
 def site_name(hook: HookPoint, layer: int) -> str:
     """The canonical spelling of a site, `hook.layer`."""
     return f"{hook.value}.{layer}"
+
+
+def site_text(site: object) -> object:
+    """`hook.layer` of a site that is given as `(hook, layer)`; all else as it is."""
+    if isinstance(site, (tuple, list)) and len(site) == 2 and isinstance(site[0], str):
+        layer = whole(site[1])
+        if type(layer) is int:
+            hook = site[0].value if isinstance(site[0], HookPoint) else site[0]
+            return f"{hook}.{layer}"
+    return site
 
 
 def parse_site(text: str) -> tuple[int, HookPoint] | None:

@@ -26,6 +26,7 @@ import torch
 
 from vllm.config.steering_checks import bad, key_path, refusal
 from vllm.config.steering_json import Json
+from vllm.config.unicode_text import is_unicode, no_unicode
 
 T = TypeVar("T")
 
@@ -133,6 +134,8 @@ def _plain(path: str, value: object, info: mi.Type, expected: str | None) -> obj
     for scalar in (value, _scalar(value, info)):
         if _takes(info, scalar):
             return _number(scalar, info)
+    if isinstance(value, str) and not is_unicode(value):
+        raise no_unicode(path, value)
     raise bad(path, value, expected or _describe(info))
 
 
@@ -177,6 +180,10 @@ def _plain_list(
     path: str, value: object, info: mi.ListType, expected: str | None
 ) -> list[object]:
     words = expected or _describe(info)
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1:
+        value = value.tolist()
+    elif isinstance(value, range):
+        value = list(value)
     if not isinstance(value, (list, tuple)):
         if _is_one_of(value, info.item_type):
             raise refusal(
@@ -296,12 +303,10 @@ def _fits_length(info: mi.StrType | mi.ListType, length: int) -> bool:
 
 
 def _fits_text(info: mi.StrType, value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return _fits_length(info, len(value)) and (
-        info.pattern is None or re.search(info.pattern, value) is not None
+    return (
+        is_unicode(value)
+        and _fits_length(info, len(value))
+        and (info.pattern is None or re.search(info.pattern, value) is not None)
     )
 
 

@@ -35,6 +35,8 @@ class Outcome(str, Enum):
     UNKNOWN = "unknown"
     # The name is taken, requests are in the way, no slot fits, or another change runs.
     CONFLICT = "conflict"
+    # The server is shutting down.
+    STOPPING = "stopping"
     # A rank failed for another reason.
     FAILED = "failed"
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses JSON that readers could understand differently: duplicate keys and `-0`."""
+"""Refuses JSON that readers could understand differently: duplicate keys and `-0`, and
+half of a surrogate pair."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import msgspec
 
 from vllm.config.steering_checks import key_path, refusal
 from vllm.config.steering_json import Json
+from vllm.config.unicode_text import holds_halves, refuse_halves
 from vllm.exceptions import VLLMValidationError
 
 # Finds every `-0`, and some that are inside strings.
@@ -51,6 +53,8 @@ def strict_loads(data: bytes) -> object:
     try:
         found = marked_loads(data)
         refuse_ambiguous("", found)
+        if holds_halves(data):
+            refuse_halves(found)
     except RecursionError:
         raise _not_json("found JSON that is nested too deep") from None
     except UnicodeDecodeError as error:

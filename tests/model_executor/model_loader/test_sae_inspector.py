@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.sae_inspector import (
     ModuleInspector,
     PipeLines,
 )
+from vllm.model_executor.model_loader.sae_inspector_process import why_silent
 from vllm.model_executor.model_loader.sae_loader import inspect_module, load_site
 
 TENSORS = {
@@ -287,3 +289,21 @@ def test_a_helper_that_was_killed_is_started_again(good: str) -> None:
         assert inspector.inspect("m", good) == inspect_module("m", good)
     finally:
         inspector.close()
+
+
+def test_a_child_that_lost_its_file_is_not_said_to_lack_memory() -> None:
+    """The status of a process that read a mapped file behind its new end."""
+    assert "a file became shorter" in why_silent(signal.SIGBUS, 5.0)
+    assert why_silent(signal.SIGKILL, 5.0) == "took more than the 5 s allowed"
+    assert "perhaps out of memory" in why_silent(1 << 8, 5.0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "post_block.3.safetensors"])
+def test_a_file_that_cannot_be_read_is_named(
+    inspector: ModuleInspector, good: str, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(good, tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / name).symlink_to("/proc/self/mem")  # reading it is an I/O error
+    with pytest.raises(ValueError, match=f"{name}: cannot be read.*Input/output error"):
+        inspector.inspect("m", str(tmp_path / "m"))

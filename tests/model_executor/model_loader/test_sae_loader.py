@@ -329,3 +329,41 @@ def test_a_module_survives_json_and_still_loads(tmp_path: Path) -> None:
     again = ModuleInfo.from_json(json.loads(json.dumps(module.to_json())))
     assert again == module
     assert torch.equal(loaded(again).W_dec, sae_tensors()["W_dec"])
+
+
+@pytest.mark.parametrize(
+    "key", ["post_block.3", "blocks.3.hook_resid_post", ("resid_post", 3)]
+)
+def test_save_native_takes_arrays_and_the_names_of_sites(
+    tmp_path: Path, key: Any
+) -> None:
+    tensors = {name: value.numpy() for name, value in sae_tensors().items()}
+    save_native(tmp_path / "named", {key: tensors})
+    save_native(tmp_path / "placed", {(3, HookPoint.POST_BLOCK): sae_tensors()})
+    for file in (tmp_path / "placed").iterdir():
+        assert (tmp_path / "named" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ({"post_blok.3": {}}, "^sites: found 'post_blok.3', expected HOOK.LAYER"),
+        ({(3, "resid"): {}}, "^sites: found 'resid.3', expected HOOK.LAYER"),
+        ({3: {}}, "^sites: found 3, expected HOOK.LAYER"),
+        (
+            {"post_block.3": sae_tensors(), (3, "post_block"): sae_tensors()},
+            "^sites: found post_block.3 twice",
+        ),
+        (
+            {"post_block.3": {**sae_tensors(), "b_dec": [0.0]}},
+            "^post_block.3: b_dec: expected a floating tensor, found a list",
+        ),
+        (
+            {"post_block.3": {**sae_tensors(), "activation": "gelu"}},
+            "^post_block.3: activation: found 'gelu', expected one of relu, jumprelu",
+        ),
+    ],
+)
+def test_save_native_refuses_by_name(tmp_path: Path, sites: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_native(tmp_path, sites)

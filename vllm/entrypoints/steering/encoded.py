@@ -12,9 +12,9 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
-from vllm.config.steering_checks import integer_in_range, listing, shown
+from vllm.config.steering_checks import MAX_LISTED, integer_in_range, listing, shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import parse_site
+from vllm.config.steering_points import parse_site, site_name, site_text
 from vllm.entrypoints.steering.frames import frame_of_columns
 
 if TYPE_CHECKING:
@@ -26,13 +26,11 @@ SHOWN_TEXT = 60  # characters of a text in its `repr`
 def feature_index(
     feature: object, d_sae: int, error: type[Exception] = ValueError
 ) -> int:
-    """`feature`, which must be one of an SAE's; NumPy's integers are taken too.
+    """`feature`, which must be one of an SAE's.
 
     Raises:
         error: it is something else.
     """
-    if isinstance(feature, np.integer):
-        feature = int(feature)
     return integer_in_range("feature", feature, 0, d_sae - 1, error)
 
 
@@ -45,12 +43,14 @@ class EncodedText:
         tokens: the text of each token.
         features: by site (`hook.layer`). Tokens that the module bypasses have no entry.
         labels: what features stand for, where it is known.
+        asked: the features that were asked for; None: the largest were read.
     """
 
     token_ids: list[int]
     tokens: list[str]
     features: dict[str, SAEFeatures]
     labels: Labels = field(default_factory=dict, repr=False)
+    asked: Sequence[int] | None = None
 
     def __repr__(self) -> str:
         text = "".join(self.tokens)
@@ -58,8 +58,10 @@ class EncodedText:
         sites = ", ".join(self.features) or "no token was read"
         return f"EncodedText({text!r}, {len(self.tokens)} tokens, {sites})"
 
-    def site(self, name: str | None = None) -> SAEFeatures:
+    def site(self, name: str | tuple[str, int] | None = None) -> SAEFeatures:
         """The record of a site, by any of its names; the only one, if none is given.
+
+        The site may be `(hook, layer)`, too.
 
         Raises:
             KeyError: no such site, or several and no name.
@@ -68,27 +70,36 @@ class EncodedText:
             return next(iter(self.features.values()))
         if not self.features:
             raise KeyError("no token of this text was read: the module skips all")
-        parsed = None if name is None else parse_site(name)
-        own = name if parsed is None else f"{parsed[1].value}.{parsed[0]}"
-        if own is None or own not in self.features:
-            found = "none" if name is None else shown(name)
+        text = site_text(name)
+        parsed = parse_site(text) if isinstance(text, str) else None
+        own = None if parsed is None else site_name(parsed[1], parsed[0])
+        if own not in self.features:
+            found = "none" if name is None else shown(text)
             raise KeyError(
                 f"site: found {found}, expected one of {listing(list(self.features))}"
             )
         return self.features[own]
 
-    def activations(self, feature: int, site: str | None = None) -> np.ndarray:
+    def activations(
+        self, feature: int, site: str | tuple[str, int] | None = None
+    ) -> np.ndarray:
         """float32 `[tokens]`: one feature on each token; 0 where it was not listed.
 
         Raises:
             KeyError: as `site`.
-            ValueError: no feature of the SAE.
+            ValueError: no feature of the SAE, or none of those that were asked for.
         """
         found: np.ndarray = np.zeros(len(self.tokens), dtype=np.float32)
         if not self.features:
             return found
         record = self.site(site)
         feature = feature_index(feature, record.d_sae)
+        if self.asked is not None and feature not in self.asked:
+            raise ValueError(
+                f"feature: found {feature}, which was not read, expected one of "
+                f"{', '.join(map(str, self.asked[:MAX_LISTED]))}"
+                + (", ..." if len(self.asked) > MAX_LISTED else "")
+            )
         rows, places = np.nonzero(record.features == feature)
         found[record.positions[rows]] = record.values[rows, places]
         return found

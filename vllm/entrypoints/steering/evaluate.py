@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm.config.sae_steering_specs import FULL_KEY, PRESET_KEY, READOUT_KEY
-from vllm.config.steering_checks import listing, shown
+from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import Json
+from vllm.entrypoints.steering.arguments import Text, sae_named, text_ids
 from vllm.entrypoints.steering.frames import data_frame
-from vllm.entrypoints.steering.offline import list_modules
-from vllm.entrypoints.steering.reading import Text, text_ids
+from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.sinks import warnings_of_large_norms
 from vllm.sampling_params import SamplingParams
 
@@ -125,12 +125,8 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         VLLMValidationError: the engine's default preset is locked, so no text can be
             read without steering.
     """
-    saes = {name: m for name, m in list_modules(llm).items() if m.kind == "sae"}
-    info = saes.get(module)
-    if info is None:
-        raise ValueError(
-            f"module: found {shown(module)}, expected an SAE: {listing(list(saes))}"
-        )
+    info = sae_named(engine_config(llm) or SteeringConfig(), module)
+    assert info is not None
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
         raise TooShortError(

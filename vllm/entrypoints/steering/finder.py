@@ -11,9 +11,17 @@ import numpy as np
 
 from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
-from vllm.config.steering import SteeringConfig
+from vllm.config.steering import ModuleInfo
 from vllm.config.steering_checks import integer_in_range, listing, shown
-from vllm.config.steering_points import parse_site, site_name
+from vllm.config.steering_points import parse_site, site_name, site_text
+from vllm.entrypoints.steering.arguments import (
+    Site,
+    Text,
+    labels_for,
+    sae_named,
+    text_ids,
+    tokenizer_of,
+)
 from vllm.entrypoints.steering.encoded import EncodedText, EncodedTexts
 from vllm.entrypoints.steering.found import (
     FoundFeature,
@@ -21,15 +29,7 @@ from vllm.entrypoints.steering.found import (
     TokenInContext,
 )
 from vllm.entrypoints.steering.offline import engine_config
-from vllm.entrypoints.steering.reading import (
-    Site,
-    Text,
-    encode,
-    labels_for,
-    read_limit,
-    site_text,
-    tokenizer_of,
-)
+from vllm.entrypoints.steering.reading import encode, read_limit
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -74,12 +74,15 @@ def find_features(
     Raises:
         ValueError: no texts, a bad `top` or `site`, or several sites and none chosen.
     """
-    if len(texts) == 0:
-        raise ValueError("texts: expected at least one text, found none")
     check_top("top", top)
     config = engine_config(llm)
-    sites = chosen_site(config, module, site)
-    labels = labels_for(config, module, labels)
+    info = sae_named(config, module)
+    sites = chosen_site(info, site)
+    labels = labels_for(info, labels)
+    own_ids = text_ids(llm, texts)
+    if not own_ids:
+        raise ValueError("texts: expected at least one text, found none")
+    other_ids = [] if against is None else text_ids(llm, against, "against")
 
     def read(
         texts: Sequence[Text], features: Sequence[int] | None = None
@@ -95,8 +98,7 @@ def find_features(
             labels=labels,
         )
 
-    first = read(texts)
-    other = read(against or [])
+    first, other = read(own_ids), read(other_ids)
     name = only_site({name for text in first for name in text.features}, module)
     candidates = _candidates(first, other, name)[:CANDIDATES]
     if not candidates:
@@ -129,15 +131,12 @@ def check_one_site(path: str, names: Sequence[str]) -> None:
         )
 
 
-def chosen_site(
-    config: SteeringConfig | None, module: str, site: Site | None
-) -> list[str] | None:
+def chosen_site(info: ModuleInfo | None, site: Site | None) -> list[str] | None:
     """The site as `encode` takes it; None for a module's only one.
 
     Raises:
         ValueError: no site, or none of the module's; or none is chosen of several.
     """
-    info = None if config is None else config.modules.get(module)
     names = [] if info is None else [one.name for one in info.sites]
     if site is None:
         check_one_site("site", names)
@@ -145,12 +144,11 @@ def chosen_site(
     name = site_text(site)
     parsed = parse_site(name) if isinstance(name, str) else None
     found = None if parsed is None else site_name(parsed[1], parsed[0])
-    if found is None or (names and found not in names):
-        accepted = f"a site of module {shown(module)}: {listing(names)}"
-        raise ValueError(
-            f"site: found {shown(name)}, expected "
-            f"{accepted if names else 'a site such as post_block.20'}"
-        )
+    if found is None or (info is not None and found not in names):
+        accepted = "a site such as post_block.20"
+        if info is not None:
+            accepted = f"a site of module {shown(info.name)}: {listing(names)}"
+        raise ValueError(f"site: found {shown(name)}, expected {accepted}")
     return [found]
 
 

@@ -77,7 +77,13 @@ class FoundFeatures:
         return len(self.features)
 
     def __getitem__(self, at: int) -> FoundFeature:
-        return self.features[at]
+        try:
+            return self.features[at]
+        except IndexError:
+            raise IndexError(
+                f"found {at}, expected a place in 0..{len(self) - 1}: features are "
+                "listed by rank, and feature_idx says which they are"
+            ) from None
 
     def to_json(self) -> Json:
         """JSON types."""

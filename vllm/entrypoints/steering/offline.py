@@ -7,10 +7,11 @@ register_module(llm, "gg", "path/to/sae")
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import HOOK_NAMES, parse_site
+from vllm.config.steering_points import HOOK_NAMES, parse_site, site_text
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
@@ -32,6 +33,13 @@ LOADING_POLL_S = 0.02
 # Files of the modules that are made from tensors, by engine and module.
 _KEPT: WeakKeyDictionary[LLM, dict[str, tempfile.TemporaryDirectory[str]]]
 _KEPT = WeakKeyDictionary()
+
+
+@runtime_checkable
+class _Engine(Protocol):
+    """An `LLM`, as far as it asks its workers."""
+
+    def collective_rpc(self, method: str, *, args: tuple[object, ...]) -> object: ...
 
 
 class SteeringModuleError(ValueError):
@@ -51,7 +59,7 @@ class SteeringModuleError(ValueError):
 def register_module(
     llm: LLM,
     name: str,
-    path: str,
+    path: str | os.PathLike[str],
     *,
     replace: bool = False,
     **options: object,
@@ -74,6 +82,7 @@ def register_module(
     Raises:
         SteeringModuleError: bad module, no free slot that fits, or a name in use.
     """
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
     inspected = _call(llm, "inspect", {"name": name, "path": path, **options})
     payload = {"module": inspected.module, "replace": replace}
     module = ModuleInfo.from_json(_call(llm, "register", payload).module or {})
@@ -93,8 +102,9 @@ def register_vector(
     Args:
         llm: an engine that was started with steering, on this machine.
         name: what requests call it.
-        vectors: `{"post_block.20": tensor [D]}`, one vector for each site, in the units
-            of the stream; a tensor of PyTorch or an array of NumPy.
+        vectors: `{"post_block.20": tensor [D]}`, one vector for each site (its name, or
+            `(hook, layer)`), in the units of the stream; a tensor of PyTorch or an
+            array of NumPy.
         replace: take the place of a module of that name.
 
     Raises:
@@ -132,7 +142,8 @@ def _by_site(vectors: object) -> dict[str, torch.Tensor]:
         )
     stored = {}
     for site, tensor in vectors.items():
-        found = parse_site(site) if isinstance(site, str) else None
+        named = site_text(site)
+        found = parse_site(named) if isinstance(named, str) else None
         if found is None:
             raise ValueError(
                 f"vectors: found the site {shown(site)}, expected HOOK.LAYER such as "
@@ -149,7 +160,9 @@ def _by_site(vectors: object) -> dict[str, torch.Tensor]:
     return stored
 
 
-def replace_module(llm: LLM, name: str, path: str, **options: object) -> ModuleInfo:
+def replace_module(
+    llm: LLM, name: str, path: str | os.PathLike[str], **options: object
+) -> ModuleInfo:
     """`register_module` in the place of a module of the same name, if there is one.
 
     Raises:
@@ -213,6 +226,9 @@ def engine_config(llm: LLM) -> SteeringConfig | None:
 
 
 def _call(llm: LLM, action: str, payload: Json) -> ModuleReply:
+    given: object = llm
+    if not isinstance(given, _Engine):
+        raise ValueError(f"llm: found {shown(llm)}, expected a vllm.LLM")
     while True:
         (answer,) = llm.collective_rpc(METHOD, args=(action, payload))
         reply = as_reply(answer)

@@ -11,4 +11,5 @@ HTTP_STATUS: dict[Outcome, int] = {
     Outcome.UNKNOWN: 404,
     Outcome.CONFLICT: 409,
     Outcome.FAILED: 500,
+    Outcome.STOPPING: 503,
 }

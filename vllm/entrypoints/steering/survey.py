@@ -11,20 +11,20 @@ import numpy as np
 
 from vllm.config.sae_labels import Labels
 from vllm.config.steering_checks import integer_in_range
+from vllm.entrypoints.steering.arguments import (
+    Site,
+    Text,
+    labels_for,
+    sae_named,
+    text_ids,
+    tokenizer_of,
+)
 from vllm.entrypoints.steering.encoded import EncodedText
 from vllm.entrypoints.steering.finder import chosen_site, only_site
 from vllm.entrypoints.steering.found import TokenInContext
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.pieces import token_pieces
-from vllm.entrypoints.steering.reading import (
-    Site,
-    Text,
-    encode,
-    labels_for,
-    read_limit,
-    text_ids,
-    tokenizer_of,
-)
+from vllm.entrypoints.steering.reading import encode, read_limit
 from vllm.entrypoints.steering.surveyed import Survey
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def survey(
     """
     integer_in_range("examples", examples, 0, MAX_EXAMPLES)
     config = engine_config(llm)
-    sites = chosen_site(config, module, site)
-    labels = labels_for(config, module, labels)
+    info = sae_named(config, module)
+    sites = chosen_site(info, site)
+    labels = labels_for(info, labels)
     ids = text_ids(llm, texts)
     if not ids:
         raise ValueError("texts: expected at least one text, found none")
@@ -90,7 +91,6 @@ def survey(
 
     ranked = counts.ranked()
     found = counts.result(module, name, ranked, labels)
-    info = None if config is None else config.modules.get(module)
     found.of_several = info is not None and len(info.sites) > 1
     found.warnings += counts.doubts(most)
     for feature in np.flatnonzero(ranked.number).tolist() if examples else []:

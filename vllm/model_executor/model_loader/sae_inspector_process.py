@@ -101,12 +101,25 @@ def supervise(job: Job, asker: int, replies: IO[bytes]) -> None:
         return
     if not line:
         what = "loading" if "module" in job else "inspecting"
-        reason = f"took more than the {seconds:.3g} s allowed"
-        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
-            reason = f"ended with status {status}, perhaps out of memory"
-        line = as_line({"error": f"{prefix_of(job)}: {what} it {reason}"})
+        error = f"{prefix_of(job)}: {what} it {why_silent(status, seconds)}"
+        line = as_line({"error": error})
     replies.write(line)
     replies.flush()
+
+
+def why_silent(status: int, seconds: float) -> str:
+    """Why a child has not answered.
+
+    Args:
+        status: how it ended, as `os.waitpid` says.
+        seconds: after which it was killed.
+    """
+    signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if signalled == signal.SIGKILL:
+        return f"took more than the {seconds:.3g} s allowed"
+    if signalled == signal.SIGBUS:
+        return "failed: a file became shorter, or its disk failed, while it was read"
+    return f"ended with status {status}, perhaps out of memory"
 
 
 def end_with(parent: int) -> None:

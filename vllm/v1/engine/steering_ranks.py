@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What `EngineCoreProc` says of a call that comes while it shuts down.
+ENGINE_STOPS = "Server shutting down"
+_STOPPING = ModuleReply(
+    outcome=Outcome.STOPPING,
+    error="the server is shutting down; nothing was changed",
+)
+
 # Asks every rank; the replies are in the order of the ranks.
 Ask = Callable[[str, Json], Awaitable[list[ModuleReply]]]
 
@@ -52,11 +59,11 @@ async def call_registries(
                 client,
                 client._call_utility_async("collective_rpc", *call, engine=engine),
             )
-        except EngineDeadError:
-            raise
         except Exception as error:
+            if _is_stopping(client, error):
+                return _STOPPING
             # The other ranks must hear of it, so that they stay alike.
-            if len(engines) == 1:
+            if len(engines) == 1 or isinstance(error, EngineDeadError):
                 raise
             return ModuleReply(outcome=Outcome.FAILED, error=str(error))
         return as_reply(answer)
@@ -76,6 +83,14 @@ async def call_registries(
         reply = merged(await ask(action, payload))
     take_over(client.vllm_config, reply.config)
     return reply
+
+
+def _is_stopping(client: AsyncMPClient, error: Exception) -> bool:
+    """Whether a call has failed because the server is shutting down.
+
+    Until the front end has stopped the engine's processes, they refuse calls in words.
+    """
+    return client.steering_stopping or str(error) == ENGINE_STOPS
 
 
 async def _while_alive(client: AsyncMPClient, call: Coroutine[None, None, T]) -> T:

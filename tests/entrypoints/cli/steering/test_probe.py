@@ -17,9 +17,9 @@ from steering_testing.golden_gate import EXAMPLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
-from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe import windows
 from vllm.entrypoints.cli.steering.probe_engine import WINDOW
+from vllm.entrypoints.cli.steering.probe_site import at_asked_site
 from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_formats.native import MANIFEST
 from vllm.model_executor.model_loader.sae_loader import inspect_module

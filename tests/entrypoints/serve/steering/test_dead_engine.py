@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that dies under a server: who waits is told, and the server ends."""
+"""An engine that dies, or a server that is stopped: who waits is told, and all ends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from soak.over_http import tracebacks
 from steering_testing.golden_gate import EXAMPLE, FULL, MODULE, example_server
-from steering_testing.processes import descendants
+from steering_testing.processes import Process, descendants
 from steering_testing.server import MODEL_NAME, Server
 
 pytestmark = pytest.mark.server
@@ -44,17 +45,25 @@ def calls(path: str) -> list[tuple[str, str, Any]]:
     ]
 
 
+def process_of(server: Server, name: str) -> Process:
+    return next(one for one in descendants(server.process.pid) if name in one.name)
+
+
+def client_of(server: Server) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(
+        base_url=server.url, headers=KEY, timeout=TOLD_S + 5, limits=limits
+    )
+
+
 def ask_and_kill(
     server: Server, name: str, path: str
 ) -> list[httpx.Response | BaseException]:
     """The answers, or errors, of calls that wait for a process when it is killed."""
-    engine = next(one for one in descendants(server.process.pid) if name in one.name)
-    limits = httpx.Limits(max_connections=None)
+    engine = process_of(server, name)
 
     async def run() -> list[httpx.Response | BaseException]:
-        async with httpx.AsyncClient(
-            base_url=server.url, headers=KEY, timeout=TOLD_S + 5, limits=limits
-        ) as client:
+        async with client_of(server) as client:
             # It answers nobody from now on.
             os.kill(engine.pid, signal.SIGSTOP)
             asked = [
@@ -108,3 +117,51 @@ def test_clients_that_wait_get_a_server_error_and_the_server_ends(
         assert refused > 5
         server.process.wait(GONE_S)
         # What the engine started is gone too, or the block cannot end.
+
+
+def ask_and_stop(server: Server, path: str) -> list[httpx.Response]:
+    """The answers of calls that wait when the server is told to end.
+
+    A drain asks the engine again and again; the others have asked it once.
+    """
+    long = {"prompt": "the chef", "max_tokens": 200, "ignore_eos": True, "n": 16}
+    busy = {"model": MODEL_NAME, **long, FULL: [{"module_name": MODULE}]}
+
+    async def run() -> list[httpx.Response]:
+        async with client_of(server) as client:
+            # vLLM's own calls may wait on; these clients leave.
+            users = asyncio.create_task(client.post("/v1/completions", json=busy))
+            modules = f"{URL}/modules"
+            while not (await client.get(modules)).json()["modules"][0]["requests"]:
+                await asyncio.sleep(0.02)
+            drain = client.delete(f"{modules}/{MODULE}?drain=true")
+            asked = [asyncio.create_task(drain)]
+            while not (await client.get(modules)).json()["modules"][0]["draining"]:
+                await asyncio.sleep(0.02)
+            os.kill(process_of(server, "EngineCore").pid, signal.SIGSTOP)
+            asked += [
+                asyncio.create_task(client.request(method, url, json=body))
+                for method, url, body in calls(path)
+                if url.startswith(URL)
+            ]
+            await asyncio.sleep(2)
+            assert not any(one.done() for one in asked)
+            server.process.terminate()
+            told = await asyncio.wait_for(asyncio.gather(*asked), TOLD_S)
+            users.cancel()
+            return told
+
+    return asyncio.run(run())
+
+
+def test_clients_that_wait_are_told_that_the_server_shuts_down(tmp_path: Path) -> None:
+    sae = str(EXAMPLE / "sae")
+    options = ("--steering-api-key", "the-key", "--steering-modules", f"{MODULE}={sae}")
+    steering = {"module_roots": [str(EXAMPLE.resolve())]}
+    with example_server(tmp_path / "log", *options, steering=steering) as server:
+        for answer in ask_and_stop(server, sae):
+            assert answer.status_code == 503, answer.text
+            message = answer.json()["error"]["message"]
+            assert message == "the server is shutting down; nothing was changed"
+        assert server.process.wait(GONE_S) == 0
+        assert tracebacks(server.log) == []

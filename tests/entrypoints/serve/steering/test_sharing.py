@@ -239,3 +239,51 @@ def test_a_key_may_have_any_letters(sent: str, holds: bool) -> None:
     header = sent.encode().decode("latin-1")
     assert holds_key({"authorization": header}, "schlüssel") is holds
     assert not holds_key({"authorization": header}, None)
+
+
+class DrainingEngine(CountingEngine):
+    """Says that a request uses the module, however often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actions: list[str] = []
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> list[Any]:
+        self.actions.append(args[0])
+        ended = args[0] == "release"
+        return [{"outcome": "done"} if ended else {"outcome": "draining", "in_use": 1}]
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(True, 408), (False, 409)])
+def test_a_drain_that_is_given_up_opens_the_module_at_once(
+    monkeypatch: pytest.MonkeyPatch, leaves: bool, status: int
+) -> None:
+    """And not only when the engine would be asked again."""
+    monkeypatch.setattr(service_module, "POLL_S", 60.0)
+    monkeypatch.setattr(service_module, "DRAIN_LIMIT_S", 600.0 if leaves else -1.0)
+    engine = DrainingEngine()
+
+    async def run() -> None:
+        left = asyncio.Event()
+
+        async def leaving() -> None:
+            await left.wait()
+
+        service = SteeringModulesService(cast(Engine, engine))
+        drain = asyncio.create_task(service.unregister("hot", True, leaving))
+        while not engine.actions:
+            await asyncio.sleep(0)
+        if leaves:
+            left.set()
+        with pytest.raises(RequestRefused) as refused:
+            await asyncio.wait_for(drain, 5)
+        assert refused.value.status == status
+        assert engine.actions == ["unregister", "release"]
+
+    asyncio.run(run())

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from vllm.config.sae_labels import Labels, labels_of, load_labels
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_points import parse_site
-from vllm.entrypoints.cli.steering.commands import need_sae
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
+    need_sae,
     quiet_engine,
     texts_of,
 )

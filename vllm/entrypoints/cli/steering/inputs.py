@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that run a model are given, checked before an engine starts."""
+"""What commands are given, checked before an engine starts."""
 
 from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
+
+from vllm.config.steering import ModuleInfo
 
 
 def quiet_engine() -> None:
@@ -35,6 +37,12 @@ def read_text(option: str, file: str) -> str:
         ) from None
     except OSError as error:
         raise ValueError(f"{option} {file}: {error.strerror}") from None
+
+
+def need_sae(path: str, module: ModuleInfo) -> None:
+    """Raise `ValueError` for a module of steering vectors."""
+    if module.kind != "sae":
+        raise ValueError(f"{path}: found steering vectors, expected an SAE")
 
 
 def texts_of(option: str, file: str) -> list[str]:

@@ -17,14 +17,13 @@ import torch
 
 from vllm.config.steering import Activation, SiteInfo, get_steering_config
 from vllm.config.steering_points import site_name
-from vllm.entrypoints.cli.steering.commands import need_sae
 from vllm.entrypoints.cli.steering.fit import Fit, judge, measure
 from vllm.entrypoints.cli.steering.inputs import (
     check_model_path,
+    need_sae,
     quiet_engine,
     read_text,
 )
-from vllm.entrypoints.cli.steering.moved import at_asked_site
 from vllm.entrypoints.cli.steering.probe_engine import (
     MODULE,
     WINDOW,
@@ -35,6 +34,7 @@ from vllm.entrypoints.cli.steering.probe_engine import (
     probing_engine,
     record,
 )
+from vllm.entrypoints.cli.steering.probe_site import at_asked_site
 from vllm.model_executor.layers.steering import SiteKey
 from vllm.model_executor.layers.steering_state import SAEWeights
 from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout

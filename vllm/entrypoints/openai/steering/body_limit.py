@@ -12,14 +12,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm.entrypoints.openai.steering.errors import error_response
+from vllm.entrypoints.openai.steering.exchange import Exchange
 
 OPTION = "additional_config.steering.max_body_mib"
 # A length of so many digits is above any limit.
 MAX_DIGITS = 20
-
-
-class BodyTooLarge(Exception):
-    """Ends the reading of a body."""
 
 
 class BodyLimit:
@@ -44,43 +41,16 @@ class BodyLimit:
             refused = _refusal(f"{announced} bytes", most)
             await refused(scope, receive, send)
             return
-        exchange = _Exchange(most, receive, send)
-        try:
-            await self.app(scope, exchange.receive, exchange.send)
-        except Exception:
-            if not exchange.is_refused:
-                raise
-        if exchange.is_refused:
-            refused = _refusal(f"more than {most} bytes", most)
-            await refused(scope, receive, send)
+        received = 0
 
+        async def check(message: Message) -> JSONResponse | None:
+            nonlocal received
+            received += len(message.get("body", b""))
+            return (
+                _refusal(f"more than {most} bytes", most) if received > most else None
+            )
 
-class _Exchange:
-    """One request: counts its body, and drops the answer if that is too large."""
-
-    def __init__(self, most: int, receive: Receive, send: Send):
-        self.most = most
-        self.received = 0
-        self.has_answered = False
-        self._receive = receive
-        self._send = send
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether the body is too large, and nothing was answered before."""
-        return self.received > self.most and not self.has_answered
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self.received += len(message.get("body", b""))
-        if self.is_refused:
-            raise BodyTooLarge
-        return message
-
-    async def send(self, message: Message) -> None:
-        if not self.is_refused:
-            self.has_answered = True
-            await self._send(message)
+        await Exchange(check, receive, send).run(self.app, scope)
 
 
 def _refusal(found: str, most: int) -> JSONResponse:

@@ -31,6 +31,7 @@ from vllm.entrypoints.serve.steering.protocol import (
     site_of,
 )
 from vllm.entrypoints.serve.steering.routing import (
+    caller_left,
     modules_of,
     modules_to_change,
     read_body,
@@ -78,7 +79,7 @@ async def register_steering_module(request: Request) -> JSONResponse:
     """
     service = modules_to_change(request)
     asked = parse_register(await read_body(request))
-    module = await service.register(asked, request.is_disconnected)
+    module = await service.register(asked, lambda: caller_left(request))
     return JSONResponse({"module": module}, status_code=201)
 
 
@@ -120,7 +121,7 @@ async def unregister_steering_module(name: str, request: Request) -> JSONRespons
     service = modules_to_change(request)
     check_name(name)
     drain = parse_flag("drain", request.query_params.get("drain"))
-    await service.unregister(name, drain, request.is_disconnected)
+    await service.unregister(name, drain, lambda: caller_left(request))
     return JSONResponse({"name": name, "deleted": True})
 
 

@@ -129,7 +129,8 @@ class EncodeService:
 
         Raises:
             RequestRefused: 400 for a bad spec, or a text that the model cannot read;
-                404 for another model; 409 without a tokenizer.
+                404 for another model; 409 without a tokenizer; 503 when the engine
+                ends the request.
         """
         if request.model is not None and request.model not in self.names:
             accepted = listing(self.names)
@@ -207,6 +208,12 @@ class EncodeService:
         async for output in self.engine.generate(prompt, params, request_id):
             last = output
         assert last is not None, "the engine gave no output"
+        if last.outputs[0].finish_reason == "abort":
+            raise RequestRefused(
+                503,
+                "the engine ended this call before it had read the texts: it is "
+                "shutting down or paused",
+            )
         return last
 
 

@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 
 from vllm.config.sae_labels import EVIDENCE_NAME, MAX_EVIDENCE
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
+from vllm.config.unicode_text import holds_halves
 from vllm.entrypoints.serve.steering.access import RequestRefused
 from vllm.entrypoints.serve.steering.file_cache import FileCache
 
 MAX_INDICES = 256
-# An escaped surrogate; most are halves of pairs.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CONTEXTS = "contexts"
 LISTS = ("max", "p99", "p50", "frequency")
 FIGURES = ("fvu", "l0")
@@ -149,10 +147,10 @@ def _read(path: Path) -> Json:
     data = path.read_bytes()
     try:
         content = json.loads(data, parse_float=_finite, parse_constant=_finite)
-        if _SURROGATE.search(data):
-            json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
+    if holds_halves(data):
+        raise ValueError("no Unicode")
     if not isinstance(content, dict):
         raise ValueError("no object")
     return content

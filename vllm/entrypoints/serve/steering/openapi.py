@@ -38,14 +38,15 @@ _STATUSES = {
     "or the server was started without steering.",
     413: "The body is too large.",
     500: "A rank failed; nothing was changed.",
+    503: "The server is shutting down; nothing was changed.",
 }
 
 
 def errors(*statuses: int) -> dict[int | str, Json]:
-    """The answers of a route that are errors."""
+    """The answers of a route that are errors. Every route asks the engine: 503."""
     return {
         status: {"description": _STATUSES[status], "content": _ERROR_CONTENT}
-        for status in statuses
+        for status in (*statuses, 503)
     }
 
 

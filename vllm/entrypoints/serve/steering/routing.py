@@ -75,7 +75,7 @@ async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T
         RequestRefused: 408, the caller has gone away.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    leaving = asyncio.ensure_future(caller_left(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -86,8 +86,8 @@ async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T
         working.cancel()
 
 
-async def _left(request: Request) -> None:
-    """Return when the caller has gone away."""
+async def caller_left(request: Request) -> None:
+    """Return when the caller has gone away. What it still sends is dropped."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

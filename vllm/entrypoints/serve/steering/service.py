@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 POLL_S = 0.05
 DRAIN_LIMIT_S = 600.0
 
-IsGone = Callable[[], Awaitable[bool]]
+# Returns when the caller of a route has gone away.
+Leaving = Callable[[], Coroutine[None, None, None]]
 
 
 class Engine(Protocol):
@@ -204,7 +205,7 @@ class SteeringModulesService:
         check_features(module, features)
         return module["path"]
 
-    async def register(self, request: RegisterRequest, is_gone: IsGone) -> Json:
+    async def register(self, request: RegisterRequest, leaving: Leaving) -> Json:
         """Load a module; returns it as the engine describes it."""
         roots = (self.steering or {}).get("module_roots", ())
         # Links are resolved off the event loop: a root may be a slow network folder.
@@ -221,16 +222,16 @@ class SteeringModulesService:
             "replace": request.replace,
             "drain": request.drain,
         }
-        reply = await self._drained("register", request.name, payload, is_gone)
+        reply = await self._drained("register", request.name, payload, leaving)
         return ModuleInfo.from_json(reply.module or {}).described()
 
-    async def unregister(self, name: str, drain: bool, is_gone: IsGone) -> None:
+    async def unregister(self, name: str, drain: bool, leaving: Leaving) -> None:
         """Remove a module."""
         payload = {"name": name, "drain": drain}
-        await self._drained("unregister", name, payload, is_gone)
+        await self._drained("unregister", name, payload, leaving)
 
     async def _drained(
-        self, action: str, name: str, payload: Json, is_gone: IsGone
+        self, action: str, name: str, payload: Json, leaving: Leaving
     ) -> ModuleReply:
         """Repeat an action until the module is read and no request is in its way.
 
@@ -239,6 +240,7 @@ class SteeringModulesService:
         """
         deadline = time.monotonic() + DRAIN_LIMIT_S
         unfinished = False
+        gone = asyncio.create_task(leaving())
         try:
             while True:
                 reply = await self.call(action, payload)
@@ -255,10 +257,11 @@ class SteeringModulesService:
                         "name",
                         reply.in_use,
                     )
-                if await is_gone():
+                await asyncio.wait((gone,), timeout=POLL_S)
+                if gone.done():
                     raise RequestRefused(408, "the caller disconnected", "drain")
-                await asyncio.sleep(POLL_S)
         finally:
+            gone.cancel()
             if unfinished:
                 await asyncio.shield(self.call("release", {"name": name}))
 

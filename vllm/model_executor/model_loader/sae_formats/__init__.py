@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats import (
@@ -26,6 +27,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     ModuleLayout,
     SAELayout,
 )
+from vllm.model_executor.model_loader.sae_formats.tensor_types import why_no_file
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,22 @@ def recognise(location: Location) -> Format:
     for candidate in FORMATS:
         if _children(candidate, location):
             return candidate
+    _refuse_no_files(location.root)
     close = [f"{f.name} ({f.files})" for f in _closest(location)]
     expected = ", ".join(close) or ", ".join(f.name for f in FORMATS)
     raise LayoutError(
         f"no known format: found {location.listing()}, expected one of: {expected}; "
         "docs/features/formats.md lists the files of each format"
     )
+
+
+def _refuse_no_files(root: Path) -> None:
+    """Refuse a directory in which something else stands for a file of a format."""
+    names = {name for f in FORMATS for name in f.files.split() if "." in name}
+    for name in sorted(names):
+        place = root / name
+        if not place.is_file() and (place.exists() or place.is_symlink()):
+            raise LayoutError(f"{name}: {why_no_file(place)}")
 
 
 def _closest(location: Location) -> list[Format]:

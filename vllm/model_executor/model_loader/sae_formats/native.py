@@ -12,11 +12,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
 
 from vllm.config.steering import Activation, SiteInfo
+from vllm.config.steering_checks import Array, shown
 from vllm.config.steering_json import Json, JsonView
-from vllm.config.steering_points import HOOK_ALIASES, HOOK_NAMES, HookPoint, site_name
+from vllm.config.steering_points import (
+    HOOK_ALIASES,
+    HOOK_NAMES,
+    HookPoint,
+    parse_site,
+    site_name,
+    site_text,
+)
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -186,6 +196,12 @@ def _activation_of(name: str, content: JsonView, has_threshold: bool) -> Activat
     given = content.get("activation")
     if given is None:
         return Activation.JUMPRELU if has_threshold else Activation.RELU
+    kinds = [one.value for one in Activation]
+    if given not in kinds:
+        raise ValueError(
+            f"{name}: activation: found {shown(given)}, expected one of "
+            f"{', '.join(kinds)}"
+        )
     activation = Activation(given)
     if has_threshold != (activation is Activation.JUMPRELU):
         raise ValueError(
@@ -195,9 +211,13 @@ def _activation_of(name: str, content: JsonView, has_threshold: bool) -> Activat
     return activation
 
 
+# A site: `"hook.layer"`, `(layer, hook)` or `(hook, layer)`.
+SiteKey = TypeVar("SiteKey", bound=str | tuple[int, str] | tuple[str, int])
+
+
 def save_native(
     path: str | Path,
-    sites: Mapping[tuple[int, HookPoint | str], JsonView],
+    sites: Mapping[SiteKey, JsonView],
     *,
     reference_norm: float | None = None,
     skip_token_ids: Sequence[int] | None = None,
@@ -208,10 +228,10 @@ def save_native(
 
     Args:
         path: the directory.
-        sites: `(layer, hook)` -> `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`,
-            `b_dec [D]`, `threshold [F]` for JumpReLU (all floating; tensors, or
-            `HostTensor`s), and optional
-            `activation` (default: jumprelu with a threshold, else relu), `k`,
+        sites: `"hook.layer"`, `(layer, hook)` or `(hook, layer)` -> `W_enc [F, D]`,
+            `b_enc [F]`, `W_dec [F, D]`, `b_dec [D]`, `threshold [F]` for JumpReLU (all
+            floating; tensors of PyTorch, arrays of NumPy, or `HostTensor`s), and
+            optional `activation` (default: jumprelu with a threshold, else relu), `k`,
             `topk_relu`, and what the author measured: `fvu`, `l0`. A transcoder has
             `hook_out`, `W_enc [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]` and may
             have `W_skip [d_out, d_in]`.
@@ -221,14 +241,17 @@ def save_native(
         model: name of the model that the SAE was trained on.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or is not floating.
+        ValueError: a key names no site, or the same as another; a tensor is missing,
+            has another shape, or is not floating; or `activation` is unknown.
     """
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for (layer, hook), content in sites.items():
-        point = hook if isinstance(hook, HookPoint) else HOOK_ALIASES[hook]
+    entries: list[Json] = []
+    for site, content in sites.items():
+        layer, point = _place(site)
         name = site_name(point, layer)
+        if any(entry["file"] == f"{name}.safetensors" for entry in entries):
+            raise ValueError(f"sites: found {name} twice, expected it once")
         tensors = {
             key: _on_host(f"{name}: {key}", content[key])
             for key in _TENSORS
@@ -271,15 +294,33 @@ def save_native(
     (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _on_host(what: str, value: torch.Tensor | HostTensor) -> HostTensor:
+def _place(key: object) -> tuple[int, HookPoint]:
+    """The layer and the point of a site, in any of the forms of `save_native`."""
+    if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], str):
+        key = (key[1], key[0])
+    name = site_text(key)
+    found = parse_site(name) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(
+            f"sites: found {shown(name)}, expected HOOK.LAYER such as post_block.20, "
+            f"or (layer, hook), with one of {HOOK_NAMES}"
+        )
+    return found
+
+
+def _on_host(what: str, value: object) -> HostTensor:
     """A tensor of any device in host memory."""
     if isinstance(value, HostTensor):
         return value
+    if not isinstance(value, Array):
+        raise ValueError(f"{what}: expected a floating tensor, found {shown(value)}")
     stored_as = str(value.dtype).removeprefix("torch.")
     if stored_as not in [kind.value for kind in FloatType]:
         raise ValueError(f"{what}: expected a floating tensor, found {stored_as}")
     dtype = FloatType(stored_as)
-    plain = value.detach().cpu().contiguous()
+    if isinstance(value, np.ndarray):
+        return HostTensor(np.ascontiguousarray(value), dtype)
+    plain = cast("torch.Tensor", value).detach().cpu().contiguous()
     if dtype is FloatType.BF16:
         import torch
 

@@ -119,6 +119,17 @@ class TensorFile(Protocol):
         """
 
 
+def why_no_file(path: Path) -> str:
+    """What stands where a regular file is expected."""
+    if path.is_dir():
+        return "found a directory, expected a file"
+    if path.exists():
+        return "found a pipe, a socket or a device, expected a regular file"
+    if path.is_symlink():
+        return "found a symbolic link that leads nowhere, expected a file"
+    return "missing"
+
+
 def check_file(path: Path) -> None:
     """Refuse a tensor file that is missing, too large, or only a pointer to one.
 
@@ -126,7 +137,14 @@ def check_file(path: Path) -> None:
         LayoutError: one line that says what to do.
     """
     if not path.is_file():
-        raise LayoutError(f"{path.name}: missing")
+        raise LayoutError(f"{path.name}: {why_no_file(path)}")
+    try:
+        _check_content(path)
+    except OSError as error:
+        raise LayoutError(f"{path.name}: cannot be read: {error.strerror}") from error
+
+
+def _check_content(path: Path) -> None:
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise LayoutError(
             f"{path.name}: expected at most {MAX_FILE_BYTES} bytes, found {size}"

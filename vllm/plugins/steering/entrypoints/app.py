@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seam into `vllm.entrypoints.launchers.app`: bodies of requests have limits.
 
-The edit a branch would make: `init_entrypoints_middleware` also adds `BodyLimit`, which
-runs after the middlewares that authenticate, and `init_exception_handler` the handlers
-of `nested_bodies`. Without steering there is no limit.
+The edit a branch would make: `init_entrypoints_middleware` also adds `BodyLimit` and
+`UnicodeBodies`, which run after the middlewares that authenticate, and
+`init_exception_handler` the handlers of `nested_bodies`. Without steering there is no
+limit.
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ def install() -> None:
 def _make_init_entrypoints_middleware(stock: Stock) -> Stock:
     from vllm.entrypoints.openai.steering.body_limit import BodyLimit
     from vllm.entrypoints.openai.steering.nested_bodies import refuse_nested_bodies
+    from vllm.entrypoints.openai.steering.unicode_bodies import UnicodeBodies
 
     def init_entrypoints_middleware(
         args: Namespace, app: FastAPI, supported_tasks: tuple[str, ...]
     ) -> None:
+        def is_on() -> bool:
+            return _limit_of(app) is not None
+
+        app.add_middleware(UnicodeBodies, is_on=is_on)
         app.add_middleware(BodyLimit, most=lambda: _limit_of(app))
-        refuse_nested_bodies(app, lambda: _limit_of(app) is not None)
+        refuse_nested_bodies(app, is_on)
         stock(args, app, supported_tasks)
 
     return init_entrypoints_middleware

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm.config.steering import Activation, SiteInfo
 from vllm.config.steering_points import HookPoint
-from vllm.entrypoints.cli.steering import commands
+from vllm.entrypoints.cli.steering import convert
 from vllm.entrypoints.cli.steering.inspect import ranks_of, show_ranks
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_loader import inspect_module
@@ -254,7 +254,7 @@ def test_convert_to_a_full_disk_leaves_nothing(
         save_native(target, *args, **options)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(commands, "save_native", save)
+    monkeypatch.setattr(convert, "save_native", save)
     assert main(["convert", str(path), str(out)]) == 1
     error = f"error: {out}: cannot be written: No space left on device\n"
     assert capsys.readouterr().err == error

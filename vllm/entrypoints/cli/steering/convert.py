@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that writes a module in the native layout: `convert`."""
+"""`vllm-steering convert`: writes an SAE in the native layout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from vllm.config.steering import Activation, ModuleInfo, SiteInfo
 from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_points import HookPoint
+from vllm.entrypoints.cli.steering.inputs import need_sae
 from vllm.model_executor.model_loader.sae_formats.layout import ModuleLayout
 from vllm.model_executor.model_loader.sae_formats.native import save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
@@ -58,12 +59,6 @@ class LoadedSites(Mapping[SiteName, JsonView]):
         if site.activation is Activation.TOPK:
             content |= {"k": site.k, "topk_relu": site.topk_relu}
         return content
-
-
-def need_sae(path: str, module: ModuleInfo) -> None:
-    """Raise `ValueError` for a module of steering vectors."""
-    if module.kind != "sae":
-        raise ValueError(f"{path}: found steering vectors, expected an SAE")
 
 
 def write(

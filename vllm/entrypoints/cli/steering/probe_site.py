@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vllm.config.steering_points import site_name
-from vllm.entrypoints.cli.steering.commands import LoadedSites, write
+from vllm.entrypoints.cli.steering.convert import LoadedSites, write
 from vllm.model_executor.model_loader.sae_formats.names import need_site
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import inspect_module, read_layout
