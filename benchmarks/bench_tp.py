@@ -2,7 +2,7 @@
 """What an SAE costs a tensor-parallel engine: shared by the ranks, and copied.
 
     python benchmarks/bench_tp.py --tp 4 --shape 27b --out FILE
-        [--engines stock,peers,gather] [--batches 1,64,prefill] [--budget SECONDS]
+        [--engines stock,peers,gather] [--batches 1,64,prefill] [--seconds SECONDS]
     python benchmarks/bench_tp.py --dry-run        # a tiny model, on a CPU
 
 A model of the shape with all its layers and dummy weights; about 100 features fire on

@@ -10,7 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tests.conftest  # noqa: F401  engines in this process; where the helpers are
+import tests.conftest  # noqa: F401  engines in this process
+
+# Where the helpers are; pytest knows it from pyproject.toml.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def arguments() -> argparse.Namespace:

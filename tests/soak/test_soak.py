@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,10 @@ def test_clients_that_disconnect_change_no_answer(tmp_path: Path) -> None:
     assert report.faults["disconnect before the answer"] > 0, text
     assert report.faults["odd body: 400"] > 0, text
     assert report.faults["module change: 201"] > 0, text
+
+
+def test_the_soak_starts_without_pytest() -> None:
+    command = [sys.executable, "-m", "tests.soak", "--help"]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert ended.returncode == 0 and "--minutes" in ended.stdout, ended.stderr
