@@ -139,6 +139,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.engine.core_client": (
         "AsyncMPClient.collective_rpc_async",
+        "MPClient.shutdown",
         "SyncMPClient.collective_rpc",
     ),
     "vllm.v1.engine.input_processor": (
