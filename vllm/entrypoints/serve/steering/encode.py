@@ -160,7 +160,7 @@ class EncodeService:
         try:
             self._check(request, prompts, specs, config)
             reads += [asyncio.create_task(self._read(ids, specs)) for ids in prompts]
-            outputs = await self._unless_stopped(asyncio.gather(*reads))
+            outputs = await self._unless_stopped(reads)
         except VLLMServerError:
             if shutdown_has_ended(self.engine.vllm_config) is None:
                 raise
@@ -223,13 +223,21 @@ class EncodeService:
         return last
 
     async def _unless_stopped(
-        self, outputs: asyncio.Future[list[RequestOutput]]
+        self, reads: Sequence[asyncio.Task[RequestOutput]]
     ) -> list[RequestOutput]:
         """The outputs. vLLM never answers some requests of an engine that it stops."""
-        while not (await asyncio.wait((outputs,), timeout=STOPPED_POLL_S))[0]:
-            if shutdown_has_ended(self.engine.vllm_config):
+        waits: set[asyncio.Task[RequestOutput]] = set(reads)
+        while waits:
+            done, waits = await asyncio.wait(
+                waits,
+                timeout=STOPPED_POLL_S,
+                return_when=asyncio.FIRST_EXCEPTION,
+            )
+            for read in done:
+                read.result()  # raises
+            if waits and shutdown_has_ended(self.engine.vllm_config):
                 raise RequestRefused(503, ENDED)
-        return outputs.result()
+        return [read.result() for read in reads]
 
 
 def served_names(args: Namespace) -> list[str]:
