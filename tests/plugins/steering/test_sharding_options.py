@@ -121,7 +121,8 @@ def test_what_ranks_cannot_share_is_refused_by_name(
     check_refused(vllm_config, 2, both, where, "only with width")
 
 
-ODD_VALUES = ["all", "SHARD", "", None, True, 2, 0.5, ["shard"], {"shard": 2}, "\ud800"]
+HALF = "\ud800"  # of a surrogate pair
+ODD_VALUES = ["all", "SHARD", "", None, True, 2, 0.5, ["shard"], {"shard": 2}, HALF]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -131,6 +132,8 @@ def test_another_value_is_refused_by_its_path_on_any_number_of_ranks(
 ) -> None:
     module = {"modules": {"m": {"path": str(sae_path), "sharding": value}}}
     accepted = 'expected one of "auto", "replicate", "shard"'
+    if value == HALF:
+        accepted = "expected Unicode text"
     where = "additional_config.steering.modules.m.sharding: found "
     check_refused(vllm_config, tp, module, where, accepted)
     where = "additional_config.steering.spare[0].sharding: found "
