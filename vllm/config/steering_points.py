@@ -106,6 +106,18 @@ def parse_site(text: str) -> tuple[int, HookPoint] | None:
     return int(layer), HOOK_ALIASES[hook]
 
 
+def place_of(site: object) -> tuple[int, HookPoint] | None:
+    """`(layer, hook)` of a site's name or of `(hook, layer)`; None for all else."""
+    text = site_text(site)
+    return parse_site(text) if isinstance(text, str) else None
+
+
+def plain_name(site: object) -> str | None:
+    """A site as descriptions print it, from any form of `place_of`; None for others."""
+    place = place_of(site)
+    return None if place is None else site_name(place[1], place[0])
+
+
 @dataclass(frozen=True)
 class PointWidths:
     """Widths of a model's points: of the stream, and of attention's `z`."""

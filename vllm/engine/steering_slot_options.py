@@ -114,9 +114,11 @@ def _screened(
 ) -> SlotInfo:
     """The slot, with a copy in 10 bits where it was asked for and the width gains."""
     asked = given.get("screening", DEFAULT_SCREENING)
-    if asked not in get_args(Screening):
+    known = get_args(Screening)
+    if asked not in known:
+        accepted = ", ".join(f'"{word}"' for word in known)
         raise SteeringConfigError(
-            f'{where}.screening: found {shown(asked)}, expected one of "auto", "off"'
+            f"{where}.screening: found {shown(asked)}, expected one of {accepted}"
         )
     if not ranks.screens:
         return slot

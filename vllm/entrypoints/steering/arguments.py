@@ -95,6 +95,18 @@ def text_ids(
     return found
 
 
+def some_text_ids(llm: LLM, texts: Text | Sequence[Text]) -> list[list[int]]:
+    """`text_ids` of at least one text.
+
+    Raises:
+        ValueError: as `text_ids`, or there is no text.
+    """
+    ids = text_ids(llm, texts)
+    if not ids:
+        raise ValueError("texts: expected at least one text, found none")
+    return ids
+
+
 def _texts(path: str, texts: object) -> list[object]:
     """The texts, of which a single one may have been given."""
     if isinstance(texts, str):

@@ -14,7 +14,7 @@ from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.steering_checks import MAX_LISTED, integer_in_range, listing, shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import parse_site, site_name, site_text
+from vllm.config.steering_points import plain_name, site_text
 from vllm.entrypoints.steering.frames import frame_of_columns
 
 if TYPE_CHECKING:
@@ -70,11 +70,9 @@ class EncodedText:
             return next(iter(self.features.values()))
         if not self.features:
             raise KeyError("no token of this text was read: the module skips all")
-        text = site_text(name)
-        parsed = parse_site(text) if isinstance(text, str) else None
-        own = None if parsed is None else site_name(parsed[1], parsed[0])
+        own = plain_name(name)
         if own not in self.features:
-            found = "none" if name is None else shown(text)
+            found = "none" if name is None else shown(site_text(name))
             raise KeyError(
                 f"site: found {found}, expected one of {listing(list(self.features))}"
             )

@@ -13,12 +13,13 @@ from vllm.config.sae_features import SAEFeatures
 from vllm.config.sae_labels import Labels
 from vllm.config.steering import ModuleInfo
 from vllm.config.steering_checks import integer_in_range, listing, shown
-from vllm.config.steering_points import parse_site, site_name, site_text
+from vllm.config.steering_points import plain_name, site_text
 from vllm.entrypoints.steering.arguments import (
     Site,
     Text,
     labels_for,
     sae_named,
+    some_text_ids,
     text_ids,
     tokenizer_of,
 )
@@ -79,9 +80,7 @@ def find_features(
     info = sae_named(config, module)
     sites = chosen_site(info, site)
     labels = labels_for(info, labels)
-    own_ids = text_ids(llm, texts)
-    if not own_ids:
-        raise ValueError("texts: expected at least one text, found none")
+    own_ids = some_text_ids(llm, texts)
     other_ids = [] if against is None else text_ids(llm, against, "against")
 
     def read(
@@ -141,14 +140,12 @@ def chosen_site(info: ModuleInfo | None, site: Site | None) -> list[str] | None:
     if site is None:
         check_one_site("site", names)
         return None
-    name = site_text(site)
-    parsed = parse_site(name) if isinstance(name, str) else None
-    found = None if parsed is None else site_name(parsed[1], parsed[0])
+    found = plain_name(site)
     if found is None or (info is not None and found not in names):
         accepted = "a site such as post_block.20"
         if info is not None:
             accepted = f"a site of module {shown(info.name)}: {listing(names)}"
-        raise ValueError(f"site: found {shown(name)}, expected {accepted}")
+        raise ValueError(f"site: found {shown(site_text(site))}, expected {accepted}")
     return [found]
 
 

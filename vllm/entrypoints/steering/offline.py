@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from vllm.config.steering import ModuleInfo, SteeringConfig
 from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import HOOK_NAMES, parse_site, site_text
+from vllm.config.steering_points import HOOK_NAMES, place_of
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
@@ -142,8 +142,7 @@ def _by_site(vectors: object) -> dict[str, torch.Tensor]:
         )
     stored = {}
     for site, tensor in vectors.items():
-        named = site_text(site)
-        found = parse_site(named) if isinstance(named, str) else None
+        found = place_of(site)
         if found is None:
             raise ValueError(
                 f"vectors: found the site {shown(site)}, expected HOOK.LAYER such as "

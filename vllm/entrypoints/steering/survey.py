@@ -16,7 +16,7 @@ from vllm.entrypoints.steering.arguments import (
     Text,
     labels_for,
     sae_named,
-    text_ids,
+    some_text_ids,
     tokenizer_of,
 )
 from vllm.entrypoints.steering.encoded import EncodedText
@@ -67,9 +67,7 @@ def survey(
     info = sae_named(config, module)
     sites = chosen_site(info, site)
     labels = labels_for(info, labels)
-    ids = text_ids(llm, texts)
-    if not ids:
-        raise ValueError("texts: expected at least one text, found none")
+    ids = some_text_ids(llm, texts)
     most = read_limit(config)
     counts = _Counts(ids)
     for start in range(0, len(ids), TEXTS_AT_ONCE):

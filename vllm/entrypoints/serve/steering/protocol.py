@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 from vllm.config.steering_checks import listing, shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_module_options import ModuleOptions
-from vllm.config.steering_points import parse_site, site_name
+from vllm.config.steering_points import plain_name
 from vllm.config.steering_reader import Reader, expects, json_schema
 from vllm.config.strict_json import strict_loads
 from vllm.entrypoints.serve.steering.access import RequestRefused
@@ -111,9 +111,8 @@ def site_of(module: Json, given: str | None) -> str:
     names: list[str] = [site["name"] for site in module["sites"]]
     if given is None:
         return names[0]
-    place = parse_site(given)
-    name = "" if place is None else site_name(place[1], place[0])
-    if name not in names:
+    name = plain_name(given)
+    if name is None or name not in names:
         raise RequestRefused(
             400, f"site: found {shown(given)}, expected one of {listing(names)}", "site"
         )

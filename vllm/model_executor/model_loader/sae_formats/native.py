@@ -23,7 +23,7 @@ from vllm.config.steering_points import (
     HOOK_ALIASES,
     HOOK_NAMES,
     HookPoint,
-    parse_site,
+    place_of,
     site_name,
     site_text,
 )
@@ -298,12 +298,11 @@ def _place(key: object) -> tuple[int, HookPoint]:
     """The layer and the point of a site, in any of the forms of `save_native`."""
     if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], str):
         key = (key[1], key[0])
-    name = site_text(key)
-    found = parse_site(name) if isinstance(name, str) else None
+    found = place_of(key)
     if found is None:
         raise ValueError(
-            f"sites: found {shown(name)}, expected HOOK.LAYER such as post_block.20, "
-            f"or (layer, hook), with one of {HOOK_NAMES}"
+            f"sites: found {shown(site_text(key))}, expected HOOK.LAYER such as "
+            f"post_block.20, or (layer, hook), with one of {HOOK_NAMES}"
         )
     return found
 
