@@ -299,14 +299,21 @@ class SiteModules:
         needed.
 
         Raises:
-            ValueError: as `load_site`; the gain of a norm cannot be divided out; or
-                the layer norms an output that the SAE takes as it is.
+            ValueError: as `load_site`, `check_layer` and `fold_gain`.
         """
-        if site.raw_output:
-            refuse_output_norm(self.layers[site.layer], site.out_hook)
+        self.check_layer(site)
         load_site(module, site, into)
         self.fold_gain(site, into)
         into.refresh()
+
+    def check_layer(self, site: SiteInfo) -> None:
+        """Check that an SAE is of what its layer writes, before it is loaded.
+
+        Raises:
+            ValueError: the layer norms an output that the SAE takes as it is.
+        """
+        if site.raw_output:
+            refuse_output_norm(self.layers[site.layer], site.out_hook)
 
     def fold_gain(self, site: SiteInfo, into: SAEWeights) -> None:
         """Fit a loaded SAE to its layer's point.
