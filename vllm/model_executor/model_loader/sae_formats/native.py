@@ -154,13 +154,17 @@ def _read_site(fields: Fields) -> SAELayout:
     if file is None or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
         raise fields.fail("file", "a safetensors file name beside the manifest")
     is_topk = activation == Activation.TOPK
+    d_sae = fields.need_integer("d_sae", 1)
+    k = fields.need_integer("k", 1) if is_topk else None
+    if k is not None and k > d_sae:
+        raise fields.fail("k", f"at most {d_sae}")
     site = SiteInfo(
         layer=fields.need_integer("layer"),
         hook=hook,
         d_in=fields.need_integer("d_model", 1),
-        d_sae=fields.need_integer("d_sae", 1),
+        d_sae=d_sae,
         activation=Activation(activation),
-        k=fields.need_integer("k", 1) if is_topk else None,
+        k=k,
         topk_relu=fields.boolean("topk_relu", True),
         hook_out=_read_hook(fields, "hook_out"),
         d_out=fields.integer("d_out", 1),
