@@ -239,6 +239,8 @@ class SteeringConfig(JsonRecord):
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
     requests that choose none. `inline_sites` are those at which requests may bring
     vectors of their own. `ranks` is the tensor-parallel group, which may share SAEs.
+    `exact_positions`: whether workers know a token's position in the answer. They do
+    not while drafts of the step before may still be rejected.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -257,6 +259,7 @@ class SteeringConfig(JsonRecord):
     decoder_layer: DecoderLayers = "known"
     inline_sites: tuple[InlineSite, ...] = ()
     ranks: Ranks = Ranks()
+    exact_positions: bool = True
 
     @functools.cached_property
     def parsed(self) -> KeptParses:
