@@ -14,7 +14,7 @@ import torch
 import vllm.plugins.steering as plugin
 from tests.plugins.steering.conftest import D_SAE, write_sae
 from tests.steering_testing import models
-from vllm.config import KVTransferConfig, SpeculativeConfig
+from vllm.config import KVTransferConfig
 from vllm.config.steering import SteeringConfig, get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.config.steering_points import HookPoint
@@ -70,28 +70,6 @@ def test_a_path_is_resolved_to_the_module_it_holds(
     assert (site.layer, site.hook, site.d_sae) == (1, HookPoint.POST_BLOCK, D_SAE)
     assert module.skip_token_ids == (models.PAD, models.BOS, models.EOS)
     assert config.max_clamps == 64
-
-
-@pytest.mark.parametrize(
-    ("drafts", "is_async"), [(False, True), (True, False), (True, True)]
-)
-def test_steps_ahead_of_drafts_have_no_exact_positions(
-    vllm_config: Any, drafts: bool, is_async: bool
-) -> None:
-    config = copy.copy(vllm_config)
-    config.scheduler_config = copy.copy(vllm_config.scheduler_config)
-    config.scheduler_config.async_scheduling = is_async
-    if drafts:
-        config.speculative_config = SpeculativeConfig(
-            method="ngram",
-            num_speculative_tokens=2,
-            prompt_lookup_max=2,
-            target_model_config=vllm_config.model_config,
-            target_parallel_config=vllm_config.parallel_config,
-        )
-    found = resolved(config, {"modules": {}})
-    assert found is not None
-    assert found.exact_positions == (not (drafts and is_async))
 
 
 def test_engine_args_resolve_without_changing_the_callers_dict(
