@@ -53,6 +53,8 @@ class SiteInfo:
     writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`, and
     `before_gain` that its encoder was trained on `mlp_in` before the norm's gain, which
     is divided out of `W_enc` when the module is loaded into a layer.
+    `before_value_bias` says that it was trained on `attn_z` without the bias of the
+    values, as TransformerLens's `fold_value_biases` makes it.
     `raw_output`: what it reads or writes of attention or the MLP is the module's own
     output, so a layer that norms it before adding it does not fit.
     `d_sae` is the number of directions: F features of an SAE, 1 for a vector. `k` and
@@ -71,6 +73,7 @@ class SiteInfo:
     has_skip: bool = False
     before_gain: bool = False
     raw_output: bool = False
+    before_value_bias: bool = False
 
     @property
     def name(self) -> str:

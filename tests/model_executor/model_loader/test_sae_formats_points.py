@@ -235,7 +235,7 @@ def test_an_attention_sae_is_beside_its_configuration(tmp_path: Path) -> None:
     torch.save({**SAE, "W_enc": W_enc.T}, path)
     cfg = {"act_name": "blocks.5.attn.hook_z", "act_size": D, "dict_size": F}
     write_json(tmp_path / "gpt2-small_L5_Hcat_z_cfg.json", cfg)
-    assert site_of(path).name == "attn_z.5"
+    assert site_of(path).name == "attn_z.5" and site_of(path).before_value_bias
     close(reconstruct(path), decode(pre(inputs() - b_dec.double()).relu()))
     assert inspect_module("m", str(path)).format == "attention_z"
 

@@ -158,7 +158,7 @@ def test_weights_of_another_architecture_than_the_stated_are_refused(
     [
         ("center_writing_weights", "hook_resid_post"),
         ("center_writing_weights", "hook_mlp_out"),
-        ("fold_value_biases", "attn.hook_z"),
+        ("refactor_factored_attn_matrices", "attn.hook_z"),
     ],
 )
 def test_an_sae_of_changed_weights_of_the_model_is_refused(

@@ -114,7 +114,7 @@ class ModuleLoad:
         weights = loaded.weights
         if not isinstance(weights, SAEWeights):
             return loaded
-        self.modules.fold_gain(site, weights)
+        self.modules.fit(site, weights)
         return LoadedSite(weights, unit_scale(self.module, weights))
 
 

@@ -10,7 +10,7 @@ Source: https://github.com/decoderesearch/SAELens (sae_lens/saes).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.config.steering import Activation
 from vllm.config.steering_json import Json
@@ -78,7 +78,7 @@ def read(location: Location) -> ModuleLayout:
         _refuse_finetuning(tensors)
         stated = _points(cfg, metadata, kind.transcodes)
         points = choose_points(location, stated, f"{CONFIG}: hook_name")
-        _refuse_other_weights(metadata, points, location.overrides.centred)
+        points = _of_the_weights(metadata, points, location.overrides.centred)
         scale = _input_scale(cfg, metadata, location)
         k = need_k(cfg, F, tensors) if kind.k_in_config else kind.k
         layout = SAELayout(
@@ -192,15 +192,18 @@ def _refuse_what_cannot_fold(
 # change by it.
 _PROCESSING = {
     "center_writing_weights": (*RESIDUAL_HOOKS, HookPoint.ATTN_OUT, HookPoint.MLP_OUT),
-    "fold_value_biases": (HookPoint.ATTN_Z,),
     "refactor_factored_attn_matrices": (HookPoint.ATTN_Z,),
 }
 
 
-def _refuse_other_weights(metadata: Fields, points: Points, centred: bool) -> None:
-    """Refuse an SAE of a model whose weights were changed before it was trained.
+def _of_the_weights(metadata: Fields, points: Points, centred: bool) -> Points:
+    """The points of a model whose weights may have been changed before the training.
 
-    `centred`: the release list says so, and the fold has it.
+    Args:
+        centred: the release list says so, and the fold has it.
+
+    Raises:
+        LayoutError: they were changed in a way that is not folded.
     """
     done = metadata.sub("model_from_pretrained_kwargs")
     for key, changed in _PROCESSING.items():
@@ -210,6 +213,9 @@ def _refuse_other_weights(metadata: Fields, points: Points, centred: bool) -> No
             raise done.fail(
                 key, f"false (it changes {points.hook.value}, and is not folded)"
             )
+    without_bias = done.boolean("fold_value_biases", False)
+    is_z = points.hook is HookPoint.ATTN_Z
+    return replace(points, before_value_bias=without_bias and is_z)
 
 
 def _refuse_finetuning(tensors: TensorFile) -> None:
