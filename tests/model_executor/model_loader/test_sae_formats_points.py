@@ -344,6 +344,10 @@ def test_llamascopium_takes_its_factor_from_the_release_list(tmp_path: Path) -> 
     [
         ({"sae_type": "crosscoder"}, "sae_type: expected sae"),
         ({"use_glu_encoder": True}, "use_glu_encoder: expected false"),
+        (
+            {"apply_decoder_bias_to_pre_encoder": True},
+            "apply_decoder_bias_to_pre_encoder: expected false",
+        ),
         ({"norm_activation": "token-wise"}, "norm_activation: expected dataset-wise"),
         ({"act_fn": "batchtopk"}, "act_fn: expected relu, jumprelu or topk"),
     ],

@@ -76,6 +76,8 @@ def read(location: Location) -> ModuleLayout:
     config = Fields(read_json(location.root / CONFIG), CONFIG)
     if config.text("sae_type") not in _SAE_TYPES:
         raise config.fail("sae_type", "sae (one layer's SAE or transcoder)")
+    if config.boolean("apply_decoder_bias_to_pre_encoder", False):
+        raise config.fail("apply_decoder_bias_to_pre_encoder", "false")
     points = points_of(config, location)
     with open_tensors(location.root / WEIGHTS) as tensors:
         W_enc = _names(tensors).W_enc
