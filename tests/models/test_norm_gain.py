@@ -136,7 +136,15 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
     with engine(family, tmp_path, given, **OPTIONS[how]) as llm:
         answers = [generate(llm, [prompt] * len(asks), asks)]
         other = models.save(family, tmp_path, seed=1)
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        weights = {"weights_path": str(other)}
+        (file,) = Path(paths["transcoder"]).glob("*.safetensors")
+        same = file.read_bytes()
+        file.write_bytes(same[:-4] + bytes(4))
+        if how != "shared":  # where the error is of a rank's process
+            with pytest.raises(ValueError, match="'transcoder'.*: found other files"):
+                llm.collective_rpc("reload_weights", kwargs=weights)
+        file.write_bytes(same)
+        llm.collective_rpc("reload_weights", kwargs=weights)
         llm.reset_prefix_cache()
         answers.append(generate(llm, [prompt] * len(asks), asks))
     for seed, found in enumerate(answers):
