@@ -103,7 +103,7 @@ def test_every_missing_slot_is_named() -> None:
     config = started(spare=(slot(16),))
     with pytest.raises(NoRoomError) as caught:
         with_module(config, sae("a", 17, 20), False)
-    for part in ('"layer": 0', '"width": 17', '"layer": 1', '"width": 20', "spare"):
+    for part in ("post_block.0", '"width": 17', "post_block.1", '"width": 20', "spare"):
         assert part in str(caught.value)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from vllm.config.sae_readout_specs import (
     SITES_IN_FULL,
+    ReadSites,
     SAEReadoutSpec,
     SAEStopEntry,
     SiteRead,
@@ -50,7 +51,7 @@ def check_reads(
     for position, spec in enumerate(specs):
         at = f"{path}[{position}]"
         module = named_module(f"{at}.module_name", spec.module_name, config, "sae")
-        for where, site in _sites(f"{at}.sites", spec, module):
+        for where, site in sites_to_read(f"{at}.sites", spec.sites, module):
             read = _site_read(at, spec, module, site, config)
             key = (module.name, site.hook.value, site.layer)
             if key in found:
@@ -66,19 +67,23 @@ def check_reads(
     return tuple(sorted(found.values(), key=lambda read: read.order))
 
 
-def _sites(
-    path: str, spec: SAEReadoutSpec, module: ModuleInfo
+def sites_to_read(
+    path: str, sites: ReadSites | None, module: ModuleInfo
 ) -> list[tuple[str, SiteInfo]]:
-    """The sites that a spec names, with the path of each."""
-    if spec.sites is None:
+    """The sites of a module that `sites` names, with the path of each.
+
+    Raises:
+        VLLMValidationError: `parameter` is the path of the first bad one.
+    """
+    if sites is None:
         return [(path, site) for site in module.sites]
-    if not spec.sites:
+    if not sites:
         raise refusal(path, "is empty, expected null or at least one site")
-    if isinstance(spec.sites, list):
-        places = [(f"{path}[{at}]", name) for at, name in enumerate(spec.sites)]
+    if isinstance(sites, list):
+        places = [(f"{path}[{at}]", name) for at, name in enumerate(sites)]
         return [(where, named_site(where, name, module)) for where, name in places]
     found = []
-    for name, layers in spec.sites.items():
+    for name, layers in sites.items():
         hook_path = key_path(path, name)
         if name not in HOOK_ALIASES and parse_site(name) is not None:
             raise refusal(

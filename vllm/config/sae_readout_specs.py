@@ -19,7 +19,7 @@ import msgspec
 from vllm.config.steering import MAX_READ_VALUES
 from vllm.config.steering_checks import refusal
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import HookPoint
+from vllm.config.steering_points import HookPoint, named_sites
 from vllm.config.steering_reader import Number, expects
 
 # Most sites of which a request may read as much as it may read of one.
@@ -98,6 +98,16 @@ class SAEReadoutSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     features: Features | None = None
     phase: ReadPhase = "both"
     stop_if: _Stops | None = None
+
+    def __post_init__(self) -> None:
+        name_sites(self, "sites", self.sites)
+
+
+def name_sites(spec: msgspec.Struct, field: str, given: object) -> None:
+    """Write each `(hook, layer)` of a spec made in Python as the site's name."""
+    named = named_sites(given)
+    if named is not given:
+        msgspec.structs.force_setattr(spec, field, named)
 
 
 @dataclass(frozen=True)

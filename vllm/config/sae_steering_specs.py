@@ -16,10 +16,10 @@ import torch
 from msgspec import Meta
 
 from vllm.config.sae_inline_vectors import vector_text
-from vllm.config.sae_readout_specs import SAEReadoutSpec
+from vllm.config.sae_readout_specs import SAEReadoutSpec, name_sites
 from vllm.config.sae_steering_spans import MAX_SPANS, SpecPhase, SteeringSpan
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import HOOK_ALIASES
+from vllm.config.steering_points import HOOK_ALIASES, site_text
 from vllm.config.steering_reader import Number, expects, json_schema
 
 ClampKindName = Literal["absolute", "additive", "scale"]
@@ -138,6 +138,9 @@ class SAEFullReconstructionSpec(
     phase: SpecPhase = "both"
     spans: SpanList | None = None
 
+    def __post_init__(self) -> None:
+        name_sites(self, "clamps", self.clamps)
+
 
 class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Add what the clamps change (delta tier) and keep the SAE's error term.
@@ -150,6 +153,9 @@ class SAEClampSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clamps: SiteClamps
     phase: SpecPhase = "both"
     spans: SpanList | None = None
+
+    def __post_init__(self) -> None:
+        name_sites(self, "clamps", self.clamps)
 
 
 VectorText = Annotated[
@@ -192,6 +198,8 @@ class SteeringVectorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     site: SiteName | None = None
 
     def __post_init__(self) -> None:
+        if self.site is not None:
+            msgspec.structs.force_setattr(self, "site", site_text(self.site))
         given: object = self.vector
         if isinstance(given, (torch.Tensor, np.ndarray)):
             msgspec.structs.force_setattr(self, "vector", vector_text(given))

@@ -91,6 +91,19 @@ def site_text(site: object) -> object:
     return site
 
 
+def named_sites(given: object) -> object:
+    """Sites in a list, or as the keys of a dict, by name where they are pairs.
+
+    All else stays as it is, and so does a dict that would lose a key.
+    """
+    if type(given) is dict and any(type(key) is tuple for key in given):
+        named = {site_text(key): value for key, value in given.items()}
+        return named if len(named) == len(given) else given
+    if type(given) is list and any(type(one) is tuple for one in given):
+        return [site_text(one) for one in given]
+    return given
+
+
 def parse_site(text: str) -> tuple[int, HookPoint] | None:
     """`(layer, hook)` of a site's name, or None if it names no site.
 

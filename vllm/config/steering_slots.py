@@ -276,7 +276,7 @@ def _near_misses(module: ModuleInfo, free: Iterable[SlotInfo]) -> str:
 
 
 def _needed(module: ModuleInfo, site: SiteInfo) -> str:
-    where = f'{{"layer": {site.layer}, "hook": "{site.hook.value}", '
+    where = f'{{"site": "{site.name}", '
     if module.kind == "vectors":
         return where + '"vectors": 1}'
     if site.is_transcoder:

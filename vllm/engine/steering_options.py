@@ -13,8 +13,8 @@
      "default_preset": "name",
      "readout": True,
      "decoder_layer": "known" | "auto",
-     "spare": [{"layer": 20, "hook": "resid_post", "width": 16384, "count": 1},
-               {"layer": 20, "hook": "resid_post", "vectors": 4}],
+     "spare": [{"site": "post_block.20", "width": 16384, "count": 1},
+               {"layer": 20, "hook": "post_block", "vectors": 4}],
      "inline_vectors": {"post_block.20": 4},
      "module_roots": ["/srv/saes", "hf:"]}
 

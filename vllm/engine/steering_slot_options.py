@@ -13,7 +13,7 @@ from vllm.config.steering_points import (
     HOOK_ALIASES,
     HOOK_NAMES,
     HookPoint,
-    parse_site,
+    place_of,
     point_widths,
 )
 from vllm.config.steering_screening import DEFAULT_SCREENING, Screening, screens
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 SPARE_FIELDS = (
-    "layer", "hook", "hook_out", "skip", "width", "count", "vectors", "sharding",
-    "screening",
+    "site", "layer", "hook", "hook_out", "skip", "width", "count", "vectors",
+    "sharding", "screening",
 )  # fmt: skip
 MAX_SPARE_COUNT = 1024
 MAX_SPARE_WIDTH = 1 << 24
@@ -50,9 +50,9 @@ def spare_slots(
     for at, given in enumerate(value):
         where = f"{ROOT}.spare[{at}]"
         object_option(where, given, SPARE_FIELDS)
-        layer = integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
-        hook = hook_point(f"{where}.hook", given.get("hook"))
-        check_dtype(f"{where}.hook", hook, model_config)
+        layer, hook = _spare_place(where, given, num_layers)
+        named = "site" if "site" in given else "hook"
+        check_dtype(f"{where}.{named}", hook, model_config)
         if ("width" in given) == ("vectors" in given):
             has = "both" if "width" in given else "neither"
             raise SteeringConfigError(
@@ -77,6 +77,34 @@ def spare_slots(
             count = integer(f"{where}.count", given.get("count", 1), 1, MAX_SPARE_COUNT)
         slots += [slot] * count
     return slots
+
+
+def _spare_place(where: str, given: Json, num_layers: int) -> tuple[int, HookPoint]:
+    """The site of an entry: by its name, or by layer and hook."""
+    if "site" not in given and ("layer" in given or "hook" in given):
+        layer = integer(f"{where}.layer", given.get("layer"), 0, num_layers - 1)
+        return layer, hook_point(f"{where}.hook", given.get("hook"))
+    for key in ("layer", "hook"):
+        if key in given:
+            raise SteeringConfigError(
+                f"{where}.{key}: found {shown(given[key])} beside site, expected only "
+                "one of them"
+            )
+    site = given.get("site")
+    return _in_model(f"{where}.site", site, place_of(site), num_layers)
+
+
+def _in_model(
+    where: str, site: object, found: tuple[int, HookPoint] | None, num_layers: int
+) -> tuple[int, HookPoint]:
+    """The layer and the hook that were found in a site, which the model must have."""
+    if found is None or not found[0] < num_layers:
+        raise SteeringConfigError(
+            f"{where}: found the site {shown(site)}, expected HOOK.LAYER such as "
+            f"post_block.{num_layers - 1}, with a layer in 0..{num_layers - 1} and "
+            f"one of {HOOK_NAMES}"
+        )
+    return found
 
 
 def _spare_sae(where: str, given: Json, layer: int, hook: HookPoint) -> SlotInfo:
@@ -142,13 +170,9 @@ def inline_sites(
     widths = point_widths(model_config)
     sites: dict[tuple[int, HookPoint], InlineSite] = {}
     for name, given in object_option(path, value).items():
-        found = parse_site(name) if type(name) is str else None
-        if found is None or not found[0] < num_layers:
-            raise SteeringConfigError(
-                f"{path}: found the site {shown(name)}, expected HOOK.LAYER such as "
-                f"post_block.{num_layers - 1}, with a layer in 0..{num_layers - 1} and "
-                f"one of {HOOK_NAMES}"
-            )
+        # Only text can be a key of JSON.
+        place = place_of(name) if type(name) is str else None
+        found = _in_model(path, name, place, num_layers)
         if found in sites:
             raise SteeringConfigError(
                 f"{path}: site {sites[found].name} is given twice, expected once"

@@ -129,7 +129,27 @@ def test_a_list_of_clamps_for_several_sites_is_refused_with_their_names(
 
 
 def test_every_site_is_evaluated(llm: LLM) -> None:
-    assert [one.site for one in evaluate(llm, MODULE, TEXTS)] == list(SITES)
+    both = evaluate(llm, MODULE, TEXTS)
+    assert [one.site for one in both] == list(SITES)
+    forms: list[Any] = [SITES[1], ("resid_post", 2), [SITES[1]], {"post_block": [2]}]
+    for sites in forms:
+        (one,) = evaluate(llm, MODULE, TEXTS, sites=sites)
+        assert one.site == SITES[1]
+        assert one.fvu == pytest.approx(both[1].fvu)
+
+
+def test_sites_that_a_module_does_not_have_are_not_evaluated(llm: LLM) -> None:
+    wrong = {
+        "post_block.3": "sites[0]: .*does not cover layer 3 at post_block.*one of its",
+        "middle": "sites[0]: found 'middle', expected a site of module 'golden-gate'",
+    }
+    for site, message in wrong.items():
+        for call in (evaluate, encode):
+            pattern = "^" + message.replace("[", r"\[").replace("]", r"\]")
+            with pytest.raises(ValueError, match=pattern):
+                call(llm, MODULE, TEXTS, sites=site)
+    with pytest.raises(ValueError, match=r"^sites\[1\]: post_block.1 is given twice"):
+        evaluate(llm, MODULE, TEXTS, sites=[SITES[0], ("resid_post", 1)])
 
 
 def test_the_command_adds_one_site_to_the_file(

@@ -46,8 +46,34 @@ def test_spare_slots_are_listed_once_each(vllm_config: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "site",
+    [
+        {"site": "post_block.1"},
+        {"site": "blocks.1.hook_resid_post"},
+        {"site": ("resid_post", 1)},
+    ],
+    ids=str,
+)
+def test_a_site_is_named_as_in_requests(vllm_config: Any, site: Any) -> None:
+    spare = [{**site, "width": 64}, {**site, "vectors": 1}]
+    by_parts = [{**SITE, "width": 64}, {**SITE, "vectors": 1}]
+    named = resolved(vllm_config, spare=spare).slots
+    assert named == resolved(vllm_config, spare=by_parts).slots
+
+
+@pytest.mark.parametrize(
     ("spare", "path", "accepted"),
     [
+        ([{"width": 4}], "spare[0].site", "found the site None, expected HOOK.LAYER"),
+        ([{"site": "post_block.3", "width": 4}], "spare[0].site", "a layer in 0..2"),
+        ([{"site": "mlp.1", "width": 4}], "spare[0].site", "one of pre_attn, "),
+        ([{"site": 1, "width": 4}], "spare[0].site", "such as post_block.2"),
+        (
+            [{"site": "post_block.1", **SITE, "width": 4}],
+            "spare[0].layer",
+            "found 1 beside site, expected only one of them",
+        ),
+        ([{"layer": 1, "width": 4}], "spare[0].hook", "found None, expected one of"),
         ({}, "spare", "a list"),
         ([3], "spare[0]", "an object"),
         ([{**SITE}], "spare[0]", "of width and vectors, expected exactly one"),

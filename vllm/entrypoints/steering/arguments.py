@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
+import msgspec
+
 from vllm.config.sae_labels import Labels, labels_of
+from vllm.config.sae_readout_parser import sites_to_read
+from vllm.config.sae_readout_specs import ReadSites
 from vllm.config.sae_steering_specs import EXTRA_ARGS_KEYS, PRESET_KEY, READOUT_KEY
-from vllm.config.steering import ModuleInfo, SteeringConfig
+from vllm.config.steering import ModuleInfo, SiteInfo, SteeringConfig
 from vllm.config.steering_checks import Array, listing, shown, whole
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import site_text
+from vllm.config.steering_reader import Reader
+from vllm.exceptions import VLLMValidationError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
 
 Text = str | Sequence[int]
 Site = str | tuple[str, int]
+# Sites, one of them, or {hook: [layer, ...]}; None: every site of the module.
+Sites = Site | Sequence[Site] | Mapping[str, Sequence[int]] | None
 TEXTS = "a text, token ids, or a list of them"
 
 
@@ -215,6 +223,32 @@ def steering_fields(given: object) -> Json:
                 f"{', '.join(accepted)}"
             )
     return dict(given)
+
+
+class _Asked(msgspec.Struct):
+    sites: ReadSites | None = None
+
+
+_ASKED = Reader(_Asked)
+
+
+def asked_sites(info: ModuleInfo, sites: Sites) -> list[SiteInfo]:
+    """The sites of a module that a caller names, each once.
+
+    Raises:
+        ValueError: one is no site of the module, or is given twice.
+    """
+    try:
+        given = _ASKED.read({"sites": site_list(sites)}).sites
+        named = sites_to_read("sites", given, info)
+    except VLLMValidationError as error:
+        raise ValueError(str(error)) from None
+    found: list[SiteInfo] = []
+    for where, site in named:
+        if site in found:
+            raise ValueError(f"{where}: {site.name} is given twice, expected once")
+        found.append(site)
+    return found
 
 
 def site_list(sites: object) -> object:

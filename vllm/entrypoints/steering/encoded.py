@@ -123,10 +123,13 @@ class EncodedText:
             for position, feature, value in entries(record)
         ]
 
-    def to_html(self, feature: int | None = None, site: str | None = None) -> str:
+    def to_html(
+        self, feature: int | None = None, site: str | tuple[str, int] | None = None
+    ) -> str:
         """The tokens, shaded by a feature's activation; without one, by the largest.
 
-        Hovering over a token shows its features.
+        Hovering over a token shows its features. Without `site`, they are the first
+        site's.
         """
         site = site or next(iter(self.features), None)
         if site is None:

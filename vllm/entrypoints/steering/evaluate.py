@@ -14,7 +14,13 @@ import numpy as np
 from vllm.config.sae_steering_specs import FULL_KEY, PRESET_KEY, READOUT_KEY
 from vllm.config.steering import SteeringConfig
 from vllm.config.steering_json import Json
-from vllm.entrypoints.steering.arguments import Text, sae_named, text_ids
+from vllm.entrypoints.steering.arguments import (
+    Sites,
+    Text,
+    asked_sites,
+    sae_named,
+    text_ids,
+)
 from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import engine_config
 from vllm.entrypoints.steering.sinks import warnings_of_large_norms
@@ -109,17 +115,20 @@ class Evaluation(list[SiteEvaluation]):
         return f"{''.join(lines)}<table><tr>{head}</tr>{body}</table>"
 
 
-def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
-    """Evaluate a module at each of its sites, one site at a time.
+def evaluate(
+    llm: LLM, module: str, texts: Text | Sequence[Text], *, sites: Sites = None
+) -> Evaluation:
+    """Evaluate a module at its sites, one site at a time.
 
     Args:
         llm: an engine that was started with the module, compiled or not.
         module: its name.
         texts: what the model reads; at least two tokens each.
+        sites: as for `encode`; every site of the module if not given.
 
     Raises:
-        ValueError: no such SAE module, or a text that is none, has no tokens or is too
-            long.
+        ValueError: no such SAE module or site, or a text that is none, has no tokens or
+            is too long.
         TooShortError: no text of two tokens, or fewer than two tokens that the module
             reconstructs.
         VLLMValidationError: the engine's default preset is locked, so no text can be
@@ -127,6 +136,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
     """
     info = sae_named(engine_config(llm) or SteeringConfig(), module)
     assert info is not None
+    asked = asked_sites(info, sites)
     ids = [own for own in text_ids(llm, texts) if len(own) > 1]
     if not ids:
         raise TooShortError(
@@ -134,7 +144,7 @@ def evaluate(llm: LLM, module: str, texts: Sequence[Text]) -> Evaluation:
         )
     plain = _loss(llm, ids, None)[0]
     found = Evaluation()
-    for site in info.sites:
+    for site in asked:
         where: Json = {site.hook.value: {str(site.layer): []}}
         read = {"sites": {site.hook.value: [site.layer]}, "top_k": 1}
         specs = {

@@ -47,8 +47,8 @@ SINK = 10
 def find_features(
     llm: LLM,
     module: str,
-    texts: Sequence[Text],
-    against: Sequence[Text] | None = None,
+    texts: Text | Sequence[Text],
+    against: Text | Sequence[Text] | None = None,
     *,
     site: Site | None = None,
     top: int = 20,

@@ -23,6 +23,7 @@ from vllm.config.steering_checks import shown
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import HOOK_NAMES, place_of
 from vllm.config.steering_replies import METHOD, ModuleReply, Outcome, as_reply
+from vllm.entrypoints.steering.arguments import site_list
 from vllm.entrypoints.steering.statuses import HTTP_STATUS
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def register_module(
         SteeringModuleError: bad module, no free slot that fits, or a name in use.
     """
     path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if options.get("sites") is not None:
+        options["sites"] = site_list(options["sites"])
     inspected = _call(llm, "inspect", {"name": name, "path": path, **options})
     payload = {"module": inspected.module, "replace": replace}
     module = ModuleInfo.from_json(_call(llm, "register", payload).module or {})

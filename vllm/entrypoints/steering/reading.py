@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from vllm.config.sae_steering_specs import READOUT_KEY
 from vllm.config.steering import DEFAULT_MAX_READ_VALUES, SteeringConfig
 from vllm.config.steering_json import Json, JsonView
 from vllm.entrypoints.steering.arguments import (
-    Site,
+    Sites,
     Text,
     feature_list,
     labels_for,
@@ -45,7 +45,7 @@ def encode(
     module: str,
     texts: Text | Sequence[Text],
     *,
-    sites: Site | Sequence[Site] | Mapping[str, Sequence[int]] | None = None,
+    sites: Sites = None,
     top_k: int | None = None,
     features: Sequence[int] | None = None,
     steering: JsonView | None = None,

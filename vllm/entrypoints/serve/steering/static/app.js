@@ -7,7 +7,7 @@ import { answer, Column, MODES } from "./columns.js";
 import { $, el, number, options, showError } from "./dom.js";
 import { blame, clearErrors } from "./errors.js";
 import { asCurl, asPreset, asPython } from "./export.js";
-import { byLabel, byText, labelOf } from "./search.js";
+import { byLabel, byText, evidenceOf, labelOf } from "./search.js";
 import { measure, plot, STRENGTHS, wordList } from "./sweep.js";
 import { TokenView } from "./tokens.js";
 import { Vectors } from "./vectors.js";
@@ -17,12 +17,13 @@ const MOST_COLUMNS = 4;
 const OUTLIER = 4;
 const server = { model: "", modules: [], reads: false };
 const vectors = new Vectors($("vectors"));
-const known = new Map(); // feature -> {label, max, p99, …} of the chosen module
+const known = new Map(); // feature -> {label, max, p99, …} at the chosen site
 const clamps = new Clamps($("clamps"), facts, clampsChanged);
 let columns = [];
 let running = null;
 
 const chosen = () => server.modules.find((m) => m.name === $("module").value);
+const views = () => [...columns.map((column) => column.view), readView];
 
 /**
  * What is known of a feature. `unit`: a strong activation, in which sliders count; 1
@@ -46,7 +47,7 @@ function labelled(feature) {
     labelOf(module.name, feature).then((label) => {
       if (!label || chosen() !== module) return;
       remember(feature, { label });
-      [...columns.map((column) => column.view), readView].forEach((view) => view.retell());
+      views().forEach((view) => view.retell());
     }).catch(() => { /* a module need not have labels */ });
   }
   return facts(feature).label;
@@ -66,7 +67,7 @@ function state() {
     temperature: Number($("temperature").value),
     seed: Number($("seed").value),
     module: module?.name,
-    sites: module?.sites ?? [],
+    site: $("site").value,
     clamps: clamps.entries(),
     vectors: vectors.entries(),
   };
@@ -112,20 +113,35 @@ function showModules() {
 }
 
 async function moduleChanged() {
+  const names = chosen()?.sites.map(({ name }) => [name, name]) ?? [];
+  options($("site"), names);
+  $("site-choice").hidden = names.length < 2;
+  await siteChanged();
+}
+
+/** Another site has other features: nothing that was found or answered is of them. */
+async function siteChanged() {
+  stop();
   known.clear();
   clamps.clear();
-  const module = chosen();
+  columns.forEach((column) => column.clear());
+  readView.clear();
+  $("read-tokens").hidden = true;
+  $("found").replaceChildren();
+  $("search-status").textContent = "";
   $("module-sites").replaceChildren();
+  const [module, site] = [chosen(), $("site").value];
   if (!module) {
     $("module-facts").textContent = "No SAE is loaded.";
     return;
   }
-  const { card, sites } = await evidence(module.name, []).catch(() => ({ card: {}, sites: {} }));
+  const { card, sites } = await evidence([]).catch(() => ({ card: {}, sites: {} }));
+  if (chosen() !== module || $("site").value !== site) return;
+  const { d_sae: width } = module.sites.find(({ name }) => name === site);
   const cost = card.ce_plain == null ? ""
     : `, cross-entropy ${number(card.ce_plain)} → ${number(card.ce_reconstructed)} reconstructed`;
-  $("module-facts").textContent = `${module.sites[0].d_sae} features${cost}`;
-  $("module-sites").replaceChildren(...module.sites.map(({ hook, layer }) => {
-    const name = `${hook}.${layer}`;
+  $("module-facts").textContent = `${width} features${cost}`;
+  $("module-sites").replaceChildren(...module.sites.map(({ name }) => {
     // The card speaks of the module, hence of its site where there is one.
     const told = sites[name] ?? (module.sites.length === 1 ? card : {});
     const figures = [["FVU", told.fvu], ["L0", told.l0]].filter(([, value]) => value != null);
@@ -134,10 +150,11 @@ async function moduleChanged() {
   }));
 }
 
-/** What the files beside the module say of some features. */
-async function evidence(module, features) {
-  const path = `/v1/steering/modules/${encodeURIComponent(module)}/evidence`;
-  const found = await call(`${path}?index=${features.join(",")}`);
+/** What the files beside the module say of some features of the site. */
+async function evidence(features) {
+  const [module, site] = [chosen(), $("site").value];
+  const found = await evidenceOf(module.name, site, features);
+  if (chosen() !== module || $("site").value !== site) return found;
   for (const [feature, news] of Object.entries(found.features)) {
     remember(Number(feature), news);
   }
@@ -172,7 +189,7 @@ function shadeChanged() {
   const feature = $("shade").value === "" ? null : Number($("shade").value);
   $("legend").hidden = feature === null;
   const top = feature === null ? 1 : facts(feature).unit;
-  [...columns.map((column) => column.view), readView].forEach((v) => v.shade(feature, top));
+  views().forEach((view) => view.shade(feature, top));
 }
 
 async function run(event) {
@@ -220,7 +237,7 @@ async function clampFeature(feature) {
   if (!module) return;
   clamps.add(feature);
   const [, label] = await Promise.all([
-    evidence(module.name, [feature]).catch(() => null),
+    evidence([feature]).catch(() => null),
     labelOf(module.name, feature).catch(() => null)]);
   if (label) remember(feature, { label });
   clamps.refresh();
@@ -235,7 +252,7 @@ async function search(event, find) {
   try {
     const found = await find(chosen()?.name);
     const features = found.map((entry) => entry.feature);
-    await evidence(chosen().name, features).catch(() => null);
+    await evidence(features).catch(() => null);
     $("search-status").textContent = `${found.length} feature(s)`;
     $("found").replaceChildren(...found.map(showFound));
   } catch (error) {
@@ -277,7 +294,8 @@ async function searchLabels(module) {
 async function searchTexts(module) {
   const lines = (id) => $(id).value.split("\n").filter((line) => line.trim());
   if (!lines("text-a").length) throw new Error("Write at least one sentence.");
-  const { found, texts } = await byText(module, lines("text-a"), lines("text-b"));
+  const { found, texts } = await byText(
+    module, $("site").value, lines("text-a"), lines("text-b"));
   await Promise.all(found.map(async ({ feature, max }) => {
     const label = await labelOf(module, feature).catch(() => null);
     remember(feature, { seen: max, ...(label && { label }) });
@@ -348,6 +366,7 @@ async function copy(kind) {
 $("prompt-form").addEventListener("submit", run);
 $("stop").addEventListener("click", stop);
 $("module").addEventListener("change", moduleChanged);
+$("site").addEventListener("change", siteChanged);
 $("shade").addEventListener("change", shadeChanged);
 $("label-form").addEventListener("submit", (event) => search(event, searchLabels));
 $("text-form").addEventListener("submit", (event) => search(event, searchTexts));

@@ -3,7 +3,7 @@
 
 import { call, stream } from "./api.js";
 import { el } from "./dom.js";
-import { request } from "./specs.js";
+import { reading, request } from "./specs.js";
 import { TokenView } from "./tokens.js";
 
 export const MODES = {
@@ -28,16 +28,18 @@ export class Column {
     this.view = new TokenView(text, label);
   }
 
+  clear() {
+    this.view.clear();
+    this.status.textContent = "";
+  }
+
   /** Stream the answer; throws a ServerError. */
   async run(state, reads, signal) {
     this.view.clear();
     this.status.textContent = "…";
     const { path, body } = request(this.mode, state);
     body.return_token_ids = true;
-    if (reads && state.module) {
-      body.sae_readout_specs = [
-        { module_name: state.module, top_k: TOP_K, phase: "decode" }];
-    }
+    if (reads && state.module) body.sae_readout_specs = reading(state, TOP_K);
     const start = performance.now();
     let prompt = null;
     let tokens = 0;

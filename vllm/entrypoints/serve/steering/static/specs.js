@@ -19,28 +19,21 @@ function groups(clamps) {
   return [...found.values()];
 }
 
-/** `{hook: {layer: [entry, …]}}`; every clamp applies at every chosen site. */
-function bySite(sites, entries) {
-  const found = {};
-  for (const { hook, layer } of sites) (found[hook] ??= {})[layer] = entries;
-  return found;
-}
-
 /**
- * The steering fields of a mode. `state`: module, sites, `clamps: [{entry, where}]`,
- * `vectors: [{name, edit, where}]`.
+ * The steering fields of a mode. `state`: module, its chosen site (`post_block.20`),
+ * `clamps: [{entry, where}]`, `vectors: [{name, edit, where}]`.
  */
-export function fields(mode, { module, sites, clamps, vectors }) {
+export function fields(mode, { module, site, clamps, vectors }) {
   const field = FIELDS[mode];
   switch (mode) {
     case "reconstruction":
-      return { [field]: [{ module_name: module, clamps: {} }] };
+      return { [field]: [{ module_name: module, clamps: { [site]: [] } }] };
     case "delta":
     case "full":
       return {
         [field]: groups(clamps).map(({ where, clamps: indices }) => ({
           module_name: module,
-          clamps: bySite(sites, indices.map((index) => clamps[index].entry)),
+          clamps: { [site]: indices.map((index) => clamps[index].entry) },
           ...where,
         })),
       };
@@ -71,6 +64,11 @@ export function request(mode, state) {
     return { path: "/v1/chat/completions", body };
   }
   return { path: "/v1/completions", body: { ...body, prompt: state.prompt } };
+}
+
+/** What a request reads of its answer: the strongest features at the chosen site. */
+export function reading({ module, site }, topK) {
+  return [{ module_name: module, sites: [site], top_k: topK, phase: "decode" }];
 }
 
 /**
