@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,12 @@ from steering_testing.matrix import FAMILY, SITES
 from steering_testing.reference import random_sae
 
 from vllm.v1.worker import steering_build
+from vllm.v1.worker.gpu_worker import Worker
 
 WIDTH = 1 << 18  # features: 32 MiB for each matrix in bfloat16, 8 chunks of its file
 MODULES = 2
 MOST_KEPT = 32 * MIB  # docs/features/operating.md
 ORDERS = ((20, 24, 32, 24, 20, 32), (4, 8, 4, 8, 4, 8, 4, 8), (12, 3, 12, 3, 40, 12))
-
-
-@contextmanager
-def limited_splits() -> Iterator[None]:
-    """What vLLM sets while it loads a model."""
-    settings = torch._C._accelerator_getAllocatorSettings()
-    torch._C._accelerator_setAllocatorSettings("max_split_size_mb:20")
-    try:
-        yield
-    finally:
-        torch._C._accelerator_setAllocatorSettings(settings)
 
 
 @pytest.mark.parametrize("sizes", ORDERS)
@@ -46,7 +34,7 @@ def test_the_model_of_the_allocator_reserves_what_the_allocator_does(
     model = CachingAllocator()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    with limited_splits():
+    with Worker._scoped_allocator_max_split(None, 20):  # type: ignore[arg-type]
         for pair in zip(sizes[::2], sizes[1::2], strict=True):
             tensors = [
                 torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
