@@ -24,7 +24,7 @@ from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_idle_graphs import ranks_want_idle_graphs
 from vllm.v1.worker.steering_index import BatchView
-from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
+from vllm.v1.worker.steering_reload import fold_again, sites_out_of
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 from vllm.v1.worker.steering_shape import SteeringShape
 
@@ -79,7 +79,7 @@ class SteeringModelRunnerMixin:
             return reload()
         with sites_out_of(self.get_model()):
             reload()
-        fold_gains_again(self.steering.modules, self.steering.config.modules.values())
+        fold_again(self.steering.modules, self.steering.config.modules.values())
 
     def clear_steering_step(self) -> None:
         """Give every token row 0: dummy runs, profiling and capture steer nothing."""

@@ -35,8 +35,8 @@ def sites_out_of(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, site)
 
 
-def fold_gains_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
-    """Fold the norms' new gains into the encoders that were trained before the gain.
+def fold_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
+    """Fit the SAEs that depend on the model's weights to the new ones.
 
     Raises:
         ValueError: as `SiteModules.load`.
@@ -45,7 +45,8 @@ def fold_gains_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
         folded = False
         for site, at in sites.own_sites(module):
             place = sites.places[at]
-            if site.before_gain and isinstance(place, SAEPlace):
+            fitted = site.before_gain or site.before_value_bias
+            if fitted and isinstance(place, SAEPlace):
                 sites.load(module, site, place.slot.weights)
                 folded = True
         if folded:
