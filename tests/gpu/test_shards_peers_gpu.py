@@ -4,8 +4,10 @@ answers with the bits of copies, and those of Hugging Face in float32."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,16 @@ from steering_testing.peer_engines import (
     check_late_modules,
     check_oracle,
     check_reading,
+    has_screened,
     requests,
     rounds_of,
 )
 from steering_testing.requests import prompt
 
 from vllm import LLM
+from vllm.config import steering_screening
 from vllm.config.steering_environment import PEER_MEMORY_ENV
+from vllm.engine.steering_topology import can_screen
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices"
@@ -84,10 +89,11 @@ def check_long(llm: LLM) -> None:
     print(f"chunks and preemption: {steps.chunks}, {steps.preempted}", flush=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_gpus_that_share_saes_through_their_memory_agree(
-    ranks: int, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def sharing(
+    ranks: int, modules: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LLM]:
+    """An engine whose ranks store into each other's memory in every graph."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -95,20 +101,45 @@ def test_gpus_that_share_saes_through_their_memory_agree(
     monkeypatch.setenv("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
     monkeypatch.setenv(PEER_MEMORY_ENV, "1")
     monkeypatch.setattr(matrix, "TIE", peer_engines.TIE)
-    modules, steering = peer_engines.save(tmp_path), {"spare": [peer_engines.SPARE]}
     options = {**OPTIONS, "tensor_parallel_size": ranks}
-    family, began = peer_engines.FAMILY, time.monotonic()
-    with engine(family, model_root, modules, steering, **options) as llm:
-        print(f"started in {time.monotonic() - began:.0f} s", flush=True)
+    steering = {"spare": [peer_engines.SPARE]}
+    with engine(peer_engines.FAMILY, root, modules, steering, **options) as llm:
         before = llm.collective_rpc(rounds_of)
         assert min(before) >= 0, "the ranks gather"
-        with steps_of(llm) as steps:
-            check_short(llm)
-        assert steps.graphs["FULL"] > 0, steps
-        after = llm.collective_rpc(rounds_of)
-        assert len(set(after)) == 1 and after[0] > before[0] + 100, (before, after)
+        yield llm
+
+
+def check_short_in_graphs(llm: LLM) -> None:
+    """`check_short`, whose steps run graphs in which the ranks exchange."""
+    before = llm.collective_rpc(rounds_of)
+    with steps_of(llm) as steps:
+        check_short(llm)
+    assert steps.graphs["FULL"] > 0, steps
+    after = llm.collective_rpc(rounds_of)
+    assert len(set(after)) == 1 and after[0] > before[0] + 100, (before, after)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gpus_that_share_saes_through_their_memory_agree(
+    ranks: int, model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = peer_engines.save(tmp_path)
+    with sharing(ranks, modules, model_root, monkeypatch) as llm:
+        check_short_in_graphs(llm)
         check_long(llm)
         for kind in peer_engines.KINDS:
             check_reading(llm, kind, 2 * TOLERANCE)
         print("reading: done", flush=True)
         check_late_modules(llm, tmp_path, TOLERANCE)
+
+
+@pytest.mark.skipif(not can_screen(torch.float16), reason="needs Hopper's kernels")
+def test_gpus_that_screen_what_they_share_have_the_bits_of_copies(
+    model_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steering_screening, "AUTO_SCREENED_BYTES", 1)
+    modules = peer_engines.save(tmp_path, screening="auto")
+    with sharing(2, modules, model_root, monkeypatch) as llm:
+        check_short_in_graphs(llm)
+        assert all(llm.collective_rpc(has_screened))
+        check_long(llm)

@@ -30,6 +30,7 @@ from steering_testing.shard_engines import RANKS, shared
 from torch import nn
 
 from vllm.config.steering_points import HookPoint
+from vllm.entrypoints.steering import list_modules, register_module
 from vllm.model_executor.layers.steering import SiteKey, SteeringSite
 from vllm.model_executor.layers.steering_attach import SteeredNorm, attach_site
 from vllm.model_executor.layers.steering_families import DecoderLayer, LayerFamily
@@ -135,7 +136,15 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
     with engine(family, tmp_path, given, **OPTIONS[how]) as llm:
         answers = [generate(llm, [prompt] * len(asks), asks)]
         other = models.save(family, tmp_path, seed=1)
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        weights = {"weights_path": str(other)}
+        (file,) = Path(paths["transcoder"]).glob("*.safetensors")
+        same = file.read_bytes()
+        file.write_bytes(same[:-4] + bytes(4))
+        if how != "shared":  # where the error is of a rank's process
+            with pytest.raises(ValueError, match="'transcoder'.*: found other files"):
+                llm.collective_rpc("reload_weights", kwargs=weights)
+        file.write_bytes(same)
+        llm.collective_rpc("reload_weights", kwargs=weights)
         llm.reset_prefix_cache()
         answers.append(generate(llm, [prompt] * len(asks), asks))
     for seed, found in enumerate(answers):
@@ -175,6 +184,20 @@ def test_an_sae_of_a_modules_own_output_does_not_fit_a_layer_that_norms_it(
     with engine(family, tmp_path, paths) as llm:
         one, other = generate(llm, [[5, 9, 33]] * 2, asks)
     assert_same(one, other)
+
+
+@pytest.mark.engine
+def test_a_running_engine_refuses_such_an_sae_too(tmp_path: Path) -> None:
+    hook = "mlp_out"
+    sae = random_sae(40, models.HIDDEN, "relu", 3)
+    stated = save_sae(tmp_path / "stated", {(LAYER, hook): sae})
+    raw = before_gain(save_sae(tmp_path / "raw", {(LAYER, hook): sae}), "raw_output")
+    spare = [{"layer": LAYER, "hook": hook, "width": 40}] * 2
+    with engine("gemma2", tmp_path, {}, {"spare": spare}) as llm:
+        register_module(llm, "stated", stated)
+        with pytest.raises(ValueError, match=f"one of {hook}, which is after the norm"):
+            register_module(llm, "raw", raw)
+        assert list(list_modules(llm)) == ["stated"]
 
 
 def test_a_gain_too_small_to_divide_by_is_refused() -> None:

@@ -77,14 +77,14 @@ def modules() -> Modules:
     return Modules(saes, {"vector": {matrix.POST: vector(4, norm=8.0)}})
 
 
-def save(root: Path) -> dict[str, Any]:
-    """The engine's `modules`: each SAE twice, shared and copied."""
+def save(root: Path, **options: Any) -> dict[str, Any]:
+    """The engine's `modules`: each SAE twice, shared with these options, and copied."""
     found: dict[str, Any] = {}
     for name, path in modules().save(root).items():
         if path.endswith(".safetensors"):
             found[name] = path
             continue
-        found[name] = {"path": path, "sharding": "shard"}
+        found[name] = {"path": path, "sharding": "shard", **options}
         found[name + COPIED] = {"path": path, "sharding": "replicate"}
     return found
 
@@ -130,6 +130,12 @@ def rounds_of(worker: Any) -> int:
         return -1
     arena = tensor_at(peers.addresses[peers.shard.rank], 4, worker.device)
     return int(arena.view(torch.int32))
+
+
+def has_screened(worker: Any) -> bool:
+    """Whether a worker's steps have been screened since it started."""
+    screen = worker.model_runner.steering.modules.backend.workspace.screen
+    return bool(screen.facts.any())
 
 
 def answers(

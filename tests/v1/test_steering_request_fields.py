@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -125,6 +126,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {FULL: [spec(spans=[span("generated", -1)])]}, f"{SPANS}[0].start",
     ),
     "an empty span": ({FULL: [spec(spans=[span("prompt", 3, 3)])]}, f"{SPANS}[0].stop"),
+    "nothing behind the prompt's end": (
+        {FULL: [spec(spans=[span("prompt", -2, 0)])]}, f"{SPANS}[0].stop",
+    ),
     "too many pieces": (
         {FULL: [spec(spans=[span("generated", i, i + 1) for i in (2, 4, 6, 8)])]},
         SPANS,
@@ -143,6 +147,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {FULL: [spec(spans=span("prompt"))]}, SPANS,
     ),
 }  # fmt: skip
+
+
+ANSWER = [span("generated", 0, 5)], [span("generated", 4)]
+AROUND = [span("prompt", -2)], [span("prompt", 0, 3)], [span("generated")]
+
+
+@pytest.mark.parametrize("spans", [*ANSWER, *AROUND])
+@pytest.mark.parametrize("exact", [True, False])
+def test_spans_inside_an_answer_need_a_worker_that_knows_where_it_is(
+    spans: list[Any], exact: bool
+) -> None:
+    config = dataclasses.replace(CONFIG, exact_positions=exact)
+    asked = {FULL: [spec(spans=spans)]}
+    if exact or spans not in ANSWER:
+        assert parse_steering_request(asked, config) is not None
+        return
+    with pytest.raises(VLLMValidationError, match="no-async-scheduling") as caught:
+        parse_steering_request(asked, config)
+    assert caught.value.parameter == SPANS
 
 
 @pytest.mark.parametrize("what", REFUSED)

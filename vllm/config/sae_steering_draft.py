@@ -71,6 +71,7 @@ class _Parts:
     """The coverages of a request. Each pair is compared once."""
 
     most_places: int
+    exact_positions: bool
     known: dict[Coverage, _Part] = field(default_factory=dict)
     places: set[tuple[str, int]] = field(default_factory=set)
 
@@ -79,7 +80,15 @@ class _Parts:
         part = self.known.get(coverage)
         if part is not None:
             return part
-        self.places |= boundaries(coverage)
+        inside = boundaries(coverage)
+        if not self.exact_positions and any(of == "generated" for of, _ in inside):
+            raise refusal(
+                f"{path}.spans",
+                "found a span that starts or stops inside the answer, expected none, "
+                "because this engine schedules ahead of draft tokens that may be "
+                "rejected; it can with --no-async-scheduling",
+            )
+        self.places |= inside
         if len(self.places) > self.most_places:
             raise refusal(
                 f"{path}.spans",
@@ -130,7 +139,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         self.vectors = VectorDraft(self.config)
-        self.parts = _Parts(self.config.max_pieces - 2)
+        self.parts = _Parts(self.config.max_pieces - 2, self.config.exact_positions)
 
     def part(
         self,

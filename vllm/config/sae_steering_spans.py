@@ -81,8 +81,12 @@ def coverage_of(
                         value,
                         "the index of a generated token, 0 or more",
                     )
-        if span.stop is not None and _precedes(span.stop, span.start):
-            raise bad(f"{where}.stop", span.stop, f"more than start={span.start}")
+        if span.stop is not None and _is_empty(span.start, span.stop):
+            raise bad(
+                f"{where}.stop",
+                span.stop,
+                f"a token behind start={span.start}, or null for the end",
+            )
     return tuple(sorted(set(spans), key=_order))
 
 
@@ -161,6 +165,11 @@ def coverage_order(coverage: Coverage) -> CoverageOrder:
     if isinstance(coverage, str):
         return SPEC_PHASES.index(coverage), ()
     return len(SPEC_PHASES), tuple(_order(span) for span in coverage)
+
+
+def _is_empty(start: int, stop: int) -> bool:
+    """Whether a span holds no token, for every prompt length."""
+    return stop == 0 or _precedes(stop, start)
 
 
 def _precedes(stop: int, start: int) -> bool:

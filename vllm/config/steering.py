@@ -53,6 +53,8 @@ class SiteInfo:
     writes to `hook_out`, of width `d_out`; `has_skip` says that it adds `W_skip x`, and
     `before_gain` that its encoder was trained on `mlp_in` before the norm's gain, which
     is divided out of `W_enc` when the module is loaded into a layer.
+    `before_value_bias` says that it was trained on `attn_z` without the bias of the
+    values, as TransformerLens's `fold_value_biases` makes it.
     `raw_output`: what it reads or writes of attention or the MLP is the module's own
     output, so a layer that norms it before adding it does not fit.
     `d_sae` is the number of directions: F features of an SAE, 1 for a vector. `k` and
@@ -71,6 +73,7 @@ class SiteInfo:
     has_skip: bool = False
     before_gain: bool = False
     raw_output: bool = False
+    before_value_bias: bool = False
 
     @property
     def name(self) -> str:
@@ -239,6 +242,8 @@ class SteeringConfig(JsonRecord):
     `presets` are in the form of `SteeringPreset`; `default_preset` names the preset of
     requests that choose none. `inline_sites` are those at which requests may bring
     vectors of their own. `ranks` is the tensor-parallel group, which may share SAEs.
+    `exact_positions`: whether workers know a token's position in the answer. They do
+    not while drafts of the step before may still be rejected.
     """
 
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
@@ -257,6 +262,7 @@ class SteeringConfig(JsonRecord):
     decoder_layer: DecoderLayers = "known"
     inline_sites: tuple[InlineSite, ...] = ()
     ranks: Ranks = Ranks()
+    exact_positions: bool = True
 
     @functools.cached_property
     def parsed(self) -> KeptParses:

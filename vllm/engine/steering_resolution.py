@@ -39,7 +39,7 @@ from vllm.engine.steering_options import (
 from vllm.engine.steering_presets import with_start_up_presets
 from vllm.engine.steering_shared_config import is_one_of_several
 from vllm.engine.steering_slot_options import inline_sites, spare_slots
-from vllm.engine.steering_topology import first_read_layer, ranks_of
+from vllm.engine.steering_topology import exact_positions, first_read_layer, ranks_of
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def configuration_of(steering: Json, vllm_config: VllmConfig) -> SteeringConfig:
         ),
         first_read_layer=first_read_layer(vllm_config),
         ranks=ranks,
+        exact_positions=exact_positions(vllm_config),
     )
     for site in config.inline_sites:
         logger.info(

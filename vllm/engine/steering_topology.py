@@ -80,3 +80,13 @@ def first_read_layer(vllm_config: VllmConfig) -> int:
 
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     return get_pp_indices(layers, stages - 1, stages)[0]
+
+
+def exact_positions(vllm_config: VllmConfig) -> bool:
+    """Whether workers know where in the answer the tokens of a step are.
+
+    A step that is scheduled before the drafts of the step before are verified counts
+    all of these as accepted. Only the device learns which of them were.
+    """
+    drafts = vllm_config.speculative_config is not None
+    return not (drafts and vllm_config.scheduler_config.async_scheduling)

@@ -149,8 +149,26 @@ def test_a_dictionary_says_its_point_by_its_submodule(
     assert site.raw_output == (point != "resid_post")
 
 
-def test_a_submodule_that_is_no_point_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["q_proj_layer_8", "mlp_out_layer_7", "mlp_out_layer_80"]
+)
+def test_a_submodule_that_is_no_point_of_the_layer_is_refused(
+    tmp_path: Path, name: str
+) -> None:
     state = {**LINEAR, "bias": b_dec}
-    path = dictionary(tmp_path, "AutoEncoder", state, submodule_name="q_proj_layer_8")
-    with pytest.raises(ValueError, match="submodule_name: expected one such as resid"):
+    path = dictionary(tmp_path, "AutoEncoder", state, submodule_name=name)
+    with pytest.raises(ValueError, match="submodule_name: expected resid_post_layer_8"):
+        inspect_module("m", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("AutoEncoder", "r_mag"), ("AutoEncoder", "threshold")]
+)
+def test_weights_of_another_class_than_the_stated_are_refused(
+    tmp_path: Path, name: str, extra: str
+) -> None:
+    state = {**LINEAR, "bias": b_dec, extra: threshold}
+    path = dictionary(tmp_path, name, state)
+    message = f"ae.pt: {extra}: expected no such tensor, since config.json says {name}"
+    with pytest.raises(ValueError, match=message):
         inspect_module("m", str(path))

@@ -184,6 +184,12 @@ def test_llama_scope_scales_input_and_output_apart(tmp_path: Path) -> None:
     close(reconstruct(llama_scope(tmp_path)), decode(f) / s_out)
 
 
+def test_llama_scope_subtracts_no_bias_of_another_scale(tmp_path: Path) -> None:
+    path = llama_scope(tmp_path, apply_decoder_bias_to_pre_encoder=True)
+    with pytest.raises(ValueError, match="to_pre_encoder: expected false, since input"):
+        inspect_module("m", str(path))
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_llama_scope_transcoder_reads_what_the_mlp_reads_and_writes_its_output(
     tmp_path: Path, before: bool

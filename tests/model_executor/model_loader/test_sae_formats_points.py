@@ -235,7 +235,7 @@ def test_an_attention_sae_is_beside_its_configuration(tmp_path: Path) -> None:
     torch.save({**SAE, "W_enc": W_enc.T}, path)
     cfg = {"act_name": "blocks.5.attn.hook_z", "act_size": D, "dict_size": F}
     write_json(tmp_path / "gpt2-small_L5_Hcat_z_cfg.json", cfg)
-    assert site_of(path).name == "attn_z.5"
+    assert site_of(path).name == "attn_z.5" and site_of(path).before_value_bias
     close(reconstruct(path), decode(pre(inputs() - b_dec.double()).relu()))
     assert inspect_module("m", str(path)).format == "attention_z"
 
@@ -344,6 +344,10 @@ def test_llamascopium_takes_its_factor_from_the_release_list(tmp_path: Path) -> 
     [
         ({"sae_type": "crosscoder"}, "sae_type: expected sae"),
         ({"use_glu_encoder": True}, "use_glu_encoder: expected false"),
+        (
+            {"apply_decoder_bias_to_pre_encoder": True},
+            "apply_decoder_bias_to_pre_encoder: expected false",
+        ),
         ({"norm_activation": "token-wise"}, "norm_activation: expected dataset-wise"),
         ({"act_fn": "batchtopk"}, "act_fn: expected relu, jumprelu or topk"),
     ],

@@ -147,22 +147,24 @@ def test_an_input_scale_is_folded_out_on_both_sides(
 ) -> None:
     scale = 2.5
     tensors = base_tensors()
-    tensors |= {
+    every = tensors | {
         "threshold": tensor(F, seed=4).abs(),
         "r_mag": tensor(F, seed=5),
         "b_mag": tensor(F, seed=6),
         "b_gate": tensor(F, seed=7),
     }
+    own = {"jumprelu": ("threshold",), "gated": ("r_mag", "b_mag", "b_gate")}
+    used = (*tensors, *own.get(architecture, ()))
     save(
         tmp_path,
-        tensors,
+        {name: every[name] for name in used},
         architecture,
         k=K,
         apply_b_dec_to_input=subtract,
         normalize_activations="expected_average_only_in",
         norm_scaling_factor=scale,
     )
-    t = doubles(tensors)
+    t = doubles(every)
     u = (inputs() * scale - t["b_dec"] * subtract) @ t["W_enc"]
     p = u + t["b_enc"]
     f = {

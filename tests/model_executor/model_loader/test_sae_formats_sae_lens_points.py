@@ -112,6 +112,17 @@ def test_a_sae_lens_transcoder_may_write_the_output_of_the_mlp_itself(
     assert is_transcoder(site, 7, False) and site.raw_output
 
 
+@pytest.mark.parametrize("hook", ["attn.hook_z", "hook_attn_out"])
+@pytest.mark.parametrize("folded", [True, False])
+def test_only_z_lacks_a_value_bias_that_was_folded(
+    hook: str, folded: bool, tmp_path: Path
+) -> None:
+    weights = {"fold_value_biases": folded}
+    point = {"hook_name": f"blocks.3.{hook}", "model_from_pretrained_kwargs": weights}
+    path = sae_lens(tmp_path, SAE, architecture="standard", metadata=point)
+    assert site_of(path).before_value_bias == (folded and hook == "attn.hook_z")
+
+
 def test_sae_lens_with_hook_z_reads_all_heads(tmp_path: Path) -> None:
     cfg = {"hook_name": "blocks.3.attn.hook_z", "reshape_activations": "hook_z"}
     path = sae_lens(tmp_path, SAE, **cfg, apply_b_dec_to_input=False)

@@ -14,7 +14,7 @@ from sae_reference import D, F, tensor, write_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from vllm.model_executor.model_loader.sae_loader import inspect_module
+from vllm.model_executor.model_loader.sae_loader import inspect_module, save_native
 
 STATE = {
     "W_enc": tensor(D, F, seed=0),
@@ -129,3 +129,82 @@ def test_a_zip_file_has_each_member_once(tmp_path: Path) -> None:
         name = next(name for name in archive.namelist() if name.endswith("data/0"))
         archive.writestr(name, archive.read(name)[::-1])
     refused(dictionary, "ae.pt: '.*data/0' is there twice, expected once")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("standard", "threshold"),
+        ("standard", "r_mag"),
+        ("topk", "threshold"),
+        ("jumprelu", "W_skip"),
+        ("jumprelu", "log_threshold"),
+    ],
+)
+def test_weights_of_another_architecture_than_the_stated_are_refused(
+    architecture: str, name: str, tmp_path: Path
+) -> None:
+    path = module(tmp_path)
+    write_json(path / "cfg.json", {**CONFIG, "architecture": architecture, "k": 3})
+    own = {"threshold": torch.ones(F)} if architecture == "jumprelu" else {}
+    (path / FILE).write_bytes(save({**STATE, **own}))
+    inspect_module("m", str(path))
+    (path / FILE).write_bytes(save({**STATE, **own, name: torch.ones(F)}))
+    refused(path, f"{FILE}: {name}: expected no such tensor, since cfg.json says")
+
+
+@pytest.mark.parametrize(
+    ("key", "hook"),
+    [
+        ("center_writing_weights", "hook_resid_post"),
+        ("center_writing_weights", "hook_mlp_out"),
+        ("refactor_factored_attn_matrices", "attn.hook_z"),
+    ],
+)
+def test_an_sae_of_changed_weights_of_the_model_is_refused(
+    key: str, hook: str, tmp_path: Path
+) -> None:
+    path = module(tmp_path)
+    for value in (False, True):
+        metadata = {
+            "hook_name": f"blocks.1.{hook}",
+            "model_from_pretrained_kwargs": {key: value, "fold_ln": True},
+        }
+        write_json(path / "cfg.json", {**CONFIG, "metadata": metadata})
+        if not value:
+            inspect_module("m", str(path))
+    refused(path, f"model_from_pretrained_kwargs: {key}: expected false")
+
+
+def test_a_transcoder_that_subtracts_the_output_bias_is_refused(tmp_path: Path) -> None:
+    path = module(tmp_path)
+    points = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.mlp_out"}
+    kind = {"architecture": "transcoder", "d_out": D, "metadata": points}
+    write_json(path / "cfg.json", {**CONFIG, **kind})
+    inspect_module("m", str(path))
+    write_json(path / "cfg.json", {**CONFIG, **kind, "apply_b_dec_to_input": True})
+    refused(path, "apply_b_dec_to_input: expected false for a transcoder, found True")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bfloat16])
+def test_k_is_the_same_number_in_any_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = module(tmp_path)
+    write_json(path / "cfg.json", {**CONFIG, "architecture": "topk", "k": 3})
+    (path / FILE).write_bytes(save({**STATE, "k": torch.tensor(3, dtype=dtype)}))
+    assert inspect_module("m", str(path)).sites[0].k == 3
+    (path / FILE).write_bytes(save({**STATE, "k": torch.tensor(4, dtype=dtype)}))
+    refused(path, f"cfg.json: k: expected 4, which {FILE} has for k, found 3")
+
+
+def test_k_is_at_most_the_number_of_features(tmp_path: Path) -> None:
+    path = module(tmp_path)
+    old = {"activation_fn": "topk", "metadata": CONFIG["metadata"]}
+    for k in (F, F + 1):
+        kwargs = {"activation_fn_kwargs": {"k": k}}
+        write_json(path / "cfg.json", {**CONFIG, **old, **kwargs})
+        if k == F:
+            assert inspect_module("m", str(path)).sites[0].k == k
+    refused(path, f"k: expected at most {F}, found {F + 1}")
+    native = {**STATE, "W_enc": tensor(F, D, seed=0), "activation": "topk", "k": F + 1}
+    with pytest.raises(ValueError, match=f"k: expected at most {F}, found {F + 1}"):
+        save_native(tmp_path / "native", {"post_block.1": native})

@@ -233,6 +233,28 @@ def test_a_zip_file_with_very_many_members_is_refused(tmp_path: Path) -> None:
     quickly_refused(path, "params.npz: lists members in [0-9]+ bytes, expected at most")
 
 
+def test_a_zip_file_that_states_two_directory_sizes_is_held_to_the_one_that_counts(
+    tmp_path: Path,
+) -> None:
+    path = gemma_scope(tmp_path / RES)
+    with zipfile.ZipFile(path / "params.npz", "w") as archive:
+        for i in range(20_000):
+            archive.writestr(f"{i}.npy", b"")
+    data = (path / "params.npz").read_bytes()
+    at = data.rfind(b"PK\5\6")
+    count, size, start = struct.unpack_from("<HII", data, at + 10)
+    entries = (size, start)
+    record = struct.pack(
+        "<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, *entries
+    )
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, at, 1)
+    end = bytearray(data[at:])
+    end[12:16] = struct.pack("<I", 100)
+    (path / "params.npz").write_bytes(data[:at] + record + locator + bytes(end))
+    assert len(zipfile.ZipFile(path / "params.npz").namelist()) == 20_000
+    quickly_refused(path, "params.npz: lists members in [0-9]+ bytes, expected at most")
+
+
 def gguf_header(*parts: bytes, values: int) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, 0, values) + b"".join(parts)
 

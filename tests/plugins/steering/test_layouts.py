@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.steering_testing import models
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config.steering import get_steering_config
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.steering_resolution import resolve_steering
@@ -126,3 +127,26 @@ def test_a_layout_that_keeps_the_stream_whole_is_accepted(
     resolve_steering(config)
     resolved = config.additional_config["steering"]["resolved"]
     assert resolved["ranks"]["size"] == fields.get("tensor_parallel_size", 1)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "is_async"), [(False, True), (True, False), (True, True)]
+)
+def test_steps_ahead_of_drafts_have_no_exact_positions(
+    vllm_config: VllmConfig, drafts: bool, is_async: bool
+) -> None:
+    config = with_layout(vllm_config)
+    config.scheduler_config = copy.copy(vllm_config.scheduler_config)
+    config.scheduler_config.async_scheduling = is_async
+    if drafts:
+        config.speculative_config = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=2,
+            prompt_lookup_max=2,
+            target_model_config=vllm_config.model_config,
+            target_parallel_config=vllm_config.parallel_config,
+        )
+    resolve_steering(config)
+    found = get_steering_config(config.additional_config)
+    assert found is not None
+    assert found.exact_positions == (not (drafts and is_async))

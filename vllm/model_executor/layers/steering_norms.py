@@ -80,19 +80,19 @@ def fold_norm_gain(weights: SAEWeights, d_sae: int, norm: nn.Module | None) -> N
             "layer with a norm before the MLP"
         )
     gain, bias = norm_gain(norm)
-    _fold_into(weights.W_enc[:d_sae], weights.b_enc[:d_sae], gain, bias, norm)
+    fold_into(weights.W_enc[:d_sae], weights.b_enc[:d_sae], gain, bias, norm)
     if weights.W_skip is not None:
-        _fold_into(weights.W_skip, weights.b_dec, gain, bias, norm)
+        fold_into(weights.W_skip, weights.b_dec, gain, bias, norm)
 
 
-def _fold_into(
+def fold_into(
     matrix: torch.Tensor,
     added: torch.Tensor,
     gain: torch.Tensor,
     bias: torch.Tensor | None,
-    norm: nn.Module,
+    part: nn.Module,
 ) -> None:
-    """Change `matrix n + added`, in place, to read `gain * n + bias`.
+    """Change `matrix n + added`, in place, to read `gain * n + bias` of a layer's part.
 
     A chunk of rows at a time: a wide encoder in float32 is larger than the SAE.
     """
@@ -106,7 +106,7 @@ def _fold_into(
         # Both are NaN if any element is.
         if not torch.isfinite(torch.stack(torch.aminmax(rows))).all():
             raise ValueError(
-                f"steering: a gain of {type(norm).__name__} is too small to be "
+                f"steering: a gain of {type(part).__name__} is too small to be "
                 "divided out"
             )
         if bias is not None:

@@ -24,7 +24,11 @@ from vllm.v1.worker.steering_decoder_layer import try_unknown_layers
 from vllm.v1.worker.steering_embeds import embedded_positions
 from vllm.v1.worker.steering_idle_graphs import ranks_want_idle_graphs
 from vllm.v1.worker.steering_index import BatchView
-from vllm.v1.worker.steering_reload import fold_gains_again, sites_out_of
+from vllm.v1.worker.steering_reload import (
+    fold_again,
+    refuse_changed_files,
+    sites_out_of,
+)
 from vllm.v1.worker.steering_runtime import SteeringRuntime
 from vllm.v1.worker.steering_shape import SteeringShape
 
@@ -74,12 +78,19 @@ class SteeringModelRunnerMixin:
         self.give_idle_graphs()
 
     def reload_under_steering(self, reload: Callable[[], None]) -> None:
-        """Load new weights of the model. The modules do not change."""
+        """Load new weights of the model. The modules do not change.
+
+        Raises:
+            ValueError: as `refuse_changed_files`, before anything is loaded, or
+                `fold_again`.
+        """
         if self.steering is None:
             return reload()
+        modules = self.steering.config.modules.values()
+        refuse_changed_files(modules)
         with sites_out_of(self.get_model()):
             reload()
-        fold_gains_again(self.steering.modules, self.steering.config.modules.values())
+        fold_again(self.steering.modules, modules)
 
     def clear_steering_step(self) -> None:
         """Give every token row 0: dummy runs, profiling and capture steer nothing."""

@@ -84,6 +84,8 @@ class ModuleLoad:
         own = [site for site in self.module.sites if site.layer in layers]
         if not own:
             return {}
+        for site in own:
+            self.modules.check_layer(site)
         inspector = module_inspector()
         inspector.warm_up()
         empty = {site: self._empty(site) for site in own}
@@ -112,7 +114,7 @@ class ModuleLoad:
         weights = loaded.weights
         if not isinstance(weights, SAEWeights):
             return loaded
-        self.modules.fold_gain(site, weights)
+        self.modules.fit(site, weights)
         return LoadedSite(weights, unit_scale(self.module, weights))
 
 

@@ -35,6 +35,7 @@ from vllm.model_executor.layers.steering_norms import fold_norm_gain
 from vllm.model_executor.layers.steering_read_state import ReadBuffers
 from vllm.model_executor.layers.steering_shards import WHOLE, Shard
 from vllm.model_executor.layers.steering_state import SAESlot, SAEWeights, StepState
+from vllm.model_executor.layers.steering_value_bias import fold_value_bias
 from vllm.model_executor.model_loader.sae_loader import load_site
 from vllm.v1.worker.steering_counts import DeviceCounts
 from vllm.v1.worker.steering_inline import InlineVectors, make_stack
@@ -299,24 +300,34 @@ class SiteModules:
         needed.
 
         Raises:
-            ValueError: as `load_site`; the gain of a norm cannot be divided out; or
-                the layer norms an output that the SAE takes as it is.
+            ValueError: as `load_site`, `check_layer` and `fit`.
+        """
+        self.check_layer(site)
+        load_site(module, site, into)
+        self.fit(site, into)
+        into.refresh()
+
+    def check_layer(self, site: SiteInfo) -> None:
+        """Check that an SAE is of what its layer writes, before it is loaded.
+
+        Raises:
+            ValueError: the layer norms an output that the SAE takes as it is.
         """
         if site.raw_output:
             refuse_output_norm(self.layers[site.layer], site.out_hook)
-        load_site(module, site, into)
-        self.fold_gain(site, into)
-        into.refresh()
 
-    def fold_gain(self, site: SiteInfo, into: SAEWeights) -> None:
+    def fit(self, site: SiteInfo, into: SAEWeights) -> None:
         """Fit a loaded SAE to its layer's point.
 
         Raises:
-            ValueError: the gain of a norm cannot be divided out.
+            ValueError: the gain of a norm cannot be divided out, or the layer has no
+                known projection of values.
         """
+        parts = parts_of(self.layers[site.layer])
         if site.before_gain:
-            norm = parts_of(self.layers[site.layer]).mid_norm
-            fold_norm_gain(into, site.d_sae, norm)
+            fold_norm_gain(into, site.d_sae, parts.mid_norm)
+        if site.before_value_bias:
+            fold_value_bias(into, site.d_sae, parts.attention)
 
     def clear_slots(self, ids: set[int]) -> None:
         """Make slots silent."""

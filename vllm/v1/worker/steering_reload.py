@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from vllm.config.steering import ModuleInfo
+from vllm.config.steering import ModuleInfo, SiteInfo
 from vllm.model_executor.layers.steering import SteeringSite
+from vllm.model_executor.model_loader.sae_loader import inspect_module
 from vllm.v1.worker.steering_modules import SiteModules
 from vllm.v1.worker.steering_places import SAEPlace
 
@@ -35,8 +36,46 @@ def sites_out_of(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, site)
 
 
-def fold_gains_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
-    """Fold the norms' new gains into the encoders that were trained before the gain.
+def _depends_on_model(site: SiteInfo) -> bool:
+    """Whether an SAE was fitted to weights of the model when it was loaded."""
+    return site.before_gain or site.before_value_bias
+
+
+def refuse_changed_files(modules: Iterable[ModuleInfo]) -> None:
+    """Refuse modules that would be read again, and whose files are others by now.
+
+    Raises:
+        ValueError: the name of a module stands for what its files held before.
+    """
+    for module in modules:
+        if any(map(_depends_on_model, module.sites)) and not _is_unchanged(module):
+            raise ValueError(
+                f"steering module {module.name!r} ({module.path}): found other files "
+                "than those that were loaded, expected the same, because the module "
+                "is fitted to the new weights: register it again first"
+            )
+
+
+def _is_unchanged(module: ModuleInfo) -> bool:
+    """Whether a module's files and options still have its digest."""
+    # Without ids of its own, a module has those of the model, which no digest covers.
+    return any(
+        inspect_module(
+            module.name,
+            module.path,
+            feature_units=module.feature_units,
+            skip_token_ids=ids,
+            norm_guard=module.norm_guard,
+            reference_norm=module.reference_norm,
+            sites=[site.name for site in module.sites],
+        ).digest
+        == module.digest
+        for ids in (None, module.skip_token_ids)
+    )
+
+
+def fold_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
+    """Fit the SAEs that depend on the model's weights to the new ones.
 
     Raises:
         ValueError: as `SiteModules.load`.
@@ -45,7 +84,7 @@ def fold_gains_again(sites: SiteModules, modules: Iterable[ModuleInfo]) -> None:
         folded = False
         for site, at in sites.own_sites(module):
             place = sites.places[at]
-            if site.before_gain and isinstance(place, SAEPlace):
+            if _depends_on_model(site) and isinstance(place, SAEPlace):
                 sites.load(module, site, place.slot.weights)
                 folded = True
         if folded:

@@ -52,10 +52,9 @@ class LoadedSites(Mapping[SiteName, JsonView]):
         }
         if site.is_transcoder:
             content["hook_out"] = site.out_hook
-        if site.before_gain:
-            content["before_gain"] = True
-        if site.raw_output:
-            content["raw_output"] = True
+        for flag in ("before_gain", "raw_output", "before_value_bias"):
+            if getattr(site, flag):
+                content[flag] = True
         if site.activation is Activation.TOPK:
             content |= {"k": site.k, "topk_relu": site.topk_relu}
         return content

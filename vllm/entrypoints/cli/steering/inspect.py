@@ -62,6 +62,8 @@ def describe_folds(layout: SAELayout) -> list[str]:
         folds.append("mean of the input into W_enc")
     if layout.site.before_gain:
         folds.append("gain of the norm before the MLP into W_enc (in the worker)")
+    if layout.site.before_value_bias:
+        folds.append("bias of attention's values into b_enc and b_dec (in the worker)")
     if layout.threshold_is_log:
         folds.append("exp(threshold)")
     return folds

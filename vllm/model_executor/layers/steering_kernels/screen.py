@@ -182,6 +182,10 @@ class ScreenScratch:
     Args:
         widths: features and `d_in` of every screened encoder.
         device: where it lives.
+
+    Attributes:
+        facts: float32 `[80, 4]`, what bounds need to know of the tokens of the step
+            that was screened last; zeros before.
     """
 
     def __init__(self, widths: Iterable[tuple[int, int]], device: torch.device) -> None:
@@ -190,13 +194,13 @@ class ScreenScratch:
         room = max((candidates(features) for features, _ in widths), default=0)
         tokens, i32 = SCREEN_TOKENS, torch.int32
         self._limbs = torch.zeros(2 * tokens * columns, dtype=torch.int8, device=device)
-        self._facts = torch.zeros(tokens + tokens // 4, 4, device=device)
+        self.facts = torch.zeros(tokens + tokens // 4, 4, device=device)
         self._candidates = torch.zeros(2 * room, dtype=i32, device=device)
         self._counts = torch.zeros(4, dtype=i32, device=device)
         self._sums = torch.zeros(room * tokens, device=device)
 
     def _own(self) -> list[torch.Tensor]:
-        return [self._limbs, self._facts, self._candidates, self._counts, self._sums]
+        return [self._limbs, self.facts, self._candidates, self._counts, self._sums]
 
     @property
     def nbytes(self) -> int:

@@ -3,14 +3,18 @@
 
 ReLU SAEs on `hook_z`, all heads side by side; `W_enc [D, F]`, `W_dec [F, D]`, and the
 encoder reads `x - b_dec`. The configuration has `act_name`, `act_size`, `dict_size`.
+They were trained on models as TransformerLens loads them by default, which moves the
+bias of the values behind the output projection; so their `hook_z` lacks it.
 Source: arXiv:2406.17759, https://huggingface.co/ckkissane
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from vllm.config.steering import Activation
+from vllm.config.steering_points import HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
@@ -43,6 +47,7 @@ def read(location: Location) -> ModuleLayout:
     name = cfg.text("act_name")
     stated = need_points(name, None, f"{cfg.where}: act_name") if name else None
     points = choose_points(location, stated, f"{cfg.where}: act_name")
+    points = replace(points, before_value_bias=points.hook is HookPoint.ATTN_Z)
     W_enc, W_dec = Matrix("W_enc", features_last=True), Matrix("W_dec")
     with open_tensors(path) as tensors:
         F, D = matrix_shape(tensors, W_dec)

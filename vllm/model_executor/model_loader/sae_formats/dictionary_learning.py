@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 from vllm.config.steering import Activation, SiteInfo
 from vllm.config.steering_points import HOOK_ALIASES, HookPoint
-from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape, need_k
+from vllm.model_executor.model_loader.sae_formats.fold import (
+    matrix_shape,
+)
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     Gate,
@@ -26,6 +28,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
     SAELayout,
     read_json,
 )
+from vllm.model_executor.model_loader.sae_formats.stated import need_k, refuse_unused
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 
 CONFIG = "config.json"
@@ -117,6 +120,9 @@ def read(location: Location) -> ModuleLayout:
         gate=kind.gate,
         subtract_b_dec=kind.subtract_b_dec,
     )
+    if not is_topk:  # which ignores its threshold
+        with open_tensors(location.root / WEIGHTS) as tensors:
+            refuse_unused(layout, tensors, f"{CONFIG} says {name}")
     model = trainer.text("lm_name")
     return ModuleLayout(kind="sae", sites=(layout,), model=model)
 
@@ -134,10 +140,13 @@ def _site(config: Fields, trainer: Fields) -> tuple[int, HookPoint] | None:
     submodule = trainer.text("submodule_name")
     if submodule is None:
         return layer, HookPoint.POST_BLOCK
-    match = re.match(r"(resid_(?:pre|mid|post)|(?:attn|mlp)_out)_layer_", submodule)
+    match = re.match(
+        rf"(resid_(?:pre|mid|post)|(?:attn|mlp)_out)_layer_{layer}(?![0-9])", submodule
+    )
     if match is None:
         raise trainer.fail(
             "submodule_name",
-            "one such as resid_post_layer_5, attn_out_layer_5 or mlp_out_layer_5",
+            f"resid_post_layer_{layer}, attn_out_layer_{layer} or "
+            f"mlp_out_layer_{layer}, by the field layer",
         )
     return layer, HOOK_ALIASES[match[1]]

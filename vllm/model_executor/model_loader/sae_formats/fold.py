@@ -21,7 +21,6 @@ from vllm.model_executor.layers.steering_chunks import (
     row_sums,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
-    Fields,
     LayoutError,
     Matrix,
     SAELayout,
@@ -85,22 +84,6 @@ def _expect(
         )
 
 
-def need_k(fields: Fields, d_sae: int, tensors: TensorFile) -> int:
-    """TopK's `k` from the configuration. If the weights state it too, it must be equal.
-
-    Raises:
-        LayoutError: absent, more than the features, or the two differ.
-    """
-    k = fields.need_integer("k", 1)
-    if k > d_sae:
-        raise fields.fail("k", f"at most {d_sae}")
-    if (info := tensors.infos.get("k")) is not None and math.prod(info.shape) == 1:
-        stored: float = read_array(tensors, "k", 0, 1).item()
-        if stored != k:
-            raise fields.fail("k", f"{stored:g}, which {tensors.label} has for k")
-    return k
-
-
 def check_sae(layout: SAELayout, tensors: TensorFile) -> None:
     """Check every tensor's header against the layout.
 
@@ -108,6 +91,9 @@ def check_sae(layout: SAELayout, tensors: TensorFile) -> None:
         LayoutError: naming file, tensor, what was expected and what was found.
     """
     F, d_in, d_out = layout.site.d_sae, layout.site.d_in, layout.site.out_width
+    k = layout.site.k
+    if k is not None and k > F:
+        raise LayoutError(f"{layout.file}: k: expected at most {F}, found {k}")
     _expect_matrix(tensors, layout.W_enc, F, d_in)
     _expect_matrix(tensors, layout.W_dec, F, d_out)
     if layout.W_skip is not None:

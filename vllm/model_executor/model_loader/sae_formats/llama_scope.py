@@ -35,6 +35,7 @@ from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tenso
 
 CONFIG = "hyperparams.json"
 WEIGHTS = "checkpoints/final.safetensors"
+_SUBTRACTS = "apply_decoder_bias_to_pre_encoder"
 W_ENC = Matrix("encoder.weight")
 W_DEC = Matrix("decoder.weight", features_last=True)
 
@@ -57,6 +58,10 @@ def read(location: Location) -> ModuleLayout:
             raise config.fail(key, f"{size}, which {WEIGHTS} has for encoder.weight")
     activation, k, extra = _activation(config)
     has_b_dec = config.boolean("use_decoder_bias", True)
+    scales = _scales(config, D)
+    subtracts = has_b_dec and config.boolean(_SUBTRACTS, False)
+    if subtracts and scales.get("W_dec_scale", 1) != 1:
+        raise config.fail(_SUBTRACTS, "false, since input and output differ in scale")
     layout = SAELayout(
         site=points.site(D, F, activation, k),
         file=WEIGHTS,
@@ -64,10 +69,9 @@ def read(location: Location) -> ModuleLayout:
         W_dec=W_DEC,
         b_enc="encoder.bias",
         b_dec="decoder.bias" if has_b_dec else None,
-        subtract_b_dec=has_b_dec
-        and config.boolean("apply_decoder_bias_to_pre_encoder", False),
+        subtract_b_dec=subtracts,
         unit_decoder_rows=config.boolean("sparsity_include_decoder_norm", True),
-        **_scales(config, D),
+        **scales,
         **extra,
     )
     return ModuleLayout(kind="sae", sites=(layout,))

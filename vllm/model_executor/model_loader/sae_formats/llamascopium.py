@@ -20,7 +20,6 @@ from vllm.config.steering import Activation
 from vllm.config.steering_json import Json
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
-    need_k,
     read_floats,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -34,6 +33,7 @@ from vllm.model_executor.model_loader.sae_formats.layout import (
 )
 from vllm.model_executor.model_loader.sae_formats.llama_scope import points_of
 from vllm.model_executor.model_loader.sae_formats.names import Points
+from vllm.model_executor.model_loader.sae_formats.stated import need_k
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
@@ -76,6 +76,8 @@ def read(location: Location) -> ModuleLayout:
     config = Fields(read_json(location.root / CONFIG), CONFIG)
     if config.text("sae_type") not in _SAE_TYPES:
         raise config.fail("sae_type", "sae (one layer's SAE or transcoder)")
+    if config.boolean("apply_decoder_bias_to_pre_encoder", False):
+        raise config.fail("apply_decoder_bias_to_pre_encoder", "false")
     points = points_of(config, location)
     with open_tensors(location.root / WEIGHTS) as tensors:
         W_enc = _names(tensors).W_enc

@@ -50,8 +50,8 @@ _REFUSED = {
 class Points:
     """What one SAE reads and, for a transcoder, what it writes (`hook_out`).
 
-    `before_gain`: it reads `mlp_in` before the gain of the norm. `raw_output`: see
-    `SiteInfo`.
+    `before_gain`: it reads `mlp_in` before the gain of the norm. `raw_output` and
+    `before_value_bias`: see `SiteInfo`.
     """
 
     layer: int
@@ -59,6 +59,7 @@ class Points:
     hook_out: HookPoint | None = None
     before_gain: bool = False
     raw_output: bool = False
+    before_value_bias: bool = False
 
     def site(
         self,
@@ -79,6 +80,7 @@ class Points:
             k=k,
             before_gain=self.before_gain,
             raw_output=self.raw_output,
+            before_value_bias=self.before_value_bias,
         )
         if self.hook_out is None:
             return site

@@ -62,6 +62,7 @@ _SITE_KEYS = frozenset(
         "has_skip",
         "before_gain",
         "raw_output",
+        "before_value_bias",
         "d_sae",
         "activation",
         "k",
@@ -71,6 +72,12 @@ _SITE_KEYS = frozenset(
         "fvu",
         "l0",
     ]
+)
+# What `save_native` copies to the manifest.
+_COPIED_KEYS = ("k", "topk_relu", "fvu", "l0") + (
+    "before_gain",
+    "raw_output",
+    "before_value_bias",
 )
 _KEYS = frozenset(
     [
@@ -154,22 +161,29 @@ def _read_site(fields: Fields) -> SAELayout:
     if file is None or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
         raise fields.fail("file", "a safetensors file name beside the manifest")
     is_topk = activation == Activation.TOPK
+    d_sae = fields.need_integer("d_sae", 1)
+    k = fields.need_integer("k", 1) if is_topk else None
+    if k is not None and k > d_sae:
+        raise fields.fail("k", f"at most {d_sae}")
     site = SiteInfo(
         layer=fields.need_integer("layer"),
         hook=hook,
         d_in=fields.need_integer("d_model", 1),
-        d_sae=fields.need_integer("d_sae", 1),
+        d_sae=d_sae,
         activation=Activation(activation),
-        k=fields.need_integer("k", 1) if is_topk else None,
+        k=k,
         topk_relu=fields.boolean("topk_relu", True),
         hook_out=_read_hook(fields, "hook_out"),
         d_out=fields.integer("d_out", 1),
         has_skip=fields.boolean("has_skip", False),
         before_gain=fields.boolean("before_gain", False),
         raw_output=fields.boolean("raw_output", False),
+        before_value_bias=fields.boolean("before_value_bias", False),
     )
     if site.before_gain and site.hook is not HookPoint.MLP_IN:
         raise fields.fail("before_gain", "false, since the site is not mlp_in")
+    if site.before_value_bias and site.hook is not HookPoint.ATTN_Z:
+        raise fields.fail("before_value_bias", "false, since the site is not attn_z")
     if not site.is_transcoder and (site.out_width != site.d_in or site.has_skip):
         raise fields.fail("hook_out", "another point than hook, with d_out or has_skip")
     return SAELayout(
@@ -273,7 +287,7 @@ def save_native(
             entry["hook_out"] = HookPoint(content["hook_out"]).value
             entry["d_out"] = tensors["W_dec"].data.shape[1]
             entry["has_skip"] = "W_skip" in tensors
-        for key in ("k", "topk_relu", "fvu", "l0", "before_gain", "raw_output"):
+        for key in _COPIED_KEYS:
             if content.get(key) is not None:
                 entry[key] = content[key]
         # Check the manifest by the reader's own rules, so that the reader will accept

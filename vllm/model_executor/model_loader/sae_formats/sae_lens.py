@@ -10,14 +10,13 @@ Source: https://github.com/decoderesearch/SAELens (sae_lens/saes).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.config.steering import Activation
 from vllm.config.steering_json import Json
-from vllm.config.steering_points import HookPoint
+from vllm.config.steering_points import RESIDUAL_HOOKS, HookPoint
 from vllm.model_executor.model_loader.sae_formats.fold import (
     matrix_shape,
-    need_k,
     read_floats,
 )
 from vllm.model_executor.model_loader.sae_formats.layout import (
@@ -39,6 +38,7 @@ from vllm.model_executor.model_loader.sae_formats.names import (
     need_site,
     parse_site_name,
 )
+from vllm.model_executor.model_loader.sae_formats.stated import need_k, refuse_unused
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 from vllm.model_executor.model_loader.sae_formats.tensor_types import TensorFile
 
@@ -78,6 +78,7 @@ def read(location: Location) -> ModuleLayout:
         _refuse_finetuning(tensors)
         stated = _points(cfg, metadata, kind.transcodes)
         points = choose_points(location, stated, f"{CONFIG}: hook_name")
+        points = _of_the_weights(metadata, points, location.overrides.centred)
         scale = _input_scale(cfg, metadata, location)
         k = need_k(cfg, F, tensors) if kind.k_in_config else kind.k
         layout = SAELayout(
@@ -94,6 +95,8 @@ def read(location: Location) -> ModuleLayout:
             W_skip=Matrix("W_skip") if kind.skips else None,
             **_encoder(kind.encoder, cfg, tensors, scale),
         )
+        said = cfg.text("architecture") or kind.encoder
+        refuse_unused(layout, tensors, f"{CONFIG} says {said}")
     return ModuleLayout(kind="sae", sites=(layout,), model=metadata.text("model_name"))
 
 
@@ -173,6 +176,8 @@ def _refuse_what_cannot_fold(
         )
     if kind.transcodes and (normalize is True or normalize == AVERAGE):
         raise cfg.fail("normalize_activations", "none for a transcoder")
+    if kind.transcodes and cfg.boolean("apply_b_dec_to_input", False):
+        raise cfg.fail("apply_b_dec_to_input", "false for a transcoder")
     if metadata.data.get("hook_head_index") is not None:
         raise metadata.fail("hook_head_index", "null (all heads side by side)")
     for key in ("hook_name_out", "hook_layer_out", "d_out"):
@@ -181,6 +186,36 @@ def _refuse_what_cannot_fold(
             raise fields.fail(
                 key, "no such key, since the architecture is not a transcoder"
             )
+
+
+# What TransformerLens can do to a model's weights, and the points whose activations
+# change by it.
+_PROCESSING = {
+    "center_writing_weights": (*RESIDUAL_HOOKS, HookPoint.ATTN_OUT, HookPoint.MLP_OUT),
+    "refactor_factored_attn_matrices": (HookPoint.ATTN_Z,),
+}
+
+
+def _of_the_weights(metadata: Fields, points: Points, centred: bool) -> Points:
+    """The points of a model whose weights may have been changed before the training.
+
+    Args:
+        centred: the release list says so, and the fold has it.
+
+    Raises:
+        LayoutError: they were changed in a way that is not folded.
+    """
+    done = metadata.sub("model_from_pretrained_kwargs")
+    for key, changed in _PROCESSING.items():
+        if centred and key == "center_writing_weights":
+            continue
+        if {points.hook, points.hook_out} & {*changed} and done.boolean(key, False):
+            raise done.fail(
+                key, f"false (it changes {points.hook.value}, and is not folded)"
+            )
+    without_bias = done.boolean("fold_value_biases", False)
+    is_z = points.hook is HookPoint.ATTN_Z
+    return replace(points, before_value_bias=without_bias and is_z)
 
 
 def _refuse_finetuning(tensors: TensorFile) -> None:

@@ -30,6 +30,9 @@ from vllm.model_executor.model_loader.sae_formats.tensor_types import (
 # A header of this size names about 10,000 tensors; an SAE has at most ten a site.
 MAX_HEADER_BYTES = 2 << 20
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_NUMPY |= {
+    f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)
+}
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2}
 _ITEM_BYTES |= {"BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -93,7 +96,6 @@ class SafetensorsFile:
     def read(self, name: str, start: int, stop: int, axis: int) -> np.ndarray:
         """As `TensorFile.read`."""
         info = self.infos[name]
-        assert info.dtype is not None
         code = _NUMPY[info.stored_as]
         if not math.prod(info.shape):
             return np.empty(info.shape, code)

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from vllm.config.steering import Activation
 from vllm.config.steering_points import HookPoint
-from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape, need_k
+from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -32,6 +32,7 @@ from vllm.model_executor.model_loader.sae_formats.names import (
     parse_site_name,
     transcoder_points,
 )
+from vllm.model_executor.model_loader.sae_formats.stated import need_k
 from vllm.model_executor.model_loader.sae_formats.tensor_files import open_tensors
 
 CONFIG = "cfg.json"

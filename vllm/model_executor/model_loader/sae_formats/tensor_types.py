@@ -180,7 +180,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _zip_directory_bytes(path: Path) -> int | None:
-    """The declared size of a zip file's central directory, or None for other files."""
+    """The declared size of a zip file's central directory, or None for other files.
+
+    The size in a zip64 record counts if there is one, as it does for `zipfile`.
+    """
     tail_bytes = min(path.stat().st_size, (1 << 16) + _ZIP_END.size)
     with path.open("rb") as stream:
         stream.seek(-tail_bytes, 2)
@@ -189,14 +192,12 @@ def _zip_directory_bytes(path: Path) -> int | None:
         if at < 0 or len(tail) - at < _ZIP_END.size:
             return None
         size = _ZIP_END.unpack_from(tail, at)[5]
-        if size != 0xFFFFFFFF:
-            return size
         end64 = path.stat().st_size - (len(tail) - at) - _ZIP64_LOCATOR_BYTES
         stream.seek(max(0, end64 - _ZIP64_END.size))
         record = stream.read(_ZIP64_END.size)
-    if len(record) < _ZIP64_END.size or record[:4] != b"PK\6\6":
-        return None
-    return _ZIP64_END.unpack(record)[8]
+    if len(record) == _ZIP64_END.size and record[:4] == b"PK\6\6":
+        return _ZIP64_END.unpack(record)[8]
+    return None if size == 0xFFFFFFFF else size
 
 
 def stored_member_offset(path: Path, item: zipfile.ZipInfo) -> int:
