@@ -161,6 +161,24 @@ def test_what_is_kept_has_a_limit_in_bytes() -> None:
     assert [kept.get(key) for key in keys] == [None, *range(1, fit + 1)]
 
 
+def test_a_field_that_is_set_later_replaces_the_key() -> None:
+    params = SteeringSamplingParams(sae_clamp_specs=["old"], steering_preset="calm")
+    params.sae_clamp_specs = ["new"]
+    params.temperature = 0.5
+    params.steering_preset = None
+    assert params.extra_args == {"sae_clamp_specs": ["new"], "steering_preset": None}
+    copied = params.clone()
+    copied.sae_clamp_specs = None
+    assert copied.extra_args == {"steering_preset": None}
+    assert copied.temperature == 0.5
+    assert params.extra_args["sae_clamp_specs"] == ["new"]
+    plain = SteeringSamplingParams()
+    plain.sae_readout_specs = ["read"]
+    assert plain.extra_args == {"sae_readout_specs": ["read"]}
+    with pytest.raises(VLLMValidationError, match="sae_clamp_spec: .*sae_clamp_specs"):
+        plain.sae_clamp_spec = ["new"]
+
+
 def test_sampling_params_fold_the_fields_into_extra_args() -> None:
     params = SteeringSamplingParams(
         temperature=0.0,

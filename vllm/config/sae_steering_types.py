@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec.structs import force_setattr
 
 import vllm.envs as envs
 from vllm.config.sae_features import SAEFeatures
@@ -94,10 +95,24 @@ def _fold_fields(self: SamplingParams) -> None:
     self.extra_args = fold_into_extra_args(self.extra_args, specs)
     if preset is not msgspec.UNSET:
         self.extra_args = {**(self.extra_args or {}), PRESET_KEY: preset}
-    setattr(self, PRESET_KEY, msgspec.UNSET)
+    force_setattr(self, PRESET_KEY, msgspec.UNSET)
     for key in EXTRA_ARGS_KEYS:
-        setattr(self, key, None)
+        force_setattr(self, key, None)
     SamplingParams.__post_init__(self)
+
+
+def _set_field(self: SamplingParams, name: str, value: object) -> None:
+    """Set a field: a steering field in `extra_args`, where the engine reads it."""
+    if name not in (*EXTRA_ARGS_KEYS, PRESET_KEY):
+        if name not in self.__struct_fields__:
+            refuse_misspelt((name,))
+        force_setattr(self, name, value)
+        return
+    refuse_without_plugin({name: value})
+    kept = {key: own for key, own in (self.extra_args or {}).items() if key != name}
+    # A preset of None means none, not even the default one.
+    absent = value is msgspec.UNSET or (value is None and name != PRESET_KEY)
+    self.extra_args = kept if absent else {**kept, name: value}
 
 
 _DOC = """`SamplingParams` with the steering fields, folded into `extra_args`.
@@ -108,9 +123,10 @@ _DOC = """`SamplingParams` with the steering fields, folded into `extra_args`.
     sae_readout_specs: list of `SAEReadoutSpec`.
     steering_preset: name of a preset; None for no preset, not even the default one.
 
-Dicts may be given instead of the spec classes. The fields are read once, at
-construction, and are None afterwards: on the wire this is an ordinary `SamplingParams`,
-which every process can decode. The engine checks them when it gets the request.
+Dicts may be given instead of the spec classes. They become keys of
+`extra_args`, where they are read: as fields they are None, because on the wire this is
+an ordinary `SamplingParams`, which every process can decode. A field that is set later
+replaces the key. The engine checks them when it gets the request.
 
 Raises:
     VLLMValidationError: a field is given here and in `extra_args`, a key of
@@ -123,5 +139,9 @@ SteeringSamplingParams: Any = msgspec.defstruct(
     [*((key, Any, None) for key in EXTRA_ARGS_KEYS), (PRESET_KEY, Any, msgspec.UNSET)],
     bases=(SamplingParams,),
     module=__name__,
-    namespace={"__post_init__": _fold_fields, "__doc__": _DOC},
+    namespace={
+        "__post_init__": _fold_fields,
+        "__setattr__": _set_field,
+        "__doc__": _DOC,
+    },
 )

@@ -138,6 +138,18 @@ def test_every_site_is_evaluated(llm: LLM) -> None:
         assert one.fvu == pytest.approx(both[1].fvu)
 
 
+def test_parts_of_results_have_their_methods(llm: LLM) -> None:
+    texts = encode(llm, MODULE, TEXTS, top_k=2)
+    whole = texts.to_pandas()
+    assert texts[:1].to_pandas().equals(whole[whole.text == 0])
+    assert (texts[:1] + texts[1:]).to_pandas().equals(whole)
+    rows = evaluate(llm, MODULE, TEXTS)
+    assert list(rows[1:].to_pandas().site) == [SITES[1]]
+    found = find_features(llm, MODULE, TEXTS[:1], TEXTS[1:], site=SITES[0], top=3)
+    best = found[:2].to_pandas()
+    assert best.equals(found.to_pandas()[:2]) and found[:2].warnings == found.warnings
+
+
 def test_sites_that_a_module_does_not_have_are_not_evaluated(llm: LLM) -> None:
     wrong = {
         "post_block.3": "sites[0]: .*does not cover layer 3 at post_block.*one of its",

@@ -16,6 +16,7 @@ from vllm.config.steering_checks import MAX_LISTED, integer_in_range, listing, s
 from vllm.config.steering_json import Json
 from vllm.config.steering_points import plain_name, site_text
 from vllm.entrypoints.steering.frames import frame_of_columns
+from vllm.entrypoints.steering.results import Results
 
 if TYPE_CHECKING:
     import pandas
@@ -150,7 +151,7 @@ class EncodedText:
         return self.to_html()
 
 
-class EncodedTexts(list[EncodedText]):
+class EncodedTexts(Results[EncodedText]):
     """What `encode` returns, one `EncodedText` for each text."""
 
     def to_pandas(self) -> pandas.DataFrame:

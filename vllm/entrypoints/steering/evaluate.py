@@ -23,6 +23,7 @@ from vllm.entrypoints.steering.arguments import (
 )
 from vllm.entrypoints.steering.frames import data_frame
 from vllm.entrypoints.steering.offline import engine_config
+from vllm.entrypoints.steering.results import Results
 from vllm.entrypoints.steering.sinks import warnings_of_large_norms
 from vllm.sampling_params import SamplingParams
 
@@ -92,7 +93,7 @@ class SiteEvaluation:
         return (self.ce_ablated - self.ce_reconstructed) / lost if lost else 1.0
 
 
-class Evaluation(list[SiteEvaluation]):
+class Evaluation(Results[SiteEvaluation]):
     """What `evaluate` returns, one `SiteEvaluation` for each site."""
 
     def to_pandas(self) -> pandas.DataFrame:

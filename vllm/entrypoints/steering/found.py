@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -76,7 +76,16 @@ class FoundFeatures:
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, at: int) -> FoundFeature:
+    @overload
+    def __getitem__(self, at: int) -> FoundFeature: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> FoundFeatures: ...
+
+    def __getitem__(self, at: int | slice) -> FoundFeature | FoundFeatures:
+        """One feature by its rank, or several."""
+        if isinstance(at, slice):
+            return replace(self, features=self.features[at])
         try:
             return self.features[at]
         except IndexError:
