@@ -126,6 +126,8 @@ def test_the_skip_sets_of_an_engine_are_bounded() -> None:
     with pytest.raises(NoRoomError, match="skip_token_ids"):
         with_module(config, sae("one-more", 4, ids=99), False)
     assert with_module(config, sae("same", 4, ids=3), False).modules["same"]
+    with pytest.raises(NoRoomError, match="skip_token_ids: found 32 distinct sets"):
+        started(*modules, sae("one-more", 4, ids=99))
 
 
 def test_slots_and_drains_survive_json() -> None:

@@ -94,7 +94,12 @@ def fits(module: ModuleInfo, site: SiteInfo, slot: SlotInfo) -> bool:
 def start_up_slots(
     config: SteeringConfig, spare: Iterable[SlotInfo] = ()
 ) -> SteeringConfig:
-    """`config` with a slot for every site of every module, and the spare ones."""
+    """`config` with a slot for every site of every module, and the spare ones.
+
+    Raises:
+        NoRoomError: the modules have more skip sets than there are flag bits.
+    """
+    check_skip_sets(config)
     slots: list[SlotInfo] = []
     modules: dict[str, ModuleInfo] = {}
     for name, module in config.modules.items():

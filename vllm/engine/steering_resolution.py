@@ -18,7 +18,7 @@ from vllm.config.steering import (
 from vllm.config.steering_checks import SteeringConfigError
 from vllm.config.steering_json import Json
 from vllm.config.steering_private_directory import make_private_directory
-from vllm.config.steering_slots import start_up_slots
+from vllm.config.steering_slots import NoRoomError, start_up_slots
 from vllm.engine.steering_inspection import describe, inspect_for_model
 from vllm.engine.steering_kv_connectors import (
     BLOCK_HASH_CONNECTORS,
@@ -113,8 +113,12 @@ def configuration_of(steering: Json, vllm_config: VllmConfig) -> SteeringConfig:
             site.nbytes / 2**20,
         )
     spare = spare_slots(steering.get("spare", []), model_config, ranks)
+    try:
+        placed = start_up_slots(config, spare)
+    except NoRoomError as error:
+        raise SteeringConfigError(f"{ROOT}.modules: {error}") from None
     return with_start_up_presets(
-        start_up_slots(config, spare),
+        placed,
         steering.get("presets", {}),
         steering.get("default_preset"),
     )

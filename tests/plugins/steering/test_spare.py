@@ -120,3 +120,19 @@ def test_bad_module_roots_are_refused(
 
 def test_good_module_roots_pass(vllm_config: Any) -> None:
     assert resolved(vllm_config, module_roots=["/srv/saes", "hf:", "hf:google"])
+
+
+def test_an_engine_does_not_start_with_more_skip_sets_than_it_can_tell_apart(
+    vllm_config: Any, sae_path: Path
+) -> None:
+    modules = {
+        f"m{at}": {"path": str(sae_path), "skip_token_ids": [at]} for at in range(32)
+    }
+    with pytest.raises(SteeringConfigError) as caught:
+        resolved(vllm_config, modules=modules)
+    assert str(caught.value) == (
+        "additional_config.steering.modules: skip_token_ids: found 32 distinct sets, "
+        "expected at most 31 in one engine"
+    )
+    del modules["m31"]
+    assert len(resolved(vllm_config, modules=modules).modules) == 31
