@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def test_parts_of_results_have_their_methods(llm: LLM) -> None:
     whole = texts.to_pandas()
     assert texts[:1].to_pandas().equals(whole[whole.text == 0])
     assert (texts[:1] + texts[1:]).to_pandas().equals(whole)
+    assert pickle.loads(pickle.dumps(texts)).to_pandas().equals(whole)
     rows = evaluate(llm, MODULE, TEXTS)
     assert list(rows[1:].to_pandas().site) == [SITES[1]]
     found = find_features(llm, MODULE, TEXTS[:1], TEXTS[1:], site=SITES[0], top=3)
