@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +111,21 @@ def test_the_playground_reads_what_is_saved(
     file.write_text("[]")
     with pytest.raises(ValueError, match="found no JSON object"):
         found.save(file)
+
+
+def test_a_full_disk_leaves_the_evidence_that_was_there(
+    found: Survey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "evidence.json"
+    file.write_text('{"card": "mine"}')
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left .*evidence\.json"):
+        found.save(tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["evidence.json"]
+    assert file.read_text() == '{"card": "mine"}'
 
 
 def test_a_survey_is_shown_in_a_console_and_a_notebook(found: Survey) -> None:

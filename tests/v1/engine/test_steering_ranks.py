@@ -18,6 +18,7 @@ from vllm.v1.engine.steering_ranks import (
 
 DONE = ModuleReply(outcome=Outcome.DONE, config={"version": 1})
 NAME = "sea"
+CALLER = "a"
 
 
 class Ranks:
@@ -38,11 +39,13 @@ class Ranks:
         step = payload.get("phase", action)
         self.asked.append(step)
         self.changes |= {payload["change"]} if "change" in payload else set()
+        if action == "release":
+            assert payload == {"name": NAME, "caller": CALLER}
         return [self.answers.get((rank, step), DONE) for rank in range(self.count)]
 
 
 def change(ranks: Ranks) -> ModuleReply:
-    payload = {"module": {"name": NAME}, "drain": True}
+    payload = {"module": {"name": NAME}, "drain": True, "caller": CALLER}
     return asyncio.run(change_together(ranks, "register", payload))
 
 

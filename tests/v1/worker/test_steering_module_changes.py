@@ -229,6 +229,36 @@ def test_a_drain_can_be_given_up(llm: LLM, paths: dict[str, str]) -> None:
     check(llm, "hot", KINDS["jumprelu"])
 
 
+def test_one_of_two_who_drain_leaves_and_the_module_stays_closed(
+    llm: LLM, paths: dict[str, str]
+) -> None:
+    register_module(llm, "hot", paths["jumprelu"])
+    llm.llm_engine.add_request("r", {"prompt_token_ids": IDS}, steered("hot"))
+
+    def call(action: str, caller: str) -> Any:
+        payload = {"name": "hot", "drain": True, "caller": caller}
+        return llm.collective_rpc(METHOD, args=(action, payload))[0]
+
+    def is_draining() -> bool:
+        modules = call("list", "").listing["modules"]
+        return next(one["draining"] for one in modules if one["name"] == "hot")
+
+    for caller in ("a", "b"):
+        assert call("unregister", caller).outcome is Outcome.DRAINING
+    call("release", "a")
+    assert is_draining()
+    # A caller whose own change is refused opens nothing either.
+    (reply,) = llm.collective_rpc(METHOD, args=("unregister", {"name": "hot"}))
+    assert reply.outcome is Outcome.CONFLICT
+    call("release", "c")
+    assert is_draining()
+    call("release", "b")
+    assert not is_draining()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    check(llm, "hot", KINDS["jumprelu"])
+
+
 class Broken(Exception):
     """An injected failure."""
 

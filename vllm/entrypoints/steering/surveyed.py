@@ -14,6 +14,7 @@ import numpy as np
 
 from vllm.config.sae_labels import EVIDENCE_NAME, MAX_EVIDENCE, Labels
 from vllm.config.steering_json import Json
+from vllm.config.steering_written_files import whole_file
 from vllm.entrypoints.steering.encoded import feature_index
 from vllm.entrypoints.steering.found import TokenInContext, html_example
 from vllm.entrypoints.steering.frames import frame_of_columns
@@ -173,7 +174,7 @@ class Survey:
         Raises:
             ValueError: the file that is there holds no JSON object, or the file would
                 be too large without any examples.
-            OSError: it cannot be read or written.
+            OSError: it cannot be read or written; what is there stays.
         """
         file = Path(path)
         file = file / EVIDENCE_NAME if file.is_dir() else file
@@ -194,7 +195,8 @@ class Survey:
                 f"at most {MAX_EVIDENCE}, which a server reads: save the survey of "
                 f"{self.site} in another file"
             )
-        file.write_text(text + "\n", encoding="utf-8")
+        with whole_file(file) as stream:
+            stream.write(f"{text}\n".encode())
 
 
 def _parts(one: TokenInContext) -> Sequence[str]:

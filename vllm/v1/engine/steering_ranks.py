@@ -121,22 +121,21 @@ async def _while_alive(client: AsyncMPClient, call: Coroutine[None, None, T]) ->
 async def change_together(ask: Ask, action: str, payload: Json) -> ModuleReply:
     """Register or unregister a module on every rank, or on none."""
     change = {**payload, "change": uuid.uuid4().hex}
-    name = payload["module"]["name"] if action == "register" else payload["name"]
     if action == "register":
         loaded = merged(await ask(action, {**change, "phase": "load"}))
         if loaded.outcome is Outcome.LOADING:
             return loaded
         if loaded.refused:
-            return await _give_up(ask, name, loaded)
+            return await _give_up(ask, change, loaded)
     closed = merged(await ask(action, {**change, "phase": "close"}))
     if closed.outcome is Outcome.DRAINING:
         return closed
     if closed.refused:
-        return await _give_up(ask, name, closed)
+        return await _give_up(ask, change, closed)
     prepared = merged(await ask(action, {**change, "phase": "prepare"}))
     if prepared.outcome is not Outcome.DONE:
         await ask("rollback", change)
-        return await _give_up(ask, name, prepared)
+        return await _give_up(ask, change, prepared)
     return merged(await ask("finish", change))
 
 
@@ -151,9 +150,11 @@ async def change_presets_together(ask: Ask, action: str, payload: Json) -> Modul
     return merged(await ask("finish", change))
 
 
-async def _give_up(ask: Ask, name: str, refusal: ModuleReply) -> ModuleReply:
+async def _give_up(ask: Ask, change: Json, refusal: ModuleReply) -> ModuleReply:
     """Let every rank serve the module again; returns the refusal."""
-    released = merged(await ask("release", {"name": name}))
+    module = change.get("module") or change
+    ended = {"name": module["name"], "caller": change.get("caller")}
+    released = merged(await ask("release", ended))
     return replace(refusal, config=released.config)
 
 

@@ -52,6 +52,7 @@ from vllm.engine.steering_inspection import check_against_model, inspect_for_mod
 from vllm.engine.steering_presets import refuse_without_default, with_valid_default
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.sae_inspector import module_inspector
+from vllm.v1.engine.steering_drains import Drains
 from vllm.v1.engine.steering_listing import listing_of, requests_of, stats_of
 from vllm.v1.engine.steering_loading import (
     ModuleLoads,
@@ -80,6 +81,7 @@ class SteeringRegistry:
         self.lock = threading.Lock()
         self.inspector = ThreadPoolExecutor(1, "steering-inspect")
         self.loads = ModuleLoads(self._workers)
+        self.drains = Drains()
         self.presets = PresetChecks(lambda: self.config, self._keep_presets)
         self.prepared: PreparedChange | None = None
         # What the workers said last, for when they are asleep.
@@ -97,8 +99,8 @@ class SteeringRegistry:
         Args:
             action: `list`, `stats`, `inspect` {name, path and options}, `register`
                 {module, replace, drain}, `unregister` {name, drain}, or `release`
-                {name}, which ends a drain and a load; `put_preset` {name, preset},
-                `delete_preset` {name}, `set_default_preset` {name}. `register` and
+                {name}, which ends a load and the `caller`'s drain; `put_preset` {name,
+                preset}; `delete_preset`, `set_default_preset` {name}. `register` and
                 `unregister` with a `phase` (`load`, `close`, or `prepare` with a
                 `change` id), then `finish` or `rollback` {change}, do a change step
                 by step. `register` answers `LOADING` while the files are read.
@@ -214,7 +216,7 @@ class SteeringRegistry:
                 return ModuleReply(outcome=Outcome.LOADING)
         if phase == "load":
             return done
-        waiting = self._wait_for(name, drain, phase == "close")
+        waiting = self._wait_for(name, payload, phase == "close")
         if waiting is not None:
             return waiting
         if phase == "close":
@@ -292,34 +294,36 @@ class SteeringRegistry:
                 in_use=in_use,
             )
 
-    def _wait_for(self, name: str, drain: bool, close: bool) -> ModuleReply | None:
+    def _wait_for(self, name: str, payload: Json, close: bool) -> ModuleReply | None:
         """The answer while requests use the module, or None if none does.
 
         Args:
             name: of the module.
-            drain: whether the caller waits.
+            payload: of the call: whether the caller waits (`drain`), and its `caller`.
             close: whether to refuse new requests for it even if none uses it now.
         """
-        if not drain:
+        if not payload.get("drain"):
             self._refuse_in_use(name)
         in_use = requests_of(self.core, name)
         if in_use or close:
+            self.drains.join(name, str(payload.get("caller")))
             self._set_draining(name, True)
         if not in_use:
             return None
         return ModuleReply(outcome=Outcome.DRAINING, in_use=in_use)
 
     def _release(self, payload: Json) -> ModuleReply:
-        self._set_draining(payload.get("name"), False)
-        self.loads.forget_name(payload.get("name"))
+        name = str(payload.get("name"))
+        if self.drains.leave(name, str(payload.get("caller"))):
+            self._set_draining(name, False)
+        self.loads.forget_name(name)
         return ModuleReply(outcome=Outcome.DONE)
 
-    def _set_draining(self, name: object, draining: bool) -> None:
+    def _set_draining(self, name: str, draining: bool) -> None:
         config = self.config
-        if name not in config.modules or (name in config.draining) == draining:
-            return
-        changed = config.draining ^ {str(name)}
-        self._publish(dataclasses.replace(config, draining=changed))
+        if name in config.modules and (name in config.draining) != draining:
+            changed = config.draining ^ {name}
+            self._publish(dataclasses.replace(config, draining=changed))
 
     def _refuse_other_change(self) -> None:
         """Raise while another change is prepared; undo one that was given up."""
@@ -362,6 +366,7 @@ class SteeringRegistry:
         if done.by_workers:
             self._refuse_asleep()
             draining -= {done.name}
+            self.drains.end(done.name)
             self.presets.warn(self.config, done.after, done.name)
         self.prepared = None
         self._publish(dataclasses.replace(done.after, draining=draining))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -236,14 +237,17 @@ class SteeringModulesService:
         """Repeat an action until the module is read and no request is in its way.
 
         A caller that goes away, or waits too long for requests, ends that: the module
-        takes requests again. What reading a module may take is limited by who reads.
+        takes requests again, unless another caller drains it. What reading a module may
+        take is limited by who reads.
         """
         deadline = time.monotonic() + DRAIN_LIMIT_S
+        # Who else drains the module goes on when this caller leaves.
+        caller = {"caller": uuid.uuid4().hex}
         unfinished = False
         gone = asyncio.create_task(leaving())
         try:
             while True:
-                reply = await self.call(action, payload)
+                reply = await self.call(action, {**payload, **caller})
                 unfinished = reply.outcome in UNFINISHED
                 if not unfinished:
                     return reply
@@ -263,7 +267,7 @@ class SteeringModulesService:
         finally:
             gone.cancel()
             if unfinished:
-                await asyncio.shield(self.call("release", {"name": name}))
+                await asyncio.shield(self.call("release", {"name": name, **caller}))
 
 
 def _checked_presets(config: SteeringConfig) -> Sequence[Json]:

@@ -27,6 +27,7 @@ from vllm.config.steering_points import (
     site_name,
     site_text,
 )
+from vllm.config.steering_written_files import whole_file
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     LayoutError,
@@ -303,9 +304,10 @@ def save_native(
         "model": model,
     }
     manifest.update({k: v for k, v in optional.items() if v is not None})
-    # Written last, so that an interrupted write leaves no directory that looks
+    # Written last, so that an interrupted write leaves no new directory that looks
     # complete.
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    with whole_file(root / MANIFEST) as stream:
+        stream.write(f"{json.dumps(manifest, indent=2)}\n".encode())
 
 
 def _place(key: object) -> tuple[int, HookPoint]:

@@ -17,6 +17,7 @@ from typing import TypeGuard
 import numpy as np
 
 from vllm.config.steering_json import Json
+from vllm.config.steering_written_files import whole_file
 from vllm.model_executor.model_loader.sae_formats.layout import (
     LayoutError,
     each_key_once,
@@ -155,7 +156,8 @@ def _read_header(path: Path) -> tuple[Json, int]:
 def write_safetensors(path: Path, tensors: Mapping[str, HostTensor]) -> None:
     """Write tensors as the safetensors package would, to the byte.
 
-    Wider elements come first, and names are sorted, so that all data is aligned.
+    Wider elements come first, and names are sorted, so that all data is aligned. A file
+    that is there is replaced when all is written: a process that reads it goes on.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: Json = {}
@@ -170,7 +172,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, HostTensor]) -> None:
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with whole_file(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             stream.write(np.ascontiguousarray(tensors[name].data).data)
