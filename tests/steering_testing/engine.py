@@ -96,11 +96,14 @@ def engine_on(
         "additional_config": config,
     }
     threads = torch.get_num_threads()
-    llm = LLM(str(checkpoint), **{**defaults, **options})
+    llm: LLM | None = None
     try:
+        llm = LLM(str(checkpoint), **{**defaults, **options})
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        # An engine that did not start has left groups behind, too.
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
