@@ -89,6 +89,15 @@ def test_a_place_for_no_file_is_named(
     assert {file.name for file in tmp_path.iterdir()} == {"folder", "file"}
 
 
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="regular") as error, whole_file(pipe) as file:
+        file.write(b"new")
+    assert error.value.filename == str(pipe)
+    assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_module_that_cannot_be_saved_again_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     # A link stays a link, and the file that it leads to is replaced.
     target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     fresh = target.with_name(f".{uuid.uuid4().hex}")
     try:
         with fresh.open("xb") as file:
