@@ -169,3 +169,56 @@ def test_clients_that_wait_are_told_that_the_server_shuts_down(tmp_path: Path) -
         # vLLM may log that its own task, which hands out tokens, has lost the engine.
         found = tracebacks(server.log)
         assert [one for one in found if "output_handler" not in one] == []
+
+
+def ask_and_end(server: Server) -> list[httpx.Response]:
+    """Answers of a steered and read request, alone and while the server ends; then
+    that of a drain which waits for the second."""
+    body = {
+        "model": MODEL_NAME,
+        "prompt": "the chef",
+        "max_tokens": 200,
+        "temperature": 0,
+        "ignore_eos": True,
+        "n": 16,
+        FULL: [{"module_name": MODULE}],
+        "sae_readout_specs": [{"module_name": MODULE, "top_k": 2, "phase": "decode"}],
+    }
+
+    async def run() -> list[httpx.Response]:
+        async with client_of(server) as client:
+            before = await client.post("/v1/completions", json=body)
+            during = asyncio.create_task(client.post("/v1/completions", json=body))
+            modules = f"{URL}/modules"
+            while not (await client.get(modules)).json()["modules"][0]["requests"]:
+                await asyncio.sleep(0.01)
+            drain = asyncio.create_task(client.delete(f"{modules}/{MODULE}?drain=true"))
+            while not (await client.get(modules)).json()["modules"][0]["draining"]:
+                await asyncio.sleep(0.01)
+            server.process.terminate()
+            return [before, await during, await drain]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_server_that_waits_for_its_requests_gives_whole_answers(
+    tmp_path: Path,
+) -> None:
+    """With `--shutdown-timeout`, requests under way end as they do without a stop."""
+    sae = str(EXAMPLE / "sae")
+    options = ("--steering-api-key", "the-key", "--steering-modules", f"{MODULE}={sae}")
+    wait = ("--shutdown-timeout", "60")
+    with example_server(tmp_path / "log", *options, *wait, steering={}) as server:
+        before, during, drain = ask_and_end(server)
+        assert before.status_code == during.status_code == 200, during.text
+        alone, ended = before.json()["choices"], during.json()["choices"]
+        assert [one["text"] for one in ended] == [one["text"] for one in alone]
+        assert [one["sae_features"] for one in ended] == [
+            one["sae_features"] for one in alone
+        ]
+        assert drain.status_code == 503, drain.text
+        assert "shutting down" in drain.json()["error"]["message"]
+        assert server.process.wait(GONE_S) == 0
+        found = tracebacks(server.log)
+        assert [one for one in found if "output_handler" not in one] == []
