@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from steering_testing.engine import (
     FULL,
     assert_same,
     engine,
+    flagged,
     generate,
     params,
     sae_spec,
@@ -66,15 +66,6 @@ def folded_by_hand(family: str, sae: DenseSAE, seed: int = 0) -> DenseSAE:
     )
 
 
-def before_gain(path: str, flag: str = "before_gain") -> str:
-    """The native directory, with its site said to be before the gain."""
-    manifest = Path(path) / "manifest.json"
-    data = json.loads(manifest.read_text())
-    data["sites"][0][flag] = True
-    manifest.write_text(json.dumps(data))
-    return path
-
-
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "family",
@@ -91,7 +82,7 @@ def test_a_transcoder_from_before_the_gain_reads_what_the_mlp_reads(
     site = (LAYER, "mlp_in")
     paths = {
         "raw": save_sae(tmp_path / "raw", {site: sae}),
-        "before": before_gain(save_sae(tmp_path / "before", {site: sae})),
+        "before": flagged(save_sae(tmp_path / "before", {site: sae}), "before_gain"),
         "after": save_sae(tmp_path / "after", {site: folded_by_hand(family, sae)}),
     }
     prompt = [3 + i * 5 % 90 for i in range(12)]
@@ -127,7 +118,9 @@ def test_new_weights_of_the_model_leave_the_modules_and_fold_the_new_gain(
     transcoder = random_transcoder(64, "relu", 7, skip=True)
     sae = random_sae(64, models.HIDDEN, "relu", 3)
     paths = {
-        "transcoder": before_gain(save_sae(tmp_path / "t", {site: transcoder})),
+        "transcoder": flagged(
+            save_sae(tmp_path / "t", {site: transcoder}), "before_gain"
+        ),
         "sae": save_sae(tmp_path / "s", {point: sae}),
     }
     prompt = [3 + i * 5 % 90 for i in range(12)]
@@ -171,7 +164,7 @@ def test_an_sae_of_a_modules_own_output_does_not_fit_a_layer_that_norms_it(
 ) -> None:
     sae = random_sae(40, models.HIDDEN, "relu", 3)
     stated = save_sae(tmp_path / "stated", {(LAYER, hook): sae})
-    raw = before_gain(save_sae(tmp_path / "raw", {(LAYER, hook): sae}), "raw_output")
+    raw = flagged(save_sae(tmp_path / "raw", {(LAYER, hook): sae}), "raw_output")
     paths = {"stated": stated, "raw": raw}
     if not fits:
         with (
@@ -191,7 +184,7 @@ def test_a_running_engine_refuses_such_an_sae_too(tmp_path: Path) -> None:
     hook = "mlp_out"
     sae = random_sae(40, models.HIDDEN, "relu", 3)
     stated = save_sae(tmp_path / "stated", {(LAYER, hook): sae})
-    raw = before_gain(save_sae(tmp_path / "raw", {(LAYER, hook): sae}), "raw_output")
+    raw = flagged(save_sae(tmp_path / "raw", {(LAYER, hook): sae}), "raw_output")
     spare = [{"layer": LAYER, "hook": hook, "width": 40}] * 2
     with engine("gemma2", tmp_path, {}, {"spare": spare}) as llm:
         register_module(llm, "stated", stated)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from steering_testing.engine import (
     FULL,
     assert_same,
     engine,
+    flagged,
     generate,
     params,
     sae_spec,
@@ -45,15 +45,6 @@ def folded_by_hand(sae: DenseSAE, bias: torch.Tensor) -> DenseSAE:
     return dataclasses.replace(sae, b_enc=b_enc, b_dec=b_dec)
 
 
-def before_bias(path: str) -> str:
-    """The native directory, with its site said to be without the bias."""
-    manifest = Path(path) / "manifest.json"
-    data = json.loads(manifest.read_text())
-    data["sites"][0]["before_value_bias"] = True
-    manifest.write_text(json.dumps(data))
-    return path
-
-
 def test_the_folded_sae_of_z_is_the_sae_of_z_less_the_bias() -> None:
     bias, z = torch.randn(64).double(), torch.randn(64).double()
     sae = random_sae(FEATURES, 64, "relu", 3)
@@ -74,9 +65,10 @@ def test_an_sae_without_the_values_bias_reads_z_without_it(
     assert bias.abs().min() > 0
     sae = random_sae(FEATURES, len(bias), "relu", 3)
     site = (LAYER, HOOK)
+    native = save_sae(tmp_path / "without", {site: sae})
     paths = {
         "with": save_sae(tmp_path / "with", {site: sae}),
-        "without": before_bias(save_sae(tmp_path / "without", {site: sae})),
+        "without": flagged(native, "before_value_bias"),
     }
     spare = {"spare": [{"layer": LAYER, "hook": HOOK, "width": FEATURES}]}
     with engine(family, tmp_path, paths, spare) as llm:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,15 @@ def save_sae(
 
     save_native(path, {at: content(sae) for at, sae in sites.items()}, **metadata)
     return str(path)
+
+
+def flagged(path: str, flag: str) -> str:
+    """The native directory, whose first site is said to be so (`SiteInfo`)."""
+    manifest = Path(path) / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["sites"][0][flag] = True
+    manifest.write_text(json.dumps(data))
+    return path
 
 
 @contextmanager

@@ -101,9 +101,12 @@ def _fold_fields(self: SamplingParams) -> None:
     SamplingParams.__post_init__(self)
 
 
+_FIELDS = frozenset((*EXTRA_ARGS_KEYS, PRESET_KEY))
+
+
 def _set_field(self: SamplingParams, name: str, value: object) -> None:
     """Set a field: a steering field in `extra_args`, where the engine reads it."""
-    if name not in (*EXTRA_ARGS_KEYS, PRESET_KEY):
+    if name not in _FIELDS:
         if name not in self.__struct_fields__:
             refuse_misspelt((name,))
         force_setattr(self, name, value)

@@ -12,7 +12,7 @@ from vllm.config.steering_json import Json, JsonView
 from vllm.config.steering_points import HookPoint
 from vllm.entrypoints.cli.steering.inputs import need_sae
 from vllm.model_executor.model_loader.sae_formats.layout import ModuleLayout
-from vllm.model_executor.model_loader.sae_formats.native import save_native
+from vllm.model_executor.model_loader.sae_formats.native import SITE_FLAGS, save_native
 from vllm.model_executor.model_loader.sae_formats.tensor_types import FloatType
 from vllm.model_executor.model_loader.sae_loader import (
     inspect_module,
@@ -52,7 +52,7 @@ class LoadedSites(Mapping[SiteName, JsonView]):
         }
         if site.is_transcoder:
             content["hook_out"] = site.out_hook
-        for flag in ("before_gain", "raw_output", "before_value_bias"):
+        for flag in SITE_FLAGS:
             if getattr(site, flag):
                 content[flag] = True
         if site.activation is Activation.TOPK:

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 
 from vllm.config.steering import Activation, SiteInfo
 from vllm.config.steering_points import HOOK_ALIASES, HookPoint
-from vllm.model_executor.model_loader.sae_formats.fold import (
-    matrix_shape,
-)
+from vllm.model_executor.model_loader.sae_formats.fold import matrix_shape
 from vllm.model_executor.model_loader.sae_formats.layout import (
     Fields,
     Gate,
@@ -98,30 +96,29 @@ def read(location: Location) -> ModuleLayout:
         F, D = matrix_shape(tensors, kind.W_dec)
         is_topk = kind.activation is Activation.TOPK
         k = need_k(trainer, F, tensors) if is_topk else None
-    for key, size in (("dict_size", F), ("activation_dim", D)):
-        if trainer.integer(key, 1, size) != size:
-            raise trainer.fail(key, f"{size}, which {WEIGHTS} has for its decoder")
-    layout = SAELayout(
-        site=SiteInfo(
-            layer,
-            hook,
-            D,
-            F,
-            kind.activation,
-            k,
-            raw_output=stated is not None and hook in _MODULE_OUTPUTS,
-        ),
-        file=WEIGHTS,
-        W_enc=kind.W_enc,
-        W_dec=kind.W_dec,
-        b_enc=kind.b_enc,
-        b_dec=kind.b_dec,
-        threshold=kind.threshold,
-        gate=kind.gate,
-        subtract_b_dec=kind.subtract_b_dec,
-    )
-    if not is_topk:  # which ignores its threshold
-        with open_tensors(location.root / WEIGHTS) as tensors:
+        for key, size in (("dict_size", F), ("activation_dim", D)):
+            if trainer.integer(key, 1, size) != size:
+                raise trainer.fail(key, f"{size}, which {WEIGHTS} has for its decoder")
+        layout = SAELayout(
+            site=SiteInfo(
+                layer,
+                hook,
+                D,
+                F,
+                kind.activation,
+                k,
+                raw_output=stated is not None and hook in _MODULE_OUTPUTS,
+            ),
+            file=WEIGHTS,
+            W_enc=kind.W_enc,
+            W_dec=kind.W_dec,
+            b_enc=kind.b_enc,
+            b_dec=kind.b_dec,
+            threshold=kind.threshold,
+            gate=kind.gate,
+            subtract_b_dec=kind.subtract_b_dec,
+        )
+        if not is_topk:  # which ignores its threshold
             refuse_unused(layout, tensors, f"{CONFIG} says {name}")
     model = trainer.text("lm_name")
     return ModuleLayout(kind="sae", sites=(layout,), model=model)

@@ -53,6 +53,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 _TENSORS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec", "W_skip")
 _OPTIONAL_TENSORS = ("threshold", "W_skip")
+# What a site can say of the activations that its SAE was trained on: see `SiteInfo`.
+SITE_FLAGS = ("before_gain", "raw_output", "before_value_bias")
 _SITE_KEYS = frozenset(
     [
         "layer",
@@ -61,9 +63,7 @@ _SITE_KEYS = frozenset(
         "hook_out",
         "d_out",
         "has_skip",
-        "before_gain",
-        "raw_output",
-        "before_value_bias",
+        *SITE_FLAGS,
         "d_sae",
         "activation",
         "k",
@@ -75,11 +75,7 @@ _SITE_KEYS = frozenset(
     ]
 )
 # What `save_native` copies to the manifest.
-_COPIED_KEYS = ("k", "topk_relu", "fvu", "l0") + (
-    "before_gain",
-    "raw_output",
-    "before_value_bias",
-)
+_COPIED_KEYS = ("k", "topk_relu", "fvu", "l0", *SITE_FLAGS)
 _KEYS = frozenset(
     [
         "format",
